@@ -1,0 +1,365 @@
+"""Loading any Hugging Face causal language model so that training starts from exactly the published weights.
+
+`resolve` turns what a config names (hub id, folder, GGUF file, the embedded model) into a local folder of
+safetensors; `load_model` reads that folder after checking what transformers would only warn about: truncated
+shards, missing or surplus tensors, wrong architecture, weights quantized already. Nothing is unpickled.
+"""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import field_validator
+
+from qat.checkpoints.shards import INDEX, ShardReader
+from qat.config import Strict
+from qat.errors import CheckpointError, ConfigError, UnsupportedError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = ("embedded:smollm2-135m",)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_DOWNLOAD = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"]
+# Copies of the same weights in other layouts, and other programs' folders.
+_DO_NOT_DOWNLOAD = ["consolidated*", "original/*", "metal/*", "onnx/*", "*/*.safetensors"]
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+)
+_WEIGHT_SUFFIXES = (
+    ".safetensors",
+    ".bin",
+    ".gguf",
+    ".pt",
+    ".pth",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".ckpt",
+    ".npz",
+    ".pkl",
+    ".index.json",
+)
+_DTYPES = (torch.float32, torch.bfloat16)
+_SHOW_BAR_ABOVE = 2_000_000_000  # bytes; less loads in seconds
+
+
+class ModelConfig(Strict):
+    """Which model: a hub id, a local folder, the path of a .gguf file, or `embedded:smollm2-135m`."""
+
+    id: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    attn_implementation: str = "sdpa"
+
+    @field_validator("id")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("give a hub id, a folder, a .gguf file or " + EMBEDDED[0])
+        if value.startswith("embedded:") and value not in EMBEDDED:
+            raise ValueError(f"no such embedded model; there is {', '.join(EMBEDDED)}")
+        return value
+
+
+def cache_root() -> Path:
+    """Where converted models are kept: `$QAT_CACHE`, or `~/.cache/qat`."""
+    return Path(os.environ.get("QAT_CACHE") or "~/.cache/qat").expanduser()
+
+
+# --- from a name to a folder ---------------------------------------------------------------------
+
+
+def resolve(config: ModelConfig) -> Path:
+    """A local folder of safetensors, config and tokenizer for what `config` names; downloads or converts.
+
+    Raises:
+        CheckpointError: nothing there, not reachable, or not convertible.
+        ConfigError: `revision` given for something that has none.
+    """
+    path = Path(config.id).expanduser()
+    is_hub = not config.id.startswith("embedded:") and not path.exists() and path.suffix != ".gguf"
+    if config.revision is not None and not is_hub:
+        raise ConfigError(
+            f"model revision {config.revision!r} has no meaning for {config.id}: only hub models have one"
+        )
+    if config.id.startswith("embedded:"):
+        from qat.checkpoints import gguf
+
+        return gguf.convert(gguf.embedded_file(), cache_root() / "models")
+    if path.is_dir():
+        return _local_folder(path)
+    if path.suffix == ".gguf":
+        from qat.checkpoints import gguf
+
+        return gguf.convert(path, cache_root() / "models")
+    if path.exists():
+        raise CheckpointError(f"{path} is a file; give the folder of a Hugging Face model, or a .gguf file")
+    if not _HUB_ID.fullmatch(config.id):
+        raise CheckpointError(f"there is no folder {path}, and {config.id!r} is not a hub id (owner/name)")
+    return _download(config)
+
+
+def _local_folder(folder: Path) -> Path:
+    if (folder / "config.json").is_file():
+        return folder
+    ggufs = sorted(folder.glob("*.gguf"))
+    if ggufs:
+        raise CheckpointError(f"{folder} holds GGUF files; give one of them: {', '.join(map(str, ggufs))}")
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(f"{folder} holds an adapter, not a model; merge it into its base model first")
+    raise CheckpointError(f"{folder} has no config.json, so it is not a Hugging Face model")
+
+
+def _download(config: ModelConfig) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    at = f" at revision {config.revision!r}" if config.revision else ""
+    try:
+        folder = snapshot_download(
+            config.id,
+            revision=config.revision,
+            allow_patterns=[*_DOWNLOAD, *(["*.py"] if config.trust_remote_code else [])],
+            ignore_patterns=_DO_NOT_DOWNLOAD,
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        # Offline, unknown, private and gated repositories all end here; the library's first line says which.
+        first_line = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
+        reason = f"{type(error).__name__}: {first_line}"
+        raise CheckpointError(
+            f"cannot get {config.id!r}{at}: no such local folder, and the Hugging Face hub says {reason}. "
+            "Check the name, the network and (for gated models) `hf auth login`; without a network use a "
+            f"local folder or {EMBEDDED[0]}"
+        ) from error
+    if not any(Path(folder).glob("*.safetensors")):
+        raise CheckpointError(
+            f"the hub model {config.id!r}{at} has no safetensors, and pickled weights are not read; look for "
+            "a revision or a copy that has, or convert it where you trust it"
+        )
+    return _local_folder(Path(folder))
+
+
+# --- from a folder to a model --------------------------------------------------------------------
+
+
+def load_model(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+) -> "PreTrainedModel":
+    """The causal language model in `folder`, on CPU, every tensor accounted for.
+
+    In float32 the weights are the exact stored BF16 values. Train or eval mode is the caller's choice.
+
+    Raises:
+        CheckpointError: missing, truncated, surplus, mis-shaped or inconsistent tensors or files.
+        UnsupportedError: not a causal language model, quantized already, or attention that cannot run here.
+    """
+    if dtype not in _DTYPES:
+        raise UnsupportedError(f"models load as {' or '.join(map(str, _DTYPES))}, not {dtype}")
+    _check_config(folder, trust_remote_code)
+    _check_weights(folder)
+    from transformers import AutoModelForCausalLM
+
+    large = sum(path.stat().st_size for path in ShardReader(folder).shards) > _SHOW_BAR_ABOVE
+    try:
+        with quiet(bars=large):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are listed, and refused below
+            )
+    except (ValueError, TypeError, AttributeError, LookupError, ImportError, OSError, RuntimeError) as error:
+        if "attn" in str(error) or "attention" in str(error).lower():
+            wanted = f"attn_implementation {attn_implementation!r}"
+            raise UnsupportedError(f"{wanted} does not work here: {error}") from error
+        raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
+    model: PreTrainedModel = loaded[0]
+    check_loading(model, loaded[1], folder)
+    return model
+
+
+def check_loading(model: "PreTrainedModel", info: dict[str, Any], origin: Path) -> None:
+    """Refuse a model of which transformers made up, dropped or left apart some weights.
+
+    Args:
+        model: what from_pretrained returned.
+        info: its `output_loading_info`.
+        origin: folder or file, for the message.
+    """
+    problems = [
+        f"{len(info[key])} {what}: {_some(sorted(map(str, info[key])))}"
+        for key, what in (
+            ("missing_keys", "tensors are missing (they would be random)"),
+            ("unexpected_keys", "tensors belong to no module (they would be ignored)"),
+            ("mismatched_keys", "tensors have another shape than config.json asks for (name, found, wanted)"),
+            ("error_msgs", "errors"),
+        )
+        if info.get(key)
+    ]
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if tied and head is not None and head.weight is not embedding.weight:
+        problems.append(
+            "config.json ties the output layer to the embedding, but the weights hold two different ones: "
+            "set tie_word_embeddings to false if both are meant"
+        )
+    if problems:
+        raise CheckpointError(f"{origin} does not fit {type(model).__name__}:\n  " + "\n  ".join(problems))
+
+
+def _check_config(folder: Path, trust_remote_code: bool) -> None:
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}")
+    config = read_json(_local_folder(folder) / "config.json")
+    if (folder / "adapter_config.json").is_file():
+        raise UnsupportedError(
+            f"{folder} holds a model and an adapter; merge the adapter into the weights first"
+        )
+    quantized = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for part in quantized:
+        found = part.get("quantization_config") or part.get("compression_config")
+        if found:
+            method = found.get("quant_method", "an unnamed method") if isinstance(found, dict) else found
+            raise UnsupportedError(
+                f"{folder} is quantized already ({method}); give the original BF16, FP16 or FP32 weights"
+            )
+    _check_architecture(folder, config, trust_remote_code)
+
+
+def _check_architecture(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    if "AutoModelForCausalLM" in (config.get("auto_map") or {}):
+        if trust_remote_code:
+            return
+        if config.get("model_type") not in known:
+            raise UnsupportedError(
+                f"{folder} brings its own model code; read it, then set trust_remote_code: true to run it"
+            )
+    named = list(config.get("architectures") or [])
+    if not named and config.get("model_type") in known:
+        return
+    if not any(name in known.values() for name in named):
+        given = ", ".join(map(str, named)) or f"model_type {config.get('model_type')!r}"
+        raise UnsupportedError(
+            f"{folder} is not a causal language model that this transformers knows: {given}; "
+            f"nearest: {nearest(given, known.values())}"
+        )
+
+
+def _check_weights(folder: Path) -> None:
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickles and not any(folder.glob("*.safetensors")) and not (folder / INDEX).is_file():
+        raise CheckpointError(
+            f"{folder} holds pickled weights only ({_some(pickles)}). Unpickling can run any code, so they "
+            "are not read. Convert them where you trust them: AutoModelForCausalLM.from_pretrained(folder, "
+            'dtype="auto").save_pretrained(new_folder)'
+        )
+    ShardReader(folder).verify_complete()
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """The tokenizer in `folder`.
+
+    Raises:
+        CheckpointError: there is none, or transformers cannot read it.
+    """
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise CheckpointError(f"{folder} has no tokenizer; looked for {', '.join(_TOKENIZER_FILES)}")
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+            return tokenizer
+    except Exception as error:  # the tokenizers library raises plain Exception for a broken tokenizer.json
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
+
+
+# --- what is in it -------------------------------------------------------------------------------
+
+
+def unquantizable(model: torch.nn.Module) -> list[str]:
+    """Names of parameters that hold stacks of matrices, such as fused MoE experts [expert, out, in].
+
+    They are no Linear modules, so no rule of a scheme can reach them. Convolutions, and vectors stored with
+    extra dimensions of one, are not listed.
+    """
+    convolution = torch.nn.modules.conv._ConvNd
+    return [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if not isinstance(module, convolution)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim >= 3 and min(parameter.shape[-2:]) > 1
+    ]
+
+
+def source_files(folder: Path) -> list[Path]:
+    """Files of a model to copy byte for byte into an export: tokenizer, templates, generation config, ...
+
+    Not weights in any format, config.json (an exporter writes its own), params.json (it describes weights in
+    another layout, which engines would then look for), hidden files, or folders other than the templates'.
+    """
+    own = [path for path in folder.iterdir() if path.is_file()]
+    templates = [path for path in folder.glob("additional_chat_templates/*") if path.is_file()]
+    return sorted(
+        path
+        for path in own + templates
+        if path.name not in ("config.json", "params.json")
+        and not path.name.startswith(".")
+        and not path.name.endswith(tuple(_WEIGHT_SUFFIXES))
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or CheckpointError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+@contextlib.contextmanager
+def quiet(bars: bool = False) -> Iterator[None]:
+    """Silence transformers' warnings, and its progress bars unless `bars`, for the block; then as before."""
+    from transformers.utils import logging
+
+    level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if had_bars and not bars:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if had_bars and not bars:
+            logging.enable_progress_bar()
+
+
+def _some(names: list[str], count: int = 5) -> str:
+    return ", ".join(names[:count]) + (f", ... ({len(names) - count} more)" if len(names) > count else "")

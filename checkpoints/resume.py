@@ -1,0 +1,195 @@
+"""What a run keeps on disk: the best student, and the state from which training goes on exactly.
+
+Both are folders of safetensors plus a small JSON, written under another name and renamed when complete, so whatever
+kills the process leaves the last good one loadable. Nothing is pickled.
+
+    runs/<name>/checkpoints/best/            student.safetensors, state.json
+    runs/<name>/checkpoints/step-00000040/   student, optimizer, average, random state
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qat.checkpoints.folders import atomic_folder
+from qat.checkpoints.hf import ModelConfig, load_model, resolve
+from qat.config import load_yaml, validate
+from qat.errors import CheckpointError
+from qat.scheme import Scheme
+from qat.surgery import apply
+
+BEST = "best"
+_STUDENT, _OPTIMIZER, _AVERAGE, _STATE, _RANDOM = (
+    "student.safetensors",
+    "optimizer.safetensors",
+    "average.safetensors",
+    "state.json",
+    "random.safetensors",
+)
+
+
+def student_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer by name, a shared one once (under its first name), on CPU."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor.detach().cpu().contiguous()
+    return tensors
+
+
+def restore_student(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put saved values into a model that the same scheme was applied to.
+
+    Raises:
+        CheckpointError: a tensor is missing, surplus, or of another shape.
+    """
+    own = student_tensors(model)
+    missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    wrong = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    if missing or surplus or wrong:
+        raise CheckpointError(
+            f"the saved student does not fit this model: missing {missing[:3]}, surplus {surplus[:3]}, shapes {wrong[:3]}; "
+            "was the scheme or the model changed since it was saved?"
+        )
+    state = model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            state[name].copy_(tensor)
+
+
+def save_best(run: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Replace the best student."""
+    folder = run / "checkpoints" / BEST
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(folder, overwrite=True, expected_bytes=_bytes(tensors)) as partial:
+        save_file(tensors, partial / _STUDENT)
+        (partial / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+
+def save_state(
+    run: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor] | None,
+    state: dict[str, Any],
+) -> Path:
+    """Write everything that training needs to go on after `step`, then delete older states."""
+    student = student_tensors(model)
+    moments = _optimizer_tensors(model, optimizer)
+    root = run / "checkpoints"
+    root.mkdir(parents=True, exist_ok=True)
+    folder = root / f"step-{step:08d}"
+    size = _bytes(student) + _bytes(moments) + _bytes(average or {})
+    with atomic_folder(folder, overwrite=True, expected_bytes=size) as partial:
+        save_file(student, partial / _STUDENT)
+        save_file(moments, partial / _OPTIMIZER)
+        save_file(_random_state(), partial / _RANDOM)
+        if average is not None:
+            save_file({name: t.cpu().contiguous() for name, t in average.items()}, partial / _AVERAGE)
+        (partial / _STATE).write_text(json.dumps({**state, "step": step}, indent=1), encoding="utf-8")
+    for old in _states(run):
+        if old != folder:
+            shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def _states(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def last_state(run: Path) -> Path:
+    """The newest complete resumable state.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    states = [folder for folder in _states(run) if (folder / _STATE).is_file()]
+    if not states:
+        raise CheckpointError(f"{run} holds no resumable state (checkpoints/step-*); start it without --resume")
+    return states[-1]
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The JSON part of a saved state."""
+    state: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    return state
+
+
+def restore_state(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+    """Bring model, optimizer and random generators back; returns the JSON state and the averaged weights."""
+    restore_student(model, load_file(folder / _STUDENT))
+    _restore_optimizer(model, optimizer, load_file(folder / _OPTIMIZER))
+    random = load_file(folder / _RANDOM)
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random and torch.cuda.is_available():
+        torch.cuda.set_rng_state(random["cuda"])
+    average = load_file(folder / _AVERAGE) if (folder / _AVERAGE).is_file() else None
+    return read_state(folder), average
+
+
+def _random_state() -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        f"{names[id(parameter)]}/{key}": value.detach().cpu().contiguous()
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        name, _, kind = key.rpartition("/")
+        if name not in parameters:
+            raise CheckpointError(f"the saved optimizer knows {name!r}, which this model does not have")
+        parameter = parameters[name]
+        # AdamW keeps its step counts wherever the fused kernel wants them; moments live beside their parameter.
+        optimizer.state[parameter][kind] = value.to(parameter.device)
+
+
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def load_student(run: Path, checkpoint: str = BEST) -> tuple[nn.Module, Path, dict[str, Any]]:
+    """Rebuild a trained student from a run folder.
+
+    Args:
+        run: a folder written by `qat train`.
+        checkpoint: "best", or the name of a folder below `checkpoints/`.
+
+    Returns:
+        The model with its fake-quantized layers and trained values, the source folder, and the saved state.
+    """
+    if not (run / "job.yaml").is_file():
+        raise CheckpointError(f"{run} is not a run: it holds no job.yaml (runs are written by `qat train`)")
+    job = load_yaml(run / "job.yaml")
+    folder = run / "checkpoints" / checkpoint
+    if not (folder / _STUDENT).is_file():
+        have = sorted(p.name for p in (run / "checkpoints").glob("*") if (p / _STUDENT).is_file())
+        raise CheckpointError(f"{run} has no checkpoint {checkpoint!r}; it has: {', '.join(have) or 'none yet'}")
+    config = validate(ModelConfig, job["model"], str(run / "job.yaml"))
+    scheme = validate(Scheme, job["scheme"], str(run / "job.yaml"))
+    source = resolve(config)
+    model = load_model(source, torch.float32, config.attn_implementation, config.trust_remote_code)
+    apply(model, scheme, defer_start=True)
+    restore_student(model, load_file(folder / _STUDENT))
+    return model, source, read_state(folder)

@@ -1,0 +1,83 @@
+"""qat: train a model in the numbers it will be served in.
+
+    qat.formats()                              the catalogue, name -> Format
+    qat.quantize(x, "nvfp4").dequantize()      codes and scales, and back
+    qat.fake_quantize(x, "nvfp4")              the same values without the codes
+    qat.apply(model, scheme); qat.report(model)
+    qat.train(qat.load_job("configs/quickstart.yaml"))
+    qat.export(run, out, "compressed-tensors")
+
+Only torch is imported here; training and export load their libraries when called.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from qat import numerics
+from qat.catalog import CATALOG, lookup
+from qat.format import Format
+from qat.numerics import QTensor
+from qat.scheme import Rule, Scheme
+from qat.surgery import Coverage, apply, calibrate, report
+
+if TYPE_CHECKING:
+    from qat.trainers.job import Job
+
+__all__ = [
+    "Coverage",
+    "Format",
+    "QTensor",
+    "Rule",
+    "Scheme",
+    "apply",
+    "calibrate",
+    "export",
+    "fake_quantize",
+    "formats",
+    "load_job",
+    "quantize",
+    "report",
+    "train",
+]
+
+
+def formats() -> dict[str, Format]:
+    """Every number format by name."""
+    return dict(CATALOG)
+
+
+def quantize(x: Tensor, format: str) -> QTensor:
+    """Codes and scales of x (..., columns) by the format's own scale rule.
+
+    Raises:
+        FormatError: unknown format, or its groups do not divide the last dimension.
+    """
+    return numerics.quantize(x, lookup(format))
+
+
+def fake_quantize(x: Tensor, format: str) -> Tensor:
+    """float32 values of `quantize(x, format).dequantize()`, bit for bit, without making codes."""
+    return numerics.fake_quantize(x, lookup(format))
+
+
+def load_job(path: str | Path, overrides: list[str] | None = None) -> "Job":
+    """Read and check a YAML job; `overrides` are `a.b=c` strings."""
+    from qat.trainers.job import load_job as load
+
+    return load(path, overrides)
+
+
+def train(job: "Job", *, resume: bool = False) -> dict[str, Any]:
+    """Run a job; returns its report."""
+    from qat.trainers.run import train as run
+
+    return run(job, resume_run=resume)
+
+
+def export(run: str | Path, out: str | Path, target: str = "compressed-tensors") -> Path:
+    """Write the best student of a run as a checkpoint for `target`."""
+    from qat.checkpoints.export import export as write
+
+    return write(Path(run), Path(out), target)

@@ -1,0 +1,255 @@
+"""The `qat` command: the one place that may import every part, each only when its command runs.
+
+Results go to stdout (with `--json`, one JSON document and nothing else); progress and warnings go to stderr. A QatError ends
+the command with one readable message and exit status 2, never with a traceback.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from qat.errors import ConfigError, QatError
+
+DESCRIPTION = """Train a model in the numbers it will be served in.
+
+  qat train configs/quickstart.yaml               distil the BF16 model into its quantized self
+  qat export runs/quickstart OUT                  write a native low-precision checkpoint
+  qat verify OUT                                  prove that the files are the trained model, bit for bit
+  qat generate OUT "Once upon a time"             try it
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    _quiet_libraries()
+    try:
+        run: Callable[[argparse.Namespace], int | None] = arguments.run
+        return run(arguments) or 0
+    except QatError as error:
+        print(f"qat {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print(f"qat {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="qat", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (add, run, summary) in COMMANDS.items():
+        sub = commands.add_parser(
+            name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        add(sub)
+        sub.set_defaults(run=run)
+    return parser
+
+
+def _quiet_libraries() -> None:
+    """No advertisements or advice from libraries; their errors still show."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, allow_nan=False))
+
+
+# --- train ----------------------------------------------------------------------------------------
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="YAML file of the run (see configs/)")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="change a value: steps=200 optim.lr=3e-4")
+    parser.add_argument("--resume", action="store_true", help="continue the run from its last saved state, exactly")
+    parser.add_argument("--dry-run", action="store_true", help="print coverage, memory and time; train nothing")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from qat.trainers.job import load_job
+
+    job = load_job(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        from qat.trainers.estimate import estimate, print_estimate
+
+        found = estimate(job)
+        if arguments.json:
+            _print_json(found.to_dict())
+        else:
+            from rich.console import Console
+
+            print_estimate(found, Console())
+        return
+    from qat.trainers.run import train
+
+    report = train(job, resume_run=arguments.resume, table=not arguments.json)
+    if arguments.json:
+        _print_json(report)
+
+
+# --- export and verify ------------------------------------------------------------------------------
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("trained", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist")
+    parser.add_argument("--target", default="compressed-tensors", help="file layout (default: %(default)s)")
+    parser.add_argument("--checkpoint", default="best", help="which of the run's checkpoints (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from qat.checkpoints.export import export
+
+    out = export(
+        arguments.trained,
+        arguments.out,
+        arguments.target,
+        overwrite=arguments.overwrite,
+        checkpoint=arguments.checkpoint,
+    )
+    size = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
+    print(f"{out}: {size / 1e6:.1f} MB of weights for {arguments.target}; check it with: qat verify {out}")
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="an exported checkpoint")
+    parser.add_argument("--no-logits", action="store_true", help="skip loading it in plain transformers")
+    parser.add_argument("--json", action="store_true", help="print the checks as JSON")
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from qat.checkpoints.verify import verify
+
+    report = verify(arguments.folder, logits=not arguments.no_logits)
+    if arguments.json:
+        _print_json(report.to_dict())
+    else:
+        for check in report.checks:
+            print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name}: {check.detail}")
+        print("all checks passed" if report.ok else "the checkpoint does NOT pass")
+    return 0 if report.ok else 1
+
+
+# --- eval and generate ------------------------------------------------------------------------------
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a run, an exported checkpoint, or a plain model")
+    parser.add_argument("--teacher", help="model to compare with (default: what DIR was made from)")
+    parser.add_argument("--text", nargs="+", metavar="FILE", help="text files (default: the shipped held-out text)")
+    parser.add_argument("--tokens", type=int, default=8192, help="how much text to read (default: %(default)s)")
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="lm-eval tasks (needs: pip install lm-eval)")
+    parser.add_argument("--json", action="store_true", help="print the scores as JSON")
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from qat.trainers.inspect import evaluate_folder
+
+    found = evaluate_folder(
+        arguments.folder, arguments.teacher, arguments.text or [], arguments.tokens, arguments.tasks or []
+    )
+    if arguments.json:
+        _print_json(found)
+        return
+    for row in found["rows"]:
+        kl = "" if row["kl"] is None else f"  KL to teacher {row['kl']:.4f}  top-1 agreement {row['top1']:.1%}"
+        print(f"{row['name']}: NLL {row['nll']:.4f}  perplexity {row['ppl']:.2f}{kl}  ({row['tokens']} tokens)")
+    for task, metrics in found.get("tasks", {}).items():
+        print(f"{task}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a run, an exported checkpoint, or a plain model")
+    parser.add_argument("prompt", help="text to continue")
+    parser.add_argument("--tokens", type=int, default=64, help="most tokens to write (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from qat.trainers.inspect import generate
+
+    if arguments.tokens < 1 or arguments.temperature < 0:
+        raise ConfigError(f"--tokens {arguments.tokens} must be positive, --temperature {arguments.temperature} >= 0")
+    generate(
+        arguments.folder,
+        arguments.prompt,
+        arguments.tokens,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+        chat=arguments.chat,
+    )
+
+
+# --- formats ----------------------------------------------------------------------------------------
+
+
+def _add_formats(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the catalogue as JSON")
+
+
+def _formats(arguments: argparse.Namespace) -> None:
+    from qat.catalog import CATALOG
+
+    rows = [
+        {
+            "name": fmt.name,
+            "element": " or ".join(element.name for element in fmt.elements),
+            "max": fmt.element.max,
+            "block": list(fmt.block),
+            "scale": fmt.scale,
+            "scale_rule": fmt.scale_rule,
+            "global_scale": fmt.global_scale,
+            "zero_point": fmt.zero_point,
+            "bits_per_weight": round(fmt.bits_per_weight(4096, 4096), 4),
+            "source": fmt.source,
+        }
+        for fmt in CATALOG.values()
+    ]
+    if arguments.json:
+        _print_json(rows)
+        return
+    print(f"{'name':<20}{'element':<20}{'largest':>8}  {'block':<14}{'scale':<16}{'bits/weight':>11}")
+    for row in rows:
+        block = "x".join(str(n) if n else "all" for n in row["block"])  # type: ignore[attr-defined]  # a list here
+        scale = f"{row['scale']} {row['scale_rule']}"
+        extra = " +tensor scale" if row["global_scale"] else " +zero point" if row["zero_point"] else ""
+        print(
+            f"{row['name']:<20}{row['element']:<20}{row['max']:>8.4g}  {block:<14}{scale:<16}"
+            f"{row['bits_per_weight']:>11.3f}{extra}"
+        )
+    print("\nblock: rows x columns that share a scale; bits/weight with scales, for a 4096 x 4096 matrix")
+
+
+COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Any], str]] = {
+    "train": (_add_train, _train, "run quantization-aware training or distillation from a YAML file"),
+    "eval": (_add_eval, _eval, "judge a run, an export or a model: KL to the teacher, NLL, top-1 agreement"),
+    "export": (_add_export, _export, "write a trained run as a native low-precision checkpoint"),
+    "verify": (_add_verify, _verify, "check an exported checkpoint against the trained model, bit for bit"),
+    "generate": (_add_generate, _generate, "continue a prompt on this machine, streaming, and print tokens/s"),
+    "formats": (_add_formats, _formats, "list the number formats"),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,399 @@
+"""The rules of the layout with teeth: import arrows, one home per constant, names, sizes, no unsafe loading.
+
+Each rule is a plain function from one source file to a list of complaints. It runs twice: over every file of
+the repository, where it must find nothing, and over small sources that break it, where it must find exactly
+that. Rules read the AST and the comments; only the catalogue is imported, for the names to look for.
+"""
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+from qat.catalog import CATALOG
+
+ROOT = Path(__file__).resolve().parent.parent
+LINKED = ("kernels", "trainers", "checkpoints", "configs")
+FOLDERS = ("qat", *LINKED, "tests")
+
+# A layer may import itself and these. The composition roots may import every layer, inside functions only.
+MAY_IMPORT = {
+    "qat": {"qat"},
+    "kernels": {"qat", "kernels"},
+    "checkpoints": {"qat", "checkpoints"},
+    "trainers": {"qat", "checkpoints", "trainers"},
+    "configs": set(),
+}
+COMPOSITION_ROOTS = ("qat/__init__.py", "qat/cli.py")
+OPTIONAL = {"wandb", "deepspeed", "lm_eval"}
+CORE_BANS = {"transformers", "lightning", "pytorch_lightning", "datasets", "peft", "triton", *OPTIONAL}
+
+CONSTANT_HOMES = ("qat/catalog.py", "qat/element.py")
+FORMAT_NUMBERS = {448, 2688, 127, 127.5, 240, 57344, 7.5}
+FORMAT_NAMES = frozenset(CATALOG)
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+VAGUE_NAMES = {"utils", "util", "helpers", "common", "base", "misc"}
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+PICKLES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+SILENCE = re.compile(r"#\s*(?:ruff:\s*)?(?:(?:type|pyright):\s*ignore|noqa)", re.IGNORECASE)
+CODED_TYPE = r"(?:type|pyright):\s*ignore\[[\w\-, ]+\]"
+CODED_NOQA = r"(?:ruff:\s*)?noqa:\s*[A-Z]+\d+(?:,\s*[A-Z]+\d+)*"
+CODED_SILENCE = re.compile(rf"#\s*(?:{CODED_TYPE}|{CODED_NOQA})", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One Python file: its path from the repository root (the real folder, never a link) and its text."""
+
+    path: str
+    text: str
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text, filename=self.path)
+
+    @property
+    def layer(self) -> str:
+        return self.path.partition("/")[0]
+
+    @property
+    def module(self) -> list[str]:
+        """Package path for relative imports: kernels/a/b.py is qat.kernels.a.b."""
+        parts = list(PurePosixPath(self.path).with_suffix("").parts)
+        return ["qat", *parts] if self.layer in LINKED else parts
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported dotted name; eager unless it stands in a function or is for type checkers only."""
+
+    name: str
+    line: int
+    eager: bool
+
+    @property
+    def layer(self) -> str | None:
+        parts = self.name.split(".")
+        if parts[0] != "qat":
+            return None
+        return parts[1] if len(parts) > 1 and parts[1] in LINKED else "qat"
+
+
+def sources() -> Iterator[Source]:
+    """Every Python file of the repository once: through the real folders, never through qat's links."""
+    for folder in FOLDERS:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            relative = path.relative_to(ROOT)
+            if not (folder == "qat" and relative.parts[1] in LINKED):
+                yield Source(relative.as_posix(), path.read_text(encoding="utf-8"))
+
+
+def imports(source: Source) -> Iterator[Import]:
+    """All imports: statements, `from` names, relative ones, and import_module / __import__ of a constant."""
+
+    def visit(node: ast.AST, eager: bool) -> Iterator[Import]:
+        for name in _imported_names(source, node):
+            yield Import(name, getattr(node, "lineno", 0), eager)
+        types_only = isinstance(node, ast.If) and "TYPE_CHECKING" in _dotted(node.test)
+        inner = eager and not types_only and not isinstance(node, FUNCTIONS)
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, inner)
+
+    yield from visit(source.tree, True)
+
+
+def _imported_names(source: Source, node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        parent = source.module[: len(source.module) - node.level] if node.level else []
+        stem = ".".join([*parent, *([node.module] if node.module else [])])
+        return [f"{stem}.{alias.name}" for alias in node.names]
+    if isinstance(node, ast.Call) and _dotted(node.func).endswith(("import_module", "__import__")):
+        return [str(arg.value) for arg in node.args[:1] if isinstance(arg, ast.Constant)]
+    return []
+
+
+def _dotted(node: ast.AST) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{_dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def _docstrings(tree: ast.Module) -> set[int]:
+    """ids of the constant nodes that are docstrings (or attribute docs: any bare string statement)."""
+    return {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+
+
+def import_arrows(source: Source) -> list[str]:
+    """trainers -> checkpoints -> qat <- kernels; trainers are imported by the composition roots only."""
+    if source.layer == "tests":
+        return []
+    found = []
+    for item in imports(source):
+        top = item.name.partition(".")[0]
+        if top in LINKED:
+            found.append(f"{item.line}: imports top-level {top!r}; write qat.{top}")
+        elif item.layer and source.path in COMPOSITION_ROOTS:
+            if item.layer != "qat" and item.eager:
+                found.append(f"{item.line}: import {item.name} inside the function that needs it")
+        elif item.layer and item.layer not in MAY_IMPORT[source.layer]:
+            found.append(f"{item.line}: {source.layer} must not import {item.name}")
+    return found
+
+
+def light_core(source: Source) -> list[str]:
+    """Files directly in qat/ need no heavy library; optional services load only when asked for."""
+    found = []
+    core = source.layer == "qat" and source.path != "qat/cli.py"
+    for item in imports(source):
+        top = item.name.partition(".")[0]
+        if core and top in CORE_BANS:
+            found.append(f"{item.line}: qat core must not import {top}")
+        elif source.layer != "tests" and item.eager and top in OPTIONAL:
+            found.append(f"{item.line}: {top} is optional; import it inside the function that needs it")
+    return found
+
+
+def one_home_for_constants(source: Source) -> list[str]:
+    """An element's limits and a format's name are written in the catalogue, and derived everywhere else."""
+    if source.layer == "tests" or source.path in CONSTANT_HOMES:
+        return []
+    prose = _docstrings(source.tree)
+    found = []
+    for node in ast.walk(source.tree):
+        if not isinstance(node, ast.Constant) or id(node) in prose:
+            continue
+        if type(node.value) in (int, float) and node.value in FORMAT_NUMBERS:
+            found.append(f"{node.lineno}: {node.value} belongs to an Element; derive it from the Format")
+        elif isinstance(node.value, str) and node.value in FORMAT_NAMES:
+            found.append(f"{node.lineno}: format name {node.value!r} belongs in the catalogue or a config")
+    return found
+
+
+def clear_names(source: Source) -> list[str]:
+    """A file or folder is named after what it holds."""
+    parts = PurePosixPath(source.path).with_suffix("").parts
+    return [f"1: {part!r} does not name what it holds" for part in parts if part.strip("_") in VAGUE_NAMES]
+
+
+def fits_on_a_screen(source: Source) -> list[str]:
+    """A module docstring, and few enough lines per file and function (functions in kernels/ are exempt)."""
+    found = [] if ast.get_docstring(source.tree) else ["1: no module docstring: what does it own, and why?"]
+    lines = len(source.text.splitlines())
+    if lines > MAX_FILE_LINES:
+        found.append(f"1: {lines} lines; at most {MAX_FILE_LINES}: is it one subject?")
+    for node in ast.walk(source.tree):
+        if isinstance(node, FUNCTIONS) and source.layer != "kernels":
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > MAX_FUNCTION_LINES:
+                found.append(f"{node.lineno}: {node.name} has {length} lines; at most {MAX_FUNCTION_LINES}")
+    return found
+
+
+def reasoned_silence(source: Source) -> list[str]:
+    """A silenced warning carries its code and the reason in words, after another `#`."""
+    found = []
+    for token in tokenize.generate_tokens(io.StringIO(source.text).readline):
+        if token.type != tokenize.COMMENT:
+            continue
+        silenced, reason = len(SILENCE.findall(token.string)), CODED_SILENCE.sub("", token.string)
+        if re.match(r"#\s*mypy:", token.string):
+            found.append(f"{token.start[0]}: mypy is configured in pyproject.toml, not per file")
+        elif silenced and silenced != len(CODED_SILENCE.findall(token.string)):
+            found.append(f"{token.start[0]}: say which code is silenced: {token.string}")
+        elif silenced and len(re.findall(r"[A-Za-z]", reason)) < 6:
+            found.append(f"{token.start[0]}: say in words why it is silenced: {token.string}")
+    return found
+
+
+def safe_loading(source: Source) -> list[str]:
+    """Nothing a checkpoint or a hub repository holds is ever executed."""
+    found = [
+        f"{item.line}: {item.name} can execute what it loads; use safetensors or JSON"
+        for item in imports(source)
+        if item.name.partition(".")[0] in PICKLES or item.name == "torch.load"
+    ]
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Call):
+            found += [f"{node.lineno}: {problem}" for problem in _unsafe_call(node)]
+        found += [f"{line}: trust_remote_code=True" for line in _trusts(node)]
+    return found
+
+
+def _unsafe_call(node: ast.Call) -> Iterator[str]:
+    name = _dotted(node.func)
+    given = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
+    if name in ("eval", "exec", "builtins.eval", "builtins.exec"):
+        yield f"{name}() runs text as code"
+    if name == "torch.load" and given.get("weights_only") is not True:
+        yield "torch.load without weights_only=True"
+    if given.get("allow_pickle") is True:
+        yield "allow_pickle=True"
+
+
+def _trusts(node: ast.AST) -> Iterator[int]:
+    """Lines where trust_remote_code is set to True: a keyword, a dict entry, an assignment or a default."""
+    pairs: list[tuple[object, ast.expr | None]] = []
+    if isinstance(node, ast.keyword):
+        pairs = [(node.arg, node.value)]
+    elif isinstance(node, ast.Dict):
+        pairs = [(getattr(k, "value", ""), v) for k, v in zip(node.keys, node.values, strict=True)]
+    elif isinstance(node, ast.Assign):
+        pairs = [(_dotted(target).rpartition(".")[2], node.value) for target in node.targets]
+    elif isinstance(node, ast.AnnAssign):
+        pairs = [(_dotted(node.target).rpartition(".")[2], node.value)]
+    elif isinstance(node, ast.arguments):
+        positional = [*node.posonlyargs, *node.args][-len(node.defaults) :] if node.defaults else []
+        given = zip([*positional, *node.kwonlyargs], [*node.defaults, *node.kw_defaults], strict=True)
+        pairs = [(argument.arg, default) for argument, default in given]
+    for name, value in pairs:
+        if name == "trust_remote_code" and isinstance(value, ast.Constant) and value.value is True:
+            yield value.lineno
+
+
+def linked_folders(root: Path) -> list[str]:
+    """The four folders are real, are no packages of their own, and reach `qat` through relative links."""
+    found = []
+    for name in LINKED:
+        link, folder = root / "qat" / name, root / name
+        if not folder.is_dir() or folder.is_symlink():
+            found.append(f"{name}/ must be a real folder")
+        if not link.is_symlink() or link.readlink() != Path("..") / name:
+            found.append(f"qat/{name} must be a symlink to ../{name}")
+        if (folder / "__init__.py").exists():
+            found.append(f"{name}/__init__.py would make a top-level package that shadows others; delete it")
+    return found
+
+
+Rule = Callable[[Source], list[str]]
+RULES: list[Rule] = [import_arrows, light_core, one_home_for_constants, clear_names, fits_on_a_screen]
+RULES += [reasoned_silence, safe_loading]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_every_file_obeys(rule: Rule) -> None:
+    complaints = [f"{source.path}:{problem}" for source in sources() for problem in rule(source)]
+    assert not complaints, "\n".join([rule.__doc__ or "", *complaints])
+
+
+def test_the_walk_sees_real_files_once() -> None:
+    paths = [source.path for source in sources()]
+    assert {"qat/catalog.py", "tests/test_architecture.py"} <= set(paths)
+    assert len(paths) == len({(ROOT / path).resolve() for path in paths})
+    for name in LINKED:
+        expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / name).rglob("*.py")}
+        assert expected == {path for path in paths if path.startswith(f"{name}/")}
+
+
+def test_folders_are_linked() -> None:
+    assert linked_folders(ROOT) == []
+
+
+A_NAME = "nvfp4"
+BROKEN: list[tuple[Rule, str, str]] = [
+    (import_arrows, "qat/modules.py", "from qat.checkpoints.hf import load"),
+    (import_arrows, "qat/modules.py", "def f():\n    from qat import trainers"),
+    (import_arrows, "qat/modules.py", "from .kernels import load"),
+    (import_arrows, "kernels/load.py", "import qat.checkpoints.hf"),
+    (import_arrows, "kernels/matmul/triton.py", "from ...trainers.job import Job"),
+    (import_arrows, "checkpoints/export.py", "import importlib\nimportlib.import_module('qat.trainers.job')"),
+    (import_arrows, "checkpoints/export.py", "def f():\n    import qat.trainers.job"),
+    (import_arrows, "trainers/job.py", "from qat.kernels.load import load"),
+    (import_arrows, "configs/recipe.py", "import qat.scheme"),
+    (import_arrows, "qat/cli.py", "from qat.trainers.job import Job"),
+    (import_arrows, "qat/__init__.py", "from qat import checkpoints"),
+    (import_arrows, "checkpoints/hf.py", "import kernels"),
+    (import_arrows, "trainers/data.py", "def f():\n    from checkpoints.hf import load"),
+    (light_core, "qat/modules.py", "def f():\n    import transformers"),
+    (light_core, "qat/ops.py", "import triton.language as tl"),
+    (light_core, "qat/__init__.py", "def f():\n    from datasets import load_dataset"),
+    (light_core, "trainers/callbacks.py", "import wandb"),
+    (light_core, "trainers/strategy.py", "try:\n    import deepspeed\nexcept ImportError:\n    pass"),
+    (light_core, "trainers/evaluate.py", "class A:\n    from lm_eval import tasks"),
+    (light_core, "qat/cli.py", "import wandb"),
+    *[(one_home_for_constants, "kernels/a/triton.py", f"x = -{number}") for number in sorted(FORMAT_NUMBERS)],
+    (one_home_for_constants, "qat/numerics.py", "limit = 448.0"),
+    (one_home_for_constants, "qat/scheme.py", f"def f(format: str = {A_NAME!r}):\n    return format"),
+    (one_home_for_constants, "checkpoints/export.py", f"table = {{{A_NAME!r}: 1}}"),
+    (clear_names, "qat/utils.py", ""),
+    (clear_names, "trainers/_helpers.py", ""),
+    (clear_names, "checkpoints/common/shards.py", ""),
+    (fits_on_a_screen, "qat/modules.py", "x = 1"),
+    (fits_on_a_screen, "qat/modules.py", '"""Doc."""\n' * (MAX_FILE_LINES + 1)),
+    (fits_on_a_screen, "qat/modules.py", '"""Doc."""\ndef f():\n' + "    x = 1\n" * MAX_FUNCTION_LINES),
+    (reasoned_silence, "qat/modules.py", "x = 1  # noqa"),
+    (reasoned_silence, "qat/modules.py", "x = 1  # noqa: E501"),
+    (reasoned_silence, "qat/modules.py", "x = 1  # type: ignore  # the stub is out of date"),
+    (reasoned_silence, "qat/modules.py", "x = 1  # type: ignore[assignment]"),
+    (reasoned_silence, "qat/modules.py", "x = 1  # type: ignore[assignment]  # noqa: E501"),
+    (reasoned_silence, "qat/modules.py", "x = 1  # type: ignore  # noqa: E501  the stub is out of date"),
+    (reasoned_silence, "qat/modules.py", "# ruff: noqa"),
+    (reasoned_silence, "qat/modules.py", "# mypy: ignore-errors"),
+    (safe_loading, "checkpoints/resume.py", "import pickle"),
+    (safe_loading, "checkpoints/resume.py", "def f():\n    from dill import loads"),
+    (safe_loading, "checkpoints/resume.py", "from torch import load"),
+    (safe_loading, "checkpoints/resume.py", "torch.load(path)"),
+    (safe_loading, "checkpoints/resume.py", "torch.load(path, weights_only=False)"),
+    (safe_loading, "checkpoints/resume.py", "np.load(path, allow_pickle=True)"),
+    (safe_loading, "trainers/job.py", "eval(text)"),
+    (safe_loading, "trainers/job.py", "exec(text)"),
+    (safe_loading, "checkpoints/hf.py", "load(path, trust_remote_code=True)"),
+    (safe_loading, "checkpoints/hf.py", "options = {'trust_remote_code': True}"),
+    (safe_loading, "checkpoints/hf.py", "trust_remote_code: bool = True"),
+    (safe_loading, "checkpoints/hf.py", "config.trust_remote_code = True"),
+    (safe_loading, "checkpoints/hf.py", "def f(a, trust_remote_code=True, b=1): ..."),
+    (safe_loading, "checkpoints/hf.py", "def f(*, trust_remote_code=True): ..."),
+]
+ALLOWED: list[tuple[Rule, str, str]] = [
+    (import_arrows, "trainers/job.py", "from qat.checkpoints.hf import load\nfrom qat.losses import Loss"),
+    (import_arrows, "kernels/matmul/triton.py", "from qat.kernels.device import round_to\nimport qat.ops"),
+    (import_arrows, "qat/cli.py", "def f():\n    from qat.trainers import job\n    import qat.kernels.load"),
+    (import_arrows, "qat/__init__.py", "if TYPE_CHECKING:\n    from qat.trainers.job import Job"),
+    (light_core, "checkpoints/hf.py", "import transformers"),
+    (light_core, "qat/cli.py", "def f():\n    import wandb"),
+    (light_core, "trainers/callbacks.py", "def f():\n    import wandb"),
+    (one_home_for_constants, "qat/catalog.py", f"limit, name = 448, {A_NAME!r}"),
+    (one_home_for_constants, "qat/numerics.py", f'"""{A_NAME}"""\naddress = "127.0.0.1"\nwidth = 128'),
+    (fits_on_a_screen, "kernels/a/triton.py", '"""Doc."""\ndef f():\n' + "    x = 1\n" * MAX_FUNCTION_LINES),
+    (reasoned_silence, "qat/modules.py", "x = 1  # type: ignore[assignment]  # torch returns a float"),
+    (reasoned_silence, "qat/modules.py", "x = 1  # noqa: E501, B006  # the address cannot be broken"),
+    (reasoned_silence, "qat/modules.py", "x = '# noqa'"),
+    (safe_loading, "checkpoints/resume.py", "model.eval()\ntorch.load(path, weights_only=True)"),
+    (safe_loading, "checkpoints/hf.py", "f(trust_remote_code=config.trust)\nf(trust_remote_code=False)"),
+]
+
+
+@pytest.mark.parametrize(("case", "complaints"), [*((c, 1) for c in BROKEN), *((c, 0) for c in ALLOWED)])
+def test_rules_report_what_breaks_them(case: tuple[Rule, str, str], complaints: int) -> None:
+    rule, path, text = case
+    assert len(rule(Source(path, text))) == complaints
+
+
+@pytest.mark.parametrize("damage", ["package", "absolute", "copied", "elsewhere"])
+def test_wrong_links_are_reported(tmp_path: Path, damage: str) -> None:
+    (tmp_path / "qat").mkdir()
+    for name in LINKED:
+        (tmp_path / name).mkdir()
+        (tmp_path / "qat" / name).symlink_to(Path("..") / name)
+    assert linked_folders(tmp_path) == []
+    link = tmp_path / "qat" / "kernels"
+    if damage == "package":
+        (tmp_path / "kernels" / "__init__.py").touch()
+    else:
+        link.unlink()
+    if damage == "absolute":
+        link.symlink_to(tmp_path / "kernels")
+    elif damage == "copied":
+        link.mkdir()
+    elif damage == "elsewhere":
+        link.symlink_to(Path("..") / "trainers")
+    assert len(linked_folders(tmp_path)) == 1

@@ -1,0 +1,232 @@
+"""What happens after every optimizer step: averaging, the metrics file, judging on held-out text, saving, the progress bar.
+
+One Lightning callback calls the parts in a fixed order, so that what is saved is what was judged and what was logged.
+"""
+
+import contextlib
+import csv
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as lit
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+
+from qat.checkpoints import resume
+from qat.errors import ConfigError
+from qat.trainers.evaluate import Judge, Scores
+from qat.trainers.job import Job
+from qat.trainers.module import QatModule
+
+COLUMNS = (
+    "step",
+    "tokens",
+    "seconds",
+    "loss",
+    "lr",
+    "scale_lr",
+    "grad_norm",
+    "tokens_per_second",
+    "heldout_kl",
+    "heldout_nll",
+    "heldout_top1",
+)
+
+
+class MetricsFile:
+    """`metrics.csv`: one row per step, flushed at once; rows after the step a run resumes from are dropped."""
+
+    def __init__(self, path: Path, after: int) -> None:
+        kept = []
+        if after and path.is_file():
+            with path.open(newline="") as file:
+                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= after]
+        self.seconds = float(kept[-1]["seconds"]) if kept else 0.0
+        self.file = path.open("w", newline="")
+        self.writer = csv.DictWriter(self.file, COLUMNS)
+        self.writer.writeheader()
+        self.writer.writerows(kept)
+        self.file.flush()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row; missing columns stay empty."""
+        self.writer.writerow(row)
+        self.file.flush()
+
+
+class Average:
+    """Exponential moving average of the trained parameters, bias-corrected by a warm-up of the decay."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.model = decay, model
+        self.values = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the parameters after `step`."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, parameter in self.model.named_parameters():
+            if name in self.values:
+                self.values[name].lerp_(parameter.detach(), 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model holds the averaged values inside this context."""
+        own = {name: p.data for name, p in self.model.named_parameters() if name in self.values}
+        parameters = dict(self.model.named_parameters())
+        try:
+            for name, value in self.values.items():
+                parameters[name].data = value
+            yield
+        finally:
+            for name, data in own.items():
+                parameters[name].data = data
+
+
+class Keeper:
+    """Knows the best student so far and when to give up waiting for a better one."""
+
+    def __init__(self, run: Path, job: Job, judge: Judge, best: dict[str, Any]) -> None:
+        self.run, self.job, self.judge, self.best = run, job, judge, best
+
+    def judge_now(self, model: nn.Module, step: int) -> Scores:
+        """Score the model; keep it if its held-out KL is the lowest yet."""
+        scores = self.judge.score(model)
+        if not self.best or scores.kl < self.best["kl"]:
+            self.best = {"step": step, "kl": scores.kl, "since": 0}
+            resume.save_best(self.run, resume.student_tensors(model), {"step": step, **scores.row("student")})
+        else:
+            self.best["since"] += 1
+        return scores
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether `eval.patience` judgements have passed without improvement."""
+        return 0 < self.job.eval.patience <= self.best.get("since", 0)
+
+
+class StepLoop(lit.Callback):
+    """Runs the parts after each optimizer step."""
+
+    def __init__(self, run: Path, job: Job, keeper: Keeper, average: Average | None, saved: dict[str, Any]) -> None:
+        self.run, self.job, self.keeper, self.average, self.saved = run, job, keeper, average, saved
+        self.metrics: MetricsFile | None = None
+        self.bar: Progress | None = None
+        self.task: Any = None
+        self.stopped_by: str | None = None
+        self._step_began = time.monotonic()
+        self._seen = 0
+        self._previous: Any = None
+
+    def on_fit_start(self, trainer: lit.Trainer, pl_module: lit.LightningModule) -> None:
+        """Open the metrics file and the bar; catch SIGTERM."""
+        module = _as_qat(pl_module)
+        if not trainer.is_global_zero:
+            return
+        self.metrics = MetricsFile(self.run / "metrics.csv", module.start_step)
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self.bar = Progress(TextColumn("training"), *columns, *times, console=Console(stderr=True))
+        self.task = self.bar.add_task("training", total=self.job.steps, completed=module.start_step, note="")
+        self.bar.start()
+
+    def on_train_start(self, trainer: lit.Trainer, pl_module: lit.LightningModule) -> None:
+        """Start the clock; from here on SIGTERM means: save, then stop."""
+        self._step_began = time.monotonic()
+        self._previous = signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def _on_sigterm(self, number: int, frame: Any) -> None:
+        self.stopped_by = "SIGTERM"
+
+    def on_train_batch_end(
+        self, trainer: lit.Trainer, pl_module: lit.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After a micro-batch that completed an optimizer step: average, record, judge, save."""
+        if trainer.global_step == self._seen:
+            return
+        self._seen = trainer.global_step
+        module = _as_qat(pl_module)
+        step = module.step
+        if self.average is not None:
+            self.average.update(step)
+        row = self._row(trainer, module, step)
+        every = self.job.eval.every
+        if step == self.job.steps or (every and step % every == 0):
+            row.update(self._judge(module, step))
+        self._record(trainer, row, step)
+        module.step_loss, module.step_tokens = 0.0, 0
+        due = self.job.checkpoint_every and step % self.job.checkpoint_every == 0
+        if due or step == self.job.steps or self.stopped_by:
+            self.save(module, step)
+        if self.stopped_by or self.keeper.exhausted:
+            self.stopped_by = self.stopped_by or f"no better held-out KL in {self.job.eval.patience} judgements"
+            trainer.should_stop = True
+        self._step_began = time.monotonic()
+
+    def _row(self, trainer: lit.Trainer, module: QatModule, step: int) -> dict[str, Any]:
+        seconds = time.monotonic() - self._step_began
+        self.saved["seconds"] = self.saved.get("seconds", 0.0) + seconds
+        self.saved["tokens"] = self.saved.get("tokens", 0) + module.step_tokens
+        rates = module.rates
+        return {
+            "step": step,
+            "tokens": self.saved["tokens"],
+            "seconds": round(self.saved["seconds"], 3),
+            "loss": module.step_loss,
+            "lr": rates["weight"],
+            "scale_lr": rates.get("scale", ""),
+            "grad_norm": module.grad_norm,
+            "tokens_per_second": round(module.step_tokens / seconds, 2),
+        }
+
+    def _judge(self, module: QatModule, step: int) -> dict[str, float]:
+        with self.average.applied() if self.average is not None else contextlib.nullcontext():
+            scores = self.keeper.judge_now(module.student, step)
+        return {"heldout_kl": scores.kl, "heldout_nll": scores.nll, "heldout_top1": scores.top1}
+
+    def _record(self, trainer: lit.Trainer, row: dict[str, Any], step: int) -> None:
+        if self.metrics is None or self.bar is None:
+            return
+        self.metrics.write(row)
+        note = f"loss {row['loss']:.4f}  {row['tokens_per_second']:.0f} tokens/s"
+        if "heldout_kl" in row:
+            mark = " (best)" if self.keeper.best["step"] == step else ""
+            self.bar.console.print(f"step {step}: held-out KL {row['heldout_kl']:.4f}{mark}", highlight=False)
+        self.bar.update(self.task, completed=step, note=note)
+        for logger in trainer.loggers:
+            logger.log_metrics({k: v for k, v in row.items() if v != ""}, step=step)
+
+    def save(self, module: QatModule, step: int) -> None:
+        """Write the resumable state."""
+        values = self.average.values if self.average is not None else None
+        state = {**self.saved, "best": self.keeper.best}
+        optimizer: Any = module.optimizers()
+        resume.save_state(self.run, step, module.student, optimizer.optimizer, values, state)
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+        if self.metrics is not None:
+            self.metrics.file.close()
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+            self._previous = None
+
+    def on_fit_end(self, trainer: lit.Trainer, pl_module: lit.LightningModule) -> None:
+        """Close what was opened."""
+        self._close()
+
+    def on_exception(self, trainer: lit.Trainer, pl_module: lit.LightningModule, exception: BaseException) -> None:
+        """Close what was opened."""
+        self._close()
+
+
+def _as_qat(module: lit.LightningModule) -> QatModule:
+    if not isinstance(module, QatModule):
+        raise ConfigError(f"these callbacks drive a QatModule, not a {type(module).__name__}")
+    return module

@@ -1,0 +1,370 @@
+"""Training data: from a configured source to batches that are a pure function of (seed, step).
+
+Text is read as a stream, tokenised, and written once as fixed rows into a memory-mapped file, keyed by a
+hash of all that decides its content: memory stays bounded, and the next run starts at once. Because a batch
+depends on nothing but the seed and its index, resuming exactly needs no sampler state.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from filelock import FileLock
+from pydantic import Field, model_validator
+from torch import nn
+
+from qat.checkpoints.folders import atomic_folder
+from qat.config import Strict
+from qat.errors import ConfigError, DataError
+from qat.trainers import selfwritten, sources, tokens
+from qat.trainers.packing import CHANNELS, IGNORE, Batch, collate, pack, pad
+from qat.trainers.progress import progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CACHE = Path("~/.cache/qat/data")
+CACHE_VERSION = 1  # raise it when the same key would give other rows
+_STORED = np.dtype("<i4")
+_ROWS, _META = "rows.bin", "meta.json"
+
+
+class Generate(Strict):
+    """How the teacher writes its own text (`source: teacher`)."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    greedy_tokens: int = Field(default=4, ge=0)
+    tokens: int | None = Field(default=None, ge=1)
+    batch: int = Field(default=16, ge=1)
+
+
+class DataConfig(Strict):
+    """Which text to train or evaluate on, and how it becomes rows of tokens.
+
+    Attributes:
+        source: `embedded` (the help texts inside Python), `heldout` (the text shipped for evaluation),
+            `teacher` (text the teacher writes), a local .jsonl, .json, .parquet, .txt or .md file, a folder
+            of such files, or a hub id `owner/name`.
+        config_name, split, revision: of a hub data set.
+        text_field, messages_field: where a record holds its text, or its chat of {role, content} messages.
+        seq_len: tokens per row.
+        pack: documents end to end in full rows, kept apart by position ids; else one padded document a row.
+        chat: `auto` takes a record's messages if it has them; `never` takes its text.
+        max_tokens: read no more than this.
+        seed: of the text a teacher writes.
+        generate: how a teacher writes.
+    """
+
+    source: str = Field(default="embedded", min_length=1)
+    config_name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    text_field: str = "text"
+    messages_field: str = "messages"
+    seq_len: int = Field(default=512, ge=8)
+    pack: bool = True
+    chat: Literal["auto", "never"] = "auto"
+    max_tokens: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=0, ge=0)
+    generate: Generate = Generate()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DataConfig":
+        if self.source != "teacher" and self.generate != Generate():
+            raise ValueError(f"generate only works with source: teacher, but source is {self.source!r}")
+        if self.pack and self.max_tokens is not None and self.max_tokens < self.seq_len:
+            raise ValueError(
+                f"max_tokens {self.max_tokens} is less than one row of seq_len {self.seq_len}; "
+                "raise it or set pack: false"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Rows of tokens on disk.
+
+    Attributes:
+        path: folder that holds them.
+        source: what they were made from, with its content hash or commit.
+        num_rows, seq_len: shape of the whole.
+        tokens: tokens in the rows, padding not counted.
+        loss_tokens: positions with a target.
+        dropped_tokens: read but in no row: the unfilled last row (packed), or what was cut off (padded).
+        documents: documents read, the skipped ones not counted.
+        skipped_documents: chats without an assistant turn.
+        digest: sha256 of the rows: ids, targets and document numbers.
+    """
+
+    path: Path
+    source: str
+    num_rows: int
+    seq_len: int
+    tokens: int
+    loss_tokens: int
+    dropped_tokens: int
+    documents: int
+    skipped_documents: int
+    digest: str
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def array(self) -> npt.NDArray[np.int32]:
+        """All rows, memory-mapped: int32 of shape (num_rows, 3, seq_len); ids, targets, document
+        numbers."""
+        shape = (self.num_rows, CHANNELS, self.seq_len)
+        return np.memmap(self.path / _ROWS, dtype=_STORED, mode="r", shape=shape)
+
+    def rows(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Batch:
+        """The rows at `indices` as int64 tensors of shape (len(indices), seq_len).
+
+        `input_ids`, `position_ids` (restart with each document), `document_ids` (from 0 in each row, -1 on
+        padding), and `targets`: what the logits at the same position predict, -100 where they predict
+        nothing.
+        """
+        return collate(self.array()[np.asarray(indices, np.int64)])
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches of rows; `batch(index)` depends only on the blocks, the seed and the index.
+
+    Every epoch visits each row once, in an order drawn from (seed, epoch); a batch may straddle two epochs.
+
+    Attributes:
+        blocks: where rows come from.
+        rows_per_batch: rows of a global batch, over all ranks; may exceed the number of rows.
+        seed: of the order.
+        rank, world_size: this process's share of each global batch.
+    """
+
+    blocks: Blocks
+    rows_per_batch: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.rows_per_batch < 1 or self.rows_per_batch % self.world_size:
+            raise ConfigError(
+                f"{self.rows_per_batch} rows per batch cannot be shared equally by {self.world_size} "
+                f"processes; give a positive multiple of {self.world_size}"
+            )
+        if not 0 <= self.rank < self.world_size:
+            raise ConfigError(f"rank {self.rank} must be from 0 to {self.world_size - 1}")
+
+    def indices(self, index: int) -> npt.NDArray[np.int64]:
+        """Row numbers of this rank's share of global batch `index`."""
+        share = self.rows_per_batch // self.world_size
+        begin = index * self.rows_per_batch + self.rank * share
+        rows = self.blocks.num_rows
+        places = (divmod(place, rows) for place in range(begin, begin + share))
+        return np.array([_order(rows, self.seed, epoch)[offset] for epoch, offset in places], np.int64)
+
+    def batch(self, index: int) -> Batch:
+        """This rank's share of global batch `index`, as `Blocks.rows` gives it."""
+        return self.blocks.rows(self.indices(index))
+
+
+@lru_cache(maxsize=4)
+def _order(rows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(rows)
+
+
+def load_blocks(
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    num_tokens: int | None = None,
+    cache_dir: Path | None = None,
+    teacher: nn.Module | None = None,
+) -> Blocks:
+    """The rows of a source, from the cache or built now.
+
+    Processes that ask for the same rows at once build them once. With `source: teacher` call this before
+    the teacher is spread over processes.
+
+    Args:
+        config: what to read and how.
+        tokenizer: of the model to be trained.
+        num_tokens: stop when there are rows for this many tokens; a source that has fewer gives what it
+        has.
+        cache_dir: where rows are kept, `~/.cache/qat/data` unless given.
+        teacher: who writes the text of `source: teacher`.
+
+    Raises:
+        DataError: the source cannot be read, or holds less than one row.
+    """
+    config = sources.pinned(config)
+    plan = _plan(config, num_tokens)
+    source = sources.fingerprint(config)
+    if config.source == "teacher":
+        if teacher is None:
+            raise DataError("source 'teacher' needs the teacher model, but none was given")
+        source = f"teacher sha256:{selfwritten.weights_digest(teacher)}"
+    key = _key(config, source, tokens.fingerprint(tokenizer), plan)
+    folder = (cache_dir or CACHE).expanduser() / key
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        found = _open(folder)
+        if found is not None:
+            return found
+        what = f"{'writing' if config.source == 'teacher' else 'tokenising'} {config.source}"
+        total = plan.rows * config.seq_len if plan.rows else plan.tokens
+        with atomic_folder(folder, overwrite=True) as partial, progress(what, total) as step:
+            documents = _encoded(config, tokenizer, teacher, step)
+            meta = {"source": source, **_write_rows(partial, documents, config, plan, tokenizer)}
+            (partial / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        return _read(folder)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Where to stop: at so many rows, or when so many tokens have been read; None for no limit."""
+
+    rows: int | None
+    tokens: int | None
+
+
+def _plan(config: DataConfig, num_tokens: int | None) -> _Plan:
+    wanted = num_tokens
+    if config.source == "teacher":
+        wanted = config.generate.tokens or num_tokens or config.max_tokens
+        if wanted is None:
+            raise DataError("source 'teacher' never ends; set generate.tokens")
+    limits = [] if wanted is None else [-(-wanted // config.seq_len)]
+    if config.pack and config.max_tokens is not None:
+        limits.append(config.max_tokens // config.seq_len)
+    return _Plan(min(limits, default=None), None if config.pack else config.max_tokens)
+
+
+def _key(config: DataConfig, source: str, tokenizer: str, plan: _Plan) -> str:
+    unused = set() if config.source == "teacher" else {"seed", "generate"}
+    parts = [CACHE_VERSION, source, tokenizer, config.model_dump(mode="json", exclude=unused), asdict(plan)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _encoded(
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    teacher: nn.Module | None,
+    step: Callable[[int], None],
+) -> Iterator[tokens.Tokens]:
+    """Tokenised documents of the source, counted by `step` as they are made."""
+    if teacher is not None and config.source == "teacher":
+        yield from selfwritten.write(
+            teacher, tokenizer, config.generate, seq_len=config.seq_len, seed=config.seed, advance=step
+        )
+        return
+    for document in tokens.encode(sources.documents(config), tokenizer):
+        step(len(document.ids))
+        yield document
+
+
+@dataclass
+class _Tally:
+    """What went through `_counted` so far."""
+
+    read: int = 0
+    documents: int = 0
+    skipped: int = 0
+    exhausted: bool = False
+
+
+def _counted(documents: Iterator[tokens.Tokens], tally: _Tally, limit: int | None) -> Iterator[tokens.Tokens]:
+    """The documents with something to learn, up to `limit` tokens; the last one is cut there."""
+    for document in documents:
+        if not document.learn.any():
+            tally.skipped += 1
+            continue
+        left = len(document.ids) if limit is None else limit - tally.read
+        kept = tokens.Tokens(document.ids[:left], document.learn[:left])
+        tally.read += len(kept.ids)
+        tally.documents += 1
+        yield kept
+        if limit is not None and tally.read >= limit:
+            return
+    tally.exhausted = True
+
+
+def _write_rows(
+    folder: Path,
+    documents: Iterator[tokens.Tokens],
+    config: DataConfig,
+    plan: _Plan,
+    tokenizer: "PreTrainedTokenizerBase",
+) -> dict[str, Any]:
+    """Write the rows into `folder` and return what `Blocks` says about them, without path and source."""
+    tally, digest = _Tally(), hashlib.sha256()
+    counted = _counted(documents, tally, plan.tokens)
+    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    rows = pack(counted, config.seq_len) if config.pack else pad(counted, config.seq_len, pad_id)
+    count = kept = learnt = 0
+    with (folder / _ROWS).open("wb") as file:
+        for row in islice(rows, plan.rows):
+            data = row.astype(_STORED).tobytes()
+            file.write(data)
+            digest.update(data)
+            count += 1
+            learnt += int((row[1] != IGNORE).sum())
+            kept += int((row[2] >= 0).sum())
+    _refuse_nothing(config, tally, count, learnt)
+    # Where packing stopped by plan, the rest of the document it was in was not needed: that is not dropping.
+    dropped = tally.read - kept if tally.exhausted or not config.pack else 0
+    return {
+        "num_rows": count,
+        "seq_len": config.seq_len,
+        "tokens": kept,
+        "loss_tokens": learnt,
+        "dropped_tokens": dropped,
+        "documents": tally.documents,
+        "skipped_documents": tally.skipped,
+        "digest": digest.hexdigest(),
+    }
+
+
+def _refuse_nothing(config: DataConfig, tally: _Tally, rows: int, learnt: int) -> None:
+    source = f"source {config.source!r}"
+    if not tally.documents:
+        skipped = f"only {tally.skipped} documents without an assistant turn to learn"
+        what = skipped if tally.skipped else "no text"
+        raise DataError(f"{source} holds {what}; give another source, text_field or messages_field")
+    if not rows:
+        raise DataError(
+            f"{source} gives {tally.read} tokens, but one packed row needs seq_len = {config.seq_len}; "
+            "give more text, lower seq_len, or set pack: false"
+        )
+    if not learnt:
+        raise DataError(
+            f"{source}: none of {rows} rows has a token to learn; raise seq_len or give longer texts"
+        )
+
+
+def _read(folder: Path) -> Blocks:
+    return Blocks(path=folder, **json.loads((folder / _META).read_text(encoding="utf-8")))
+
+
+def _open(folder: Path) -> Blocks | None:
+    """The rows cached in `folder`; None, with a warning if something is there, when they have to be
+    made."""
+    if not folder.exists():
+        return None
+    try:
+        blocks = _read(folder)
+        expected = blocks.num_rows * CHANNELS * blocks.seq_len * _STORED.itemsize
+        if (folder / _ROWS).stat().st_size == expected:
+            return blocks
+        problem = f"{_ROWS} does not have {expected} bytes"
+    except (OSError, ValueError, TypeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    warnings.warn(f"the token cache {folder} is damaged ({problem}) and is made again", stacklevel=3)
+    return None

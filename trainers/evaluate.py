@@ -1,0 +1,145 @@
+"""How good a student is: KL to the teacher first, then next-token loss and top-1 agreement, on text not trained on.
+
+The teacher's final hidden states are kept (a few MB), not its logits (hundreds), so judging a checkpoint costs one
+forward pass of the student plus the teacher's head.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from qat.config import Strict
+from qat.losses import IGNORE
+from qat.surgery import served
+from qat.trainers.data import Blocks, DataConfig
+from qat.trainers.forward import Head, hidden_states, split
+from qat.trainers.packing import evaluating
+from qat.trainers.progress import progress
+
+CHUNK = 512  # tokens whose logits exist at once
+
+
+class EvalConfig(Strict):
+    """The held-out text and how often to judge on it.
+
+    Attributes:
+        data: where the text comes from; it must not be the training text.
+        tokens: how much of it.
+        every: steps between judgements while training, 0 for only at the end.
+        patience: stop after so many judgements without a better KL, 0 for never.
+        batch: rows per forward pass.
+    """
+
+    data: DataConfig = DataConfig(source="heldout")
+    tokens: int = Field(default=8192, ge=16)
+    every: int = Field(default=20, ge=0)
+    patience: int = Field(default=0, ge=0)
+    batch: int = Field(default=2, ge=1)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Means over `tokens` predicted tokens: nats of next-token loss and of KL(teacher || model), share of equal top-1."""
+
+    nll: float
+    kl: float
+    top1: float
+    tokens: int
+
+    @property
+    def ppl(self) -> float:
+        """Perplexity."""
+        return math.exp(self.nll)
+
+    def row(self, name: str) -> dict[str, Any]:
+        """One row of `report.json`."""
+        return {"name": name, **asdict(self), "ppl": self.ppl}
+
+
+class Judge:
+    """Scores models against a teacher on fixed rows of text.
+
+    Args:
+        teacher: the reference; None scores next-token loss only (KL and agreement are NaN).
+        blocks: held-out rows.
+        device, dtype: where the forward runs, and the autocast dtype (None for the model's own).
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module | None,
+        blocks: Blocks,
+        batch: int = 2,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.blocks, self.batch, self.device, self.dtype = blocks, batch, torch.device(device), dtype
+        self.teacher_head: Head | None = None
+        self.teacher_hidden: list[Tensor] = []
+        if teacher is not None:
+            self.teacher_head = split(teacher)
+            with evaluating(teacher):
+                self.teacher_hidden = [h.cpu() for h, _ in self._hidden(teacher, "teacher reads held-out text")]
+
+    def score(self, model: nn.Module, what: str = "judging") -> Scores:
+        """Judge `model`: unquantized parameters at their BF16 values, quantized ones on their grid."""
+        sums = torch.zeros(3, dtype=torch.float64)
+        count = 0
+        with served(model), evaluating(model):
+            head = split(model)
+            for index, (hidden, targets) in enumerate(self._hidden(model, what)):
+                keep = targets != IGNORE
+                teacher = None
+                if self.teacher_head is not None:
+                    teacher = self.teacher_hidden[index].to(self.device)[keep]
+                sums += self._sums(head, hidden[keep], teacher, targets[keep])
+                count += int(keep.sum())
+        nll, kl, top1 = (sums / count).tolist()
+        return Scores(nll, kl, top1, count)
+
+    @torch.no_grad()
+    def _hidden(self, model: nn.Module, what: str) -> Iterator[tuple[Tensor, Tensor]]:
+        rows = len(self.blocks)
+        with progress(what, rows) as advance:
+            for start in range(0, rows, self.batch):
+                batch = self.blocks.rows(list(range(start, min(start + self.batch, rows))))
+                batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+                with self._autocast():
+                    hidden = hidden_states(model, batch)
+                yield hidden.flatten(0, 1), batch["targets"].flatten()
+                advance(len(batch["targets"]))
+
+    @torch.no_grad()
+    def _sums(self, head: Head, hidden: Tensor, teacher: Tensor | None, targets: Tensor) -> Tensor:
+        total = torch.zeros(3, dtype=torch.float64)
+        for start in range(0, len(hidden), CHUNK):
+            part = slice(start, start + CHUNK)
+            with self._autocast():
+                logits = head(hidden[part])
+                reference = None if self.teacher_head is None or teacher is None else self.teacher_head(teacher[part])
+            log_q = logits.float().log_softmax(-1)
+            total[0] -= log_q.gather(1, targets[part, None]).double().sum().cpu()
+            if reference is None:
+                total[1:] = math.nan
+                continue
+            log_p = reference.float().log_softmax(-1)
+            total[1] += (log_p.exp() * (log_p - log_q)).sum(-1).double().sum().cpu()
+            total[2] += (log_p.argmax(-1) == log_q.argmax(-1)).sum().cpu()
+        return total
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+
+def gap_closed(reference: float, before: float, after: float) -> float:
+    """Share of the distance from `before` down to `reference` that `after` has covered; NaN where there was none."""
+    gap = before - reference
+    return (before - after) / gap if gap > 0 else math.nan

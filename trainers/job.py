@@ -1,0 +1,108 @@
+"""The Job: one YAML file that says everything a run does. Read this file first to know what can be configured."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from qat.checkpoints.hf import ModelConfig
+from qat.config import Strict, load_yaml, override, validate
+from qat.losses import CrossEntropy, ForwardKL, Loss
+from qat.scheme import Scheme
+from qat.trainers.data import DataConfig
+from qat.trainers.evaluate import EvalConfig
+from qat.trainers.optim import OptimConfig
+
+Precision = Literal["auto", "fp32", "bf16-mixed"]
+Strategy = Literal["auto", "ddp", "fsdp", "deepspeed"]
+
+
+class Wandb(Strict):
+    """Weights & Biases, in addition to metrics.csv. `offline` keeps everything on disk."""
+
+    project: str
+    offline: bool = False
+
+
+class Job(Strict):
+    """One run.
+
+    Attributes:
+        name: the run lives in `<runs>/<name>/`.
+        method: "qad" distils a teacher; "qat" trains on the next token.
+        model: the student before quantization.
+        teacher: whom to imitate and to be judged against; by default the student's own BF16 weights.
+        scheme: which weights and inputs get which format.
+        loss: by default forward KL for qad and cross-entropy for qat.
+        steps: optimizer steps.
+        rows: rows of `data.seq_len` tokens per optimizer step, over all devices.
+        micro_rows: rows per forward pass and device; the rest is gradient accumulation.
+        calibration_rows: rows of the training text that set activation ranges and start scales.
+        checkpoint_every: steps between resumable checkpoints, 0 for only at the end.
+        precision: "auto" is bf16-mixed on GPUs and fp32 on CPUs. Master weights are always fp32.
+        strategy: how several devices share the work.
+        loss_chunk: tokens whose logits exist at once.
+        activation_checkpointing: recompute activations in the backward pass to save memory.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    method: Literal["qad", "qat"] = "qad"
+    model: ModelConfig
+    teacher: ModelConfig | None = None
+    scheme: Scheme
+    data: DataConfig = DataConfig()
+    loss: Loss | None = None
+    optim: OptimConfig = OptimConfig()
+    eval: EvalConfig = EvalConfig()
+    steps: int = Field(ge=1)
+    rows: int = Field(default=2, ge=1)
+    micro_rows: int = Field(default=2, ge=1)
+    calibration_rows: int = Field(default=8, ge=1)
+    checkpoint_every: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0)
+    precision: Precision = "auto"
+    strategy: Strategy = "auto"
+    devices: int = Field(default=1, ge=1)
+    loss_chunk: int = Field(default=256, ge=1)
+    activation_checkpointing: bool = False
+    wandb: Wandb | None = None
+    runs: Path = Path("runs")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Job":
+        if self.method == "qat" and self.loss is not None and self.loss.needs_teacher:
+            raise ValueError(f"method qat trains on the next token, but loss {self.loss.kind} needs a teacher; use qad")
+        if self.method == "qad" and self.loss is not None and not self.loss.needs_teacher:
+            raise ValueError(f"method qad imitates a teacher, but loss {self.loss.kind} ignores it; use method: qat")
+        if self.rows % (self.micro_rows * self.devices):
+            raise ValueError(
+                f"rows ({self.rows}) must be a multiple of micro_rows x devices ({self.micro_rows} x {self.devices})"
+            )
+        if self.data.source == self.eval.data.source and self.data.split == self.eval.data.split:
+            raise ValueError(f"data and eval.data are both {self.data.source!r}: judge on text that is not trained on")
+        return self
+
+    @property
+    def objective(self) -> Any:
+        """The loss in force."""
+        return self.loss or (ForwardKL() if self.method == "qad" else CrossEntropy())
+
+    @property
+    def folder(self) -> Path:
+        """Where this run writes."""
+        return self.runs / self.name
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens read by one optimizer step, padding included."""
+        return self.rows * self.data.seq_len
+
+
+def load_job(path: str | Path, overrides: list[str] | None = None) -> Job:
+    """Read and check a job file.
+
+    Raises:
+        ConfigError: with the path of the key, the value, and what is allowed.
+    """
+    path = Path(path)
+    return validate(Job, override(load_yaml(path), overrides or []), str(path))

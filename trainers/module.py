@@ -1,0 +1,128 @@
+"""The Lightning module: one optimizer step of QAT or QAD. What differs between the two is only the loss.
+
+The step counter, the order of the data and the learning rate are pure functions of the optimizer step, so that a resumed
+run repeats the interrupted one exactly; Lightning's own loop state is not needed.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as lit
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from qat.errors import TrainingError
+from qat.losses import IGNORE, chunked
+from qat.trainers import optim
+from qat.trainers.data import Batches
+from qat.trainers.forward import Head, hidden_states, split
+from qat.trainers.job import Job
+from qat.trainers.packing import Batch
+
+
+class MicroBatches(IterableDataset[Batch]):
+    """The micro-batches of optimizer steps `start` to `stop`, in order, each with the token count of its whole step."""
+
+    def __init__(self, batches: Batches, start: int, stop: int, micro_rows: int, world_size: int) -> None:
+        self.batches, self.start, self.stop = batches, start, stop
+        self.micro_rows, self.world_size = micro_rows, world_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        for step in range(self.start, self.stop):
+            whole = Batches(self.batches.blocks, self.batches.rows_per_batch, self.batches.seed).batch(step)
+            count = (whole["targets"] != IGNORE).sum()
+            mine = self.batches.batch(step) if self.world_size > 1 else whole
+            for first in range(0, len(mine["targets"]), self.micro_rows):
+                part = slice(first, first + self.micro_rows)
+                yield {**{name: tensor[part] for name, tensor in mine.items()}, "step_tokens": count}
+
+
+class QatModule(lit.LightningModule):
+    """Student, teacher and loss.
+
+    Args:
+        student: a model that a scheme was applied to.
+        teacher: or None, for losses without one. It is not a submodule, so it is neither trained nor saved.
+        job: the run.
+        blocks: training rows.
+        start_step: optimizer steps already done.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module | None, job: Job, batches: Batches, start_step: int) -> None:
+        super().__init__()
+        self.student, self.job, self.batches, self.start_step = student, job, batches, start_step
+        self._teacher = (teacher,)
+        self._heads: tuple[Head, Head | None] | None = None
+        self.step_loss = 0.0
+        self.step_tokens = 0
+        self.grad_norm = 0.0
+        self.rates: dict[str, float] = {}
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done since the job began, over all resumptions."""
+        return self.start_step + int(self.trainer.global_step)
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """See the class."""
+        return self._teacher[0]
+
+    def on_fit_start(self) -> None:
+        """Place the teacher, find both heads, freeze what the job freezes."""
+        if self.teacher is not None:
+            self.teacher.to(self.device).eval().requires_grad_(False)
+        with torch.autocast(self.device.type, enabled=False):
+            self._heads = (split(self.student), split(self.teacher) if self.teacher is not None else None)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Micro-batches from the current step to the last."""
+        world = self.trainer.world_size
+        share = Batches(self.batches.blocks, self.batches.rows_per_batch, self.batches.seed, self.global_rank, world)
+        data = MicroBatches(share, self.start_step, self.job.steps, self.job.micro_rows, world)
+        return DataLoader(data, batch_size=None)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean loss per token of the whole optimizer step, this micro-batch's share of it."""
+        assert self._heads is not None
+        student_head, teacher_head = self._heads
+        teacher_hidden = None
+        if self.teacher is not None and self.job.objective.needs_teacher:
+            with torch.no_grad():
+                teacher_hidden = hidden_states(self.teacher, batch)
+        hidden = hidden_states(self.student, batch)
+        total = chunked(
+            self.job.objective, hidden, student_head, teacher_hidden, teacher_head, batch["targets"], self.job.loss_chunk
+        )
+        value = total / batch["step_tokens"]
+        self._account(value, batch)
+        # Lightning divides by the accumulation count and averages over processes; the sum over the step is wanted.
+        return value * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def _account(self, value: Tensor, batch: Batch) -> None:
+        loss = float(value.detach())
+        if loss != loss or loss in (float("inf"), float("-inf")):
+            raise TrainingError(
+                f"the loss became {loss} at step {self.step + 1}; the last good checkpoint is kept. Lower optim.lr "
+                f"(now {self.job.optim.lr:g}), or look for bad rows in {self.job.data.source!r}"
+            )
+        self.step_loss += loss
+        self.step_tokens += batch["input_ids"].numel() * self.trainer.world_size
+
+    def configure_optimizers(self) -> Any:
+        """AdamW; rates follow `optim.schedule` from the true step."""
+        optimizer = optim.build(self.student, self.job.optim)
+
+        def factor(done: int) -> float:
+            return optim.schedule(self.job.optim, self.start_step + done, self.job.steps)
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        """Clip by the norm over all trained parameters, and remember the norm and the rates in force for the log."""
+        groups = optimizer.param_groups
+        parameters = [p for group in groups for p in group["params"]]
+        self.grad_norm = float(nn.utils.clip_grad_norm_(parameters, self.job.optim.clip))
+        self.rates = {group["kind"]: group["lr"] for group in groups}

@@ -1,0 +1,317 @@
+"""What a run reports: four models side by side, what they cost, how to repeat them; as JSON, page and table.
+
+The headline is made from the numbers, so it says as plainly that training did not help as that it did. KL to
+the teacher leads, because a student can beat its teacher's perplexity and still have lost abilities.
+"""
+
+import json
+import math
+import shlex
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qat.config import write_text_atomic
+from qat.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+JSON, PAGE = "report.json", "report.md"
+LABELS = {"bf16": "BF16", "ptq": "plain PTQ", "best_ptq": "best PTQ", "student": "trained student"}
+CONTAMINATED = 0.01  # share of the held-out 13-grams seen in training above which the page warns
+FEW_TOKENS = 4096  # held-out tokens below which differences of a few per cent are noise
+# Training has to win more than this share of the gap over the best start before the page says that it helped.
+MEASURABLE = 0.01
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """Everything a finished run says about itself.
+
+    Attributes:
+        rows: `Scores.row` of "bf16", "ptq", "best_ptq" and "student", in this order.
+        gap_closed: {"kl", "nll"}: share of the way from plain PTQ back to BF16; NaN where there was no gap.
+        gap_closed_over_best_ptq: the same, measured from the best PTQ start.
+        model_bytes, dense_bytes: stored size of the quantized model and of its BF16 original.
+        tokens, seconds: of training alone; judging and calibration are not counted.
+        best_step: the step whose student is reported; 0 is the start, before any training.
+        eval_hash, data_hash: digests of the held-out and of the training rows.
+        overlap: share of held-out 13-grams that occur in the training text; None where not measured.
+        scheme: `Coverage.by_format`.
+        machine: accelerator, or CPU and threads.
+        finished_at: ISO 8601, UTC.
+        qsnr: (layer, dB at the start, dB after training), each against the weights that were quantized.
+    """
+
+    name: str
+    method: str
+    rows: list[Row]
+    gap_closed: dict[str, float]
+    gap_closed_over_best_ptq: dict[str, float]
+    bits_per_weight: float
+    model_bytes: int
+    dense_bytes: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+    seed: int
+    steps: int
+    best_step: int
+    eval_hash: str
+    data_hash: str
+    overlap: float | None
+    scheme: list[tuple[str, str, int, int, float]]
+    machine: str
+    versions: dict[str, str]
+    precision: str
+    finished_at: str
+    qsnr: list[tuple[str, float, float]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `report.json`: plain JSON values, with None for what is not a finite number."""
+        data = asdict(self)
+        names = ("weight", "input", "modules", "parameters", "bits_per_weight")
+        data["scheme"] = [dict(zip(names, row, strict=True)) for row in self.scheme]
+        data["headline"] = headline(data)
+        return _finite(data)  # type: ignore[no-any-return]  # a dict goes in, so a dict comes out
+
+
+def _finite(value: Any) -> Any:
+    """`value` with NaN and infinities, which JSON cannot say, replaced by None."""
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+# --- reading and writing --------------------------------------------------------------------------
+
+
+def write_report(run: Path, report: RunReport) -> None:
+    """Write report.json and report.md into `run`, then draw plots/*.png.
+
+    A failure to draw is a warning: the numbers of a long run must not depend on a plotting library.
+    """
+    from qat.trainers.plots import draw
+
+    data = report.to_dict()
+    write_text_atomic(run / JSON, json.dumps(data, indent=1, allow_nan=False) + "\n")
+    pictures: list[Path] = []
+    try:
+        pictures = draw(run, data, report.qsnr or None)
+    except Exception as error:  # whatever the library raises: the run is finished and its numbers are safe
+        warnings.warn(f"the plots of {run} could not be drawn: {type(error).__name__}: {error}", stacklevel=2)
+    write_text_atomic(run / PAGE, page(run, data, [picture.relative_to(run) for picture in pictures]))
+
+
+def load_report(run: Path) -> dict[str, Any]:
+    """`report.json` of a finished run.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    path = run / JSON
+    if not path.is_file():
+        started = (run / "job.yaml").is_file()
+        why = "it has not finished (continue it with --resume)" if started else "it is not a run"
+        raise CheckpointError(f"{run} has no {JSON}: {why}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}; repeat the run to write it") from error
+    if not isinstance(data, dict) or "rows" not in data:
+        raise CheckpointError(f"{path} holds no report: `rows` is missing")
+    return data
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def headline(report: dict[str, Any]) -> str:
+    """What happened, in one or two sentences, by KL (or by next-token loss where nothing gave a KL)."""
+    rows = {row["name"]: row for row in report["rows"]}
+    key, name = ("kl", "KL") if _number(rows["student"]["kl"]) else ("nll", "next-token loss")
+    scores = [rows[who][key] for who in ("bf16", "ptq", "best_ptq", "student")]
+    if not all(map(_number, scores)):
+        return "The held-out scores are not finite numbers, so nothing can be said about this run."
+    dense, plain, best, student = scores
+    gap, path = plain - dense, f"{plain:.4f} → {student:.4f} nats per token"
+    if gap <= 0:
+        return f"Plain rounding lost nothing measurable on this text, so there was no gap to close ({name} {path})."
+    closed, alone = (plain - student) / gap, (plain - best) / gap
+    without = f"closed {_percent(alone)}" if alone >= 0 else f"widened it by {_percent(-alone)}"
+    without = f"the best start without training {without}"
+    if closed < 0:
+        return f"Training did harm: {name} {path}, worse than plain rounding; {without}. Do not use this student."
+    what = f"{_percent(closed)} of the {name} gap left by plain rounding ({path})"
+    if closed - alone > MEASURABLE:
+        return f"Training closed {what}; {without}."
+    kept = " The start is kept as the student." if report["best_step"] == 0 else ""
+    return f"Training did not help measurably: the student closes {what}; {without}.{kept}"
+
+
+def remarks(report: dict[str, Any]) -> list[str]:
+    """What a reader must know before quoting the numbers."""
+    rows = {row["name"]: row for row in report["rows"]}
+    dense, best, student = rows["bf16"], rows["best_ptq"], rows["student"]
+    share, found = report["overlap"], []
+    if share is None:
+        found.append("Whether the held-out text occurs in the training text was not measured.")
+    elif share > CONTAMINATED:
+        seen = f"{_percent(share)} of the held-out 13-grams also occur in the training text"
+        found.append(f"{seen}: part of the recovery may be memory.")
+    if not _number(student["kl"]):
+        found.append("Nothing gave a KL to a teacher; next-token loss alone does not show lost abilities.")
+    if _less(student["nll"], dense["nll"]):
+        found.append(
+            "The student predicts this text better than BF16 does: it has moved towards the training text, "
+            "which is not the same as having recovered. Trust KL and top-1."
+        )
+    if _less(student["kl"], best["kl"]) and _less(student["top1"], best["top1"]):
+        found.append("KL is better than at the best PTQ start, but top-1 agreement is worse.")
+    if student["tokens"] < FEW_TOKENS:
+        few = f"Only {student['tokens']:,} held-out tokens were judged"
+        found.append(f"{few}; differences of a few per cent are noise.")
+    return found
+
+
+def page(run: Path, report: dict[str, Any], pictures: list[Path]) -> str:
+    """The text of report.md.
+
+    Args:
+        run: the folder of the run, for the commands.
+        report: as `RunReport.to_dict` gives it.
+        pictures: paths relative to `run`.
+    """
+    heads, cells = _table(report)
+    scheme = [[*map(str, row.values())] for row in _readable_scheme(report["scheme"])]
+    stored = (
+        f"{report['bits_per_weight']:.2f} bits per weight with scales, {_size(report['model_bytes'])} instead "
+        f"of {_size(report['dense_bytes'])} in BF16."
+    )
+    notes = [f"- {remark}" for remark in remarks(report)]
+    sections = [
+        [f"# {report['name']}"],
+        [f"**{report['headline']}**"],
+        _markdown(heads, cells, left=1),
+        [
+            f"Judged on {report['rows'][-1]['tokens']:,} held-out tokens. KL (to the teacher) and NLL (next "
+            "token) are in nats per token, lower is better. KL gap closed is the share of the way from plain "
+            "PTQ back to BF16."
+        ],
+        notes,
+        [f"![{picture.stem}]({picture.as_posix()})" for picture in pictures],
+        ["## What is stored how"],
+        _markdown(["weights", "inputs", "modules", "parameters", "bits per weight"], scheme, left=2),
+        [stored],
+        ["## Again"],
+        ["```", f"qat train {shlex.quote(str(run / 'job.yaml'))} name={report['name']}-again", "```"],
+        ["## Provenance"],
+        _provenance(report),
+    ]
+    return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
+
+
+def _markdown(heads: list[str], cells: list[list[str]], left: int) -> list[str]:
+    """A Markdown table whose first `left` columns are text."""
+    rule = ["---"] * left + ["---:"] * (len(heads) - left)
+    return ["| " + " | ".join(row) + " |" for row in (heads, rule, *cells)]
+
+
+def _readable_scheme(scheme: list[Row]) -> list[Row]:
+    return [
+        {**row, "parameters": f"{row['parameters']:,}", "bits_per_weight": f"{row['bits_per_weight']:.2f}"}
+        for row in scheme
+    ]
+
+
+def _provenance(report: dict[str, Any]) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    overlap = "not measured" if report["overlap"] is None else _percent(report["overlap"])
+    speed = f"{report['tokens_per_second'] or 0.0:,.0f} tokens/s"
+    trained = f"{report['tokens']:,} tokens in {report['steps']:,} steps, {_duration(report['seconds'])}"
+    facts = {
+        "method": f"{report['method']}, seed {report['seed']}, precision {report['precision']}",
+        "training": f"{trained} ({speed})",
+        "student": f"step {report['best_step']:,}, the one with the lowest held-out KL (chosen on this text)",
+        "machine": f"{report['machine']}; peak memory {_size(report['peak_memory_bytes'])}",
+        "versions": versions,
+        "held-out rows": f"sha256 `{report['eval_hash']}`",
+        "training rows": f"sha256 `{report['data_hash']}`; held-out 13-grams found there: {overlap}",
+        "finished": report["finished_at"],
+    }
+    return [f"- {name}: {value}" for name, value in facts.items()]
+
+
+def print_table(report: RunReport, console: "Console") -> None:
+    """The rows, the headline and the remarks, for a terminal."""
+    from rich.table import Table
+
+    data = report.to_dict()
+    heads, cells = _table(data)
+    title = f"{report.name}: {report.bits_per_weight:.2f} bits per weight"
+    table = Table(title=title, title_justify="left")
+    for index, head in enumerate(heads):
+        table.add_column(head, justify="right" if index else "left", no_wrap=True)
+    for row in cells:
+        table.add_row(*row)
+    console.print(table)
+    for text in (data["headline"], *(f"- {remark}" for remark in remarks(data))):
+        console.print(text, highlight=False, markup=False)
+
+
+def _table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Column heads and formatted cells: every model with its scores, share of the KL gap closed, and size."""
+    by_name = {row["name"]: row for row in report["rows"]}
+    dense, plain = by_name["bf16"]["kl"], by_name["ptq"]["kl"]
+    cells = []
+    for row in report["rows"]:
+        closed = None
+        if row["name"] in ("best_ptq", "student") and _less(dense, plain) and _number(row["kl"]):
+            closed = (plain - row["kl"]) / (plain - dense)
+        size = report["dense_bytes"] if row["name"] == "bf16" else report["model_bytes"]
+        scores = [_cell(row["kl"], "{:.4f}"), _cell(row["nll"], "{:.4f}"), _cell(row["ppl"], "{:.2f}")]
+        agreement = _cell(row["top1"], "{:.1%}")
+        share = "–" if closed is None else _percent(closed)
+        cells.append([LABELS.get(row["name"], row["name"]), *scores, agreement, share, _size(size)])
+    return ["model", "KL", "NLL", "PPL", "top-1", "KL gap closed", "size"], cells
+
+
+def _cell(value: Any, form: str) -> str:
+    return form.format(value) if _number(value) else "–"
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _less(first: Any, second: Any) -> bool:
+    return _number(first) and _number(second) and first < second
+
+
+def _percent(share: float) -> str:
+    """Whole per cents, with more digits where '0 %' or '100 %' would be untrue."""
+    percent = 100 * share
+    for digits in (0, 1, 2):
+        text = f"{percent:.{digits}f}"
+        if float(text) not in (0.0, 100.0) or float(text) == percent:
+            return f"{text} %"
+    return f"{percent:.1e} %" if abs(percent) < 1 else f"{percent} %"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
