@@ -126,13 +126,9 @@ def _convert(file: Path, folder: Path) -> None:
     except (CheckpointError, UnsupportedError):
         raise
     except Exception as error:  # the reader raises whatever its arithmetic runs into
-        if (
-            isinstance(error, OSError) and error.errno is not None
-        ):  # a full disk, say: atomic_folder explains it
+        if isinstance(error, OSError) and error.errno is not None:  # a full disk, say: atomic_folder explains it
             raise
-        raise CheckpointError(
-            f"transformers cannot convert {file}: {type(error).__name__}: {error}"
-        ) from error
+        raise CheckpointError(f"transformers cannot convert {file}: {type(error).__name__}: {error}") from error
     _tidy(folder / "tokenizer_config.json")
     for weights in folder.glob("*.safetensors"):
         weights.chmod(0o644)
@@ -149,9 +145,7 @@ def read_metadata(file: Path) -> dict[str, Any]:
         with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
             _, version, _, count = struct.unpack_from("<4sIQQ", data)
             if not 2 <= version <= 3:
-                raise UnsupportedError(
-                    f"{file} is GGUF version {version} (or big-endian); supported: 2 and 3"
-                )
+                raise UnsupportedError(f"{file} is GGUF version {version} (or big-endian); supported: 2 and 3")
             facts, at = {}, struct.calcsize("<4sIQQ")
             for _ in range(count):
                 key, at = _read_value(data, at, _STRING)
@@ -187,19 +181,18 @@ def _tokenizer(file: Path, facts: dict[str, Any]) -> "PreTrainedTokenizerBase":
     tokenizer: Any = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     for role, key in _SPECIAL.items():  # some versions take them from fixed positions instead of the file
         number = facts.get(f"tokenizer.ggml.{key}_token_id")
-        setattr(
-            tokenizer, f"{role}_token", None if number is None else tokenizer.convert_ids_to_tokens(number)
-        )
+        setattr(tokenizer, f"{role}_token", None if number is None else tokenizer.convert_ids_to_tokens(number))
     if facts.get("tokenizer.ggml.model") == "gpt2":
-        _split_text(tokenizer, str(facts.get("tokenizer.ggml.pre")), file)
-    return tokenizer  # type: ignore[no-any-return]
+        _byte_level(tokenizer, str(facts.get("tokenizer.ggml.pre")), file)
+    return tokenizer
 
 
-def _split_text(tokenizer: Any, rule: str, file: Path) -> None:
-    """Give a byte-level tokenizer the split the file names, or refuse one that transformers replaced."""
-    from tokenizers import pre_tokenizers
+def _byte_level(tokenizer: Any, rule: str, file: Path) -> None:
+    """Give a byte-level tokenizer the split the file names, or refuse where transformers replaced it."""
+    from tokenizers import decoders, pre_tokenizers
 
     backend = tokenizer.backend_tokenizer
+    backend.decoder = decoders.ByteLevel()  # some versions add steps of other tokenizers, which alter text
     if rule in _DIGITS_FIRST:
         digits = pre_tokenizers.Digits(individual_digits=True)
         rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -240,7 +233,7 @@ def _tidy(path: Path) -> None:
     for trace in ("is_local", "local_files_only", "backend"):
         config.pop(trace, None)
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config.setdefault("clean_up_tokenization_spaces", False)  # the default of some versions eats spaces
+    config["clean_up_tokenization_spaces"] = False  # else some versions and engines eat spaces
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -251,9 +244,7 @@ def _spinner(text: str) -> Iterator[None]:
 
     console = Console(file=sys.stderr)  # the stream of now, which stays while the reader's own is silenced
     start = time.monotonic()
-    with Progress(
-        SpinnerColumn(), TextColumn(text), TimeElapsedColumn(), console=console, transient=True
-    ) as bar:
+    with Progress(SpinnerColumn(), TextColumn(text), TimeElapsedColumn(), console=console, transient=True) as bar:
         bar.add_task(text, total=None)
         yield
     console.print(f"{text}: done in {time.monotonic() - start:.0f} s", highlight=False, soft_wrap=True)

@@ -1,7 +1,7 @@
-"""Between a model in memory and the names of its tensors on disk, which transformers keeps apart (fused experts, renamed
-modules), and what the names say: which layers engines fuse, which weights are matrices of linear layers."""
+"""Between a model in memory and the names of its tensors on disk, which transformers keeps apart (fused experts,
+renamed modules), and what the names say about layers that engines fuse."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,14 @@ _QUANTIZERS = ("weight_quantizer", "input_quantizer")
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and persistent buffer by its name in the model, without quantizer state; tied ones appear twice."""
+    """Every parameter and persistent buffer by its name in the model, without quantizer state; tied ones twice."""
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     return {name: t for name, t in state.items() if not any(part in _QUANTIZERS for part in name.split("."))}
 
 
 def stored_tensors(model: "PreTrainedModel") -> dict[str, Tensor]:
-    """`own_tensors` under their checkpoint names. Those that are only renamed keep their identity; fused experts become
-    one tensor per expert."""
+    """`own_tensors` under their checkpoint names. Those that are only renamed keep their identity; fused experts
+    become one tensor per expert."""
     return _revert(model, own_tensors(model))
 
 
@@ -52,8 +52,8 @@ def skeleton(config: "PretrainedConfig") -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    return model  # type: ignore[no-any-return]  # transformers does not type its factory
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return model
 
 
 def fused_groups(paths: list[str]) -> list[list[str]]:

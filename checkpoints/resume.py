@@ -55,8 +55,8 @@ def restore_student(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     wrong = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
     if missing or surplus or wrong:
         raise CheckpointError(
-            f"the saved student does not fit this model: missing {missing[:3]}, surplus {surplus[:3]}, shapes {wrong[:3]}; "
-            "was the scheme or the model changed since it was saved?"
+            f"the saved student does not fit this model: missing {missing[:3]}, surplus {surplus[:3]}, "
+            f"shapes {wrong[:3]}; was the scheme or the model changed since it was saved?"
         )
     state = model.state_dict(keep_vars=True)
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""An independent reader of compressed-tensors checkpoints: files in, dense BF16 weights out, by bit operations in numpy.
+"""An independent reader of compressed-tensors checkpoints: files in, dense BF16 weights out, by numpy bit operations.
 
-It is written from the layout's description and shares no arithmetic with the packer, the catalogue or the trained model,
-so that agreement between them means something. It also reads checkpoints that other tools wrote.
+It is written from the layout's description and shares no arithmetic with the packer, the catalogue or the trained
+model, so that agreement between them means something. It also reads checkpoints that other tools wrote.
 """
 
 import hashlib
@@ -24,6 +24,8 @@ from qat.errors import CheckpointError, UnsupportedError
 _CHUNK = 1 << 22  # weights unpacked at a time
 _PACKED = ("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized")
 _PLAIN = ("int-quantized", "float-quantized", "naive-quantized", "mxfp8-quantized")
+_OF_WEIGHTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
+_SUFFIXES = (*_OF_WEIGHTS, "input_scale", "input_global_scale", "input_zero_point")
 
 Array = NDArray[Any]
 Spec = tuple[str, tuple[int, ...]]  # safetensors type and shape
@@ -115,10 +117,11 @@ class ExportedFolder:
         self.config = read_json(folder / "config.json")
         self.quantization: dict[str, Any] = self.config.get("quantization_config") or {}
         method = self.quantization.get("quant_method")
+        where = f"{folder / 'config.json'}: quantization_config"
         if method != "compressed-tensors":
-            raise CheckpointError(f"{folder}/config.json describes {method or 'no quantization'}, not compressed-tensors")
+            raise CheckpointError(f"{where} describes {method or 'nothing'}, not compressed-tensors")
         if self.quantization.get("quantization_status") != "compressed":
-            raise CheckpointError(f"{folder}/config.json must say quantization_status: compressed; loaders read garbage else")
+            raise CheckpointError(f"{where} must say quantization_status: compressed; loaders read garbage otherwise")
         self.reader = ShardReader(folder)
 
     @cached_property
@@ -193,14 +196,14 @@ class ExportedFolder:
     @cached_property
     def quantized_names(self) -> frozenset[str]:
         """Stored tensors that belong to quantized weights and inputs."""
-        suffixes = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
-        suffixes += ("input_scale", "input_global_scale", "input_zero_point")
-        return frozenset(f"{path}.{suffix}" for path in self.modules for suffix in suffixes) & self.names
+        return frozenset(f"{path}.{suffix}" for path in self.modules for suffix in _SUFFIXES) & self.names
 
     def _shape(self, module: PackedModule, stored: Tensor) -> tuple[int, int]:
         if module.format == "pack-quantized":
-            rows, columns = self.reader.get(f"{module.path}.weight_shape").tolist()
-            return int(rows), int(columns)
+            rows, columns = map(int, self.reader.get(f"{module.path}.weight_shape").tolist())
+            if stored.shape != (rows, -(-columns * module.bits // 32)):
+                raise CheckpointError(f"{module.path}: weight_shape {[rows, columns]} does not fit {[*stored.shape]}")
+            return rows, columns
         rows, width = stored.shape
         return rows, width * 8 // module.bits if module.packed else width
 

@@ -1,9 +1,9 @@
 """How activations are quantized on the fly, by the arithmetic of the engine that will do it.
 
-The rule is named after who runs it. "vllm" computes in float32, as vLLM's reference functions do (equal up to exact ties,
-which its kernels break by multiplying with an approximate reciprocal). "compressed_tensors" is what plain transformers
-simulates, mostly in BF16; it is reproduced bit for bit (the sign of a zero aside), so that an exported checkpoint can be
-compared with an exact difference of zero. For a float32 input it computes what the BF16 model would.
+The rule is named after who runs it. "vllm" computes in float32, as vLLM's reference functions do (equal up to exact
+ties, which its kernels break by multiplying with an approximate reciprocal). "compressed_tensors" is what plain
+transformers simulates, mostly in BF16; it is reproduced bit for bit (the sign of a zero aside), so that an exported
+checkpoint can be compared with an exact difference of zero. For a float32 input it computes what the BF16 model would.
 """
 
 from collections.abc import Callable
@@ -12,21 +12,11 @@ import torch
 from torch import Tensor
 
 from qat.catalog import E2M1, SCALE_ELEMENT
-from qat.element import Element
+from qat.element import EXPONENT_BIAS, Element
 from qat.errors import UnsupportedError
 from qat.format import Format
 from qat.gradients import Estimator
-from qat.numerics import (
-    EXPONENT_BIAS,
-    TINY,
-    Scales,
-    block_amax,
-    decode_scale,
-    find_scales,
-    global_scale_for,
-    store_scale,
-    to_blocks,
-)
+from qat.numerics import Scales, block_amax, decode_scale, find_scales, global_scale_for, store_scale, to_blocks
 from qat.ops import fake_quantize
 
 BF16 = torch.bfloat16
@@ -69,10 +59,7 @@ def fake_quantize_input(x: Tensor, fmt: Format, rule: str, estimator: Estimator,
 def _vllm(x: Tensor, fmt: Format, static: Tensor | None, estimator: Estimator) -> Tensor:
     with torch.no_grad():
         scales = _vllm_scales(x.detach(), fmt, static)
-        multiplier = scales.effective()
-        # A block whose scale is stored as zero comes out as zero: x / inf is 0, whatever x.
-        divisor = torch.where(multiplier < TINY, torch.inf, multiplier) if fmt.scale in ("e4m3", "e8m0") else multiplier
-    return fake_quantize(x, fmt.name, scales, multiplier=multiplier, divisor=divisor, estimator=estimator)
+    return fake_quantize(x, fmt.name, scales, estimator=estimator)
 
 
 def _vllm_scales(x: Tensor, fmt: Format, static: Tensor | None) -> Scales:
@@ -84,8 +71,10 @@ def _vllm_scales(x: Tensor, fmt: Format, static: Tensor | None) -> Scales:
         assert static is not None
         amax = block_amax(to_blocks(x.to(torch.float32), fmt))
         relative = static * (amax * (1 / element.max))
-        stored = SCALE_ELEMENT.round(relative).to(fmt.scale_storage)
-        return Scales(stored, static.reciprocal().view(()))
+        stored = SCALE_ELEMENT.round(relative)
+        # A block whose scale rounds to zero comes out as zero; under the largest scale, such small values do.
+        stored = torch.where(stored == 0, SCALE_ELEMENT.max, stored)
+        return Scales(stored.to(fmt.scale_storage), static.reciprocal().view(()))
     if element.kind == "minifloat" and fmt.scale == "f32":
         amax = block_amax(to_blocks(x.to(torch.float32), fmt))
         if fmt.group:
@@ -108,7 +97,7 @@ def _compressed_tensors(x: Tensor, fmt: Format, static: Tensor | None, estimator
 
 
 def _ct_values(x: Tensor, fmt: Format, static: Tensor | None) -> tuple[Tensor, Tensor]:
-    """BF16 result for BF16 `x`, and where x is not clipped. Every operator below rounds once to its dtype, on purpose."""
+    """BF16 result for BF16 `x`, and where x is not clipped. Every operator rounds once to its dtype, on purpose."""
     _check_ct(fmt)
     xg = x.unflatten(-1, (-1, fmt.group)) if fmt.group else x
     if fmt.scale == "e4m3":

@@ -40,6 +40,7 @@ SCALE_ELEMENT = E4M3  # what an "e4m3" block scale is rounded with
 
 _BLOCKS = {"tensor": (0, 0), "channel": (1, 0), "g32": (1, 32), "g64": (1, 64), "g128": (1, 128)}
 _TOKEN = (1, 0)
+_BITNET = "BitNet b1.58, arXiv 2402.17764"
 _OCP = "OCP Microscaling Formats v1.0"
 
 
@@ -56,8 +57,8 @@ def _integers() -> list[Format]:
 
 _FORMATS: list[Format] = [
     *_integers(),
-    Format(name="ternary_channel", elements=(INT2,), block=(1, 0), scale="bf16", scale_rule="mean", source="BitNet b1.58"),
-    Format(name="ternary_g64", elements=(INT2,), block=(1, 64), scale="bf16", scale_rule="mean", source="BitNet b1.58"),
+    Format(name="ternary_channel", elements=(INT2,), block=(1, 0), scale="bf16", scale_rule="mean", source=_BITNET),
+    Format(name="ternary_g64", elements=(INT2,), block=(1, 64), scale="bf16", scale_rule="mean", source=_BITNET),
     Format(name="fp8_tensor", elements=(E4M3,), block=(0, 0), scale="bf16", source="OCP FP8"),
     Format(name="fp8_channel", elements=(E4M3,), block=(1, 0), scale="bf16", source="OCP FP8"),
     Format(name="fp8_token", elements=(E4M3,), block=_TOKEN, scale="f32", source="OCP FP8"),

@@ -1,7 +1,7 @@
 """The `qat` command: the one place that may import every part, each only when its command runs.
 
-Results go to stdout (with `--json`, one JSON document and nothing else); progress and warnings go to stderr. A QatError ends
-the command with one readable message and exit status 2, never with a traceback.
+Results go to stdout (with `--json`, one JSON document and nothing else); progress and warnings go to stderr. A
+QatError ends the command with one readable message and exit status 2, never with a traceback.
 """
 
 import argparse

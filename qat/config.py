@@ -4,7 +4,9 @@ Every config class derives from `Strict` and lives beside the code it configures
 three nearest names; nothing is read from the environment, and there is no inheritance or interpolation between files.
 """
 
+import copy
 import os
+import re
 import tempfile
 import types
 import typing
@@ -25,6 +27,34 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as people read it: `on`, `off`, `yes` and `no` are words, 3e-4 is a number, and no key is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As the parent does, after checking the keys."""
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in pairs if tag not in (_BOOL, _FLOAT)]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(
+        r"[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"
+    ),
+    list("-+.0123456789"),
+)
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read one YAML mapping.
 
@@ -36,7 +66,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         hint = f"; nearest in {path.parent}: {beside}" if beside else ""
         raise ConfigError(f"no config file at {path}{hint}")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
@@ -49,7 +79,7 @@ def override(data: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
 
     Whether the key exists is decided by validation afterwards, so a typo gets the same message as in a file.
     """
-    result = yaml.safe_load(yaml.safe_dump(data))
+    result = copy.deepcopy(data)
     for assignment in assignments:
         key, sign, text = assignment.partition("=")
         if not sign or not key:
@@ -58,7 +88,10 @@ def override(data: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
         *parents, last = key.split(".")
         for part in parents:
             node = _step(node, part, key)
-        value = yaml.safe_load(text)
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {assignment!r}: the value is not valid YAML: {error}") from error
         if isinstance(node, list):
             node[_index(node, last, key)] = value
         else:
@@ -93,36 +126,48 @@ def validate(cls: type[ModelT], data: dict[str, Any], origin: str) -> ModelT:
 
 
 def _explain(cls: type[BaseModel], problem: Any) -> str:
-    path = ".".join(str(part) for part in problem["loc"])
+    path, owners = _locate(cls, problem["loc"])
     if problem["type"] == "extra_forbidden":
-        owner = _class_at(cls, problem["loc"][:-1])
-        known = list(owner.model_fields) if owner else []
-        return f"unknown key {path!r} (value {problem['input']!r}); nearest: {nearest(str(problem['loc'][-1]), known)}"
+        known = {name for owner in owners for name in owner.model_fields}
+        return f"unknown key {path!r} (value {problem['input']!r}); nearest: {nearest(path.rpartition('.')[2], known)}"
     if problem["type"] == "missing":
         return f"{path}: required, but not given"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{path}: {message} (given {problem['input']!r})" if path else message
 
 
-def _class_at(cls: type[BaseModel], loc: tuple[Any, ...]) -> type[BaseModel] | None:
-    """Follow a pydantic error location through nested models, lists and optionals to the model class it names."""
-    current: Any = cls
+def _locate(cls: type[BaseModel], loc: tuple[Any, ...]) -> tuple[str, list[type[BaseModel]]]:
+    """The path a user would write for a pydantic error location, and the model classes that could own its last key.
+
+    Parts of the location that only say which member of a union was tried are left out.
+    """
+    path, owners, inside = [], [cls], [cls]
     for part in loc:
-        if isinstance(part, str) and isinstance(current, type) and issubclass(current, BaseModel):
-            field = current.model_fields.get(part)
-            current = _model_in(field.annotation) if field else current
-    return current if isinstance(current, type) and issubclass(current, BaseModel) else None
+        member = [model for model in inside if part in _tags(model)]
+        if member:
+            inside = member
+            continue
+        path.append(str(part))
+        owners = inside
+        fields = [model.model_fields[part] for model in inside if part in model.model_fields]
+        if fields:  # otherwise an index or a key of a mapping, which leads to the same models
+            inside = [model for field in fields for model in _models_in(field.annotation)]
+    return ".".join(path), owners
 
 
-def _model_in(annotation: Any) -> Any:
+def _tags(model: type[BaseModel]) -> set[str]:
+    """What pydantic calls a member of a union: its class name or the value of its discriminating Literal."""
+    literals = [f.annotation for f in model.model_fields.values() if typing.get_origin(f.annotation) is typing.Literal]
+    values = {value for literal in literals for value in typing.get_args(literal) if isinstance(value, str)}
+    return ({model.__name__} | values) - set(model.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
+        return [annotation]
     if typing.get_origin(annotation) in (list, tuple, dict, typing.Union, types.UnionType, typing.Annotated):
-        for argument in typing.get_args(annotation):
-            found = _model_in(argument)
-            if found is not None:
-                return found
-    return None
+        return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
+    return []
 
 
 def write_text_atomic(path: Path, text: str) -> None:

@@ -1,7 +1,8 @@
 """What a code means. An Element is its decode table (code -> value) plus how to round a real number onto that table.
 
-Three constructors cover the field: `integer(bits)`, `minifloat(exponent, mantissa)` and `table(values)`. Everything else
-(largest value, sign handling, encode) is derived from the table, so packers, kernels and tests cannot disagree with it.
+Three constructors cover the field: `integer(bits)`, `minifloat(exponent, mantissa)` and `table(values)`. Everything
+    else (largest value, sign handling, encode) is derived from the table, so packers, kernels and tests cannot
+    disagree with it.
 Codes are always the raw bit pattern in a uint8: two's complement for integers, sign-exponent-mantissa for minifloats,
 the position for tables.
 """
@@ -139,7 +140,8 @@ def integer(bits: int, step: float = 1.0) -> Element:
 
 
 def minifloat(exponent: int, mantissa: int, *, nan: bool = False) -> Element:
-    """Sign, `exponent` and `mantissa` bits, bias 2^(exponent-1)-1, with subnormals and no infinities (OCP MX v1.0, 5.3).
+    """Sign, `exponent` and `mantissa` bits, bias 2^(exponent-1)-1, with subnormals and no infinities (OCP MX v1.0,
+    5.3).
 
     `nan=True` gives the all-ones code to NaN, as E4M3 does.
     """

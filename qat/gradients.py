@@ -37,7 +37,7 @@ def backward(
     Args:
         grad: d loss / d y, shape of x.
         x, y: input and output of the fake quantization, (..., columns).
-        divisor, multiplier: (block rows, block columns), in the dtype of x or float32.
+        divisor, multiplier: (block rows, block columns), float32; the same object where they are one scale.
         zero_point: (block rows, block columns) or None.
         estimator: "ste" or "clipped".
         needs: which of the three to compute.
@@ -45,6 +45,8 @@ def backward(
     needs_x, needs_divisor, needs_multiplier = needs
     grad_x = grad_divisor = grad_multiplier = None
     blocked_grad = to_blocks(grad, fmt)
+    if needs_divisor or needs_multiplier:  # for one scale the two nearly cancel: no products or sums in BF16
+        blocked_grad = blocked_grad.to(torch.promote_types(grad.dtype, torch.float32))
     clipped = torch.zeros(())  # made only when someone asks
     if needs_divisor or (needs_x and estimator == "clipped"):
         clipped = _clipped(to_blocks(x, fmt), divisor, zero_point, fmt)
@@ -55,11 +57,11 @@ def backward(
         grad_divisor = -moved.sum(dim=(1, 3)) * multiplier / divisor.square()
     if needs_x:
         passed = blocked_grad
-        if divisor is not multiplier and needs_divisor:
+        if divisor is not multiplier:
             passed = passed * per_block(multiplier / divisor)
         if estimator == "clipped":
             passed = passed.masked_fill(clipped, 0.0)
-        grad_x = from_blocks(passed, x.shape, fmt)
+        grad_x = from_blocks(passed, x.shape, fmt).to(grad.dtype)
     return grad_x, grad_divisor, grad_multiplier
 
 

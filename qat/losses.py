@@ -1,8 +1,8 @@
 """What training minimises. A loss is a frozen config class whose `__call__` is its maths, and `Loss` is the registry.
 
 Distillation losses work on hidden states and the output head in chunks of tokens, so the float32 logits of student and
-teacher over the whole vocabulary never exist at once: each chunk's logits are made, turned into a loss and its gradient,
-and dropped. At a vocabulary of 49,152 and 1,024 tokens the naive loss holds several copies of 200 MB.
+teacher over the whole vocabulary never exist at once: each chunk's logits are made, turned into a loss and its
+    gradient, and dropped. At a vocabulary of 49,152 and 1,024 tokens the naive loss holds several copies of 200 MB.
 """
 
 from collections.abc import Callable
@@ -104,7 +104,7 @@ class _ChunkedLoss(torch.autograd.Function):
             with torch.enable_grad():
                 value = piece(hidden, part)
             total += value.detach()
-            found = list(torch.autograd.grad(value, inputs))
+            found = list(torch.autograd.grad(value, inputs)) if inputs else []
             if grad_student is not None:
                 grad_student[part] = found.pop(0)
             for accumulated, grad in zip(grads, found, strict=True):

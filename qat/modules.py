@@ -6,6 +6,7 @@ tensor share one instance, which also computes it once.
 """
 
 import weakref
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +42,9 @@ class WeightQuantizer(nn.Module):
         self.format, self.learn, self.round_bf16 = fmt, learn, round_bf16
         for name in ("start", "global_scale", "zero_point", "choice"):
             self.register_buffer(name, None)
-        shape = scales.stored.shape
-        self.log_scale = nn.Parameter(torch.zeros(shape)) if learn != "none" else None
-        self.log_divisor = nn.Parameter(torch.zeros(shape)) if learn == "dual_lsq" else None
+        zeros = torch.zeros(scales.stored.shape, device=scales.stored.device)
+        self.log_scale = nn.Parameter(zeros) if learn != "none" else None
+        self.log_divisor = nn.Parameter(zeros.clone()) if learn == "dual_lsq" else None
         self.set_scales(scales)
 
     def set_scales(self, scales: Scales) -> None:
@@ -54,21 +55,26 @@ class WeightQuantizer(nn.Module):
             if correction is not None:
                 nn.init.zeros_(correction)
 
+    def _latent(self) -> Tensor:
+        return self.start if self.log_scale is None else self.start * self.log_scale.exp()
+
     def multiplier(self) -> Tensor:
         """float32 effective scale as it will be stored, (block rows, block columns); gradient passes the rounding."""
-        latent = self.start if self.log_scale is None else self.start * self.log_scale.exp()
-        return latent + (self.scales().effective() - latent).detach()
+        latent = self._latent()
+        return self._stored(latent.detach()).effective() + (latent - latent.detach())  # an exact zero with the gradient
+
+    def _stored(self, latent: Tensor) -> Scales:
+        stored = store_scale(latent, self.format, self.global_scale)
+        return Scales(stored, self.global_scale, self.zero_point, self.choice)
 
     def divisor(self) -> Tensor | None:
         """The scale that divides before rounding, where it is learned separately."""
         return None if self.log_divisor is None else self.start * self.log_divisor.exp()
 
+    @torch.no_grad()
     def scales(self) -> Scales:
         """What an export stores (plus the divisor, which only matters until the codes are made)."""
-        with torch.no_grad():
-            latent = self.start if self.log_scale is None else self.start * self.log_scale.exp()
-            stored = store_scale(latent, self.format, self.global_scale)
-            return Scales(stored, self.global_scale, self.zero_point, self.choice, self.divisor())
+        return replace(self._stored(self._latent()), divisor=self.divisor())
 
     def quantize(self, weight: Tensor) -> QTensor:
         """Codes and stored scales of `weight`: exactly the numbers that `forward` multiplies with."""
@@ -128,7 +134,9 @@ class InputQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., columns) on its grid. The second and later consumers of the same tensor get the first's result."""
         if self._observer is not None:
-            self._observer.add(x)
+            if self._input is None or self._input() is not x:  # once, however many layers read it
+                self._observer.add(x)
+                self._input = weakref.ref(x)
             return x
         if self._output is None or self._input is None or self._input() is not x:
             self._check_calibrated()

@@ -1,11 +1,12 @@
-"""The reference arithmetic of every Format: scales, codes, and back. Training, packing and kernels all derive from here.
+"""The reference arithmetic of every Format: scales, codes, and back. Training, packing and kernels all derive from
+here.
 
 The contract that tests prove bit by bit: `fake_quantize(x, f) == quantize(x, f).dequantize()`. Everything is computed
 in float32 whatever the input dtype, the scale is rounded to its stored dtype *before* it divides, and rounding is half
 to even. A NaN or infinity makes its own block NaN (never a silent finite number) and leaves other blocks alone.
 
-Shapes: x is (..., columns), flattened to (rows, columns). Blocked tensors are (block rows, rows per block, block columns,
-columns per block); scale tensors are (block rows, block columns).
+Shapes: x is (..., columns), flattened to (rows, columns). Blocked tensors are (block rows, rows per block, block
+    columns, columns per block); scale tensors are (block rows, block columns).
 """
 
 import math
@@ -158,6 +159,10 @@ def finite_amax(x: Tensor) -> Tensor:
     """Largest finite magnitude (scalar), 0 for an empty tensor."""
     if not x.numel():
         return torch.zeros((), device=x.device)
+    low, high = torch.aminmax(x.detach())
+    amax = torch.maximum(-low, high).to(torch.float32)
+    if torch.isfinite(amax):
+        return amax
     magnitude = x.detach().to(torch.float32).abs()
     return torch.where(torch.isfinite(magnitude), magnitude, 0.0).amax()
 
@@ -213,13 +218,15 @@ def _affine_scales(blocked: Tensor, fmt: Format) -> Scales:
     return Scales(stored, zero_point=zero.to(torch.int8))
 
 
-def choose_elements(blocked: Tensor, fmt: Format, scales: Scales) -> Scales:
-    """Per block, the element type with the smaller squared error (in units of the scale: squares of 1e-25 are 0)."""
+def choose_elements(blocked: Tensor, fmt: Format, scales: Scales, error_weight: Tensor | None = None) -> Scales:
+    """Per block, the element type with the smaller (weighted) squared error, in units of the scale, so that nothing
+    under- or overflows when squared."""
     errors, unit = [], per_block(scales.effective())
     for index in range(len(fmt.elements)):
         trial = replace(scales, choice=torch.full_like(scales.stored, index, dtype=torch.uint8))
         values = _times_scale(rounded(blocked, fmt, trial), trial)
-        errors.append(values.sub_(blocked).div_(unit).square_().sum(dim=(1, 3)))
+        squares = values.sub_(blocked).div_(unit).square_()
+        errors.append((squares if error_weight is None else squares.mul_(error_weight)).sum(dim=(1, 3)))
     return replace(scales, choice=torch.stack(errors).argmin(dim=0).to(torch.uint8))
 
 
@@ -269,8 +276,8 @@ def _decode(codes: Tensor, fmt: Format, scales: Scales) -> Tensor:
 
 
 def _poisoned(blocked: Tensor, scales: Scales) -> Scales:
-    """Given scales with NaN for blocks that hold a NaN or infinity, as `find_scales` would have made them: few codes can
-    say NaN, so without this a diverged weight would be stored as zeros."""
+    """Given scales with NaN for blocks that hold a NaN or infinity, as `find_scales` would have made them: few codes
+    can say NaN, so without this a diverged weight would be stored as zeros."""
     finite = torch.isfinite(block_amax(blocked))
     if bool(finite.all()):
         return scales
@@ -302,5 +309,5 @@ def fake_quantize(x: Tensor, fmt: Format, scales: Scales | None = None) -> Tenso
 
 def qsnr(x: Tensor, quantized: Tensor) -> float:
     """Quantization signal-to-noise ratio in dB: -10 log10(|x - q|^2 / |x|^2)."""
-    x64, q64 = x.to(torch.float64), quantized.to(torch.float64)
+    x64, q64 = x.detach().to(torch.float64), quantized.detach().to(torch.float64)
     return float(-10 * torch.log10((x64 - q64).square().sum() / x64.square().sum()))

@@ -41,16 +41,18 @@ def _(x: Tensor, *args: Any) -> Tensor:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, divisor, multiplier, zero_point, _choice, ctx.format, ctx.estimator, _round = inputs
+    ctx.one_scale = divisor is multiplier
     learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    needs_x = learned or ctx.estimator == "clipped"
+    needs_x = learned or ctx.estimator == "clipped" or not ctx.one_scale
     ctx.save_for_backward(x if needs_x else None, output if learned else None, divisor, multiplier, zero_point)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, y, divisor, multiplier, zero_point = ctx.saved_tensors
     needs = tuple(ctx.needs_input_grad[:3])
-    if needs == (True, False, False) and ctx.estimator == "ste":
+    if needs == (True, False, False) and ctx.estimator == "ste" and ctx.one_scale:
         return grad, None, None, None, None, None, None, None
+    divisor = multiplier if ctx.one_scale else divisor
     grads = backward(grad, x, y, divisor, multiplier, zero_point, lookup(ctx.format), ctx.estimator, needs)
     return (*grads, None, None, None, None, None)
 

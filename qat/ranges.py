@@ -93,7 +93,7 @@ def _search(
     unit = base.effective()
     best, best_error = base, _error(blocked, fmt, base, error_weight, unit)
     for stored in candidates:
-        trial = _with_stored(blocked, fmt, base, stored)
+        trial = _with_stored(blocked, fmt, base, stored, error_weight)
         error = _error(blocked, fmt, trial, error_weight, unit)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
@@ -106,7 +106,7 @@ def _search(
     return best
 
 
-def _with_stored(blocked: Tensor, fmt: Format, base: Scales, stored: Tensor) -> Scales:
+def _with_stored(blocked: Tensor, fmt: Format, base: Scales, stored: Tensor, error_weight: Tensor | None) -> Scales:
     trial = Scales(stored, base.global_scale, base.zero_point, base.choice)
     if base.zero_point is not None:
         # A clipped asymmetric range keeps its centre: solve the zero point again for the narrower step.
@@ -114,11 +114,11 @@ def _with_stored(blocked: Tensor, fmt: Format, base: Scales, stored: Tensor) -> 
         centre = (blocked.amin(dim=(1, 3)).clamp_max(0.0) + blocked.amax(dim=(1, 3)).clamp_min(0.0)) / 2
         zero = torch.nan_to_num(-0.5 - centre / trial.effective()).round().clamp(bottom, -bottom - 1)
         return Scales(stored, base.global_scale, zero.to(torch.int8))
-    return choose_elements(blocked, fmt, trial) if len(fmt.elements) > 1 else trial
+    return choose_elements(blocked, fmt, trial, error_weight) if len(fmt.elements) > 1 else trial
 
 
 def _error(blocked: Tensor, fmt: Format, scales: Scales, error_weight: Tensor | None, unit: Tensor) -> Tensor:
-    """Squared error per block, (block rows, block columns), of differences in `unit` so that no size under- or overflows."""
+    """Squared error per block, (block rows, block columns), in units of `unit` so that no square under- or overflows."""
     difference = rounded(blocked, fmt, scales).mul_(per_block(scales.effective())).sub_(blocked)
     difference.div_(per_block(unit)).square_()
     if error_weight is not None:
@@ -152,9 +152,10 @@ class Histogram:
     counts: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def add(self, x: Tensor) -> None:
-        """Count the magnitudes of x (any shape, finite)."""
+        """Count the magnitudes of x (any shape); NaN and infinity are left out."""
         magnitude = x.detach().to(torch.float32).abs().flatten()
-        top = float(magnitude.amax())
+        magnitude = magnitude[torch.isfinite(magnitude)]
+        top = float(magnitude.amax()) if magnitude.numel() else 0.0
         if top == 0.0:
             return
         if not self.limit:

@@ -1,8 +1,8 @@
 """Which tensors get which Format: ordered rules over module paths, first match wins, nothing is left unsaid.
 
-Every module that owns a 2-D (or larger) weight must be matched by a rule, either with formats or with a reason to skip it;
-a rule that matches nothing is an error. `fused` names the layers that serving engines merge into one matrix: their
-members share the per-tensor scale, and the quantized input, while training.
+Every module that owns a 2-D (or larger) weight must be matched by a rule, either with formats or with a reason to
+skip it; a rule that matches nothing is an error. `fused` names the layers that serving engines merge into one matrix:
+their members share the per-tensor scale, and the quantized input, while training.
 """
 
 import fnmatch
@@ -46,6 +46,11 @@ class Rule(Strict):
             raise ValueError(f"rule {self.match!r} needs exactly one of `weight: FORMAT` and `skip: REASON`")
         if self.input is not None and self.weight is None:
             raise ValueError(f"rule {self.match!r} skips its modules, so it cannot give them an `input` format")
+        if self.match.startswith("re:"):
+            try:
+                re.compile(self.match[3:])
+            except re.error as error:
+                raise ValueError(f"rule {self.match!r} is not a valid regular expression: {error}") from error
         for name in (self.weight, self.input):
             if name is not None:
                 lookup(name)

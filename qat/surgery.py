@@ -6,7 +6,7 @@ not divide a layer and fused layers that disagree are errors that name the layer
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -182,20 +182,24 @@ def apply(model: nn.Module, scheme: Scheme, *, defer_start: bool = False) -> nn.
             layer: QatLayer = QatEmbedding.wrap(module, quantizers[key])
         else:
             assert isinstance(module, nn.Linear)
-            layer = QatLinear.wrap(module, quantizers[key], _input_for(rule, members, inputs, scheme))
+            input = _input_for(rule, members, inputs, scheme, module.weight.device)
+            layer = QatLinear.wrap(module, quantizers[key], input)
         _replace(model, path, layer)
     for first, second in owners:
         assert model.get_submodule(first).weight is model.get_submodule(second).weight
     return model
 
 
-def _input_for(rule: Rule, members: list[str], made: dict[str, InputQuantizer], scheme: Scheme) -> InputQuantizer | None:
+def _input_for(
+    rule: Rule, members: list[str], made: dict[str, InputQuantizer], scheme: Scheme, device: torch.device
+) -> InputQuantizer | None:
     """The set's one input quantizer: fused layers read the same tensor."""
     if rule.input is None:
         return None
     key = members[0]
     if key not in made:
-        made[key] = InputQuantizer(lookup(rule.input), scheme.activation_rule, scheme.estimator, scheme.observer)
+        quantizer = InputQuantizer(lookup(rule.input), scheme.activation_rule, scheme.estimator, scheme.observer)
+        made[key] = quantizer.to(device)
         made[key].consumers = len(members)
     return made[key]
 
@@ -260,7 +264,8 @@ def _state(path: str, module: nn.Module, rule: Rule | None) -> tuple[str | None,
     if rule is not None:
         return rule.weight, rule.input, rule.skip
     if isinstance(module, QatLinear):
-        return module.weight_quantizer.format.name, getattr(getattr(module.input_quantizer, "format", None), "name", None), None
+        input = module.input_quantizer.format.name if module.input_quantizer is not None else None
+        return module.weight_quantizer.format.name, input, None
     if isinstance(module, QatEmbedding):
         return module.weight_quantizer.format.name, None, None
     return None, None, "not part of the scheme"
@@ -272,29 +277,39 @@ class _InputMoments:
     def __init__(self, found: dict[str, QatLinear]) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = defaultdict(int)
+        self.last: tuple[Tensor | None, Tensor | None] = (None, None)  # fused layers read one tensor: square it once
         self.handles = [m.register_forward_pre_hook(self._hook(path)) for path, m in found.items()]
 
     def _hook(self, path: str):  # type: ignore[no-untyped-def]  # torch's hook type is not worth spelling
         def collect(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            flat = args[0].detach().float().flatten(0, -2)
-            total = flat.square().sum(dim=0)
+            x = args[0]
+            seen, total = self.last
+            if seen is not x or total is None:
+                total = x.detach().float().flatten(0, -2).square().sum(dim=0)
+                self.last = (x, total)
             self.sums[path] = self.sums[path] + total if path in self.sums else total
-            self.counts[path] += len(flat)
+            self.counts[path] += x.numel() // x.shape[-1]
 
         return collect
 
     def finish(self) -> dict[str, Tensor]:
+        self.last = (None, None)
         for handle in self.handles:
             handle.remove()
         return {path: total / self.counts[path] for path, total in self.sums.items()}
 
 
-@torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[dict[str, Tensor]], scheme: Scheme) -> None:
     """Run `batches` (keyword arguments of the model) through the unquantized model, then fix activation ranges and find
     the start of the weight scales again, its error weighted by the inputs seen where `scheme.weighted_start`."""
-    found = layers(model)
-    linears = {path: m for path, m in found.items() if isinstance(m, QatLinear)}
+    begin(model, scheme, observe(model, batches))
+
+
+@torch.no_grad()
+def observe(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The first half of `calibrate`: fix activation ranges; returns the mean square of each linear layer's input
+    channels, (in_features,) by path."""
+    linears = {path: m for path, m in layers(model).items() if isinstance(m, QatLinear)}
     inputs = {id(m.input_quantizer): m.input_quantizer for m in linears.values() if m.input_quantizer is not None}
     moments = _InputMoments(linears)
     for quantizer in inputs.values():
@@ -304,13 +319,17 @@ def calibrate(model: nn.Module, batches: Iterable[dict[str, Tensor]], scheme: Sc
             model(**batch)
     for quantizer in inputs.values():
         quantizer.freeze()
-    importance = moments.finish()
-    for path, module in linears.items():
-        restart(module, scheme, importance.get(path) if scheme.weighted_start else None)
+    return moments.finish()
+
+
+def begin(model: nn.Module, scheme: Scheme, moments: dict[str, Tensor]) -> None:
+    """The second half of `calibrate`: put every layer's weight scales at the start that `scheme` describes."""
+    for path, module in layers(model).items():
+        restart(module, scheme, moments.get(path) if scheme.weighted_start else None)
 
 
 @torch.no_grad()
-def restart(module: QatLinear, scheme: Scheme, importance: Tensor | None = None) -> None:
+def restart(module: QatLayer, scheme: Scheme, importance: Tensor | None = None) -> None:
     """Find the start scales of one layer again; its per-tensor scale stays (it is shared)."""
     quantizer = module.weight_quantizer
     scales = start_scales(module.weight, quantizer.format, scheme.start, quantizer.global_scale, importance)
@@ -320,13 +339,13 @@ def restart(module: QatLinear, scheme: Scheme, importance: Tensor | None = None)
 @contextlib.contextmanager
 def dense(model: nn.Module) -> Iterator[None]:
     """Weights pass through unquantized (inputs too while they are being observed) inside this context."""
-    quantizers = {id(m): m for m in model.modules() if isinstance(m, WeightQuantizer)}
-    for quantizer in quantizers.values():
+    quantizers = [m for m in model.modules() if isinstance(m, WeightQuantizer) and "forward" not in vars(m)]
+    for quantizer in quantizers:  # those of an outer `dense` are left to it
         quantizer.forward = _identity  # type: ignore[method-assign]  # instance override, removed below
     try:
         yield
     finally:
-        for quantizer in quantizers.values():
+        for quantizer in quantizers:
             del quantizer.forward
 
 
@@ -336,14 +355,36 @@ def _identity(weight: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def served(model: nn.Module) -> Iterator[None]:
-    """Inside this context every parameter that is not quantized has the BF16 value an export stores."""
-    quantized = {id(layer.weight) for layer in layers(model).values()}
-    corrections = {id(p) for m in model.modules() if isinstance(m, WeightQuantizer) for p in m.parameters()}
-    originals = [(p, p.data) for p in model.parameters() if id(p) not in quantized | corrections]
+    """The model as an export stores it, inside this context: every parameter that is not quantized has its BF16 value,
+    and on a CPU each weight is quantized once instead of at every call. Nothing may be trained inside."""
+    found = layers(model)
+    quantizers = {id(m): m for m in model.modules() if isinstance(m, WeightQuantizer)}
+    skipped = {id(layer.weight) for layer in found.values()}
+    skipped |= {id(p) for quantizer in quantizers.values() for p in quantizer.parameters()}
+    originals = [(p, p.data) for p in model.parameters() if id(p) not in skipped]
     try:
         for parameter, data in originals:
             parameter.data = data.to(torch.bfloat16).to(data.dtype)
+        for quantizer in quantizers.values():
+            if quantizer.start.device.type == "cpu":
+                quantizer.forward = _Once(quantizer.forward)  # type: ignore[method-assign]  # undone below
         yield
     finally:
         for parameter, data in originals:
             parameter.data = data
+        for quantizer in quantizers.values():
+            quantizer.__dict__.pop("forward", None)
+
+
+class _Once:
+    """A weight's quantized value, computed at the first call."""
+
+    def __init__(self, forward: Callable[[Tensor], Tensor]) -> None:
+        self.forward = forward
+        self.value: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, weight: Tensor) -> Tensor:
+        if self.value is None:
+            self.value = self.forward(weight)
+        return self.value

@@ -1,4 +1,5 @@
-"""What happens after every optimizer step: averaging, the metrics file, judging on held-out text, saving, the progress bar.
+"""What happens after every optimizer step: averaging, the metrics file, judging on held-out text, saving, the
+progress bar.
 
 One Lightning callback calls the parts in a fixed order, so that what is saved is what was judged and what was logged.
 """

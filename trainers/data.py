@@ -26,7 +26,7 @@ from qat.config import Strict
 from qat.errors import ConfigError, DataError
 from qat.trainers import selfwritten, sources, tokens
 from qat.trainers.packing import CHANNELS, IGNORE, Batch, collate, pack, pad
-from qat.trainers.progress import progress
+from qat.checkpoints.progress import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -344,9 +344,7 @@ def _refuse_nothing(config: DataConfig, tally: _Tally, rows: int, learnt: int) -
             "give more text, lower seq_len, or set pack: false"
         )
     if not learnt:
-        raise DataError(
-            f"{source}: none of {rows} rows has a token to learn; raise seq_len or give longer texts"
-        )
+        raise DataError(f"{source}: none of {rows} rows has a token to learn; raise seq_len or give longer texts")
 
 
 def _read(folder: Path) -> Blocks:

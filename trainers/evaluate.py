@@ -20,7 +20,7 @@ from qat.surgery import served
 from qat.trainers.data import Blocks, DataConfig
 from qat.trainers.forward import Head, hidden_states, split
 from qat.trainers.packing import evaluating
-from qat.trainers.progress import progress
+from qat.checkpoints.progress import progress
 
 CHUNK = 512  # tokens whose logits exist at once
 
@@ -45,7 +45,7 @@ class EvalConfig(Strict):
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over `tokens` predicted tokens: nats of next-token loss and of KL(teacher || model), share of equal top-1."""
+    """Means over `tokens` predicted tokens: next-token loss and KL(teacher || model) in nats, share of equal top-1."""
 
     nll: float
     kl: float

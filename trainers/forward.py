@@ -1,7 +1,7 @@
 """Splitting a causal language model into body and head, so that losses see hidden states instead of all logits.
 
-Some architectures do more after the last matrix than `lm_head` shows (soft-capping, logit scaling); `Head` repeats that,
-and `split` proves on a few tokens that body plus head equals the model.
+Some architectures do more after the last matrix than `lm_head` shows (soft-capping, logit scaling); `Head` repeats
+that, and `split` proves on a few tokens that body plus head equals the model.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """The Lightning module: one optimizer step of QAT or QAD. What differs between the two is only the loss.
 
-The step counter, the order of the data and the learning rate are pure functions of the optimizer step, so that a resumed
-run repeats the interrupted one exactly; Lightning's own loop state is not needed.
+The step counter, the order of the data and the learning rate are pure functions of the optimizer step, so that a
+resumed run repeats the interrupted one exactly; Lightning's own loop state is not needed.
 """
 
 from collections.abc import Iterator
@@ -49,7 +49,9 @@ class QatModule(lit.LightningModule):
         start_step: optimizer steps already done.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module | None, job: Job, batches: Batches, start_step: int) -> None:
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module | None, job: Job, batches: Batches, start_step: int
+    ) -> None:
         super().__init__()
         self.student, self.job, self.batches, self.start_step = student, job, batches, start_step
         self._teacher = (teacher,)
@@ -92,9 +94,8 @@ class QatModule(lit.LightningModule):
             with torch.no_grad():
                 teacher_hidden = hidden_states(self.teacher, batch)
         hidden = hidden_states(self.student, batch)
-        total = chunked(
-            self.job.objective, hidden, student_head, teacher_hidden, teacher_head, batch["targets"], self.job.loss_chunk
-        )
+        heads = (hidden, student_head, teacher_hidden, teacher_head)
+        total = chunked(self.job.objective, *heads, batch["targets"], self.job.loss_chunk)
         value = total / batch["step_tokens"]
         self._account(value, batch)
         # Lightning divides by the accumulation count and averages over processes; the sum over the step is wanted.

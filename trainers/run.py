@@ -1,10 +1,8 @@
-"""A run from job to report: load, calibrate, judge the baselines, train with Lightning, judge the best, write it down."""
+"""A run from job to report: load, calibrate, judge the baselines, train with Lightning, judge the best, report."""
 
 import json
 import logging
 import platform
-import resource
-import sys
 import warnings
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -22,16 +20,18 @@ from qat.checkpoints.hf import load_model, load_tokenizer, resolve
 from qat.config import load_yaml, write_text_atomic
 from qat.errors import CheckpointError, ConfigError, UnsupportedError
 from qat.numerics import qsnr
-from qat.surgery import Coverage, apply, calibrate, layers, report
+from qat.surgery import Coverage, apply, begin, layers, observe, report
 from qat.trainers.callbacks import Average, Keeper, StepLoop
 from qat.trainers.data import Batches, Blocks, load_blocks
 from qat.trainers.evaluate import Judge, gap_closed
 from qat.trainers.job import Job
+from qat.trainers.memory import keep_freed_blocks, peak_bytes
 from qat.trainers.module import QatModule
 from qat.trainers.overlap import overlap
-from qat.trainers.packing import model_inputs
+from qat.trainers.packing import leakage, model_inputs
 from qat.trainers.report import RunReport, print_table, write_report
 
+LEAKS = 0.1  # see `packing.leakage`
 CONTAMINATED = 0.01  # share of held-out 13-grams seen in training above which a warning is due
 
 
@@ -60,6 +60,7 @@ def train(
     """
     console = console or Console(stderr=True)
     _quiet_lightning()
+    keep_freed_blocks()
     if job.strategy in ("fsdp", "deepspeed"):
         raise UnsupportedError(f"strategy {job.strategy} is not available yet; use auto (one device) or ddp")
     run = job.folder
@@ -122,15 +123,27 @@ def _load(job: Job, console: Console) -> Parts:
     coverage = report(student, job.scheme)
     train_rows = load_blocks(job.data, tokenizer, num_tokens=job.steps * job.rows * job.data.seq_len, teacher=teacher)
     heldout = load_blocks(job.eval.data, tokenizer, num_tokens=job.eval.tokens)
+    _check_packing(job, student)
     shared = overlap(train_rows, heldout)
     if shared > CONTAMINATED:
         console.print(f"[yellow]warning: {shared:.1%} of the held-out 13-grams also occur in the training text")
     if job.activation_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]  # a transformers method
+        # transformers 5.23 renamed the method; 5.17 only knows the old name.
+        name = "activation_checkpointing_enable"
+        getattr(student, name if hasattr(student, name) else "gradient_checkpointing_enable")({"use_reentrant": False})
     apply(student, job.scheme, defer_start=True)
     _freeze(student, job)
     dtype = torch.bfloat16 if mixed else None
     return Parts(student.to(device), teacher.to(device), train_rows, heldout, coverage, device, dtype)
+
+
+def _check_packing(job: Job, student: nn.Module) -> None:
+    leak = leakage(student) if job.data.pack or job.eval.data.pack else 0.0
+    if leak > LEAKS:
+        raise UnsupportedError(
+            f"{type(student).__name__} with {job.model.attn_implementation} attention lets packed documents see each "
+            f"other (leakage {leak:.2f}); set data.pack and eval.data.pack to false"
+        )
 
 
 def _freeze(student: nn.Module, job: Job) -> None:
@@ -159,19 +172,27 @@ def _print_coverage(coverage: Coverage, console: Console) -> None:
 
 def _baselines(job: Job, parts: Parts, judge: Judge, console: Console) -> list[dict[str, Any]]:
     """Judge BF16, plain rounding, and the start that training begins from; leaves the student at that start."""
-    with console.status("judging the unquantized model and the starts"):
-        rows = [judge.score(parts.teacher, "BF16 reads held-out text").row("bf16")]
-        plain = job.scheme.model_copy(update={"start": "amax", "weighted_start": False})
-        calibrate(parts.student, _calibration(job, parts), plain)
-        rows.append(judge.score(parts.student, "plain PTQ reads held-out text").row("ptq"))
-        if plain == job.scheme:
-            rows.append({**rows[-1], "name": "best_ptq"})
-        else:
-            calibrate(parts.student, _calibration(job, parts), job.scheme)
-            rows.append(judge.score(parts.student, "best PTQ reads held-out text").row("best_ptq"))
+    rows: list[dict[str, Any]] = []
+
+    def judged(model: nn.Module, name: str) -> None:
+        row = judge.score(model, f"judging {name}").row(name)
+        console.print(
+            f"{name:>9}: held-out KL {row['kl']:.4f}  NLL {row['nll']:.4f}  top-1 {row['top1']:.1%}", highlight=False
+        )
+        rows.append(row)
+
+    judged(parts.teacher, "bf16")
+    with torch.autocast(parts.device.type, parts.dtype or torch.bfloat16, enabled=parts.dtype is not None):
+        moments = observe(parts.student, _calibration(job, parts))
+    plain = job.scheme.model_copy(update={"start": "amax", "weighted_start": False})
+    begin(parts.student, plain, moments)
+    judged(parts.student, "ptq")
+    if plain == job.scheme:
+        rows.append({**rows[-1], "name": "best_ptq"})
+    else:
+        begin(parts.student, job.scheme, moments)
+        judged(parts.student, "best_ptq")
     parts.qsnr_start = {path: _layer_qsnr(layer) for path, layer in layers(parts.student).items()}
-    for row in rows:
-        console.print(f"{row['name']:>9}: KL {row['kl']:.4f}  NLL {row['nll']:.4f}  top-1 {row['top1']:.1%}")
     return rows
 
 
@@ -275,7 +296,7 @@ def _report(job: Job, parts: Parts, keeper: Keeper, saved: dict[str, Any], rows:
         tokens=saved.get("tokens", 0),
         seconds=saved.get("seconds", 0.0),
         tokens_per_second=saved.get("tokens", 0) / max(saved.get("seconds", 0.0), 1e-9),
-        peak_memory_bytes=_peak_memory(parts.device),
+        peak_memory_bytes=peak_bytes(parts.device),
         seed=job.seed,
         steps=job.steps,
         best_step=keeper.best["step"],
@@ -300,12 +321,6 @@ def _qsnr(parts: Parts) -> list[tuple[str, float, float]]:
 
 def _layer_qsnr(layer: Any) -> float:
     return qsnr(layer.weight, layer.weight_quantizer(layer.weight))
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _machine(device: torch.device) -> str:

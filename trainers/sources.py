@@ -27,9 +27,7 @@ TEXT_SUFFIXES = (".txt", ".md")
 SUFFIXES = RECORD_SUFFIXES + TEXT_SUFFIXES
 HELDOUT = Path(__file__).parent / "text" / "heldout.txt"
 
-PIECE_CHARACTERS = (
-    1 << 20
-)  # a longer plain text is cut at a line into several documents, so that memory stays bounded
+PIECE_CHARACTERS = 1 << 18  # a longer plain text is cut at a line into several documents, so that memory stays bounded
 WHOLE_FILE_BYTES = 64 << 20  # larger files are identified by size, time and both ends instead of every byte
 HUB_TIMEOUT_SECONDS = 10.0
 
@@ -108,9 +106,7 @@ def _kind(source: str) -> str:
     if path.exists():
         if path.suffix.lower() not in SUFFIXES:
             allowed = ", ".join(SUFFIXES)
-            raise DataError(
-                f"{path}: unknown suffix {path.suffix!r}; allowed: {allowed}; rename or convert it"
-            )
+            raise DataError(f"{path}: unknown suffix {path.suffix!r}; allowed: {allowed}; rename or convert it")
         return "text" if path.suffix.lower() in TEXT_SUFFIXES else "records"
     if path.suffix.lower() in SUFFIXES or source.startswith(("/", ".", "~")) or source.endswith("/"):
         beside = nearest(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""

@@ -20,7 +20,7 @@ from qat.trainers.sources import Document, Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH_CHARACTERS = 1 << 20  # texts handed to the tokenizer at once; it works on them in parallel
+BATCH_CHARACTERS = 1 << 18  # texts handed to the tokenizer at once; it works on them in parallel
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\b")
 _SPLIT_ADVICE = (
@@ -110,9 +110,7 @@ def _encode_marked(document: Document, tokenizer: "PreTrainedTokenizerBase") -> 
     encoded = _render(document, document.messages, tokenizer, tokenize=True)
     ids, learn = np.asarray(encoded["input_ids"], np.int32), np.asarray(encoded["assistant_masks"], np.bool_)
     if _speaks(document.messages) and not learn.any():
-        raise DataError(
-            f"{document.where}: the template's generation marks cover no token; repair the template"
-        )
+        raise DataError(f"{document.where}: the template's generation marks cover no token; repair the template")
     return Tokens(ids, learn)
 
 
@@ -120,9 +118,7 @@ def _speaks(messages: tuple[Message, ...]) -> bool:
     return any(message["role"] == "assistant" for message in messages)
 
 
-def _assistant_turns(
-    document: Document, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[str, list[tuple[int, int]]]:
+def _assistant_turns(document: Document, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, list[tuple[int, int]]]:
     """The rendered chat and the character span of every assistant turn in it, end-of-turn mark included.
 
     A turn begins where the messages before it, rendered with the generation prompt, end; both renderings

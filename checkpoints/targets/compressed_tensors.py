@@ -1,13 +1,14 @@
 """The compressed-tensors layout: which pairs of formats it holds, the bytes of their tensors, and its config entry.
 
-Everything follows from the properties of a Format. compressed-tensors itself is not needed to write; tests read the files
-back with it. Choices where the layout allows several:
+Everything follows from the properties of a Format. compressed-tensors itself is not needed to write; tests read the
+files back with it. Choices where the layout allows several:
 
-- Codes of up to 8 bits are one stream of bits per row, least significant first; that single rule gives the int32 words of
-  integers, the nibbles of FP4 and the three-byte groups of FP6.
+- Codes of up to 8 bits are one stream of bits per row, least significant first; that single rule gives the int32 words
+  of integers, the nibbles of FP4 and the three-byte groups of FP6.
 - One scale per weight tensor is written once per row ("channel"): engines fuse layers, and requantize those whose
   per-tensor scales differ, which would change trained weights.
-- Asymmetric weights are packed, as vLLM and SGLang want them, although plain transformers then needs an option to load them.
+- Asymmetric weights are packed, as vLLM and SGLang want them, although plain transformers then needs an option to load
+  them; zero points are for weight-only layers, because no engine runs them with quantized inputs.
 - Global scales are powers of two, so that the divisor stored here and the multiplier trained with agree exactly.
 """
 
@@ -62,7 +63,7 @@ def layout(weight: Format, input: Format | None = None) -> Layout:
         near = ", ".join(_nearest(weight, [CATALOG[name] for name in sorted({w for w, _ in pairs()})]))
         raise UnsupportedError(f"{METHOD} cannot hold {weight.name} weights; nearest it can: {near}")
     if input is not None and (inputs is None or not _go_together(weights, inputs)):
-        held = [CATALOG[name] for name in CATALOG if (args := input_args(CATALOG[name])) and _go_together(weights, args)]
+        held = [fmt for fmt in CATALOG.values() if (args := input_args(fmt)) and _go_together(weights, args)]
         near = ", ".join(_nearest(input, held)) if held else "none (weight-only)"
         raise UnsupportedError(
             f"{METHOD} cannot hold {weight.name} weights with {input.name} inputs; nearest inputs for them: {near}"
@@ -154,7 +155,7 @@ def _go_together(weights: Args, inputs: Args) -> bool:
     fp8 = inputs["type"] == "float" and inputs["num_bits"] == E4M3.bits and other is None
     if family == _SCALE_DTYPES["e8m0"]:
         small = weights["num_bits"] == E2M1.bits
-        return (other == family and inputs["num_bits"] >= weights["num_bits"]) or bool(fp8 and inputs["dynamic"] and small)
+        return (other == family and inputs["num_bits"] >= weights["num_bits"]) or (fp8 and small and inputs["dynamic"])
     if other is not None:
         return False
     if weights["type"] == "float":
@@ -206,17 +207,21 @@ def notes(weight: Format, input: Format | None) -> list[str]:
             if a["type"] == "int"
             else "vLLM runs INT4 weights with FP8 inputs only on sm90"
         )
-    if args.format.startswith("mxfp4") and a is None:
-        found.append("vLLM quantizes the inputs of MXFP4 layers on sm100+ although this checkpoint does not ask for it")
-    if args.format.startswith("mxfp4") and a is not None and a.get("scale_dtype") and a["num_bits"] == w["num_bits"]:
-        found.append("vLLM's dense MXFP4 kernel on sm100+ rounds input scales up (ceil); older GPUs run weight-only")
-    if args.format.startswith("mxfp4") and a is not None and a.get("scale_dtype") and a["num_bits"] > w["num_bits"]:
-        found.append("vLLM gives MXFP8 inputs of MXFP4 layers float32 scales")
-    if args.format.startswith("mxfp6"):
+    if weight.scale == "e8m0" and weight.element == E2M1:
+        found.append(_mxfp4_note(weight, input))
+    if weight.scale == "e8m0" and weight.element == E2M3:
         found.append("vLLM 0.33 and compressed-tensors before 0.20 have no MXFP6")
     if w["strategy"] == "block":
         found.append("vLLM quantizes the inputs of block-scaled FP8 in groups of 128 and needs widths that 128 divides")
     return found
+
+
+def _mxfp4_note(weight: Format, input: Format | None) -> str:
+    if input is None:
+        return "vLLM quantizes the inputs of MXFP4 layers on sm100+ although this checkpoint does not ask for it"
+    if input.element == weight.element:
+        return "vLLM's dense MXFP4 kernel on sm100+ rounds input scales up (ceil); older GPUs run weight-only"
+    return "vLLM gives the FP8 inputs of MXFP4 layers float32 scales, and quantizes them on few GPUs"
 
 
 # --- bytes ----------------------------------------------------------------------------------------
@@ -327,8 +332,8 @@ def quantization_config(layers: list[TargetLayer], ignored: list[str]) -> dict[s
 def patterns(paths: list[str], everything: list[str]) -> list[str]:
     """`re:` targets that match `paths` and nothing else of `everything`.
 
-    Layer numbers become \\d+ where every number belongs to `paths`, and are listed otherwise. The first component is left
-    open where that stays unambiguous, because engines put models into wrappers.
+    Layer numbers become \\d+ where every number belongs to `paths`, and are listed otherwise. The first component is
+    left open where that stays unambiguous, because engines put models into wrappers.
     """
     rest = set(everything) - set(paths)
     families: dict[str, list[str]] = {}
@@ -336,7 +341,8 @@ def patterns(paths: list[str], everything: list[str]) -> list[str]:
         families.setdefault(re.sub(r"(^|\.)\d+(?=\.|$)", r"\1#", path), []).append(path)
     found = []
     for family, members in families.items():
-        listed = "(?:" + "|".join(sorted({n for m in members for n in _numbers(m)}, key=int)) + ")"
+        numbers = sorted({number for member in members for number in _numbers(member)}, key=int)
+        listed = "|".join(numbers) if len(numbers) == 1 else "(?:" + "|".join(numbers) + ")"
         for number in (r"\d+", listed):
             _, dot, tail = family.partition(".")
             pattern = ".*" + re.escape(dot + tail if dot else family).replace(r"\#", number) + "$"

@@ -1,5 +1,5 @@
-"""What every export target offers, and how it is told about the layers. A target decides names, bytes and config entries;
-it never sees a model, so it can be tested one tensor at a time."""
+"""What every export target offers, and how it is told about the layers. A target decides names, bytes and config
+entries; it never sees a model, so it can be tested one tensor at a time."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol

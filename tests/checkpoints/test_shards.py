@@ -48,9 +48,7 @@ def random_tensor(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> 
 
 def mixed() -> dict[str, torch.Tensor]:
     """Odd sizes in a bad order: written as they come, wide tensors would be misaligned."""
-    tensors = {
-        f"z.{dtype}"[8:]: random_tensor(dtype, (3, 5), seed) for seed, dtype in enumerate(reversed(DTYPES))
-    }
+    tensors = {f"z.{dtype}"[8:]: random_tensor(dtype, (3, 5), seed) for seed, dtype in enumerate(reversed(DTYPES))}
     tensors |= {
         "scalar": torch.tensor(1.5),
         "empty": torch.zeros(0, 4),
@@ -102,9 +100,7 @@ def test_shards_fill_up_to_the_limit_and_the_index_says_where(tmp_path: Path) ->
     out = write(tmp_path / "out", {name: torch.zeros(n, dtype=torch.int8) for name, n in sizes.items()}, 100)
     index = json.loads((out / INDEX).read_text())
     shard = {
-        name: f"model-0000{n}-of-00004.safetensors"
-        for n, names in enumerate(("ab", "c", (), "d"), 1)
-        for name in names
+        name: f"model-0000{n}-of-00004.safetensors" for n, names in enumerate(("ab", "c", (), "d"), 1) for name in names
     }
     assert index == {
         "metadata": {"total_size": 451},
@@ -152,9 +148,7 @@ def test_parameters_and_shared_storage_are_written(tmp_path: Path) -> None:
     weight = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
     write(tmp_path / "out", {"a": weight, "b": weight[:, 1:], "c": weight})
     loaded = load_file(tmp_path / "out" / SINGLE)
-    assert all(
-        torch.equal(loaded[name], t) for name, t in {"a": weight, "b": weight[:, 1:], "c": weight}.items()
-    )
+    assert all(torch.equal(loaded[name], t) for name, t in {"a": weight, "b": weight[:, 1:], "c": weight}.items())
 
 
 def test_other_files_travel_with_the_weights(tmp_path: Path) -> None:
@@ -230,9 +224,7 @@ def test_kill_while_writing_leaves_no_checkpoint_and_the_next_write_succeeds(tmp
     child.stdout.close()
     (partial,) = tmp_path.iterdir()
     assert partial.name.startswith(".out.partial-")
-    assert not list(partial.glob("*.safetensors")), (
-        "nothing unfinished carries a name that a loader looks for"
-    )
+    assert not list(partial.glob("*.safetensors")), "nothing unfinished carries a name that a loader looks for"
     write(out, {"a": torch.zeros(1)})
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

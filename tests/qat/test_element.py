@@ -1,8 +1,8 @@
 """Elements against tables written out a second time: the grid of each number type, nearest-even rounding, and codes.
 
-The oracle here knows nothing of bit tricks: it is a sorted list of values, the midpoints between neighbours, and the rule
-that a tie goes to the even code. It is compared on every midpoint, on the float32 numbers just beside each, and on
-random values; `ml_dtypes` is a third opinion on the small floats.
+The oracle here knows nothing of bit tricks: it is a sorted list of values, the midpoints between neighbours, and the
+    rule that a tie goes to the even code. It is compared on every midpoint, on the float32 numbers just beside each,
+    and on random values; `ml_dtypes` is a third opinion on the small floats.
 """
 
 import itertools

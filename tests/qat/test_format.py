@@ -262,7 +262,12 @@ def test_a_number_without_dimensions_is_an_error() -> None:
 
 
 def test_the_promised_names_are_in_the_catalogue() -> None:
-    names = {f"int{b}_{s}{z}" for b in (8, 4, 3, 2) for s in ("tensor", "channel", "g32", "g64", "g128") for z in ("", "_asym")}
+    names = {
+        f"int{b}_{s}{z}"
+        for b in (8, 4, 3, 2)
+        for s in ("tensor", "channel", "g32", "g64", "g128")
+        for z in ("", "_asym")
+    }
     names |= {f"int{b}_token" for b in (8, 4, 3, 2)} | {"ternary_channel", "ternary_g64"}
     names |= {"fp8_tensor", "fp8_channel", "fp8_token", "fp8_b128", "mxfp8", "mxfp6", "mxfp4", "mxint8", "mxint4"}
     names |= {"nvfp4", "nvint4", "nf4_g64", "if4"}
@@ -272,7 +277,15 @@ def test_the_promised_names_are_in_the_catalogue() -> None:
 
 def test_published_bits_per_weight() -> None:
     """4096 x 4096: MX and NV formats as their papers count them, the global scale's 32 bits aside."""
-    expected = {"mxfp8": 8.25, "mxfp6": 6.25, "mxfp4": 4.25, "nvfp4": 4.5, "if4": 4.5, "int4_g128": 4.125, "nf4_g64": 4.25}
+    expected = {
+        "mxfp8": 8.25,
+        "mxfp6": 6.25,
+        "mxfp4": 4.25,
+        "nvfp4": 4.5,
+        "if4": 4.5,
+        "int4_g128": 4.125,
+        "nf4_g64": 4.25,
+    }
     for name, bits in expected.items():
         assert CATALOG[name].bits_per_weight(4096, 4096) == pytest.approx(bits, abs=1e-5)
 

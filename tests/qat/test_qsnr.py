@@ -1,8 +1,8 @@
 """Signal-to-noise ratios of the formats on three distributions, against numbers computed once by other code.
 
-The table was made in numpy from formulas: 2^20 numbers each of N(0,1), Laplace and Student's t with 4 degrees of freedom,
-drawn in this order from one generator with seed 0, and scales held in float32 where the format's are not 8 bits
-wide. Drawn the same way, the two implementations agree to the printed digits.
+The table was made in numpy from formulas: 2^20 numbers each of N(0,1), Laplace and Student's t with 4 degrees of
+    freedom, drawn in this order from one generator with seed 0, and scales held in float32 where the format's are not
+    8 bits wide. Drawn the same way, the two implementations agree to the printed digits.
 """
 
 import dataclasses

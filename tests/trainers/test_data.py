@@ -23,8 +23,7 @@ from qat.trainers.overlap import overlap
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TEXTS = [
-    f"Text {i}. " + "The fox jumps over the dog and a model predicts the next token. " * (i % 5)
-    for i in range(40)
+    f"Text {i}. " + "The fox jumps over the dog and a model predicts the next token. " * (i % 5) for i in range(40)
 ]
 
 
@@ -87,12 +86,8 @@ def test_padded_rows_count_what_they_cut(corpus: Path, tmp_path: Path) -> None:
         ({"max_tokens": 64}, 640, 2),
     ],
 )
-def test_reading_stops_early(
-    corpus: Path, tmp_path: Path, options: Any, num_tokens: int | None, rows: int
-) -> None:
-    blocks = load_blocks(
-        config_of(corpus, **options), tiny_tokenizer(), num_tokens=num_tokens, cache_dir=tmp_path
-    )
+def test_reading_stops_early(corpus: Path, tmp_path: Path, options: Any, num_tokens: int | None, rows: int) -> None:
+    blocks = load_blocks(config_of(corpus, **options), tiny_tokenizer(), num_tokens=num_tokens, cache_dir=tmp_path)
     assert (len(blocks), blocks.dropped_tokens) == (rows, 0)
     assert flat(blocks) == expected()[: rows * 32]
     whole = load_blocks(config_of(corpus), tiny_tokenizer(), cache_dir=tmp_path)
@@ -193,9 +188,7 @@ def test_a_damaged_cache_is_made_again(corpus: Path, tmp_path: Path, damage: str
         load_blocks(config_of(corpus), tiny_tokenizer(), cache_dir=tmp_path)
 
 
-def test_the_default_cache_is_in_the_home_folder(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_default_cache_is_in_the_home_folder(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     blocks = load_blocks(config_of(corpus), tiny_tokenizer())
     assert blocks.path.parent == tmp_path / ".cache" / "qat" / "data"
@@ -213,9 +206,7 @@ def test_every_epoch_visits_each_row_once(rows: int, world: int, share: int, see
     size = world * share
     ranks = [Batches(blocks_of(rows), size, seed, rank, world) for rank in range(world)]
     epochs = 3
-    seen = [
-        int(i) for index in range(-(-rows * epochs // size)) for rank in ranks for i in rank.indices(index)
-    ]
+    seen = [int(i) for index in range(-(-rows * epochs // size)) for rank in ranks for i in rank.indices(index)]
     for epoch in range(epochs):
         assert sorted(seen[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
 
@@ -268,9 +259,7 @@ def test_overlap_is_the_share_of_held_out_ngrams(tmp_path: Path) -> None:
 
     known = set(ngrams(train))
     truth = [gram in known for gram in ngrams(held)]
-    assert (
-        overlap(train, held) == pytest.approx(sum(truth) / len(truth)) and 0.1 < sum(truth) / len(truth) < 0.6
-    )
+    assert overlap(train, held) == pytest.approx(sum(truth) / len(truth)) and 0.1 < sum(truth) / len(truth) < 0.6
     assert overlap(train, train) == 1.0 and overlap(made("other", noise(9)), held) == 0.0
     assert overlap(train, made("tiny", noise(3), 8)) == 0.0
 
@@ -280,9 +269,7 @@ def test_overlap_is_the_share_of_held_out_ngrams(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tiny_model(
-        "llama", tmp_path_factory.mktemp("teacher"), num_hidden_layers=1, initializer_range=0.3
-    )
+    folder = tiny_model("llama", tmp_path_factory.mktemp("teacher"), num_hidden_layers=1, initializer_range=0.3)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
@@ -331,9 +318,7 @@ def test_written_text_is_cached_by_weights_seed_and_settings(teacher: Any, tmp_p
         teacher.lm_head.weight[5] += 1
     others.append(written(teacher, tmp_path, pack=True))
     assert len({first.digest, *(blocks.digest for blocks in others)}) == 4
-    assert (
-        len(first) == 12 and first.source.startswith("teacher sha256:") and first.source != others[-1].source
-    )
+    assert len(first) == 12 and first.source.startswith("teacher sha256:") and first.source != others[-1].source
 
 
 def test_a_tokenizer_with_bos_starts_with_it(teacher: Any, tmp_path: Path) -> None:

@@ -134,9 +134,7 @@ def worst_difference(model: Any, batch: Batch, spans: list[tuple[int, int, int]]
         for span in spans
         if span[1] > 0
     }
-    return max(
-        (logits[row, begin:end] - found).abs().max().item() for (row, begin, end), found in alone.items()
-    )
+    return max((logits[row, begin:end] - found).abs().max().item() for (row, begin, end), found in alone.items())
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -52,9 +52,7 @@ def test_each_file_kind(tmp_path: Path) -> None:
         {"text": "two"},
         {"messages": MESSAGES, "text": "three"},
     ]
-    (tmp_path / "a.jsonl").write_text(
-        "\ufeff" + "\n\n".join(json.dumps(r, ensure_ascii=False) for r in records)
-    )
+    (tmp_path / "a.jsonl").write_text("\ufeff" + "\n\n".join(json.dumps(r, ensure_ascii=False) for r in records))
     (tmp_path / "b.json").write_text(json.dumps(records))
     (tmp_path / "lines.json").write_text("\n".join(json.dumps(r) for r in records))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "c.parquet")
@@ -85,17 +83,13 @@ def test_a_folder_is_read_in_order_without_hidden_files(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-def test_long_texts_are_cut_at_lines_and_lose_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_texts_are_cut_at_lines_and_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "PIECE_CHARACTERS", 100)
     text = "".join(f"line {i} is here\n" * (i % 3) for i in range(99)) + "x" * 250 + "\nend"
     (tmp_path / "long.txt").write_text(text)
     found = read(tmp_path / "long.txt")
     assert "".join(found) == text and len(found) > 10 and max(map(len, found)) <= 200
-    assert (
-        sum(not part.endswith("\n") for part in found) <= 4
-    )  # only within the line that exceeds a piece, and the end
+    assert sum(not part.endswith("\n") for part in found) <= 4  # only within the line that exceeds a piece, and the end
 
 
 def test_the_fingerprint_follows_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,9 +121,7 @@ def test_broken_sources_say_what_to_do(tmp_path: Path) -> None:
     assert "NUL" in refusal(file("nul.txt", b"text\0text"))
     assert "UTF-8" in refusal(file("latin.txt", "naïve".encode("latin-1")))
     assert "UTF-8" in refusal(file("latin.jsonl", '{"text": "naïve"}'.encode("latin-1")))
-    assert "unknown suffix '.csv'" in refusal(file("a.csv", "a,b")) and ".parquet" in refusal(
-        tmp_path / "a.csv"
-    )
+    assert "unknown suffix '.csv'" in refusal(file("a.csv", "a,b")) and ".parquet" in refusal(tmp_path / "a.csv")
     assert "line 3 is not JSON" in refusal(file("bad.jsonl", '{"text": "a"}\n\n{"text": }\n'))
     assert "line 2 is not JSON" in refusal(file("bad.json", '[{"text": "a"},\n}]'))
     assert "list" in refusal(file("rows.jsonl", "[1, 2]"))
@@ -139,9 +131,7 @@ def test_broken_sources_say_what_to_do(tmp_path: Path) -> None:
     assert "int" in refusal(file("number.jsonl", '{"text": 5}'))
     assert "role and content" in refusal(file("gpt.jsonl", '{"messages": [{"from": "human", "value": "x"}]}'))
     assert "non-empty list" in refusal(file("chat.jsonl", '{"messages": "hello"}'))
-    assert "content is a list" in refusal(
-        file("image.jsonl", '{"messages": [{"role": "user", "content": []}]}')
-    )
+    assert "content is a list" in refusal(file("image.jsonl", '{"messages": [{"role": "user", "content": []}]}'))
     assert "Parquet" in refusal(file("bad.parquet", "PAR1 not really"))
     assert "holds only .csv" in refusal(_folder(tmp_path / "f", "a.csv"))
     assert "it is empty" in refusal(_folder(tmp_path / "g"))

@@ -93,9 +93,7 @@ TURNS = ["Answer one.<|im_end|>", "Answer two.<|im_end|>"]
     ids=["chatml", "default system", "reasoning", "marked", "plain"],
 )
 @pytest.mark.parametrize("system", [True, False])
-def test_every_assistant_turn_is_learnt_and_nothing_else(
-    template: str | None, turns: list[str], system: bool
-) -> None:
+def test_every_assistant_turn_is_learnt_and_nothing_else(template: str | None, turns: list[str], system: bool) -> None:
     messages = CHAT if system else CHAT[1:]
     found, tokenizer = one(messages, template)
     assert learnt(found, tokenizer) == turns

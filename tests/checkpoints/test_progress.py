@@ -2,8 +2,8 @@
 
 import pytest
 
-from qat.trainers import progress as module
-from qat.trainers.progress import progress
+from qat.checkpoints import progress as module
+from qat.checkpoints.progress import progress
 
 
 @pytest.mark.parametrize(("delay", "shown"), [(60.0, False), (-1.0, True)])

@@ -1,0 +1,65 @@
+"""Peak memory and time of the chunked distillation loss against the naive one, at the embedded model's vocabulary.
+
+Each case runs forward and backward of KL(teacher || student) from hidden states in a process of its own; the figure is the
+growth of the peak resident set over the state before the loss.
+
+    python benchmarks/loss_memory.py [--tokens 1024] [--vocabulary 49152] [--hidden 576]
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+
+
+def measure(kind: str, tokens: int, vocabulary: int, hidden: int, chunk: int) -> None:
+    """Print 'extra bytes, seconds' of one loss and its backward pass."""
+    import torch
+    from torch import nn
+
+    from qat.losses import ForwardKL, chunked
+    from qat.trainers.memory import peak_bytes
+
+    torch.manual_seed(0)
+    heads = [nn.Linear(hidden, vocabulary, bias=False) for _ in range(2)]
+    states = [torch.randn(1, tokens, hidden) for _ in range(2)]
+    targets = torch.zeros(1, tokens, dtype=torch.long)
+    states[0].requires_grad_()
+    before = peak_bytes(torch.device("cpu"))
+    began = time.perf_counter()
+    if kind == "chunked":
+        loss = chunked(ForwardKL(), states[0], heads[0], states[1], heads[1], targets, chunk)
+    else:
+        with torch.no_grad():
+            reference = heads[1](states[1]).flatten(0, 1)
+        loss = ForwardKL().tokens(heads[0](states[0]).flatten(0, 1), reference, targets.flatten()).sum()
+    loss.backward()
+    print(peak_bytes(torch.device("cpu")) - before, time.perf_counter() - began, float(loss.detach()))
+
+
+def main() -> None:
+    """Measure both and print the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--vocabulary", type=int, default=49152)
+    parser.add_argument("--hidden", type=int, default=576)
+    parser.add_argument("--chunk", type=int, default=256)
+    parser.add_argument("--kind", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    shape = (arguments.tokens, arguments.vocabulary, arguments.hidden, arguments.chunk)
+    if arguments.kind:
+        measure(arguments.kind, *shape)
+        return
+    names = ("--tokens", "--vocabulary", "--hidden", "--chunk")
+    sizes = [str(part) for pair in zip(names, shape, strict=True) for part in pair]
+    found = {}
+    for kind in ("naive", "chunked"):
+        command = [sys.executable, __file__, "--kind", kind, *sizes]
+        extra, seconds, loss = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        found[kind] = int(extra)
+        print(f"{kind:<8} {int(extra) / 2**20:8.0f} MiB extra   {float(seconds):6.2f} s   loss {float(loss):.3f}")
+    print(f"chunked uses {found['chunked'] / found['naive']:.2f} of the naive loss's memory")
+
+
+if __name__ == "__main__":
+    main()

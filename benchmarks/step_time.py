@@ -1,0 +1,117 @@
+"""Step time and peak memory of quantization-aware training against the same model unquantized.
+
+Same cross-entropy loss, same data, same optimizer, no teacher, fp32, on the embedded SmolLM2-135M. The two models take turns
+step by step in one process, so that a drifting machine hits both; the ratio is that of the medians. Peak memory is
+measured in a process of its own per model.
+
+    python benchmarks/step_time.py [--steps 20] [--tokens 1024] [--json FILE]
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+CASES = {
+    "int4_g64 weight-only": ("int4_g64", None),
+    "nvfp4 weight-only": ("nvfp4", None),
+    "nvfp4 W4A4": ("nvfp4", "nvfp4"),
+}
+
+
+def build(weight: str | None, input: str | None, learn: str) -> tuple[Any, Any]:
+    """The embedded model (quantized, if a format is given) and its optimizer."""
+    import torch
+
+    from qat import Rule, Scheme, apply, calibrate
+    from qat.checkpoints.hf import ModelConfig, load_model, resolve
+    from qat.trainers import optim
+
+    model = load_model(resolve(ModelConfig(id="embedded:smollm2-135m")), torch.float32)
+    if weight is not None:
+        rules = (
+            Rule(match="lm_head", skip="tied"),
+            Rule(match="model.embed_tokens", skip="tied"),
+            Rule(match="*_proj", weight=weight, input=input),
+        )
+        scheme = Scheme(rules=rules, start="amax", weighted_start=False, learn=learn)
+        apply(model, scheme)
+        calibrate(model, [{"input_ids": torch.arange(64).view(1, -1)}], scheme)
+    return model.train(), optim.build(model, optim.OptimConfig())
+
+
+def step(model: Any, optimizer: Any, ids: Any) -> float:
+    """Seconds of one optimizer step with the chunked cross-entropy loss."""
+    from qat.losses import CrossEntropy, chunked
+    from qat.trainers.forward import Head
+
+    began = time.perf_counter()
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    loss = chunked(CrossEntropy(), hidden, Head(model), None, None, ids[:, 1:]) / ids[:, 1:].numel()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return time.perf_counter() - began
+
+
+def peak(case: str | None, learn: str, tokens: int) -> int:
+    """Peak resident bytes of three steps in a fresh process; `case` None is the unquantized model."""
+    command = [sys.executable, __file__, "--peak", case or "none", "--tokens", str(tokens), "--learn", learn]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--learn", default="dual_lsq", help="none, lsq or dual_lsq")
+    parser.add_argument("--json")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    from qat.trainers.memory import keep_freed_blocks, peak_bytes
+
+    keep_freed_blocks()
+    import torch
+
+    torch.manual_seed(0)
+    ids = torch.randint(0, 49152, (2, arguments.tokens // 2))
+    if arguments.peak:
+        model, optimizer = build(*CASES.get(arguments.peak, (None, None)), arguments.learn)
+        for _ in range(3):
+            step(model, optimizer, ids)
+        print(peak_bytes(torch.device("cpu")))
+        return
+    plain_peak = peak(None, arguments.learn, arguments.tokens)
+    plain = build(None, None, arguments.learn)
+    rows = []
+    for name, (weight, input) in CASES.items():
+        quantized = build(weight, input, arguments.learn)
+        times: tuple[list[float], list[float]] = ([], [])
+        for index in range(arguments.steps + 2):
+            for side, pair in enumerate((plain, quantized)):
+                seconds = step(*pair, ids)
+                if index >= 2:
+                    times[side].append(seconds)
+        medians = [statistics.median(side) for side in times]
+        memory = peak(name, arguments.learn, arguments.tokens) / plain_peak
+        rows.append({"case": name, "plain_s": medians[0], "qat_s": medians[1], "time_ratio": medians[1] / medians[0],
+                     "memory_ratio": memory, "steps": arguments.steps})  # fmt: skip
+        print(
+            f"{name:<22} {medians[1]:.2f} s against {medians[0]:.2f} s: {rows[-1]['time_ratio']:.3f}x time, "
+            f"{memory:.3f}x of {plain_peak / 1e9:.2f} GB",
+            flush=True,
+        )
+        del quantized
+    if arguments.json:
+        about = {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine()}
+        with open(arguments.json, "w") as file:
+            json.dump({**about, "learn": arguments.learn, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

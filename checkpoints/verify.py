@@ -1,0 +1,339 @@
+"""Proof, on the files themselves, that a checkpoint is complete, well-formed and the model that was trained.
+
+Each check stands alone and says what it found. The strongest two: every weight, unpacked by an independent reader, has
+the digest that the training forward pass had; and plain transformers computes exactly the logits that we do.
+"""
+
+import gc
+import hashlib
+import importlib.util
+import io
+import warnings
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qat.checkpoints.export import RECORD
+from qat.checkpoints.exported import load_exported
+from qat.checkpoints.hf import quiet, read_json, unquantizable
+from qat.checkpoints.names import fused_groups, skeleton, stored_paths, stored_tensors
+from qat.checkpoints.progress import progress
+from qat.checkpoints.unpack import ExportedFolder, digest, expected_tensors, theoretical_bits
+from qat.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SIZE_TOLERANCE = 0.02
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
+_SCALES = ("weight_scale", "weight_global_scale", "input_scale", "input_global_scale")
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Check:
+    """One statement about a checkpoint, whether it holds, and what was found."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """All checks of one folder."""
+
+    folder: str
+    checks: list[Check]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check holds."""
+        return all(check.ok for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"ok": self.ok, **asdict(self)}
+
+
+class Problem(Exception):
+    """What a check found wrong."""
+
+
+class _Subject:
+    """The checkpoint under test, with what several checks need."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.exported = ExportedFolder(folder)
+        self.record: dict[str, Any] | None = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
+
+    @cached_property
+    def model(self) -> "PreTrainedModel":
+        from transformers import AutoConfig
+
+        with quiet():
+            config = AutoConfig.from_pretrained(self.folder)
+            return skeleton(config)
+
+    @cached_property
+    def dense(self) -> dict[str, Tensor]:
+        """Every tensor of the architecture by checkpoint name, without data."""
+        return stored_tensors(self.model)
+
+    @cached_property
+    def copied(self) -> set[str]:
+        """Tensors that the exporter copied because the architecture does not load them."""
+        recorded = set(self.record["tensors"]) if self.record else set()
+        return recorded - self.dense.keys() - self.exported.quantized_names
+
+    @cached_property
+    def head(self) -> str | None:
+        """Checkpoint path of the output layer."""
+        head = self.model.get_output_embeddings()
+        names = stored_paths(self.model)
+        return next((names[path] for path, m in self.model.named_modules() if m is head and path in names), None)
+
+
+def verify(folder: Path, logits: bool = True, tokens: int = 64) -> VerifyReport:
+    """Check a compressed-tensors checkpoint.
+
+    Args:
+        folder: ours (with qat.json), or another tool's; then the comparison with the trained weights is left out.
+        logits: also load it with plain transformers and compare logits with our own reading of it, in BF16.
+        tokens: length of the sequence for that.
+
+    Raises:
+        CheckpointError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}")
+    checks: list[Check] = []
+    try:
+        subject = _Subject(folder)
+        subject.exported.reader.verify_complete()
+        checks.append(Check("complete", True, f"{len(subject.exported.reader.shards)} safetensors files, all whole"))
+    except Exception as error:  # a damaged file can make a reader raise anything
+        return VerifyReport(str(folder), [Check("complete", False, _message(error))])
+    tests: list[tuple[str, Callable[[_Subject], str]]] = [*CHECKS.items()]
+    if logits:
+        tests.append(("transformers", lambda subject: _logits(subject, tokens)))
+    with progress(f"verifying {folder.name}", len(tests)) as advance:
+        for name, test in tests:
+            try:
+                checks.append(Check(name, True, test(subject)))
+            except Exception as error:  # as above; the other checks still run
+                checks.append(Check(name, False, _message(error)))
+            advance(1)
+    return VerifyReport(str(folder), checks)
+
+
+def _message(error: Exception) -> str:
+    return str(error) if isinstance(error, Problem | CheckpointError) else f"{type(error).__name__}: {error}"
+
+
+def _require(problems: list[str], what: str) -> None:
+    if problems:
+        more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise Problem(f"{what}: " + "; ".join(problems[:_SHOWN]) + more)
+
+
+def _tensors(subject: _Subject) -> str:
+    """Names, types and shapes are those of the architecture and of the layout, no more and no less."""
+    exported = subject.exported
+    wanted: dict[str, tuple[str | None, tuple[int, ...]]] = {}
+    for name, tensor in subject.dense.items():
+        path, shape = name.removesuffix(".weight"), tuple(tensor.shape)
+        if path in exported.modules and name.endswith(".weight"):
+            specs = expected_tensors(exported.modules[path], *shape)
+            wanted.update({f"{path}.{key}": spec for key, spec in specs.items()})
+        elif name in exported.names or path != subject.head:
+            wanted[name] = ("BF16" if tensor.is_floating_point() else None, shape)
+    problems = [f"{name} is missing" for name in sorted(wanted.keys() - exported.names)]
+    problems += [f"{name} is unknown" for name in sorted(exported.names - wanted.keys() - subject.copied)]
+    for name in sorted(wanted.keys() & exported.names):
+        info, (code, shape) = exported.reader.info(name), wanted[name]
+        if info.code != (code or info.code) or info.shape != shape:
+            problems.append(f"{name} is {info.code}{list(info.shape)}, not {code}{list(shape)}")
+    _require(problems, "tensors do not fit")
+    return f"{len(exported.names)} tensors, {len(exported.modules)} quantized layers"
+
+
+def _scales(subject: _Subject) -> str:
+    """Every scale is a finite positive number."""
+    problems, count = [], 0
+    for name in sorted(subject.exported.quantized_names):
+        if not name.endswith(_SCALES):
+            continue
+        scale, count = subject.exported.reader.get(name), count + 1
+        if scale.dtype == torch.uint8:  # a biased exponent, of which only all ones is no number
+            good = scale != torch.iinfo(scale.dtype).max
+        else:
+            good = torch.isfinite(scale.to(torch.float32)) & (scale.to(torch.float32) > 0)
+        if not bool(good.all()):
+            problems.append(f"{name}: {int((~good).sum())} of {good.numel()} are zero, negative or not finite")
+    _require(problems, "bad scales")
+    return f"{count} scale tensors are finite and positive"
+
+
+def _weights(subject: _Subject) -> str:
+    """Every tensor is, bit for bit, the one the trained model computed with."""
+    if subject.record is None:
+        return f"skipped: there is no {RECORD}, so the trained weights are not known"
+    exported, modules, others = subject.exported, subject.record["modules"], subject.record["tensors"]
+    problems = [f"{path} is not quantized as recorded" for path in sorted(modules.keys() ^ exported.modules.keys())]
+    with progress("comparing weights", len(modules)) as advance:
+        for path in sorted(modules.keys() & exported.modules.keys()):
+            weight = exported.dense(path)
+            if list(weight.shape) != modules[path]["shape"] or digest(weight) != modules[path]["sha256"]:
+                problems.append(f"{path}.weight is not the trained weight")
+            advance(1)
+    for name, recorded in others.items():
+        if name not in exported.names or digest(exported.reader.get(name)) != recorded:
+            problems.append(f"{name} is not the tensor that was exported")
+    _require(problems, "files differ from the trained model")
+    return f"{len(modules)} unpacked weights and {len(others)} other tensors equal the trained model, bit for bit"
+
+
+def _fused(subject: _Subject) -> str:
+    """Layers that engines merge agree in everything that has only one value after merging."""
+    exported, problems = subject.exported, []
+    groups = fused_groups(sorted({name.removesuffix(".weight") for name in subject.dense if name.endswith(".weight")}))
+    groups = [members for members in groups if any(path in exported.modules for path in members)]
+    for members in groups:
+        modules = [exported.modules.get(path) for path in members]
+        schemes = {repr((m.format, m.weights, m.input)) if m else "dense" for m in modules}
+        if len(schemes) > 1:
+            problems.append(f"{', '.join(members)} are quantized differently")
+            continue
+        for key in ("weight_global_scale", "input_global_scale", "input_scale"):
+            names = [f"{path}.{key}" for path in members if f"{path}.{key}" in exported.names]
+            if len({float(exported.reader.get(name)) for name in names}) > 1:
+                problems.append(f"{', '.join(names)} differ")
+    _require(problems, "engines would merge unequal layers")
+    return f"{len(groups)} fused sets agree"
+
+
+def _targets(subject: _Subject) -> str:
+    """Every matrix is either quantized and targeted by one group, or dense and ignored."""
+    exported, problems, quantized = subject.exported, [], 0
+    tables = {name for path, name in stored_paths(subject.model).items() if _is_table(subject.model, path)}
+    matrices = {n.removesuffix(".weight") for n, t in subject.dense.items() if t.ndim == 2 and n.endswith(".weight")}
+    for path in sorted(matrices - tables):
+        groups, ignored = exported.matching_groups(path), exported.ignored(path)
+        if path in exported.modules:
+            quantized += 1
+            if ignored or len(groups) != 1:
+                problems.append(f"{path} is quantized, but " + ("ignored" if ignored else f"in {len(groups)} groups"))
+        elif not ignored:
+            problems.append(f"{path} is dense, but not in `ignore`")
+    _require(problems, "config.json does not describe the tensors")
+    return f"{quantized} quantized and {len(matrices - tables) - quantized} ignored matrices"
+
+
+def _is_table(model: "PreTrainedModel", path: str) -> bool:
+    return isinstance(model.get_submodule(path), torch.nn.Embedding)
+
+
+def _size(subject: _Subject) -> str:
+    """Quantized layers take the bytes that their format promises."""
+    exported, promised, weights = subject.exported, 0.0, 0
+    stored = sum(info.stop - info.start for info in map(exported.reader.info, exported.quantized_names))
+    for path, module in exported.modules.items():
+        rows, columns = subject.dense[f"{path}.weight"].shape
+        promised += theoretical_bits(module, rows, columns) * rows * columns / 8
+        weights += rows * columns
+    detail = f"{8 * stored / weights:.4f} bits per quantized weight, {8 * promised / weights:.4f} in theory"
+    _require([detail] if abs(stored / promised - 1) > SIZE_TOLERANCE else [], "size is off")
+    return detail
+
+
+def _companions(subject: _Subject) -> str:
+    """Tokenizer, templates and configurations travelled along, unchanged."""
+    if subject.record is None:
+        files = {path.name for path in subject.folder.iterdir()}
+        absent = [] if files & set(_TOKENIZERS) else ["a tokenizer"]
+        absent += [name for name in ("generation_config.json",) if name not in files]
+        _require(absent, "missing")
+        return "tokenizer and generation_config.json are there"
+    problems = []
+    for name, recorded in subject.record["files"].items():
+        path = subject.folder / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif hashlib.sha256(path.read_bytes()).hexdigest() != recorded:
+            problems.append(f"{name} was changed")
+    _require(problems, "other files")
+    return f"{len(subject.record['files'])} files as exported"
+
+
+def _tied(subject: _Subject) -> str:
+    """The flag about tied embeddings agrees with the tensors."""
+    config = subject.model.config.get_text_config()
+    tied, head = bool(getattr(config, "tie_word_embeddings", False)), subject.head
+    stored = any(name.startswith(f"{head}.weight") for name in subject.exported.names)
+    problem = f"tie_word_embeddings is {str(tied).lower()}, but {head} is {'' if stored else 'not '}stored"
+    _require([problem] if head and tied == stored else [], "output layer")
+    return f"tie_word_embeddings is {str(tied).lower()}, as stored"
+
+
+CHECKS: dict[str, Callable[[_Subject], str]] = {
+    "tensors": _tensors,
+    "scales": _scales,
+    "weights": _weights,
+    "fused": _fused,
+    "targets": _targets,
+    "size": _size,
+    "companions": _companions,
+    "tied": _tied,
+}
+
+
+def _logits(subject: _Subject, tokens: int) -> str:
+    """Plain transformers, with compressed-tensors, computes the very same logits as our reading of the files."""
+    if importlib.util.find_spec("compressed_tensors") is None:
+        return "skipped: compressed-tensors is not installed"
+    exported = subject.exported
+    groups = exported.quantization["config_groups"].values()
+    affine = any(m.packed and not m.weights["symmetric"] for m in exported.modules.values())
+    if affine and len(groups) > 1:
+        return "skipped: transformers loads asymmetric packed weights only where all layers have one format"
+    fp8 = all(group["weights"]["type"] == "float" and group["weights"]["num_bits"] == 8 for group in groups)
+    if unquantizable(subject.model) and not fp8:
+        return "skipped: transformers cannot load dense fused experts beside layers of this format"
+    vocabulary = subject.model.config.get_text_config().vocab_size
+    ids = (torch.arange(tokens) * 7919 + 13).remainder(vocabulary)[None]
+    with redirect_stderr(io.StringIO()):  # compressed-tensors draws three progress bars
+        theirs = _run(lambda: _plain(subject.folder, dequantize=affine), ids)
+    ours = _run(
+        lambda: load_exported(subject.folder, "compressed_tensors", torch.bfloat16, quantize_inputs=not affine), ids
+    )
+    difference = float((theirs.double() - ours.double()).abs().max())
+    how = "with dequantize=True, as asymmetric weights need, " if affine else ""
+    detail = f"{how}largest logit difference {difference} over {tokens} tokens"
+    _require([] if difference == 0.0 else [detail], "plain transformers disagrees")
+    return detail
+
+
+def _run(load: Callable[[], "PreTrainedModel"], ids: Tensor) -> Tensor:
+    """Logits of a model that is dropped again, so that two never lie in memory together."""
+    with torch.inference_mode(), quiet():
+        logits: Tensor = load()(input_ids=ids, use_cache=False).logits
+    gc.collect()
+    return logits
+
+
+def _plain(folder: Path, dequantize: bool) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    options: dict[str, Any] = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that an option was passed on top of config.json
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
+    return model.eval()

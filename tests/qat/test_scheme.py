@@ -1,0 +1,107 @@
+"""Schemes as people write them: which rule speaks of a module, and what a wrong rule is told."""
+
+from typing import Any
+
+import pytest
+
+from qat.catalog import CATALOG
+from qat.config import validate
+from qat.errors import ConfigError
+from qat.scheme import FUSED_DEFAULT, Rule, Scheme
+
+
+def scheme(*rules: dict[str, Any], **fields: Any) -> Scheme:
+    return validate(Scheme, {"rules": list(rules), **fields}, "job.yaml")
+
+
+def refused(*rules: dict[str, Any], **fields: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        scheme(*rules, **fields)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "expected"),
+    [
+        ("lm_head", "lm_head", True),
+        ("lm_head", "model.lm_head", False),
+        ("*_proj", "model.layers.0.self_attn.q_proj", True),  # a star crosses dots
+        ("*.mlp.*", "model.layers.10.mlp.experts.3.w1", True),
+        ("*.self_attn.[qk]_proj", "model.layers.0.self_attn.k_proj", True),
+        ("*.self_attn.[qk]_proj", "model.layers.0.self_attn.v_proj", False),
+        ("*.layers.1.*", "model.layers.11.mlp.up_proj", False),
+        ("MODEL.*", "model.x", False),
+        ("*", "", True),
+        (r"re:model\.layers\.\d+\.mlp\..*", "model.layers.12.mlp.up_proj", True),
+        (r"re:layers", "model.layers.0", False),  # the whole path, not a part of it
+        (r"re:(?!.*lm_head).*", "lm_head", False),
+    ],
+)
+def test_patterns_match_whole_paths(pattern: str, path: str, expected: bool) -> None:
+    assert Rule(match=pattern, weight="int4_g32").matches(path) is expected
+
+
+def test_the_first_match_wins() -> None:
+    found = scheme(
+        {"match": "*.v_proj", "weight": "int8_channel"},
+        {"match": "*_proj", "weight": "int4_g32", "input": "int8_token"},
+        {"match": "*", "skip": "norms and embeddings"},
+    )
+    assert found.rule_for("a.v_proj") is found.rules[0]
+    assert found.rule_for("a.q_proj") is found.rules[1]
+    assert found.rule_for("embed") is found.rules[2]
+    assert scheme({"match": "x", "skip": "y"}).rule_for("z") is None
+
+
+@pytest.mark.parametrize("name", CATALOG)
+def test_every_format_can_be_a_weight_and_all_but_2d_blocks_an_input(name: str) -> None:
+    assert scheme({"match": "*", "weight": name}).rules[0].weight == name
+    if CATALOG[name].block[0] > 1:
+        assert "2-D blocks, which only weights can have" in refused({"match": "*", "weight": name, "input": name})
+    else:
+        assert scheme({"match": "*", "weight": "int4_g32", "input": name}).rules[0].input == name
+
+
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        ({"match": "*"}, "rule '*' needs exactly one of `weight: FORMAT` and `skip: REASON`"),
+        ({"match": "*", "weight": "int4_g32", "skip": "both"}, "needs exactly one of"),
+        ({"match": "*", "skip": "why", "input": "int8_token"}, "skips its modules, so it cannot give them an `input`"),
+        ({"match": "*", "weight": "nvpf4"}, "no format called 'nvpf4'; nearest: nvfp4, nvint4, nf4_g64"),
+        ({"match": "*", "weight": "nvfp4", "input": "int8"}, "no format called 'int8'; nearest: "),
+        ({"match": "re:(", "weight": "nvfp4"}, "rule 're:(' is not a valid regular expression"),
+        ({"match": "*", "wieght": "nvfp4"}, "unknown key 'rules.0.wieght' (value 'nvfp4'); nearest: weight"),
+        ({"weight": "nvfp4"}, "rules.0.match: required, but not given"),
+    ],
+)
+def test_wrong_rules_say_what_is_wrong(rule: dict[str, Any], told: str) -> None:
+    message = refused(rule)
+    assert message.startswith("job.yaml: ") and told in message
+
+
+def test_unknown_formats_are_answered_with_three_names() -> None:
+    names = refused({"match": "*", "weight": "int4_g63"}).split("nearest: ")[1].split(" (all")[0].split(", ")
+    assert len(names) == 3 and set(names) <= set(CATALOG) and names[0] == "int4_g64"
+
+
+@pytest.mark.parametrize(
+    ("field", "bad", "allowed"),
+    [
+        ("start", "best", "'auto', 'amax', 'mse' or 'sweep'"),
+        ("learn", "yes", "'none', 'lsq' or 'dual_lsq'"),
+        ("observer", "max", "'minmax', 'moving_average', 'percentile', 'mse' or 'kl'"),
+        ("estimator", "dge", "'ste' or 'clipped'"),
+        ("tied", "split", "'error', 'share' or 'untie'"),
+        ("activation_rule", "trt", "'vllm'"),
+    ],
+)
+def test_choices_list_what_is_allowed(field: str, bad: str, allowed: str) -> None:
+    message = refused({"match": "*", "skip": "x"}, **{field: bad})
+    assert message.startswith(f"job.yaml: {field}: ") and allowed in message and repr(bad) in message
+
+
+def test_what_engines_fuse_is_fused_by_default() -> None:
+    assert scheme({"match": "*", "skip": "x"}).fused == FUSED_DEFAULT
+    assert ("q_proj", "k_proj", "v_proj") in FUSED_DEFAULT and ("gate_proj", "up_proj") in FUSED_DEFAULT
+    assert scheme({"match": "*", "skip": "x"}, fused=[["a", "b"]]).fused == (("a", "b"),)

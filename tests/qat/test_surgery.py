@@ -1,0 +1,388 @@
+"""Applying a scheme to real (tiny, random) models: coverage, sharing, tying, calibration, and the way back."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from qat.catalog import lookup
+from qat.errors import ConfigError, FormatError, UnsupportedError
+from qat.modules import InputQuantizer, QatEmbedding, QatLinear, WeightQuantizer
+from qat.numerics import fake_quantize, find_scales
+from qat.ranges import start_scales
+from qat.scheme import Rule, Scheme
+from qat.surgery import apply, calibrate, dense, fused_sets, layers, plan, report, served, weight_modules
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.1,
+}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "num_hidden_layers": 1}
+LAYERS = "model.layers.*_proj"
+
+
+def build(kind: str = "llama", **overrides: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**SIZES, **overrides}))
+    return model.eval()
+
+
+def rules(*given: tuple[str, str | None] | tuple[str, str, str], **fields: Any) -> Scheme:
+    """('pattern', 'weight format'[, 'input format']) or ('pattern', None) to skip."""
+    made = []
+    for pattern, weight, *rest in given:
+        skip = "not quantized here" if weight is None else None
+        made.append(Rule(match=pattern, weight=weight, input=rest[0] if rest else None, skip=skip))
+    return Scheme(rules=tuple(made), **fields)
+
+
+def usual(weight: str = "int4_g64", input: str | None = None, **fields: Any) -> Scheme:
+    body = (LAYERS, weight) if input is None else (LAYERS, weight, input)
+    return rules(body, ("*", None), **fields)
+
+
+def ids(seed: int = 0) -> Tensor:
+    return torch.randint(0, 96, (2, 16), generator=torch.Generator().manual_seed(seed))
+
+
+def batches(count: int = 3) -> Iterator[dict[str, Tensor]]:
+    return ({"input_ids": ids(seed)} for seed in range(count))
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids()).logits
+
+
+def refused(scheme: Scheme, model: nn.Module | None = None, error: type[Exception] = ConfigError) -> str:
+    model = build() if model is None else model
+    before = {n: type(m) for n, m in model.named_modules()}
+    with pytest.raises(error) as caught:
+        apply(model, scheme)
+    assert before == {n: type(m) for n, m in model.named_modules()}, "a refused scheme leaves the model as it was"
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["int4_g64", "nvfp4", "mxfp4", "int8_channel", "int4_g32_asym", "fp8_b128"])
+def test_the_quantized_model_equals_one_with_the_stored_weights(name: str) -> None:
+    model, stored = build(), build()
+    apply(model, usual(name))
+    found = layers(model)
+    assert len(found) == 14
+    with torch.no_grad():
+        for path, layer in found.items():
+            weight = layer.weight_quantizer.quantize(layer.weight).dequantize(torch.bfloat16)
+            stored.get_submodule(path).weight.copy_(weight)
+    assert torch.equal(logits(model), logits(stored))
+    assert not torch.equal(logits(model), logits(build()))
+
+
+def test_parameters_keep_their_identity_and_names() -> None:
+    model = build()
+    before = dict(model.named_parameters())
+    assert apply(model, usual()) is model
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in before.items())
+    assert all("weight_quantizer" in name for name in set(after) - set(before))
+    assert not model.training
+
+
+def test_every_quantized_layer_learns() -> None:
+    model = apply(build(), usual("nvfp4", "nvfp4"))
+    calibrate(model, batches(), usual("nvfp4", "nvfp4"))
+    model(input_ids=ids(), labels=ids()).loss.backward()
+    for path, layer in layers(model).items():
+        for name, parameter in layer.named_parameters():
+            assert parameter.grad is not None and parameter.grad.any(), f"{path}.{name}"
+
+
+def test_an_unmatched_module_is_named() -> None:
+    message = refused(rules((LAYERS, "int4_g64"), ("lm_head", None)))
+    assert message.startswith("no rule of the scheme matches model.embed_tokens; give them a format, or `skip:`")
+    message = refused(rules(("lm_head", None)))
+    assert message.endswith("give them a format, or `skip:` with a reason") and "and 11 more" in message
+
+
+def test_idle_and_shadowed_rules_are_told_apart() -> None:
+    idle = refused(rules(("*.w1", "int4_g64"), (LAYERS, "int4_g64"), ("*", None)))
+    assert "rule '*.w1' has no effect: no weighted module matches; modules end in: down_proj, embed_tokens" in idle
+    shadowed = refused(rules((LAYERS, "int4_g64"), ("*.down_proj", "int8_channel"), ("*", None)))
+    assert "rule '*.down_proj' has no effect: every module it matches is taken by an earlier rule" in shadowed
+
+
+def test_a_width_problem_names_the_layer_and_a_group_that_works() -> None:
+    model = build(hidden_size=192, head_dim=48)
+    message = refused(usual("int4_g128"), model, FormatError)
+    assert message.startswith("model.layers.0.self_attn.q_proj: int4_g128: groups of 128 do not divide a width of 192")
+    assert "nearest group that divides 192 is 64" in message
+    message = refused(usual("int4_channel", "fp8_g128"), build(hidden_size=192, head_dim=48), FormatError)
+    assert message.startswith("model.layers.0.self_attn.q_proj: fp8_g128")
+
+
+def test_fused_layers_need_one_treatment() -> None:
+    message = refused(rules(("*.q_proj", "int8_channel"), (LAYERS, "int4_g64"), ("*", None)))
+    assert message.startswith("engines fuse these layers, so they need one treatment: ")
+    assert "q_proj: int8_channel/-" in message and "v_proj: int4_g64/-" in message
+    message = refused(rules(("*.up_proj", None), (LAYERS, "int4_g64"), ("*", None)))
+    assert "gate_proj: int4_g64/-" in message and "up_proj: skip/-" in message
+    message = refused(rules(("*.k_proj", "int4_g64", "int8_token"), (LAYERS, "int4_g64"), ("*", None)))
+    assert "k_proj: int4_g64/int8_token" in message
+    loose = rules(("*.up_proj", None), (LAYERS, "int4_g64"), ("*", None), fused=())
+    assert len(layers(apply(build(), loose))) == 12
+
+
+def test_fused_sets_share_the_global_scale_and_the_input_quantizer() -> None:
+    model = build()
+    with torch.no_grad():
+        model.get_submodule("model.layers.0.self_attn.v_proj").weight.mul_(30)
+    apply(model, usual("nvfp4", "nvfp4"))
+    found = layers(model)
+    alone = {path: find_scales(layer.weight, lookup("nvfp4")).global_scale for path, layer in found.items()}
+    sets = fused_sets(list(found), usual())
+    assert [len(s) for s in sets] == [3, 2, 3, 2]
+    for members in sets:
+        scales = {found[m].weight_quantizer.global_scale.item() for m in members}
+        assert scales == {max(alone[m].item() for m in members)}
+        assert len({id(found[m].input_quantizer) for m in members}) == 1
+        assert len({id(found[m].weight_quantizer) for m in members}) == len(members)
+        assert found[members[0]].input_quantizer.consumers == len(members)
+    first = found["model.layers.0.self_attn.q_proj"]
+    assert first.weight_quantizer.global_scale > alone["model.layers.0.self_attn.q_proj"]
+    singles = [path for path in found if path.endswith(("o_proj", "down_proj"))]
+    assert all(found[path].input_quantizer.consumers == 1 for path in singles)
+    assert len({id(layer.input_quantizer) for layer in found.values()}) == len(sets) + len(singles)
+
+
+def test_mixture_of_experts_is_refused_loudly_until_skipped() -> None:
+    everything = rules(("lm_head", None), ("*.embed_tokens", None), ("*", "int4_g64"))
+    message = refused(everything, build("qwen3_moe", **MOE), UnsupportedError)
+    assert message.startswith("model.layers.0.mlp.experts (Qwen3MoeExperts, weights [(4, 256, 128), (4, 128, 128)])")
+    assert "fused mixture-of-experts weights cannot be quantized yet" in message
+    assert "add a rule `match: model.layers.0.mlp.experts` with `skip:`" in message
+    experts = rules(("*.experts", None), ("lm_head", None), ("*.embed_tokens", None), ("*", "int4_g64"))
+    message = refused(experts, build("qwen3_moe", **MOE), UnsupportedError)  # the router is no nn.Linear either
+    assert message.startswith("model.layers.0.mlp.gate (Qwen3MoeTopKRouter, weights [(4, 128)]): this kind of module")
+
+
+def test_experts_and_routers_are_covered_although_they_are_no_linear_layers() -> None:
+    model = build("qwen3_moe", **MOE)
+    assert {"model.layers.0.mlp.experts", "model.layers.0.mlp.gate"} <= set(weight_modules(model))
+    message = refused(rules((LAYERS, "int4_g64"), ("lm_head", None), ("*.embed_tokens", None)), model)
+    assert "no rule of the scheme matches model.layers.0.mlp.experts, model.layers.0.mlp.gate;" in message
+    coverage = report(model, usual())
+    rows = {row.path: row for row in coverage.modules}
+    assert rows["model.layers.0.mlp.experts.gate_up_proj"].shape == (4, 256, 128)
+    assert sum(row.parameters for row in coverage.modules) == matrix_parameters(model)
+
+
+def test_embeddings_take_a_weight_but_no_input_format_and_subclasses_are_refused() -> None:
+    message = refused(rules(("*.embed_tokens", "int8_channel", "int8_token"), ("*", None)))
+    assert "model.embed_tokens is an embedding: its input is token ids" in message
+    model = apply(build(), rules(("*.embed_tokens", "int8_channel"), ("*", None)))
+    assert isinstance(model.get_submodule("model.embed_tokens"), QatEmbedding)
+    scaled = build("gemma3_text", query_pre_attn_scalar=32, layer_types=["full_attention"] * 2)
+    message = refused(rules(("*.embed_tokens", "int8_channel"), ("*", None)), scaled, UnsupportedError)
+    assert "Gemma3TextScaledWordEmbedding" in message  # it multiplies its output: wrapping would lose that
+
+
+def matrix_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for n, p in model.named_parameters() if p.dim() >= 2 and "quantizer" not in n)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_report_counts_every_matrix_once(tied: bool) -> None:
+    scheme = usual("nvfp4", "nvfp4")
+    model = build(tie_word_embeddings=tied)
+    total = matrix_parameters(model)
+    planned = report(model, scheme)
+    assert not layers(model), "reporting changes nothing"
+    applied = report(apply(model, scheme))
+    for coverage in (planned, applied):
+        assert sum(row.parameters for row in coverage.modules) == total == matrix_parameters(model)
+        quantized = [row for row in coverage.modules if row.weight]
+        assert {(row.weight, row.input) for row in quantized} == {("nvfp4", "nvfp4")} and len(quantized) == 14
+        share = sum(row.parameters for row in quantized) / total
+        assert coverage.quantized_share == pytest.approx(share)
+        bits = sum(lookup("nvfp4").bits_per_weight(*row.shape) * row.parameters for row in quantized)
+        assert coverage.bits_per_weight == pytest.approx(bits / total + 16 * (1 - share))
+        rows = coverage.by_format()
+        assert sum(row[2] for row in rows) == len(coverage.modules) and sum(row[3] for row in rows) == total
+        assert [row[3] for row in rows] == sorted((row[3] for row in rows), reverse=True)
+    assert {row.skip for row in planned.modules if not row.weight} == {"not quantized here"}
+
+
+HEAD_AND_TABLE = [("lm_head", "int8_channel"), ("*.embed_tokens", "int8_channel"), ("*", None)]
+
+
+def test_tied_weights_are_an_error_by_default() -> None:
+    message = refused(rules(*HEAD_AND_TABLE), build(tie_word_embeddings=True))
+    assert (
+        "model.embed_tokens and lm_head are one tensor (tied), but the rules say int8_channel and int8_channel"
+        in message
+    )
+    message = refused(rules(("lm_head", "int8_channel"), ("*", None)), build(tie_word_embeddings=True))
+    assert "skip and int8_channel; skip both, or set scheme.tied to `share`" in message
+    both_skipped = apply(build(tie_word_embeddings=True), usual())
+    assert both_skipped.lm_head.weight is both_skipped.model.embed_tokens.weight
+
+
+def test_tied_weights_can_be_shared() -> None:
+    model = apply(build(tie_word_embeddings=True), rules(*HEAD_AND_TABLE, tied="share"))
+    head, table = model.lm_head, model.model.embed_tokens
+    assert isinstance(head, QatLinear) and isinstance(table, QatEmbedding)
+    assert head.weight is table.weight and head.weight_quantizer is table.weight_quantizer
+    message = refused(rules(("lm_head", "int8_channel"), ("*", None), tied="share"), build(tie_word_embeddings=True))
+    assert "skip and int8_channel" in message  # one tensor cannot be both
+    stored = build(tie_word_embeddings=True)
+    with torch.no_grad():
+        stored.lm_head.weight.copy_(head.weight_quantizer.quantize(head.weight).dequantize(torch.bfloat16))
+    assert torch.equal(logits(model), logits(stored))
+
+
+def test_tied_weights_can_be_untied() -> None:
+    model = build(tie_word_embeddings=True)
+    before = model.lm_head.weight.detach().clone()
+    apply(model, rules(("lm_head", "int8_channel"), ("*", None), tied="untie"))
+    head, table = model.lm_head, model.model.embed_tokens
+    assert isinstance(head, QatLinear) and type(table) is nn.Embedding
+    assert head.weight is not table.weight and head.weight.data_ptr() != table.weight.data_ptr()
+    assert torch.equal(head.weight, before) and torch.equal(table.weight, before)
+    assert model.config.tie_word_embeddings is False
+    assert sum(row.parameters for row in report(model).modules) == matrix_parameters(model)
+
+
+def test_dense_is_the_original_model_and_ends_cleanly() -> None:
+    original = logits(build())
+    model = apply(build(), usual("int3_g64"))
+    quantized = logits(model)
+    with dense(model):
+        assert torch.equal(logits(model), original)
+        with dense(model):  # calibration inside a measurement
+            assert torch.equal(logits(model), original)
+        assert torch.equal(logits(model), original)
+    assert torch.equal(logits(model), quantized)
+    with pytest.raises(RuntimeError, match="inside"), dense(model):
+        raise RuntimeError("inside")
+    assert torch.equal(logits(model), quantized) and not torch.equal(quantized, original)
+    assert not any("forward" in vars(m) for m in model.modules() if isinstance(m, WeightQuantizer))
+
+
+def test_served_rounds_what_is_stored_in_bf16_and_restores_it() -> None:
+    model = apply(build(), usual("nvfp4"))
+    before = {n: (p.data_ptr(), p.detach().clone()) for n, p in model.named_parameters()}
+    plain = logits(model)
+    with served(model):
+        for name, parameter in model.named_parameters():
+            quantized = ".weight_quantizer." in name or "_proj" in name
+            expected = before[name][1] if quantized else before[name][1].bfloat16().float()
+            assert torch.equal(parameter, expected), name
+        assert not torch.equal(logits(model), plain)
+    with pytest.raises(RuntimeError, match="inside"), served(model):
+        raise RuntimeError("inside")
+    for name, parameter in model.named_parameters():
+        assert (parameter.data_ptr(), True) == (before[name][0], torch.equal(parameter, before[name][1]))
+    assert torch.equal(logits(model), plain)
+
+
+def inputs_of(model: nn.Module, path: str) -> Tensor:
+    """Everything the layer at `path` reads over the calibration batches."""
+    seen: list[Tensor] = []
+    handle = model.get_submodule(path).register_forward_pre_hook(lambda _m, args: seen.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        for batch in batches():
+            model(**batch)
+    handle.remove()
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_calibration_sees_the_unquantized_model_and_weighs_by_it(weighted: bool) -> None:
+    scheme = usual("nvfp4", "nvfp4", weighted_start=weighted)
+    model, original = apply(build(), scheme), build()
+    global_scales = {path: layer.weight_quantizer.global_scale.clone() for path, layer in layers(model).items()}
+    calibrate(model, batches(), scheme)
+    for path in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
+        layer, seen = layers(model)[path], inputs_of(original, path)
+        assert layer.input_quantizer.amax == seen.abs().amax()
+        importance = seen.square().mean(dim=0) if weighted else None
+        expected = start_scales(layer.weight.detach(), lookup("nvfp4"), "sweep", global_scales[path], importance)
+        agree = layer.weight_quantizer.start == expected.effective()
+        assert agree.float().mean() > 0.99  # sums in another order may flip a tie
+        assert torch.equal(layer.weight_quantizer.global_scale, global_scales[path])
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert logits(model).isfinite().all()
+
+
+def test_weighted_starts_lower_the_error_of_the_outputs() -> None:
+    errors = []
+    for weighted in (False, True):
+        scheme = usual("int3_g64", weighted_start=weighted)
+        model, original = apply(build(), scheme), build()
+        with torch.no_grad():
+            for m in (model, original):  # norms that excite some channels ten times more than others
+                m.model.layers[0].input_layernorm.weight[::16] = 10.0
+        calibrate(model, batches(), scheme)
+        layer, x = (
+            layers(model)["model.layers.0.self_attn.q_proj"],
+            inputs_of(original, "model.layers.0.self_attn.q_proj"),
+        )
+        errors.append(((layer.weight_quantizer(layer.weight) - layer.weight) @ x.T).square().mean().item())
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_deferred_starts_are_found_by_calibration_for_linears_and_embeddings() -> None:
+    scheme = rules(("*.embed_tokens", "int4_g64"), (LAYERS, "int4_g64"), ("*", None), weighted_start=False)
+    searched, deferred = apply(build(), scheme), apply(build(), scheme, defer_start=True)
+    paths = ("model.embed_tokens", "model.layers.0.mlp.up_proj")
+    starts = [[layers(m)[path].weight_quantizer.start for path in paths] for m in (searched, deferred)]
+    assert not any(torch.equal(a, b) for a, b in zip(*starts, strict=True))
+    calibrate(deferred, batches(), scheme)
+    assert all(
+        torch.equal(layers(deferred)[p].weight_quantizer.start, s) for p, s in zip(paths, starts[0], strict=True)
+    )
+
+
+def test_calibration_that_fails_leaves_no_hooks_and_dead_layers_are_named() -> None:
+    scheme = usual("nvfp4", "nvfp4")
+    model = apply(build(), scheme)
+    with pytest.raises(ValueError, match="tokenizer"):
+        calibrate(model, (_raise() for _ in range(1)), scheme)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight.zero_()
+    with pytest.raises(FormatError, match=r"input of model\.layers\.1\.mlp\.(gate|up)_proj: no non-zero activations"):
+        calibrate(model, batches(), scheme)
+
+
+def _raise() -> dict[str, Tensor]:
+    raise ValueError("tokenizer")
+
+
+def test_plans_and_paths_of_an_applied_model_are_those_of_the_original() -> None:
+    model, scheme = build(), usual("nvfp4", "nvfp4")
+    paths = list(weight_modules(model))
+    planned = {path: rule.weight for path, rule in plan(model, scheme).items()}
+    apply(model, scheme)
+    assert list(weight_modules(model)) == paths
+    assert {path: rule.weight for path, rule in plan(model, scheme).items()} == planned
+    assert {type(m) for m in model.modules()} & {WeightQuantizer, InputQuantizer, QatLinear}
+
+
+def test_starts_follow_the_scheme() -> None:
+    for start in ("amax", "mse", "auto"):
+        layer = layers(apply(build(), usual("int4_g64", start=start)))["model.layers.0.mlp.up_proj"]
+        expected = start_scales(layer.weight.detach(), lookup("int4_g64"), start).effective()
+        assert torch.equal(layer.weight_quantizer.start, expected)
+    plain = layers(apply(build(), usual("int4_g64", start="amax", learn="none", round_bf16=False)))
+    layer = plain["model.layers.0.mlp.up_proj"]
+    assert torch.equal(layer.weight_quantizer(layer.weight), fake_quantize(layer.weight, lookup("int4_g64")))

@@ -1,0 +1,191 @@
+"""The whole road on a tiny model: train, resume exactly after a kill, stop on bad input, keep the best."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from qat.checkpoints.resume import load_student
+from qat.errors import CheckpointError, ConfigError, TrainingError, UnsupportedError
+from qat.trainers.job import Job, load_job
+from qat.trainers.run import train
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("llama", tmp_path_factory.mktemp("model") / "llama")
+
+
+def write(folder: Path, model: Path, **changes: Any) -> Path:
+    job: dict[str, Any] = {
+        "name": "tiny",
+        "model": {"id": str(model)},
+        "scheme": {
+            "rules": [
+                {"match": "lm_head", "skip": "kept in BF16"},
+                {"match": "model.embed_tokens", "skip": "kept in BF16"},
+                {"match": "*_proj", "weight": "nvfp4", "input": "nvfp4"},
+            ]
+        },
+        "data": {"source": "embedded", "seq_len": 32, "max_tokens": 8192},
+        "eval": {"data": {"source": "heldout", "seq_len": 32, "max_tokens": 2048}, "tokens": 256, "every": 2},
+        "optim": {"lr": 1e-3, "ema": 0.9},
+        "steps": 6,
+        "rows": 4,
+        "micro_rows": 2,
+        "checkpoint_every": 2,
+        "runs": str(folder / "runs"),
+    }
+    path = folder / f"{changes.get('name', 'tiny')}.yaml"
+    path.write_text(yaml.safe_dump({**job, **changes}))
+    return path
+
+
+def metrics(job: Job) -> list[dict[str, str]]:
+    with (job.folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def curve(job: Job) -> list[tuple[str, str, str, str]]:
+    return [(row["step"], row["loss"], row["grad_norm"], row["heldout_kl"]) for row in metrics(job)]
+
+
+def command(path: Path, *more: str) -> subprocess.Popen[str]:
+    arguments = [sys.executable, "-m", "qat.cli", "train", str(path), *more]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+
+
+def test_report_and_files(tmp_path: Path, model: Path) -> None:
+    job = load_job(write(tmp_path, model))
+    report = train(job, table=False)
+    assert [row["name"] for row in report["rows"]] == ["bf16", "ptq", "best_ptq", "student"]
+    rows = {row["name"]: row for row in report["rows"]}
+    assert abs(rows["bf16"]["kl"]) < 1e-6 and rows["bf16"]["top1"] == 1.0
+    assert rows["student"]["kl"] < rows["ptq"]["kl"]
+    assert report["gap_closed"]["kl"] == pytest.approx(1 - rows["student"]["kl"] / rows["ptq"]["kl"], rel=1e-5)
+    assert report["tokens"] == 6 * 4 * 32
+    on_disk = json.loads((job.folder / "report.json").read_text())
+    assert on_disk["rows"] == report["rows"]
+    for name in ("job.yaml", "report.md", "metrics.csv", "plots/loss.png", "plots/recovery.png", "plots/qsnr.png"):
+        assert (job.folder / name).stat().st_size > 0, name
+    assert [row["step"] for row in metrics(job)] == [str(n) for n in range(1, 7)]
+    best = min((float(r["heldout_kl"]), int(r["step"])) for r in metrics(job) if r["heldout_kl"])
+    state = json.loads((job.folder / "checkpoints/best/state.json").read_text())
+    assert state["step"] == best[1] and rows["student"]["kl"] == pytest.approx(best[0], rel=1e-4)
+
+
+def test_every_method_loss_and_learning_mode_trains(tmp_path: Path, model: Path) -> None:
+    scheme = yaml.safe_load(write(tmp_path, model).read_text())["scheme"]
+    for number, changes in enumerate(
+        (
+            {"method": "qat"},
+            {"loss": {"kind": "jsd"}},
+            {"loss": {"kind": "reverse_kl"}, "scheme": {**scheme, "learn": "lsq"}},
+            {"scheme": {**scheme, "learn": "none"}, "activation_checkpointing": True, "optim": {"lr": 1e-3}},
+        )
+    ):
+        job = load_job(write(tmp_path, model, name=f"run{number}", steps=2, **changes))
+        report = train(job, table=False)
+        assert math.isfinite(report["rows"][-1]["kl"])
+
+
+def test_resume_after_kill_repeats_the_uninterrupted_run(tmp_path: Path, model: Path) -> None:
+    whole = load_job(write(tmp_path, model, name="whole"))
+    train(whole, table=False)
+    path = write(tmp_path, model, name="cut")
+    cut = load_job(path)
+    process = command(path)
+    for _ in poll(120):
+        if (cut.folder / "metrics.csv").is_file() and len(metrics(cut)) >= 3 and saved_steps(cut):
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert load_student(cut.folder)[0] is not None  # the best so far is loadable
+    report = train(cut, resume_run=True, table=False)
+    assert curve(cut) == curve(whole)
+    theirs, ours = (load_file(j.folder / "checkpoints/best/student.safetensors") for j in (whole, cut))
+    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[n], ours[n]) for n in theirs)
+    assert report["tokens"] == 6 * 4 * 32
+
+
+def poll(seconds: float) -> Iterator[None]:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        yield
+        time.sleep(0.01)
+    pytest.fail(f"nothing happened within {seconds} s")
+
+
+def saved_steps(job: Job) -> list[Path]:
+    return [p for p in (job.folder / "checkpoints").glob("step-*") if (p / "state.json").is_file()]
+
+
+def test_sigterm_saves_and_says_how_to_go_on(tmp_path: Path, model: Path) -> None:
+    path = write(tmp_path, model, steps=2000, checkpoint_every=0, eval={"data": {"source": "heldout", "seq_len": 32}})
+    job = load_job(path)
+    process = command(path)
+    for _ in poll(120):
+        if (job.folder / "metrics.csv").is_file() and len(metrics(job)) >= 3:
+            break
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and "--resume" in errors
+    assert json.loads((saved_steps(job)[-1] / "state.json").read_text())["step"] == len(metrics(job))
+
+
+def test_resume_with_another_job_says_what_differs(tmp_path: Path, model: Path) -> None:
+    train(load_job(write(tmp_path, model)), table=False)
+    with pytest.raises(ConfigError, match=r"optim\.lr was 0\.001, now 0\.002"):
+        train(load_job(write(tmp_path, model), ["optim.lr=0.002"]), resume_run=True)
+    with pytest.raises(CheckpointError, match="exists already"):
+        train(load_job(write(tmp_path, model)))
+    with pytest.raises(CheckpointError, match="no resumable state"):
+        train(load_job(write(tmp_path, model, name="never")), resume_run=True)
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_the_best(tmp_path: Path, model: Path) -> None:
+    job = load_job(write(tmp_path, model, optim={"lr": 1e30, "clip": 1e30}, steps=20))
+    with pytest.raises(TrainingError, match=r"loss became (nan|inf) at step \d+"):
+        train(job, table=False)
+    student, _, state = load_student(job.folder)
+    assert all(torch.isfinite(p).all() for p in student.parameters()) and math.isfinite(state["kl"])
+
+
+def test_early_stop(tmp_path: Path, model: Path) -> None:
+    evaluation = {"data": {"source": "heldout", "seq_len": 32}, "tokens": 256, "every": 1, "patience": 2}
+    job = load_job(write(tmp_path, model, steps=50, optim={"lr": 0.3}, eval=evaluation))
+    report = train(job, table=False)
+    assert len(metrics(job)) < 50 and report["best_step"] <= len(metrics(job)) - 2
+
+
+def test_the_start_is_kept_when_training_only_hurts(tmp_path: Path, model: Path) -> None:
+    job = load_job(write(tmp_path, model, optim={"lr": 0.3}))
+    rows = {row["name"]: row for row in train(job, table=False)["rows"]}
+    assert rows["student"]["kl"] == pytest.approx(rows["best_ptq"]["kl"], rel=1e-5)
+
+
+def test_unavailable_strategy_is_refused_before_anything_is_written(tmp_path: Path, model: Path) -> None:
+    job = load_job(write(tmp_path, model, strategy="fsdp"))
+    with pytest.raises(UnsupportedError, match="ddp"):
+        train(job)
+    assert not job.folder.exists()
+
+
+def test_wandb_offline(tmp_path: Path, model: Path) -> None:
+    pytest.importorskip("wandb", reason="the wandb extra is not installed")
+    job = load_job(write(tmp_path, model, steps=2, wandb={"project": "qat-tests", "offline": True}))
+    train(job, table=False)
+    assert list((job.folder / "wandb").glob("offline-run-*/*.wandb"))

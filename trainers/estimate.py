@@ -1,0 +1,359 @@
+"""What a job will need, before any weight is loaded: memory per device, tokens per second, time (`--dry-run`).
+
+Memory and work come from `footprint`. Speed comes from the device: a CPU is measured for a second, a GPU is looked up
+by name, and where none is here an H100 is assumed, and said to be.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qat.catalog import CATALOG, lookup
+from qat.modules import InputQuantizer, WeightQuantizer
+from qat.numerics import find_scales
+from qat.ranges import start_scales
+from qat.scheme import Scheme
+from qat.trainers.footprint import BF16, FP32, GIB, Facts, facts, flops_per_token, forward_flops, memory, shards
+from qat.trainers.job import Job
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+COMMON_GPUS = (16, 24, 48, 80, 141, 180)  # GiB of cards in use
+HEADROOM = 0.95  # share of a device's memory that may be planned for
+# Part of the name -> (dense BF16 FLOP/s, memory bytes/s, GiB), from the makers' data sheets; the first match wins.
+GPUS: dict[str, tuple[float, float, int]] = {
+    "B200": (2250e12, 8.0e12, 180),
+    "H200": (989e12, 4.8e12, 141),
+    "H100 PCIe": (756e12, 2.0e12, 80),
+    "H100 NVL": (835e12, 3.9e12, 94),
+    "H100": (989e12, 3.35e12, 80),
+    "A100": (312e12, 2.0e12, 80),
+    "MI300X": (1307e12, 5.3e12, 192),
+    "L40S": (362e12, 0.86e12, 48),
+    "RTX 5090": (209e12, 1.79e12, 32),
+    "RTX 4090": (165e12, 1.0e12, 24),
+    "RTX 3090": (71e12, 0.94e12, 24),
+    "A10": (125e12, 0.6e12, 24),
+    "L4": (121e12, 0.3e12, 24),
+}
+ASSUMED = "H100"
+# Share that a step reaches of the peak (GPU), or of a measured product of large matrices (CPU).
+UTILISATION = {"cuda": 0.35, "cpu": 0.7}
+# Memory traffic, in bytes per value: unfused fake quantization forward and backward; clipping and AdamW.
+WEIGHT_TRAFFIC, INPUT_TRAFFIC, OPTIMIZER_TRAFFIC = 150, 100, 40
+SEARCH_TRAFFIC = 2000  # of the search for start scales, once
+SIDE, MEASURE_SECONDS = 1024, 0.3
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A device and its speeds: seconds per FLOP in training, and per value of each kind of elementwise work."""
+
+    kind: str
+    name: str
+    mixed: bool
+    capacity: int | None
+    per_flop: float
+    per_weight: float
+    per_input: float
+    per_search: float
+    per_update: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The job on one kind of device.
+
+    Attributes:
+        kind: "cpu" or "cuda".
+        device: its name; says so where it is assumed rather than here.
+        precision: of forward and backward.
+        memory: bytes per device, by purpose.
+        capacity: bytes of the device, None if unknown.
+        tokens_per_second: of training, over all devices.
+        training_seconds, other_seconds: all steps; judging, calibration and the search for start scales.
+    """
+
+    kind: str
+    device: str
+    precision: str
+    memory: dict[str, int]
+    capacity: int | None
+    tokens_per_second: float
+    training_seconds: float
+    other_seconds: float
+
+    @property
+    def peak(self) -> int:
+        """Bytes per device."""
+        return sum(self.memory.values())
+
+    def fits(self, capacity: int) -> bool:
+        """Whether the peak leaves some headroom in `capacity` bytes."""
+        return self.peak <= HEADROOM * capacity
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `qat train --dry-run` prints; bytes, seconds and counts as their names say."""
+
+    name: str
+    origin: str
+    parameters: int
+    quantized_share: float
+    bits_per_weight: float
+    scheme: list[tuple[str, str, int, int, float]]
+    model_bytes: int
+    dense_bytes: int
+    flops_per_token: float
+    tokens: int
+    steps: int
+    devices: int
+    plans: tuple[Plan, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        plans = [{**asdict(plan), "peak_bytes": plan.peak} for plan in self.plans]
+        return {**asdict(self), "plans": plans}
+
+
+def estimate(job: Job) -> Estimate:
+    """Memory and time of `job`, without loading weights.
+
+    Raises:
+        CheckpointError: no config.json can be had.
+        ConfigError, FormatError, UnsupportedError: the scheme does not fit the model, as `qat.surgery.plan` says.
+    """
+    known = facts(job)
+    weights, parameters = known.coverage.modules, known.student.parameters
+    vectors = parameters - sum(m.parameters for m in weights)
+    plans = tuple(_plan(job, known, machine) for machine in _machines(job, known))
+    return Estimate(
+        name=job.name,
+        origin=known.student.origin,
+        parameters=parameters,
+        quantized_share=known.coverage.quantized_share,
+        bits_per_weight=known.coverage.bits_per_weight,
+        scheme=known.coverage.by_format(),
+        model_bytes=int(sum(m.parameters * m.bits for m in weights) / 8) + BF16 * vectors,
+        dense_bytes=BF16 * parameters,
+        flops_per_token=flops_per_token(job, known),
+        tokens=job.steps * job.tokens_per_step,
+        steps=job.steps,
+        devices=job.devices,
+        plans=plans,
+        notes=tuple(_notes(job, plans)),
+    )
+
+
+def _notes(job: Job, plans: tuple[Plan, ...]) -> list[str]:
+    notes = []
+    if job.data.source == "teacher":
+        notes.append("the time in which the teacher writes its text is not counted")
+    if shards(job) > 1 and not job.activation_checkpointing:
+        notes.append(
+            f"{job.strategy} shards weights, but their quantized copies stay whole on every device until the backward "
+            "pass; activation_checkpointing: true drops them"
+        )
+    if any(plan.capacity is not None and not plan.fits(plan.capacity) for plan in plans):
+        levers = [] if job.activation_checkpointing else ["activation_checkpointing: true"]
+        levers += ["micro_rows: 1"] if job.micro_rows > 1 else []
+        levers += ["a smaller loss_chunk", "a shorter data.seq_len", "more devices"]
+        notes.append("what lowers memory: " + ", ".join(levers))
+    return notes
+
+
+# --- devices --------------------------------------------------------------------------------------
+
+
+def _machines(job: Job, known: Facts) -> list[Machine]:
+    """The device that would train here; without a GPU also an assumed one."""
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name(0)
+        capacity = int(torch.cuda.get_device_properties(0).total_memory)
+        listed = next((key for key in GPUS if key.lower() in name.lower()), None)
+        if listed is None:
+            return [_gpu(job, f"{name} (speed unknown, taken as an {ASSUMED} SXM)", ASSUMED, capacity)]
+        return [_gpu(job, name, listed, capacity)]
+    assumed = _gpu(job, f"assumed {ASSUMED} SXM", ASSUMED, GPUS[ASSUMED][2] * GIB)
+    return [_cpu(job, known), assumed]
+
+
+def _gpu(job: Job, name: str, listed: str, capacity: int) -> Machine:
+    peak, bandwidth, _ = GPUS[listed]
+    traffic = (WEIGHT_TRAFFIC, INPUT_TRAFFIC, SEARCH_TRAFFIC, OPTIMIZER_TRAFFIC)
+    per_value = [count / bandwidth for count in traffic]
+    return Machine("cuda", name, job.precision != "fp32", capacity, 1 / (peak * UTILISATION["cuda"]), *per_value)
+
+
+def _cpu(job: Job, known: Facts) -> Machine:
+    """This CPU, measured with the formats of the job; means over formats are weighted by parameters."""
+    mixed = job.precision == "bf16-mixed"
+    square = torch.randn(SIDE, SIDE, dtype=torch.bfloat16 if mixed else torch.float32)
+    per_flop = _seconds(lambda: square @ square) / (2 * SIDE**3 * UTILISATION["cpu"])
+    large = torch.randn(16 * SIDE, SIDE)  # larger than caches; one pass reads and writes it
+    per_update = _seconds(lambda: large.mul_(1.0)) / (2 * FP32 * large.numel()) * OPTIMIZER_TRAFFIC
+    sums, total = [0.0, 0.0, 0.0], 0
+    for weight, input, _, count, _ in known.coverage.by_format():
+        if weight in CATALOG:
+            measured = (
+                _weight_seconds(job.scheme, weight),
+                _input_seconds(job.scheme, input),
+                _search_seconds(job.scheme, weight),
+            )
+            sums = [s + count * seconds for s, seconds in zip(sums, measured, strict=True)]
+            total += count
+    threads = torch.get_num_threads()
+    name = f"this CPU, {threads} thread{'s' if threads > 1 else ''}"
+    per_weight, per_input, per_search = (value / max(total, 1) for value in sums)
+    return Machine("cpu", name, mixed, _ram(), per_flop, per_weight, per_input, per_search, per_update)
+
+
+def _weight_seconds(scheme: Scheme, name: str) -> float:
+    """Of fake quantization, forward and backward, per weight."""
+    fmt, leaf = lookup(name), torch.randn(SIDE, SIDE).requires_grad_()
+    quantizer = WeightQuantizer(fmt, find_scales(leaf, fmt), scheme.learn, scheme.round_bf16)
+    return _seconds(lambda: quantizer(leaf).sum().backward()) / leaf.numel()
+
+
+def _input_seconds(scheme: Scheme, name: str) -> float:
+    if name not in CATALOG:
+        return 0.0
+    leaf = torch.randn(SIDE, SIDE).requires_grad_()
+    quantizer = InputQuantizer(lookup(name), scheme.activation_rule, scheme.estimator, scheme.observer)
+    quantizer.amax.fill_(float(leaf.detach().abs().amax()))
+    return _seconds(lambda: quantizer(leaf).sum().backward()) / leaf.numel()
+
+
+def _search_seconds(scheme: Scheme, name: str) -> float:
+    fmt, part = lookup(name), torch.randn(SIDE // 8, SIDE)
+    return _seconds(lambda: start_scales(part, fmt, scheme.start)) / part.numel()
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Of one call: the fastest of as many as fit into MEASURE_SECONDS, at least two."""
+    end, fastest, calls = time.perf_counter() + MEASURE_SECONDS, float("inf"), 0
+    while calls < 2 or time.perf_counter() < end:
+        began = time.perf_counter()
+        work()
+        fastest, calls = min(fastest, time.perf_counter() - began), calls + 1
+    return fastest
+
+
+def _ram() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not a POSIX system
+        return None
+
+
+# --- time -----------------------------------------------------------------------------------------
+
+
+def _plan(job: Job, known: Facts, machine: Machine) -> Plan:
+    tokens = job.steps * job.tokens_per_step
+    training = job.steps * _step_seconds(job, known, machine)
+    precision = "bf16-mixed" if machine.mixed else "fp32"
+    parts = memory(job, known, machine.kind, machine.mixed)
+    return Plan(
+        kind=machine.kind,
+        device=machine.name,
+        precision=precision,
+        memory=parts,
+        capacity=machine.capacity,
+        tokens_per_second=tokens / training,
+        training_seconds=training,
+        other_seconds=_other_seconds(job, known, machine),
+    )
+
+
+def _step_seconds(job: Job, known: Facts, machine: Machine) -> float:
+    """Of one optimizer step on each device: products, fake quantization once per forward pass, the update."""
+    tokens = job.tokens_per_step / job.devices
+    passes = job.rows / (job.micro_rows * job.devices)
+    return (
+        tokens * flops_per_token(job, known) * machine.per_flop
+        + passes * known.quantized * machine.per_weight
+        + tokens * known.input_values * machine.per_input
+        + known.trainable / shards(job) * machine.per_update
+    )
+
+
+def _other_seconds(job: Job, known: Facts, machine: Machine) -> float:
+    """Judging (BF16, two starts, every so many steps, the end), calibrating twice, searching start scales."""
+    student, teacher = (forward_flops(a, job.eval.data.seq_len) for a in (known.student, known.teacher))
+    head = 2.0 * known.teacher.shape.hidden * known.teacher.shape.vocabulary
+    during = job.steps // job.eval.every if job.eval.every else 1
+    judged = job.eval.tokens * (2 * teacher + (3 + during) * (student + head))
+    passes = (3 + during) * job.eval.tokens / (job.eval.batch * job.eval.data.seq_len)
+    values = (3 + during) * job.eval.tokens * known.input_values
+    calibrated = 2 * job.calibration_rows * job.data.seq_len * forward_flops(known.student, job.data.seq_len)
+    # A forward pass alone is about half of forward and backward of the fake quantization.
+    quantizing = 0.5 * (passes * known.quantized * machine.per_weight + values * machine.per_input)
+    return (judged + calibrated) * machine.per_flop + quantizing + known.quantized * machine.per_search
+
+
+# --- printing -------------------------------------------------------------------------------------
+
+
+def print_estimate(estimate: Estimate, console: "Console") -> None:
+    """The model, a table of memory and time with one column per device, and what would fit where."""
+    from rich.table import Table
+
+    for line in _summary(estimate):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    per = "per device" if estimate.devices > 1 else "in all"
+    table = Table(title=f"memory {per}, GiB; {estimate.devices} device(s)", title_justify="left")
+    table.add_column("")
+    for plan in estimate.plans:
+        table.add_column(f"{plan.device}\n{plan.precision}", justify="right")
+    for name in estimate.plans[0].memory:
+        if any(plan.memory[name] for plan in estimate.plans):
+            table.add_row(name, *(f"{plan.memory[name] / GIB:,.2f}" for plan in estimate.plans))
+    table.add_row("peak", *(f"{plan.peak / GIB:,.2f}" for plan in estimate.plans), style="bold", end_section=True)
+    table.add_row("tokens/s", *(f"{plan.tokens_per_second:,.0f}" for plan in estimate.plans))
+    table.add_row("training", *(duration(plan.training_seconds) for plan in estimate.plans))
+    table.add_row("judging and calibrating", *(duration(plan.other_seconds) for plan in estimate.plans))
+    console.print(table)
+    for plan in estimate.plans:
+        console.print(_fits(plan), highlight=False, markup=False, soft_wrap=True)
+    for note in estimate.notes:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _summary(estimate: Estimate) -> list[str]:
+    share, bits = f"{estimate.quantized_share:.1%}", f"{estimate.bits_per_weight:.2f}"
+    scheme = ", ".join(f"{count / 1e6:,.1f} M {weight}" for weight, _, _, count, _ in estimate.scheme)
+    return [
+        f"{estimate.name}: {estimate.parameters:,} parameters, {share} of the weights quantized, {bits} bits per weight,"
+        f" {estimate.model_bytes / 1e9:,.2f} GB stored instead of {estimate.dense_bytes / 1e9:,.2f} GB",
+        f"weights: {scheme}",
+        f"architecture: {estimate.origin}",
+        f"work: {estimate.tokens:,} tokens in {estimate.steps:,} steps, "
+        f"{estimate.flops_per_token / 1e9:,.2f} GFLOP per token",
+    ]
+
+
+def _fits(plan: Plan) -> str:
+    """One yes or no for the device, and for GPUs one for each common size."""
+    answers = []
+    if plan.capacity is not None:
+        answers.append(f"fits in {plan.capacity / GIB:,.0f} GiB: {'yes' if plan.fits(plan.capacity) else 'NO'}")
+    if plan.kind == "cuda":
+        others = [f"{size} {'yes' if plan.fits(size * GIB) else 'no'}" for size in COMMON_GPUS]
+        answers.append("GPUs of " + ", ".join(others))
+    return f"{plan.device}: " + ("; ".join(answers) or "its memory is unknown")
+
+
+def duration(seconds: float) -> str:
+    """Two digits of a sensible unit: an estimate is no more exact."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.1f} s"

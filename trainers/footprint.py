@@ -1,0 +1,348 @@
+"""What a job's models weigh before they are loaded: the architecture from config.json, parameters, work, memory.
+
+The model is built without storage (torch's meta device). Where the hub cannot be reached, the configs of well-known
+models in configs/architectures stand in. Formulas count what autograd keeps; tests hold them to a measured peak.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qat.catalog import lookup
+from qat.checkpoints.hf import ModelConfig, quiet, resolve
+from qat.errors import CheckpointError, UnsupportedError
+from qat.surgery import Coverage, report
+from qat.trainers.evaluate import CHUNK
+from qat.trainers.job import Job
+
+ARCHITECTURES = Path(__file__).parent.parent / "configs" / "architectures"
+FP32, BF16 = 4, 2
+GIB = 2**30
+# Libraries and device context, in bytes: a process after its imports; a CUDA context with cuBLAS's workspace.
+RUNTIME = {"cpu": int(0.45 * GIB), "cuda": int(1.0 * GIB)}
+# glibc serves blocks below 32 MiB from a heap that cannot give back what lies between live blocks. Measured share of
+# what is kept and worked with that is lost so, without and with activation checkpointing.
+HEAP_BLOCK, HEAP_LOSS = 32 * 2**20, {False: 0.6, True: 1.5}
+# Chunks of logits alive at once, as float32: both models' logits, their log-probabilities, and the product's parts.
+LOGIT_COPIES = {True: 7, False: 4}  # with a teacher, without
+BACKWARD_COPIES = 5  # float32 copies of one weight while its fake quantization is differentiated
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Widths of a decoder: hidden, all query heads, all key heads, active feed-forward; and how many of what.
+
+    `norms` are the layer-wide ones of one layer; `head_norms` says whether queries and keys are normalised too.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    query: int
+    key: int
+    ffn: int
+    vocabulary: int
+    norms: float
+    head_norms: bool
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model without weights: `multiplied` counts the parameters that each token is multiplied with (no embedding
+    look-up, of experts only the active ones); `origin` says where its config was read."""
+
+    model: nn.Module
+    shape: Shape
+    parameters: int
+    multiplied: int
+    origin: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the formulas need to know of a job: both architectures, the scheme's coverage, the number of trained
+    parameters (scales not counted), of block scales, and whether the output layer is trained."""
+
+    student: Architecture
+    teacher: Architecture
+    coverage: Coverage
+    trainable: int
+    blocks: int
+    head_trained: bool
+
+    @property
+    def quantized(self) -> int:
+        """Weights that a format covers."""
+        return sum(m.parameters for m in self.coverage.modules if m.weight)
+
+    @property
+    def input_share(self) -> float:
+        """Share of the layers' weights whose inputs are quantized too."""
+        linears = [m for m in self.coverage.modules if m.shape[0] != self.student.shape.vocabulary]
+        return sum(m.parameters for m in linears if m.input) / max(sum(m.parameters for m in linears), 1)
+
+    @property
+    def input_values(self) -> float:
+        """Values per token that quantized inputs have in all layers; layers that engines fuse share theirs."""
+        shape = self.student.shape
+        return self.input_share * shape.layers * (2 * shape.hidden + shape.query + shape.ffn)
+
+
+# --- architecture ---------------------------------------------------------------------------------
+
+
+def facts(job: Job) -> Facts:
+    """Read the architectures of `job` and lay its scheme over the student.
+
+    Raises:
+        CheckpointError: no config.json can be had.
+        ConfigError, FormatError, UnsupportedError: the scheme does not fit the model, as `qat.surgery.plan` says.
+    """
+    student = architecture(job.model)
+    teacher = student if job.teacher is None else architecture(job.teacher)
+    coverage = report(student.model, job.scheme)
+    frozen = [n for n, _ in student.model.named_parameters() if any(fnmatchcase(n, p) for p in job.optim.freeze)]
+    sizes = {name: parameter.numel() for name, parameter in student.model.named_parameters()}
+    frozen_ids = {id(student.model.get_parameter(name)) for name in frozen}
+    blocks = 0
+    for module in coverage.modules:
+        if module.weight is not None:
+            blocks += math.prod(lookup(module.weight).grid_shape(module.shape[0], module.shape[1]))
+    head: Any = student.model.get_output_embeddings()  # type: ignore[operator]  # a transformers method
+    trainable = sum(sizes.values()) - sum(sizes[name] for name in frozen)
+    return Facts(student, teacher, coverage, trainable, blocks, id(head.weight) not in frozen_ids)
+
+
+def architecture(config: ModelConfig) -> Architecture:
+    """The model that `config` names, on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    found, origin = _hf_config(config)
+    if getattr(found, "quantization_config", None):
+        raise UnsupportedError(f"{config.id} is quantized already; give the original BF16, FP16 or FP32 weights")
+    try:
+        with quiet(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                found, dtype=torch.float32, trust_remote_code=config.trust_remote_code
+            )
+    except (ValueError, ImportError, TypeError, AttributeError) as error:
+        raise UnsupportedError(f"{config.id} is no causal language model that transformers knows: {error}") from error
+    shape = _shape(found.get_text_config(), model)
+    parameters = sum(p.numel() for p in model.parameters())
+    return Architecture(model, shape, parameters, _multiplied(model), origin)
+
+
+def _hf_config(config: ModelConfig) -> tuple[Any, str]:
+    from transformers import AutoConfig
+
+    path = Path(config.id).expanduser()
+    if config.id.startswith("embedded:") or path.suffix == ".gguf" or path.exists():
+        folder = resolve(config)
+        with quiet():
+            found = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        return found, f"{config.id} (local config.json)"
+    try:
+        with quiet():
+            found = AutoConfig.from_pretrained(
+                config.id, revision=config.revision, trust_remote_code=config.trust_remote_code
+            )
+        return found, f"config.json of the hub model {config.id}"
+    except (OSError, ValueError) as error:
+        shipped = shipped_architecture(config.id)
+        if shipped is not None:
+            return AutoConfig.from_pretrained(shipped), f"configs/architectures/{shipped.name} (the hub gave nothing)"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"no config.json for {config.id!r}: there is no such folder, and the hub says: {reason} An estimate needs "
+            "only config.json: run this once with a network (and `hf auth login` for gated models), or put the model's "
+            "config.json into a folder and set model.id to it"
+        ) from error
+
+
+def shipped_architecture(model_id: str) -> Path | None:
+    """The file in configs/architectures for a hub id; instruction-tuned and base models share one."""
+    for path in sorted(ARCHITECTURES.glob("*.json")):
+        known = json.loads(path.read_text(encoding="utf-8"))["_name_or_path"].lower()
+        if model_id.lower() in (known, f"{known}-instruct", f"{known}-base", f"{known}-it"):
+            return path
+    return None
+
+
+def _shape(config: Any, model: nn.Module) -> Shape:
+    hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    ffn = getattr(config, "intermediate_size", None) or 4 * hidden
+    experts = getattr(config, "num_experts_per_tok", None)
+    if experts:
+        ffn = experts * (getattr(config, "moe_intermediate_size", None) or ffn)
+    vectors = [(name, p) for name, p in model.named_parameters() if p.dim() == 1 and "norm" in name]
+    norms = (sum(p.numel() == hidden for _, p in vectors) - 1) / layers  # one follows the last layer
+    head_norms = any("q_norm" in name for name, _ in vectors)
+    return Shape(
+        layers, hidden, heads, heads * head_dim, keys * head_dim, ffn, config.vocab_size, max(norms, 2.0), head_norms
+    )
+
+
+def _multiplied(model: Any) -> int:
+    config = model.config.get_text_config()
+    active = getattr(config, "num_experts_per_tok", None)
+    total = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    count = 0
+    for parameter in model.parameters():
+        if parameter.dim() >= 2 and (parameter is not embedding or parameter is head):
+            share = active / total if parameter.dim() == 3 and active and total else 1.0
+            count += int(parameter.numel() * share)
+    return count
+
+
+# --- work -----------------------------------------------------------------------------------------
+
+
+def flops_per_token(job: Job, facts: Facts) -> float:
+    """6 per multiplied parameter of the student (forward, and twice that backward), 2 of a teacher that the loss needs,
+    2 more of the student where activations are recomputed; and attention, 4 x sequence x query width per forward."""
+    student = forward_flops(facts.student, job.data.seq_len)
+    recomputed = student - 2 * math.prod((facts.student.shape.hidden, facts.student.shape.vocabulary))
+    teacher = forward_flops(facts.teacher, job.data.seq_len) if job.objective.needs_teacher else 0.0
+    return 3 * student + teacher + (recomputed if job.activation_checkpointing else 0.0)
+
+
+def forward_flops(architecture: Architecture, sequence: int) -> float:
+    """Per token of a forward pass; attention counts the whole square, because packed rows mask it."""
+    shape = architecture.shape
+    return 2.0 * architecture.multiplied + 4.0 * sequence * shape.query * shape.layers
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def shards(job: Job) -> int:
+    """Among how many devices the states are divided."""
+    return job.devices if job.strategy in ("fsdp", "deepspeed") else 1
+
+
+def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
+    """Bytes on one device at the worst moment of a step, by purpose: the end of a forward pass, when gradients of the
+    step before are still there (Lightning clears them just before the backward pass).
+
+    States, divided by the devices under fsdp and deepspeed, with P parameters, P' of them trained, S learned scales:
+        masters 4 P; gradients 4 (P' + S), twice that under ddp, which copies them into buckets; moments 8 (P' + S);
+        scales 4 S and 4 per block for their start; average 4 (P' + S); teacher 2 P on GPUs, 4 P on CPUs.
+    Kept for the backward pass, T tokens per device and forward pass:
+        quantized weights 4 per weight (6 in bf16) and up to 16 per scale; activations as `_per_token` counts them;
+        with activation checkpointing, one layer of both and 4 x hidden x T per layer.
+    Working space, the larger of: 4 to 7 float32 chunks of logits with two gradients of the output layer; 5 copies of
+        the largest quantized weight with the gradients of one feed-forward layer; judging instead of training.
+    On CPUs, while tensors are smaller than 32 MiB, holes in the heap; see HEAP_LOSS.
+
+    Args:
+        device: "cuda" or "cpu".
+        mixed: whether the forward pass computes in BF16.
+    """
+    parts = _states(job, facts, device)
+    saved_weights = _saved_weights(job, facts, mixed)
+    activations = _activations(job, facts, mixed)
+    working = max(_training_space(job, facts, mixed), _judging_space(job, facts) - saved_weights - activations)
+    if shards(job) > 1:  # the layer at work is gathered whole, and the next one with it
+        working += 2 * FP32 * (facts.student.parameters // facts.student.shape.layers)
+    tensor = FP32 * job.micro_rows * job.data.seq_len * facts.student.shape.ffn
+    heap = HEAP_LOSS[job.activation_checkpointing] if device == "cpu" and tensor < HEAP_BLOCK else 0.0
+    return {
+        **parts,
+        "quantized weights for backward": saved_weights,
+        "activations": activations,
+        "logits and other working space": working,
+        "holes in the heap": int(heap * (saved_weights + activations + working)),
+        "libraries and device context": RUNTIME[device],
+    }
+
+
+def _states(job: Job, facts: Facts, device: str) -> dict[str, int]:
+    learned = {"none": 0, "lsq": 1, "dual_lsq": 2}[job.scheme.learn] * facts.blocks
+    trained = facts.trainable + learned
+    buckets = 2 if job.devices > 1 and shards(job) == 1 else 1
+    teacher = (BF16 if device == "cuda" else FP32) * facts.teacher.parameters
+    parts = {
+        "master weights": FP32 * facts.student.parameters,
+        "scales": FP32 * (learned + facts.blocks),
+        "gradients": FP32 * trained * buckets,
+        "Adam moments": 2 * FP32 * trained,
+        "average of weights": FP32 * trained if job.optim.ema else 0,
+        "teacher": teacher,
+    }
+    return {name: count // shards(job) for name, count in parts.items()}
+
+
+def _saved_weights(job: Job, facts: Facts, mixed: bool) -> int:
+    """The quantized copies that linear layers keep; in BF16 also the cast copies of unquantized layers."""
+    quantized = facts.quantized
+    per_weight = (FP32 if job.scheme.learn != "none" or not mixed else 0) + (BF16 if mixed else 0)
+    per_block = FP32 * {"none": 1, "lsq": 2, "dual_lsq": 4}[job.scheme.learn]
+    total = per_weight * quantized + per_block * facts.blocks
+    if job.activation_checkpointing:
+        total //= facts.student.shape.layers
+    plain = facts.student.multiplied - quantized
+    return total + (BF16 * max(plain, 0) if mixed else 0)
+
+
+def _activations(job: Job, facts: Facts, mixed: bool) -> int:
+    shape, tokens = facts.student.shape, job.micro_rows * job.data.seq_len
+    layer = tokens * _per_token(job, facts, BF16 if mixed else FP32)
+    ends = tokens * 9 * FP32 * shape.hidden  # the last norm, both models' hidden states, copies in the loss
+    if job.activation_checkpointing:
+        return int(layer + ends + shape.layers * tokens * FP32 * shape.hidden)
+    return int(layer * shape.layers + ends)
+
+
+def _per_token(job: Job, facts: Facts, a: int) -> float:
+    """Bytes that autograd keeps per token of one layer, with `a` bytes per computed number (4, or 2 in bf16).
+
+    H hidden, Q and K query and key widths, F feed-forward, S sequence. Every norm keeps its input and the normalised
+    input in float32: 8 H. Its output feeds three linear layers (attention) or two (feed-forward): 4 H each time in
+        fp32, one cast copy per layer in bf16. Attention: a (2 Q + 2 K) without a mask, a (4 Q + S) with one, since
+        masked heads are repeated; no square of S unless eager. Feed-forward: 4 a F. Quantized inputs add the copy
+        before (or after)
+    rounding: 8 H if its gradient is clipped, a Q, a F if clipped, and two scales per block.
+    """
+    shape = facts.student.shape
+    hidden, query, key, ffn = shape.hidden, shape.query, shape.key, shape.ffn
+    norms = shape.norms * 2 * FP32 * hidden + (FP32 + a) * (query + key) * shape.head_norms
+    fed = 2 * FP32 * hidden if a == FP32 else 5 * a * hidden
+    implementation = job.model.attn_implementation
+    masked = job.data.pack and "flash" not in implementation
+    attention = a * (4 * query + job.data.seq_len if masked else 2 * query + 2 * key) + FP32 * shape.heads
+    if implementation == "eager":
+        attention += (FP32 + a) * shape.heads * job.data.seq_len
+    inputs = [m for m in facts.coverage.modules if m.input]
+    quantized = 0.0
+    if inputs:
+        clipped = job.scheme.estimator == "clipped"
+        columns = lookup(str(inputs[0].input)).block_for(1, hidden)[1]
+        quantized = a * query + (2 * FP32 * hidden + a * ffn) * clipped
+        quantized += 2 * FP32 * (2 * hidden + query + ffn) / columns
+    return norms + fed + attention + 4 * a * ffn + facts.input_share * quantized
+
+
+def _training_space(job: Job, facts: Facts, mixed: bool) -> int:
+    shape, tokens = facts.student.shape, job.micro_rows * job.data.seq_len
+    chunk = min(job.loss_chunk, tokens)
+    logits = LOGIT_COPIES[job.objective.needs_teacher] * FP32 * chunk * shape.vocabulary
+    head = 2 * FP32 * shape.hidden * shape.vocabulary if facts.head_trained else 0
+    largest = max((m.parameters for m in facts.coverage.modules if m.weight), default=0)
+    backward = BACKWARD_COPIES * FP32 * largest + 4 * (BF16 if mixed else FP32) * tokens * shape.ffn
+    return max(logits + head, backward)
+
+
+def _judging_space(job: Job, facts: Facts) -> int:
+    """BF16-valued copies of what is not quantized, and the logits of both models."""
+    plain = sum(m.parameters for m in facts.coverage.modules if not m.weight)
+    chunk = min(CHUNK, job.eval.batch * job.eval.data.seq_len)
+    return FP32 * plain + LOGIT_COPIES[True] * FP32 * chunk * facts.student.shape.vocabulary

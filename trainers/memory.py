@@ -1,0 +1,33 @@
+"""The process's memory: how the allocator treats freed blocks on CPUs, and how much was used at the peak.
+
+Training frees and takes again the same megabytes thousands of times per step. By default glibc gives such blocks back
+to the kernel each time, which then has to clear every page anew; keeping them, and using huge pages for large
+tensors, removes most of the page faults of a CPU step. Nothing changes numerically.
+"""
+
+import ctypes
+import os
+import resource
+import sys
+
+import torch
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameter numbers of mallopt(3)
+_LARGEST_MMAP_THRESHOLD = 32 * 2**20
+_NEVER_TRIM = 2**31 - 1
+
+
+def keep_freed_blocks() -> None:
+    """Call before the first large tensor exists; a no-op where the C library has no such settings."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch's CPU allocator
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        mallopt(_TRIM_THRESHOLD, _NEVER_TRIM)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory in use at one time so far: of the device, or of this process on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
