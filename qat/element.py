@@ -1,10 +1,9 @@
 """What a code means. An Element is its decode table (code -> value) plus how to round a real number onto that table.
 
 Three constructors cover the field: `integer(bits)`, `minifloat(exponent, mantissa)` and `table(values)`. Everything
-    else (largest value, sign handling, encode) is derived from the table, so packers, kernels and tests cannot
-    disagree with it.
-Codes are always the raw bit pattern in a uint8: two's complement for integers, sign-exponent-mantissa for minifloats,
-the position for tables.
+else (largest value, sign handling, encode) is derived from the table, so packers, kernels and tests cannot disagree
+with it. Codes are always the raw bit pattern in a uint8: two's complement for integers, sign-exponent-mantissa for
+minifloats, the position for tables.
 """
 
 from dataclasses import dataclass

@@ -2,7 +2,7 @@
 
 Distillation losses work on hidden states and the output head in chunks of tokens, so the float32 logits of student and
 teacher over the whole vocabulary never exist at once: each chunk's logits are made, turned into a loss and its
-    gradient, and dropped. At a vocabulary of 49,152 and 1,024 tokens the naive loss holds several copies of 200 MB.
+gradient, and dropped. At a vocabulary of 49,152 and 1,024 tokens the naive loss holds several copies of 200 MB.
 """
 
 from collections.abc import Callable

@@ -125,6 +125,10 @@ class InputQuantizer(nn.Module):
         """Pass inputs through unchanged and collect their range, until `freeze`."""
         self._observer = RangeObserver(self.observer_kind, self.format)
 
+    def cancel(self) -> None:
+        """Stop observing and keep the range there was."""
+        self._observer = None
+
     def freeze(self) -> None:
         """Fix the range from what was observed."""
         if self._observer is not None and self.needs_calibration:

@@ -1,12 +1,11 @@
-"""The reference arithmetic of every Format: scales, codes, and back. Training, packing and kernels all derive from
-here.
+"""The reference arithmetic of every Format: scales, codes, and back. Training, packing and kernels derive from here.
 
 The contract that tests prove bit by bit: `fake_quantize(x, f) == quantize(x, f).dequantize()`. Everything is computed
 in float32 whatever the input dtype, the scale is rounded to its stored dtype *before* it divides, and rounding is half
 to even. A NaN or infinity makes its own block NaN (never a silent finite number) and leaves other blocks alone.
 
 Shapes: x is (..., columns), flattened to (rows, columns). Blocked tensors are (block rows, rows per block, block
-    columns, columns per block); scale tensors are (block rows, block columns).
+columns, columns per block); scale tensors are (block rows, block columns).
 """
 
 import math

@@ -292,10 +292,12 @@ class _InputMoments:
 
         return collect
 
-    def finish(self) -> dict[str, Tensor]:
+    def remove(self) -> None:
         self.last = (None, None)
         for handle in self.handles:
             handle.remove()
+
+    def means(self) -> dict[str, Tensor]:
         return {path: total / self.counts[path] for path, total in self.sums.items()}
 
 
@@ -310,16 +312,26 @@ def observe(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str,
     """The first half of `calibrate`: fix activation ranges; returns the mean square of each linear layer's input
     channels, (in_features,) by path."""
     linears = {path: m for path, m in layers(model).items() if isinstance(m, QatLinear)}
-    inputs = {id(m.input_quantizer): m.input_quantizer for m in linears.values() if m.input_quantizer is not None}
+    inputs = {m.input_quantizer: path for path, m in linears.items() if m.input_quantizer is not None}
     moments = _InputMoments(linears)
-    for quantizer in inputs.values():
+    for quantizer in inputs:
         quantizer.observe()
-    with dense(model):
-        for batch in batches:
-            model(**batch)
-    for quantizer in inputs.values():
-        quantizer.freeze()
-    return moments.finish()
+    try:
+        with dense(model):
+            for batch in batches:
+                model(**batch)
+    except BaseException:
+        for quantizer in inputs:
+            quantizer.cancel()
+        raise
+    finally:
+        moments.remove()
+    for quantizer, path in inputs.items():
+        try:
+            quantizer.freeze()
+        except FormatError as error:
+            raise FormatError(f"input of {path}: {error}") from error
+    return moments.means()
 
 
 def begin(model: nn.Module, scheme: Scheme, moments: dict[str, Tensor]) -> None:

@@ -22,11 +22,11 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from qat.checkpoints.folders import atomic_folder
+from qat.checkpoints.progress import progress
 from qat.config import Strict
 from qat.errors import ConfigError, DataError
 from qat.trainers import selfwritten, sources, tokens
 from qat.trainers.packing import CHANNELS, IGNORE, Batch, collate, pack, pad
-from qat.checkpoints.progress import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,13 +14,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from qat.checkpoints.progress import progress
 from qat.config import Strict
 from qat.losses import IGNORE
 from qat.surgery import served
 from qat.trainers.data import Blocks, DataConfig
 from qat.trainers.forward import Head, hidden_states, split
 from qat.trainers.packing import evaluating
-from qat.checkpoints.progress import progress
 
 CHUNK = 512  # tokens whose logits exist at once
 

@@ -34,6 +34,7 @@ def refused(*rules: dict[str, Any], **fields: Any) -> str:
         ("*", "", True),
         (r"re:model\.layers\.\d+\.mlp\..*", "model.layers.12.mlp.up_proj", True),
         (r"re:layers", "model.layers.0", False),  # the whole path, not a part of it
+        (r"re:model", "model.layers.0", False),
         (r"re:(?!.*lm_head).*", "lm_head", False),
     ],
 )
