@@ -130,7 +130,7 @@ def export(
 
     find_target(target)
     model, source, state = load_student(run, checkpoint)
-    extra = {"name": run.resolve().name, "checkpoint": checkpoint, "step": state.get("step")}
+    extra = {"name": run.resolve().name, "checkpoint": checkpoint, "step": state.get("step"), "model": state["model"]}
     return export_model(model, source, out, target, overwrite=overwrite, extra=extra)  # type: ignore[arg-type]  # a run's model is a Hugging Face model
 
 

@@ -192,4 +192,6 @@ def load_student(run: Path, checkpoint: str = BEST) -> tuple[nn.Module, Path, di
     model = load_model(source, torch.float32, config.attn_implementation, config.trust_remote_code)
     apply(model, scheme, defer_start=True)
     restore_student(model, load_file(folder / _STUDENT))
-    return model, source, read_state(folder)
+    # A path of this machine means nothing elsewhere, so only names that others can resolve are passed on.
+    portable = None if Path(config.id).expanduser().exists() else config.id
+    return model, source, {**read_state(folder), "model": portable}

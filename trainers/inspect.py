@@ -43,7 +43,8 @@ def load(folder: Path) -> Loaded:
     if "quantization_config" in read_json(folder / "config.json"):
         from qat.checkpoints.exported import load_exported
 
-        origin = read_json(folder / "qat.json").get("source") if (folder / "qat.json").is_file() else None
+        record = read_json(folder / "qat.json") if (folder / "qat.json").is_file() else {}
+        origin = record.get("run", {}).get("model")
         return Loaded(load_exported(folder).eval(), folder, ModelConfig(id=origin) if origin else None, "export")
     return Loaded(load_model(folder).eval(), folder, None, "model")
 

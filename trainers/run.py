@@ -161,12 +161,14 @@ def _print_coverage(coverage: Coverage, console: Console) -> None:
     console.print(
         f"{coverage.quantized_share:.1%} of the weights are quantized, {coverage.bits_per_weight:.2f} bits per weight:",
         highlight=False,
+        soft_wrap=True,
     )
     for weight, input, modules, parameters, bits in coverage.by_format():
         console.print(
             f"  {weight:<40} inputs {input:<10} {modules:>5} modules {parameters / 1e6:>9.2f} M weights"
             f" {bits:>6.2f} bits",
             highlight=False,
+            soft_wrap=True,
         )
 
 
@@ -177,7 +179,9 @@ def _baselines(job: Job, parts: Parts, judge: Judge, console: Console) -> list[d
     def judged(model: nn.Module, name: str) -> None:
         row = judge.score(model, f"judging {name}").row(name)
         console.print(
-            f"{name:>9}: held-out KL {row['kl']:.4f}  NLL {row['nll']:.4f}  top-1 {row['top1']:.1%}", highlight=False
+            f"{name:>9}: held-out KL {row['kl']:.4f}  NLL {row['nll']:.4f}  top-1 {row['top1']:.1%}",
+            highlight=False,
+            soft_wrap=True,
         )
         rows.append(row)
 
