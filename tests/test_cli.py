@@ -1,0 +1,93 @@
+"""The commands as a user types them: the whole road on a tiny model, JSON that is JSON, and errors that are sentences."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qat.catalog import CATALOG
+from qat.cli import main
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on a tiny Qwen3 with a tied head, and its config beside it."""
+    folder = tmp_path_factory.mktemp("cli")
+    model = tiny_model("qwen3", folder / "model", tie_word_embeddings=True)
+    job = {
+        "name": "tiny",
+        "model": {"id": str(model)},
+        "scheme": {
+            "rules": [
+                {"match": "lm_head", "skip": "shares its tensor with the embedding"},
+                {"match": "model.embed_tokens", "skip": "kept in BF16"},
+                {"match": "*.down_proj", "weight": "int8_channel", "input": "int8_token"},
+                {"match": "*_proj", "weight": "nvfp4", "input": "nvfp4"},
+            ]
+        },
+        "data": {"source": "embedded", "seq_len": 32, "max_tokens": 4096},
+        "eval": {"data": {"source": "heldout", "seq_len": 32}, "tokens": 128},
+        "steps": 2,
+        "runs": str(folder / "runs"),
+    }
+    (folder / "job.yaml").write_text(yaml.safe_dump(job))
+    assert main(["train", str(folder / "job.yaml"), "--json"]) == 0
+    return folder / "runs" / "tiny"
+
+
+def test_train_export_verify_eval_generate(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["export", str(run), str(out)]) == 0
+    assert "qat verify" in capfd.readouterr().out
+    assert main(["verify", str(out), "--json"]) == 0
+    checks = json.loads(capfd.readouterr().out)
+    assert checks["ok"] and all(check["ok"] for check in checks["checks"])
+    teacher = ["--teacher", str(run.parents[1] / "model")]
+    assert main(["eval", str(out), "--tokens", "128", "--json", *teacher]) == 0
+    exported = json.loads(capfd.readouterr().out)["rows"][-1]
+    assert main(["eval", str(run), "--tokens", "128", "--json", *teacher]) == 0
+    trained = json.loads(capfd.readouterr().out)["rows"][-1]
+    assert exported["kl"] == pytest.approx(trained["kl"], rel=1e-3) and exported["tokens"] == trained["tokens"]
+    for folder in (out, run):
+        assert main(["generate", str(folder), "The quick", "--tokens", "4"]) == 0
+        printed = capfd.readouterr()
+        assert printed.out.startswith("The quick") and "tokens/s" in printed.err
+
+
+def test_report_was_printed_as_json(run: Path) -> None:
+    report = json.loads((run / "report.json").read_text())
+    assert {"rows", "gap_closed", "bits_per_weight", "model_bytes", "tokens", "seconds", "seed", "eval_hash"} <= set(report)
+
+
+def test_formats_lists_the_catalogue(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["formats", "--json"]) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == list(CATALOG)
+    assert main(["formats"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"{name} " in printed for name in CATALOG)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "configs/quikstart.yaml"], "nearest in configs: quickstart.yaml"),
+        (["train", "configs/quickstart.yaml", "optim.learning_rate=1"], "unknown key 'optim.learning_rate'"),
+        (["train", "configs/quickstart.yaml", "steps"], "not of the form key.subkey=value"),
+        (["train", "configs/quickstart.yaml", "scheme.rules.2.weight=nvfp5"], "no format called 'nvfp5'"),
+        (["export", "runs/nowhere", "out"], "is not a run"),
+        (["export", "runs/nowhere", "out", "--target", "compressed"], "compressed-tensors"),
+        (["verify", "runs/nowhere"], "nowhere"),
+        (["eval", "runs/nowhere"], "neither a run"),
+        (["generate", "runs/nowhere", "hello"], "neither a run"),
+        (["generate", "runs/nowhere", "hello", "--tokens", "0"], "must be positive"),
+    ],
+)
+def test_errors_are_one_sentence_and_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and "Traceback" not in printed.err and not printed.out
