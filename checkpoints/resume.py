@@ -24,13 +24,9 @@ from qat.scheme import Scheme
 from qat.surgery import apply
 
 BEST = "best"
-_STUDENT, _OPTIMIZER, _AVERAGE, _STATE, _RANDOM = (
-    "student.safetensors",
-    "optimizer.safetensors",
-    "average.safetensors",
-    "state.json",
-    "random.safetensors",
-)
+STUDENT = "student.safetensors"
+_OPTIMIZER, _AVERAGE, _RANDOM = "optimizer.safetensors", "average.safetensors", "random.safetensors"
+_STATE = "state.json"
 
 
 def student_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -69,7 +65,7 @@ def save_best(run: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> N
     folder = run / "checkpoints" / BEST
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder, overwrite=True, expected_bytes=_bytes(tensors)) as partial:
-        save_file(tensors, partial / _STUDENT)
+        save_file(tensors, partial / STUDENT)
         (partial / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
 
 
@@ -89,7 +85,7 @@ def save_state(
     folder = root / f"step-{step:08d}"
     size = _bytes(student) + _bytes(moments) + _bytes(average or {})
     with atomic_folder(folder, overwrite=True, expected_bytes=size) as partial:
-        save_file(student, partial / _STUDENT)
+        save_file(student, partial / STUDENT)
         save_file(moments, partial / _OPTIMIZER)
         save_file(_random_state(), partial / _RANDOM)
         if average is not None:
@@ -127,7 +123,7 @@ def restore_state(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
     """Bring model, optimizer and random generators back; returns the JSON state and the averaged weights."""
-    restore_student(model, load_file(folder / _STUDENT))
+    restore_student(model, load_file(folder / STUDENT))
     _restore_optimizer(model, optimizer, load_file(folder / _OPTIMIZER))
     random = load_file(folder / _RANDOM)
     torch.set_rng_state(random["cpu"])
@@ -183,15 +179,15 @@ def load_student(run: Path, checkpoint: str = BEST) -> tuple[nn.Module, Path, di
         raise CheckpointError(f"{run} is not a run: it holds no job.yaml (runs are written by `qat train`)")
     job = load_yaml(run / "job.yaml")
     folder = run / "checkpoints" / checkpoint
-    if not (folder / _STUDENT).is_file():
-        have = sorted(p.name for p in (run / "checkpoints").glob("*") if (p / _STUDENT).is_file())
+    if not (folder / STUDENT).is_file():
+        have = sorted(p.name for p in (run / "checkpoints").glob("*") if (p / STUDENT).is_file())
         raise CheckpointError(f"{run} has no checkpoint {checkpoint!r}; it has: {', '.join(have) or 'none yet'}")
     config = validate(ModelConfig, job["model"], str(run / "job.yaml"))
     scheme = validate(Scheme, job["scheme"], str(run / "job.yaml"))
     source = resolve(config)
     model = load_model(source, torch.float32, config.attn_implementation, config.trust_remote_code)
     apply(model, scheme, defer_start=True)
-    restore_student(model, load_file(folder / _STUDENT))
+    restore_student(model, load_file(folder / STUDENT))
     # A path of this machine means nothing elsewhere, so only names that others can resolve are passed on.
     portable = None if Path(config.id).expanduser().exists() else config.id
     return model, source, {**read_state(folder), "model": portable}

@@ -40,7 +40,7 @@ class Job(Strict):
         calibration_rows: rows of the training text that set activation ranges and start scales.
         checkpoint_every: steps between resumable checkpoints, 0 for only at the end.
         precision: "auto" is bf16-mixed on GPUs and fp32 on CPUs. Master weights are always fp32.
-        strategy: how several devices share the work.
+        strategy: how several devices share the work; only "auto" (one device) can be trained so far.
         loss_chunk: tokens whose logits exist at once.
         activation_checkpointing: recompute activations in the backward pass to save memory.
     """

@@ -13,6 +13,7 @@ import lightning as lit
 import torch
 import yaml
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import nn
 
 from qat.checkpoints import resume
@@ -61,8 +62,11 @@ def train(
     console = console or Console(stderr=True)
     _quiet_lightning()
     keep_freed_blocks()
-    if job.strategy in ("fsdp", "deepspeed"):
-        raise UnsupportedError(f"strategy {job.strategy} is not available yet; use auto (one device) or ddp")
+    if job.strategy != "auto" or job.devices > 1:
+        raise UnsupportedError(
+            f"strategy {job.strategy} on {job.devices} devices can be estimated (--dry-run) but not trained yet: ddp, fsdp "
+            "and deepspeed are not proven; use strategy=auto devices=1"
+        )
     run = job.folder
     saved = _claim(run, job, resume_run)
     lit.seed_everything(job.seed, verbose=False)
@@ -209,7 +213,10 @@ def _calibration(job: Job, parts: Parts) -> list[dict[str, Any]]:
 
 def _fit(job: Job, parts: Parts, keeper: Keeper, saved: dict[str, Any], resume_run: bool) -> StepLoop:
     folder = resume.last_state(job.folder) if resume_run else None
-    start = int(resume.read_state(folder)["step"]) if folder is not None else 0
+    start = 0
+    if folder is not None:
+        start = int(resume.read_state(folder)["step"])
+        resume.restore_student(parts.student, load_file(folder / resume.STUDENT))
     teacher = parts.teacher if job.objective.needs_teacher else None
     module = QatModule(parts.student, teacher, job, Batches(parts.train, job.rows, job.seed), start)
     average = Average(parts.student, job.optim.ema) if job.optim.ema else None
@@ -269,10 +276,8 @@ def _finish(
     job: Job, parts: Parts, keeper: Keeper, saved: dict[str, Any], console: Console, table: bool
 ) -> dict[str, Any]:
     """Judge the best student again, from disk, and write the report."""
-    from safetensors.torch import load_file
-
     best = job.folder / "checkpoints" / resume.BEST
-    resume.restore_student(parts.student, load_file(best / "student.safetensors"))
+    resume.restore_student(parts.student, load_file(best / resume.STUDENT))
     rows = [*saved["rows"], keeper.judge.score(parts.student, "the student reads held-out text").row("student")]
     built = _report(job, parts, keeper, saved, rows)
     write_report(job.folder, built)
