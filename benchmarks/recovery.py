@@ -22,9 +22,9 @@ def cases(seeds: int) -> list[tuple[str, Path, list[str]]]:
     seeded = [(f"NVFP4 W4A4 QAD seed {seed}", NVFP4, [f"seed={seed}"]) for seed in range(seeds)]
     return [
         *seeded[:1],
-        ("NVFP4 W4A4 QAT", NVFP4, ["method=qat"]),
-        ("MXFP4 W4A4 QAD", ROOT / "qad" / "smollm2-135m-mxfp4.yaml", []),
         ("INT4 g64 W4A16 QAD", ROOT / "qad" / "smollm2-135m-int4-g64.yaml", []),
+        ("MXFP4 W4A4 QAD", ROOT / "qad" / "smollm2-135m-mxfp4.yaml", []),
+        ("NVFP4 W4A4 QAT", NVFP4, ["method=qat"]),
         *seeded[1:],
     ]
 

@@ -22,7 +22,6 @@ from qat.format import Format
 TINY = torch.finfo(torch.float32).tiny  # smallest scale, so that an all-zero block still has a finite positive one
 
 
-
 @dataclass(frozen=True)
 class Scales:
     """The scales of one tensor.

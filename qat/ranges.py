@@ -118,7 +118,7 @@ def _with_stored(blocked: Tensor, fmt: Format, base: Scales, stored: Tensor, err
 
 
 def _error(blocked: Tensor, fmt: Format, scales: Scales, error_weight: Tensor | None, unit: Tensor) -> Tensor:
-    """Squared error per block, (block rows, block columns), in units of `unit` so that no square under- or overflows."""
+    """Squared error per block, (block rows, block columns) in units of `unit`, so that no square overflows."""
     difference = rounded(blocked, fmt, scales).mul_(per_block(scales.effective())).sub_(blocked)
     difference.div_(per_block(unit)).square_()
     if error_weight is not None:

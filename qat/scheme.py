@@ -17,6 +17,7 @@ from qat.gradients import Estimator
 from qat.ranges import Observer, Start
 
 ActivationRule = Literal["vllm", "compressed_tensors"]
+Compensation = Literal["none", "gptq"]
 Learn = Literal["none", "lsq", "dual_lsq"]
 TiedPolicy = Literal["error", "share", "untie"]
 
@@ -71,6 +72,8 @@ class Scheme(Strict):
     Attributes:
         start: weight scales at the start; see `qat.ranges.start_scales`.
         weighted_start: weigh the start's error by the mean square of each input channel (one calibration pass).
+        compensate: "gptq" also moves the weights, so that each column makes up for what earlier ones lost in rounding.
+            Calibration then keeps a float32 matrix of in_features^2 per distinct input.
         learn: "none" keeps the start; "lsq" learns one scale per block; "dual_lsq" learns separate scales for
             rounding and for dequantizing (only the second is stored).
         observer: how static activation ranges are found.
@@ -83,6 +86,7 @@ class Scheme(Strict):
     rules: tuple[Rule, ...]
     start: Start = "auto"
     weighted_start: bool = True
+    compensate: Compensation = "none"
     learn: Learn = "dual_lsq"
     observer: Observer = "minmax"
     activation_rule: ActivationRule = "vllm"

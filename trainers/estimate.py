@@ -5,6 +5,7 @@ by name, and where none is here an H100 is assumed, and said to be.
 """
 
 import os
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -43,16 +44,20 @@ GPUS: dict[str, tuple[float, float, int]] = {
 }
 ASSUMED = "H100"
 # Share that a step reaches of the peak (GPU), or of a measured product of large matrices (CPU).
-UTILISATION = {"cuda": 0.35, "cpu": 0.7}
-# Memory traffic, in bytes per value: unfused fake quantization forward and backward; clipping and AdamW.
-WEIGHT_TRAFFIC, INPUT_TRAFFIC, OPTIMIZER_TRAFFIC = 150, 100, 40
-SEARCH_TRAFFIC = 2000  # of the search for start scales, once
+UTILISATION = {"cuda": 0.35, "cpu": 0.8}
+# Memory traffic, in bytes per value: unfused fake quantization forward and backward; the search for start scales, once;
+# clipping and AdamW.
+WEIGHT_TRAFFIC, INPUT_TRAFFIC, SEARCH_TRAFFIC, OPTIMIZER_TRAFFIC = 150, 100, 2000, 40
+# How often elementwise work goes over the kept activations, and over float32 logits with a teacher and without.
+ACTIVATION_PASSES, LOGIT_PASSES = 6, {True: 25, False: 12}
+LAUNCH_SECONDS = 600 * 5e-6  # per layer and pass on a GPU: about 600 unfused kernels, which no small batch can hide
 SIDE, MEASURE_SECONDS = 1024, 0.3
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A device and its speeds: seconds per FLOP in training, and per value of each kind of elementwise work."""
+    """A device and its speeds, in seconds: per FLOP in training, per value of each kind of elementwise work, per byte
+    of any other, per layer and pass at least."""
 
     kind: str
     name: str
@@ -63,6 +68,8 @@ class Machine:
     per_input: float
     per_search: float
     per_update: float
+    per_byte: float
+    per_layer: float
 
 
 @dataclass(frozen=True)
@@ -173,7 +180,7 @@ def _notes(job: Job, plans: tuple[Plan, ...]) -> list[str]:
 
 
 def _machines(job: Job, known: Facts) -> list[Machine]:
-    """The device that would train here; without a GPU also an assumed one."""
+    """The device that would train here; without a GPU also an assumed one, alone if the job wants several devices."""
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name(0)
         capacity = int(torch.cuda.get_device_properties(0).total_memory)
@@ -182,14 +189,14 @@ def _machines(job: Job, known: Facts) -> list[Machine]:
             return [_gpu(job, f"{name} (speed unknown, taken as an {ASSUMED} SXM)", ASSUMED, capacity)]
         return [_gpu(job, name, listed, capacity)]
     assumed = _gpu(job, f"assumed {ASSUMED} SXM", ASSUMED, GPUS[ASSUMED][2] * GIB)
-    return [_cpu(job, known), assumed]
+    return [assumed] if job.devices > 1 else [_cpu(job, known), assumed]
 
 
 def _gpu(job: Job, name: str, listed: str, capacity: int) -> Machine:
     peak, bandwidth, _ = GPUS[listed]
-    traffic = (WEIGHT_TRAFFIC, INPUT_TRAFFIC, SEARCH_TRAFFIC, OPTIMIZER_TRAFFIC)
-    per_value = [count / bandwidth for count in traffic]
-    return Machine("cuda", name, job.precision != "fp32", capacity, 1 / (peak * UTILISATION["cuda"]), *per_value)
+    traffic = (WEIGHT_TRAFFIC, INPUT_TRAFFIC, SEARCH_TRAFFIC, OPTIMIZER_TRAFFIC, 1)
+    speeds = (1 / (peak * UTILISATION["cuda"]), *(count / bandwidth for count in traffic), LAUNCH_SECONDS)
+    return Machine("cuda", name, job.precision != "fp32", capacity, *speeds)
 
 
 def _cpu(job: Job, known: Facts) -> Machine:
@@ -197,8 +204,9 @@ def _cpu(job: Job, known: Facts) -> Machine:
     mixed = job.precision == "bf16-mixed"
     square = torch.randn(SIDE, SIDE, dtype=torch.bfloat16 if mixed else torch.float32)
     per_flop = _seconds(lambda: square @ square) / (2 * SIDE**3 * UTILISATION["cpu"])
-    large = torch.randn(16 * SIDE, SIDE)  # larger than caches; one pass reads and writes it
+    large = torch.randn(16 * SIDE, SIDE)  # larger than caches
     per_update = _seconds(lambda: large.mul_(1.0)) / (2 * FP32 * large.numel()) * OPTIMIZER_TRAFFIC
+    per_byte = _seconds(lambda: large * large) / (FP32 * large.numel())  # with the cost of getting fresh memory
     sums, total = [0.0, 0.0, 0.0], 0
     for weight, input, _, count, _ in known.coverage.by_format():
         if weight in CATALOG:
@@ -212,7 +220,8 @@ def _cpu(job: Job, known: Facts) -> Machine:
     threads = torch.get_num_threads()
     name = f"this CPU, {threads} thread{'s' if threads > 1 else ''}"
     per_weight, per_input, per_search = (value / max(total, 1) for value in sums)
-    return Machine("cpu", name, mixed, _ram(), per_flop, per_weight, per_input, per_search, per_update)
+    speeds = (per_flop, per_weight, per_input, per_search, per_update, per_byte, 0.0)
+    return Machine("cpu", name, mixed, _ram(), *speeds)
 
 
 def _weight_seconds(scheme: Scheme, name: str) -> float:
@@ -237,13 +246,15 @@ def _search_seconds(scheme: Scheme, name: str) -> float:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """Of one call: the fastest of as many as fit into MEASURE_SECONDS, at least two."""
-    end, fastest, calls = time.perf_counter() + MEASURE_SECONDS, float("inf"), 0
-    while calls < 2 or time.perf_counter() < end:
+    """Of one call: the median of as many as fit into MEASURE_SECONDS, at least two, after one to warm up."""
+    work()
+    end = time.perf_counter() + MEASURE_SECONDS
+    calls: list[float] = []
+    while len(calls) < 2 or time.perf_counter() < end:
         began = time.perf_counter()
         work()
-        fastest, calls = min(fastest, time.perf_counter() - began), calls + 1
-    return fastest
+        calls.append(time.perf_counter() - began)
+    return statistics.median(calls)
 
 
 def _ram() -> int | None:
@@ -274,20 +285,29 @@ def _plan(job: Job, known: Facts, machine: Machine) -> Plan:
 
 
 def _step_seconds(job: Job, known: Facts, machine: Machine) -> float:
-    """Of one optimizer step on each device: products, fake quantization once per forward pass, the update."""
-    tokens = job.tokens_per_step / job.devices
-    passes = job.rows / (job.micro_rows * job.devices)
-    return (
-        tokens * flops_per_token(job, known) * machine.per_flop
-        + passes * known.quantized * machine.per_weight
-        + tokens * known.input_values * machine.per_input
-        + known.trainable / shards(job) * machine.per_update
+    """Of one optimizer step on each device: products, fake quantization of the weights once per pass and of the inputs,
+    the other elementwise work, and the update; a pass takes no less than its launches."""
+    tokens = job.micro_rows * job.data.seq_len
+    logits = FP32 * tokens * known.student.shape.vocabulary
+    elementwise = (
+        ACTIVATION_PASSES * memory(job, known, machine.kind, machine.mixed)["activations"]
+        + LOGIT_PASSES[job.objective.needs_teacher] * logits
     )
+    one_pass = (
+        tokens * flops_per_token(job, known) * machine.per_flop
+        + known.quantized * machine.per_weight
+        + tokens * known.input_values * machine.per_input
+        + elementwise * machine.per_byte
+    )
+    passes = job.rows / (job.micro_rows * job.devices)
+    least = known.student.shape.layers * machine.per_layer
+    return passes * max(one_pass, least) + known.trainable / shards(job) * machine.per_update
 
 
 def _other_seconds(job: Job, known: Facts, machine: Machine) -> float:
     """Judging (BF16, two starts, every so many steps, the end), calibrating twice, searching start scales."""
     student, teacher = (forward_flops(a, job.eval.data.seq_len) for a in (known.student, known.teacher))
+    least = known.student.shape.layers * machine.per_layer / 3  # a forward pass has no backward
     head = 2.0 * known.teacher.shape.hidden * known.teacher.shape.vocabulary
     during = job.steps // job.eval.every if job.eval.every else 1
     judged = job.eval.tokens * (2 * teacher + (3 + during) * (student + head))
@@ -296,7 +316,8 @@ def _other_seconds(job: Job, known: Facts, machine: Machine) -> float:
     calibrated = 2 * job.calibration_rows * job.data.seq_len * forward_flops(known.student, job.data.seq_len)
     # A forward pass alone is about half of forward and backward of the fake quantization.
     quantizing = 0.5 * (passes * known.quantized * machine.per_weight + values * machine.per_input)
-    return (judged + calibrated) * machine.per_flop + quantizing + known.quantized * machine.per_search
+    searching = known.quantized * machine.per_search
+    return max((judged + calibrated) * machine.per_flop + quantizing, passes * least) + searching
 
 
 # --- printing -------------------------------------------------------------------------------------
@@ -328,11 +349,11 @@ def print_estimate(estimate: Estimate, console: "Console") -> None:
 
 
 def _summary(estimate: Estimate) -> list[str]:
-    share, bits = f"{estimate.quantized_share:.1%}", f"{estimate.bits_per_weight:.2f}"
+    share, bits = f"{estimate.quantized_share:.1%} of weights", f"{estimate.bits_per_weight:.2f} bits per weight"
     scheme = ", ".join(f"{count / 1e6:,.1f} M {weight}" for weight, _, _, count, _ in estimate.scheme)
     return [
-        f"{estimate.name}: {estimate.parameters:,} parameters, {share} of the weights quantized, {bits} bits per weight,"
-        f" {estimate.model_bytes / 1e9:,.2f} GB stored instead of {estimate.dense_bytes / 1e9:,.2f} GB",
+        f"{estimate.name}: {estimate.parameters:,} parameters, {share} quantized, {bits}, "
+        f"{estimate.model_bytes / 1e9:,.2f} GB stored instead of {estimate.dense_bytes / 1e9:,.2f} GB",
         f"weights: {scheme}",
         f"architecture: {estimate.origin}",
         f"work: {estimate.tokens:,} tokens in {estimate.steps:,} steps, "

@@ -191,8 +191,8 @@ def _baselines(job: Job, parts: Parts, judge: Judge, console: Console) -> list[d
 
     judged(parts.teacher, "bf16")
     with torch.autocast(parts.device.type, parts.dtype or torch.bfloat16, enabled=parts.dtype is not None):
-        moments = observe(parts.student, _calibration(job, parts))
-    plain = job.scheme.model_copy(update={"start": "amax", "weighted_start": False})
+        moments = observe(parts.student, _calibration(job, parts), gram=job.scheme.compensate == "gptq")
+    plain = job.scheme.model_copy(update={"start": "amax", "weighted_start": False, "compensate": "none"})
     begin(parts.student, plain, moments)
     judged(parts.student, "ptq")
     if plain == job.scheme:
