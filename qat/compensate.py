@@ -63,6 +63,11 @@ def _inverse_factor(gram: Tensor) -> Tensor:
     matrix = gram.to(torch.float64).clone()
     diagonal = matrix.diagonal()
     diagonal[diagonal == 0] = 1.0
-    diagonal += DAMPING * diagonal.mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-    return torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
+    damping = DAMPING * diagonal.mean()
+    for _ in range(4):  # float32 sums over few tokens may leave a slightly negative direction: damp ten times more
+        diagonal += damping
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if not failed:
+            return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).to(torch.float32)
+        damping = damping * 10
+    raise FormatError("the inputs' second moments are not positive definite; calibrate on more, or other, text")

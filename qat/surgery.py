@@ -304,7 +304,8 @@ class _InputMoments:
             self.owner[path] = path
             self.last = (x, path)
             flat = x.detach().float().flatten(0, -2)
-            total = flat.t() @ flat if self.gram else flat.square().sum(dim=0)
+            with torch.autocast(flat.device.type, enabled=False):  # BF16 products would not stay positive definite
+                total = flat.t() @ flat if self.gram else flat.square().sum(dim=0)
             self.sums[path] = self.sums[path].add_(total) if path in self.sums else total
             self.counts[path] += len(flat)
 
