@@ -43,13 +43,13 @@ GPUS: dict[str, tuple[float, float, int]] = {
     "L4": (121e12, 0.3e12, 24),
 }
 ASSUMED = "H100"
-# Share that a step reaches of the peak (GPU), or of a measured product of large matrices (CPU).
-UTILISATION = {"cuda": 0.35, "cpu": 0.8}
+# Share that a step reaches of the peak (GPU), or of one measured product of the feed-forward layer (CPU).
+UTILISATION = {"cuda": 0.35, "cpu": 0.7}
 # Memory traffic, in bytes per value: unfused fake quantization forward and backward; the search for start scales, once;
 # clipping and AdamW.
 WEIGHT_TRAFFIC, INPUT_TRAFFIC, SEARCH_TRAFFIC, OPTIMIZER_TRAFFIC = 150, 100, 2000, 40
 # How often elementwise work goes over the kept activations, and over float32 logits with a teacher and without.
-ACTIVATION_PASSES, LOGIT_PASSES = 6, {True: 25, False: 12}
+ACTIVATION_PASSES, LOGIT_PASSES = 12, {True: 25, False: 12}
 LAUNCH_SECONDS = 600 * 5e-6  # per layer and pass on a GPU: about 600 unfused kernels, which no small batch can hide
 SIDE, MEASURE_SECONDS = 1024, 0.3
 
@@ -57,7 +57,7 @@ SIDE, MEASURE_SECONDS = 1024, 0.3
 @dataclass(frozen=True)
 class Machine:
     """A device and its speeds, in seconds: per FLOP in training, per value of each kind of elementwise work, per byte
-    of any other, per layer and pass at least."""
+    of work on activations and on logits, per layer and pass at least."""
 
     kind: str
     name: str
@@ -68,7 +68,8 @@ class Machine:
     per_input: float
     per_search: float
     per_update: float
-    per_byte: float
+    per_kept_byte: float
+    per_logit_byte: float
     per_layer: float
 
 
@@ -194,7 +195,7 @@ def _machines(job: Job, known: Facts) -> list[Machine]:
 
 def _gpu(job: Job, name: str, listed: str, capacity: int) -> Machine:
     peak, bandwidth, _ = GPUS[listed]
-    traffic = (WEIGHT_TRAFFIC, INPUT_TRAFFIC, SEARCH_TRAFFIC, OPTIMIZER_TRAFFIC, 1)
+    traffic = (WEIGHT_TRAFFIC, INPUT_TRAFFIC, SEARCH_TRAFFIC, OPTIMIZER_TRAFFIC, 1, 1)
     speeds = (1 / (peak * UTILISATION["cuda"]), *(count / bandwidth for count in traffic), LAUNCH_SECONDS)
     return Machine("cuda", name, job.precision != "fp32", capacity, *speeds)
 
@@ -202,11 +203,15 @@ def _gpu(job: Job, name: str, listed: str, capacity: int) -> Machine:
 def _cpu(job: Job, known: Facts) -> Machine:
     """This CPU, measured with the formats of the job; means over formats are weighted by parameters."""
     mixed = job.precision == "bf16-mixed"
-    square = torch.randn(SIDE, SIDE, dtype=torch.bfloat16 if mixed else torch.float32)
-    per_flop = _seconds(lambda: square @ square) / (2 * SIDE**3 * UTILISATION["cpu"])
+    shape, tokens = known.student.shape, job.micro_rows * job.data.seq_len
+    dtype = torch.bfloat16 if mixed else torch.float32
+    rows = min(tokens, max(16, SIDE**3 // (shape.hidden * shape.ffn)))  # enough to be typical, few enough to be quick
+    left, right = torch.randn(rows, shape.hidden, dtype=dtype), torch.randn(shape.hidden, shape.ffn, dtype=dtype)
+    per_flop = _seconds(lambda: left @ right) / (2 * rows * shape.hidden * shape.ffn * UTILISATION["cpu"])
     large = torch.randn(16 * SIDE, SIDE)  # larger than caches
     per_update = _seconds(lambda: large.mul_(1.0)) / (2 * FP32 * large.numel()) * OPTIMIZER_TRAFFIC
-    per_byte = _seconds(lambda: large * large) / (FP32 * large.numel())  # with the cost of getting fresh memory
+    per_kept_byte = _byte_seconds(tokens * shape.ffn)
+    per_logit_byte = _byte_seconds(min(job.loss_chunk, tokens) * shape.vocabulary)
     sums, total = [0.0, 0.0, 0.0], 0
     for weight, input, _, count, _ in known.coverage.by_format():
         if weight in CATALOG:
@@ -220,8 +225,14 @@ def _cpu(job: Job, known: Facts) -> Machine:
     threads = torch.get_num_threads()
     name = f"this CPU, {threads} thread{'s' if threads > 1 else ''}"
     per_weight, per_input, per_search = (value / max(total, 1) for value in sums)
-    speeds = (per_flop, per_weight, per_input, per_search, per_update, per_byte, 0.0)
+    speeds = (per_flop, per_weight, per_input, per_search, per_update, per_kept_byte, per_logit_byte, 0.0)
     return Machine("cpu", name, mixed, _ram(), *speeds)
+
+
+def _byte_seconds(values: int) -> float:
+    """Of one elementwise operation into fresh memory, per byte: above 32 MiB the system has to find that memory."""
+    x = torch.randn(min(values, 16 * SIDE**2))
+    return _seconds(lambda: x * x) / (FP32 * x.numel())
 
 
 def _weight_seconds(scheme: Scheme, name: str) -> float:
@@ -288,16 +299,14 @@ def _step_seconds(job: Job, known: Facts, machine: Machine) -> float:
     """Of one optimizer step on each device: products, fake quantization of the weights once per pass and of the inputs,
     the other elementwise work, and the update; a pass takes no less than its launches."""
     tokens = job.micro_rows * job.data.seq_len
-    logits = FP32 * tokens * known.student.shape.vocabulary
-    elementwise = (
-        ACTIVATION_PASSES * memory(job, known, machine.kind, machine.mixed)["activations"]
-        + LOGIT_PASSES[job.objective.needs_teacher] * logits
-    )
+    logits = LOGIT_PASSES[job.objective.needs_teacher] * FP32 * tokens * known.student.shape.vocabulary
+    kept = ACTIVATION_PASSES * memory(job, known, machine.kind, machine.mixed)["activations"]
     one_pass = (
         tokens * flops_per_token(job, known) * machine.per_flop
         + known.quantized * machine.per_weight
         + tokens * known.input_values * machine.per_input
-        + elementwise * machine.per_byte
+        + kept * machine.per_kept_byte
+        + logits * machine.per_logit_byte
     )
     passes = job.rows / (job.micro_rows * job.devices)
     least = known.student.shape.layers * machine.per_layer

@@ -37,7 +37,9 @@ class Job(Strict):
         steps: optimizer steps.
         rows: rows of `data.seq_len` tokens per optimizer step, over all devices.
         micro_rows: rows per forward pass and device; the rest is gradient accumulation.
-        calibration_rows: rows of the training text that set activation ranges and start scales.
+        calibration: text that sets activation ranges and start scales; by default the training text. What the teacher
+            writes (`source: teacher`) is closer to what a model will be asked than a narrow training set.
+        calibration_rows: how much of it.
         checkpoint_every: steps between resumable checkpoints, 0 for only at the end.
         precision: "auto" is bf16-mixed on GPUs and fp32 on CPUs. Master weights are always fp32.
         strategy: how several devices share the work; only "auto" (one device) can be trained so far.
@@ -57,6 +59,7 @@ class Job(Strict):
     steps: int = Field(ge=1)
     rows: int = Field(default=2, ge=1)
     micro_rows: int = Field(default=2, ge=1)
+    calibration: DataConfig | None = None
     calibration_rows: int = Field(default=8, ge=1)
     checkpoint_every: int = Field(default=0, ge=0)
     seed: int = Field(default=0, ge=0)

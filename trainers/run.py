@@ -44,6 +44,7 @@ class Parts:
     teacher: Any
     train: Blocks
     heldout: Blocks
+    calibration: Blocks
     coverage: Coverage
     device: torch.device
     dtype: torch.dtype | None
@@ -127,6 +128,10 @@ def _load(job: Job, console: Console) -> Parts:
     coverage = report(student, job.scheme)
     train_rows = load_blocks(job.data, tokenizer, num_tokens=job.steps * job.rows * job.data.seq_len, teacher=teacher)
     heldout = load_blocks(job.eval.data, tokenizer, num_tokens=job.eval.tokens)
+    calibration = train_rows
+    if job.calibration is not None:
+        tokens = job.calibration_rows * job.calibration.seq_len
+        calibration = load_blocks(job.calibration, tokenizer, num_tokens=tokens, teacher=teacher)
     _check_packing(job, student)
     shared = overlap(train_rows, heldout)
     if shared > CONTAMINATED:
@@ -138,7 +143,8 @@ def _load(job: Job, console: Console) -> Parts:
     apply(student, job.scheme, defer_start=True)
     _freeze(student, job)
     dtype = torch.bfloat16 if mixed else None
-    return Parts(student.to(device), teacher.to(device), train_rows, heldout, coverage, device, dtype)
+    rows = (train_rows, heldout, calibration)
+    return Parts(student.to(device), teacher.to(device), *rows, coverage, device, dtype)
 
 
 def _check_packing(job: Job, student: nn.Module) -> None:
@@ -205,7 +211,7 @@ def _baselines(job: Job, parts: Parts, judge: Judge, console: Console) -> list[d
 
 
 def _calibration(job: Job, parts: Parts) -> list[dict[str, Any]]:
-    batches = Batches(parts.train, job.micro_rows, job.seed)
+    batches = Batches(parts.calibration, job.micro_rows, job.seed)
     count = -(-job.calibration_rows // job.micro_rows)
     found = ({k: v.to(parts.device) for k, v in batches.batch(index).items()} for index in range(count))
     return [model_inputs(batch) for batch in found]

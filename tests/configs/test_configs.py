@@ -25,6 +25,7 @@ def test_recipe_runs_two_steps(path: Path, tmp_path: Path) -> None:
         "steps=2",
         "rows=2",
         "micro_rows=1",
+        "calibration=null",
         "calibration_rows=2",
         "checkpoint_every=0",
         "data.source=embedded",
