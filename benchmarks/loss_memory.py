@@ -1,7 +1,7 @@
 """Peak memory and time of the chunked distillation loss against the naive one, at the embedded model's vocabulary.
 
-Each case runs forward and backward of KL(teacher || student) from hidden states in a process of its own; the figure is the
-growth of the peak resident set over the state before the loss.
+Each case runs forward and backward of KL(teacher || student) from hidden states in a process of its own; the figure
+is the growth of the peak resident set over the state before the loss.
 
     python benchmarks/loss_memory.py [--tokens 1024] [--vocabulary 49152] [--hidden 576]
 """

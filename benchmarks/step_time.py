@@ -1,8 +1,8 @@
 """Step time and peak memory of quantization-aware training against the same model unquantized.
 
-Same cross-entropy loss, same data, same optimizer, no teacher, fp32, on the embedded SmolLM2-135M. The two models take turns
-step by step in one process, so that a drifting machine hits both; the ratio is that of the medians. Peak memory is
-measured in a process of its own per model.
+Same cross-entropy loss, same data, same optimizer, no teacher, fp32, on the embedded SmolLM2-135M. The two models
+take turns step by step in one process, so that a drifting machine hits both; the ratio is that of the medians. Peak
+memory is measured in a process of its own per model.
 
     python benchmarks/step_time.py [--steps 20] [--tokens 1024] [--json FILE]
 """

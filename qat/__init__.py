@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from qat import numerics
+from qat.calibration import calibrate
 from qat.catalog import CATALOG, lookup
 from qat.format import Format
 from qat.numerics import QTensor
 from qat.scheme import Rule, Scheme
-from qat.surgery import Coverage, apply, calibrate, report
+from qat.surgery import Coverage, apply, report
 
 if TYPE_CHECKING:
     from qat.trainers.job import Job

@@ -1,8 +1,8 @@
 """Error-compensated rounding: GPTQ (arXiv 2210.17323) as a start for training.
 
-Columns are rounded one after another; what a column loses is made up for by the columns still to come, as far as the inputs
-seen in calibration are correlated. The result is not codes but *latent* weights that round to them, so that everything else
-(fake quantization, learned scales, export) goes on as from any other start.
+Columns are rounded one after another; what a column loses is made up for by the columns still to come, as far as the
+inputs seen in calibration are correlated. The result is not codes but *latent* weights that round to them, so that
+everything else (fake quantization, learned scales, export) goes on as from any other start.
 """
 
 import torch
@@ -12,7 +12,8 @@ from qat.errors import FormatError
 from qat.format import Format
 from qat.numerics import Scales, rounded
 
-# Share of the mean diagonal added to it. Ten times the paper's: directions that calibration hardly excites are not free,
+# Share of the mean diagonal added to it. Ten times the paper's: directions that calibration hardly excites are not
+# free,
 # since served inputs are quantized themselves and come from other text.
 DAMPING = 0.1
 _TOGETHER = 64  # columns between two updates of everything to their right

@@ -185,16 +185,21 @@ def _machines(job: Job, known: Facts) -> list[Machine]:
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name(0)
         capacity = int(torch.cuda.get_device_properties(0).total_memory)
-        listed = next((key for key in GPUS if key.lower() in name.lower()), None)
-        if listed is None:
+        known_as = listed(name)
+        if known_as is None:
             return [_gpu(job, f"{name} (speed unknown, taken as an {ASSUMED} SXM)", ASSUMED, capacity)]
-        return [_gpu(job, name, listed, capacity)]
+        return [_gpu(job, name, known_as, capacity)]
     assumed = _gpu(job, f"assumed {ASSUMED} SXM", ASSUMED, GPUS[ASSUMED][2] * GIB)
     return [assumed] if job.devices > 1 else [_cpu(job, known), assumed]
 
 
-def _gpu(job: Job, name: str, listed: str, capacity: int) -> Machine:
-    peak, bandwidth, _ = GPUS[listed]
+def listed(name: str) -> str | None:
+    """The entry of GPUS for a device's own name, such as "NVIDIA H100 80GB HBM3"."""
+    return next((key for key in GPUS if key.lower() in name.lower()), None)
+
+
+def _gpu(job: Job, name: str, known_as: str, capacity: int) -> Machine:
+    peak, bandwidth, _ = GPUS[known_as]
     traffic = (WEIGHT_TRAFFIC, INPUT_TRAFFIC, SEARCH_TRAFFIC, OPTIMIZER_TRAFFIC, 1, 1)
     speeds = (1 / (peak * UTILISATION["cuda"]), *(count / bandwidth for count in traffic), LAUNCH_SECONDS)
     return Machine("cuda", name, job.precision != "fp32", capacity, *speeds)

@@ -303,6 +303,6 @@ def by_kind(qsnr: Qsnr) -> dict[str, list[tuple[int, float, float]]]:
             found["other"][others].append((start, final))
             others += 1
     return {
-        kind: [(layer, *map(float, np.mean(values, axis=0))) for layer, values in sorted(layers.items())]  # type: ignore[misc]  # a pair
+        kind: [(layer, *map(float, np.mean(values, axis=0))) for layer, values in sorted(layers.items())]  # type: ignore[misc]  # the items are pairs
         for kind, layers in found.items()
     }

@@ -16,12 +16,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
+from qat.calibration import begin, observe
 from qat.checkpoints import resume
 from qat.checkpoints.hf import load_model, load_tokenizer, resolve
 from qat.config import load_yaml, write_text_atomic
 from qat.errors import CheckpointError, ConfigError, UnsupportedError
 from qat.numerics import qsnr
-from qat.surgery import Coverage, apply, begin, layers, observe, report
+from qat.surgery import Coverage, apply, layers, report
 from qat.trainers.callbacks import Average, Keeper, StepLoop
 from qat.trainers.data import Batches, Blocks, load_blocks
 from qat.trainers.evaluate import Judge, gap_closed
@@ -65,8 +66,8 @@ def train(
     keep_freed_blocks()
     if job.strategy != "auto" or job.devices > 1:
         raise UnsupportedError(
-            f"strategy {job.strategy} on {job.devices} devices can be estimated (--dry-run) but not trained yet: ddp, fsdp "
-            "and deepspeed are not proven; use strategy=auto devices=1"
+            f"strategy {job.strategy} on {job.devices} devices can be estimated (--dry-run) but not trained yet: "
+            "ddp, fsdp and deepspeed are not proven; use strategy=auto devices=1"
         )
     run = job.folder
     saved = _claim(run, job, resume_run)

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from qat.calibration import calibrate
 from qat.checkpoints.export import export_model
 from qat.checkpoints.hf import load_model
 from qat.checkpoints.targets.compressed_tensors import pairs
 from qat.scheme import Scheme
-from qat.surgery import apply, calibrate
+from qat.surgery import apply
 
 TARGET = "compressed-tensors"
 Pair = tuple[str, str | None]

@@ -320,12 +320,17 @@ def test_a_run_is_exported_by_its_folder(small: Path, tmp_path: Path) -> None:
     run.mkdir()
     scheme = {"rules": rules, "learn": "dual_lsq"}
     (run / "job.yaml").write_text(json.dumps({"model": {"id": str(small)}, "scheme": scheme}))
-    save_best(run, student_tensors(model), {"step": 17, "model": "tiny"})
+    save_best(run, student_tensors(model), {"step": 17})
     export(run, tmp_path / "out")
     weights, folder = forward_weights(model), ExportedFolder(tmp_path / "out")
     assert all(torch.equal(folder.dense(path), weight) for path, weight in weights.items())
     record = json.loads((tmp_path / "out" / RECORD).read_text())
-    assert record["run"] == {"name": "run", "checkpoint": "best", "step": 17, "model": "tiny"}
+    assert record["run"] == {
+        "name": "run",
+        "checkpoint": "best",
+        "step": 17,
+        "model": None,
+    }  # a local path is not passed on
     assert verify(tmp_path / "out", logits=False).ok
 
 

@@ -385,13 +385,11 @@ def test_hub_models_come_from_the_cache_when_offline(models: dict[str, Path], tm
         else:
             snapshot.mkdir(parents=True)
             (snapshot / "config.json").write_text("{}")
+    asked = [sys.executable, "-c", HUB, "some/model", "some/other", "some/pickle"]
     done = subprocess.run(
-        [sys.executable, "-c", HUB, "some/model", "some/other", "some/pickle"],
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+        asked, env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
     with quiet():
         expected = AutoModelForCausalLM.from_pretrained(models["llama"]).num_parameters()
     found, other, pickle = done.stdout.splitlines()

@@ -16,12 +16,13 @@ def layer(rows: int = 24, columns: int = 192) -> tuple[Tensor, Tensor]:
     """A weight and correlated inputs with some strong channels."""
     generator = torch.Generator().manual_seed(3)
     mix = torch.eye(columns) + 0.2 * torch.randn(columns, columns, generator=generator)
-    inputs = torch.randn(1500, columns, generator=generator) @ mix * (0.1 + 3 * torch.rand(columns, generator=generator))
+    strength = 0.1 + 3 * torch.rand(columns, generator=generator)
+    inputs = torch.randn(1500, columns, generator=generator) @ mix * strength
     return 0.05 * torch.randn(rows, columns, generator=generator), inputs
 
 
 def surgeon(weight: Tensor, fmt: Format, scales: Scales, gram: Tensor) -> Tensor:
-    """GPTQ by its definition: after each column, the inverse of the remaining Hessian says who makes up for the loss."""
+    """GPTQ by its definition: after each column, the inverse of the remaining Hessian says who makes up for it."""
     hessian = gram.double().clone()
     hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
     current, result = weight.double().clone(), weight.clone()

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from qat.calibration import calibrate
 from qat.catalog import lookup
 from qat.errors import ConfigError, FormatError, UnsupportedError
 from qat.modules import InputQuantizer, QatEmbedding, QatLinear, WeightQuantizer
 from qat.numerics import fake_quantize, find_scales
 from qat.ranges import start_scales
 from qat.scheme import Rule, Scheme
-from qat.surgery import apply, calibrate, dense, fused_sets, layers, plan, report, served, weight_modules
+from qat.surgery import apply, dense, fused_sets, layers, plan, report, served, weight_modules
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
