@@ -165,8 +165,7 @@ def _heldout(axes: "Axes", report: dict[str, Any], history: dict[str, Any], last
     best = float(report["best_step"])
     if best in points:
         axes.plot(best, points[best], "o", ms=10, mfc="none", mec="black", zorder=4, clip_on=False)
-        offset, side = ((-6, -12), "right") if best > 0.5 * last else ((6, -12), "left")
-        _write(axes, f"best, step {best:,.0f}: {points[best]:.4f}", (best, points[best]), offset, side, "top")
+        axes.set_title(f"circled: the best, {points[best]:.4f} at step {best:,.0f}", loc="left", fontsize=9)
 
 
 def _levels(axes: "Axes", levels: dict[str, float], last: float, top: float) -> None:

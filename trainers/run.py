@@ -101,7 +101,7 @@ def _claim(run: Path, job: Job, resume_run: bool) -> dict[str, Any]:
         if changed:
             raise ConfigError(f"{run} was started with another job; resume with the same one. Differs: {changed}")
         return state
-    if path.exists():
+    if (run / "checkpoints").exists():  # without it, an earlier start failed before anything was worth keeping
         raise CheckpointError(f"{run} exists already; continue it with --resume, or choose another name=...")
     run.mkdir(parents=True, exist_ok=True)
     write_text_atomic(path, text)

@@ -283,9 +283,17 @@ def words_collide(figure: Figure) -> list[str]:
     return outside + [f"{a} / {b}" for (a, first), (b, second) in pairs if first.overlaps(second)]
 
 
-@pytest.mark.parametrize("kls", [(0.4, 0.3, 0.1), (0.4, 0.398, 0.39), (0.0521, 0.0521, 0.0519), (0.3, 0.4, 0.35)])
-@pytest.mark.parametrize("steps", [1, 80, 1000])
-def test_words_of_the_loss_picture_do_not_collide(tmp_path: Path, kls: tuple[float, ...], steps: int) -> None:
+@pytest.mark.parametrize(
+    ("steps", "kls"),
+    [
+        (1, (0.4, 0.3, 0.1)),
+        (80, (0.4, 0.398, 0.39)),
+        (80, (0.0521, 0.0521, 0.0519)),
+        (80, (0.3, 0.4, 0.35)),
+        (1000, (0.4, 0.3, 0.1)),
+    ],
+)
+def test_words_of_the_loss_picture_do_not_collide(tmp_path: Path, steps: int, kls: tuple[float, ...]) -> None:
     import matplotlib
 
     write_metrics(tmp_path, steps, max(1, steps // 10), kls[2])
@@ -294,7 +302,7 @@ def test_words_of_the_loss_picture_do_not_collide(tmp_path: Path, kls: tuple[flo
         assert words_collide(plots._loss(data, plots.read_metrics(tmp_path / "metrics.csv"))) == []
 
 
-@pytest.mark.parametrize("nll", [3.1, 2.9, 9.0])
+@pytest.mark.parametrize("nll", [2.9, 9.0])
 def test_words_of_the_recovery_picture_do_not_collide(nll: float) -> None:
     import matplotlib
 
@@ -307,7 +315,7 @@ def test_words_of_the_recovery_picture_do_not_collide(nll: float) -> None:
     assert {"0.4000", "0.1000", "90.0 %", f"{nll:.4f}\n{sign}{abs(nll - 3):.4f}"} <= written
 
 
-@pytest.mark.parametrize("count", [2, 30, 80])
+@pytest.mark.parametrize("count", [2, 80])
 def test_words_of_the_qsnr_picture_do_not_collide(count: int) -> None:
     import matplotlib
 

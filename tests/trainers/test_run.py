@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from qat.checkpoints.resume import load_student
-from qat.errors import CheckpointError, ConfigError, TrainingError, UnsupportedError
+from qat.errors import CheckpointError, ConfigError, DataError, TrainingError, UnsupportedError
 from qat.trainers.job import Job, load_job
 from qat.trainers.run import train
 from tests.tiny import tiny_model
@@ -162,6 +162,15 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_best(tmp_path: Path, model:
         train(job, table=False)
     student, _, state = load_student(job.folder)
     assert all(torch.isfinite(p).all() for p in student.parameters()) and math.isfinite(state["kl"])
+
+
+def test_a_start_that_failed_early_can_be_repeated(tmp_path: Path, model: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    data = {"source": str(empty), "seq_len": 32}
+    with pytest.raises(DataError, match="empty"):
+        train(load_job(write(tmp_path, model, data=data)), table=False)
+    assert train(load_job(write(tmp_path, model, steps=2)), table=False)["steps"] == 2
 
 
 def test_early_stop(tmp_path: Path, model: Path) -> None:
