@@ -223,7 +223,7 @@ def _resolve_tied(
         if other == path:
             continue
         alike = rules[other].weight == rules[path].weight
-        if scheme.tied == "untie" and not alike:
+        if scheme.tied == "untie" and (not alike or rules[path].weight is not None):
             module.weight = nn.Parameter(weight.detach().clone())
             config = getattr(model, "config", None)
             if config is not None:

@@ -20,6 +20,7 @@ from qat.ranges import start_scales
 from qat.scheme import Scheme
 from qat.trainers.footprint import BF16, FP32, GIB, Facts, facts, flops_per_token, forward_flops, memory, shards
 from qat.trainers.job import Job
+from qat.trainers.memory import keep_freed_blocks
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,7 +50,7 @@ UTILISATION = {"cuda": 0.35, "cpu": 0.7}
 # clipping and AdamW.
 WEIGHT_TRAFFIC, INPUT_TRAFFIC, SEARCH_TRAFFIC, OPTIMIZER_TRAFFIC = 150, 100, 2000, 40
 # How often elementwise work goes over the kept activations, and over float32 logits with a teacher and without.
-ACTIVATION_PASSES, LOGIT_PASSES = 12, {True: 25, False: 12}
+ACTIVATION_PASSES, LOGIT_PASSES = 12, {True: 15, False: 12}
 LAUNCH_SECONDS = 600 * 5e-6  # per layer and pass on a GPU: about 600 unfused kernels, which no small batch can hide
 SIDE, MEASURE_SECONDS = 1024, 0.3
 
@@ -162,8 +163,8 @@ def estimate(job: Job) -> Estimate:
 
 def _notes(job: Job, plans: tuple[Plan, ...]) -> list[str]:
     notes = []
-    if job.data.source == "teacher":
-        notes.append("the time in which the teacher writes its text is not counted")
+    if "teacher" in (job.data.source, job.calibration.source if job.calibration else None):
+        notes.append("the time in which the teacher writes text is not counted")
     if shards(job) > 1 and not job.activation_checkpointing:
         notes.append(
             f"{job.strategy} shards weights, but their quantized copies stay whole on every device until the backward "
@@ -207,6 +208,7 @@ def _gpu(job: Job, name: str, known_as: str, capacity: int) -> Machine:
 
 def _cpu(job: Job, known: Facts) -> Machine:
     """This CPU, measured with the formats of the job; means over formats are weighted by parameters."""
+    keep_freed_blocks()  # as a run does, or fresh memory would cost more here
     mixed = job.precision == "bf16-mixed"
     shape, tokens = known.student.shape, job.micro_rows * job.data.seq_len
     dtype = torch.bfloat16 if mixed else torch.float32
@@ -319,7 +321,8 @@ def _step_seconds(job: Job, known: Facts, machine: Machine) -> float:
 
 
 def _other_seconds(job: Job, known: Facts, machine: Machine) -> float:
-    """Judging (BF16, two starts, every so many steps, the end), calibrating twice, searching start scales."""
+    """Judging (BF16, two starts, every so many steps, the end), calibrating, searching start scales; a compensated start
+    multiplies inputs with themselves, and every weight with its row of products."""
     student, teacher = (forward_flops(a, job.eval.data.seq_len) for a in (known.student, known.teacher))
     least = known.student.shape.layers * machine.per_layer / 3  # a forward pass has no backward
     head = 2.0 * known.teacher.shape.hidden * known.teacher.shape.vocabulary
@@ -327,7 +330,10 @@ def _other_seconds(job: Job, known: Facts, machine: Machine) -> float:
     judged = job.eval.tokens * (2 * teacher + (3 + during) * (student + head))
     passes = (3 + during) * job.eval.tokens / (job.eval.batch * job.eval.data.seq_len)
     values = (3 + during) * job.eval.tokens * known.input_values
-    calibrated = 2 * job.calibration_rows * job.data.seq_len * forward_flops(known.student, job.data.seq_len)
+    text, products = job.calibration or job.data, known.input_products(job)
+    calibrated = job.calibration_rows * text.seq_len * (forward_flops(known.student, text.seq_len) + 2.0 * products)
+    if products:
+        calibrated += sum(2.0 * m.parameters * m.shape[-1] for m in known.coverage.modules if m.weight)
     # A forward pass alone is about half of forward and backward of the fake quantization.
     quantizing = 0.5 * (passes * known.quantized * machine.per_weight + values * machine.per_input)
     searching = known.quantized * machine.per_search

@@ -17,7 +17,7 @@ from torch import nn
 from qat.catalog import lookup
 from qat.checkpoints.hf import ModelConfig, quiet, resolve
 from qat.errors import CheckpointError, UnsupportedError
-from qat.surgery import Coverage, report
+from qat.surgery import Coverage, fused_sets, report
 from qat.trainers.evaluate import CHUNK
 from qat.trainers.job import Job
 
@@ -29,8 +29,9 @@ RUNTIME = {"cpu": int(0.45 * GIB), "cuda": int(1.0 * GIB)}
 # glibc serves blocks below 32 MiB from a heap that cannot give back what lies between live blocks. Measured share of
 # what is kept and worked with that is lost so, without and with activation checkpointing.
 HEAP_BLOCK, HEAP_LOSS = 32 * 2**20, {False: 0.6, True: 1.5}
-# Chunks of logits alive at once, as float32: both models' logits, their log-probabilities, and the product's parts.
-LOGIT_COPIES = {True: 7, False: 4}  # with a teacher, without
+# float32 chunks of logits alive at once in each loss (7 in one not listed), and in judging.
+LOGIT_COPIES = {"cross_entropy": 4, "forward_kl": 5, "reverse_kl": 7, "jsd": 10}
+OTHER_COPIES = JUDGE_COPIES = 7
 BACKWARD_COPIES = 5  # float32 copies of one weight while its fake quantization is differentiated
 
 
@@ -92,6 +93,16 @@ class Facts:
         """Values per token that quantized inputs have in all layers; layers that engines fuse share theirs."""
         shape = self.student.shape
         return self.input_share * shape.layers * (2 * shape.hidden + shape.query + shape.ffn)
+
+    def input_products(self, job: Job) -> int:
+        """Values of the input product matrices that a compensated start needs; layers that read one tensor share one."""
+        if job.scheme.compensate == "none":
+            return 0
+        shapes = {
+            m.path: m.shape for m in self.coverage.modules if m.weight and m.shape[0] != self.student.shape.vocabulary
+        }
+        shared = {path for members in fused_sets(list(shapes), job.scheme) for path in members[1:]}
+        return sum(shape[-1] ** 2 for path, shape in shapes.items() if path not in shared)
 
 
 # --- architecture ---------------------------------------------------------------------------------
@@ -239,9 +250,10 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
     Kept for the backward pass, T tokens per device and forward pass:
         quantized weights 4 per weight (6 in bf16) and up to 16 per scale; activations as `_per_token` counts them;
         with activation checkpointing, one layer of both and 4 x hidden x T per layer.
-    Working space, the larger of: 4 to 7 float32 chunks of logits with two gradients of the output layer; 5 copies of
+    Working space, the larger of: float32 chunks of logits with two gradients of the output layer; 5 copies of
         the largest quantized weight with the gradients of one feed-forward layer; judging instead of training.
-    On CPUs, while tensors are smaller than 32 MiB, holes in the heap; see HEAP_LOSS.
+    On CPUs, while tensors are smaller than 32 MiB, holes in the heap; see HEAP_LOSS. Compensated starts keep a matrix of
+        4 x width^2 per distinct input while calibrating, which no device shares; it counts where it exceeds the above.
 
     Args:
         device: "cuda" or "cpu".
@@ -255,14 +267,16 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
         working += 2 * FP32 * (facts.student.parameters // facts.student.shape.layers)
     tensor = FP32 * job.micro_rows * job.data.seq_len * facts.student.shape.ffn
     heap = HEAP_LOSS[job.activation_checkpointing] if device == "cpu" and tensor < HEAP_BLOCK else 0.0
-    return {
+    training = {
         **parts,
         "quantized weights for backward": saved_weights,
         "activations": activations,
         "logits and other working space": working,
         "holes in the heap": int(heap * (saved_weights + activations + working)),
-        "libraries and device context": RUNTIME[device],
     }
+    calibrating = parts["master weights"] + parts["scales"] + parts["teacher"] + FP32 * facts.input_products(job)
+    beyond = max(0, calibrating - sum(training.values()))
+    return {**training, "input products of calibration": beyond, "libraries and device context": RUNTIME[device]}
 
 
 def _states(job: Job, facts: Facts, device: str) -> dict[str, int]:
@@ -334,7 +348,7 @@ def _per_token(job: Job, facts: Facts, a: int) -> float:
 def _training_space(job: Job, facts: Facts, mixed: bool) -> int:
     shape, tokens = facts.student.shape, job.micro_rows * job.data.seq_len
     chunk = min(job.loss_chunk, tokens)
-    logits = LOGIT_COPIES[job.objective.needs_teacher] * FP32 * chunk * shape.vocabulary
+    logits = LOGIT_COPIES.get(job.objective.kind, OTHER_COPIES) * FP32 * chunk * shape.vocabulary
     head = 2 * FP32 * shape.hidden * shape.vocabulary if facts.head_trained else 0
     largest = max((m.parameters for m in facts.coverage.modules if m.weight), default=0)
     backward = BACKWARD_COPIES * FP32 * largest + 4 * (BF16 if mixed else FP32) * tokens * shape.ffn
@@ -345,4 +359,4 @@ def _judging_space(job: Job, facts: Facts) -> int:
     """BF16-valued copies of what is not quantized, and the logits of both models."""
     plain = sum(m.parameters for m in facts.coverage.modules if not m.weight)
     chunk = min(CHUNK, job.eval.batch * job.eval.data.seq_len)
-    return FP32 * plain + LOGIT_COPIES[True] * FP32 * chunk * facts.student.shape.vocabulary
+    return FP32 * plain + JUDGE_COPIES * FP32 * chunk * facts.student.shape.vocabulary

@@ -19,7 +19,7 @@ from torch import nn
 from qat.calibration import begin, observe
 from qat.checkpoints import resume
 from qat.checkpoints.hf import load_model, load_tokenizer, resolve
-from qat.config import load_yaml, write_text_atomic
+from qat.config import load_yaml, validate, write_text_atomic
 from qat.errors import CheckpointError, ConfigError, UnsupportedError
 from qat.numerics import qsnr
 from qat.surgery import Coverage, apply, layers, report
@@ -97,7 +97,8 @@ def _claim(run: Path, job: Job, resume_run: bool) -> dict[str, Any]:
     path = run / "job.yaml"
     if resume_run:
         state = resume.read_state(resume.last_state(run))
-        changed = _differences(load_yaml(path), yaml.safe_load(text))
+        old = validate(Job, load_yaml(path), str(path))
+        changed = _differences(json.loads(old.model_dump_json()), json.loads(job.model_dump_json()))
         if changed:
             raise ConfigError(f"{run} was started with another job; resume with the same one. Differs: {changed}")
         return state
