@@ -47,7 +47,7 @@ quickstart: setup
 	@echo "quickstart 3/4: verify the export against the trained model"
 	@$(BIN)/qat verify $(OUT)
 	@echo "quickstart 4/4: generate from the export"
-	@$(BIN)/qat generate $(OUT) "The three most important things to know about the sea are"
+	@$(BIN)/qat generate $(OUT) --chat "What is the sea?"
 
 lint: setup
 	@echo "lint 1/2: ruff"

@@ -321,8 +321,8 @@ def _step_seconds(job: Job, known: Facts, machine: Machine) -> float:
 
 
 def _other_seconds(job: Job, known: Facts, machine: Machine) -> float:
-    """Judging (BF16, two starts, every so many steps, the end), calibrating, searching start scales; a compensated start
-    multiplies inputs with themselves, and every weight with its row of products."""
+    """Judging (BF16, two starts, every so many steps, the end), calibrating, searching start scales; a compensated
+    start multiplies inputs with themselves, and every weight with its row of products."""
     student, teacher = (forward_flops(a, job.eval.data.seq_len) for a in (known.student, known.teacher))
     least = known.student.shape.layers * machine.per_layer / 3  # a forward pass has no backward
     head = 2.0 * known.teacher.shape.hidden * known.teacher.shape.vocabulary

@@ -253,12 +253,13 @@ def _provenance(report: dict[str, Any]) -> list[str]:
 
 def print_table(report: RunReport, console: "Console") -> None:
     """The rows, the headline and the remarks, for a terminal."""
+    from rich.box import SIMPLE
     from rich.table import Table
 
     data = report.to_dict()
     heads, cells = _table(data)
     title = f"{report.name}: {report.bits_per_weight:.2f} bits per weight"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)  # fits in 80 columns
     for index, head in enumerate(heads):
         table.add_column(head, justify="right" if index else "left", no_wrap=True)
     for row in cells:

@@ -274,7 +274,7 @@ def drawn_words(figure: Figure) -> list[Text]:
 def words_collide(figure: Figure) -> list[str]:
     """Texts that lie outside the figure or over one another."""
     figure.canvas.draw()
-    renderer: Any = figure.canvas.get_renderer()  # type: ignore[attr-defined]  # Agg's
+    renderer: Any = figure.canvas.get_renderer()  # type: ignore[attr-defined]  # only Agg has it
     boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in drawn_words(figure)]
     edge = figure.bbox
     outside = [w for w, b in boxes if b.x0 < edge.x0 or b.y0 < edge.y0 or b.x1 > edge.x1 or b.y1 > edge.y1]
