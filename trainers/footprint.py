@@ -252,8 +252,9 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
         with activation checkpointing, one layer of both and 4 x hidden x T per layer.
     Working space, the larger of: float32 chunks of logits with two gradients of the output layer; 5 copies of
         the largest quantized weight with the gradients of one feed-forward layer; judging instead of training.
-    On CPUs, while tensors are smaller than 32 MiB, holes in the heap; see HEAP_LOSS. Compensated starts keep a
-        matrix of 4 x width^2 per distinct input while calibrating, which no device shares; it counts where it exceeds the above.
+    On CPUs, while tensors are smaller than 32 MiB, holes in the heap; see HEAP_LOSS.
+    Compensated starts keep a matrix of 4 x width^2 per distinct input while calibrating, which no device shares; it
+        counts where it exceeds the above.
 
     Args:
         device: "cuda" or "cpu".
