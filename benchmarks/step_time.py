@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--learn", default="dual_lsq", help="none, lsq or dual_lsq")
+    parser.add_argument("--case", action="append", choices=list(CASES), help="only this one; may be repeated")
     parser.add_argument("--json")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -89,8 +90,8 @@ def main() -> None:
     plain_peak = peak(None, arguments.learn, arguments.tokens)
     plain = build(None, None, arguments.learn)
     rows = []
-    for name, (weight, input) in CASES.items():
-        quantized = build(weight, input, arguments.learn)
+    for name in arguments.case or CASES:
+        quantized = build(*CASES[name], arguments.learn)
         times: tuple[list[float], list[float]] = ([], [])
         for index in range(arguments.steps + 2):
             for side, pair in enumerate((plain, quantized)):
