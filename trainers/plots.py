@@ -278,11 +278,11 @@ def _dumbbells(axes: "Axes", points: list[tuple[int, float, float]], last: int) 
     from matplotlib.ticker import MaxNLocator
 
     layer, start, final = (np.array(column, dtype=float) for column in zip(*points, strict=True))
-    size = 26 if last < 48 else 12
+    size = 30 if last < 48 else 14  # rings around dots, so that equal values show both
     axes.vlines(layer, start, final, color="#BBBBBB", linewidth=1.2, zorder=1)
     axes.scatter(layer, start, s=size, facecolors="white", edgecolors=COLOURS["ptq"], linewidths=1.2, zorder=2,
                  label="before training")  # fmt: skip
-    axes.scatter(layer, final, s=size, color=COLOURS["student"], zorder=3, label="after training")
+    axes.scatter(layer, final, s=size / 3, color=COLOURS["student"], zorder=3, label="after training")
     axes.set_xlim(-0.04 * last - 0.6, 1.04 * last + 0.6)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
