@@ -56,9 +56,7 @@ def _claim(destination: Path, overwrite: bool, expected_bytes: int | None) -> tu
         for stale in parent.glob(glob.escape(f".{name}.partial-") + "*"):
             held = _lock(stale)
             if held is None:
-                raise CheckpointError(
-                    f"another run is writing {destination} (in {stale}); wait for it or stop it"
-                )
+                raise CheckpointError(f"another run is writing {destination} (in {stale}); wait for it or stop it")
             os.close(held)
             shutil.rmtree(stale)
         _check_destination(destination, overwrite)
@@ -107,9 +105,7 @@ def _check_destination(destination: Path, overwrite: bool) -> None:
     if destination.exists() and not destination.is_dir():
         raise CheckpointError(f"{destination} is a file; give a folder that does not exist yet")
     if not overwrite and destination.is_dir() and any(destination.iterdir()):
-        raise CheckpointError(
-            f"{destination} exists and is not empty; give another folder or ask to overwrite it"
-        )
+        raise CheckpointError(f"{destination} exists and is not empty; give another folder or ask to overwrite it")
 
 
 def _check_space(destination: Path, expected_bytes: int | None) -> None:

@@ -230,9 +230,7 @@ def _check_config(folder: Path, trust_remote_code: bool) -> None:
         raise CheckpointError(f"there is no folder {folder}")
     config = read_json(_local_folder(folder) / "config.json")
     if (folder / "adapter_config.json").is_file():
-        raise UnsupportedError(
-            f"{folder} holds a model and an adapter; merge the adapter into the weights first"
-        )
+        raise UnsupportedError(f"{folder} holds a model and an adapter; merge the adapter into the weights first")
     quantized = [config, *(part for part in config.values() if isinstance(part, dict))]
     for part in quantized:
         found = part.get("quantization_config") or part.get("compression_config")

@@ -59,9 +59,7 @@ class TensorInfo:
     def dtype(self) -> torch.dtype:
         """The torch type, or UnsupportedError where torch (or this package) has none for it."""
         if self.code not in _DTYPES:
-            raise UnsupportedError(
-                f"safetensors type {self.code!r} is not supported; known: {', '.join(_DTYPES)}"
-            )
+            raise UnsupportedError(f"safetensors type {self.code!r} is not supported; known: {', '.join(_DTYPES)}")
         return _DTYPES[self.code]
 
 
@@ -95,9 +93,7 @@ class ShardWriter:
         if max_shard_bytes <= 0:
             raise CheckpointError(f"max_shard_bytes must be positive, not {max_shard_bytes}")
         peak = None if expected_bytes is None else expected_bytes + min(expected_bytes, max_shard_bytes)
-        self._building: AbstractContextManager[Path] = atomic_folder(
-            out, overwrite=overwrite, expected_bytes=peak
-        )
+        self._building: AbstractContextManager[Path] = atomic_folder(out, overwrite=overwrite, expected_bytes=peak)
         self._max = max_shard_bytes
         self._spool: IO[bytes] | None = None
         self._open: dict[str, TensorInfo] = {}  # tensors of the open shard, with offsets in the spool
@@ -157,9 +153,7 @@ class ShardWriter:
             raise CheckpointError(f"tensor {name!r} is {kind} and has no plain data to write")
         if tensor.dtype not in _CODES:
             known = ", ".join(str(dtype) for dtype in _CODES)
-            raise UnsupportedError(
-                f"tensor {name!r} is {tensor.dtype}, which cannot be stored; known: {known}"
-            )
+            raise UnsupportedError(f"tensor {name!r} is {tensor.dtype}, which cannot be stored; known: {known}")
 
     def _close_shard(self) -> None:
         """Write the spooled tensors as one safetensors file: header, then data, widest items first."""
@@ -194,9 +188,7 @@ class ShardWriter:
         self._spool.close()
         (self.folder / _SPOOL).unlink()
         count = len(self._shards)
-        names = (
-            [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)] if count > 1 else [SINGLE]
-        )
+        names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)] if count > 1 else [SINGLE]
         for number, name in enumerate(names, start=1):
             os.replace(self.folder / _unfinished(number), self.folder / name)
         if count > 1:
@@ -335,9 +327,7 @@ class ShardReader:
 
     def _shard_of(self, name: str) -> str:
         if name not in self._where:
-            raise CheckpointError(
-                f"{self.folder} has no tensor {name!r}; nearest: {nearest(name, self._where)}"
-            )
+            raise CheckpointError(f"{self.folder} has no tensor {name!r}; nearest: {nearest(name, self._where)}")
         return self._where[name]
 
     def _header(self, shard: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -362,9 +352,7 @@ def _locate(folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{index} points outside its folder: {_some(outside)}")
     if single.is_file() and SINGLE not in where.values():
         # transformers would read the single file, vLLM the shards: refuse to choose.
-        raise CheckpointError(
-            f"{folder} has both {SINGLE} and shards in {INDEX}; remove the one that is stale"
-        )
+        raise CheckpointError(f"{folder} has both {SINGLE} and shards in {INDEX}; remove the one that is stale")
     return where
 
 

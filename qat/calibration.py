@@ -1,11 +1,10 @@
 """What a few batches of text are for before training: activation ranges, and starts that know the inputs.
 
-`calibrate` is the whole; `observe` and `begin` are its halves, for callers that try several starts on one observation.
+`calibrate` is the whole; `observe`, `prepare` and `begin` are its parts, for callers that try several starts.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,45 +12,36 @@ from torch import Tensor, nn
 from qat.compensate import compensate
 from qat.errors import FormatError
 from qat.modules import QatLayer, QatLinear
-from qat.ranges import start_scales
+from qat.ranges import shared_global_scale, start_scales
 from qat.scheme import Scheme
-from qat.surgery import dense, layers
+from qat.surgery import dense, fused_sets, layers
+from qat.transforms import smooth
+
+Batches = Iterable[dict[str, Tensor]]  # keyword arguments of the model
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Second moments of the inputs of each linear layer, by path, over the calibration tokens.
+class _InputSums:
+    """Sums a statistic of each layer's inputs in forward hooks. Layers that read the same tensor share theirs."""
 
-    `mean_square` is (in_features,); `gram`, the mean of x x^T, is (in_features, in_features) and only there on request.
-    Layers that read the same tensor share theirs.
-    """
-
-    mean_square: dict[str, Tensor]
-    gram: dict[str, Tensor]
-
-
-class _InputMoments:
-    """Sums the second moments in forward hooks while the model runs unquantized."""
-
-    def __init__(self, found: dict[str, QatLinear], gram: bool) -> None:
-        self.gram = gram
-        self.sums: dict[str, Tensor] = {}  # of x^2, or of x x^T
+    def __init__(self, found: dict[str, QatLinear], statistic: Callable[[Tensor, QatLinear], Tensor]) -> None:
+        self.statistic = statistic
+        self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = defaultdict(int)
         self.owner: dict[str, str] = {}  # the first layer that read the same tensor
         self.last: tuple[Tensor | None, str] = (None, "")
         self.handles = [m.register_forward_pre_hook(self._hook(path)) for path, m in found.items()]
 
-    def _hook(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def collect(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def _hook(self, path: str) -> Callable[[QatLinear, tuple[Tensor, ...]], None]:
+        def collect(module: QatLinear, args: tuple[Tensor, ...]) -> None:
             x = args[0]
             if self.last[0] is x and self.owner.get(path, self.last[1]) == self.last[1]:
                 self.owner[path] = self.last[1]
                 return
             self.owner[path] = path
             self.last = (x, path)
-            flat = x.detach().float().flatten(0, -2)
+            flat = x.detach().flatten(0, -2)
             with torch.autocast(flat.device.type, enabled=False):  # BF16 products would not stay positive definite
-                total = flat.t() @ flat if self.gram else flat.square().sum(dim=0)
+                total = self.statistic(flat, module)
             self.sums[path] = self.sums[path].add_(total) if path in self.sums else total
             self.counts[path] += len(flat)
 
@@ -62,29 +52,25 @@ class _InputMoments:
         for handle in self.handles:
             handle.remove()
 
-    def moments(self) -> Moments:
-        means = {path: total.div_(self.counts[path]) for path, total in self.sums.items()}
-        grams = {path: means[owner] for path, owner in self.owner.items()} if self.gram else {}
-        squares = {p: means[o].diagonal() if self.gram else means[o] for p, o in self.owner.items()}
-        return Moments(squares, grams)
+    def means(self) -> dict[str, Tensor]:
+        found = {path: total.div_(self.counts[path]) for path, total in self.sums.items()}
+        return {path: found[owner] for path, owner in self.owner.items()}
 
 
-def calibrate(model: nn.Module, batches: Iterable[dict[str, Tensor]], scheme: Scheme) -> None:
-    """Run `batches` (keyword arguments of the model) through the unquantized model, then fix activation ranges and find
-    the start of the weight scales again, its error weighted by the inputs seen where `scheme.weighted_start`, and
-    compensated where `scheme.compensate` says so (which changes the weights)."""
-    begin(model, scheme, observe(model, batches, gram=scheme.compensate == "gptq"))
+def calibrate(model: nn.Module, batches: Batches, scheme: Scheme) -> None:
+    """Run `batches` through the unquantized model, then fix activation ranges and find the start of the weight scales
+    again, its error weighted by the inputs seen where `scheme.weighted_start`. Weights change where `scheme.smooth` and
+    `scheme.compensate` say so."""
+    kept = list(batches)
+    prepare(model, kept, scheme, observe(model, kept))
 
 
 @torch.no_grad()
-def observe(model: nn.Module, batches: Iterable[dict[str, Tensor]], *, gram: bool = False) -> Moments:
-    """The first half of `calibrate`: fix activation ranges, and return the second moments of the inputs.
-
-    `gram` keeps one (in_features, in_features) float32 matrix per distinct input.
-    """
-    linears = {path: m for path, m in layers(model).items() if isinstance(m, QatLinear)}
+def observe(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
+    """Fix activation ranges; returns the mean square of each linear layer's input channels, by path."""
+    linears = _linears(model)
     inputs = {m.input_quantizer: path for path, m in linears.items() if m.input_quantizer is not None}
-    moments = _InputMoments(linears, gram)
+    sums = _InputSums(linears, _squares)
     for quantizer in inputs:
         quantizer.observe()
     try:
@@ -96,23 +82,76 @@ def observe(model: nn.Module, batches: Iterable[dict[str, Tensor]], *, gram: boo
             quantizer.cancel()
         raise
     finally:
-        moments.remove()
+        sums.remove()
     for quantizer, path in inputs.items():
         try:
             quantizer.freeze()
         except FormatError as error:
             raise FormatError(f"input of {path}: {error}") from error
-    return moments.moments()
+    return sums.means()
+
+
+def _linears(model: nn.Module) -> dict[str, QatLinear]:
+    return {path: m for path, m in layers(model).items() if isinstance(m, QatLinear)}
+
+
+def _squares(x: Tensor, _layer: QatLinear) -> Tensor:
+    return x.float().square().sum(dim=0)
+
+
+def _products(x: Tensor, layer: QatLinear) -> Tensor:
+    x = x.float() if layer.input_quantizer is None else layer.input_quantizer.quantize(x.float())
+    return x.t() @ x
 
 
 @torch.no_grad()
-def begin(model: nn.Module, scheme: Scheme, moments: Moments) -> None:
-    """The second half of `calibrate`: put every layer at the start that `scheme` describes."""
-    for path, module in layers(model).items():
-        restart(module, scheme, moments.mean_square.get(path) if scheme.weighted_start else None)
-        if scheme.compensate == "gptq" and path in moments.gram:
-            quantizer = module.weight_quantizer
-            module.weight.copy_(compensate(module.weight, quantizer.format, quantizer.scales(), moments.gram[path]))
+def input_products(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
+    """Mean of x x^T over each linear layer's inputs x, by path: one (in_features, in_features) float32 matrix per
+    distinct input. Each input is quantized as it will be when served, so that weights fit what they will meet; the layers
+    before it are not."""
+    sums = _InputSums(_linears(model), _products)
+    try:
+        with dense(model, inputs=True):
+            for batch in batches:
+                model(**batch)
+    finally:
+        sums.remove()
+    return sums.means()
+
+
+def prepare(model: nn.Module, batches: list[dict[str, Tensor]], scheme: Scheme, mean_square: dict[str, Tensor]) -> None:
+    """From an observed model to its start: smooth and observe again, multiply inputs, `begin`, as the scheme says."""
+    if scheme.smooth:
+        smooth(model, mean_square, scheme.smooth, batches[0]["input_ids"])
+        mean_square = observe(model, batches)
+    products = input_products(model, batches) if scheme.compensate == "gptq" else {}
+    begin(model, scheme, {**mean_square, **{path: gram.diagonal() for path, gram in products.items()}}, products)
+
+
+@torch.no_grad()
+def begin(
+    model: nn.Module, scheme: Scheme, mean_square: dict[str, Tensor], products: dict[str, Tensor] | None = None
+) -> None:
+    """Put every layer at the start that `scheme` describes, given the moments of its inputs."""
+    found = layers(model)
+    _share_global_scales(found, scheme)
+    for path, module in found.items():
+        with torch.autocast(module.weight.device.type, enabled=False):  # a caller's: starts need float32 products
+            restart(module, scheme, mean_square.get(path) if scheme.weighted_start else None)
+            if products and path in products:
+                quantizer = module.weight_quantizer
+                module.weight.copy_(compensate(module.weight, quantizer.format, quantizer.scales(), products[path]))
+
+
+def _share_global_scales(found: dict[str, QatLayer], scheme: Scheme) -> None:
+    """Per-tensor scales from the weights as they are now; fused layers share theirs."""
+    fused = fused_sets(list(found), scheme)
+    alone = [[path] for path in found if not any(path in members for members in fused)]
+    for members in fused + alone:
+        first = found[members[0]].weight_quantizer.format
+        shared = shared_global_scale([found[path].weight.detach() for path in members], first)
+        for path in members:
+            found[path].weight_quantizer.global_scale = shared
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from qat.errors import TrainingError
 from qat.format import Format
 from qat.gradients import Estimator
 from qat.numerics import QTensor, Scales, quantize, store_scale
-from qat.ops import fake_quantize
+from qat.ops import fake_quantize, quantized_linear
 from qat.ranges import Observer, RangeObserver
 from qat.scheme import ActivationRule, Learn
 
@@ -85,7 +85,23 @@ class WeightQuantizer(nn.Module):
         return fake_quantize(
             weight,
             self.format.name,
-            Scales(self.start, self.global_scale, self.zero_point, self.choice),
+            self._given(),
+            multiplier=self.multiplier(),
+            divisor=self.divisor(),
+            round_bf16=self.round_bf16,
+        )
+
+    def _given(self) -> Scales:
+        return Scales(self.start, self.global_scale, self.zero_point, self.choice)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`linear(x, self(weight), bias)` in the dtype of x, keeping less for the backward pass."""
+        return quantized_linear(
+            x,
+            weight,
+            bias,
+            self.format.name,
+            self._given(),
             multiplier=self.multiplier(),
             divisor=self.divisor(),
             round_bf16=self.round_bf16,
@@ -143,14 +159,18 @@ class InputQuantizer(nn.Module):
                 self._input = weakref.ref(x)
             return x
         if self._output is None or self._input is None or self._input() is not x:
-            self._check_calibrated()
-            self._output = dynamic_fake_quantize(x, self.format, self.rule, self.estimator, self.amax)
+            self._output = self.quantize(x)
             self._input, self._uses = weakref.ref(x), 0
         output = self._output
         self._uses += 1
         if self._uses >= self.consumers:
             self._input = self._output = None
         return output
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """x (..., columns) on its grid."""
+        self._check_calibrated()
+        return dynamic_fake_quantize(x, self.format, self.rule, self.estimator, self.amax)
 
     def _check_calibrated(self) -> None:
         if self._ready or not self.needs_calibration:
@@ -184,10 +204,14 @@ class QatLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in_features) -> (..., out_features)."""
-        weight = self.weight_quantizer(self.weight)
         if self.input_quantizer is not None:
             input = self.input_quantizer(input)
-        return functional.linear(input, weight, self.bias)
+        quantizer = self.weight_quantizer
+        if "forward" in vars(quantizer) or not torch.is_grad_enabled():  # `dense` and `served` override the weight
+            return functional.linear(input, quantizer(self.weight), self.bias)
+        if torch.is_autocast_enabled(input.device.type):  # which would cast the scales too, inside the operator
+            input = input.to(torch.get_autocast_dtype(input.device.type))
+        return quantizer.linear(input, self.weight, self.bias)
 
 
 class QatEmbedding(nn.Embedding):

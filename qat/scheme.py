@@ -9,7 +9,7 @@ import fnmatch
 import re
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from qat.catalog import lookup
 from qat.config import Strict
@@ -72,6 +72,8 @@ class Scheme(Strict):
     Attributes:
         start: weight scales at the start; see `qat.ranges.start_scales`.
         weighted_start: weigh the start's error by the mean square of each input channel (one calibration pass).
+        smooth: above 0, moves magnitude between input channels and weight columns before anything is quantized, without
+            changing what the model computes (see `qat.transforms`); 0.5 balances them. Needs calibration.
         compensate: "gptq" also moves the weights, so that each column makes up for what earlier ones lost in rounding.
             Calibration then keeps a float32 matrix of in_features^2 per distinct input.
         learn: "none" keeps the start; "lsq" learns one scale per block; "dual_lsq" learns separate scales for
@@ -86,6 +88,7 @@ class Scheme(Strict):
     rules: tuple[Rule, ...]
     start: Start = "auto"
     weighted_start: bool = True
+    smooth: float = Field(default=0.0, ge=0.0, le=1.0)
     compensate: Compensation = "none"
     learn: Learn = "dual_lsq"
     observer: Observer = "minmax"

@@ -272,9 +272,11 @@ def _state(path: str, module: nn.Module, rule: Rule | None) -> tuple[str | None,
 
 
 @contextlib.contextmanager
-def dense(model: nn.Module) -> Iterator[None]:
-    """Weights pass through unquantized (inputs too while they are being observed) inside this context."""
-    quantizers = [m for m in model.modules() if isinstance(m, WeightQuantizer) and "forward" not in vars(m)]
+def dense(model: nn.Module, inputs: bool = False) -> Iterator[None]:
+    """Weights, and with `inputs` layer inputs, pass through unquantized inside this context (inputs that are being
+    observed always do)."""
+    kinds = (WeightQuantizer, InputQuantizer) if inputs else WeightQuantizer
+    quantizers = [m for m in model.modules() if isinstance(m, kinds) and "forward" not in vars(m)]
     for quantizer in quantizers:  # those of an outer `dense` are left to it
         quantizer.forward = _identity  # type: ignore[method-assign]  # instance override, removed below
     try:

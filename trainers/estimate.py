@@ -331,7 +331,10 @@ def _other_seconds(job: Job, known: Facts, machine: Machine) -> float:
     passes = (3 + during) * job.eval.tokens / (job.eval.batch * job.eval.data.seq_len)
     values = (3 + during) * job.eval.tokens * known.input_values
     text, products = job.calibration or job.data, known.input_products(job)
-    calibrated = job.calibration_rows * text.seq_len * (forward_flops(known.student, text.seq_len) + 2.0 * products)
+    reads = 1 + bool(job.scheme.smooth) + bool(products)  # of the calibration text
+    calibrated = (
+        job.calibration_rows * text.seq_len * (reads * forward_flops(known.student, text.seq_len) + 2.0 * products)
+    )
     if products:
         calibrated += sum(2.0 * m.parameters * m.shape[-1] for m in known.coverage.modules if m.weight)
     # A forward pass alone is about half of forward and backward of the fake quantization.

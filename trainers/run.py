@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
-from qat.calibration import begin, observe
+from qat.calibration import begin, observe, prepare
 from qat.checkpoints import resume
 from qat.checkpoints.hf import load_model, load_tokenizer, resolve
 from qat.config import load_yaml, validate, write_text_atomic
@@ -52,9 +52,7 @@ class Parts:
     qsnr_start: dict[str, float] = field(default_factory=dict)
 
 
-def train(
-    job: Job, *, resume_run: bool = False, console: Console | None = None, table: bool = True
-) -> dict[str, Any]:
+def train(job: Job, *, resume_run: bool = False, console: Console | None = None, table: bool = True) -> dict[str, Any]:
     """Run a job to its report; returns the report as written to report.json, and prints it unless `table` is False.
 
     Raises:
@@ -198,15 +196,19 @@ def _baselines(job: Job, parts: Parts, judge: Judge, console: Console) -> list[d
         rows.append(row)
 
     judged(parts.teacher, "bf16")
-    with torch.autocast(parts.device.type, parts.dtype or torch.bfloat16, enabled=parts.dtype is not None):
-        moments = observe(parts.student, _calibration(job, parts), gram=job.scheme.compensate == "gptq")
-    plain = job.scheme.model_copy(update={"start": "amax", "weighted_start": False, "compensate": "none"})
-    begin(parts.student, plain, moments)
+    batches = _calibration(job, parts)
+    autocast = torch.autocast(parts.device.type, parts.dtype or torch.bfloat16, enabled=parts.dtype is not None)
+    with autocast:
+        mean_square = observe(parts.student, batches)
+    without = {"start": "amax", "weighted_start": False, "smooth": 0.0, "compensate": "none"}
+    plain = job.scheme.model_copy(update=without)
+    begin(parts.student, plain, mean_square)
     judged(parts.student, "ptq")
     if plain == job.scheme:
         rows.append({**rows[-1], "name": "best_ptq"})
     else:
-        begin(parts.student, job.scheme, moments)
+        with autocast:
+            prepare(parts.student, batches, job.scheme, mean_square)
         judged(parts.student, "best_ptq")
     parts.qsnr_start = {path: _layer_qsnr(layer) for path, layer in layers(parts.student).items()}
     return rows

@@ -304,3 +304,19 @@ def test_scales_are_per_block_of_the_weight() -> None:
     changed = (quantizer(weight).detach() != before).view(4, 2, 32).any(-1)
     assert changed.nonzero().tolist() == [[1, 1], [2, 0]]
     assert per_block(quantizer.start).shape == (4, 1, 2, 1)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_layer_in_training_computes_what_it_computes_without_gradients(autocast: bool) -> None:
+    """Two code paths, one meaning: also under autocast, which must reach the input and not the scales."""
+    linear = nn.Linear(64, 48)
+    quantizer = weight_quantizer("int4_g32", linear.weight.detach(), "dual_lsq", moved=0.1)
+    layer, x = QatLinear.wrap(linear, quantizer, None), normal(5, 64, seed=1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        trained = layer(x)
+        with torch.no_grad():
+            judged = layer(x)
+    assert trained.requires_grad and trained.dtype == (torch.bfloat16 if autocast else torch.float32)
+    assert torch.equal(trained, judged)
+    trained.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == p.dtype and p.grad.any() for p in layer.parameters())

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from qat import numerics
@@ -13,7 +14,7 @@ from qat.element import minifloat
 from qat.errors import FormatError
 from qat.format import Format
 from qat.numerics import Scales, find_scales
-from qat.ops import fake_quantize
+from qat.ops import fake_quantize, quantized_linear
 
 every_format = pytest.mark.parametrize("fmt", CATALOG.values(), ids=lambda fmt: fmt.name)
 
@@ -139,3 +140,69 @@ def test_the_shape_function_needs_no_data() -> None:
     scale = torch.empty(4, 2, device="meta")
     y = torch.ops.qat.fake_quantize(x, scale, scale, None, None, "int4_g32", "ste", False)
     assert (y.shape, y.dtype, y.device.type) == (x.shape, x.dtype, "meta")
+
+
+# --- quantized_linear: the same numbers as fake_quantize and linear, remembering less ----------------------------
+
+
+@every_format
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("round_bf16", [True, False])
+def test_a_quantized_linear_is_the_two_ops_it_replaces(fmt: Format, dtype: torch.dtype, round_bf16: bool) -> None:
+    weight = normal(48, 2 * (fmt.group or 64))
+    x, bias, direction = normal(3, 7, weight.shape[1], seed=1).to(dtype), normal(48, seed=2), normal(3, 7, 48, seed=3)
+    scales = find_scales(weight, fmt)
+    found = []
+    for fused in (False, True):
+        multiplier, divisor = (scales.effective() * factor for factor in (1.0, 0.9))
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias, multiplier, divisor)]
+        settings = {"multiplier": leaves[3], "divisor": leaves[4], "round_bf16": round_bf16}
+        if fused:
+            y = quantized_linear(*leaves[:3], fmt.name, scales, **settings)
+        else:
+            grid = fake_quantize(leaves[1], fmt.name, scales, **settings)
+            y = functional.linear(leaves[0], grid.to(dtype), leaves[2].to(dtype))
+        (y.float() * direction).sum().backward()
+        found.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    for two_ops, one_op in zip(*found, strict=True):
+        assert two_ops.dtype == one_op.dtype and two_ops.any()
+        assert torch.equal(two_ops, one_op)
+
+
+@pytest.mark.parametrize("name", ["int4_g32_asym", "if4", "fp8_b128"])
+def test_opcheck_of_the_quantized_linear(name: str) -> None:
+    fmt = lookup(name)
+    weight = sample(fmt).requires_grad_()
+    scales = find_scales(weight.detach(), fmt)
+    multiplier = scales.effective().clone().requires_grad_()
+    divisor = (scales.effective() * 0.8).requires_grad_()
+    x, bias = normal(2, 5, weight.shape[1], seed=1).requires_grad_(), normal(3, seed=2).requires_grad_()
+    arguments = (x, weight, bias, divisor, multiplier, scales.zero_point, scales.choice, name, True)
+    torch.library.opcheck(torch.ops.qat.quantized_linear.default, arguments)
+
+
+def test_the_quantized_weight_waits_in_two_bytes() -> None:
+    """Until the backward pass, one linear layer keeps its input, its weight (a parameter) and BF16 values."""
+    weight, x = normal(64, 128).requires_grad_(), normal(5, 128).requires_grad_()
+    scales = find_scales(weight.detach(), lookup("int4_g32"))
+    multiplier = scales.effective().requires_grad_()
+    kept: list[Tensor] = []
+
+    def remember(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        quantized_linear(x, weight, None, "int4_g32", scales, multiplier=multiplier, round_bf16=True)
+    large = {t.untyped_storage().data_ptr(): t.dtype for t in kept if t.numel() == weight.numel()}
+    assert large.pop(weight.untyped_storage().data_ptr()) == torch.float32
+    assert list(large.values()) == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
+def test_a_quantized_linear_makes_no_gradient_that_nobody_needs(needs: tuple[bool, bool, bool]) -> None:
+    weight, x = normal(8, 64), normal(2, 64, seed=1)
+    scales = find_scales(weight, lookup("int4_g32"))
+    leaves = [t.requires_grad_(need) for t, need in zip((x, weight, scales.effective()), needs, strict=True)]
+    quantized_linear(leaves[0], leaves[1], None, "int4_g32", scales, multiplier=leaves[2]).sum().backward()
+    assert [leaf.grad is not None for leaf in leaves] == list(needs)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from qat.calibration import calibrate
+from qat.calibration import begin, calibrate, input_products, observe
 from qat.catalog import lookup
 from qat.errors import ConfigError, FormatError, UnsupportedError
 from qat.modules import InputQuantizer, QatEmbedding, QatLinear, WeightQuantizer
@@ -363,6 +363,30 @@ def test_calibration_that_fails_leaves_no_hooks_and_dead_layers_are_named() -> N
         model.model.layers[1].post_attention_layernorm.weight.zero_()
     with pytest.raises(FormatError, match=r"input of model\.layers\.1\.mlp\.(gate|up)_proj: no non-zero activations"):
         calibrate(model, batches(), scheme)
+
+
+def test_starts_are_found_in_float32_whatever_the_caller_computes_in() -> None:
+    scheme = usual("int4_g64", compensate="gptq")
+    starts = []
+    for autocast in (False, True):
+        model = apply(build(), scheme)
+        mean_square, products = observe(model, batches()), input_products(model, batches())
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            begin(model, scheme, mean_square, products)
+        starts.append({path: layer.weight.detach() for path, layer in layers(model).items()})
+    assert all(torch.equal(starts[0][path], starts[1][path]) for path in starts[0])
+
+
+def test_compensation_meets_the_inputs_that_are_served() -> None:
+    """The products are those of the quantized inputs; the layers before are not quantized."""
+    scheme = usual("nvfp4", "nvfp4", compensate="gptq")
+    model, original = apply(build(), scheme), build()
+    observe(model, batches())
+    found = input_products(model, batches())
+    for path in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
+        seen = layers(model)[path].input_quantizer.quantize(inputs_of(original, path))
+        torch.testing.assert_close(found[path], seen.T @ seen / len(seen))
+    assert found["model.layers.0.self_attn.q_proj"] is found["model.layers.0.self_attn.v_proj"]
 
 
 def _raise() -> dict[str, Tensor]:
