@@ -107,8 +107,8 @@ def _products(x: Tensor, layer: QatLinear) -> Tensor:
 @torch.no_grad()
 def input_products(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
     """Mean of x x^T over each linear layer's inputs x, by path: one (in_features, in_features) float32 matrix per
-    distinct input. Each input is quantized as it will be when served, so that weights fit what they will meet; the layers
-    before it are not."""
+    distinct input. Inputs are quantized as they will be when served, so that weights fit what they will meet; the
+    layers before them are not."""
     sums = _InputSums(_linears(model), _products)
     try:
         with dense(model, inputs=True):
@@ -141,6 +141,7 @@ def begin(
             if products and path in products:
                 quantizer = module.weight_quantizer
                 module.weight.copy_(compensate(module.weight, quantizer.format, quantizer.scales(), products[path]))
+    torch.clear_autocast_cache()  # see `smooth`
 
 
 def _share_global_scales(found: dict[str, QatLayer], scheme: Scheme) -> None:

@@ -63,6 +63,7 @@ def smooth(model: nn.Module, mean_square: dict[str, Tensor], strength: float, in
         folds = find_folds(model, probe)
         for fold in folds:
             _move(model, fold, next(mean_square[path] for path in fold.readers if path in mean_square), strength)
+        torch.clear_autocast_cache()  # it holds BF16 copies of the weights as they were, if the caller has autocast on
         after = model(input_ids=probe).logits.float()
     if not folds:
         raise UnsupportedError(

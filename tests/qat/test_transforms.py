@@ -110,6 +110,23 @@ def test_an_outlier_channel_costs_less() -> None:
     assert error(0.5) < 0.9 * error(0.0)
 
 
+def test_a_caller_under_autocast_sees_the_moved_weights() -> None:
+    """Autocast keeps BF16 copies of weights for as long as its context lasts."""
+    seen = []
+    for one_context in (True, False):
+        model, scheme, _ = prepared("llama")
+        with torch.autocast("cpu", torch.bfloat16):
+            mean_square = observe(model, batches())
+            if one_context:
+                smooth(model, mean_square, scheme.smooth, ids())
+                seen.append(observe(model, batches()))
+        if not one_context:
+            smooth(model, mean_square, scheme.smooth, ids())
+            with torch.autocast("cpu", torch.bfloat16):
+                seen.append(observe(model, batches()))
+    assert all(torch.equal(seen[0][path], seen[1][path]) for path in seen[0])
+
+
 def test_fused_layers_share_the_scale_of_the_moved_weights() -> None:
     model, scheme, _ = prepared("llama")
     with torch.no_grad():
