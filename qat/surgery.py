@@ -223,7 +223,7 @@ def _resolve_tied(
         if other == path:
             continue
         alike = rules[other].weight == rules[path].weight
-        if scheme.tied == "untie" and (not alike or rules[path].weight is not None):
+        if _comes_apart(rules, other, path, scheme):
             module.weight = nn.Parameter(weight.detach().clone())
             config = getattr(model, "config", None)
             if config is not None:
@@ -239,6 +239,12 @@ def _resolve_tied(
     return kept
 
 
+def _comes_apart(rules: dict[str, Rule], first: str, second: str, scheme: Scheme) -> bool:
+    """Whether `untie` gives a tied weight its own tensor: where the rules differ or quantize it."""
+    weights = rules[first].weight, rules[second].weight
+    return scheme.tied == "untie" and (weights[0] != weights[1] or weights[1] is not None)
+
+
 def layers(model: nn.Module) -> dict[str, QatLayer]:
     """The fake-quantized layers by path."""
     return {path: m for path, m in model.named_modules() if isinstance(m, QatLinear | QatEmbedding)}
@@ -247,12 +253,13 @@ def layers(model: nn.Module) -> dict[str, QatLayer]:
 def report(model: nn.Module, scheme: Scheme | None = None) -> Coverage:
     """What is quantized how; with `scheme`, of a model it has not been applied to yet (nothing is changed)."""
     rules = plan(model, scheme) if scheme is not None else {}
-    rows, seen = [], set()
+    rows: list[Covered] = []
+    first: dict[int, str] = {}
     for path, module in weight_modules(model).items():
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() < 2 or id(parameter) in seen:
+            other = first.setdefault(id(parameter), path)
+            if parameter.dim() < 2 or (other != path and not (scheme and _comes_apart(rules, other, path, scheme))):
                 continue
-            seen.add(id(parameter))
             weight, input, skip = _state(path, module, rules.get(path))
             shape = tuple(parameter.shape)
             bits = lookup(weight).bits_per_weight(shape[0], shape[1]) if weight else DENSE_BITS
@@ -283,7 +290,7 @@ def dense(model: nn.Module, inputs: bool = False) -> Iterator[None]:
         yield
     finally:
         for quantizer in quantizers:
-            del quantizer.forward
+            quantizer.__dict__.pop("forward", None)  # an inner `served` may have taken it away
 
 
 def _identity(weight: Tensor) -> Tensor:

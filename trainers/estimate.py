@@ -25,8 +25,7 @@ from qat.trainers.memory import keep_freed_blocks
 if TYPE_CHECKING:
     from rich.console import Console
 
-COMMON_GPUS = (16, 24, 48, 80, 141, 180)  # GiB of cards in use
-HEADROOM = 0.95  # share of a device's memory that may be planned for
+COMMON_GPUS, HEADROOM = (16, 24, 48, 80, 141, 180), 0.95  # GiB; share of it that may be planned for
 # Part of the name -> (dense BF16 FLOP/s, memory bytes/s, GiB), from the makers' data sheets; the first match wins.
 GPUS: dict[str, tuple[float, float, int]] = {
     "B200": (2250e12, 8.0e12, 180),
@@ -162,17 +161,17 @@ def estimate(job: Job) -> Estimate:
 
 
 def _notes(job: Job, plans: tuple[Plan, ...]) -> list[str]:
-    notes = []
+    notes = [job.unproven] if job.unproven else []
     if "teacher" in (job.data.source, job.calibration.source if job.calibration else None):
         notes.append("the time in which the teacher writes text is not counted")
     if shards(job) > 1 and not job.activation_checkpointing:
         notes.append(
-            f"{job.strategy} shards weights, but their quantized copies stay whole on every device until the backward "
-            "pass; activation_checkpointing: true drops them"
+            f"{job.strategy} shards weights, but quantized copies stay whole on every device until the backward pass; "
+            "activation_checkpointing: true drops them"
         )
     if any(plan.capacity is not None and not plan.fits(plan.capacity) for plan in plans):
-        levers = [] if job.activation_checkpointing else ["activation_checkpointing: true"]
-        levers += ["micro_rows: 1"] if job.micro_rows > 1 else []
+        levers = ["activation_checkpointing: true"] * (not job.activation_checkpointing)
+        levers += ["micro_rows: 1"] * (job.micro_rows > 1)
         levers += ["a smaller loss_chunk", "a shorter data.seq_len", "more devices"]
         notes.append("what lowers memory: " + ", ".join(levers))
     return notes
@@ -321,8 +320,8 @@ def _step_seconds(job: Job, known: Facts, machine: Machine) -> float:
 
 
 def _other_seconds(job: Job, known: Facts, machine: Machine) -> float:
-    """Judging (BF16, two starts, every so many steps, the end), calibrating, searching start scales; a compensated
-    start multiplies inputs with themselves, and every weight with its row of products."""
+    """Judging (BF16, two starts, every so many steps, the end), calibrating, searching; a compensated start multiplies
+    inputs with themselves, and every weight with its row of products."""
     student, teacher = (forward_flops(a, job.eval.data.seq_len) for a in (known.student, known.teacher))
     least = known.student.shape.layers * machine.per_layer / 3  # a forward pass has no backward
     head = 2.0 * known.teacher.shape.hidden * known.teacher.shape.vocabulary
@@ -332,9 +331,8 @@ def _other_seconds(job: Job, known: Facts, machine: Machine) -> float:
     values = (3 + during) * job.eval.tokens * known.input_values
     text, products = job.calibration or job.data, known.input_products(job)
     reads = 1 + bool(job.scheme.smooth) + bool(products)  # of the calibration text
-    calibrated = (
-        job.calibration_rows * text.seq_len * (reads * forward_flops(known.student, text.seq_len) + 2.0 * products)
-    )
+    per_token = reads * forward_flops(known.student, text.seq_len) + 2.0 * products
+    calibrated = job.calibration_rows * text.seq_len * per_token
     if products:
         calibrated += sum(2.0 * m.parameters * m.shape[-1] for m in known.coverage.modules if m.weight)
     # A forward pass alone is about half of forward and backward of the fake quantization.
@@ -386,9 +384,8 @@ def _summary(estimate: Estimate) -> list[str]:
 
 def _fits(plan: Plan) -> str:
     """One yes or no for the device, and for GPUs one for each common size."""
-    answers = []
-    if plan.capacity is not None:
-        answers.append(f"fits in {plan.capacity / GIB:,.0f} GiB: {'yes' if plan.fits(plan.capacity) else 'NO'}")
+    room = plan.capacity
+    answers = [] if room is None else [f"fits in {room / GIB:,.0f} GiB: {'yes' if plan.fits(room) else 'NO'}"]
     if plan.kind == "cuda":
         others = [f"{size} {'yes' if plan.fits(size * GIB) else 'no'}" for size in COMMON_GPUS]
         answers.append("GPUs of " + ", ".join(others))

@@ -248,7 +248,7 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
         masters 4 P; gradients 4 (P' + S), twice that under ddp, which copies them into buckets; moments 8 (P' + S);
         scales 4 S and 4 per block for their start; average 4 (P' + S); teacher 2 P on GPUs, 4 P on CPUs.
     Kept for the backward pass, T tokens per device and forward pass:
-        quantized weights 4 per weight (6 in bf16) and up to 16 per scale; activations as `_per_token` counts them;
+        quantized weights 2 per weight (4 without round_bf16), up to 16 per scale; activations as in `_per_token`;
         with activation checkpointing, one layer of both and 4 x hidden x T per layer.
     Working space, the larger of: float32 chunks of logits with two gradients of the output layer; 5 copies of
         the largest quantized weight with the gradients of one feed-forward layer; judging instead of training.
@@ -297,9 +297,9 @@ def _states(job: Job, facts: Facts, device: str) -> dict[str, int]:
 
 
 def _saved_weights(job: Job, facts: Facts, mixed: bool) -> int:
-    """The quantized copies that linear layers keep; in BF16 also the cast copies of unquantized layers."""
+    """The quantized copies that linear layers keep; under autocast also the BF16 copies of unquantized layers."""
     quantized = facts.quantized
-    per_weight = (FP32 if job.scheme.learn != "none" or not mixed else 0) + (BF16 if mixed else 0)
+    per_weight = BF16 if job.scheme.round_bf16 else FP32
     per_block = FP32 * {"none": 1, "lsq": 2, "dual_lsq": 4}[job.scheme.learn]
     total = per_weight * quantized + per_block * facts.blocks
     if job.activation_checkpointing:

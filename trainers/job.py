@@ -91,6 +91,16 @@ class Job(Strict):
         return self.loss or (ForwardKL() if self.method == "qad" else CrossEntropy())
 
     @property
+    def unproven(self) -> str | None:
+        """Why `train` refuses this job although it can be estimated, or None."""
+        if self.strategy == "auto" and self.devices == 1:
+            return None
+        return (
+            f"strategy {self.strategy} on {self.devices} devices can be estimated (--dry-run) but not trained yet: "
+            "ddp, fsdp and deepspeed are not proven; use strategy=auto devices=1"
+        )
+
+    @property
     def folder(self) -> Path:
         """Where this run writes."""
         return self.runs / self.name

@@ -22,7 +22,7 @@ from qat.checkpoints.hf import load_model, load_tokenizer, resolve
 from qat.config import load_yaml, validate, write_text_atomic
 from qat.errors import CheckpointError, ConfigError, UnsupportedError
 from qat.numerics import qsnr
-from qat.surgery import Coverage, apply, layers, report
+from qat.surgery import Coverage, apply, dense, layers, report
 from qat.trainers.callbacks import Average, Keeper, StepLoop
 from qat.trainers.data import Batches, Blocks, load_blocks
 from qat.trainers.evaluate import Judge, gap_closed
@@ -49,6 +49,7 @@ class Parts:
     coverage: Coverage
     device: torch.device
     dtype: torch.dtype | None
+    parameters: int  # of the model that is trained, without learned scales
     qsnr_start: dict[str, float] = field(default_factory=dict)
 
 
@@ -62,11 +63,8 @@ def train(job: Job, *, resume_run: bool = False, console: Console | None = None,
     console = console or Console(stderr=True)
     _quiet_lightning()
     keep_freed_blocks()
-    if job.strategy != "auto" or job.devices > 1:
-        raise UnsupportedError(
-            f"strategy {job.strategy} on {job.devices} devices can be estimated (--dry-run) but not trained yet: "
-            "ddp, fsdp and deepspeed are not proven; use strategy=auto devices=1"
-        )
+    if job.unproven:
+        raise UnsupportedError(job.unproven)
     run = job.folder
     saved = _claim(run, job, resume_run)
     lit.seed_everything(job.seed, verbose=False)
@@ -126,6 +124,7 @@ def _load(job: Job, console: Console) -> Parts:
     teacher: nn.Module = load_model(reference, teacher_dtype, *settings)
     student: nn.Module = load_model(source, torch.float32, *settings)
     coverage = report(student, job.scheme)
+    parameters = sum(p.numel() for p in student.parameters())
     train_rows = load_blocks(job.data, tokenizer, num_tokens=job.steps * job.rows * job.data.seq_len, teacher=teacher)
     heldout = load_blocks(job.eval.data, tokenizer, num_tokens=job.eval.tokens)
     calibration = train_rows
@@ -144,7 +143,7 @@ def _load(job: Job, console: Console) -> Parts:
     _freeze(student, job)
     dtype = torch.bfloat16 if mixed else None
     rows = (train_rows, heldout, calibration)
-    return Parts(student.to(device), teacher.to(device), *rows, coverage, device, dtype)
+    return Parts(student.to(device), teacher.to(device), *rows, coverage, device, dtype, parameters)
 
 
 def _check_packing(job: Job, student: nn.Module) -> None:
@@ -195,7 +194,8 @@ def _baselines(job: Job, parts: Parts, judge: Judge, console: Console) -> list[d
         )
         rows.append(row)
 
-    judged(parts.teacher, "bf16")
+    with dense(parts.student, inputs=True):
+        judged(parts.student if job.teacher is not None else parts.teacher, "bf16")
     batches = _calibration(job, parts)
     autocast = torch.autocast(parts.device.type, parts.dtype or torch.bfloat16, enabled=parts.dtype is not None)
     with autocast:
@@ -300,7 +300,7 @@ def _finish(
 def _report(job: Job, parts: Parts, keeper: Keeper, saved: dict[str, Any], rows: list[dict[str, Any]]) -> RunReport:
     by_name = {row["name"]: row for row in rows}
     plain, start, student, dense = (by_name[name] for name in ("ptq", "best_ptq", "student", "bf16"))
-    count = sum(p.numel() for p in parts.teacher.parameters())
+    count = parts.parameters
     other = count - sum(m.parameters for m in parts.coverage.modules)
     covered = sum(m.parameters * m.bits for m in parts.coverage.modules) / 8
     return RunReport(

@@ -206,7 +206,9 @@ def test_sharding_divides_states_and_ddp_copies_gradients(tiny: Path) -> None:
     assert split["quantized weights for backward"] == alone["quantized weights for backward"]
     assert whole["gradients"] == 2 * alone["gradients"]
     assert whole["master weights"] == alone["master weights"]
-    assert "activation_checkpointing" in estimate(sharded).notes[0]
+    refusal, advice = estimate(sharded).notes[:2]
+    assert "not trained yet" in refusal and "activation_checkpointing" in advice
+    assert not any("not trained yet" in note for note in estimate(one).notes)
 
 
 def test_checkpointing_keeps_one_layer(tiny: Path) -> None:
