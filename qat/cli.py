@@ -242,6 +242,31 @@ def _formats(arguments: argparse.Namespace) -> None:
     print("\nblock: rows x columns that share a scale; bits/weight with scales, for a 4096 x 4096 matrix")
 
 
+# --- kernels ----------------------------------------------------------------------------------------
+
+
+def _add_kernels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokens", type=int, default=1, help="of the product to explain (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=4096, help="of the weight (default: %(default)s)")
+    parser.add_argument("--columns", type=int, default=4096, help="of the weight (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the answers as JSON")
+
+
+def _kernels(arguments: argparse.Namespace) -> None:
+    from qat.kernels.load import explain_all
+
+    sizes = (arguments.tokens, arguments.rows, arguments.columns)
+    if min(sizes) < 1:
+        raise ConfigError(f"--tokens, --rows and --columns must be positive; given {sizes}")
+    answers = explain_all(*sizes)
+    if arguments.json:
+        _print_json(answers)
+        return
+    print(f"{sizes[0]} token(s) times packed weights of {sizes[1]} x {sizes[2]}:")
+    for answer in answers:
+        print(f"{answer['format']:<20}{answer['kernel']:<11}{answer['why']}")
+
+
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Any], str]] = {
     "train": (_add_train, _train, "run quantization-aware training or distillation from a YAML file"),
     "eval": (_add_eval, _eval, "judge a run, an export or a model: KL to the teacher, NLL, top-1 agreement"),
@@ -249,6 +274,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[a
     "verify": (_add_verify, _verify, "check an exported checkpoint against the trained model, bit for bit"),
     "generate": (_add_generate, _generate, "continue a prompt on this machine, streaming, and print tokens/s"),
     "formats": (_add_formats, _formats, "list the number formats"),
+    "kernels": (_add_kernels, _kernels, "say which kernel multiplies with packed weights here, and why"),
 }
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from qat.catalog import CATALOG
@@ -92,3 +93,13 @@ def test_errors_are_one_sentence_and_status_2(
     assert main(arguments) == 2
     printed = capsys.readouterr()
     assert message in printed.err and "Traceback" not in printed.err and not printed.out
+
+
+def test_kernels_say_what_runs_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["kernels", "--tokens", "16", "--json"]) == 0
+    told = {row["format"]: row for row in json.loads(capsys.readouterr().out)}
+    assert told.keys() == {name for name, fmt in CATALOG.items() if fmt.scale != "f32"}
+    assert told["nf4_g64"]["kernel"] == "none" and "table" in told["nf4_g64"]["why"]
+    assert told["nvfp4"]["kernel"] == ("triton" if torch.cuda.is_available() else "reference")
+    assert main(["kernels", "--rows", "0"]) == 2
+    assert "must be positive" in capsys.readouterr().err

@@ -1,0 +1,36 @@
+"""Which tiles the packed linear kernel runs with: a closed-form rule from shape and device, nothing tuned at run time.
+
+The number of splits of K depends on the weight alone, not on the number of tokens, and partial sums are added in a
+fixed order: a row's result does not depend on its batch.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Launch parameters, and in words why."""
+
+    block_n: int
+    block_m: int
+    splits: int
+    warps: int
+    stages: int
+    why: str
+
+
+def choose(tokens: int, rows: int, columns: int, tile: int, processors: int) -> Tiles:
+    """Tiles for x (tokens, columns) times a weight (rows, columns).
+
+    Args:
+        tokens, rows, columns: the shape of the product.
+        tile: columns that one step of the kernel unpacks.
+        processors: of the device.
+    """
+    block_m = next((size for size in (16, 32, 64) if tokens <= size), 64)
+    block_n = 128 if rows >= 128 * processors // 2 else 64
+    steps, blocks = -(-columns // tile), -(-rows // block_n)
+    splits = max(1, min(processors // max(blocks, 1), steps // 4, 8))
+    why = f"{blocks} blocks of {block_n} rows on {processors} processors, K in {splits} piece(s) of {steps} tiles"
+    wide = block_m >= 64  # partial sums of a group double the accumulators: four warps would spill
+    return Tiles(block_n, block_m, splits, warps=8 if wide and block_n >= 128 else 4, stages=3 if wide else 4, why=why)

@@ -1,0 +1,165 @@
+"""Linear layers as a server holds them: codes in words, scales in their stored dtype, nothing dequantized in memory.
+
+`qat::packed_linear` is the operator that device kernels register on; this file is its meaning and what runs where no
+kernel does.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.catalog import lookup
+from qat.errors import FormatError, UnsupportedError
+from qat.format import Format
+from qat.layouts import PART, from_words, to_words
+from qat.numerics import QTensor, Scales, decode_scale
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """The weight of a linear layer, (rows, columns) when dequantized.
+
+    Attributes:
+        format: catalogue name.
+        columns: of the weight; words hold whole tiles.
+        words: int16 (rows, words), see `qat.layouts`.
+        scales: (block columns, rows), in the stored dtype, E4M3 as bytes.
+        zeros: int8, same shape, or None.
+        global_scale: multiplies the scales.
+    """
+
+    format: str
+    columns: int
+    words: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    global_scale: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return sum(t.numel() * t.element_size() for t in (self.words, self.scales, self.zeros) if t is not None)
+
+    def to(self, device: torch.device | str) -> "PackedWeight":
+        """The same on another device."""
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        return replace(self, words=self.words.to(device), scales=self.scales.to(device), zeros=zeros)
+
+
+def problem(fmt: Format) -> str | None:
+    """Why weights of this format cannot be held packed yet, or None."""
+    if len(fmt.elements) > 1 or fmt.element.kind == "table":
+        return "its codes need a table per block"
+    if fmt.element.bits not in (2, 4, 8) or (fmt.element.kind == "integer" and fmt.element.step != 1.0):
+        return f"codes of {fmt.element.bits} bits or fractional steps do not fit the words"
+    if fmt.block[0] != 1 or fmt.block[1] not in (0, 16, 32, 64, 128):
+        return f"blocks of {fmt.block[0]} x {fmt.block[1]} are not groups within one row"
+    if fmt.group and fmt.group < PART and fmt.zero_point:
+        return f"zero points of groups of {fmt.group}"
+    return None
+
+
+def pack(weight: QTensor) -> PackedWeight:
+    """Codes and scales in the order that kernels read.
+
+    Raises:
+        UnsupportedError: a format that cannot be held packed.
+        FormatError: a scale that is zero, negative or not finite.
+    """
+    fmt, scales = weight.format, weight.scales
+    reason = problem(fmt)
+    if reason is not None:
+        raise UnsupportedError(f"{fmt.name} weights cannot be held packed: {reason}")
+    values = decode_scale(scales.stored)
+    if not bool((torch.isfinite(values) & (values > 0)).all()):
+        raise FormatError(f"{fmt.name}: {int((~(values > 0)).sum())} scales are zero, negative or not finite")
+    stored = scales.stored.view(torch.uint8) if fmt.scale == "e4m3" else scales.stored
+    return PackedWeight(
+        format=fmt.name,
+        columns=weight.codes.shape[1],
+        words=to_words(weight.codes, fmt.element.bits, offset=fmt.element.kind == "integer"),
+        scales=stored.t().contiguous(),
+        zeros=None if scales.zero_point is None else scales.zero_point.t().contiguous(),
+        global_scale=1.0 if scales.global_scale is None else float(scales.global_scale),
+    )
+
+
+def unpack(weight: PackedWeight) -> QTensor:
+    """Undo `pack`."""
+    fmt = lookup(weight.format)
+    codes = from_words(weight.words, fmt.element.bits, weight.columns, offset=fmt.element.kind == "integer")
+    scales = weight.scales.t().contiguous()
+    return QTensor(
+        fmt,
+        codes,
+        Scales(
+            scales.view(fmt.scale_storage) if fmt.scale == "e4m3" else scales,
+            torch.tensor(weight.global_scale, device=scales.device) if fmt.global_scale else None,
+            None if weight.zeros is None else weight.zeros.t().contiguous(),
+        ),
+    )
+
+
+@torch.library.custom_op("qat::packed_linear", mutates_args=())
+def _packed_linear(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    global_scale: float,
+    format: str,
+) -> Tensor:
+    weight = unpack(PackedWeight(format, x.shape[-1], words, scales, zeros, global_scale)).dequantize()
+    y = x.to(torch.float32) @ weight.t()
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+@_packed_linear.register_fake
+def _(x: Tensor, words: Tensor, *args: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], words.shape[0])
+
+
+def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """x (..., columns) times the weight, (..., rows) in x's dtype; products are summed in float32.
+
+    Raises:
+        FormatError: x has another width than the weight.
+    """
+    if x.shape[-1] != weight.columns:
+        raise FormatError(f"an input of width {x.shape[-1]} meets a weight of {weight.columns} columns")
+    y: Tensor = torch.ops.qat.packed_linear(
+        x, weight.words, weight.scales, weight.zeros, bias, weight.global_scale, weight.format
+    )
+    return y
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with a packed weight, for inference."""
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("words", weight.words)
+        self.register_buffer("scales", weight.scales)
+        self.register_buffer("zeros", weight.zeros)
+        self.register_buffer("bias", bias)
+        self.format, self.global_scale = weight.format, weight.global_scale
+        self.in_features, self.out_features = weight.columns, weight.words.shape[0]
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight."""
+        own = dict(self.named_buffers())
+        return PackedWeight(
+            self.format, self.in_features, own["words"], own["scales"], own.get("zeros"), self.global_scale
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) -> (..., out_features)."""
+        return packed_linear(x, self.packed, dict(self.named_buffers()).get("bias"))
+
+    def extra_repr(self) -> str:
+        """Shape and format, for `print(model)`."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.format}"

@@ -1,0 +1,102 @@
+"""Run by test_packed_linear.py under TRITON_INTERPRET=1: the kernel's source, executed on the CPU, against float64."""
+
+import itertools
+import sys
+
+import torch
+
+from qat.catalog import CATALOG, lookup
+from qat.kernels.packed_linear import triton as kernel
+from qat.kernels.packed_linear.choose import Tiles
+from qat.numerics import QTensor, Scales, find_scales, quantize
+from qat.packed import PackedWeight, pack, problem
+
+MATMULS = (
+    "int4_g32",
+    "int4_g64_asym",
+    "int4_g128",
+    "int4_channel",
+    "int8_channel",
+    "int8_g128_asym",
+    "int2_g64",
+    "nvfp4",
+    "mxfp4",
+    "mxfp8",
+)
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def run(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, splits: int = 1) -> torch.Tensor:
+    tiles = Tiles(block_n=16, block_m=16, splits=splits, warps=4, stages=1, why="small, for the interpreter")
+    kernel.choose = lambda *_: tiles
+    y: torch.Tensor = kernel.packed_linear(
+        x, weight.words, weight.scales, weight.zeros, bias, weight.global_scale, weight.format
+    )
+    return y
+
+
+def check(name: str, x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None, splits: int = 1) -> None:
+    found = run(x, pack(weight), bias, splits).double()
+    dense = weight.dequantize().double()
+    exact = x.double() @ dense.T + (0 if bias is None else bias.double())
+    unit = 2.0**-10 if x.dtype == torch.float16 else 2.0**-20
+    bound = unit * (x.double().abs() @ dense.abs().T + (0 if bias is None else bias.double().abs())) + 1e-30
+    worst = ((found - exact).abs() / bound).max() if found.numel() else 0.0
+    assert worst <= 1.0, f"{name} {tuple(x.shape)} {x.dtype} splits {splits}: {worst} of the bound"
+
+
+def every_code(name: str) -> QTensor:
+    """Every code under many scales, scattered over the columns."""
+    fmt = lookup(name)
+    codes = torch.arange(2**fmt.element.bits, dtype=torch.uint8).repeat(2 * 256 // 2**fmt.element.bits + 1)[:512]
+    if fmt.element.kind == "integer":
+        codes = torch.where(codes == 2 ** (fmt.element.bits - 1), 0, codes)
+    values = fmt.element.decode(codes).nan_to_num(0.0)
+    codes = fmt.element.encode(values).repeat(16, 1)
+    for row in range(16):
+        codes[row] = codes[row].roll(row * 3)
+    sample = quantize(torch.randn(16, 512, generator=GENERATOR), fmt)
+    return QTensor(fmt, codes, sample.scales)
+
+
+def main() -> None:
+    names = [name for name, fmt in CATALOG.items() if problem(fmt) is None]
+    for name, dtype in itertools.product(names, (torch.float32, torch.float16)):
+        weight = every_code(name)
+        one_hot = torch.eye(512, dtype=dtype)[::37]
+        found, dense = run(one_hot, pack(weight), None), weight.dequantize()
+        picked = dense.T[::37].to(dtype)
+        assert torch.equal(found, picked), f"{name} {dtype}: one-hot inputs give other weights"
+    tokens = 17
+    for name in MATMULS:
+        fmt = lookup(name)
+        columns = next(width for width in (352, 320, 384) if fmt.divides(width))  # the first two end inside a tile
+        weight = quantize(torch.randn(40, columns, generator=GENERATOR), fmt)
+        bias = torch.randn(40, generator=GENERATOR)
+        x = torch.randn(tokens, columns, generator=GENERATOR)
+        x[0, 3] = 1e4
+        check(name, x, weight, bias)
+        check(name, x.half(), weight, None)
+        check(name, x, weight, bias, splits=3)
+        wide = torch.randn(tokens, 2 * columns, generator=GENERATOR)[:, ::2]
+        check(name, wide, weight, None)  # strided
+        single = run(x[-1:], pack(weight), bias)
+        assert torch.equal(single, run(x, pack(weight), bias)[-1:]), f"{name}: the batch changes a row"
+        whole = torch.randint(-8, 9, (tokens, columns), generator=GENERATOR).float()
+        ones = Scales(torch.ones_like(weight.scales.stored.float()).to(fmt.scale_storage), weight.scales.global_scale)
+        if fmt.scale in ("f32", "bf16") and not fmt.zero_point:
+            integers = QTensor(fmt, weight.codes, ones)
+            assert torch.equal(run(whole, pack(integers), None), whole @ integers.dequantize().T), f"{name}: integers"
+    empty = run(torch.zeros(0, 64), pack(quantize(torch.randn(8, 64), lookup("int4_g32"))), None)
+    assert empty.shape == (0, 8)
+    rows = torch.randn(4, 64, generator=GENERATOR)
+    rows[1, 5], rows[2, 0] = torch.nan, torch.inf
+    weight = quantize(torch.randn(8, 64, generator=GENERATOR), lookup("nvfp4"), None)
+    found = run(rows, pack(weight), None)
+    assert found[1].isnan().all() and not found[2].isfinite().any() and found[[0, 3]].isfinite().all()
+    assert find_scales(rows[:1], lookup("int4_g32")).stored.numel() == 2
+    print("all equal")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
