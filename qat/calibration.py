@@ -15,7 +15,7 @@ from qat.modules import QatLayer, QatLinear
 from qat.ranges import shared_global_scale, start_scales
 from qat.scheme import Scheme
 from qat.surgery import dense, fused_sets, layers
-from qat.transforms import smooth
+from qat.transforms import Fold, smooth
 
 Batches = Iterable[dict[str, Tensor]]  # keyword arguments of the model
 
@@ -119,13 +119,20 @@ def input_products(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
     return sums.means()
 
 
-def prepare(model: nn.Module, batches: list[dict[str, Tensor]], scheme: Scheme, mean_square: dict[str, Tensor]) -> None:
-    """From an observed model to its start: smooth and observe again, multiply inputs, `begin`, as the scheme says."""
+def prepare(
+    model: nn.Module, batches: list[dict[str, Tensor]], scheme: Scheme, mean_square: dict[str, Tensor]
+) -> list[Fold]:
+    """From an observed model to its start: smooth and observe again, multiply inputs, `begin`, as the scheme says.
+
+    Returns where smoothing moved magnitude.
+    """
+    folds: list[Fold] = []
     if scheme.smooth:
-        smooth(model, mean_square, scheme.smooth, batches[0]["input_ids"])
+        folds = smooth(model, mean_square, scheme.smooth, batches[0]["input_ids"])
         mean_square = observe(model, batches)
     products = input_products(model, batches) if scheme.compensate == "gptq" else {}
     begin(model, scheme, {**mean_square, **{path: gram.diagonal() for path, gram in products.items()}}, products)
+    return folds
 
 
 @torch.no_grad()
@@ -151,8 +158,8 @@ def _share_global_scales(found: dict[str, QatLayer], scheme: Scheme) -> None:
     for members in fused + alone:
         first = found[members[0]].weight_quantizer.format
         shared = shared_global_scale([found[path].weight.detach() for path in members], first)
-        for path in members:
-            found[path].weight_quantizer.global_scale = shared
+        for path in members:  # a tensor each: saved students hold one under every name
+            found[path].weight_quantizer.global_scale = None if shared is None else shared.clone()
 
 
 @torch.no_grad()

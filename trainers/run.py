@@ -208,7 +208,10 @@ def _baselines(job: Job, parts: Parts, judge: Judge, console: Console) -> list[d
         rows.append({**rows[-1], "name": "best_ptq"})
     else:
         with autocast:
-            prepare(parts.student, batches, job.scheme, mean_square)
+            folds = prepare(parts.student, batches, job.scheme, mean_square)
+        if job.scheme.smooth:
+            smoothed, count = len({path for fold in folds for path in fold.readers}), len(layers(parts.student))
+            console.print(f"smoothed the inputs of {smoothed} of {count} layers", highlight=False)
         judged(parts.student, "best_ptq")
     parts.qsnr_start = {path: _layer_qsnr(layer) for path, layer in layers(parts.student).items()}
     return rows

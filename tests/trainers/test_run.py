@@ -1,6 +1,7 @@
 """The whole road on a tiny model: train, resume exactly after a kill, stop on bad input, keep the best."""
 
 import csv
+import io
 import json
 import math
 import os
@@ -15,9 +16,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 
+from qat.checkpoints.export import export
 from qat.checkpoints.resume import load_student
+from qat.checkpoints.verify import verify
 from qat.errors import CheckpointError, ConfigError, DataError, TrainingError, UnsupportedError
 from qat.trainers.job import Job, load_job
 from qat.trainers.run import train
@@ -198,3 +202,20 @@ def test_wandb_offline(tmp_path: Path, model: Path) -> None:
     job = load_job(write(tmp_path, model, steps=2, wandb={"project": "qat-tests", "offline": True}))
     train(job, table=False)
     assert list((job.folder / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_a_smoothed_student_of_a_larger_teacher_is_exported_as_it_was_trained(tmp_path: Path, model: Path) -> None:
+    """Smoothing changes norms, which an export must carry; sizes and the first row are the trained model's own."""
+    larger = tiny_model("llama", tmp_path / "teacher", seed=1, num_hidden_layers=3)
+    scheme = yaml.safe_load(write(tmp_path, model).read_text())["scheme"]
+    changes = {"scheme": {**scheme, "smooth": 0.5, "compensate": "gptq"}, "teacher": {"id": str(larger)}, "steps": 2}
+    job = load_job(write(tmp_path, model, **changes))
+    said = io.StringIO()
+    report = train(job, table=False, console=Console(file=said, width=200))
+    assert "smoothed the inputs of 14 of 14 layers" in said.getvalue()
+    assert report["rows"][0]["kl"] > 0.01  # another model than the teacher
+    own = sum(t.numel() for t in load_file(model / "model.safetensors").values())
+    assert report["dense_bytes"] == 2 * own
+    export(job.folder, tmp_path / "out", "compressed-tensors")
+    checked = verify(tmp_path / "out")
+    assert checked.ok and "difference 0.0" in checked.checks[-1].detail
