@@ -67,7 +67,7 @@ def peak(case: str | None, learn: str, tokens: int) -> int:
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=20, help="timed, of each model; 0 measures memory only")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--learn", default="dual_lsq", help="none, lsq or dual_lsq")
     parser.add_argument("--case", action="append", choices=list(CASES), help="only this one; may be repeated")
@@ -88,9 +88,15 @@ def main() -> None:
         print(peak_bytes(torch.device("cpu")))
         return
     plain_peak = peak(None, arguments.learn, arguments.tokens)
+    cases = arguments.case or list(CASES)
+    ratios = {name: peak(name, arguments.learn, arguments.tokens) / plain_peak for name in cases}
+    for name, ratio in ratios.items():
+        print(f"{name:<22} peak memory {ratio:.3f}x of {plain_peak / 1e9:.2f} GB", flush=True)
+    if not arguments.steps:
+        return
     plain = build(None, None, arguments.learn)
     rows = []
-    for name in arguments.case or CASES:
+    for name in cases:
         quantized = build(*CASES[name], arguments.learn)
         times: tuple[list[float], list[float]] = ([], [])
         for index in range(arguments.steps + 2):
@@ -99,13 +105,10 @@ def main() -> None:
                 if index >= 2:
                     times[side].append(seconds)
         medians = [statistics.median(side) for side in times]
-        memory = peak(name, arguments.learn, arguments.tokens) / plain_peak
         rows.append({"case": name, "plain_s": medians[0], "qat_s": medians[1], "time_ratio": medians[1] / medians[0],
-                     "memory_ratio": memory, "steps": arguments.steps})  # fmt: skip
+                     "memory_ratio": ratios[name], "steps": arguments.steps})  # fmt: skip
         print(
-            f"{name:<22} {medians[1]:.2f} s against {medians[0]:.2f} s: {rows[-1]['time_ratio']:.3f}x time, "
-            f"{memory:.3f}x of {plain_peak / 1e9:.2f} GB",
-            flush=True,
+            f"{name:<22} {medians[1]:.2f} s against {medians[0]:.2f} s: {rows[-1]['time_ratio']:.3f}x time", flush=True
         )
         del quantized
     if arguments.json:

@@ -9,6 +9,7 @@ import ctypes
 import os
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -30,4 +31,8 @@ def peak_bytes(device: torch.device) -> int:
     """Most memory in use at one time so far: of the device, or of this process on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    try:  # getrusage would count the parent's memory at the moment it started this process
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
