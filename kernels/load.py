@@ -37,7 +37,7 @@ def load() -> bool:
 
 
 def explain(format: str, tokens: int, rows: int, columns: int) -> dict[str, Any]:
-    """What runs x (tokens, columns) times a packed weight (rows, columns) on this machine, and why.
+    """What runs x (tokens, columns) times a packed weight (rows, columns) on this machine after `load`, and why.
 
     Raises:
         FormatError: no such format.

@@ -265,6 +265,7 @@ def _kernels(arguments: argparse.Namespace) -> None:
     print(f"{sizes[0]} token(s) times packed weights of {sizes[1]} x {sizes[2]}:")
     for answer in answers:
         print(f"{answer['format']:<20}{answer['kernel']:<11}{answer['why']}")
+    print("\nof qat.packed.PackedLinear after qat.kernels.load.load(); no engine keeps weights packed yet")
 
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Any], str]] = {

@@ -139,6 +139,11 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -
 class PackedLinear(nn.Module):
     """A linear layer with a packed weight, for inference."""
 
+    words: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bias: Tensor | None
+
     def __init__(self, weight: PackedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("words", weight.words)
@@ -151,14 +156,11 @@ class PackedLinear(nn.Module):
     @property
     def packed(self) -> PackedWeight:
         """The weight."""
-        own = dict(self.named_buffers())
-        return PackedWeight(
-            self.format, self.in_features, own["words"], own["scales"], own.get("zeros"), self.global_scale
-        )
+        return PackedWeight(self.format, self.in_features, self.words, self.scales, self.zeros, self.global_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
-        return packed_linear(x, self.packed, dict(self.named_buffers()).get("bias"))
+        return packed_linear(x, self.packed, self.bias)
 
     def extra_repr(self) -> str:
         """Shape and format, for `print(model)`."""

@@ -2,8 +2,8 @@
 
 `smooth` moves magnitude between a linear layer's input channels and the columns of its weight (SmoothQuant, arXiv
 2211.10438): whatever produced the channel is divided by s, the columns that read it are multiplied by s. The factors
-are powers of two, so BF16 weights stay exact and the unquantized model computes bit for bit what it did, and nothing
-is added to the checkpoint.
+are powers of two, so BF16 weights stay exact and the unquantized model computes bit for bit what it did (norms that
+multiply by 1 + w are rounded once more), and nothing is added to the checkpoint.
 """
 
 from collections.abc import Callable

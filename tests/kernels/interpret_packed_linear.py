@@ -8,7 +8,7 @@ import torch
 from qat.catalog import CATALOG, lookup
 from qat.kernels.packed_linear import triton as kernel
 from qat.kernels.packed_linear.choose import Tiles
-from qat.numerics import QTensor, Scales, find_scales, quantize
+from qat.numerics import QTensor, Scales, quantize
 from qat.packed import PackedWeight, pack, problem
 
 MATMULS = (
@@ -40,6 +40,7 @@ def check(name: str, x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None
     dense = weight.dequantize().double()
     exact = x.double() @ dense.T + (0 if bias is None else bias.double())
     unit = 2.0**-10 if x.dtype == torch.float16 else 2.0**-20
+    # One rounding of the result in FP16; in FP32 the rounding of several hundred partial sums.
     bound = unit * (x.double().abs() @ dense.abs().T + (0 if bias is None else bias.double().abs())) + 1e-30
     worst = ((found - exact).abs() / bound).max() if found.numel() else 0.0
     assert worst <= 1.0, f"{name} {tuple(x.shape)} {x.dtype} splits {splits}: {worst} of the bound"
@@ -94,7 +95,6 @@ def main() -> None:
     weight = quantize(torch.randn(8, 64, generator=GENERATOR), lookup("nvfp4"), None)
     found = run(rows, pack(weight), None)
     assert found[1].isnan().all() and not found[2].isfinite().any() and found[[0, 3]].isfinite().all()
-    assert find_scales(rows[:1], lookup("int4_g32")).stored.numel() == 2
     print("all equal")
 
 
