@@ -89,7 +89,8 @@ def _train(arguments: argparse.Namespace) -> None:
 
     job = load_job(arguments.config, arguments.overrides)
     if arguments.dry_run:
-        from qat.trainers.estimate import estimate, print_estimate
+        from qat.trainers.estimate import estimate
+        from qat.trainers.estimate_table import print_estimate
 
         found = estimate(job)
         if arguments.json:

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -22,10 +22,7 @@ from qat.trainers.footprint import BF16, FP32, GIB, Facts, facts, flops_per_toke
 from qat.trainers.job import Job
 from qat.trainers.memory import keep_freed_blocks
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-COMMON_GPUS, HEADROOM = (16, 24, 48, 80, 141, 180), 0.95  # GiB; share of it that may be planned for
+HEADROOM = 0.95  # share of a device's memory that may be planned for
 # Part of the name -> (dense BF16 FLOP/s, memory bytes/s, GiB), from the makers' data sheets; the first match wins.
 GPUS: dict[str, tuple[float, float, int]] = {
     "B200": (2250e12, 8.0e12, 180),
@@ -339,62 +336,3 @@ def _other_seconds(job: Job, known: Facts, machine: Machine) -> float:
     quantizing = 0.5 * (passes * known.quantized * machine.per_weight + values * machine.per_input)
     searching = known.quantized * machine.per_search
     return max((judged + calibrated) * machine.per_flop + quantizing, passes * least) + searching
-
-
-# --- printing -------------------------------------------------------------------------------------
-
-
-def print_estimate(estimate: Estimate, console: "Console") -> None:
-    """The model, a table of memory and time with one column per device, and what would fit where."""
-    from rich.table import Table
-
-    for line in _summary(estimate):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    per = "per device" if estimate.devices > 1 else "in all"
-    table = Table(title=f"memory {per}, GiB; {estimate.devices} device(s)", title_justify="left")
-    table.add_column("")
-    for plan in estimate.plans:
-        table.add_column(f"{plan.device}\n{plan.precision}", justify="right")
-    for name in estimate.plans[0].memory:
-        if any(plan.memory[name] for plan in estimate.plans):
-            table.add_row(name, *(f"{plan.memory[name] / GIB:,.2f}" for plan in estimate.plans))
-    table.add_row("peak", *(f"{plan.peak / GIB:,.2f}" for plan in estimate.plans), style="bold", end_section=True)
-    table.add_row("tokens/s", *(f"{plan.tokens_per_second:,.0f}" for plan in estimate.plans))
-    table.add_row("training", *(duration(plan.training_seconds) for plan in estimate.plans))
-    table.add_row("judging and calibrating", *(duration(plan.other_seconds) for plan in estimate.plans))
-    console.print(table)
-    for plan in estimate.plans:
-        console.print(_fits(plan), highlight=False, markup=False, soft_wrap=True)
-    for note in estimate.notes:
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _summary(estimate: Estimate) -> list[str]:
-    share, bits = f"{estimate.quantized_share:.1%} of weights", f"{estimate.bits_per_weight:.2f} bits per weight"
-    scheme = ", ".join(f"{count / 1e6:,.1f} M {weight}" for weight, _, _, count, _ in estimate.scheme)
-    return [
-        f"{estimate.name}: {estimate.parameters:,} parameters, {share} quantized, {bits}, "
-        f"{estimate.model_bytes / 1e9:,.2f} GB stored instead of {estimate.dense_bytes / 1e9:,.2f} GB",
-        f"weights: {scheme}",
-        f"architecture: {estimate.origin}",
-        f"work: {estimate.tokens:,} tokens in {estimate.steps:,} steps, "
-        f"{estimate.flops_per_token / 1e9:,.2f} GFLOP per token",
-    ]
-
-
-def _fits(plan: Plan) -> str:
-    """One yes or no for the device, and for GPUs one for each common size."""
-    room = plan.capacity
-    answers = [] if room is None else [f"fits in {room / GIB:,.0f} GiB: {'yes' if plan.fits(room) else 'NO'}"]
-    if plan.kind == "cuda":
-        others = [f"{size} {'yes' if plan.fits(size * GIB) else 'no'}" for size in COMMON_GPUS]
-        answers.append("GPUs of " + ", ".join(others))
-    return f"{plan.device}: " + ("; ".join(answers) or "its memory is unknown")
-
-
-def duration(seconds: float) -> str:
-    """Two digits of a sensible unit: an estimate is no more exact."""
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.1f} s"

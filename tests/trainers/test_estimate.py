@@ -19,7 +19,8 @@ from qat.errors import CheckpointError, ConfigError
 from qat.surgery import apply, report
 from qat.trainers import estimate as estimating
 from qat.trainers import footprint
-from qat.trainers.estimate import GPUS, Plan, estimate, listed, print_estimate
+from qat.trainers.estimate import GPUS, Plan, estimate, listed
+from qat.trainers.estimate_table import print_estimate
 from qat.trainers.footprint import GIB, RUNTIME, facts, flops_per_token, forward_flops, memory
 from qat.trainers.job import Job, load_job
 from tests.tiny import tiny_model
