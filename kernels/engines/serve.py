@@ -6,6 +6,7 @@ transformers' server stands `Front`, because a request must neither take the mac
 
 import importlib.util
 import json
+import logging
 import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
@@ -18,6 +19,8 @@ from qat.kernels.engines.transformers import METHODS, compute_dtype, install
 Engine = Literal["auto", "transformers", "vllm"]
 MAX_BODY = 4 << 20  # bytes of a request
 _NEEDED = ("fastapi", "uvicorn", "openai", "starlette")
+
+_log = logging.getLogger(__name__)
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -127,7 +130,19 @@ class Front:
             replayed = True
             return {"type": "http.request", "body": body, "more_body": False}
 
-        await self.app(scope, replay, send)
+        started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, replay, watched)
+        except Exception as error:  # whatever a request breaks, its connection and the others go on
+            _log.exception("a request failed")
+            if not started:
+                await _refuse(send, 500, f"{type(error).__name__}: {error}")
 
     def _problem(self, path: str, body: bytes) -> str | None:
         if not path.startswith("/v1/"):
@@ -170,7 +185,8 @@ def _text(request: dict[str, Any]) -> str | None:
 
 
 async def _refuse(send: Send, status: int, message: str) -> None:
-    await _answer(send, status, {"error": {"message": message, "type": "invalid_request_error", "code": status}})
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    await _answer(send, status, {"error": {"message": message, "type": kind, "code": status}})
 
 
 async def _answer(send: Send, status: int, value: dict[str, Any]) -> None:
