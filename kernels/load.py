@@ -3,6 +3,7 @@
 Importing it changes nothing until `load` is called.
 """
 
+import importlib
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from qat.kernels.packed_linear.choose import choose
 from qat.layouts import tile
 from qat.packed import problem
 
+# The operator `qat::<name>` is the function `<name>` of `kernels/<name>/triton.py`, which imports its reference.
+KERNELS = ("packed_linear", "distill_rows")
 _loaded: set[str] = set()
 
 
@@ -28,11 +31,11 @@ def load() -> bool:
     """Put the kernels under the operators, once; returns whether there are any to put."""
     if not available():
         return False
-    if "packed_linear" not in _loaded:
-        from qat.kernels.packed_linear.triton import packed_linear
-
-        torch.library.register_kernel("qat::packed_linear", "cuda", packed_linear)
-        _loaded.add("packed_linear")
+    for name in KERNELS:
+        if name not in _loaded:
+            kernel = getattr(importlib.import_module(f"qat.kernels.{name}.triton"), name)
+            torch.library.register_kernel(f"qat::{name}", "cuda", kernel)
+            _loaded.add(name)
     return True
 
 
