@@ -43,7 +43,8 @@ class _Loss(Strict):
         leaf = student.detach().to(dtype).requires_grad_()
         with torch.enable_grad():
             value = self.tokens(leaf, None if teacher is None else teacher.to(dtype), targets)
-        student.copy_(torch.autograd.grad(value.sum(), leaf)[0])
+            (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        student.copy_(gradient)
         return value.detach()
 
 

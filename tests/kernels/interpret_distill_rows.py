@@ -113,7 +113,7 @@ def invariances(kind: str) -> None:
 
 
 def masked(kind: str) -> None:
-    """Columns ruled out by both models do not exist; spoiled rows stay alone; what one rules out is as the maths says."""
+    """Columns that both models rule out do not exist; spoiled rows stay alone; one-sided ones are as the maths says."""
     student, teacher, targets = normal(4, 300), normal(4, 300), torch.tensor([0, 199, 7, 128])
     inf = torch.inf
     known = run(student[:, :200], teacher[:, :200], targets, kind)
