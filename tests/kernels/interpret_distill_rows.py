@@ -49,14 +49,16 @@ def compare(what: str, student: Tensor, teacher: Tensor, targets: Tensor, kind: 
     """Float32 steps of a log probability, times t^2 for losses and t for gradients; one rounding to the dtype."""
     loss, gradient = run(student, teacher, targets, kind, t, beta)
     true_loss, true_gradient = exact(student, teacher, targets, kind, t, beta)
-    size = 1 + max(float(x[x.isfinite()].abs().max()) / t for x in (student, teacher))
-    unit = 4 * 2.0**-23 * size
+    both = (student.double(), teacher.double())
+    size = 1 + torch.stack([x.masked_fill(x.isinf(), 0.0).abs().amax(-1) for x in both]).amax(0) / t
+    unit = 4 * 2.0**-23 * size  # of a log probability in this row
     rounding = {torch.float16: 2.0**-11, torch.float32: 2.0**-24}[student.dtype]
     smallest = 2.0**-24 if student.dtype == torch.float16 else 0.0  # FP16's subnormals
-    q = (student.double() / t).softmax(-1)
-    p = 0 if kind == "cross_entropy" else (teacher.double() / t).softmax(-1)
+    q = (both[0] / t).softmax(-1)
+    p = 0 if kind == "cross_entropy" else (both[1] / t).softmax(-1)
+    spread = size if kind in ("reverse_kl", "jsd") else 1.0  # what q is multiplied with
     worst_loss = ((loss - true_loss).abs() / (t**2 * unit + unit * true_loss.abs())).max()
-    allowed = t * unit * (q + p) * (1 + true_loss[:, None] / t**2 + size) + rounding * true_gradient.abs() + smallest
+    allowed = (t * unit * spread)[:, None] * (q + p) + rounding * true_gradient.abs() + smallest
     worst_gradient = ((gradient - true_gradient).abs() / (allowed + 1e-38)).max()
     assert worst_loss <= 1 and worst_gradient <= 1, f"{what}: {worst_loss} and {worst_gradient} of the bounds"
     sums = gradient.sum(-1).abs() / (allowed.sum(-1) + 1e-38)
