@@ -14,10 +14,13 @@ from qat.kernels.packed_linear.choose import choose
 from qat.layouts import tile
 from qat.packed import problem
 
-# Operator -> device type -> module with a function of the operator's name.
+# The operator `qat::<name>` is the function `<name>` of `kernels/<name>/triton.py` ("cuda") and `kernels/<name>/cpu.py`
+# ("cpu"), which import its reference.
 KERNELS = {
-    "packed_linear": {"cuda": "qat.kernels.packed_linear.triton", "cpu": "qat.kernels.packed_linear.cpu"},
+    "packed_linear": ("cuda", "cpu"),
+    "distill_rows": ("cuda",),
 }
+_FILES = {"cuda": "triton", "cpu": "cpu"}
 _loaded: set[tuple[str, str]] = set()
 
 
@@ -45,12 +48,12 @@ def cpu_problem() -> str | None:
 def load() -> list[str]:
     """Put the kernels under the operators, once; returns the device types that have them now."""
     devices = [device for device, there in (("cuda", available()), ("cpu", cpu_problem() is None)) if there]
-    for operator, modules in KERNELS.items():
+    for name, written in KERNELS.items():
         for device in devices:
-            if device in modules and (operator, device) not in _loaded:
-                kernel = getattr(import_module(modules[device]), operator)
-                torch.library.register_kernel(f"qat::{operator}", device, kernel)
-                _loaded.add((operator, device))
+            if device in written and (name, device) not in _loaded:
+                kernel = getattr(import_module(f"qat.kernels.{name}.{_FILES[device]}"), name)
+                torch.library.register_kernel(f"qat::{name}", device, kernel)
+                _loaded.add((name, device))
     return devices
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from qat.catalog import CATALOG, lookup
+from qat.losses import chunk_tokens
 from qat.modules import InputQuantizer, WeightQuantizer
 from qat.numerics import find_scales
 from qat.ranges import start_scales
@@ -214,7 +215,7 @@ def _cpu(job: Job, known: Facts) -> Machine:
     large = torch.randn(16 * SIDE, SIDE)  # larger than caches
     per_update = _seconds(lambda: large.mul_(1.0)) / (2 * FP32 * large.numel()) * OPTIMIZER_TRAFFIC
     per_kept_byte = _byte_seconds(tokens * shape.ffn)
-    per_logit_byte = _byte_seconds(min(job.loss_chunk, tokens) * shape.vocabulary)
+    per_logit_byte = _byte_seconds(min(job.loss_chunk or chunk_tokens(0, 0, None), tokens) * shape.vocabulary)
     sums, total = [0.0, 0.0, 0.0], 0
     for weight, input, _, count, _ in known.coverage.by_format():
         if weight in CATALOG:

@@ -17,6 +17,7 @@ from torch import nn
 from qat.catalog import lookup
 from qat.checkpoints.hf import ModelConfig, quiet, resolve
 from qat.errors import CheckpointError, UnsupportedError
+from qat.losses import LOGIT_BYTES, chunk_tokens
 from qat.surgery import Coverage, fused_sets, report
 from qat.trainers.evaluate import CHUNK
 from qat.trainers.job import Job
@@ -30,7 +31,7 @@ RUNTIME = {"cpu": int(0.45 * GIB), "cuda": int(1.0 * GIB)}
 # what is kept and worked with that is lost so, without and with activation checkpointing.
 HEAP_BLOCK, HEAP_LOSS = 32 * 2**20, {False: 0.6, True: 1.5}
 # float32 chunks of logits alive at once in each loss (7 in one not listed), and in judging.
-LOGIT_COPIES = {"cross_entropy": 4, "forward_kl": 5, "reverse_kl": 7, "jsd": 10}
+LOGIT_COPIES = {"cross_entropy": 3, "forward_kl": 5, "reverse_kl": 5, "jsd": 6}
 OTHER_COPIES = JUDGE_COPIES = 7
 BACKWARD_COPIES = 5  # float32 copies of one weight while its fake quantization is differentiated
 
@@ -263,7 +264,7 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
     parts = _states(job, facts, device)
     saved_weights = _saved_weights(job, facts, mixed)
     activations = _activations(job, facts, mixed)
-    working = max(_training_space(job, facts, mixed), _judging_space(job, facts) - saved_weights - activations)
+    working = max(_training_space(job, facts, device, mixed), _judging_space(job, facts) - saved_weights - activations)
     if shards(job) > 1:  # the layer at work is gathered whole, and the next one with it
         working += 2 * FP32 * (facts.student.parameters // facts.student.shape.layers)
     tensor = FP32 * job.micro_rows * job.data.seq_len * facts.student.shape.ffn
@@ -346,10 +347,13 @@ def _per_token(job: Job, facts: Facts, a: int) -> float:
     return norms + fed + attention + 4 * a * ffn + facts.input_share * quantized
 
 
-def _training_space(job: Job, facts: Facts, mixed: bool) -> int:
+def _training_space(job: Job, facts: Facts, device: str, mixed: bool) -> int:
     shape, tokens = facts.student.shape, job.micro_rows * job.data.seq_len
-    chunk = min(job.loss_chunk, tokens)
-    logits = LOGIT_COPIES.get(job.objective.kind, OTHER_COPIES) * FP32 * chunk * shape.vocabulary
+    copies = LOGIT_COPIES.get(job.objective.kind, OTHER_COPIES) * shape.vocabulary
+    if device == "cuda" and job.loss_chunk is None:
+        logits = min(copies * BF16 * tokens, LOGIT_BYTES)
+    else:
+        logits = copies * FP32 * min(job.loss_chunk or chunk_tokens(0, 0, None), tokens)
     head = 2 * FP32 * shape.hidden * shape.vocabulary if facts.head_trained else 0
     largest = max((m.parameters for m in facts.coverage.modules if m.weight), default=0)
     backward = BACKWARD_COPIES * FP32 * largest + 4 * (BF16 if mixed else FP32) * tokens * shape.ffn

@@ -24,6 +24,10 @@ class Head(nn.Module):
         self.multiplier = float(getattr(config, "logit_scale", None) or 1.0)
         self.divisor = float(getattr(config, "logits_scaling", None) or 1.0)
 
+    def as_linear(self) -> nn.Module | None:
+        """The layer, where the logits are its output and nothing more; see `qat.losses.as_linear`."""
+        return self.linear if self.softcap is None and self.multiplier == self.divisor == 1.0 else None
+
     def forward(self, hidden: Tensor) -> Tensor:
         """See the class."""
         logits: Tensor = self.linear(hidden)

@@ -43,7 +43,7 @@ class Job(Strict):
         checkpoint_every: steps between resumable checkpoints, 0 for only at the end.
         precision: "auto" is bf16-mixed on GPUs and fp32 on CPUs. Master weights are always fp32.
         strategy: how several devices share the work; only "auto" (one device) can be trained so far.
-        loss_chunk: tokens whose logits exist at once.
+        loss_chunk: tokens whose logits exist at once; by default `qat.losses.chunk_tokens`.
         activation_checkpointing: recompute activations in the backward pass to save memory.
     """
 
@@ -66,7 +66,7 @@ class Job(Strict):
     precision: Precision = "auto"
     strategy: Strategy = "auto"
     devices: int = Field(default=1, ge=1)
-    loss_chunk: int = Field(default=256, ge=1)
+    loss_chunk: int | None = Field(default=None, ge=1)
     activation_checkpointing: bool = False
     wandb: Wandb | None = None
     runs: Path = Path("runs")

@@ -10,7 +10,20 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, kl_divergence
 
 from qat.catalog import lookup
-from qat.losses import IGNORE, CrossEntropy, DistillLoss, ForwardKL, JensenShannon, Loss, ReverseKL, chunked
+from qat.errors import UnsupportedError
+from qat.losses import (
+    IGNORE,
+    CrossEntropy,
+    DistillLoss,
+    ForwardKL,
+    JensenShannon,
+    Loss,
+    ReverseKL,
+    _Loss,
+    as_linear,
+    chunk_tokens,
+    chunked,
+)
 from qat.modules import QatLinear, WeightQuantizer
 from qat.numerics import find_scales
 
@@ -201,6 +214,128 @@ def test_the_teacher_gets_no_gradient_and_the_logits_stay_small(loss: DistillLos
     chunked(loss, hidden, head, teacher, teacher_head, targets, 5).backward()
     assert teacher.grad is None and teacher_head.weight.grad is None
     assert sizes and max(sizes) == 5 and sum(sizes) == 2 * TOKENS
+
+
+class Around(nn.Module):
+    """A head that is more than its layer, as far as `as_linear` can see."""
+
+    def __init__(self, layer: nn.Module, softcap: float | None = None) -> None:
+        super().__init__()
+        self.layer, self.softcap = layer, softcap
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.layer(hidden)
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+class Honest(Around):
+    """... and one that says what it is."""
+
+    def as_linear(self) -> nn.Module | None:
+        return self.layer if self.softcap is None else None
+
+
+@every_loss
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("chunk", [5, 1000])
+def test_a_plain_head_equals_any_head(loss: CrossEntropy | DistillLoss, autocast: bool, chunk: int) -> None:
+    """The hand-written products against autograd; under autocast both multiply in BF16 and sum in float32."""
+    hidden, head, teacher, teacher_head, targets = problem(masked=True)
+    grads = []
+    for wrap in (lambda layer: layer, Around, Honest):
+        leaf = hidden.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            value = chunked(loss, leaf, wrap(head), teacher, wrap(teacher_head), targets, chunk)
+        grads.append([value.detach(), *torch.autograd.grad(value, [leaf, head.weight, head.bias])])
+        assert all(g.dtype == torch.float32 for g in grads[-1])
+    assert all(a.equal(b) for a, b in zip(grads[0], grads[2], strict=True))
+    tight = {"rtol": 1e-2, "atol": 1e-2} if autocast else {"rtol": 1e-5, "atol": 1e-6}
+    for a, b in zip(grads[0], grads[1], strict=True):
+        torch.testing.assert_close(a, b, **tight)
+
+
+@every_loss
+@pytest.mark.parametrize("wrap", [Around, Honest])
+def test_soft_capped_heads_keep_their_objective(loss: CrossEntropy | DistillLoss, wrap: type[Around]) -> None:
+    hidden, head, teacher, teacher_head, targets = problem(masked=True)
+    heads = wrap(head, 0.5), wrap(teacher_head, 0.7)
+    assert as_linear(heads[0]) is None
+    found, expected = [], []
+    for results, total in ((found, chunked_total(5)), (expected, whole)):
+        leaf = hidden.clone().requires_grad_()
+        value = total(loss, leaf, heads[0], teacher, heads[1], targets)
+        results += [value.detach(), *torch.autograd.grad(value, [leaf, head.weight])]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+
+
+def test_a_head_whose_backward_needs_its_output_keeps_it() -> None:
+    """The gradient is written where logits stood, but not where autograd saved them."""
+    hidden, head, teacher, teacher_head, targets = problem(masked=False)
+    heads = nn.Sequential(head, nn.Tanh()), nn.Sequential(teacher_head, nn.Tanh())
+    grads = []
+    for total in (chunked_total(5), whole):
+        value = total(ForwardKL(), hidden, heads[0], teacher, heads[1], targets)
+        grads.append(torch.autograd.grad(value, head.weight)[0])
+    torch.testing.assert_close(*grads, rtol=2e-5, atol=2e-6)
+
+
+def test_only_a_bare_linear_layer_is_plain() -> None:
+    layer = nn.Linear(4, 9)
+    assert as_linear(layer) is layer and as_linear(Honest(Honest(layer))) is layer
+    fmt = lookup("int4_channel")
+    quantized = QatLinear.wrap(layer, WeightQuantizer(fmt, find_scales(layer.weight, fmt), "none"), None)
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 9))
+    hooked, replaced = nn.Linear(4, 9), nn.Linear(4, 9)
+    hooked.register_forward_hook(lambda *_: None)
+    replaced.forward = lambda x: x  # type: ignore[method-assign]  # what patching a model does
+    for other in (Around(layer), Honest(layer, 30.0), Honest(quantized), quantized, normed, hooked, replaced):
+        assert as_linear(other) is None
+
+
+def test_several_chunks_of_bf16_weights_are_summed_in_float32() -> None:
+    hidden, head, teacher, teacher_head, targets = problem(masked=False)
+    models = (head.bfloat16(), teacher.bfloat16(), teacher_head.bfloat16())
+    value = chunked(ForwardKL(), hidden.bfloat16(), *models, targets, 1)
+    found = torch.autograd.grad(value, head.weight)[0]
+    value = chunked(ForwardKL(), hidden.bfloat16().float(), *(m.float() for m in models), targets)
+    exact = torch.autograd.grad(value, head.weight)[0]
+    error = (found.float() - exact).norm() / exact.norm()
+    assert found.dtype == torch.bfloat16 and error < 2.0**-8
+
+
+def test_the_chunk_is_what_memory_allows() -> None:
+    assert chunk_tokens(49152, 4, None) == 256
+    assert chunk_tokens(128256, 2, 80 * 10**9) == 2048
+    for vocabulary in (32000, 128256, 151936, 262144):
+        tokens = chunk_tokens(vocabulary, 2, 80 * 10**9)
+        assert tokens >= 1024 and 2 * 2 * tokens * vocabulary <= 1.5e9
+        assert chunk_tokens(vocabulary, 2, 16 * 10**9) <= tokens
+    assert chunk_tokens(128256, 2, 80 * 10**9, copies=3) == 1280
+
+
+def test_models_of_other_vocabularies_are_refused() -> None:
+    hidden, head, teacher, _, targets = problem(masked=False)
+    with pytest.raises(UnsupportedError, match="the same vocabulary"):
+        chunked(ForwardKL(), hidden, head, teacher, nn.Linear(HIDDEN, VOCABULARY + 1), targets)
+
+
+class Squared(_Loss):
+    """A loss written as one class, in torch, that `qat.rows` has never heard of."""
+
+    kind: typing.Literal["squared"] = "squared"
+
+    def tokens(self, student: Tensor, teacher: Tensor | None, targets: Tensor) -> Tensor:
+        return (student - teacher).square().sum(dim=-1)
+
+
+def test_a_loss_of_ones_own_needs_only_its_definition() -> None:
+    hidden, head, teacher, teacher_head, targets = problem(masked=False)
+    value = chunked(Squared(), hidden, head, teacher, teacher_head, targets, 5)  # type: ignore[arg-type]  # not in the union
+    expected = (head(hidden) - teacher_head(teacher)).square().sum()
+    torch.testing.assert_close(value, expected)
+    for a, b in zip(*(torch.autograd.grad(v, [head.weight, head.bias]) for v in (value, expected)), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_bf16_models_get_a_float32_loss_and_bf16_gradients() -> None:
