@@ -1,0 +1,222 @@
+"""Our kernels beside what else this machine has for the same product: times, ratios, bandwidth, a plot and JSON.
+
+On a GPU every call starts with a cold L2 cache (`triton.testing.do_bench` flushes it) and the median counts; on a CPU
+contenders take turns, operands rotate through more memory than the caches hold, and the median counts. Data is random.
+Peers that are not installed, or that do not take a shape, are named with the reason; nothing is left out silently.
+
+    python benchmarks/kernels.py [--device cuda|cpu] [--only packed,matmul,rows] [--layers small|large] [--out FOLDER]
+"""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor
+from torch.nn import functional
+
+from qat.catalog import lookup
+from qat.kernels.load import explain, load
+from qat.numerics import quantize
+from qat.packed import pack, packed_linear
+
+Call = Callable[[], Any]
+LAYERS = {  # rows x columns
+    "large": {
+        "Llama-8B qkv": (6144, 4096),
+        "Llama-8B o": (4096, 4096),
+        "Llama-8B gate_up": (28672, 4096),
+        "Llama-8B down": (4096, 14336),
+        "square": (8192, 8192),
+    },
+    "small": {"SmolLM2 q": (576, 576), "SmolLM2 gate": (1536, 576), "SmolLM2 down": (576, 1536), "4096": (4096, 4096)},
+}
+TOKENS = {"cuda": (1, 4, 16, 64, 128, 256, 1024, 4096), "cpu": (1, 4, 16, 64)}
+WEIGHTS = ("int4_g128", "int4_g64", "nvfp4", "mxfp4", "int8_channel", "mxfp8")
+COLD_BYTES = 64 << 20  # of operands that rotate on a CPU
+
+
+@dataclass
+class Row:
+    """One timing: microseconds of the median call, and bytes that it cannot avoid to read and write."""
+
+    family: str
+    what: str
+    shape: str
+    tokens: int
+    contender: str
+    us: float
+    bytes: int
+    note: str = ""
+
+
+def timed(device: str, calls: dict[str, list[Call]], repeats: int) -> dict[str, float]:
+    """Median microseconds per contender; each brings several calls on different memory, used in turn."""
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        return {name: 1000 * float(do_bench(many[0], return_mode="median")) for name, many in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for index in range(repeats + 2):
+        for name, many in calls.items():
+            call = many[index % len(many)]
+            began = time.perf_counter()
+            call()
+            if index >= 2:
+                times[name].append(1e6 * (time.perf_counter() - began))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def packed(device: str, layers: dict[str, tuple[int, int]], repeats: int) -> Iterator[Row]:
+    """x times a weight that stays packed, against the BF16 weight and the 4-bit products that torch has."""
+    for layer, (rows, columns) in track(layers.items(), description="packed weights"):
+        copies = 1 if device == "cuda" else max(1, COLD_BYTES // (rows * columns * 2))
+        dense = [torch.randn(rows, columns, device=device).bfloat16() for _ in range(copies)]
+        formats = [name for name in WEIGHTS if lookup(name).divides(columns)]
+        weights = {name: [pack(quantize(w, lookup(name))) for w in dense] for name in formats}
+        torch_int4 = [_torch_int4(rows, columns, device) for _ in range(copies)]
+        for tokens in TOKENS[device]:
+            x = torch.randn(tokens, columns, device=device).bfloat16()
+            calls = {"BF16": [partial(functional.linear, x, w) for w in dense]}
+            for name, many in weights.items():
+                calls[name] = [partial(packed_linear, x, w) for w in many]
+            if torch_int4[0] is not None:
+                calls["torch int4 g128"] = [partial(call, x) for call in torch_int4 if call is not None]
+            with torch.inference_mode():
+                found = timed(device, calls, repeats)
+            moved = 2 * tokens * (rows + columns)
+            for name, us in found.items():
+                size = (
+                    weights[name][0].nbytes if name in weights else rows * columns * (2 if name == "BF16" else 0.53125)
+                )
+                note = f"{explain(name, tokens, rows, columns)['kernel']}" if name in weights else "torch"
+                yield Row("packed", layer, f"{rows}x{columns}", tokens, name, us, int(size) + moved, note)
+
+
+def _torch_int4(rows: int, columns: int, device: str) -> Callable[[Tensor], Tensor] | None:
+    """torch's own 4-bit weight-only product on random codes, or None where it does not take the shape."""
+    group = 128
+    if columns % group:
+        return None
+    scales = torch.randn(columns // group, rows, 2, device=device).bfloat16()
+    if device == "cpu":
+        codes = torch.randint(0, 16, (rows, columns), dtype=torch.int32)
+        held = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, held, group, scales)
+    codes = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, device=device)
+    held = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
+    return lambda x: torch.ops.aten._weight_int4pack_mm(x, held, group, scales)
+
+
+FAMILIES = {"packed": packed}
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: one line per layer and token count, BF16 in microseconds, the others as speed-up over it."""
+    lines = []
+    for family in dict.fromkeys(row.family for row in rows):
+        own = [row for row in rows if row.family == family]
+        names = list(dict.fromkeys(row.contender for row in own))
+        lines += [f"| {family} | tokens | {names[0]}, us | " + " | ".join(names[1:]) + " |"]
+        lines += ["|---|---:|" + "---:|" * len(names)]
+        for what, shape, tokens in dict.fromkeys((row.what, row.shape, row.tokens) for row in own):
+            at = {row.contender: row.us for row in own if (row.what, row.shape, row.tokens) == (what, shape, tokens)}
+            base = at[names[0]]
+            cells = [f"{base / at[name]:.2f}x" if name in at else "-" for name in names[1:]]
+            lines.append(f"| {what} {shape} | {tokens} | {base:,.0f} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(rows: list[Row], bandwidth: float, path: Path) -> None:
+    """Share of the memory bandwidth over tokens, one panel per layer: a roofline seen from the memory's side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    own = [row for row in rows if row.family == "packed"]
+    layers = list(dict.fromkeys(row.what for row in own))
+    figure, axes = plt.subplots(1, len(layers), figsize=(3.6 * len(layers), 3.4), sharey=True, squeeze=False)
+    for axis, layer in zip(axes[0], layers, strict=True):
+        for name in dict.fromkeys(row.contender for row in own):
+            line = [
+                (row.tokens, row.bytes / row.us * 1e6 / bandwidth)
+                for row in own
+                if (row.what, row.contender) == (layer, name)
+            ]
+            if line:
+                axis.plot(*zip(*line, strict=True), marker="o", markersize=3, label=name)
+        axis.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
+        axis.set_xscale("log", base=2)
+        axis.set_title(layer, fontsize=10)
+        axis.set_xlabel("tokens")
+    axes[0][0].set_ylabel(f"share of the {bandwidth / 1e9:,.0f} GB/s that a copy reaches")
+    axes[0][-1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=140)
+
+
+def copy_rate(device: str) -> float:
+    """Bytes per second, read and written, of a large copy."""
+    source = torch.empty(256 << 20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    us = timed(device, {"copy": [lambda: target.copy_(source)]}, 9)["copy"]
+    return 2 * source.numel() / us * 1e6
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures belong to."""
+    name = torch.cuda.get_device_name(0) if device == "cuda" else platform.processor() or platform.machine()
+    versions = {}
+    for package in ("torch", "triton", "gemlite", "liger-kernel", "triton-kernels", "sageattention", "humming"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {"device": name, "threads": torch.get_num_threads(), "python": platform.python_version(), **versions}
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", default=",".join(FAMILIES), help="families, separated by commas (default: all)")
+    parser.add_argument("--layers", choices=list(LAYERS), help="default: large on a GPU, small on a CPU")
+    parser.add_argument("--repeats", type=int, default=15, help="timed calls per contender on a CPU")
+    parser.add_argument("--out", type=Path, help="folder for kernels.json and kernels.png")
+    arguments = parser.parse_args()
+    unknown = set(arguments.only.split(",")) - FAMILIES.keys()
+    if unknown:
+        parser.error(f"--only {', '.join(sorted(unknown))}: there are {', '.join(FAMILIES)}")
+    loaded = load()
+    if arguments.device not in loaded:
+        print(f"no kernels for {arguments.device}: the references are timed", file=sys.stderr)
+    about, bandwidth = machine(arguments.device), copy_rate(arguments.device)
+    layers = LAYERS[arguments.layers or ("large" if arguments.device == "cuda" else "small")]
+    rows = [
+        row for name in arguments.only.split(",") for row in FAMILIES[name](arguments.device, layers, arguments.repeats)
+    ]
+    print(json.dumps({**about, "copy_bytes_per_s": bandwidth}))
+    print(table(rows))
+    missing = [name for name, version in about.items() if version == "not installed"]
+    print(f"not installed, so not compared: {', '.join(missing) or 'none'}")
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        report = {**about, "copy_bytes_per_s": bandwidth, "rows": [asdict(row) for row in rows]}
+        (arguments.out / "kernels.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+        plot(rows, bandwidth, arguments.out / "kernels.png")
+
+
+if __name__ == "__main__":
+    main()
