@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qat.checkpoints.export import RECORD
+from qat.checkpoints.readers import open_export
 from qat.checkpoints.shards import INDEX, SINGLE
-from qat.checkpoints.unpack import ExportedFolder
 from qat.checkpoints.verify import CHECKS, verify
 from qat.errors import CheckpointError
 from tests.checkpoints.exports import export_pair, mixed_rules, quantized, quiet_export
@@ -392,5 +392,5 @@ def test_a_checkpoint_that_the_library_compressed_is_read(source: Path, tmp_path
     edit(folder, lambda c: c.update(quantization_config=config, dtype="bfloat16"))
     report = verify(folder)
     assert report.ok, report.checks
-    exported = ExportedFolder(folder)
+    exported = open_export(folder)
     assert all(torch.equal(exported.dense(path), weight) for path, weight in dense.items())
