@@ -196,7 +196,13 @@ class ExportedFolder(ABC):
         return None if name is None else self._sound(f"{path}.{name}").to(torch.float32)
 
     def dense_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the dense model, quantized layers unpacked, one at a time."""
+        """Every tensor of the dense model, quantized layers unpacked, one at a time; raises as `layer`, and where a
+        scale belongs to no quantized layer."""
+        stray = sorted(n for n in self.names - self.quantized_names if n.rpartition(".")[2] in SCALES)
+        if stray:
+            raise CheckpointError(
+                f"{self.folder}: {stray[0]} belongs to no {self.METHOD} layer; was it made for another target?"
+            )
         for path in self.modules:
             yield f"{path}.weight", self.dense(path)
         for name in sorted(self.names - self.quantized_names):

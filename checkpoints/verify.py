@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qat.checkpoints.export import RECORD
+from qat.checkpoints.export import RECORD, RECORD_VERSION
 from qat.checkpoints.exported import load_exported
 from qat.checkpoints.hf import quiet, read_json, unquantizable
 from qat.checkpoints.names import fused_groups, skeleton, stored_paths, stored_tensors
@@ -74,6 +74,9 @@ class _Subject:
         self.folder = folder
         self.exported: ExportedFolder = open_export(folder)
         self.record: dict[str, Any] | None = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
+        found = RECORD_VERSION if self.record is None else self.record.get("record_version")
+        if found != RECORD_VERSION:
+            raise CheckpointError(f"{folder / RECORD}: record_version {found}; this release reads {RECORD_VERSION}")
 
     @cached_property
     def model(self) -> "PreTrainedModel":

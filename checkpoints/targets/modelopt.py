@@ -114,7 +114,9 @@ def quantization_config(layers: list[TargetLayer], ignored: list[str]) -> dict[s
     Raises:
         UnsupportedError: layers of several algorithms, or names that engines cannot tell apart.
     """
-    algorithms = {algorithm(layer.weight, layer.input): layer for layer in layers}
+    algorithms: dict[str, TargetLayer] = {}
+    for layer in layers:
+        algorithms.setdefault(algorithm(layer.weight, layer.input), layer)
     if len(algorithms) > 1:
         found = ", ".join(f"{layer.path} is {name}" for name, layer in algorithms.items())
         raise UnsupportedError(

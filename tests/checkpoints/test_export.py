@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from qat.catalog import lookup
 from qat.checkpoints.export import RECORD, export, export_model
@@ -24,8 +23,7 @@ from qat.checkpoints.targets import compressed_tensors as target
 from qat.checkpoints.unpack import digest
 from qat.checkpoints.verify import verify
 from qat.errors import CheckpointError, ConfigError, UnsupportedError
-from qat.modules import QatLinear
-from qat.surgery import layers, served
+from qat.surgery import served
 from tests.checkpoints.exports import (
     AFFINE,
     SKIP_HEAD,
@@ -35,6 +33,7 @@ from tests.checkpoints.exports import (
     UNIFORM,
     Pair,
     export_pair,
+    forward_weights,
     ids,
     mixed_rules,
     pair_rules,
@@ -59,15 +58,6 @@ def assert_proven(folder: Path, skipped: bool = False) -> None:
     assert report.ok, [check for check in report.checks if not check.ok]
     last = report.checks[-1].detail
     assert ("skipped" in last) if skipped else ("difference 0.0" in last)
-
-
-def forward_weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    with torch.no_grad():
-        return {
-            path: layer.weight_quantizer(layer.weight).to(torch.bfloat16)
-            for path, layer in layers(model).items()
-            if isinstance(layer, QatLinear)
-        }
 
 
 # --- the model that was trained is the model that is loaded ------------------------------------------
