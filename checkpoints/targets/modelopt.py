@@ -73,8 +73,10 @@ def pack(q: QTensor, input: Format | None = None, amax: Tensor | None = None) ->
     tensors["weight_scale"] = wide.reshape(shape).contiguous()
     if q.scales.global_scale is not None:
         tensors["weight_scale_2"] = q.scales.global_scale.to("cpu").reshape(())
-    static = None if input is None or amax is None else static_part(input, amax.to("cpu"))
-    if input is not None and static is not None:
+    if input is not None and (input.global_scale or input.block == support.TENSOR):
+        assert amax is not None
+        static = static_part(input, amax.to("cpu"))
+        assert static is not None
         tensors["input_scale"] = (static.reciprocal() if input.global_scale else static).reshape(())
     return tensors
 
@@ -109,7 +111,7 @@ def _packed(fmt: Format) -> bool:
 
 
 def quantization_config(layers: list[TargetLayer], ignored: list[str]) -> dict[str, Any]:
-    """config.json's `quantization_config`, in the flat form that modelopt writes since 0.29.
+    """config.json's `quantization_config`: modelopt's flat form, and the group size where flat readers look for it.
 
     Raises:
         UnsupportedError: layers of several algorithms, or names that engines cannot tell apart.
