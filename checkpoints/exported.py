@@ -102,13 +102,25 @@ def load_exported(
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     if quantize_inputs:
-        _quantize_inputs(model, exported, activation_rule)
+        own = {stored: path for path, stored in stored_paths(model).items()}
+        hook_inputs(model, exported, activation_rule, own)
     loaded: PreTrainedModel = model.eval()
     return loaded
 
 
-def _quantize_inputs(model: "PreTrainedModel", exported: ExportedFolder, rule: str) -> None:
-    own = {stored: path for path, stored in stored_paths(model).items()}
+def hook_inputs(model: nn.Module, exported: ExportedFolder, rule: str, own: dict[str, str]) -> None:
+    """Hook a `ServedInput` on every layer whose input the checkpoint quantizes.
+
+    Args:
+        model: has the layers, of any class.
+        exported: says how.
+        rule: whose arithmetic, see `qat.activations`.
+        own: path in the model by checkpoint path.
+
+    Raises:
+        CheckpointError: the model lacks a layer.
+        UnsupportedError: an input quantization that the catalogue does not know.
+    """
     groups = {path: members for members in fused_groups(list(exported.modules)) for path in members}
     shared: dict[str, ServedInput] = {}
     for path, module in exported.modules.items():
