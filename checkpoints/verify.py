@@ -25,6 +25,7 @@ from qat.checkpoints.hf import quiet, read_json, unquantizable
 from qat.checkpoints.names import fused_groups, skeleton, stored_paths, stored_tensors
 from qat.checkpoints.progress import progress
 from qat.checkpoints.readers import ExportedFolder, open_export
+from qat.checkpoints.targets.support import NO_MODELOPT
 from qat.checkpoints.unpack import SCALES, bad_scales, digest
 from qat.errors import CheckpointError
 
@@ -302,7 +303,7 @@ def _logits(subject: _Subject, tokens: int) -> str:
 
 
 def _logits_modelopt(subject: _Subject, tokens: int) -> str:
-    return "skipped: plain transformers cannot load modelopt checkpoints (its shapes do not fit)"
+    return f"skipped: {NO_MODELOPT}"
 
 
 def _logits_fp8(subject: _Subject, tokens: int) -> str:

@@ -111,7 +111,7 @@ _MX_A8 = "vLLM gives the FP8 inputs of MXFP4 layers float32 scales, and quantize
 _MX_AS_A16 = "TensorRT-LLM reads MXFP4 layers as weight-only"
 _MX6 = "vLLM 0.33 and compressed-tensors before 0.20 have no MXFP6"
 _MX8_A16 = "vLLM also quantizes the inputs of weight-only MXFP8 layers where its kernel does"
-_MODELOPT = "plain transformers fails on modelopt checkpoints (shapes do not fit); export compressed-tensors for it"
+NO_MODELOPT = "plain transformers fails on modelopt checkpoints (shapes do not fit); export compressed-tensors for it"
 _REROUND = "SGLang rounds fused FP8 layers once more through FP16 while loading, which moves weights below about 1e-6"
 _NO_CHANNEL = "SGLang knows modelopt's FP8 with one scale per tensor only"
 _MX8_100 = "SGLang runs MXFP8 on sm100+ only, and its Llama class skips the scales"
@@ -251,31 +251,31 @@ ROWS: tuple[Row, ...] = (
         _MO,
         "NVFP4",
         lambda w, a: _nv(w) and _nv(a),
-        (_cell("no", _MODELOPT), _cell("yes", _NV_OLD), YES, YES),
+        (_cell("no", NO_MODELOPT), _cell("yes", _NV_OLD), YES, YES),
     ),
     Row(
         _MO,
         "W4A16_NVFP4",
         lambda w, a: _nv(w) and a is None,
-        (_cell("no", _MODELOPT), YES, YES, YES),
+        (_cell("no", NO_MODELOPT), YES, YES, YES),
     ),
     Row(
         _MO,
         "FP8",
         lambda w, a: _fp8_weight(w, TENSOR) and _fp8_input(a, TENSOR),
-        (_cell("no", _MODELOPT), _cell("yes", _SM89), _cell("yes", _REROUND), YES),
+        (_cell("no", NO_MODELOPT), _cell("yes", _SM89), _cell("yes", _REROUND), YES),
     ),
     Row(
         _MO,
         "FP8_PER_CHANNEL_PER_TOKEN",
         lambda w, a: _fp8_weight(w, ROW) and _fp8_input(a, ROW),
-        (_cell("no", _MODELOPT), _cell("yes", _SM89), _cell("no", _NO_CHANNEL), YES),
+        (_cell("no", NO_MODELOPT), _cell("yes", _SM89), _cell("no", _NO_CHANNEL), YES),
     ),
     Row(
         _MO,
         "MXFP8",
         lambda w, a: _mx(w, E4M3) and _mx(a, E4M3),
-        (_cell("no", _MODELOPT), YES, _cell("yes", _MX8_100), YES),
+        (_cell("no", NO_MODELOPT), YES, _cell("yes", _MX8_100), YES),
     ),
     Row(
         _HF,

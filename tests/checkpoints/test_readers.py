@@ -12,7 +12,7 @@ import torch
 from qat.checkpoints.export import RECORD
 from qat.checkpoints.exported import load_exported
 from qat.checkpoints.readers import READERS, open_export
-from qat.checkpoints.targets import TARGETS
+from qat.checkpoints.targets import TARGETS, unpack_layer
 from qat.checkpoints.verify import verify
 from qat.errors import CheckpointError, UnsupportedError
 from tests.checkpoints.exports import broken, edit, projections, quiet_export, rewrite
@@ -51,6 +51,18 @@ def test_every_target_has_a_reader(exports: Path) -> None:
     for target in TARGETS:
         assert isinstance(open_export(exports / target), READERS[target])
         assert verify(exports / target, logits=False).ok
+
+
+@pytest.mark.parametrize("target", PAIRS)
+def test_packed_layers_are_those_that_the_reader_decodes(target: str, exports: Path) -> None:
+    folder = open_export(exports / target)
+    for path, module in folder.modules.items():
+        tensors = folder.layer(path)
+        q = unpack_layer(target, module, tensors)
+        assert torch.equal(q.dequantize(torch.bfloat16), folder.dense(path))
+        name = f"weight_{'packed' if 'weight_packed' in tensors else ''}".rstrip("_")
+        with pytest.raises(CheckpointError, match=rf"{path}\.{name} is missing"):
+            unpack_layer(target, module, {key: tensor for key, tensor in tensors.items() if key != name})
 
 
 @pytest.mark.parametrize("target", PAIRS)

@@ -6,6 +6,7 @@ import pytest
 
 from qat.catalog import CATALOG, lookup
 from qat.checkpoints.targets import TARGETS, support
+from qat.cli import main
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "export.md"
 BEGIN, END = "<!-- begin: qat.checkpoints.targets.support -->\n", "<!-- end -->\n"
@@ -43,6 +44,13 @@ def test_the_document_shows_the_table() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     shown = text.partition(BEGIN)[2].partition(END)[0]
     assert shown == support.markdown(), f"paste qat.checkpoints.targets.support.markdown() into {DOCUMENT.name}"
+
+
+def test_the_command_line_names_every_target(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    shown = "".join(capsys.readouterr().out.split())
+    assert all(target in shown for target in TARGETS)
 
 
 def test_names_are_folded() -> None:
