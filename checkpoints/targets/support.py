@@ -2,7 +2,8 @@
 formats that the smaller targets hold, and the table in docs/export.md all come from it.
 
 Versions are in `ENGINES`. "exact" is tested in this repository, against plain transformers on a CPU; "yes" and "no" are
-read from the engines' sources and were not run. A surprise is what an engine does silently, or what it needs.
+read from the engines' sources and were not run, "?" was not looked up. A surprise is what an engine does silently, or
+what it needs.
 """
 
 import math
@@ -25,7 +26,7 @@ Applies = Callable[[Format, Format | None], bool]
 class Cell:
     """What one engine does with one scheme."""
 
-    loads: Literal["exact", "yes", "no"]
+    loads: Literal["exact", "yes", "no", "?"]
     surprises: tuple[str, ...] = ()
 
 
@@ -39,11 +40,11 @@ class Row:
     cells: tuple[Cell, Cell, Cell, Cell]
 
 
-def _cell(loads: Literal["exact", "yes", "no"], *surprises: str) -> Cell:
+def _cell(loads: Literal["exact", "yes", "no", "?"], *surprises: str) -> Cell:
     return Cell(loads, surprises)
 
 
-EXACT, YES, NO = _cell("exact"), _cell("yes"), _cell("no")
+EXACT, YES, NO, UNKNOWN = _cell("exact"), _cell("yes"), _cell("no"), _cell("?")
 
 
 # --- kinds of formats -----------------------------------------------------------------------------
@@ -120,18 +121,8 @@ _DENSE = "plain transformers on a CPU multiplies with the dequantized weights an
 _CT, _MO, _HF = "compressed-tensors", "modelopt", "fp8"
 
 ROWS: tuple[Row, ...] = (
-    Row(
-        _CT,
-        "4- and 8-bit integers",
-        lambda w, a: a is None and _int_weight(w, 4, 8),
-        (EXACT, YES, YES, NO),
-    ),
-    Row(
-        _CT,
-        "2-bit integers",
-        lambda w, a: a is None and _int_weight(w, 2),
-        (EXACT, YES, _cell("no", _NOT_48), NO),
-    ),
+    Row(_CT, "4- and 8-bit integers", lambda w, a: a is None and _int_weight(w, 4, 8), (EXACT, YES, YES, NO)),
+    Row(_CT, "2-bit integers", lambda w, a: a is None and _int_weight(w, 2), (EXACT, YES, _cell("no", _NOT_48), NO)),
     Row(
         _CT,
         "3-bit integers",
@@ -140,9 +131,15 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         _CT,
-        "integers with zero points",
-        lambda w, a: a is None and _int_weight(w, 2, 4, 8, zero_point=True),
+        "4- and 8-bit integers with zero points",
+        lambda w, a: a is None and _int_weight(w, 4, 8, zero_point=True),
         (_cell("yes", _ASYMMETRIC), YES, YES, NO),
+    ),
+    Row(
+        _CT,
+        "2-bit integers with zero points",
+        lambda w, a: a is None and _int_weight(w, 2, zero_point=True),
+        (_cell("yes", _ASYMMETRIC), YES, _cell("no", _NOT_48), NO),
     ),
     Row(
         _CT,
@@ -158,15 +155,21 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         _CT,
-        "packed integers, integer inputs",
-        lambda w, a: _int_weight(w, 2, 4, 8) and _int_input(a, ROW, 4, 8),
+        "4-bit integers, 8-bit inputs",
+        lambda w, a: _int_weight(w, 4) and _int_input(a, ROW, 8),
         (EXACT, _cell("yes", _HUMMING), NO, NO),
+    ),
+    Row(
+        _CT,
+        "other integers, integer inputs",
+        lambda w, a: _int_weight(w, 2, 4, 8) and _int_input(a, ROW, 4, 8),
+        (EXACT, _cell("?", _HUMMING), NO, NO),
     ),
     Row(
         _CT,
         "3-bit integers, integer inputs",
         lambda w, a: _int_weight(w, 3) and _int_input(a, ROW, 4, 8),
-        (_cell("exact", _STRADDLE), _cell("yes", _HUMMING), NO, NO),
+        (_cell("exact", _STRADDLE), _cell("?", _HUMMING), NO, NO),
     ),
     Row(
         _CT,
@@ -174,12 +177,7 @@ ROWS: tuple[Row, ...] = (
         lambda w, a: _int_weight(w, 4) and w.group is not None and _fp8_input(a, ROW),
         (EXACT, _cell("yes", _SM90), NO, NO),
     ),
-    Row(
-        _CT,
-        "FP8 weights",
-        lambda w, a: _fp8_weight(w, TENSOR, ROW) and a is None,
-        (EXACT, YES, YES, NO),
-    ),
+    Row(_CT, "FP8 weights", lambda w, a: _fp8_weight(w, TENSOR, ROW) and a is None, (EXACT, YES, YES, UNKNOWN)),
     Row(
         _CT,
         "FP8",
@@ -195,70 +193,41 @@ ROWS: tuple[Row, ...] = (
     Row(
         _CT,
         "FP8 in blocks",
-        lambda w, a: _fp8_weight(w, FP8_BLOCK) and (a is None or _fp8_input(a, ROW, GROUP)),
+        lambda w, a: _fp8_weight(w, FP8_BLOCK) and _fp8_input(a, GROUP),
         (EXACT, _cell("yes", _BLOCKS), YES, YES),
     ),
     Row(
         _CT,
-        "NVFP4",
-        lambda w, a: _nv(w) and _nv(a),
-        (EXACT, _cell("yes", _NV_OLD), YES, _cell("yes", _NV_PARSER)),
+        "FP8 in blocks, other inputs",
+        lambda w, a: _fp8_weight(w, FP8_BLOCK) and (a is None or _fp8_input(a, ROW)),
+        (EXACT, _cell("yes", _BLOCKS), UNKNOWN, UNKNOWN),
     ),
-    Row(
-        _CT,
-        "NVFP4 weights",
-        lambda w, a: _nv(w) and a is None,
-        (EXACT, YES, YES, YES),
-    ),
+    Row(_CT, "NVFP4", lambda w, a: _nv(w) and _nv(a), (EXACT, _cell("yes", _NV_OLD), YES, _cell("yes", _NV_PARSER))),
+    Row(_CT, "NVFP4 weights", lambda w, a: _nv(w) and a is None, (EXACT, YES, YES, YES)),
     Row(
         _CT,
         "MXFP4",
         lambda w, a: _mx(w, E2M1) and _mx(a, E2M1),
         (EXACT, _cell("yes", _MX_CEIL), NO, _cell("yes", _MX_AS_A16)),
     ),
-    Row(
-        _CT,
-        "MXFP4 weights",
-        lambda w, a: _mx(w, E2M1) and a is None,
-        (EXACT, _cell("yes", _MX_A4), NO, YES),
-    ),
+    Row(_CT, "MXFP4 weights", lambda w, a: _mx(w, E2M1) and a is None, (EXACT, _cell("yes", _MX_A4), NO, YES)),
     Row(
         _CT,
         "MXFP4, FP8 inputs",
         lambda w, a: _mx(w, E2M1) and (_mx(a, E4M3) or _fp8_input(a, ROW, GROUP)),
-        (EXACT, _cell("yes", _MX_A8), NO, NO),
+        (EXACT, _cell("yes", _MX_A8), NO, UNKNOWN),
     ),
     Row(
         _CT,
         "MXFP6",
         lambda w, a: _mx(w, E2M3) and (a is None or _mx(a, E4M3)),
-        (EXACT, _cell("no", _MX6), NO, NO),
+        (EXACT, _cell("no", _MX6), UNKNOWN, UNKNOWN),
     ),
-    Row(
-        _CT,
-        "MXFP8",
-        lambda w, a: _mx(w, E4M3) and _mx(a, E4M3),
-        (EXACT, YES, NO, NO),
-    ),
-    Row(
-        _CT,
-        "MXFP8 weights",
-        lambda w, a: _mx(w, E4M3) and a is None,
-        (EXACT, _cell("yes", _MX8_A16), NO, NO),
-    ),
+    Row(_CT, "MXFP8", lambda w, a: _mx(w, E4M3) and _mx(a, E4M3), (EXACT, YES, NO, NO)),
+    Row(_CT, "MXFP8 weights", lambda w, a: _mx(w, E4M3) and a is None, (EXACT, _cell("yes", _MX8_A16), NO, NO)),
     # In modelopt's rows the scheme is the `quant_algo` that is written.
-    Row(
-        _MO,
-        "NVFP4",
-        lambda w, a: _nv(w) and _nv(a),
-        (_cell("no", NO_MODELOPT), _cell("yes", _NV_OLD), YES, YES),
-    ),
-    Row(
-        _MO,
-        "W4A16_NVFP4",
-        lambda w, a: _nv(w) and a is None,
-        (_cell("no", NO_MODELOPT), YES, YES, YES),
-    ),
+    Row(_MO, "NVFP4", lambda w, a: _nv(w) and _nv(a), (_cell("no", NO_MODELOPT), _cell("yes", _NV_OLD), YES, YES)),
+    Row(_MO, "W4A16_NVFP4", lambda w, a: _nv(w) and a is None, (_cell("no", NO_MODELOPT), YES, YES, YES)),
     Row(
         _MO,
         "FP8",
