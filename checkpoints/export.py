@@ -23,7 +23,7 @@ from qat.checkpoints.names import fused_groups, stored_paths, stored_tensors
 from qat.checkpoints.progress import progress
 from qat.checkpoints.shards import DEFAULT_SHARD_BYTES, ShardReader, ShardWriter
 from qat.checkpoints.targets import Target, TargetLayer, find_target
-from qat.checkpoints.unpack import digest
+from qat.checkpoints.unpack import SCALES, digest
 from qat.errors import CheckpointError, UnsupportedError
 from qat.modules import QatEmbedding, QatLinear
 from qat.numerics import decode_scale
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 RECORD = "qat.json"
 RECORD_VERSION = 1
-_SCALES = ("weight_scale", "weight_global_scale", "input_scale", "input_global_scale")
 
 
 @dataclass
@@ -42,8 +41,8 @@ class _Export:
     """What the export of one model needs to know, gathered before the first byte is written.
 
     Everything is by checkpoint name or path: `linears` and `embeddings` are quantized layers, `dense` every other
-    tensor, `order` all names to write (those the model never loaded are copied from the source), `ignored` the matrices
-    that stay dense, `head` the output layer.
+    tensor, `order` all names to write (those the model never loaded are copied from the source), `head` the output
+    layer, `quantization` what config.json will say of all this.
     """
 
     model: "PreTrainedModel"
@@ -52,8 +51,8 @@ class _Export:
     embeddings: dict[str, QatEmbedding]
     dense: dict[str, Tensor]
     order: list[str]
-    ignored: list[str]
     head: str
+    quantization: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def layer(self, path: str) -> TargetLayer:
@@ -107,7 +106,9 @@ def export_model(
                 writer.add(stored, tensor)
             advance(1)
         files = _copy_files(source, writer.folder)
-        files["config.json"] = _write_json(writer.folder / "config.json", _config(plan, source))
+        extras = plan.target.files(plan.quantization)
+        for name, value in {"config.json": _config(plan, source), **extras}.items():
+            files[name] = _write_json(writer.folder / name, value)
         weights = sum(module.weight.numel() for module in plan.linears.values())
         packed = sum(entry["bytes"] for entry in record["modules"].values())
         record = {
@@ -160,11 +161,12 @@ def _plan(model: "PreTrainedModel", source: Path, target: Target) -> _Export:
     dense_paths = [name.removesuffix(".weight") for name in order if name in matrices - quantized]
     dense_paths += [head] if head not in linears and head not in dense_paths else []
     ignored = [path for path in dense_paths if path and path not in tables]
-    plan = _Export(model, target, linears, embeddings, dense, order, ignored, head)
+    plan = _Export(model, target, linears, embeddings, dense, order, head)
     for path, module in linears.items():
         target.check(plan.layer(path))
         _check_range(path, module)
     _check_fused(plan)
+    plan.quantization = target.quantization_config([plan.layer(path) for path in linears], ignored)
     plan.notes = _notes(plan)
     return plan
 
@@ -196,11 +198,18 @@ def _check_fused(plan: _Export) -> None:
     """What an engine merges must have one per-tensor scale and one calibrated input."""
     for members in fused_groups(list(plan.linears)):
         modules = [plan.linears[path] for path in members]
-        scales = {float(s) for m in modules if (s := m.weight_quantizer.scales().global_scale) is not None}
+        scales = [module.weight_quantizer.scales() for module in modules]
+        above = {float(s.global_scale) for s in scales if s.global_scale is not None}
+        only = {float(decode_scale(s.stored)) for s in scales if s.stored.numel() == 1}
         ranges = {float(q.amax) for m in modules if (q := m.input_quantizer) is not None and q.needs_calibration}
-        for what, values in (("global scales", scales), ("input ranges", ranges)):
+        for what, values in (("global scales", above), ("input ranges", ranges)):
             if len(values) > 1:
                 raise CheckpointError(f"engines fuse {', '.join(members)}, but their {what} differ: {sorted(values)}")
+        if plan.target.FUSES_TENSOR_SCALES and len(only) > 1:
+            raise UnsupportedError(
+                f"engines fuse {', '.join(members)} under one scale, but theirs are {sorted(only)}, and rounding again "
+                "would change trained weights; use one scale per row, or the target compressed-tensors"
+            )
 
 
 def _notes(plan: _Export) -> list[str]:
@@ -258,9 +267,10 @@ def _packed(plan: _Export, path: str, record: dict[str, Any]) -> dict[str, Tenso
     amax = module.input_quantizer.amax if module.input_quantizer is not None else None
     tensors = {f"{path}.{key}": value for key, value in plan.target.pack(q, layer.input, amax).items()}
     for name, tensor in tensors.items():
-        if name.endswith(_SCALES):
+        key = name.rpartition(".")[2]
+        if key in SCALES:
             _check_scale(name, tensor)
-        if name.rpartition(".")[2].startswith("input_"):
+        if key.startswith("input_"):
             record["tensors"][name] = digest(tensor)
     record["modules"][path] = {
         "weight": layer.weight.name,
@@ -305,7 +315,7 @@ def _config(plan: _Export, source: Path) -> dict[str, Any]:
     nested = config.get("text_config") or {}
     for part in [config, nested] if "tie_word_embeddings" in nested else [config]:
         part["tie_word_embeddings"] = bool(plan.head) and tied
-    config["quantization_config"] = plan.target.quantization_config([plan.layer(p) for p in plan.linears], plan.ignored)
+    config["quantization_config"] = plan.quantization
     return config
 
 

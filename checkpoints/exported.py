@@ -16,7 +16,7 @@ from qat.checkpoints.codes import input_format
 from qat.checkpoints.hf import check_loading, quiet
 from qat.checkpoints.names import fused_groups, stored_paths
 from qat.checkpoints.progress import progress
-from qat.checkpoints.unpack import ExportedFolder
+from qat.checkpoints.readers import ExportedFolder, open_export
 from qat.errors import CheckpointError, UnsupportedError
 from qat.format import Format
 
@@ -64,7 +64,7 @@ def load_exported(
     """The model in an exported folder, in eval mode, computing in `dtype` with the weights an engine dequantizes.
 
     Args:
-        folder: a compressed-tensors checkpoint, ours or another tool's.
+        folder: a checkpoint of one of the export targets, ours or another tool's.
         activation_rule: "vllm" or "compressed_tensors".
         dtype: float32, or bfloat16 to compute as a BF16 server does.
         attn_implementation: as in transformers.
@@ -76,7 +76,7 @@ def load_exported(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    exported = ExportedFolder(folder)
+    exported = open_export(folder)
     config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

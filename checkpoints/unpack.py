@@ -1,16 +1,17 @@
-"""An independent reader of compressed-tensors checkpoints: files in, dense BF16 weights out, by numpy bit operations.
+"""An independent reader of exported checkpoints: files in, dense BF16 weights out, by numpy bit operations.
 
-It is written from the layout's description and shares no arithmetic with the packer, the catalogue or the trained
-model, so that agreement between them means something. It also reads checkpoints that other tools wrote.
+It is written from the layouts' descriptions and shares no arithmetic with the packers, the catalogue or the trained
+model, so that agreement between them means something. It also reads checkpoints that other tools wrote. Here is what
+all layouts share; `qat.checkpoints.readers` holds one file per layout and picks it.
 """
 
 import hashlib
-import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,11 +22,11 @@ from qat.checkpoints.hf import read_json
 from qat.checkpoints.shards import ShardReader
 from qat.errors import CheckpointError, UnsupportedError
 
+_OF_WEIGHTS = ("weight_scale", "weight_scale_2", "weight_scale_inv", "weight_global_scale")
+SCALES = (*_OF_WEIGHTS, "input_scale", "input_global_scale")  # in any layout
 _CHUNK = 1 << 22  # weights unpacked at a time
 _PACKED = ("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized")
-_PLAIN = ("int-quantized", "float-quantized", "naive-quantized", "mxfp8-quantized")
-_OF_WEIGHTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
-_SUFFIXES = (*_OF_WEIGHTS, "input_scale", "input_global_scale", "input_zero_point")
+_READABLE = {"BF16": ("BF16", "F32")}  # other tools store some BF16 scales in float32, which says no less
 
 Array = NDArray[Any]
 Spec = tuple[str, tuple[int, ...]]  # safetensors type and shape
@@ -33,7 +34,8 @@ Spec = tuple[str, tuple[int, ...]]  # safetensors type and shape
 
 @dataclass(frozen=True)
 class PackedModule:
-    """One quantized layer as the configuration describes it: QuantizationArgs of weight and input, and the format."""
+    """One quantized layer in the words of compressed-tensors, whatever the layout: QuantizationArgs of weight and
+    input, and the format string."""
 
     path: str
     format: str
@@ -58,71 +60,61 @@ class PackedModule:
         return "input_global_scale" if self.input["strategy"] == "tensor_group" else "input_scale"
 
 
-def expected_tensors(module: PackedModule, rows: int, columns: int) -> dict[str, Spec]:
-    """Type and shape of every tensor that a layer (rows, columns) must have, by its name below the layer's path."""
-    bits, args = module.bits, module.weights
-    specs: dict[str, Spec] = {"weight_scale": (_scale_type(module), _scale_shape(args, rows, columns))}
-    if module.format == "pack-quantized":
-        specs["weight_packed"] = ("I32", (rows, -(-columns * bits // 32)))
-        specs["weight_shape"] = ("I64", (2,))
-    elif module.packed:
-        specs["weight_packed"] = ("U8", (rows, columns * bits // 8))
-    else:
-        specs["weight"] = ("I8" if args["type"] == "int" else "F8_E4M3", (rows, columns))
-    if not args["symmetric"]:
-        blocks = specs["weight_scale"][1]
-        packed = ("I32", (-(-rows * bits // 32), *blocks[1:]))
-        specs["weight_zero_point"] = packed if module.format == "pack-quantized" else ("I8", blocks)
-    if args["strategy"] == "tensor_group":
-        specs["weight_global_scale"] = ("F32", (1,))
-    if module.static_input:
-        specs[module.static_input] = ("F32" if module.static_input == "input_global_scale" else "BF16", (1,))
-    return specs
-
-
-def _scale_type(module: PackedModule) -> str:
-    if module.weights["strategy"] == "tensor_group":
-        return "F8_E4M3"
-    return "U8" if module.format.startswith("mxfp") else "BF16"
-
-
-def _scale_shape(args: dict[str, Any], rows: int, columns: int) -> tuple[int, ...]:
-    if args["strategy"] == "tensor":
-        return (1,)
-    if args["strategy"] == "block":
-        block_rows, block_columns = args["block_structure"]
-        return -(-rows // block_rows), -(-columns // block_columns)
-    group = args.get("group_size") or 0
-    return (rows, columns // group if group > 0 else 1)
-
-
-def theoretical_bits(module: PackedModule, rows: int, columns: int) -> float:
-    """Bits per weight that the configuration promises: code, and share of scale and zero point."""
-    scales = 1
-    for size in _scale_shape(module.weights, rows, columns):
-        scales *= size
-    per_scale = (16 if _scale_type(module) == "BF16" else 8) + (0 if module.weights["symmetric"] else module.bits)
-    return module.bits + scales * per_scale / (rows * columns)
-
-
-class ExportedFolder:
-    """A compressed-tensors checkpoint on disk.
+class ExportedFolder(ABC):
+    """An exported checkpoint on disk, whatever its layout; open one with `qat.checkpoints.readers.open_export`.
 
     Raises:
         CheckpointError: no config.json, no quantization_config of this method, or no safetensors.
     """
 
+    METHOD: ClassVar[str]  # quant_method, which is also the name of the export target
+    SCALE: ClassVar[str] = "weight_scale"  # the tensor that marks a layer as quantized
+    SUFFIXES: ClassVar[tuple[str, ...]]  # every tensor a quantized layer may have, besides its bias
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = read_json(folder / "config.json")
         self.quantization: dict[str, Any] = self.config.get("quantization_config") or {}
+        self.where = f"{folder / 'config.json'}: quantization_config"
         method = self.quantization.get("quant_method")
-        where = f"{folder / 'config.json'}: quantization_config"
-        if method != "compressed-tensors":
-            raise CheckpointError(f"{where} describes {method or 'nothing'}, not compressed-tensors")
-        if self.quantization.get("quantization_status") != "compressed":
-            raise CheckpointError(f"{where} must say quantization_status: compressed; loaders read garbage otherwise")
+        if method != self.METHOD:
+            raise CheckpointError(f"{self.where} describes {method or 'nothing'}, not {self.METHOD}")
+        self._check_configuration()
         self.reader = ShardReader(folder)
+
+    # What a layout has to say.
+
+    @abstractmethod
+    def _check_configuration(self) -> None:
+        """Raise where `quantization_config` is of a kind or version that this reader does not know."""
+
+    @abstractmethod
+    def matching_groups(self, path: str, linear: bool = True) -> list[str]:
+        """Names of the parts of the configuration that quantize `path`, the one loaders choose first."""
+
+    @abstractmethod
+    def ignored(self, path: str, linear: bool = True) -> bool:
+        """Whether the configuration excludes `path`."""
+
+    @abstractmethod
+    def _module(self, path: str, group: str) -> PackedModule:
+        """The layer `path` as `group` describes it."""
+
+    @abstractmethod
+    def expected_tensors(self, module: PackedModule, rows: int, columns: int) -> dict[str, Spec]:
+        """Type and shape of every tensor that a layer (rows, columns) must have, by its name below its path."""
+
+    @abstractmethod
+    def _scale(self, module: PackedModule, tensors: dict[str, Tensor]) -> Array:
+        """float32 multiplier of each block (block rows, block columns), from tensors that `layer` has checked."""
+
+    def _codes_name(self, module: PackedModule) -> str:
+        return "weight"
+
+    def _zero_points(self, module: PackedModule, tensors: dict[str, Tensor], rows: int) -> Array | None:
+        return None
+
+    # What follows for every layout.
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -132,109 +124,115 @@ class ExportedFolder:
     @cached_property
     def modules(self) -> dict[str, PackedModule]:
         """Quantized layers by path: those with a stored scale, described by the group that targets them."""
-        paths = sorted(name.removesuffix(".weight_scale") for name in self.names if name.endswith(".weight_scale"))
-        return {path: self._describe(path) for path in paths}
-
-    def matching_groups(self, path: str, linear: bool = True) -> list[str]:
-        """Names of the config groups that target `path`, the one loaders choose first: exact names, then regular
-        expressions, then the class name (for linear layers)."""
-        ranked = []
-        for group, scheme in self.quantization["config_groups"].items():
-            hits = [rank for target in scheme["targets"] if (rank := _rank(path, target, linear)) is not None]
-            if hits:
-                ranked.append((min(hits), group))
-        return [group for _, group in sorted(ranked)]
-
-    def ignored(self, path: str, linear: bool = True) -> bool:
-        """Whether the configuration excludes `path`."""
-        return any(_rank(path, target, linear) is not None for target in self.quantization.get("ignore") or [])
+        mark = f".{self.SCALE}"
+        return {p: self._describe(p) for p in sorted(n.removesuffix(mark) for n in self.names if n.endswith(mark))}
 
     def _describe(self, path: str) -> PackedModule:
         groups = self.matching_groups(path)
         if not groups or self.ignored(path):
             raise CheckpointError(f"{path} is stored quantized, but no config group targets it, or `ignore` names it")
-        scheme = self.quantization["config_groups"][groups[0]]
-        form = scheme.get("format") or self.quantization["format"]
-        if form not in _PACKED + _PLAIN:
-            raise UnsupportedError(f"{path} has format {form!r}; readable: {', '.join(_PACKED + _PLAIN)}")
-        return PackedModule(path, form, scheme["weights"], scheme.get("input_activations"))
+        return self._module(path, groups[0])
+
+    @cached_property
+    def quantized_names(self) -> frozenset[str]:
+        """Stored tensors that belong to quantized weights and inputs."""
+        return frozenset(f"{path}.{suffix}" for path in self.modules for suffix in self.SUFFIXES) & self.names
+
+    def shape(self, path: str) -> tuple[int, int]:
+        """Rows and columns of a quantized layer, as its codes are stored."""
+        module = self.modules[path]
+        name = f"{path}.{self._codes_name(module)}"
+        shape = self.reader.info(name).shape
+        if len(shape) != 2:
+            raise CheckpointError(f"{name} is {[*shape]}, not a matrix")
+        return shape[0], shape[1] * 8 // module.bits if module.packed else shape[1]
+
+    def layer(self, path: str) -> dict[str, Tensor]:
+        """Stored tensors of a quantized layer by their name below its path.
+
+        Raises:
+            CheckpointError: one is missing, has another type or shape than the configuration asks for, or is a scale
+                that is zero, negative or not finite; names it.
+        """
+        tensors = {}
+        for key, (code, shape) in self.expected_tensors(self.modules[path], *self.shape(path)).items():
+            name = f"{path}.{key}"
+            if name not in self.names:
+                raise CheckpointError(f"{self.folder}: {name} is missing")
+            info = self.reader.info(name)
+            if info.code not in _READABLE.get(code, (code,)) or info.shape != shape:
+                raise CheckpointError(f"{self.folder}: {name} is {info.code}{[*info.shape]}, not {code}{[*shape]}")
+            tensors[key] = self._sound(name) if key in SCALES else self.reader.get(name)
+        return tensors
+
+    def _sound(self, name: str) -> Tensor:
+        """A stored scale, if it can be one."""
+        scale = self.reader.get(name)
+        if count := bad_scales(scale):
+            raise CheckpointError(f"{self.folder}: {name} is zero, negative or not finite in {count} places")
+        return scale
 
     def dense(self, path: str) -> Tensor:
-        """The BF16 weight of a quantized layer, (rows, columns), as loaders dequantize it."""
-        module = self.modules[path]
-        stored = self.reader.get(f"{path}.weight_packed" if module.packed else f"{path}.weight")
-        scale = _scales(self.reader.get(f"{path}.weight_scale"))
-        if module.weights["strategy"] == "tensor_group":
-            scale = scale / _floats(self.reader.get(f"{path}.weight_global_scale"))
-        rows, columns = self._shape(module, stored)
-        zero = self._zero_points(module, rows, scale.shape)
-        codes, table = _raw_rows(stored), _values(module)
+        """The BF16 weight of a quantized layer, (rows, columns), as loaders dequantize it; raises as `layer`."""
+        module, tensors = self.modules[path], self.layer(path)
+        rows, columns = self.shape(path)
+        scale, zero = self._scale(module, tensors), self._zero_points(module, tensors, rows)
+        codes, table = raw_rows(tensors[self._codes_name(module)]), code_values(module)
         out = np.empty((rows, columns), dtype=np.uint16)
         step = max(1, _CHUNK // max(columns, 1))
         for start in range(0, rows, step):
             part = slice(start, min(start + step, rows))
-            fields = _fields(codes[part], module.bits, columns) if module.packed else codes[part]
+            chunk = fields(codes[part], module.bits, columns) if module.packed else codes[part]
             per_weight = _expander(module.weights, part, columns)
-            value = table[fields]
+            value = table[chunk]
             if zero is not None:
                 value = value - per_weight(zero)
             out[part] = _bf16_bits(value * per_weight(scale))
         return torch.from_numpy(out.view(np.int16)).view(torch.bfloat16)
 
     def static_input(self, path: str) -> Tensor | None:
-        """The calibrated scale or divisor of a layer's input, float32 [1], where it has one."""
+        """The calibrated scale (or, above E4M3 block scales, the divisor) of a layer's input, float32 [1], or None."""
         name = self.modules[path].static_input
-        return None if name is None else self.reader.get(f"{path}.{name}").to(torch.float32)
+        return None if name is None else self._sound(f"{path}.{name}").to(torch.float32)
 
     def dense_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the dense model, quantized layers unpacked, one at a time."""
+        """Every tensor of the dense model, quantized layers unpacked, one at a time; raises as `layer`, and where a
+        scale belongs to no quantized layer."""
+        stray = sorted(n for n in self.names - self.quantized_names if n.rpartition(".")[2] in SCALES)
+        if stray:
+            raise CheckpointError(
+                f"{self.folder}: {stray[0]} belongs to no {self.METHOD} layer; was it made for another target?"
+            )
         for path in self.modules:
             yield f"{path}.weight", self.dense(path)
         for name in sorted(self.names - self.quantized_names):
             yield name, self.reader.get(name)
 
-    @cached_property
-    def quantized_names(self) -> frozenset[str]:
-        """Stored tensors that belong to quantized weights and inputs."""
-        return frozenset(f"{path}.{suffix}" for path in self.modules for suffix in _SUFFIXES) & self.names
-
-    def _shape(self, module: PackedModule, stored: Tensor) -> tuple[int, int]:
-        if module.format == "pack-quantized":
-            rows, columns = map(int, self.reader.get(f"{module.path}.weight_shape").tolist())
-            if stored.shape != (rows, -(-columns * module.bits // 32)):
-                raise CheckpointError(f"{module.path}: weight_shape {[rows, columns]} does not fit {[*stored.shape]}")
-            return rows, columns
-        rows, width = stored.shape
-        return rows, width * 8 // module.bits if module.packed else width
-
-    def _zero_points(self, module: PackedModule, rows: int, shape: tuple[int, ...]) -> Array | None:
-        if module.weights["symmetric"]:
-            return None
-        stored = self.reader.get(f"{module.path}.weight_zero_point")
-        if module.format != "pack-quantized":
-            return stored.numpy().astype(np.float32)
-        fields = _fields(_raw_rows(stored.t().contiguous()), module.bits, rows)
-        return _values(module)[fields].T.reshape(shape)
+    def theoretical_bits(self, module: PackedModule, rows: int, columns: int) -> float:
+        """Bits per weight that the configuration promises: code, and share of scale and zero point."""
+        code, shape = self.expected_tensors(module, rows, columns)[self.SCALE]
+        per_scale = {"F32": 32, "BF16": 16}.get(code, 8) + (0 if module.weights["symmetric"] else module.bits)
+        return module.bits + int(np.prod(shape)) * per_scale / (rows * columns)
 
 
-def _rank(path: str, target: str, linear: bool) -> tuple[int, str] | None:
-    if target.startswith("re:"):
-        return (1, target) if re.match(target[3:], path) else None
-    if target == path:
-        return (0, target)
-    return (2, target) if target == "Linear" and linear else None
+def bad_scales(scale: Tensor) -> int:
+    """How many of a tensor's scales are zero, negative or not finite; uint8 is a biased exponent, 255 no number."""
+    if scale.dtype == torch.uint8:
+        return int((scale == torch.iinfo(scale.dtype).max).sum())
+    values = scale.to(torch.float32)
+    return int((~(torch.isfinite(values) & (values > 0))).sum())
 
 
 # --- bits -----------------------------------------------------------------------------------------
 
 
-def _raw_rows(tensor: Tensor) -> Array:
+def raw_rows(tensor: Tensor) -> Array:
     """The bytes of a 2-D tensor, (rows, bytes per row)."""
     flat = tensor.contiguous().view(torch.uint8).numpy()
     return flat.reshape(tensor.shape[0], -1)
 
 
-def _fields(rows: Array, bits: int, count: int) -> Array:
+def fields(rows: Array, bits: int, count: int) -> Array:
     """The first `count` fields of `bits` bits of each row of bytes, least significant bit first."""
     first = np.arange(count) * bits
     padded = np.pad(rows, ((0, 0), (0, 1))).astype(np.uint16)
@@ -243,7 +241,7 @@ def _fields(rows: Array, bits: int, count: int) -> Array:
     return result
 
 
-def _values(module: PackedModule) -> Array:
+def code_values(module: PackedModule) -> Array:
     """float32 value of every code: offset binary where packed, two's complement where not, or a small float."""
     count = 1 << (module.bits if module.packed else 8)
     if module.weights["type"] == "int":
@@ -265,7 +263,7 @@ def _minifloat_values(exponent: int, mantissa: int) -> Array:
     return value.astype(np.float32)
 
 
-def _floats(tensor: Tensor) -> Array:
+def float_values(tensor: Tensor) -> Array:
     """float32 values of a stored float tensor, from its bits."""
     if tensor.dtype == torch.float32:
         return tensor.numpy()
@@ -276,9 +274,10 @@ def _floats(tensor: Tensor) -> Array:
     raise UnsupportedError(f"scales of type {tensor.dtype} are not part of the layout")
 
 
-def _scales(tensor: Tensor) -> Array:
+def scale_values(tensor: Tensor) -> Array:
+    """float32 values of stored scales; uint8 holds E8M0 exponents."""
     if tensor.dtype != torch.uint8:
-        return _floats(tensor)
+        return float_values(tensor)
     exponent = tensor.numpy().astype(np.uint32)
     bits = np.where(exponent == 0, 1 << 22, exponent << 23).astype(np.uint32)  # 2^-127 is subnormal
     return bits.view(np.float32)

@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qat.checkpoints.export import RECORD
+from qat.checkpoints.export import RECORD, RECORD_VERSION
 from qat.checkpoints.exported import load_exported
 from qat.checkpoints.hf import quiet, read_json, unquantizable
 from qat.checkpoints.names import fused_groups, skeleton, stored_paths, stored_tensors
 from qat.checkpoints.progress import progress
-from qat.checkpoints.unpack import ExportedFolder, digest, expected_tensors, theoretical_bits
+from qat.checkpoints.readers import ExportedFolder, open_export
+from qat.checkpoints.targets.support import NO_MODELOPT
+from qat.checkpoints.unpack import SCALES, bad_scales, digest
 from qat.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 SIZE_TOLERANCE = 0.02
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
-_SCALES = ("weight_scale", "weight_global_scale", "input_scale", "input_global_scale")
+_ONE_IF_FUSED = ("weight_global_scale", "weight_scale_2", "input_global_scale", "input_scale")
 _SHOWN = 4
 
 
@@ -71,8 +73,11 @@ class _Subject:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.exported = ExportedFolder(folder)
+        self.exported: ExportedFolder = open_export(folder)
         self.record: dict[str, Any] | None = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
+        found = RECORD_VERSION if self.record is None else self.record.get("record_version")
+        if found != RECORD_VERSION:
+            raise CheckpointError(f"{folder / RECORD}: record_version {found}; this release reads {RECORD_VERSION}")
 
     @cached_property
     def model(self) -> "PreTrainedModel":
@@ -102,7 +107,7 @@ class _Subject:
 
 
 def verify(folder: Path, logits: bool = True, tokens: int = 64) -> VerifyReport:
-    """Check a compressed-tensors checkpoint.
+    """Check an exported checkpoint of any target.
 
     Args:
         folder: ours (with qat.json), or another tool's; then the comparison with the trained weights is left out.
@@ -151,7 +156,7 @@ def _tensors(subject: _Subject) -> str:
     for name, tensor in subject.dense.items():
         path, shape = name.removesuffix(".weight"), tuple(tensor.shape)
         if path in exported.modules and name.endswith(".weight"):
-            specs = expected_tensors(exported.modules[path], *shape)
+            specs = exported.expected_tensors(exported.modules[path], *shape)
             wanted.update({f"{path}.{key}": spec for key, spec in specs.items()})
         elif name in exported.names or path != subject.head:
             wanted[name] = ("BF16" if tensor.is_floating_point() else None, shape)
@@ -169,15 +174,11 @@ def _scales(subject: _Subject) -> str:
     """Every scale is a finite positive number."""
     problems, count = [], 0
     for name in sorted(subject.exported.quantized_names):
-        if not name.endswith(_SCALES):
+        if name.rpartition(".")[2] not in SCALES:
             continue
         scale, count = subject.exported.reader.get(name), count + 1
-        if scale.dtype == torch.uint8:  # a biased exponent, of which only all ones is no number
-            good = scale != torch.iinfo(scale.dtype).max
-        else:
-            good = torch.isfinite(scale.to(torch.float32)) & (scale.to(torch.float32) > 0)
-        if not bool(good.all()):
-            problems.append(f"{name}: {int((~good).sum())} of {good.numel()} are zero, negative or not finite")
+        if bad := bad_scales(scale):
+            problems.append(f"{name}: {bad} of {scale.numel()} are zero, negative or not finite")
     _require(problems, "bad scales")
     return f"{count} scale tensors are finite and positive"
 
@@ -212,7 +213,8 @@ def _fused(subject: _Subject) -> str:
         if len(schemes) > 1:
             problems.append(f"{', '.join(members)} are quantized differently")
             continue
-        for key in ("weight_global_scale", "input_global_scale", "input_scale"):
+        tensor_wide = modules[0] is not None and modules[0].weights["strategy"] == "tensor"
+        for key in (*_ONE_IF_FUSED, *(["weight_scale"] if tensor_wide else [])):
             names = [f"{path}.{key}" for path in members if f"{path}.{key}" in exported.names]
             if len({float(exported.reader.get(name)) for name in names}) > 1:
                 problems.append(f"{', '.join(names)} differ")
@@ -247,7 +249,7 @@ def _size(subject: _Subject) -> str:
     stored = sum(info.stop - info.start for info in map(exported.reader.info, exported.quantized_names))
     for path, module in exported.modules.items():
         rows, columns = subject.dense[f"{path}.weight"].shape
-        promised += theoretical_bits(module, rows, columns) * rows * columns / 8
+        promised += exported.theoretical_bits(module, rows, columns) * rows * columns / 8
         weights += rows * columns
     detail = f"{8 * stored / weights:.4f} bits per quantized weight, {8 * promised / weights:.4f} in theory"
     _require([detail] if abs(stored / promised - 1) > SIZE_TOLERANCE else [], "size is off")
@@ -296,7 +298,25 @@ CHECKS: dict[str, Callable[[_Subject], str]] = {
 
 
 def _logits(subject: _Subject, tokens: int) -> str:
-    """Plain transformers, with compressed-tensors, computes the very same logits as our reading of the files."""
+    """Plain transformers computes the very same logits as our reading of the files."""
+    return _LOGITS[subject.exported.METHOD](subject, tokens)
+
+
+def _logits_modelopt(subject: _Subject, tokens: int) -> str:
+    return f"skipped: {NO_MODELOPT}"
+
+
+def _logits_fp8(subject: _Subject, tokens: int) -> str:
+    """Without quantized inputs, which plain transformers leaves to GPUs."""
+    from transformers import FineGrainedFP8Config
+
+    if importlib.util.find_spec("accelerate") is None:
+        return "skipped: accelerate is not installed, without which transformers loads no FP8"
+    options = {"quantization_config": FineGrainedFP8Config(dequantize=True)}
+    return _compare(subject, tokens, options, quantize_inputs=False, how="weights only, ")
+
+
+def _logits_compressed_tensors(subject: _Subject, tokens: int) -> str:
     if importlib.util.find_spec("compressed_tensors") is None:
         return "skipped: compressed-tensors is not installed"
     exported = subject.exported
@@ -307,15 +327,34 @@ def _logits(subject: _Subject, tokens: int) -> str:
     fp8 = all(group["weights"]["type"] == "float" and group["weights"]["num_bits"] == 8 for group in groups)
     if unquantizable(subject.model) and not fp8:
         return "skipped: transformers cannot load dense fused experts beside layers of this format"
+    if not affine:
+        return _compare(subject, tokens, {})
+    from transformers import CompressedTensorsConfig
+
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    how = "with dequantize=True, as asymmetric weights need, "
+    return _compare(subject, tokens, options, quantize_inputs=False, how=how)
+
+
+_LOGITS: dict[str, Callable[[_Subject, int], str]] = {
+    "compressed-tensors": _logits_compressed_tensors,
+    "modelopt": _logits_modelopt,
+    "fp8": _logits_fp8,
+}
+
+
+def _compare(
+    subject: _Subject, tokens: int, options: dict[str, Any], quantize_inputs: bool = True, how: str = ""
+) -> str:
     vocabulary = subject.model.config.get_text_config().vocab_size
     ids = (torch.arange(tokens) * 7919 + 13).remainder(vocabulary)[None]
     with redirect_stderr(io.StringIO()):  # compressed-tensors draws three progress bars
-        theirs = _run(lambda: _plain(subject.folder, dequantize=affine), ids)
+        theirs = _run(lambda: _plain(subject.folder, options), ids)
     ours = _run(
-        lambda: load_exported(subject.folder, "compressed_tensors", torch.bfloat16, quantize_inputs=not affine), ids
+        lambda: load_exported(subject.folder, "compressed_tensors", torch.bfloat16, quantize_inputs=quantize_inputs),
+        ids,
     )
     difference = float((theirs.double() - ours.double()).abs().max())
-    how = "with dequantize=True, as asymmetric weights need, " if affine else ""
     detail = f"{how}largest logit difference {difference} over {tokens} tokens"
     _require([] if difference == 0.0 else [detail], "plain transformers disagrees")
     return detail
@@ -329,10 +368,9 @@ def _run(load: Callable[[], "PreTrainedModel"], ids: Tensor) -> Tensor:
     return logits
 
 
-def _plain(folder: Path, dequantize: bool) -> "PreTrainedModel":
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+def _plain(folder: Path, options: dict[str, Any]) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that an option was passed on top of config.json
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)

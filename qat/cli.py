@@ -114,7 +114,8 @@ def _train(arguments: argparse.Namespace) -> None:
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("trained", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist")
-    parser.add_argument("--target", default="compressed-tensors", help="file layout (default: %(default)s)")
+    layouts = "file layout: compressed-tensors, modelopt or fp8 (default: %(default)s); see docs/export.md"
+    parser.add_argument("--target", default="compressed-tensors", help=layouts)
     parser.add_argument("--checkpoint", default="best", help="which of the run's checkpoints (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 

@@ -12,9 +12,8 @@ files back with it. Choices where the layout allows several:
 - Global scales are powers of two, so that the divisor stored here and the multiplier trained with agree exactly.
 """
 
-import math
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,16 +23,18 @@ from torch import Tensor
 
 from qat.activations import static_part
 from qat.catalog import CATALOG, E2M1, E2M3, E4M3
+from qat.checkpoints.targets import support
+from qat.checkpoints.targets.support import FP8_BLOCK
 from qat.checkpoints.targets.target import TargetLayer
-from qat.errors import UnsupportedError
+from qat.errors import CheckpointError, UnsupportedError
 from qat.format import Format
 from qat.numerics import QTensor
 
 METHOD = "compressed-tensors"
+FUSES_TENSOR_SCALES = False  # one scale per tensor is written once per row
 LAYOUT_VERSION = "0.18.0"  # the first release that packs every width as written here
 
 _FLOATS = {4: E2M1, 6: E2M3, 8: E4M3}  # what {"type": "float", "num_bits": n} means
-_FP8_BLOCK = (128, 128)
 _SCALE_DTYPES = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
 _CHUNK = 1 << 22  # codes turned into bits at a time: 32 MiB of scratch
 
@@ -59,15 +60,8 @@ def layout(weight: Format, input: Format | None = None) -> Layout:
         UnsupportedError: the target cannot say this pair; names the nearest formats it holds.
     """
     weights, inputs = weight_args(weight), input_args(input) if input else None
-    if weights is None:
-        near = ", ".join(_nearest(weight, [CATALOG[name] for name in sorted({w for w, _ in pairs()})]))
-        raise UnsupportedError(f"{METHOD} cannot hold {weight.name} weights; nearest it can: {near}")
-    if input is not None and (inputs is None or not _go_together(weights, inputs)):
-        held = [fmt for fmt in CATALOG.values() if (args := input_args(fmt)) and _go_together(weights, args)]
-        near = ", ".join(_nearest(input, held)) if held else "none (weight-only)"
-        raise UnsupportedError(
-            f"{METHOD} cannot hold {weight.name} weights with {input.name} inputs; nearest inputs for them: {near}"
-        )
+    if weights is None or (input is not None and (inputs is None or not _go_together(weights, inputs))):
+        raise UnsupportedError(support.refusal(METHOD, weight, input))
     return Layout(_format_string(weights, inputs), weights, inputs)
 
 
@@ -106,7 +100,7 @@ def weight_args(fmt: Format) -> Args | None:
             return {**base, "strategy": "channel"} if plain else None
         if fmt.group and base["type"] == "int":
             return {**base, "strategy": "group", "group_size": fmt.group}
-        if fmt.block == _FP8_BLOCK and fmt.element == E4M3:
+        if fmt.block == FP8_BLOCK and fmt.element == E4M3:
             return {**base, "strategy": "block", "block_structure": list(fmt.block)}
     return _small_float_args(fmt, base)
 
@@ -118,7 +112,7 @@ def input_args(fmt: Format) -> Args | None:
         return None
     if fmt.scale == "f32" and fmt.block == (1, 0) and base["num_bits"] in (4, 8):
         return {**base, "strategy": "token"}
-    if fmt.scale == "f32" and fmt.group == _FP8_BLOCK[1] and fmt.element == E4M3:
+    if fmt.scale == "f32" and fmt.group == FP8_BLOCK[1] and fmt.element == E4M3:
         return {**base, "strategy": "group", "group_size": fmt.group}
     if fmt.scale == "bf16" and fmt.block == (0, 0) and base["num_bits"] == E4M3.bits:
         return {**base, "strategy": "tensor", "dynamic": False}
@@ -179,49 +173,9 @@ def _format_string(weights: Args, inputs: Args | None) -> str:
     return "int-quantized" if whole else "pack-quantized"
 
 
-def _nearest(fmt: Format, options: Iterable[Format], count: int = 3) -> list[str]:
-    """Names of the formats most like `fmt`: element first, then width, then block."""
-
-    def distance(other: Format) -> tuple[float, ...]:
-        block = abs(math.log2((fmt.group or 4096) / (other.group or 4096)))
-        kind = other.element.kind != fmt.element.kind
-        return (abs(other.element.bits - fmt.element.bits), kind, other.zero_point != fmt.zero_point, block)
-
-    return [other.name for other in sorted(options, key=distance)[:count]]
-
-
 def notes(weight: Format, input: Format | None) -> list[str]:
-    """What engines are known to do differently with this pair (transformers 5.23, vLLM 0.33)."""
-    args, found = layout(weight, input), []
-    w, a = args.weights, args.input
-    if not w["symmetric"]:
-        found.append(
-            "plain transformers (with compressed-tensors >= 0.18) cannot load asymmetric weights by default; pass "
-            "quantization_config=CompressedTensorsConfig(dequantize=True). vLLM and SGLang load them"
-        )
-    if args.format == "pack-quantized" and w["num_bits"] == 3:
-        found.append("compressed-tensors before 0.18 packs 3-bit weights differently and would misread these")
-    if args.format == "pack-quantized" and a is not None:
-        found.append(
-            "vLLM quantizes the inputs only with its Humming kernels (--linear-backend humming), else runs weight-only"
-            if a["type"] == "int"
-            else "vLLM runs INT4 weights with FP8 inputs only on sm90"
-        )
-    if weight.scale == "e8m0" and weight.element == E2M1:
-        found.append(_mxfp4_note(weight, input))
-    if weight.scale == "e8m0" and weight.element == E2M3:
-        found.append("vLLM 0.33 and compressed-tensors before 0.20 have no MXFP6")
-    if w["strategy"] == "block":
-        found.append("vLLM quantizes the inputs of block-scaled FP8 in groups of 128 and needs widths that 128 divides")
-    return found
-
-
-def _mxfp4_note(weight: Format, input: Format | None) -> str:
-    if input is None:
-        return "vLLM quantizes the inputs of MXFP4 layers on sm100+ although this checkpoint does not ask for it"
-    if input.element == weight.element:
-        return "vLLM's dense MXFP4 kernel on sm100+ rounds input scales up (ceil); older GPUs run weight-only"
-    return "vLLM gives the FP8 inputs of MXFP4 layers float32 scales, and quantizes them on few GPUs"
+    """What engines are known to do differently with this pair."""
+    return support.notes(METHOD, weight, input)
 
 
 # --- bytes ----------------------------------------------------------------------------------------
@@ -255,6 +209,19 @@ def pack(q: QTensor, input: Format | None = None, amax: Tensor | None = None) ->
         assert amax is not None
         tensors.update(_static_input(input, amax.to("cpu")))
     return tensors
+
+
+def unpack(tensors: Mapping[str, Tensor], fmt: Format, shape: tuple[int, int]) -> QTensor:
+    """Undo `pack`; one scale per tensor comes back as one per row."""
+    from qat.checkpoints.codes import read_layer  # which reads this file's tables
+    from qat.checkpoints.unpack import PackedModule
+
+    how = layout(fmt)
+    form = "naive-quantized" if "weight" in tensors and how.format == "pack-quantized" else how.format
+    q = read_layer(PackedModule("", form, how.weights, None), tensors)
+    if q.shape != shape:
+        raise CheckpointError(f"codes of shape {[*q.shape]}, not {[*shape]}")
+    return q
 
 
 def _stored_scale(q: QTensor, rows: int) -> Tensor:
@@ -327,6 +294,11 @@ def quantization_config(layers: list[TargetLayer], ignored: list[str]) -> dict[s
             for index, (how, paths) in enumerate(groups.values())
         },
     }
+
+
+def files(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """config.json says everything."""
+    return {}
 
 
 def patterns(paths: list[str], everything: list[str]) -> list[str]:

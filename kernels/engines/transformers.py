@@ -19,12 +19,12 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qat.checkpoints.codes import read_layer
 from qat.checkpoints.exported import hook_inputs
 from qat.checkpoints.hf import check_loading, quiet
 from qat.checkpoints.names import stored_paths
 from qat.checkpoints.progress import progress
-from qat.checkpoints.unpack import ExportedFolder
+from qat.checkpoints.readers import READERS, open_export
+from qat.checkpoints.targets import unpack_layer
 from qat.errors import UnsupportedError
 from qat.kernels.load import cpu_problem, load
 from qat.packed import PackedLinear, pack, problem
@@ -32,7 +32,7 @@ from qat.packed import PackedLinear, pack, problem
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-METHODS = ("compressed-tensors",)
+METHODS = tuple(READERS)
 
 
 class PackedConfig(QuantizationConfigMixin):
@@ -67,7 +67,7 @@ class PackedQuantizer(HfQuantizer):
         files = kwargs.get("checkpoint_files")
         if not files:
             raise UnsupportedError("packed checkpoints are read from a folder or the hub, not from a state dict")
-        self.exported = ExportedFolder(Path(files[0]).parent)
+        self.exported = open_export(Path(files[0]).parent)
         self.exported.reader.verify_complete()
         own = {stored: path for path, stored in stored_paths(model).items()}
         self.layers = {own[path]: module for path, module in self.exported.modules.items() if path in own}
@@ -91,7 +91,7 @@ class PackedQuantizer(HfQuantizer):
             for path, module in self.layers.items():
                 stored = model.get_submodule(path)
                 tensors = {name: parameter.detach() for name, parameter in stored.named_parameters()}
-                bias, q = tensors.pop("bias", None), read_layer(module, tensors)
+                bias, q = tensors.pop("bias", None), unpack_layer(self.exported.METHOD, module, tensors)
                 reason = problem(q.format)
                 if reason is not None:
                     dense.setdefault(

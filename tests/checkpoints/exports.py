@@ -1,18 +1,24 @@
 """Tiny quantized models and their exports, for the tests of exporting and of verifying."""
 
+import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from qat.calibration import calibrate
-from qat.checkpoints.export import export_model
+from qat.checkpoints.export import RECORD, export_model
 from qat.checkpoints.hf import load_model
+from qat.checkpoints.shards import SINGLE
 from qat.checkpoints.targets.compressed_tensors import pairs
+from qat.checkpoints.verify import verify
+from qat.modules import QatLinear
 from qat.scheme import Scheme
-from qat.surgery import apply
+from qat.surgery import apply, layers
 
 TARGET = "compressed-tensors"
 Pair = tuple[str, str | None]
@@ -64,18 +70,53 @@ def pair_rules(weight: str, input: str | None, match: str = "*_proj") -> dict[st
     return {"match": match, "weight": weight, "input": input}
 
 
-def export_pair(source: Path, out: Path, pair: Pair, **options: Any) -> nn.Module:
-    """Export with one pair of formats for all layers but embedding, head and routers; returns the model."""
-    skip_rest = [{"match": "*", "skip": "not a projection"}]
-    model = quantized(source, [pair_rules(*pair), *skip_rest], **options)
-    quiet_export(model, source, out)
+def projections(source: Path, pair: Pair, **options: Any) -> nn.Module:
+    """The model with one pair of formats for all layers but embedding, head and routers."""
+    return quantized(source, [pair_rules(*pair), {"match": "*", "skip": "not a projection"}], **options)
+
+
+def export_pair(source: Path, out: Path, pair: Pair, target: str = TARGET, **options: Any) -> nn.Module:
+    """Export `projections`; returns the model."""
+    model = projections(source, pair, **options)
+    quiet_export(model, source, out, target)
     return model
 
 
-def quiet_export(model: nn.Module, source: Path, out: Path, **options: Any) -> Path:
+def quiet_export(model: nn.Module, source: Path, out: Path, target: str = TARGET, **options: Any) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        return export_model(model, source, out, TARGET, **options)
+        return export_model(model, source, out, target, **options)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    """Change the tensors of an export that is one file."""
+    tensors = load_file(folder / SINGLE)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / SINGLE, {"format": "pt"})
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any], forget: bool = False) -> None:
+    """Change config.json; `forget` removes the record, as in another tool's folder."""
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    if forget:
+        (folder / RECORD).unlink()
+
+
+def broken(folder: Path, logits: bool = False) -> set[str]:
+    """Names of the checks of `verify` that fail."""
+    return {check.name for check in verify(folder, logits=logits).checks if not check.ok}
+
+
+def forward_weights(model: nn.Module) -> dict[str, Tensor]:
+    """BF16 weight of every quantized linear layer, as the forward pass multiplies with it."""
+    with torch.no_grad():
+        return {
+            path: layer.weight_quantizer(layer.weight).to(torch.bfloat16)
+            for path, layer in layers(model).items()
+            if isinstance(layer, QatLinear)
+        }
 
 
 def mixed_rules(chunk: list[Pair]) -> list[dict[str, Any]]:

@@ -10,21 +10,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from qat.catalog import lookup
 from qat.checkpoints.export import RECORD, export, export_model
 from qat.checkpoints.exported import load_exported
 from qat.checkpoints.hf import load_model
+from qat.checkpoints.readers import open_export
 from qat.checkpoints.resume import save_best, student_tensors
 from qat.checkpoints.shards import ShardReader, ShardWriter
 from qat.checkpoints.targets import TARGETS
 from qat.checkpoints.targets import compressed_tensors as target
-from qat.checkpoints.unpack import ExportedFolder, digest
+from qat.checkpoints.unpack import digest
 from qat.checkpoints.verify import verify
 from qat.errors import CheckpointError, ConfigError, UnsupportedError
-from qat.modules import QatLinear
-from qat.surgery import layers, served
+from qat.surgery import served
 from tests.checkpoints.exports import (
     AFFINE,
     SKIP_HEAD,
@@ -34,6 +33,7 @@ from tests.checkpoints.exports import (
     UNIFORM,
     Pair,
     export_pair,
+    forward_weights,
     ids,
     mixed_rules,
     pair_rules,
@@ -60,15 +60,6 @@ def assert_proven(folder: Path, skipped: bool = False) -> None:
     assert ("skipped" in last) if skipped else ("difference 0.0" in last)
 
 
-def forward_weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    with torch.no_grad():
-        return {
-            path: layer.weight_quantizer(layer.weight).to(torch.bfloat16)
-            for path, layer in layers(model).items()
-            if isinstance(layer, QatLinear)
-        }
-
-
 # --- the model that was trained is the model that is loaded ------------------------------------------
 
 
@@ -76,7 +67,7 @@ def forward_weights(model: torch.nn.Module) -> dict[str, Tensor]:
 def test_a_uniform_export_is_the_trained_model(pair: Pair, small: Path, tmp_path: Path) -> None:
     model = export_pair(small, tmp_path / "out", pair)
     assert_proven(tmp_path / "out")
-    exported = ExportedFolder(tmp_path / "out")
+    exported = open_export(tmp_path / "out")
     weights = forward_weights(model)
     assert weights.keys() == exported.modules.keys()
     for path, weight in weights.items():
@@ -92,7 +83,7 @@ def test_every_pair_is_exact_beside_others(chunk: list[Pair], llama: Path, tmp_p
     model = quantized(llama, [*mixed_rules(chunk), {"match": "*", "skip": "the rest"}])
     quiet_export(model, llama, tmp_path / "out")
     assert_proven(tmp_path / "out")
-    config = ExportedFolder(tmp_path / "out").quantization
+    config = open_export(tmp_path / "out").quantization
     how = [target.layout(lookup(w), lookup(a) if a else None) for w, a in chunk]
     assert len(config["config_groups"]) == len({repr(layout) for layout in how})
     formats = {layout.format for layout in how}
@@ -154,7 +145,7 @@ def test_only_quantized_tensors_change_names(llama: Path, tmp_path: Path) -> Non
         assert expected <= names
         names -= expected
     assert names == set()
-    ignored = ExportedFolder(tmp_path / "out").quantization["ignore"]
+    ignored = open_export(tmp_path / "out").quantization["ignore"]
     leaves = [f"model.layers.{n}.self_attn.{leaf}_proj" for n in (0, 1) for leaf in "qkvo"]
     assert sorted(ignored) == sorted(["lm_head", *leaves])
     stored = load_file(tmp_path / "out" / "model.safetensors")
@@ -167,7 +158,7 @@ def test_only_quantized_tensors_change_names(llama: Path, tmp_path: Path) -> Non
 def test_tied_embeddings_stay_tied_and_single(tmp_path: Path) -> None:
     source = tiny_model("llama", tmp_path / "source", num_hidden_layers=1, tie_word_embeddings=True)
     export_pair(source, tmp_path / "out", ("int4_g64", None))
-    folder = ExportedFolder(tmp_path / "out")
+    folder = open_export(tmp_path / "out")
     assert "lm_head.weight" not in folder.names and folder.config["tie_word_embeddings"] is True
     assert folder.quantization["ignore"] == ["lm_head"]
     assert_proven(tmp_path / "out")
@@ -178,7 +169,7 @@ def test_a_quantized_head_is_untied_and_targeted_by_name(pair: Pair, tmp_path: P
     source = tiny_model("llama", tmp_path / "source", num_hidden_layers=1, tie_word_embeddings=True)
     model = quantized(source, [*SKIP_TABLE, pair_rules(*pair, match="*")], tied="untie")
     quiet_export(model, source, tmp_path / "out")
-    folder = ExportedFolder(tmp_path / "out")
+    folder = open_export(tmp_path / "out")
     assert "lm_head" in folder.modules and folder.config["tie_word_embeddings"] is False
     (group,) = folder.quantization["config_groups"].values()
     assert "re:.*lm_head$" in group["targets"] and "Linear" not in group["targets"]
@@ -191,7 +182,7 @@ def test_an_untied_head_that_stays_dense_is_written(tmp_path: Path) -> None:
     model = quantized(source, [*SKIP_HEAD, table, pair_rules("int4_g64", None)], tied="untie")
     with pytest.warns(UserWarning, match=r"model\.embed_tokens is quantized to int4_g64 .* dense BF16"):
         export_model(model, source, tmp_path / "out")
-    folder = ExportedFolder(tmp_path / "out")
+    folder = open_export(tmp_path / "out")
     assert "lm_head.weight" in folder.names and folder.config["tie_word_embeddings"] is False
     quantizer = model.get_input_embeddings().weight_quantizer
     table_on_grid = quantizer(model.get_input_embeddings().weight).to(torch.bfloat16)
@@ -205,7 +196,7 @@ def test_a_shared_quantized_table_becomes_dense_table_and_packed_head(tmp_path: 
     source = tiny_model("llama", tmp_path / "source", num_hidden_layers=1, tie_word_embeddings=True)
     model = quantized(source, [{"match": "*", "weight": "int8_channel"}], tied="share")
     quiet_export(model, source, tmp_path / "out")
-    folder = ExportedFolder(tmp_path / "out")
+    folder = open_export(tmp_path / "out")
     assert "lm_head" in folder.modules and folder.config["tie_word_embeddings"] is False
     assert torch.equal(folder.dense("lm_head"), folder.reader.get("model.embed_tokens.weight"))
     assert_proven(tmp_path / "out")
@@ -217,7 +208,7 @@ def test_experts_keep_their_own_names(pair: Pair, tmp_path: Path) -> None:
     rest = {"match": "*", "skip": "experts and routers"}
     model = quantized(source, [pair_rules(*pair, match="*.self_attn.*"), rest])
     quiet_export(model, source, tmp_path / "out")
-    folder = ExportedFolder(tmp_path / "out")
+    folder = open_export(tmp_path / "out")
     ignored = set(folder.quantization["ignore"])
     experts = {f"model.layers.0.mlp.experts.{e}.{leaf}_proj" for e in range(4) for leaf in ("gate", "up", "down")}
     assert experts | {"model.layers.0.mlp.gate", "lm_head"} == ignored
@@ -238,7 +229,7 @@ def test_tensors_the_model_never_loads_are_copied(small: Path, tmp_path: Path) -
         for path in small.glob("*.json"):
             (writer.folder / path.name).write_bytes(path.read_bytes())
     quiet_export(model, source, tmp_path / "out")
-    folder = ExportedFolder(tmp_path / "out")
+    folder = open_export(tmp_path / "out")
     assert torch.equal(folder.reader.get("mtp.layers.0.up_proj.weight"), tensors["mtp.layers.0.up_proj.weight"])
     assert "mtp.layers.0.up_proj" in folder.quantization["ignore"]
     assert verify(tmp_path / "out", logits=False).ok
@@ -322,7 +313,7 @@ def test_a_run_is_exported_by_its_folder(small: Path, tmp_path: Path) -> None:
     (run / "job.yaml").write_text(json.dumps({"model": {"id": str(small)}, "scheme": scheme}))
     save_best(run, student_tensors(model), {"step": 17})
     export(run, tmp_path / "out")
-    weights, folder = forward_weights(model), ExportedFolder(tmp_path / "out")
+    weights, folder = forward_weights(model), open_export(tmp_path / "out")
     assert all(torch.equal(folder.dense(path), weight) for path, weight in weights.items())
     record = json.loads((tmp_path / "out" / RECORD).read_text())
     assert record["run"] == {

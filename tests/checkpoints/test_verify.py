@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from qat.checkpoints.export import RECORD
+from qat.checkpoints.readers import open_export
 from qat.checkpoints.shards import INDEX, SINGLE
-from qat.checkpoints.unpack import ExportedFolder
 from qat.checkpoints.verify import CHECKS, verify
 from qat.errors import CheckpointError
-from tests.checkpoints.exports import export_pair, mixed_rules, quantized, quiet_export
+from tests.checkpoints.exports import broken, edit, export_pair, mixed_rules, quantized, quiet_export, rewrite
 from tests.tiny import tiny_model
 
 Q, K, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.0.mlp.up_proj"
@@ -50,17 +50,7 @@ def copy(exports: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
     return make
 
 
-def broken(folder: Path, logits: bool = False) -> set[str]:
-    return {check.name for check in verify(folder, logits=logits).checks if not check.ok}
-
-
 # --- damage to tensors ----------------------------------------------------------------------------
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
-    tensors = load_file(folder / SINGLE)
-    change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / SINGLE, {"format": "pt"})
 
 
 def swap_nibbles(tensors: dict[str, Tensor]) -> None:
@@ -234,15 +224,6 @@ def test_missing_and_changed_companions_are_found(name: str, copy: Callable[[str
     assert broken(folder) == {"companions"}
 
 
-def edit(folder: Path, change: Callable[[dict[str, Any]], Any], forget: bool = False) -> None:
-    """Change config.json; `forget` removes the record, as in another tool's folder."""
-    config = json.loads((folder / "config.json").read_text())
-    change(config)
-    (folder / "config.json").write_text(json.dumps(config))
-    if forget:
-        (folder / RECORD).unlink()
-
-
 def group(config: dict[str, Any], index: int = 0) -> dict[str, Any]:
     found: dict[str, Any] = config["quantization_config"]["config_groups"][f"group_{index}"]
     return found
@@ -392,5 +373,5 @@ def test_a_checkpoint_that_the_library_compressed_is_read(source: Path, tmp_path
     edit(folder, lambda c: c.update(quantization_config=config, dtype="bfloat16"))
     report = verify(folder)
     assert report.ok, report.checks
-    exported = ExportedFolder(folder)
+    exported = open_export(folder)
     assert all(torch.equal(exported.dense(path), weight) for path, weight in dense.items())

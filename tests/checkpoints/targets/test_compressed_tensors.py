@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from qat.catalog import CATALOG, lookup
+from qat.checkpoints.readers import open_export
 from qat.checkpoints.shards import ShardWriter
 from qat.checkpoints.targets import TargetLayer
 from qat.checkpoints.targets import compressed_tensors as target
-from qat.checkpoints.unpack import ExportedFolder, PackedModule
+from qat.checkpoints.unpack import PackedModule
 from qat.errors import UnsupportedError
 from qat.numerics import QTensor, quantize
 from tests.checkpoints.exports import (
@@ -60,7 +61,7 @@ def test_the_independent_unpacker_agrees(name: str, tmp_path: Path) -> None:
             writer.add(f"a.{key}", tensor)
         config = {"quantization_config": target.quantization_config([TargetLayer("a", (150, 256), q.format, None)], [])}
         (writer.folder / "config.json").write_text(json.dumps(config))
-    folder = ExportedFolder(tmp_path / "out")
+    folder = open_export(tmp_path / "out")
     assert folder.modules == {"a": PackedModule("a", how.format, how.weights, None)}
     assert torch.equal(folder.dense("a"), q.dequantize(torch.bfloat16))
 
