@@ -100,8 +100,10 @@ def _train(arguments: argparse.Namespace) -> None:
 
             print_estimate(found, Console())
         return
+    from qat.kernels.load import load_for_training
     from qat.trainers.run import train
 
+    load_for_training()
     report = train(job, resume_run=arguments.resume, table=not arguments.json)
     if arguments.json:
         _print_json(report)

@@ -57,6 +57,15 @@ def problem(fmt: Format) -> str | None:
     return None
 
 
+def input_problem(fmt: Format) -> str | None:
+    """Why inputs of this format need more than the kernel that finds their scales itself, or None."""
+    if fmt.block[0] != 1:
+        return "its scale does not follow one row" if fmt.block[0] else "its scale is static: only rounding is left"
+    if fmt.zero_point or fmt.scale_rule == "mean":
+        return "its scale needs more than the largest magnitude"
+    return problem(fmt)
+
+
 def plan(fmt: Format, rows: int, columns: int, values: int, programs: int = 0) -> Plan:
     """The plan for x (rows, columns), neither of them 0.
 

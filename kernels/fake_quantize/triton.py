@@ -1,8 +1,8 @@
 """Fake quantization and its gradients in Triton: one pass over memory each, numbers equal to the reference's.
 
 Rounding is float32 arithmetic that IEEE 754 fixes to the last bit (a correctly rounded division, additions that drop
-bits, no casts to small floats), so a GPU, the interpreter and `qat.numerics` give the same bits. What the kernels do not
-hold runs the reference; `qat.kernels.load.explain_training` says so by name.
+bits, no casts to small floats), so a GPU, the interpreter and `qat.numerics` give the same bits. What the kernels do
+not take runs the reference; `qat.kernels.load.explain_training` says so by name.
 
 Sums over large blocks are made in two steps, each in a fixed order: no atomics, so a run repeats itself exactly.
 """
@@ -164,10 +164,8 @@ def fake_quantize_backward_kernel(
     segment = tl.program_id(0) % segments
     row, column = tl.arange(0, TILE_ROWS), tl.arange(0, TILE_COLUMNS)
     in_row = row < R - first_row
-    if BLOCK_COLUMNS == 0:
-        scale_at = first_row + row
-    else:
-        scale_at = (first_row // BLOCK_ROWS) * scale_columns + segment + row * 0
+    of_block = (first_row // BLOCK_ROWS) * scale_columns + segment
+    scale_at = first_row + row if BLOCK_COLUMNS == 0 else of_block + row * 0
     m = tl.load(multiplier + scale_at, mask=in_row, other=1.0)
     d = m if ONE_SCALE else tl.load(divisor + scale_at, mask=in_row, other=1.0)
     zero = tl.load(zeros + scale_at, mask=in_row, other=0).to(tl.float32) if ZEROS else 0.0
@@ -300,9 +298,7 @@ def quantized_linear(
     matrix product."""
     fmt = lookup(format)
     if choice is not None or not takes(weight, (divisor, multiplier), zero_point, fmt):
-        return quantized_linear_reference(
-            x, weight, bias, divisor, multiplier, zero_point, choice, format, round_bf16
-        )
+        return quantized_linear_reference(x, weight, bias, divisor, multiplier, zero_point, choice, format, round_bf16)
     dtype = torch.bfloat16 if round_bf16 else weight.dtype
     kept = _forward(weight, (divisor, multiplier, zero_point), fmt, round_bf16, dtype)
     used = kept if kept.dtype == x.dtype else kept.to(weight.dtype).to(x.dtype)
@@ -323,9 +319,7 @@ def fake_quantize_backward(
     """The operator `qat::fake_quantize_backward` on a device that runs Triton."""
     fmt = lookup(format)
     if grad.dtype == torch.float64 or not takes(x, (divisor, multiplier), zero_point, fmt):
-        return fake_quantize_backward_reference(
-            grad, x, y, divisor, multiplier, zero_point, format, estimator, needs
-        )
+        return fake_quantize_backward_reference(grad, x, y, divisor, multiplier, zero_point, format, estimator, needs)
     rows, columns = size(x)
     cut = plan(fmt, rows, columns, 2048, PROGRAMS)
     one = multiplier.contiguous()

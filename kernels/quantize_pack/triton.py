@@ -21,10 +21,8 @@ VALUES = 4096  # in the registers of one program
 
 
 @triton.jit
-def encoded(
-    value, zero, KIND: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, MIN_NORMAL: tl.constexpr
-):
-    """int32 codes of values that `rounded` returned; integers count from zero (sign bit flipped), NaN is the code of 0."""
+def encoded(value, zero, KIND: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, MIN_NORMAL: tl.constexpr):
+    """int32 codes of what `rounded` returned; integers count from zero (sign bit flipped), NaN gets the code of 0."""
     HALF: tl.constexpr = 1 << (BITS - 1)
     if KIND == "integer":
         value = value + zero
@@ -105,6 +103,7 @@ def quantize_pack(weight: Tensor, divisor: Tensor, zero_point: Tensor | None, fo
     across = triton.cdiv(words.shape[1], fixed["TILES"] * PART)
     zeros = None if zero_point is None else zero_point.contiguous()
     quantize_pack_kernel[(triton.cdiv(rows, fixed["TILE_ROWS"]) * across,)](
-        weight.contiguous(), divisor.contiguous(), zeros, words, rows, columns, words.shape[1], divisor.shape[1], **fixed
+        weight.contiguous(), divisor.contiguous(), zeros, words, rows, columns, words.shape[1], divisor.shape[1],
+        **fixed,
     )  # fmt: skip
     return words

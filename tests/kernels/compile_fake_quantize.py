@@ -77,7 +77,7 @@ def check(what: str, kernel: triton.compiler.CompiledKernel, loads: int, stores:
 
 
 def main() -> None:
-    names = ("int4_g128", "int4_g32_asym", "int8_channel", "nvfp4", "mxfp4", "mxfp8", "fp8_b128", "fp8_tensor", "nf4_g64")
+    names = ("int4_g128", "int4_g32_asym", "int8_channel", "nvfp4", "mxfp8", "fp8_b128", "fp8_tensor", "nf4_g64")
     for name in names:
         for capability in (80, 89, 90, 100, 120) if name in ("int4_g128", "nvfp4") else (90,):
             cut = plan(lookup(name), 4096, 4096, 4096)
