@@ -17,6 +17,9 @@ from triton.compiler import ASTSource
 from qat.catalog import lookup
 from qat.kernels.fake_quantize import triton as kernels
 from qat.kernels.fake_quantize.choose import Plan, plan
+from qat.kernels.fake_quantize_input import triton as dynamic
+from qat.kernels.quantize_pack import triton as pack
+from qat.packed import problem
 
 FLOATS = ("divisor", "multiplier", "of_divisor", "of_multiplier", "static", "scales")
 VALUES = ("x", "y", "out", "grad", "grad_x", "weight")
@@ -67,26 +70,56 @@ def backward(name: str, cut: Plan, capability: int, estimator: str, needs: str) 
     return compiled(kernels.fake_quantize_backward_kernel, fixed, capability, cut.warps)
 
 
+def of_input(name: str, columns: int, capability: int, keep: bool = True) -> triton.compiler.CompiledKernel:
+    fmt = lookup(name)
+    fixed = dynamic.arguments(fmt, 4096 * columns // (fmt.group or columns), fmt.group or columns)
+    warps = fixed.pop("num_warps")
+    fixed |= {"KEEP": keep, "ROUND_BF16": False} | ({} if fmt.scale == "e4m3" else {"static": None})
+    fixed |= {} if keep else {"scales": None}
+    return compiled(dynamic.fake_quantize_input_kernel, fixed, capability, warps)
+
+
+def packed(name: str, capability: int) -> triton.compiler.CompiledKernel:
+    fmt = lookup(name)
+    fixed = pack.arguments(fmt, 4096, 4096) | ({} if fmt.zero_point else {"zeros": None})
+    return compiled(pack.quantize_pack_kernel, fixed, capability, 4)
+
+
 def check(what: str, kernel: triton.compiler.CompiledKernel, loads: int, stores: int) -> None:
     registers, local = resources(kernel)
     wide = [len(re.findall(rf"{kind}\.global[\w.:]*\.v4\.b32", kernel.asm["ptx"])) for kind in ("ld", "st")]
     print(f"{what}: {registers} registers, {local} bytes spilled, 16-byte loads {wide[0]}, stores {wide[1]}")
     assert local == 0, f"{what}: spills"
     assert wide[0] >= loads and wide[1] >= stores, f"{what}: {wide} of {(loads, stores)} accesses are 16 bytes wide"
-    assert "div.full" not in kernel.asm["ptx"], f"{what}: an approximate division"
+    assert not re.search(r"div\.(full|approx)|\.ftz", kernel.asm["ptx"]), (
+        f"{what}: arithmetic that does not round right"
+    )
+
+
+def check_all(name: str, capability: int) -> None:
+    """Every kernel of one format on one architecture. 4096 values of a program are four 16-byte accesses per thread."""
+    fmt, what = lookup(name), f"{name} sm_{capability}"
+    check(f"{what} forward", forward(name, plan(fmt, 4096, 4096, 4096), capability), 4, 4)
+    cut = plan(fmt, 4096, 4096, 2048, kernels.PROGRAMS)
+    for estimator, needs, tensors in (("ste", "xdm", 3), ("clipped", "x", 2)):
+        kernel = backward(name, cut, capability, estimator, needs)
+        check(f"{what} backward {estimator} {needs}", kernel, 2 * tensors, 2)
+    if problem(fmt) is None:
+        check(f"{what} pack", packed(name, capability), 4, 1)
 
 
 def main() -> None:
-    names = ("int4_g128", "int4_g32_asym", "int8_channel", "nvfp4", "mxfp8", "fp8_b128", "fp8_tensor", "nf4_g64")
-    for name in names:
-        for capability in (80, 89, 90, 100, 120) if name in ("int4_g128", "nvfp4") else (90,):
-            cut = plan(lookup(name), 4096, 4096, 4096)
-            check(f"{name} sm_{capability} forward", forward(name, cut, capability), 4, 4)
-            cut = plan(lookup(name), 4096, 4096, 2048, kernels.PROGRAMS)
-            for estimator, needs, tensors in (("ste", "xdm", 3), ("ste", "dm", 3), ("clipped", "x", 2)):
-                what = f"{name} sm_{capability} backward {estimator} {needs}"
-                kernel = backward(name, cut, capability, estimator, needs)
-                check(what, kernel, 2 * tensors, 2 * ("x" in needs))
+    for name in ("int4_g32_asym", "int8_channel", "fp8_b128", "nvfp4"):
+        check_all(name, 90)
+    for name in ("fp8_tensor", "mxfp8", "nf4_g64"):
+        check(f"{name} sm_90 forward", forward(name, plan(lookup(name), 4096, 4096, 4096), 90), 4, 4)
+    for name, columns in (("nvfp4", 4096), ("mxfp4", 4096), ("fp8_g128", 4096), ("fp8_token", 4096),
+                          ("int8_token", 14336), ("int8_token", 20480)):  # fmt: skip
+        check(f"{name} {columns} sm_90 input", of_input(name, columns, 90), 4, 4)
+    for capability in (80, 89, 100, 120):
+        check_all("nvfp4", capability)
+        for name in ("nvfp4", "int8_token"):
+            check(f"{name} sm_{capability} input", of_input(name, 4096, capability), 4, 4)
     print("all compiled")
 
 
