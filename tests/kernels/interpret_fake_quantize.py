@@ -73,7 +73,19 @@ def forward(name: str, fmt: Format) -> None:
             same(found, fake_quantize_reference(*given, "ste", round_bf16), f"{name} {dtype} {round_bf16}")
 
 
+def ties(name: str) -> None:
+    """Halfway between neighbours, where only the rule of the element decides."""
+    fmt = lookup(name)
+    grid = torch.tensor(fmt.element.grid)
+    halves = ((grid[1:] + grid[:-1]) / 2).repeat(2, 1 + 2 * (fmt.group or 64) // len(grid))[:, : 2 * (fmt.group or 64)]
+    scale = torch.full(fmt.grid_shape(*halves.shape), 0.5)
+    given = (halves * 0.5, scale, scale, None, None, name, "ste", False)
+    same(kernels.fake_quantize(*given), fake_quantize_reference(*given), f"{name} ties")
+
+
 def all_shapes() -> None:
+    for name in ("int4_g32", "nvfp4", "mxfp6", "mxfp8", "nf4_g64"):
+        ties(name)
     for name in ("int4_g32_asym", "int8_token", "int8_tensor", "fp8_b128", "if4"):
         fmt = lookup(name)
         wide = normal(70, 2 * 64)
@@ -145,6 +157,8 @@ def inputs(name: str, fmt: Format) -> None:
             for got, right in zip(found, expected, strict=True):
                 same(got, right, f"{name} input {columns} {dtype}")
             x[-3:] = normal(3, x.shape[1])
+            x[-2] = torch.where(x[-2].abs() > 1, fmt.element.max / 8, x[-2])  # an exact power of two for a scale
+            x[-1, -1] = 50.0  # the maximum stands in the last tile
     dynamic.WIDEST = 16384
 
 
