@@ -1,6 +1,6 @@
 """Run by test_fake_quantize.py: a tiny model, three steps without kernels and three with, on the device named by the
-argument ("cpu" under TRITON_INTERPRET=1). On a CPU the first loss is the same to the bit, and the rest but for the order
-of sums; on a GPU PyTorch divides by a constant less exactly than the kernels, which moves scales of tokens by an ulp."""
+argument ("cpu" under TRITON_INTERPRET=1). On a CPU the first loss is the same to the bit, and the rest but for the
+order of sums; on a GPU PyTorch divides by constants less exactly than the kernels, so token scales differ by an ulp."""
 
 import sys
 from collections.abc import Callable
