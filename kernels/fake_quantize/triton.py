@@ -9,6 +9,7 @@ Sums over large blocks are made in two steps, each in a fixed order: no atomics,
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -211,6 +212,7 @@ def limits(fmt: Format) -> dict[str, float]:
     return {"LOW": float(low), "HIGH": float(high)}
 
 
+@lru_cache(maxsize=256)  # at every launch; callers copy it
 def constants(fmt: Format) -> dict[str, Any]:
     """Compile-time arguments of `rounded`; whatever depends on the format is derived here."""
     element, grid = fmt.element, torch.tensor(fmt.element.grid if fmt.element.kind == "table" else (0.0,))
