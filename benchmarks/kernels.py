@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from qat.catalog import lookup
-from qat.kernels.load import explain, load
+from qat.kernels.explain import explain
+from qat.kernels.load import load
 from qat.numerics import quantize
 from qat.packed import pack, packed_linear
 

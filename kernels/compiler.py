@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
 SECONDS = 120
 
 
@@ -33,22 +33,26 @@ def which(name: str) -> str | None:
     return shutil.which(name)
 
 
-def load_library(source: Path) -> ctypes.CDLL:
+def load_library(source: Path, *, exact: bool = False) -> ctypes.CDLL:
     """The library made from one C file.
+
+    Args:
+        source: the file.
+        exact: round every operation, for results that must have the reference's bits; else products and sums may fuse.
 
     Raises:
         OSError: there is no compiler, or it failed; carries its message.
     """
     _share_openmp()
-    return ctypes.CDLL(str(_compiled(source)))
+    return ctypes.CDLL(str(_compiled(source, (*FLAGS, f"-ffp-contract={'off' if exact else 'fast'}"))))
 
 
-def _compiled(source: Path) -> Path:
+def _compiled(source: Path, flags: tuple[str, ...]) -> Path:
     cc = compiler()
     if cc is None:
         raise OSError("no C compiler found ($CC, cc, gcc, clang)")
     text = source.read_bytes()
-    key = hashlib.sha256(text + repr((cc, FLAGS, _processor())).encode()).hexdigest()[:16]
+    key = hashlib.sha256(text + repr((cc, flags, _processor())).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("QAT_CACHE") or "~/.cache/qat").expanduser() / "kernels"
     target = folder / f"{source.parent.name}-{key}.so"
     if target.is_file():
@@ -57,7 +61,7 @@ def _compiled(source: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / target.name
         for openmp in (("-fopenmp",), ()):  # some compilers come without it; one thread then
-            command = [cc, *FLAGS, *openmp, "-o", str(made), str(source)]
+            command = [cc, *flags, *openmp, "-o", str(made), str(source)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
             if done.returncode == 0:
                 os.replace(made, target)

@@ -1,90 +1,88 @@
-"""Which kernels there are: registers them on the operators of `qat`, and says what would run and why.
+"""Which kernels there are, and how they get under the operators of `qat`.
 
-Importing it changes nothing until `load` is called.
+Importing it changes nothing until `load` is called. QAT_KERNELS=0 in the environment keeps the reference
+implementations. `explain.py` says what would run and why.
 """
 
+import os
+import sys
 from functools import cache
 from importlib import import_module
-from typing import Any
+from importlib.util import find_spec
 
 import torch
 
-from qat.catalog import CATALOG, lookup
-from qat.kernels.packed_linear.choose import choose
-from qat.layouts import tile
-from qat.packed import problem
-
-# The operator `qat::<name>` is the function `<name>` of `kernels/<name>/triton.py` ("cuda") and `kernels/<name>/cpu.py`
-# ("cpu"), which import its reference.
-KERNELS = {
-    "packed_linear": ("cuda", "cpu"),
-    "distill_rows": ("cuda",),
+# Operator -> file below kernels/ by device type; the file holds a function of the operator's name.
+KERNELS: dict[str, dict[str, str]] = {
+    "packed_linear": {"cuda": "packed_linear/triton", "cpu": "packed_linear/cpu"},
+    "fake_quantize": {"cuda": "fake_quantize/triton"},
+    "fake_quantize_backward": {"cuda": "fake_quantize/triton"},
+    "quantized_linear": {"cuda": "fake_quantize/triton"},
+    "fake_quantize_input": {"cuda": "fake_quantize_input/triton", "cpu": "fake_quantize_input/cpu"},
+    "quantize_pack": {"cuda": "quantize_pack/triton"},
+    "distill_rows": {"cuda": "distill_rows/triton"},
+    "quantize_input": {"cuda": "quantize_input/triton"},
+    "rms_norm_quantize": {"cuda": "quantize_input/triton"},
+    "silu_mul_quantize": {"cuda": "quantize_input/triton"},
 }
-_FILES = {"cuda": "triton", "cpu": "cpu"}
 _loaded: set[tuple[str, str]] = set()
 
 
+def switched_off() -> bool:
+    """Whether the user wants the reference implementations."""
+    return os.environ.get("QAT_KERNELS") == "0"
+
+
 def available() -> bool:
-    """Whether Triton is installed and a GPU that it supports is here."""
-    try:
-        import triton  # noqa: F401  # looked for, not used
-    except ImportError:
-        return False
-    return torch.cuda.is_available()
+    """Whether Triton is installed, a GPU that it supports is here, and nobody switched the kernels off."""
+    return not switched_off() and find_spec("triton") is not None and torch.cuda.is_available()
 
 
 @cache
-def cpu_problem() -> str | None:
-    """Why the C kernels cannot run here, or None."""
-    from qat.kernels.packed_linear.cpu import library
+def _cannot_compile() -> str | None:
+    from qat.kernels.fake_quantize_input import cpu as inputs
+    from qat.kernels.packed_linear import cpu as packed
 
     try:
-        library()
+        packed.library(), inputs.library()
     except OSError as error:
         return str(error)
     return None
 
 
+def cpu_problem() -> str | None:
+    """Why the C kernels cannot run here, or None."""
+    return "QAT_KERNELS=0" if switched_off() else _cannot_compile()
+
+
 def load() -> list[str]:
-    """Put the kernels under the operators, once; returns the device types that have them now."""
+    """Put the kernels under the operators, once; returns the device types that have some now."""
     devices = [device for device, there in (("cuda", available()), ("cpu", cpu_problem() is None)) if there]
-    for name, written in KERNELS.items():
-        for device in devices:
-            if device in written and (name, device) not in _loaded:
-                kernel = getattr(import_module(f"qat.kernels.{name}.{_FILES[device]}"), name)
-                torch.library.register_kernel(f"qat::{name}", device, kernel)
-                _loaded.add((name, device))
+    for device in devices:
+        for operator, files in KERNELS.items():
+            if device in files:
+                register(operator, device, files[device])
     return devices
 
 
-def explain(format: str, tokens: int, rows: int, columns: int) -> dict[str, Any]:
-    """What runs x (tokens, columns) times a packed weight (rows, columns) on this machine after `load`, and why.
-
-    Raises:
-        FormatError: no such format.
-    """
-    fmt = lookup(format)
-    told: dict[str, Any] = {"format": format, "operator": "qat::packed_linear", "kernel": "none", "why": problem(fmt)}
-    if told["why"] is not None:
-        return told
-    if not available():
-        return {**told, **_explain_cpu(tokens)}
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
-    tiles = choose(tokens, rows, columns, tile(fmt.element.bits), processors)
-    return {**told, "kernel": "triton", "why": tiles.why}
+def register(operator: str, device: str, file: str) -> None:
+    """Put one kernel under an operator for a dispatch key; tests put Triton's interpreter under "cpu"."""
+    if (operator, device) not in _loaded:
+        kernel = getattr(import_module(f"qat.kernels.{file.replace('/', '.')}"), operator)
+        torch.library.register_kernel(f"qat::{operator}", device, kernel)
+        _loaded.add((operator, device))
 
 
-def _explain_cpu(tokens: int) -> dict[str, str]:
-    from qat.kernels.packed_linear.cpu import FEW
+def load_for_training() -> None:
+    """`load`, and one line on stderr that says what training will run."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device in load():
+        names = [operator for operator, files in KERNELS.items() if device in files and operator in _TRAINING]
+        what = f"{'Triton' if device == 'cuda' else 'C'} kernels for {', '.join(names)}"
+    else:
+        why = "Triton is not installed" if device == "cuda" and not switched_off() else cpu_problem()
+        what = f"no kernels ({why}): fake quantization runs its reference implementation, several passes over memory"
+    print(f"qat: {what}", file=sys.stderr)
 
-    reason = cpu_problem()
-    if reason is not None:
-        return {"kernel": "reference", "why": f"weights are dequantized at every call, slower than BF16: {reason}"}
-    few = f"at most {FEW} tokens: codes are decoded in registers"
-    many = f"more than {FEW} tokens: slices of dense weights for the library's product"
-    return {"kernel": "c", "why": few if tokens <= FEW else many}
 
-
-def explain_all(tokens: int, rows: int, columns: int) -> list[dict[str, Any]]:
-    """`explain` for every format that weights are stored in (float32 scales belong to inputs)."""
-    return [explain(name, tokens, rows, columns) for name, fmt in CATALOG.items() if fmt.scale != "f32"]
+_TRAINING = ("fake_quantize", "fake_quantize_backward", "quantized_linear", "fake_quantize_input", "distill_rows")

@@ -72,8 +72,10 @@ def load_job(path: str | Path, overrides: list[str] | None = None) -> "Job":
 
 def train(job: "Job", *, resume: bool = False) -> dict[str, Any]:
     """Run a job; returns its report."""
+    from qat.kernels.load import load_for_training
     from qat.trainers.run import train as run
 
+    load_for_training()
     return run(job, resume_run=resume)
 
 

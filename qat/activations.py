@@ -7,17 +7,28 @@ checkpoint can be compared with an exact difference of zero. For a float32 input
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qat.catalog import E2M1, SCALE_ELEMENT
+from qat.catalog import E2M1, SCALE_ELEMENT, lookup
 from qat.element import EXPONENT_BIAS, Element
 from qat.errors import UnsupportedError
 from qat.format import Format
 from qat.gradients import Estimator
-from qat.numerics import Scales, block_amax, decode_scale, find_scales, global_scale_for, store_scale, to_blocks
-from qat.ops import fake_quantize
+from qat.numerics import (
+    TINY,
+    Scales,
+    block_amax,
+    decode_scale,
+    find_scales,
+    global_scale_for,
+    over,
+    store_scale,
+    to_blocks,
+)
+from qat.ops import fake_quantize, fake_quantize_reference
 
 BF16 = torch.bfloat16
 _VLLM_TOKEN_FLOOR = 512  # scaled_fp8_quant: a token's scale is at least 1 / (element max x 512)
@@ -36,7 +47,7 @@ def static_part(fmt: Format, amax: Tensor) -> Tensor | None:
     """What a checkpoint stores of an input quantizer, float32 [1]: the scale of a static format, the divisor above E4M3
     block scales (the reciprocal of our power-of-two multiplier), or None where everything follows the data."""
     if fmt.block == (0, 0):
-        return decode_scale(store_scale((amax.detach() / fmt.element.max).reshape(1), fmt))
+        return decode_scale(store_scale(over(amax.detach(), fmt.element.max).reshape(1), fmt))
     if fmt.global_scale:
         return global_scale_for(amax.detach(), fmt).reciprocal().reshape(1)
     return None
@@ -57,9 +68,62 @@ def fake_quantize_input(x: Tensor, fmt: Format, rule: str, estimator: Estimator,
 
 
 def _vllm(x: Tensor, fmt: Format, static: Tensor | None, estimator: Estimator) -> Tensor:
+    if fmt.block[0] == 1 and not fmt.zero_point and len(fmt.elements) == 1:
+        y: Tensor = torch.ops.qat.fake_quantize_input(x, static, fmt.name, estimator)[0]
+        return y
     with torch.no_grad():
         scales = _vllm_scales(x.detach(), fmt, static)
     return fake_quantize(x, fmt.name, scales, estimator=estimator)
+
+
+def fake_quantize_input_reference(
+    x: Tensor, static: Tensor | None, format: str, estimator: str
+) -> tuple[Tensor, Tensor]:
+    """What `qat::fake_quantize_input` means: (x on its grid, the scales for clipping in the backward pass, or nothing).
+    For formats whose blocks are tokens or groups, of one element type and without zero points."""
+    scale = _vllm_scales(x.detach(), lookup(format), static).effective()
+    y = fake_quantize_reference(x, scale, scale, None, None, format, estimator, False)
+    return y, scale if estimator == "clipped" else scale.new_empty(0)
+
+
+_fake_quantize_input = torch.library.custom_op(
+    "qat::fake_quantize_input", fake_quantize_input_reference, mutates_args=()
+)
+
+
+@_fake_quantize_input.register_fake
+def _(x: Tensor, static: Tensor | None, format: str, estimator: str) -> tuple[Tensor, Tensor]:
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    shape = lookup(format).grid_shape(rows, x.shape[-1]) if estimator == "clipped" else (0,)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, x.new_empty(shape, dtype=torch.float32)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, _static, ctx.format, ctx.estimator = inputs
+    ctx.set_materialize_grads(False)  # nothing flows back through the scales
+    if ctx.estimator == "clipped":
+        ctx.save_for_backward(x, output[1])
+
+
+def _backward(ctx: Any, grad: Tensor | None, _grad_scale: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is not None and ctx.estimator == "clipped":
+        x, scale = ctx.saved_tensors
+        needs = [True, False, False]
+        (grad,) = torch.ops.qat.fake_quantize_backward(
+            grad, x, None, None, scale, None, ctx.format, ctx.estimator, needs
+        )
+    return grad, None, None, None
+
+
+_fake_quantize_input.register_autograd(_backward, setup_context=_setup)
+
+
+def floors(fmt: Format) -> tuple[float, float]:
+    """What a block's maximum and its scale count at least, in vLLM's rule (scales of E4M3 and E8M0 have their own)."""
+    if fmt.element.kind != "minifloat" or fmt.scale != "f32":
+        return 0.0, TINY
+    return (_VLLM_GROUP_FLOOR, TINY) if fmt.group else (0.0, 1 / (fmt.element.max * _VLLM_TOKEN_FLOOR))
 
 
 def _vllm_scales(x: Tensor, fmt: Format, static: Tensor | None) -> Scales:
@@ -76,10 +140,9 @@ def _vllm_scales(x: Tensor, fmt: Format, static: Tensor | None) -> Scales:
         stored = torch.where(stored == 0, SCALE_ELEMENT.max, stored)
         return Scales(stored.to(fmt.scale_storage), static.reciprocal().view(()))
     if element.kind == "minifloat" and fmt.scale == "f32":
-        amax = block_amax(to_blocks(x.to(torch.float32), fmt))
-        if fmt.group:
-            return Scales(store_scale(amax.clamp_min(_VLLM_GROUP_FLOOR) / element.max, fmt))
-        return Scales(store_scale((amax / element.max).clamp_min(1 / (element.max * _VLLM_TOKEN_FLOOR)), fmt))
+        amax_floor, scale_floor = floors(fmt)
+        amax = block_amax(to_blocks(x.to(torch.float32), fmt)).clamp_min(amax_floor)
+        return Scales(store_scale(over(amax, element.max).clamp_min(scale_floor), fmt))
     return find_scales(x, fmt, static.reciprocal().view(()) if static is not None else None)
 
 

@@ -101,8 +101,10 @@ def _train(arguments: argparse.Namespace) -> None:
 
             print_estimate(found, Console())
         return
+    from qat.kernels.load import load_for_training
     from qat.trainers.run import train
 
+    load_for_training()
     report = train(job, resume_run=arguments.resume, table=not arguments.json)
     if arguments.json:
         _print_json(report)
@@ -280,7 +282,7 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
 
 
 def _kernels(arguments: argparse.Namespace) -> None:
-    from qat.kernels.load import explain_all
+    from qat.kernels.explain import explain_all
 
     sizes = (arguments.tokens, arguments.rows, arguments.columns)
     if min(sizes) < 1:

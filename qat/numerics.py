@@ -180,6 +180,11 @@ def find_scales(x: Tensor, fmt: Format, global_scale: Tensor | None = None) -> S
     return choose_elements(blocked, fmt, scales) if len(fmt.elements) > 1 else scales
 
 
+def over(x: Tensor, divisor: float) -> Tensor:
+    """x / divisor, correctly rounded on every device: by a plain number, torch on CUDA multiplies with 1 / divisor."""
+    return x / torch.full_like(x, divisor)
+
+
 def scale_from_amax(amax: Tensor, fmt: Format, global_scale: Tensor | None, blocked: Tensor | None = None) -> Tensor:
     """Stored scale from the block maxima by `fmt.scale_rule`; "mean" also needs the blocks themselves."""
     if fmt.scale == "e8m0":
@@ -188,7 +193,7 @@ def scale_from_amax(amax: Tensor, fmt: Format, global_scale: Tensor | None, bloc
         if blocked is None:
             raise FormatError(f"{fmt.name} needs the values, not only their maximum, to find its scale")
         return store_scale(blocked.abs().mean(dim=(1, 3)), fmt, global_scale)
-    return store_scale(amax / fmt.element.max, fmt, global_scale)
+    return store_scale(over(amax, fmt.element.max), fmt, global_scale)
 
 
 def _block_exponent(amax: Tensor, fmt: Format) -> Tensor:
@@ -196,7 +201,7 @@ def _block_exponent(amax: Tensor, fmt: Format) -> Tensor:
     ceil: the smallest power of two that never saturates."""
     element = fmt.element
     if fmt.scale_rule == "ceil":
-        exponent = _ceil_log2(amax / element.max).to(torch.float32)
+        exponent = _ceil_log2(over(amax, element.max)).to(torch.float32)
     else:
         bits = amax.contiguous().view(torch.int32)
         if fmt.scale_rule == "even":

@@ -4,6 +4,7 @@ Device kernels register on the same names (`torch.library.register_kernel`), so 
 file stays the meaning. Only tensors, strings and flags cross the boundary; a Format travels by its catalogue name.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,13 +12,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from qat.catalog import lookup
+from qat.errors import UnsupportedError
 from qat.format import Format
 from qat.gradients import Estimator, backward
-from qat.numerics import Scales, from_blocks, per_block, rounded, to_blocks
+from qat.layouts import PART, tile, to_words
+from qat.numerics import Scales, from_blocks, per_block, quantize, rounded, to_blocks
+from qat.packed import problem
 
 
-@torch.library.custom_op("qat::fake_quantize", mutates_args=())
-def _fake_quantize(
+def fake_quantize_reference(
     x: Tensor,
     divisor: Tensor,
     multiplier: Tensor,
@@ -27,6 +30,7 @@ def _fake_quantize(
     estimator: str,
     round_bf16: bool,
 ) -> Tensor:
+    """What `qat::fake_quantize` means, and what device kernels fall back to."""
     y = _on_grid(x, lookup(format), Scales(multiplier, None, zero_point, choice, divisor))
     if round_bf16 and not lookup(format).exact_in_bf16:
         y = y.to(torch.bfloat16)
@@ -37,6 +41,9 @@ def _on_grid(x: Tensor, fmt: Format, scales: Scales) -> Tensor:
     """float32 values; `scales.stored` is the multiplier."""
     values = rounded(to_blocks(x.detach().to(torch.float32), fmt), fmt, scales)
     return from_blocks(values.mul_(per_block(scales.stored)), x.shape, fmt)
+
+
+_fake_quantize = torch.library.custom_op("qat::fake_quantize", fake_quantize_reference, mutates_args=())
 
 
 @_fake_quantize.register_fake
@@ -54,19 +61,75 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, y, divisor, multiplier, zero_point = ctx.saved_tensors
-    needs = tuple(ctx.needs_input_grad[:3])
-    if needs == (True, False, False) and ctx.estimator == "ste" and ctx.one_scale:
-        return grad, None, None, None, None, None, None, None
-    divisor = multiplier if ctx.one_scale else divisor
-    grads = backward(grad, x, y, divisor, multiplier, zero_point, lookup(ctx.format), ctx.estimator, needs)
-    return (*grads, None, None, None, None, None)
+    scales = (None if ctx.one_scale else divisor, multiplier, zero_point)
+    return (*_gradients(grad, x, y, *scales, ctx.format, ctx.estimator, ctx.needs_input_grad[:3]), *[None] * 5)
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor | None,
+    y: Tensor | None,
+    divisor: Tensor | None,
+    multiplier: Tensor,
+    zero_point: Tensor | None,
+    format: str,
+    estimator: str,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients for (x, divisor, multiplier), as `qat::fake_quantize_backward`; what passes unchanged is not copied."""
+    unchanged = needs[0] and estimator == "ste" and divisor is None
+    asked = [needs[0] and not unchanged, *needs[1:]]
+    made: list[Tensor] = []
+    if any(asked):
+        made = torch.ops.qat.fake_quantize_backward(
+            grad, grad if x is None else x, y, divisor, multiplier, zero_point, format, estimator, asked
+        )
+    grads = iter(made)
+    found = [next(grads) if ask else None for ask in asked]
+    return [grad, *found[1:]] if unchanged else found
 
 
 _fake_quantize.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.library.custom_op("qat::quantized_linear", mutates_args=())
-def _quantized_linear(
+def fake_quantize_backward_reference(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    divisor: Tensor | None,
+    multiplier: Tensor,
+    zero_point: Tensor | None,
+    format: str,
+    estimator: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """What `qat::fake_quantize_backward` means: `qat.gradients.backward` for those of (x, divisor, multiplier) that are
+    needed, in this order. Without a divisor the multiplier is the one scale; y is read for the multiplier only."""
+    one = multiplier if divisor is None else divisor
+    estimate = _estimator(estimator)
+    wanted = (needs[0], needs[1], needs[2])
+    grads = backward(grad, x, grad if y is None else y, one, multiplier, zero_point, lookup(format), estimate, wanted)
+    made = [g.to(t.dtype) for g, t in zip(grads, (grad, multiplier, multiplier), strict=True) if g is not None]
+    return [g.clone() if g.data_ptr() == grad.data_ptr() else g for g in made]  # an operator owns what it returns
+
+
+def _estimator(name: str) -> Estimator:
+    return "clipped" if name == "clipped" else "ste"
+
+
+_fake_quantize_backward = torch.library.custom_op(
+    "qat::fake_quantize_backward", fake_quantize_backward_reference, mutates_args=()
+)
+
+
+@_fake_quantize_backward.register_fake
+def _(grad: Tensor, x: Tensor, y: Tensor | None, divisor: Tensor | None, *args: Any) -> list[Tensor]:
+    multiplier, needs = args[0], args[-1]
+    shapes = (torch.empty_like(grad, memory_format=torch.contiguous_format), *[torch.empty_like(multiplier)] * 2)
+    return [torch.empty_like(like) for like, need in zip(shapes, needs, strict=True) if need]
+
+
+def quantized_linear_reference(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -77,10 +140,14 @@ def _quantized_linear(
     format: str,
     round_bf16: bool,
 ) -> tuple[Tensor, Tensor]:
+    """What `qat::quantized_linear` means: (x times the weight on its grid, that weight)."""
     values = _on_grid(weight, lookup(format), Scales(multiplier, None, zero_point, choice, divisor))
     kept = values.to(torch.bfloat16 if round_bf16 else weight.dtype)  # exact, in as few bytes as possible
     used = kept if kept.dtype == x.dtype else values.copy_(kept).to(weight.dtype).to(x.dtype)
     return functional.linear(x, used, None if bias is None else bias.to(x.dtype)), kept
+
+
+_quantized_linear = torch.library.custom_op("qat::quantized_linear", quantized_linear_reference, mutates_args=())
 
 
 @_quantized_linear.register_fake
@@ -111,17 +178,52 @@ def _backward_linear(ctx: Any, grad: Tensor, _grad_kept: Tensor | None) -> tuple
     rows = grad.flatten(0, -2)
     grad_x = grad @ kept.to(grad.dtype) if needs_x else None
     grad_bias = rows.sum(dim=0).to(ctx.bias_dtype) if needs_bias else None
-    of_weight: tuple[Tensor | None, ...] = (None, None, None)
+    of_weight: Sequence[Tensor | None] = (None, None, None)
     if needs_weight or needs_divisor or needs_multiplier:
         grad_weight = (rows.t() @ x.flatten(0, -2)).to(weight.dtype)
-        divisor = multiplier if ctx.one_scale else divisor
+        scales = (None if ctx.one_scale else divisor, multiplier, zero_point)
         needs = (needs_weight, needs_divisor, needs_multiplier)
-        scales = (divisor, multiplier, zero_point)
-        of_weight = backward(grad_weight, weight, kept, *scales, lookup(ctx.format), "ste", needs)
+        of_weight = _gradients(grad_weight, weight, kept, *scales, ctx.format, "ste", needs)
     return (grad_x, of_weight[0], grad_bias, *of_weight[1:], None, None, None, None)
 
 
 _quantized_linear.register_autograd(_backward_linear, setup_context=_setup_linear)
+
+
+def quantize_pack_reference(weight: Tensor, divisor: Tensor, zero_point: Tensor | None, format: str) -> Tensor:
+    """What `qat::quantize_pack` means: the codes of weight (rows, columns) under these scales, as `qat.packed` holds
+    them. A value that is NaN gets the code of zero; `qat.packed.pack` is what refuses broken scales."""
+    fmt = lookup(format)
+    reason = problem(fmt)
+    if reason is not None:
+        raise UnsupportedError(f"{fmt.name} weights cannot be held packed: {reason}")
+    codes = quantize(weight, fmt, Scales(divisor, None, zero_point, None, divisor)).codes
+    return to_words(codes, fmt.element.bits, offset=fmt.element.kind == "integer")
+
+
+_quantize_pack = torch.library.custom_op("qat::quantize_pack", quantize_pack_reference, mutates_args=())
+
+
+@_quantize_pack.register_fake
+def _(weight: Tensor, divisor: Tensor, zero_point: Tensor | None, format: str) -> Tensor:
+    tiles = -(-weight.shape[1] // tile(lookup(format).element.bits))
+    return weight.new_empty(weight.shape[0], tiles * PART, dtype=torch.int16)
+
+
+def quantize_pack(weight: Tensor, format: str, scales: Scales) -> Tensor:
+    """Codes of weight (rows, columns) as int16 words (rows, words of whole tiles), see `qat.layouts.to_words`.
+
+    Args:
+        weight: any float dtype.
+        format: catalogue name.
+        scales: stored scales, of which the divisor, where there is one, rounds.
+
+    Raises:
+        UnsupportedError: a format that cannot be held packed.
+    """
+    divisor = scales.effective() if scales.divisor is None else scales.divisor
+    words: Tensor = torch.ops.qat.quantize_pack(weight, divisor, scales.zero_point, format)
+    return words
 
 
 def fake_quantize(

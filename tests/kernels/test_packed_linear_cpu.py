@@ -8,7 +8,8 @@ from torch import Tensor
 
 from qat.catalog import CATALOG, lookup
 from qat.kernels import compiler
-from qat.kernels.load import cpu_problem, explain
+from qat.kernels.explain import explain
+from qat.kernels.load import cpu_problem
 from qat.kernels.packed_linear.cpu import FEW, decodes, packed_linear
 from qat.numerics import QTensor, quantize
 from qat.packed import PackedWeight, pack, problem, unpack
@@ -97,7 +98,7 @@ def test_scales_are_found_again_by_row() -> None:
 def test_what_runs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     few, many = explain("int4_g64", 1, 64, 64), explain("int4_g64", FEW + 1, 64, 64)
     assert few["kernel"] == many["kernel"] == "c" and "registers" in few["why"] and "slices" in many["why"]
-    monkeypatch.setattr("qat.kernels.load.cpu_problem", lambda: "no C compiler found")
+    monkeypatch.setattr("qat.kernels.explain.cpu_problem", lambda: "no C compiler found")
     told = explain("int4_g64", 1, 64, 64)
     assert told["kernel"] == "reference" and "slower than BF16: no C compiler" in told["why"]
 

@@ -1,0 +1,71 @@
+"""What would run on this machine for a format and a shape, and why: `qat kernels`."""
+
+from typing import Any
+
+import torch
+
+from qat.catalog import CATALOG, lookup
+from qat.kernels.fake_quantize.choose import input_problem
+from qat.kernels.fake_quantize.choose import problem as training_problem
+from qat.kernels.load import available, cpu_problem
+from qat.kernels.packed_linear.choose import choose
+from qat.layouts import tile
+from qat.packed import problem
+
+
+def explain(format: str, tokens: int, rows: int, columns: int) -> dict[str, Any]:
+    """What runs x (tokens, columns) times a packed weight (rows, columns) after `load`, and why.
+
+    Raises:
+        FormatError: no such format.
+    """
+    fmt = lookup(format)
+    told: dict[str, Any] = {"format": format, "operator": "qat::packed_linear", "kernel": "none", "why": problem(fmt)}
+    if told["why"] is not None:
+        return told
+    if not available():
+        return {**told, **_on_a_cpu(tokens)}
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    tiles = choose(tokens, rows, columns, tile(fmt.element.bits), processors)
+    return {**told, "kernel": "triton", "why": tiles.why}
+
+
+def _on_a_cpu(tokens: int) -> dict[str, str]:
+    from qat.kernels.packed_linear.cpu import FEW
+
+    reason = cpu_problem()
+    if reason is not None:
+        return {"kernel": "reference", "why": f"weights are dequantized at every call, slower than BF16: {reason}"}
+    few = f"at most {FEW} tokens: codes are decoded in registers"
+    many = f"more than {FEW} tokens: slices of dense weights for the library's product"
+    return {"kernel": "c", "why": few if tokens <= FEW else many}
+
+
+def explain_all(tokens: int, rows: int, columns: int) -> list[dict[str, Any]]:
+    """`explain` for every format that weights are stored in (float32 scales belong to inputs)."""
+    return [explain(name, tokens, rows, columns) for name, fmt in CATALOG.items() if fmt.scale != "f32"]
+
+
+def explain_training(format: str) -> dict[str, dict[str, str]]:
+    """Per operator of training, what would run it for `format` on this machine after `load`, and why.
+
+    Raises:
+        FormatError: no such format.
+    """
+    fmt = lookup(format)
+    problems = {
+        "qat::fake_quantize": (training_problem(fmt), "one pass over memory"),
+        "qat::fake_quantize_backward": (training_problem(fmt), "one pass over memory, sums in a fixed order"),
+        "qat::quantized_linear": (training_problem(fmt), "one pass over the weight, then the library's product"),
+        "qat::fake_quantize_input": (input_problem(fmt), "maximum, scale and rounding in one pass over memory"),
+        "qat::quantize_pack": (problem(fmt), "one pass over memory"),
+    }
+    missing = None if available() else "no GPU with Triton here, or QAT_KERNELS=0"
+    told = {}
+    for operator, (reason, how) in problems.items():
+        why = reason or missing
+        told[operator] = {"kernel": "triton" if why is None else "reference", "why": why or how}
+    inputs = told["qat::fake_quantize_input"]
+    if problems["qat::fake_quantize_input"][0] is None and not available() and cpu_problem() is None:
+        inputs |= {"kernel": "c", "why": problems["qat::fake_quantize_input"][1]}
+    return told

@@ -1,0 +1,351 @@
+"""Fake quantization and its gradients in Triton: one pass over memory each, numbers equal to the reference's.
+
+Rounding is float32 arithmetic that IEEE 754 fixes to the last bit (a correctly rounded division, additions that drop
+bits, no casts to small floats), so a GPU, the interpreter and `qat.numerics` give the same bits. What the kernels do
+not take runs the reference; `qat.kernels.load.explain_training` says so by name.
+
+Sums over large blocks are made in two steps, each in a fixed order: no atomics, so a run repeats itself exactly.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional
+
+from qat.catalog import lookup
+from qat.format import Format
+from qat.kernels.fake_quantize.choose import Plan, plan, problem
+from qat.ops import fake_quantize_backward_reference, fake_quantize_reference, quantized_linear_reference
+
+ALL = tl.constexpr(tl.PropagateNan.ALL)
+ROUNDER = tl.constexpr(1.5 * 2.0**23)  # adding it drops the fraction, ties to even
+PROGRAMS = 1024  # of a reduction, about 8 per processor of the largest devices
+
+
+@triton.jit
+def clamp(x, low, high):
+    """As torch.clamp: NaN stays NaN."""
+    return tl.minimum(tl.maximum(x, low, propagate_nan=ALL), high, propagate_nan=ALL)
+
+
+@triton.jit
+def rounded(
+    x,
+    zero,
+    KIND: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    MIN_NORMAL: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    ZEROS: tl.constexpr,
+    GRID: tl.constexpr,
+    BOUNDS: tl.constexpr,
+):
+    """float32 x, in units of the element, to the nearest value (zero point subtracted). LOW and HIGH bound the values,
+    or the codes where there are zero points."""
+    if KIND == "table":
+        y = tl.full(x.shape, GRID[0], tl.float32)
+        for index in tl.static_range(len(BOUNDS)):
+            y = tl.where(x > BOUNDS[index], GRID[index + 1], y)
+        return tl.where(x == x, y, x)
+    elif KIND == "integer" and ZEROS:  # clamped first, which is the same for whole bounds: the addition stays exact
+        return clamp(x, LOW - zero, HIGH - zero) + ROUNDER - ROUNDER
+    elif KIND == "integer":
+        x = clamp(x, LOW, HIGH)
+        sign = x.to(tl.int32, bitcast=True) & -2147483648
+        return ((x + ROUNDER - ROUNDER).to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    else:  # see Element.round_
+        x = clamp(x, LOW, HIGH)
+        binade = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        dropper = tl.maximum(binade, MIN_NORMAL) * (1.5 * 2.0 ** (23 - MANTISSA))
+        return x + dropper - dropper
+
+
+@triton.jit
+def to_bf16_grid(x):
+    """float32 x rounded to a BF16 number, half to even, by integer arithmetic; NaN stays NaN."""
+    bits = x.to(tl.int32, bitcast=True)
+    near = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    return tl.where(x == x, near.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def fake_quantize_kernel(
+    x,
+    divisor,
+    multiplier,
+    zeros,
+    out,
+    R,
+    C,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    scale_columns,
+    KIND: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    MIN_NORMAL: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    ZEROS: tl.constexpr,
+    GRID: tl.constexpr,
+    BOUNDS: tl.constexpr,
+    ROUND_BF16: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+):
+    """out (R, C) = x on its grid. BLOCK_COLUMNS 0: one scale per row; else one per block, which holds whole tiles."""
+    across = tl.cdiv(C, TILE_COLUMNS)
+    first_row = (tl.program_id(0) // across) * TILE_ROWS
+    first_column = (tl.program_id(0) % across).to(tl.int64) * TILE_COLUMNS
+    row, column = tl.arange(0, TILE_ROWS), tl.arange(0, TILE_COLUMNS)
+    inside = (row < R - first_row)[:, None] & (column < C - first_column)[None, :]
+    at = first_row.to(tl.int64) * C + first_column + row[:, None] * C + column[None, :]
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if BLOCK_COLUMNS == 0:
+        scale_at = first_row + row
+        there = scale_at < R
+        d = tl.load(divisor + scale_at, mask=there, other=1.0)[:, None]
+        m = tl.load(multiplier + scale_at, mask=there, other=1.0)[:, None]
+        zero = tl.load(zeros + scale_at, mask=there, other=0).to(tl.float32)[:, None] if ZEROS else 0.0
+    else:
+        scale_at = (first_row // BLOCK_ROWS) * scale_columns + first_column // BLOCK_COLUMNS
+        d = tl.load(divisor + scale_at)
+        m = tl.load(multiplier + scale_at)
+        zero = tl.load(zeros + scale_at).to(tl.float32) if ZEROS else 0.0
+    value = tl.div_rn(value, d)
+    y = rounded(value, zero, KIND, MANTISSA, MIN_NORMAL, LOW, HIGH, ZEROS, GRID, BOUNDS) * m
+    if ROUND_BF16:
+        y = to_bf16_grid(y)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def fake_quantize_backward_kernel(
+    grad,
+    x,
+    y,
+    divisor,
+    multiplier,
+    zeros,
+    grad_x,
+    of_divisor,
+    of_multiplier,
+    R,
+    C,
+    SEGMENT,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    scale_columns,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    ZEROS: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
+    NEEDS_X: tl.constexpr,
+    NEEDS_DIVISOR: tl.constexpr,
+    NEEDS_MULTIPLIER: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+):
+    """Gradients as `qat.gradients.backward` defines them.
+
+    grad_x (R, C). The two others are finished, (R,), where a program sees WHOLE rows of one scale each, else the sums
+    per row and segment, (R, segments), which the host adds up. ONE_TILE: a segment is no longer than a tile.
+    """
+    segments = tl.cdiv(C, SEGMENT)
+    first_row = (tl.program_id(0) // segments) * TILE_ROWS
+    segment = tl.program_id(0) % segments
+    row, column = tl.arange(0, TILE_ROWS), tl.arange(0, TILE_COLUMNS)
+    in_row = row < R - first_row
+    of_block = (first_row // BLOCK_ROWS) * scale_columns + segment
+    scale_at = first_row + row if BLOCK_COLUMNS == 0 else of_block + row * 0
+    m = tl.load(multiplier + scale_at, mask=in_row, other=1.0)
+    d = m if ONE_SCALE else tl.load(divisor + scale_at, mask=in_row, other=1.0)
+    zero = tl.load(zeros + scale_at, mask=in_row, other=0).to(tl.float32) if ZEROS else 0.0
+    lowest, highest = ((LOW - zero) * d)[:, None], ((HIGH - zero) * d)[:, None]
+    passing = 1.0 if ONE_SCALE else tl.div_rn(m, d)[:, None]
+    moved = tl.zeros((TILE_ROWS,) if ONE_TILE else (TILE_ROWS, TILE_COLUMNS), tl.float32)
+    held = moved
+    start = segment.to(tl.int64) * SEGMENT
+    rows_at = first_row.to(tl.int64) * C + row[:, None] * C + column[None, :]
+    for first in range(start, tl.minimum(start + SEGMENT, C), TILE_COLUMNS):
+        at = rows_at + first
+        inside = in_row[:, None] & (column < C - first)[None, :]
+        g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+        if NEEDS_DIVISOR or (NEEDS_X and CLIPPED):
+            value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+            beyond = (value < lowest) | (value > highest)
+        if NEEDS_MULTIPLIER:
+            product = g * tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+            held += tl.sum(product, axis=1) if ONE_TILE else product
+        if NEEDS_DIVISOR:
+            product = tl.where(beyond, 0.0, g * value)
+            moved += tl.sum(product, axis=1) if ONE_TILE else product
+        if NEEDS_X:
+            passed = g if ONE_SCALE else g * passing
+            if CLIPPED:
+                passed = tl.where(beyond, 0.0, passed)
+            tl.store(grad_x + at, passed.to(grad_x.dtype.element_ty), mask=inside)
+    result_at = (first_row + row).to(tl.int64) * segments + segment
+    if NEEDS_DIVISOR:
+        total = moved if ONE_TILE else tl.sum(moved, axis=1)
+        total = tl.div_rn(-total * m, d * d) if WHOLE else total
+        tl.store(of_divisor + result_at, total, mask=in_row)
+    if NEEDS_MULTIPLIER:
+        total = held if ONE_TILE else tl.sum(held, axis=1)
+        total = tl.div_rn(total, m) if WHOLE else total
+        tl.store(of_multiplier + result_at, total, mask=in_row)
+
+
+def limits(fmt: Format) -> dict[str, float]:
+    """Bounds of the values, or of the codes where zero points shift them."""
+    half = 2 ** (fmt.element.bits - 1)
+    low, high = (-half, half - 1) if fmt.zero_point else (fmt.element.low, fmt.element.high)
+    return {"LOW": float(low), "HIGH": float(high)}
+
+
+@lru_cache(maxsize=256)  # at every launch; callers copy it
+def constants(fmt: Format) -> dict[str, Any]:
+    """Compile-time arguments of `rounded`; whatever depends on the format is derived here."""
+    element, grid = fmt.element, torch.tensor(fmt.element.grid if fmt.element.kind == "table" else (0.0,))
+    return {
+        "KIND": element.kind,
+        "MANTISSA": element.mantissa_bits,
+        "MIN_NORMAL": element.min_normal,
+        **limits(fmt),
+        "ZEROS": fmt.zero_point,
+        "GRID": tuple(grid.tolist()),
+        "BOUNDS": tuple(((grid[1:] + grid[:-1]) / 2).tolist()),
+    }
+
+
+def size(x: Tensor) -> tuple[int, int]:
+    """(rows, columns) of x (..., columns)."""
+    return math.prod(x.shape[:-1]), x.shape[-1]
+
+
+def takes(x: Tensor, scales: Sequence[Tensor | None], zero_point: Tensor | None, fmt: Format) -> bool:
+    """Whether the kernels take x (..., columns) with these scales; the reference computes (or refuses) all others."""
+    if problem(fmt) is not None or x.dtype == torch.float64 or not x.numel() or not x.dim():
+        return False
+    rows, columns = size(x)
+    shape = fmt.grid_shape(rows, columns)
+    fits = all(t is None or (t.dtype == torch.float32 and t.shape == shape) for t in scales)
+    zeros = zero_point is None if not fmt.zero_point else zero_point is not None and zero_point.shape == shape
+    return fits and zeros and fmt.divides(columns)
+
+
+def _forward(x: Tensor, scales: Sequence[Tensor | None], fmt: Format, round_bf16: bool, dtype: torch.dtype) -> Tensor:
+    """x (..., columns) on its grid, in `dtype`; scales are (divisor, multiplier, zero points)."""
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    rows, columns = size(x)
+    cut = plan(fmt, rows, columns, 4096)
+    divisor, multiplier, zeros = (None if t is None else t.contiguous() for t in scales)
+    # The cast to BF16 rounds like this by itself on a device, but not in Triton's interpreter.
+    round_here = (round_bf16 and not fmt.exact_in_bf16) or (dtype == torch.bfloat16 and not x.is_cuda)
+    fake_quantize_kernel[(cut.tiles,)](
+        x.contiguous(), divisor, multiplier, zeros, out, cut.rows, cut.columns,
+        **_geometry(cut), **constants(fmt), ROUND_BF16=round_here, num_warps=cut.warps,
+    )  # fmt: skip
+    return out
+
+
+def _geometry(cut: Plan) -> dict[str, int]:
+    return {
+        "BLOCK_ROWS": cut.block_rows,
+        "BLOCK_COLUMNS": cut.block_columns,
+        "scale_columns": cut.scale_columns,
+        "TILE_ROWS": cut.tile_rows,
+        "TILE_COLUMNS": cut.tile_columns,
+    }
+
+
+def fake_quantize(
+    x: Tensor,
+    divisor: Tensor,
+    multiplier: Tensor,
+    zero_point: Tensor | None,
+    choice: Tensor | None,
+    format: str,
+    estimator: str,
+    round_bf16: bool,
+) -> Tensor:
+    """The operator `qat::fake_quantize` on a device that runs Triton."""
+    fmt = lookup(format)
+    if choice is not None or not takes(x, (divisor, multiplier), zero_point, fmt):
+        return fake_quantize_reference(x, divisor, multiplier, zero_point, choice, format, estimator, round_bf16)
+    return _forward(x, (divisor, multiplier, zero_point), fmt, round_bf16, x.dtype)
+
+
+def quantized_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    divisor: Tensor,
+    multiplier: Tensor,
+    zero_point: Tensor | None,
+    choice: Tensor | None,
+    format: str,
+    round_bf16: bool,
+) -> tuple[Tensor, Tensor]:
+    """The operator `qat::quantized_linear` on a device that runs Triton: one kernel for the weight, then the library's
+    matrix product."""
+    fmt = lookup(format)
+    if choice is not None or not takes(weight, (divisor, multiplier), zero_point, fmt):
+        return quantized_linear_reference(x, weight, bias, divisor, multiplier, zero_point, choice, format, round_bf16)
+    dtype = torch.bfloat16 if round_bf16 else weight.dtype
+    kept = _forward(weight, (divisor, multiplier, zero_point), fmt, round_bf16, dtype)
+    used = kept if kept.dtype == x.dtype else kept.to(weight.dtype).to(x.dtype)
+    return functional.linear(x, used, None if bias is None else bias.to(x.dtype)), kept
+
+
+def fake_quantize_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    divisor: Tensor | None,
+    multiplier: Tensor,
+    zero_point: Tensor | None,
+    format: str,
+    estimator: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The operator `qat::fake_quantize_backward` on a device that runs Triton."""
+    fmt = lookup(format)
+    if grad.dtype == torch.float64 or not takes(x, (divisor, multiplier), zero_point, fmt):
+        return fake_quantize_backward_reference(grad, x, y, divisor, multiplier, zero_point, format, estimator, needs)
+    rows, columns = size(x)
+    cut = plan(fmt, rows, columns, 2048, PROGRAMS)
+    one = multiplier.contiguous()
+    two = one if divisor is None else divisor.contiguous()
+    whole = cut.block_columns == 0 and cut.segments == 1
+    grad_x = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device) if needs[0] else None
+    sums = [one.new_empty(cut.rows, cut.segments) if need else None for need in needs[1:]]
+    fake_quantize_backward_kernel[(-(-cut.rows // cut.tile_rows) * cut.segments,)](
+        grad.contiguous(), x.contiguous(), None if y is None else y.contiguous(), two, one,
+        None if zero_point is None else zero_point.contiguous(), grad_x, *sums, cut.rows, cut.columns, cut.segment,
+        **_geometry(cut), **limits(fmt), ZEROS=fmt.zero_point, CLIPPED=estimator == "clipped",
+        ONE_SCALE=divisor is None, NEEDS_X=needs[0], NEEDS_DIVISOR=needs[1], NEEDS_MULTIPLIER=needs[2], WHOLE=whole,
+        ONE_TILE=cut.segment <= cut.tile_columns, num_warps=cut.warps,
+    )  # fmt: skip
+    moved, held = (None if t is None else _added(t, cut, one.shape) for t in sums)
+    if not whole:
+        moved = None if moved is None else -moved * one / two.square()
+        held = None if held is None else held / one
+    return [t for t in (grad_x, moved, held) if t is not None]
+
+
+def _added(sums: Tensor, cut: Plan, shape: torch.Size) -> Tensor:
+    """Sums per row and segment (rows, segments) added up per scale, in `shape`."""
+    if cut.block_columns == 0:
+        return (sums if cut.segments == 1 else sums.sum(dim=1)).view(shape)
+    padded = functional.pad(sums, (0, 0, 0, -cut.rows % cut.block_rows))
+    return padded.view(shape[0], cut.block_rows, shape[1]).sum(dim=1)

@@ -1,0 +1,106 @@
+"""Dynamic fake quantization of inputs on CPUs, in C with the reference's bits: for training and for serving."""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.activations import fake_quantize_input_reference, floors
+from qat.catalog import SCALE_ELEMENT, lookup
+from qat.format import Format
+from qat.kernels.compiler import load_library
+from qat.numerics import TINY
+
+LANES = 16  # values that cpu.c takes at a time
+_SCALES = ("f32", "bf16", "e4m3", "e8m0")
+_RULES = ("ceil", "even", "floor")
+
+
+class _Rule(ctypes.Structure):
+    """`Rule` of cpu.c."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_float)
+            for name in ("max", "inverse_max", "low", "high", "min_normal", "scale_max", "scale_min_normal")
+        ),
+        *((name, ctypes.c_float) for name in ("amax_floor", "scale_floor", "tiny", "divisor")),
+        *((name, ctypes.c_int32) for name in ("mantissa", "scale_mantissa", "max_exponent", "scale", "rule")),
+    )
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled kernel.
+
+    Raises:
+        OSError: it cannot be compiled here.
+    """
+    found = load_library(Path(__file__).with_name("cpu.c"), exact=True)
+    pointer, whole, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    found.fake_quantize_input.argtypes = [pointer, pointer, pointer, pointer, whole, whole, flag, flag]
+    return found
+
+
+def computes(fmt: Format) -> bool:
+    """Whether cpu.c has this format's elements and scales."""
+    element = fmt.element
+    known = element.kind == "integer" or (element.kind == "minifloat" and element.mantissa_bits in (1, 3))
+    plain = len(fmt.elements) == 1 and element.step == 1.0 and not fmt.zero_point and fmt.scale_rule != "mean"
+    return known and plain and fmt.block[0] == 1 and (fmt.scale != "e4m3" or element.kind == "minifloat")
+
+
+@cache
+def _rule(fmt: Format, divisor: float) -> _Rule:
+    element, (amax_floor, scale_floor) = fmt.element, floors(fmt)
+    return _Rule(
+        max=element.max,
+        inverse_max=1 / element.max,
+        low=element.low,
+        high=element.high,
+        min_normal=element.min_normal,
+        scale_max=SCALE_ELEMENT.max,
+        scale_min_normal=SCALE_ELEMENT.min_normal,
+        amax_floor=amax_floor,
+        scale_floor=scale_floor,
+        tiny=TINY,
+        divisor=divisor,
+        mantissa=element.mantissa_bits if element.kind == "minifloat" else -1,
+        scale_mantissa=SCALE_ELEMENT.mantissa_bits,
+        max_exponent=element.max_exponent,
+        scale=_SCALES.index(fmt.scale),
+        rule=_RULES.index(fmt.scale_rule) if fmt.scale == "e8m0" else 0,
+    )
+
+
+def fake_quantize_input(x: Tensor, static: Tensor | None, format: str, estimator: str) -> tuple[Tensor, Tensor]:
+    """The operator `qat::fake_quantize_input` on a CPU."""
+    fmt = lookup(format)
+    columns = x.shape[-1] if x.dim() else 0
+    block = fmt.group or columns
+    plain = x.dtype in (torch.float32, torch.bfloat16) and x.numel() and fmt.divides(columns) and block % LANES == 0
+    given = (static is not None and static.dtype == torch.float32) == (fmt.scale == "e4m3")
+    if not plain or not given or not computes(fmt):
+        return fake_quantize_input_reference(x, static, format, estimator)
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    many = x.numel() // block
+    keep = estimator == "clipped"
+    scales = x.new_empty((many // (columns // block), columns // block) if keep else (0,), dtype=torch.float32)
+    rule: Any = _rule(fmt, 1.0 if static is None else float(static))
+    status = library().fake_quantize_input(
+        ctypes.byref(rule),
+        x.data_ptr(),
+        out.data_ptr(),
+        scales.data_ptr() if keep else None,
+        many,
+        block,
+        x.element_size(),
+        torch.get_num_threads(),
+    )
+    if status:
+        raise RuntimeError(f"cpu.c has no instance for {fmt.name}: `computes` must say so first")
+    return out, scales

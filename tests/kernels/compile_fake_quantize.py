@@ -1,0 +1,127 @@
+"""Run by test_fake_quantize.py: compile the training kernels ahead of time for every architecture, without a GPU.
+
+Asserts that nothing spills, and that memory is read and written in pieces of 16 bytes (8 BF16 values) per thread.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from qat.catalog import lookup
+from qat.kernels.fake_quantize import triton as kernels
+from qat.kernels.fake_quantize.choose import Plan, plan
+from qat.kernels.fake_quantize_input import triton as dynamic
+from qat.kernels.quantize_pack import triton as pack
+from qat.packed import problem
+
+FLOATS = ("divisor", "multiplier", "of_divisor", "of_multiplier", "static", "scales")
+VALUES = ("x", "y", "out", "grad", "grad_x", "weight")
+COUNTS = ("R", "C", "SEGMENT", "scale_columns", "K", "stride_words", "scale_stride")
+
+
+def compiled(kernel: Any, fixed: dict[str, Any], capability: int, warps: int) -> triton.compiler.CompiledKernel:
+    """`kernel` for BF16 tensors; None in `fixed` is an absent tensor."""
+    types = {**dict.fromkeys(FLOATS, "*fp32"), **dict.fromkeys(VALUES, "*bf16"), "zeros": "*i8", "words": "*i16"}
+    types |= dict.fromkeys(COUNTS, "i32")
+    signature = {name: "constexpr" if name in fixed else types[name] for name in kernel.arg_names}
+    given = {(kernel.arg_names.index(name),): value for name, value in fixed.items()}
+    hints = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name, kind in signature.items()
+             if kind != "constexpr"}  # fmt: skip
+    source = ASTSource(kernel, signature, given, hints)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+
+
+def resources(kernel: triton.compiler.CompiledKernel) -> tuple[int, int]:
+    """Registers and bytes of local memory per thread, from the compiled binary."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return tuple(sum(map(int, re.findall(rf"(?:{kind}):(\d+)", text))) for kind in ("REG", "LOCAL|STACK"))  # type: ignore[return-value]  # two numbers
+
+
+def forward(name: str, cut: Plan, capability: int) -> triton.compiler.CompiledKernel:
+    fmt = lookup(name)
+    fixed = {**kernels._geometry(cut), **kernels.constants(fmt), "ROUND_BF16": not fmt.exact_in_bf16}
+    del fixed["scale_columns"]
+    fixed |= {} if fmt.zero_point else {"zeros": None}
+    return compiled(kernels.fake_quantize_kernel, fixed, capability, cut.warps)
+
+
+def backward(name: str, cut: Plan, capability: int, estimator: str, needs: str) -> triton.compiler.CompiledKernel:
+    fmt = lookup(name)
+    fixed = {**kernels._geometry(cut), **kernels.limits(fmt), "ZEROS": fmt.zero_point}
+    del fixed["scale_columns"]
+    fixed |= {"CLIPPED": estimator == "clipped", "ONE_SCALE": needs == "x", "NEEDS_X": "x" in needs}
+    fixed |= {"NEEDS_DIVISOR": "d" in needs, "NEEDS_MULTIPLIER": "m" in needs}
+    fixed["WHOLE"] = cut.block_columns == 0 and cut.segments == 1
+    fixed["ONE_TILE"] = cut.segment <= cut.tile_columns
+    absent = {"zeros": fmt.zero_point, "y": "m" in needs, "grad_x": "x" in needs}
+    absent |= {"of_divisor": "d" in needs, "of_multiplier": "m" in needs}
+    fixed |= {argument: None for argument, here in absent.items() if not here}
+    return compiled(kernels.fake_quantize_backward_kernel, fixed, capability, cut.warps)
+
+
+def of_input(name: str, columns: int, capability: int, keep: bool = True) -> triton.compiler.CompiledKernel:
+    fmt = lookup(name)
+    fixed = dynamic.arguments(fmt, 4096 * columns // (fmt.group or columns), fmt.group or columns)
+    warps = fixed.pop("num_warps")
+    fixed |= {"KEEP": keep, "ROUND_BF16": False} | ({} if fmt.scale == "e4m3" else {"static": None})
+    fixed |= {} if keep else {"scales": None}
+    return compiled(dynamic.fake_quantize_input_kernel, fixed, capability, warps)
+
+
+def packed(name: str, capability: int) -> triton.compiler.CompiledKernel:
+    fmt = lookup(name)
+    fixed = pack.arguments(fmt, 4096, 4096) | ({} if fmt.zero_point else {"zeros": None})
+    return compiled(pack.quantize_pack_kernel, fixed, capability, 4)
+
+
+def check(what: str, kernel: triton.compiler.CompiledKernel, loads: int, stores: int) -> None:
+    registers, local = resources(kernel)
+    wide = [len(re.findall(rf"{kind}\.global[\w.:]*\.v4\.b32", kernel.asm["ptx"])) for kind in ("ld", "st")]
+    print(f"{what}: {registers} registers, {local} bytes spilled, 16-byte loads {wide[0]}, stores {wide[1]}")
+    assert local == 0, f"{what}: spills"
+    assert wide[0] >= loads and wide[1] >= stores, f"{what}: {wide} of {(loads, stores)} accesses are 16 bytes wide"
+    assert not re.search(r"div\.(full|approx)|\.ftz", kernel.asm["ptx"]), (
+        f"{what}: arithmetic that does not round right"
+    )
+
+
+def check_all(name: str, capability: int) -> None:
+    """Every kernel of one format on one architecture. 4096 values of a program are four 16-byte accesses per thread."""
+    fmt, what = lookup(name), f"{name} sm_{capability}"
+    check(f"{what} forward", forward(name, plan(fmt, 4096, 4096, 4096), capability), 4, 4)
+    cut = plan(fmt, 4096, 4096, 2048, kernels.PROGRAMS)
+    for estimator, needs, tensors in (("ste", "xdm", 3), ("clipped", "x", 2)):
+        kernel = backward(name, cut, capability, estimator, needs)
+        check(f"{what} backward {estimator} {needs}", kernel, 2 * tensors, 2)
+    if problem(fmt) is None:
+        check(f"{what} pack", packed(name, capability), 4, 1)
+
+
+def main() -> None:
+    for name in ("int4_g32_asym", "int8_channel", "fp8_b128", "nvfp4"):
+        check_all(name, 90)
+    for name in ("fp8_tensor", "mxfp8", "nf4_g64"):
+        check(f"{name} sm_90 forward", forward(name, plan(lookup(name), 4096, 4096, 4096), 90), 4, 4)
+    for name, columns in (("nvfp4", 4096), ("mxfp4", 4096), ("fp8_g128", 4096), ("fp8_token", 4096),
+                          ("int8_token", 14336), ("int8_token", 20480)):  # fmt: skip
+        check(f"{name} {columns} sm_90 input", of_input(name, columns, 90), 4, 4)
+    for capability in (80, 89, 100, 120):
+        check_all("nvfp4", capability)
+        for name in ("nvfp4", "int8_token"):
+            check(f"{name} sm_{capability} input", of_input(name, 4096, capability), 4, 4)
+    print("all compiled")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

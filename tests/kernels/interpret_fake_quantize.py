@@ -1,0 +1,199 @@
+"""Run by test_fake_quantize.py under TRITON_INTERPRET=1: the training kernels' source, executed on the CPU.
+
+Values, codes and gradients of x must be the reference's, bit by bit (BF16 too: the kernels round to it by themselves
+here, because the interpreter's own cast does not round). Sums are compared with float64.
+"""
+
+import sys
+import warnings
+
+import torch
+from torch import Tensor
+
+from qat.activations import fake_quantize_input_reference, static_part
+from qat.catalog import CATALOG, lookup
+from qat.format import Format
+from qat.gradients import backward
+from qat.kernels.fake_quantize import triton as kernels
+from qat.kernels.fake_quantize.choose import input_problem, plan, problem
+from qat.kernels.fake_quantize_input import triton as dynamic
+from qat.kernels.quantize_pack.triton import quantize_pack
+from qat.numerics import Scales, find_scales
+from qat.ops import (
+    fake_quantize_backward_reference,
+    fake_quantize_reference,
+    quantize_pack_reference,
+    quantized_linear_reference,
+)
+from qat.packed import problem as packing_problem
+
+GENERATOR = torch.Generator().manual_seed(0)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+SUMMED = ("int4_g32_asym", "int8_channel", "int3_tensor", "nvfp4", "nf4_g64", "fp8_b128")
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=GENERATOR)
+
+
+def bits(x: Tensor) -> Tensor:
+    """Equal where all bits are, signs of zeros too; one NaN is as good as another."""
+    return torch.where(x.isnan(), torch.nan, x.to(torch.float32)).view(torch.int32)
+
+
+def same(found: Tensor, expected: Tensor, what: str) -> None:
+    assert found.shape == expected.shape and found.dtype == expected.dtype, what
+    assert found.is_contiguous() and torch.equal(bits(found), bits(expected)), f"{what}: {found} is not {expected}"
+
+
+def sample(fmt: Format, rows: int = 5) -> Tensor:
+    """Sizes that end inside tiles and, where it may overhang, inside a block; an outlier, and a block of zeros."""
+    x = normal(rows + 130, 200) if fmt.block[0] > 1 else normal(rows, 3 * (fmt.group or 67))
+    x[0, 3] = 1e4
+    x[1, : fmt.group or 32] = 0
+    return x
+
+
+def broken(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[2, 5], x[3, 7], x[3, 40] = torch.nan, torch.inf, -torch.inf
+    return x
+
+
+def forward(name: str, fmt: Format) -> None:
+    x = sample(fmt)
+    scales = find_scales(x, fmt)
+    multiplier = scales.effective()
+    divisor = multiplier * (0.7 + 0.2 * torch.rand(multiplier.shape, generator=GENERATOR))
+    divisor[-1, -1] = torch.nan  # a block whose scale is broken
+    kinds = ((torch.float32, multiplier, False), (torch.float32, divisor, True), (torch.float16, divisor, True),
+             (torch.bfloat16, divisor, False))  # fmt: skip
+    for dtype, rounding, round_bf16 in kinds:
+        given = (broken(x).to(dtype), rounding, multiplier, scales.zero_point, None, name, "ste", round_bf16)
+        same(kernels.fake_quantize(*given), fake_quantize_reference(*given), f"{name} {dtype} {round_bf16}")
+
+
+def ties(name: str) -> None:
+    """Halfway between neighbours, where only the rule of the element decides."""
+    fmt = lookup(name)
+    grid = torch.tensor(fmt.element.grid)
+    halves = ((grid[1:] + grid[:-1]) / 2).repeat(2, 1 + 2 * (fmt.group or 64) // len(grid))[:, : 2 * (fmt.group or 64)]
+    scale = torch.full(fmt.grid_shape(*halves.shape), 0.5)
+    given = (halves * 0.5, scale, scale, None, None, name, "ste", False)
+    same(kernels.fake_quantize(*given), fake_quantize_reference(*given), f"{name} ties")
+
+
+def all_shapes() -> None:
+    for name in ("int4_g32", "nvfp4", "mxfp6", "mxfp8", "nf4_g64"):
+        ties(name)
+    for name in ("int4_g32_asym", "int8_token", "int8_tensor", "fp8_b128", "if4"):
+        fmt = lookup(name)
+        wide = normal(70, 2 * 64)
+        for x in (
+            wide[:, ::2],
+            wide[:64].t()[:5],
+            wide[:0, :64],
+            wide[:1, :64],
+            wide[:6, :64].view(2, 3, 64),
+            wide[0, :64],
+        ):
+            scales = find_scales(x, fmt)
+            given = (x, scales.effective(), scales.effective(), scales.zero_point, scales.choice, name, "ste", False)
+            same(kernels.fake_quantize(*given), fake_quantize_reference(*given), f"{name} {tuple(x.shape)}")
+    x, weight, bias = normal(3, 96), normal(40, 96), normal(40)
+    scale = find_scales(weight, lookup("int4_g32")).effective()
+    for dtype in FLOATS[:2]:
+        given = (x.to(dtype), weight, bias, scale, scale, None, None, "int4_g32", True)
+        pairs = zip(kernels.quantized_linear(*given), quantized_linear_reference(*given), strict=True)
+        for found, expected in pairs:
+            same(found, expected, "quantized_linear")
+
+
+def gradients(name: str, columns: int) -> None:
+    fmt = lookup(name)
+    x = normal(150, 200) if fmt.block[0] > 1 else normal(5, columns)
+    scales = find_scales(x, fmt)
+    multiplier = scales.effective()
+    divisor = multiplier * (0.6 + 0.2 * torch.rand(multiplier.shape, generator=GENERATOR))
+    y = fake_quantize_reference(x, divisor, multiplier, scales.zero_point, None, name, "ste", False)
+    grad = normal(*x.shape)
+    every = (True, True, True)
+    kinds = ((torch.float32, "clipped", divisor, every), (torch.float16, "ste", divisor, every),
+             (torch.float32, "ste", None, (False, True, True)), (torch.bfloat16, "clipped", None, (True, False, False)),
+             (torch.float16, "ste", divisor, (True, False, True)))  # fmt: skip
+    for dtype, estimator, rounding, needs in kinds:
+        values = (grad.to(dtype), x.to(dtype), y.to(dtype))
+        rest = (multiplier, scales.zero_point, name, estimator, needs)
+        found = kernels.fake_quantize_backward(*values, rounding, *rest)
+        expected = fake_quantize_backward_reference(*values, rounding, *rest)
+        what = f"{name} {columns} {dtype} {estimator} {needs}"
+        assert [t.dtype for t in found] == [t.dtype for t in expected], what
+        if needs[0]:
+            same(found[0], expected[0], what)
+        one = multiplier.double() if rounding is None else rounding.double()
+        wide = (*(t.double() for t in values), one, multiplier.double(), scales.zero_point, fmt, estimator)
+        sums = [t for t in backward(*wide, (False, *needs[1:])) if t is not None]
+        for got, exact in zip(found[needs[0] :], sums, strict=True):
+            size = (grad.abs() @ x.abs().t()).max() / multiplier.min()
+            assert got.shape == multiplier.shape and bool(((got - exact).abs() <= 1e-6 * size).all()), what
+            torch.testing.assert_close(got.double(), exact, rtol=2e-4, atol=float(2e-6 * size))
+
+
+def inputs(name: str, fmt: Format) -> None:
+    """Scale and values in one kernel; the second width is read twice."""
+    static = static_part(fmt, torch.tensor(5.0))
+    for columns, widest in ((3 * (fmt.group or 67), 16384), (640, 256)):
+        dynamic.WIDEST = widest
+        x = (
+            broken(torch.cat([sample(fmt), normal(4, 3 * (fmt.group or 67))]))
+            if widest > 256
+            else broken(normal(6, 640))
+        )
+        for dtype, estimator in zip(FLOATS, ("clipped", "ste", "clipped"), strict=True):
+            if dtype == torch.float32:  # near both ends of float32; the interpreter's BF16 has no subnormals
+                x[-1], x[-2], x[-3] = x[-1] * 1e-37, x[-2] * 1e-42, x[-3].clamp(-1, 1) * 3e38
+            found = dynamic.fake_quantize_input(x.to(dtype), static, name, estimator)
+            expected = fake_quantize_input_reference(x.to(dtype), static, name, estimator)
+            for got, right in zip(found, expected, strict=True):
+                same(got, right, f"{name} input {columns} {dtype}")
+            x[-3:] = normal(3, x.shape[1])
+            x[-2] = torch.where(x[-2].abs() > 1, fmt.element.max / 8, x[-2])  # an exact power of two for a scale
+            x[-1, -1] = 50.0  # the maximum stands in the last tile
+    dynamic.WIDEST = 16384
+
+
+def words(name: str, fmt: Format) -> None:
+    short = next(size for size in (96, 160, 192, 384) if fmt.divides(size))
+    for columns, dtype in ((short, torch.float32), (640, torch.bfloat16)):
+        x = broken(normal(5, columns))
+        scales = find_scales(normal(5, columns), fmt)
+        divisor = scales.effective() * 0.8
+        divisor[0, 0] = torch.nan
+        given = (x.to(dtype), divisor, scales.zero_point, name)
+        found, expected = quantize_pack(*given), quantize_pack_reference(*given)
+        assert torch.equal(found, expected), f"{name}: other words for {columns} columns"
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    for name, fmt in CATALOG.items():
+        if problem(fmt) is None and not name.startswith(("int3", "int8_g", "int2_g")):  # as int4
+            forward(name, fmt)
+        if input_problem(fmt) is None and not name.endswith("channel"):  # as token
+            inputs(name, fmt)
+        if packing_problem(fmt) is None:
+            words(name, fmt)
+    all_shapes()
+    for name in SUMMED:
+        gradients(name, 192)
+    gradients("int8_channel", 5000)  # a row of several pieces
+    assert plan(lookup("int8_channel"), 5, 5000, 2048, kernels.PROGRAMS).segments > 1
+    scale = Scales(torch.ones(1, 1))
+    given = (normal(2, 64), scale.stored, scale.stored, None, None, "int4_g32", "ste", False)  # not the scales' shape
+    same(kernels.fake_quantize(*given), fake_quantize_reference(*given), "a scale that is broadcast")
+    print("all equal")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
