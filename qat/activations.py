@@ -16,7 +16,16 @@ from qat.element import EXPONENT_BIAS, Element
 from qat.errors import UnsupportedError
 from qat.format import Format
 from qat.gradients import Estimator
-from qat.numerics import Scales, block_amax, decode_scale, find_scales, global_scale_for, store_scale, to_blocks
+from qat.numerics import (
+    TINY,
+    Scales,
+    block_amax,
+    decode_scale,
+    find_scales,
+    global_scale_for,
+    store_scale,
+    to_blocks,
+)
 from qat.ops import fake_quantize
 
 BF16 = torch.bfloat16
@@ -58,11 +67,12 @@ def fake_quantize_input(x: Tensor, fmt: Format, rule: str, estimator: Estimator,
 
 def _vllm(x: Tensor, fmt: Format, static: Tensor | None, estimator: Estimator) -> Tensor:
     with torch.no_grad():
-        scales = _vllm_scales(x.detach(), fmt, static)
+        scales = vllm_scales(x.detach(), fmt, static)
     return fake_quantize(x, fmt.name, scales, estimator=estimator)
 
 
-def _vllm_scales(x: Tensor, fmt: Format, static: Tensor | None) -> Scales:
+def vllm_scales(x: Tensor, fmt: Format, static: Tensor | None) -> Scales:
+    """The scales of x (..., columns) by the "vllm" rule; `static` as `static_part` returns it."""
     element = fmt.element
     if fmt.block == (0, 0):
         assert static is not None
@@ -76,11 +86,17 @@ def _vllm_scales(x: Tensor, fmt: Format, static: Tensor | None) -> Scales:
         stored = torch.where(stored == 0, SCALE_ELEMENT.max, stored)
         return Scales(stored.to(fmt.scale_storage), static.reciprocal().view(()))
     if element.kind == "minifloat" and fmt.scale == "f32":
-        amax = block_amax(to_blocks(x.to(torch.float32), fmt))
-        if fmt.group:
-            return Scales(store_scale(amax.clamp_min(_VLLM_GROUP_FLOOR) / element.max, fmt))
-        return Scales(store_scale((amax / element.max).clamp_min(1 / (element.max * _VLLM_TOKEN_FLOOR)), fmt))
+        amax_floor, scale_floor = vllm_floors(fmt)
+        amax = block_amax(to_blocks(x.to(torch.float32), fmt)).clamp_min(amax_floor)
+        return Scales(store_scale((amax / element.max).clamp_min(scale_floor), fmt))
     return find_scales(x, fmt, static.reciprocal().view(()) if static is not None else None)
+
+
+def vllm_floors(fmt: Format) -> tuple[float, float]:
+    """What the maximum of a block, and then its float32 scale, count at least."""
+    if fmt.element.kind != "minifloat":
+        return 0.0, TINY
+    return (_VLLM_GROUP_FLOOR, TINY) if fmt.group else (0.0, 1 / (fmt.element.max * _VLLM_TOKEN_FLOOR))
 
 
 # --- compressed-tensors -----------------------------------------------------------------------------------------------
