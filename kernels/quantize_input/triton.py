@@ -18,7 +18,8 @@ from torch import Tensor
 
 from qat.activations import vllm_floors
 from qat.catalog import SCALE_ELEMENT
-from qat.element import EXPONENT_BIAS, Element
+from qat.element import EXPONENT_BIAS
+from qat.errors import UnsupportedError
 from qat.format import Format
 from qat.inputs import check, empty, nan_code
 from qat.kernels.quantize_input.choose import Tiles, choose
@@ -33,11 +34,15 @@ BIAS = tl.constexpr(EXPONENT_BIAS)
 INFINITY = tl.constexpr(float_bits(float("inf")))  # above it lie the NaNs
 NAN = tl.constexpr(float_bits(float("nan")))
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+ONE = tl.constexpr(float_bits(1.0))
+FIRST_NORMAL = tl.constexpr(float_bits(2.0 ** (1 - EXPONENT_BIAS)))
+HALF_NORMAL = tl.constexpr(float_bits(2.0**-EXPONENT_BIAS))
 MAGIC = tl.constexpr(1.5 * 2.0**23)  # float32 numbers of this size have no fraction
 MAGIC_BITS = tl.constexpr(float_bits(1.5 * 2.0**23))
 SCALE_MANTISSA = tl.constexpr(SCALE_ELEMENT.mantissa_bits)
 SCALE_LOWEST = tl.constexpr(float_bits(SCALE_ELEMENT.min_normal))
-SCALE_MAX_BITS = tl.constexpr(float_bits(SCALE_ELEMENT.max))
+SCALE_BITS = tl.constexpr(SCALE_ELEMENT.bits)
+SCALE_MAX = tl.constexpr(float(SCALE_ELEMENT.max))
 SCALE_NAN = tl.constexpr(nan_code(SCALE_ELEMENT))
 SCALE_UNIT = tl.constexpr(SCALE_ELEMENT.min_normal * 2.0 ** (EXPONENT_BIAS - 1))
 
@@ -49,37 +54,58 @@ def nan_where(condition, value):
 
 
 @triton.jit
-def float_code(q, MANTISSA: tl.constexpr, LOWEST: tl.constexpr, MAX_BITS: tl.constexpr):
-    """Codes (int32, without sign) of float32 magnitudes in units of a minifloat: nearest, ties to even, saturating.
-    LOWEST is the float32 bits of the smallest normal number."""
-    magnitude = tl.minimum(q.to(tl.int32, bitcast=True) & MAGNITUDE, MAX_BITS)
-    # A power of two so large that MANTISSA bits are left below the binade of what is added to it.
-    power = tl.maximum(magnitude & INFINITY, LOWEST) + ((23 - MANTISSA) << 23)
-    rounded = magnitude.to(tl.float32, bitcast=True) + power.to(tl.float32, bitcast=True)
-    binade = power - (LOWEST + ((23 - MANTISSA) << 23))
-    return (rounded.to(tl.int32, bitcast=True) - power) + (binade >> (23 - MANTISSA))
-
-
-@triton.jit
 def encode(
     q,
     KIND: tl.constexpr,
-    BITS: tl.constexpr,
     MANTISSA: tl.constexpr,
     LOWEST: tl.constexpr,
+    BITS: tl.constexpr,
     MAX: tl.constexpr,
-    MAX_BITS: tl.constexpr,
     NAN_CODE: tl.constexpr,
+    SATURATES: tl.constexpr,
 ):
-    """Codes (int32) of float32 quotients; a zero has the code of +0."""
+    """Codes (the last BITS of an int32) of float32 quotients: nearest, ties to even, saturating; a zero has the code of
+    +0, and above the codes of positive numbers there are only zeros. LOWEST is the float32 bits of the smallest normal number. SATURATES may be false where no quotient
+    rounds to more than MAX."""
+    near = tl.minimum(tl.maximum(q, -MAX), MAX) if SATURATES else q
     if KIND == "integer":
-        rounded = tl.minimum(tl.maximum(q, -MAX), MAX) + MAGIC
-        code = rounded.to(tl.int32, bitcast=True) - MAGIC_BITS
+        code = (near + MAGIC).to(tl.int32, bitcast=True) - MAGIC_BITS
     else:
-        magnitude = float_code(q, MANTISSA, LOWEST, MAX_BITS)
-        sign = (q.to(tl.int32, bitcast=True) >> (32 - BITS)) & (1 << (BITS - 1))
-        code = tl.where(magnitude == 0, 0, magnitude | sign)
+        # 1.5 times a power of two so large that MANTISSA bits are left below the binade of what is added to it.
+        shift: tl.constexpr = ((23 - MANTISSA) << 23) + (1 << 22)
+        power = tl.maximum(near.to(tl.int32, bitcast=True) & INFINITY, LOWEST) + shift
+        power = power.to(tl.float32, bitcast=True)
+        rounded = (near + power) - power
+        # Moved down to where the exponent field is the code's; float32's subnormals are then the code's.
+        bits = (rounded * float_of(FIRST_NORMAL - LOWEST + ONE)).to(tl.int32, bitcast=True)
+        code = (bits | ((bits >> 31) & 2 ** (22 - MANTISSA + BITS))) >> (23 - MANTISSA)  # the sign, now beside them
     return tl.where(q == q, code, NAN_CODE)
+
+
+@triton.jit
+def float_of(BITS: tl.constexpr):
+    """A float32 from its bits."""
+    return tl.full([], BITS, tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def divisor(b):
+    """What `quotient` wants to know of b: a power of two that brings it to [1, 2), b there, and its reciprocal."""
+    power = tl.maximum(2 * ONE - (b.to(tl.int32, bitcast=True) & INFINITY), HALF_NORMAL).to(tl.float32, bitcast=True)
+    return power, b * power, tl.math.div_rn(1.0, b * power)
+
+
+@triton.jit
+def quotient(a, b, power, near, inverse, DTYPE: tl.constexpr, OVERFLOWS: tl.constexpr):
+    """a / b, rounded once. For values of 16 bits one correction of the product with the reciprocal is enough: this was
+    checked for every pair of an 8 or 11 bit and a 24 bit significand. OVERFLOWS: a may be infinite while b is not."""
+    if tl.float32 == DTYPE:
+        return tl.math.div_rn(a, b)
+    else:
+        scaled = a * power
+        first = scaled * inverse
+        result = tl.fma(tl.fma(-near, first, scaled), inverse, first)
+        return tl.where(result == result, result, first) if OVERFLOWS else result
 
 
 @triton.jit
@@ -103,9 +129,8 @@ def block_scale(
         factor = stored
     elif SCALE == "e4m3":
         relative = static * (amax * (1 / MAX))
-        code = float_code(relative, SCALE_MANTISSA, SCALE_LOWEST, SCALE_MAX_BITS)
-        code = tl.where(code == 0, SCALE_NAN - 1, code)  # the largest number
-        stored = tl.where(relative == relative, code, SCALE_NAN)
+        code = encode(relative, "minifloat", SCALE_MANTISSA, SCALE_LOWEST, SCALE_BITS, SCALE_MAX, SCALE_NAN, True)
+        stored = tl.where(code == 0, SCALE_NAN - 1, code)  # the largest number
         value = (stored << (23 - SCALE_MANTISSA)).to(tl.float32, bitcast=True) * SCALE_UNIT
         factor = nan_where(stored == SCALE_NAN, value * tl.math.div_rn(1.0, static))
     else:
@@ -113,7 +138,7 @@ def block_scale(
             ratio = tl.math.div_rn(amax, MAX)
             ratio_bits = ratio.to(tl.int32, bitcast=True)
             exponent = (ratio_bits + 0x7FFFFF) >> 23
-            exponent = tl.where(ratio_bits <= 0x400000, 0, exponent)  # 2^-127 and below
+            exponent = tl.where(ratio_bits <= HALF_NORMAL, 0, exponent)  # the smallest scale
             exponent = tl.where((ratio_bits == 0) & (bits > 0), BIAS, exponent)  # as the reference has it
         elif RULE == "even":
             exponent = ((bits + (1 << (22 - MANTISSA))) >> 23) - MAX_EXPONENT
@@ -121,7 +146,7 @@ def block_scale(
             exponent = (bits >> 23) - MAX_EXPONENT
         exponent = tl.minimum(tl.maximum(exponent, 0), 2 * BIAS)
         stored = tl.where(bits < INFINITY, exponent, 2 * BIAS + 1)
-        inverse = tl.maximum((2 * BIAS - exponent) << 23, 0x400000).to(tl.float32, bitcast=True)
+        inverse = tl.maximum((2 * BIAS - exponent) << 23, HALF_NORMAL).to(tl.float32, bitcast=True)
         factor = nan_where(bits >= INFINITY, inverse)
     return stored, factor
 
@@ -163,6 +188,8 @@ def quantize_input_kernel(
     sums,
     M,
     K,
+    width,
+    groups,
     stride_x,
     stride_other,
     eps,
@@ -174,7 +201,6 @@ def quantize_input_kernel(
     MANTISSA: tl.constexpr,
     LOWEST: tl.constexpr,
     MAX: tl.constexpr,
-    MAX_BITS: tl.constexpr,
     MAX_EXPONENT: tl.constexpr,
     NAN_CODE: tl.constexpr,
     SCALE: tl.constexpr,
@@ -186,8 +212,8 @@ def quantize_input_kernel(
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Codes and scales of (M, K). GROUP is the number of columns per scale, 0 for a row; SCALE "bf16" is static. STEPS
-    of 0: nothing is shared by a row, and program_id(1) chooses the columns."""
+    """Codes and scales of (M, K), stored `width` and `groups` to a row. GROUP is the number of columns per scale, 0 for a
+    row; SCALE "bf16" is static. STEPS of 0: nothing is shared by a row, and program_id(1) chooses the columns."""
     WALK: tl.constexpr = STEPS if STEPS > 0 else 1
     PER_TOKEN: tl.constexpr = GROUP == 0 and SCALE == "f32"
     PACKED: tl.constexpr = KIND == "minifloat" and BITS == 4
@@ -235,12 +261,14 @@ def quantize_input_kernel(
         if WALK > 1 and NORM:
             value = normalized(value, inverse, weight + here, here < K, DTYPE)
         if PER_TOKEN:
-            q = tl.math.div_rn(value, factor[:, None])
+            power, near, inverse_of = divisor(factor)
+            q = quotient(value, factor[:, None], power[:, None], near[:, None], inverse_of[:, None], DTYPE, False)
         elif GROUP == 0:
             scale = static_part.to(tl.bfloat16).to(tl.float32)
             if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
                 tl.store(scales, scale)
-            q = tl.math.div_rn(value, scale)
+            power, near, inverse_of = divisor(scale)
+            q = quotient(value, scale, power, near, inverse_of, DTYPE, True)
         else:
             grouped = tl.reshape(value, (ROWS, BLOCK // GROUP, GROUP))
             largest = tl.max(grouped.to(tl.int32, bitcast=True) & MAGNITUDE, axis=2)
@@ -248,20 +276,23 @@ def quantize_input_kernel(
                 largest, static_part, SCALE, RULE, MANTISSA, MAX, MAX_EXPONENT, AMAX_FLOOR, SCALE_FLOOR
             )
             group = (first + step * BLOCK) // GROUP + tl.arange(0, BLOCK // GROUP)
-            scale_at = scales + row[:, None] * (K // GROUP) + group[None, :]
-            tl.store(scale_at, stored.to(scales.dtype.element_ty), mask=in_rows & (group * GROUP < K)[None, :])
+            scale_at = scales + row[:, None] * groups + group[None, :]
+            tl.store(scale_at, stored.to(scales.dtype.element_ty), mask=in_rows & (group < groups)[None, :])
+            factor = factor[:, :, None]
             if SCALE == "e8m0":
-                q = tl.reshape(grouped * factor[:, :, None], (ROWS, BLOCK))
+                q = grouped * factor
             else:
-                q = tl.reshape(tl.math.div_rn(grouped, factor[:, :, None]), (ROWS, BLOCK))
-        code = encode(q, KIND, BITS, MANTISSA, LOWEST, MAX, MAX_BITS, NAN_CODE)
+                power, near, inverse_of = divisor(factor)
+                q = quotient(grouped, factor, power, near, inverse_of, DTYPE, SCALE == "e4m3")
+            q = tl.reshape(q, (ROWS, BLOCK))
+        code = encode(q, KIND, MANTISSA, LOWEST, BITS, MAX, NAN_CODE, SCALE != "f32")
         if PACKED:
             even, odd = tl.split(tl.reshape(code, (ROWS, BLOCK // 2, 2)))
             pair = (first + step * BLOCK) // 2 + tl.arange(0, BLOCK // 2)
-            code_at = codes + row[:, None] * (K // 2) + pair[None, :]
-            tl.store(code_at, (even | (odd << 4)).to(tl.uint8), mask=in_rows & (2 * pair < K)[None, :])
+            code_at = codes + row[:, None] * width + pair[None, :]
+            tl.store(code_at, ((even & (2**BITS - 1)) | (odd << BITS)).to(tl.uint8), mask=in_rows & (pair < width)[None, :])
         else:
-            code_at = codes + row[:, None] * K + here[None, :]
+            code_at = codes + row[:, None] * width + here[None, :]
             tl.store(code_at, code.to(codes.dtype.element_ty), mask=mask)
 
 
@@ -278,7 +309,6 @@ def constants(fmt: Format, source: str, norm: bool, dtype: Any, tiles: Tiles) ->
         "MANTISSA": element.mantissa_bits,
         "LOWEST": float_bits(element.min_normal),
         "MAX": float(element.max),
-        "MAX_BITS": float_bits(element.max),
         "MAX_EXPONENT": element.max_exponent,
         "NAN_CODE": nan_code(element),
         "SCALE": fmt.scale,
@@ -315,8 +345,13 @@ def _run(
     source: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     fmt = check(format, x.shape[-1], static)
+    if x.dtype not in COMPUTE or (weight is not None and weight.dtype not in COMPUTE):
+        raise UnsupportedError(f"the fused input quantizers take bfloat16, float16 and float32, not {x.dtype}")
     codes, scales = empty(x, fmt)
     sums = x.new_empty(x.shape if source == "sum" else 0)
+    if x.numel() == 0:
+        scales.zero_() if static is None or fmt.block != (0, 0) else scales.copy_(static.to(fmt.scale_storage))
+        return codes, scales, sums
     norm = weight is not None
     flat = _flat(x)
     rest = None if other is None else _flat(other)
@@ -334,6 +369,8 @@ def _run(
         sums,
         rows,
         columns,
+        codes.shape[-1],
+        scales.shape[-1],
         flat.stride(0),
         0 if rest is None else rest.stride(0),
         eps,
