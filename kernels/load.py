@@ -3,6 +3,7 @@
 Importing it changes nothing until `load` is called.
 """
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -12,6 +13,12 @@ from qat.kernels.packed_linear.choose import choose
 from qat.layouts import tile
 from qat.packed import problem
 
+KERNELS = {  # operator: the folder whose triton.py has a function of that name
+    "packed_linear": "packed_linear",
+    "quantize_input": "quantize_input",
+    "rms_norm_quantize": "quantize_input",
+    "silu_mul_quantize": "quantize_input",
+}
 _loaded: set[str] = set()
 
 
@@ -28,11 +35,10 @@ def load() -> bool:
     """Put the kernels under the operators, once; returns whether there are any to put."""
     if not available():
         return False
-    if "packed_linear" not in _loaded:
-        from qat.kernels.packed_linear.triton import packed_linear
-
-        torch.library.register_kernel("qat::packed_linear", "cuda", packed_linear)
-        _loaded.add("packed_linear")
+    for operator in KERNELS.keys() - _loaded:
+        module = import_module(f"qat.kernels.{KERNELS[operator]}.triton")
+        torch.library.register_kernel(f"qat::{operator}", "cuda", getattr(module, operator))
+        _loaded.add(operator)
     return True
 
 

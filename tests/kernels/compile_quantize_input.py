@@ -61,3 +61,39 @@ def usage(kernel: triton.compiler.CompiledKernel) -> tuple[int, int]:
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers = max(int(count) for count in re.findall(r"REG:(\d+)", text))
     return registers, sum(int(size) for size in re.findall(r"(?:LOCAL|STACK):(\d+)", text))
+
+
+CASES = [
+    *((name, 90, "plain", False, 4096) for name in
+      ("int8_token", "int4_token", "fp8_token", "fp8_g128", "fp8_tensor", "nvfp4", "mxfp4", "mxfp8")),
+    *((name, 90, "sum", True, 4096) for name in ("int8_token", "fp8_tensor", "nvfp4")),
+    *((name, 90, "silu_mul", False, 14336) for name in ("fp8_token", "nvfp4")),
+    ("int8_token", 90, "plain", True, 576),  # several rows to a program
+    ("int8_token", 90, "sum", True, 20480),  # walked
+    *((name, capability, source, source == "sum", 4096) for capability in (80, 89, 100, 120)
+      for name, source in (("nvfp4", "plain"), ("fp8_token", "sum"), ("int8_token", "silu_mul"))),
+]  # fmt: skip
+
+
+def main() -> None:
+    for name, capability, source, norm, columns in CASES:
+        tiles = choose(8192, columns, shares_rows(lookup(name), norm), 132)
+        kernel = compiled(name, capability, source, norm, tiles)
+        ptx = kernel.asm["ptx"]
+        what = f"{name} {source}{' norm' if norm else ''} sm_{capability} {tiles}"
+        registers, local = usage(kernel)
+        assert local == 0, f"{what}: spills"
+        loads = re.findall(r"ld\.global[\w.:]*", ptx)
+        stores = re.findall(r"st\.global[\w.:]*", ptx)
+        narrow = [op for op in loads if ".v4" not in op]
+        assert len(loads) > len(narrow) <= 1, f"{what}: scalar loads of more than the static scale: {loads}"
+        wide = [op for op in stores if ".v4" in op or ".v2.b32" in op]
+        assert wide and len(stores) - len(wide) <= 1, f"{what}: scalar stores of more than the scales: {stores}"
+        assert ("div.full" in ptx) == (source == "silu_mul"), f"{what}: approximate quotients"
+        assert ".ftz" not in ptx, f"{what}: subnormals are flushed"
+        print(f"{what}: {registers} registers, {kernel.metadata.shared} bytes of shared memory, no spills")
+    print("all compiled")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
