@@ -131,31 +131,33 @@ def quantize_input_kernel(
         if WALK > 1 and NORM:
             value = normalized(value, inverse, weight + here, here < K, DTYPE)
         if PER_TOKEN:
-            power, near, inverse_of = divisor(factor)
-            q = quotient(value, factor[:, None], power[:, None], near[:, None], inverse_of[:, None], DTYPE, False)
+            factor_of = factor[:, None]
+            valid = factor_of == factor_of
         elif GROUP == 0:
-            scale = static_part.to(tl.bfloat16).to(tl.float32)
+            factor_of = static_part.to(tl.bfloat16).to(tl.float32)
             if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-                tl.store(scales, scale)
-            power, near, inverse_of = divisor(scale)
-            q = quotient(value, scale, power, near, inverse_of, DTYPE, True)
+                tl.store(scales, factor_of)
+            valid = value == value
         else:
-            grouped = tl.reshape(value, (ROWS, BLOCK // GROUP, GROUP))
-            largest = tl.max(grouped.to(tl.int32, bitcast=True) & MAGNITUDE, axis=2)
+            value = tl.reshape(value, (ROWS, BLOCK // GROUP, GROUP))
+            largest = tl.max(value.to(tl.int32, bitcast=True) & MAGNITUDE, axis=2)
             stored, factor = block_scale(
                 largest, static_part, SCALE, RULE, MANTISSA, MAX, MAX_EXPONENT, AMAX_FLOOR, SCALE_FLOOR
             )
             group = (first + step * BLOCK) // GROUP + tl.arange(0, BLOCK // GROUP)
             scale_at = scales + row[:, None] * groups + group[None, :]
             tl.store(scale_at, stored.to(scales.dtype.element_ty), mask=in_rows & (group < groups)[None, :])
-            factor = factor[:, :, None]
-            if SCALE == "e8m0":
-                q = grouped * factor
-            else:
-                power, near, inverse_of = divisor(factor)
-                q = quotient(grouped, factor, power, near, inverse_of, DTYPE, SCALE == "e4m3")
-            q = tl.reshape(q, (ROWS, BLOCK))
-        code = encode(q, KIND, MANTISSA, LOWEST, BITS, MAX, NAN_CODE, SCALE != "f32")
+            factor_of = factor[:, :, None]
+            valid = factor_of == factor_of
+        if SCALE == "e8m0":
+            q = value * factor_of
+        else:
+            if SCALE != "f32":  # the scale need not follow the values: they saturate here, lest their quotient overflow
+                value = tl.minimum(tl.maximum(value, -MAX * factor_of), MAX * factor_of)
+            power, near, inverse_of = divisor(factor_of)
+            q = quotient(value, factor_of, power, near, inverse_of, DTYPE)
+        code = encode(q, valid, KIND, MANTISSA, LOWEST, BITS, MAX, NAN_CODE, SCALE == "e8m0")
+        code = tl.reshape(code, (ROWS, BLOCK))
         if PACKED:
             even, odd = tl.split(tl.reshape(code, (ROWS, BLOCK // 2, 2)))
             pair = (first + step * BLOCK) // 2 + tl.arange(0, BLOCK // 2)

@@ -143,27 +143,22 @@ def activations(name: str, dtype: torch.dtype, columns: int) -> None:
 
 
 @triton.jit
-def divide(a, b, out, unit, SIZE: tl.constexpr, OVERFLOWS: tl.constexpr):
+def divide(a, b, out, unit, SIZE: tl.constexpr):
     at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     divided = tl.load(a + tl.arange(0, SIZE))[:, None] * tl.load(unit + tl.program_id(0))
     by = tl.load(b + at)[None, :]
     power, near, inverse = codes.divisor(by)
-    q = codes.quotient(divided, by, power, near, inverse, tl.float16, OVERFLOWS)
+    q = codes.quotient(divided, by, power, near, inverse, tl.float16)
     tl.store(out + at[None, :] + tl.arange(0, SIZE)[:, None] * SIZE * tl.num_programs(0), q)
 
 
 def quotients() -> None:
-    """Every significand of 11 bits over a few thousand of 24, in all binades; then what overflows."""
+    """Every significand of 11 bits over a few thousand of 24, in all binades."""
     a, unit = 1 + torch.arange(1024) / 1024, torch.exp2(torch.arange(-126, 128, 84.0))
     b = (2 - torch.rand(4, 1024, generator=GENERATOR)) * unit[:, None]
     out = torch.full((1024, 4, 1024), torch.nan)
-    divide[(4,)](a, b, out, unit, 1024, False)
+    divide[(4,)](a, b, out, unit, 1024)
     assert torch.equal(out, (a[:, None] * unit)[:, :, None] / b), "quotients"
-    a[:6] = torch.tensor([torch.inf, -torch.inf, 3e38, -3e38, 0.0, 2.0**-14])
-    b[:] *= 2.0**-20 / unit[:, None]
-    divide[(4,)](a, b, out, torch.ones(4), 1024, True)
-    limit = torch.tensor(1e30)  # beyond it only the sign matters
-    assert torch.equal(out.clamp(-limit, limit), (a[:, None, None] / b).clamp(-limit, limit)), "overflow"
 
 
 def main() -> None:

@@ -46,6 +46,7 @@ def nan_where(condition, value):
 @triton.jit
 def encode(
     q,
+    valid,
     KIND: tl.constexpr,
     MANTISSA: tl.constexpr,
     LOWEST: tl.constexpr,
@@ -56,7 +57,7 @@ def encode(
 ):
     """Codes (the last BITS of an int32) of float32 quotients: nearest, ties to even, saturating; a zero has the code of
     +0, and above the codes of positive numbers there are only zeros. LOWEST is the float32 bits of the smallest normal
-    number. SATURATES may be false where no quotient rounds to more than MAX."""
+    number. What is not valid gets NAN_CODE. SATURATES may be false where no quotient rounds to more than MAX."""
     near = tl.minimum(tl.maximum(q, -MAX), MAX) if SATURATES else q
     if KIND == "integer":
         code = (near + MAGIC).to(tl.int32, bitcast=True) - MAGIC_BITS
@@ -69,7 +70,7 @@ def encode(
         # Moved down to where the exponent field is the code's; float32's subnormals are then the code's.
         bits = (rounded * float_of(FIRST_NORMAL - LOWEST + ONE)).to(tl.int32, bitcast=True)
         code = (bits | ((bits >> 31) & 2 ** (22 - MANTISSA + BITS))) >> (23 - MANTISSA)  # the sign, now beside them
-    return tl.where(q == q, code, NAN_CODE)
+    return tl.where(valid, code, NAN_CODE)
 
 
 @triton.jit
@@ -86,17 +87,16 @@ def divisor(b):
 
 
 @triton.jit
-def quotient(a, b, power, near, inverse, DTYPE: tl.constexpr, OVERFLOWS: tl.constexpr):
-    """a / b, rounded once unless it is so tiny (2^-100) that its code is zero. For values of 16 bits one correction of
-    the product with the reciprocal is enough: this was checked for every pair of an 8 or 11 bit and a 24 bit
-    significand. OVERFLOWS: the quotient may be infinite while b is finite."""
+def quotient(a, b, power, near, inverse, DTYPE: tl.constexpr):
+    """a / b, rounded once unless it is infinite, or so tiny (2^-100) that its code is zero. For values of 16 bits one
+    correction of the product with the reciprocal is enough: this was checked for every pair of an 8 or 11 bit and a 24
+    bit significand."""
     if tl.float32 == DTYPE:
         return tl.math.div_rn(a, b)
     else:
         scaled = a * power
         first = scaled * inverse
-        result = tl.fma(tl.fma(-near, first, scaled), inverse, first)
-        return tl.where(result == result, result, first) if OVERFLOWS else result
+        return tl.fma(tl.fma(-near, first, scaled), inverse, first)
 
 
 @triton.jit
@@ -120,7 +120,10 @@ def block_scale(
         factor = stored
     elif SCALE == "e4m3":
         relative = static * (amax * (1 / MAX))
-        code = encode(relative, "minifloat", SCALE_MANTISSA, SCALE_LOWEST, SCALE_BITS, SCALE_MAX, SCALE_NAN, True)
+        valid = relative == relative
+        code = encode(
+            relative, valid, "minifloat", SCALE_MANTISSA, SCALE_LOWEST, SCALE_BITS, SCALE_MAX, SCALE_NAN, True
+        )
         stored = tl.where(code == 0, SCALE_NAN - 1, code)  # the largest number
         value = (stored << (23 - SCALE_MANTISSA)).to(tl.float32, bitcast=True) * SCALE_UNIT
         factor = nan_where(stored == SCALE_NAN, value * tl.math.div_rn(1.0, static))
