@@ -133,7 +133,7 @@ def _(x: Tensor, static: Tensor | None, format: str) -> tuple[Tensor, Tensor]:
 def _rms_norm_quantize(
     x: Tensor, residual: Tensor | None, weight: Tensor, static: Tensor | None, eps: float, format: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    new = x.new_empty(0) if residual is None else (x + residual).to(x.dtype)
+    new = x.new_empty(0) if residual is None else (x + residual).to(x.dtype).contiguous()
     summed = (x if residual is None else new).to(torch.float32)
     scaled = (summed * torch.rsqrt(summed.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
     codes, scales = torch.ops.qat.quantize_input((weight * scaled).to(x.dtype), static, format)

@@ -1,5 +1,7 @@
 """Run by test_quantize_input.py under TRITON_INTERPRET=1: the kernel's source, executed on the CPU, against the
-reference. Codes and scales are equal, bit for bit; behind a norm or an activation, equal but for rare neighbours."""
+reference. Codes and scales are equal, bit for bit; behind a norm or an activation, equal but for rare neighbours.
+
+Needs an interpreter whose `tl.fma` rounds once, as Triton 3.9's does (3.6's rounds twice)."""
 
 import itertools
 import sys

@@ -138,7 +138,7 @@ def test_opcheck(name: str) -> None:
     x, static, ops = normal(2, 3, 128), static_of(name), torch.ops.qat
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(ops.quantize_input.default, (x, static, name), test_utils=checks)
-    for residual in (normal(2, 3, 128, seed=1), None):
-        arguments = (x, residual, normal(128, seed=2), static, 1e-5, name)
+    for given, residual in ((x, normal(2, 3, 128, seed=1)), (x.transpose(0, 1), normal(3, 2, 128, seed=1)), (x, None)):
+        arguments = (given, residual, normal(128, seed=2), static, 1e-5, name)
         torch.library.opcheck(ops.rms_norm_quantize.default, arguments, test_utils=checks)
     torch.library.opcheck(ops.silu_mul_quantize.default, (x, x * 2, static, name), test_utils=checks)
