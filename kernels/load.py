@@ -13,7 +13,8 @@ from qat.kernels.packed_linear.choose import choose
 from qat.layouts import tile
 from qat.packed import problem
 
-KERNELS = {  # operator: the folder whose triton.py has a function of that name
+# operator, and the folder whose triton.py holds a function of the operator's name
+TRITON = {
     "packed_linear": "packed_linear",
     "quantize_input": "quantize_input",
     "rms_norm_quantize": "quantize_input",
@@ -35,10 +36,11 @@ def load() -> bool:
     """Put the kernels under the operators, once; returns whether there are any to put."""
     if not available():
         return False
-    for operator in KERNELS.keys() - _loaded:
-        module = import_module(f"qat.kernels.{KERNELS[operator]}.triton")
-        torch.library.register_kernel(f"qat::{operator}", "cuda", getattr(module, operator))
-        _loaded.add(operator)
+    for operator, folder in TRITON.items():
+        if operator not in _loaded:
+            kernel = getattr(import_module(f"qat.kernels.{folder}.triton"), operator)
+            torch.library.register_kernel(f"qat::{operator}", "cuda", kernel)
+            _loaded.add(operator)
     return True
 
 

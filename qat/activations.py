@@ -71,6 +71,13 @@ def _vllm(x: Tensor, fmt: Format, static: Tensor | None, estimator: Estimator) -
     return fake_quantize(x, fmt.name, scales, estimator=estimator)
 
 
+def floors(fmt: Format) -> tuple[float, float]:
+    """What a block's maximum and its scale count at least, in vLLM's rule (scales of E4M3 and E8M0 have their own)."""
+    if fmt.element.kind != "minifloat" or fmt.scale != "f32":
+        return 0.0, TINY
+    return (_VLLM_GROUP_FLOOR, TINY) if fmt.group else (0.0, 1 / (fmt.element.max * _VLLM_TOKEN_FLOOR))
+
+
 def vllm_scales(x: Tensor, fmt: Format, static: Tensor | None) -> Scales:
     """The scales of x (..., columns) by the "vllm" rule; `static` as `static_part` returns it."""
     element = fmt.element
@@ -86,17 +93,10 @@ def vllm_scales(x: Tensor, fmt: Format, static: Tensor | None) -> Scales:
         stored = torch.where(stored == 0, SCALE_ELEMENT.max, stored)
         return Scales(stored.to(fmt.scale_storage), static.reciprocal().view(()))
     if element.kind == "minifloat" and fmt.scale == "f32":
-        amax_floor, scale_floor = vllm_floors(fmt)
+        amax_floor, scale_floor = floors(fmt)
         amax = block_amax(to_blocks(x.to(torch.float32), fmt)).clamp_min(amax_floor)
         return Scales(store_scale((amax / element.max).clamp_min(scale_floor), fmt))
     return find_scales(x, fmt, static.reciprocal().view(()) if static is not None else None)
-
-
-def vllm_floors(fmt: Format) -> tuple[float, float]:
-    """What the maximum of a block, and then its float32 scale, count at least."""
-    if fmt.element.kind != "minifloat":
-        return 0.0, TINY
-    return (_VLLM_GROUP_FLOOR, TINY) if fmt.group else (0.0, 1 / (fmt.element.max * _VLLM_TOKEN_FLOOR))
 
 
 # --- compressed-tensors -----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qat.activations import vllm_floors
+from qat.activations import floors
 from qat.errors import UnsupportedError
 from qat.format import Format
 from qat.inputs import check, empty, nan_code
@@ -173,7 +173,7 @@ def quantize_input_kernel(
 def constants(fmt: Format, source: str, norm: bool, dtype: Any, tiles: Tiles) -> dict[str, Any]:
     """Compile-time arguments; whatever depends on the format is derived here."""
     element = fmt.element
-    amax_floor, scale_floor = vllm_floors(fmt)
+    amax_floor, scale_floor = floors(fmt)
     return {
         "SOURCE": source,
         "NORM": norm,

@@ -114,7 +114,7 @@ def ordered(codes: torch.Tensor, name: str) -> torch.Tensor:
 
 def close(what: str, name: str, found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
     apart = (ordered(found[0], name) - ordered(expected[0], name)).abs()
-    assert apart.max() <= 1 and (apart > 0).float().mean() < 2e-3, (
+    assert apart.max() <= 1 and (apart > 0).float().mean() < 1e-3, (
         f"{name} {what}: {apart.max()} {apart.float().mean()}"
     )
     if found[1].dtype == torch.uint8:
