@@ -85,8 +85,12 @@ def quantizers() -> None:
         check("columns apart", name, normal(5, 768)[:, ::2], static)
         check("wide", name, normal(2, 2048 + 128).half(), static)
         check("float64", name, normal(2, 128).double(), static)
-    divisor = torch.tensor([2688 / 4.7])  # of another tool: no power of two
-    check("divisor", "nvfp4", adversarial(384).half(), divisor)
+    check("long scale", "int8_tensor", every_half(), torch.tensor([0.25 + 2.0**-11]))  # a server stores it in BF16
+    ties = torch.tensor([6, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5]).repeat(2)
+    for divisor in 100 + 900 * torch.rand(8, 1, generator=GENERATOR):  # of another tool: no power of two
+        x = ties * (448 * divisor.reciprocal())
+        check("divisor", "nvfp4", x.view(1, 16), divisor)
+        check("divisor", "nvfp4", adversarial(384).half(), divisor)
 
 
 def steps() -> None:
