@@ -72,7 +72,7 @@ def _vllm(x: Tensor, fmt: Format, static: Tensor | None, estimator: Estimator) -
         y: Tensor = torch.ops.qat.fake_quantize_input(x, static, fmt.name, estimator)[0]
         return y
     with torch.no_grad():
-        scales = _vllm_scales(x.detach(), fmt, static)
+        scales = vllm_scales(x.detach(), fmt, static)
     return fake_quantize(x, fmt.name, scales, estimator=estimator)
 
 
@@ -81,7 +81,7 @@ def fake_quantize_input_reference(
 ) -> tuple[Tensor, Tensor]:
     """What `qat::fake_quantize_input` means: (x on its grid, the scales for clipping in the backward pass, or nothing).
     For formats whose blocks are tokens or groups, of one element type and without zero points."""
-    scale = _vllm_scales(x.detach(), lookup(format), static).effective()
+    scale = vllm_scales(x.detach(), lookup(format), static).effective()
     y = fake_quantize_reference(x, scale, scale, None, None, format, estimator, False)
     return y, scale if estimator == "clipped" else scale.new_empty(0)
 
@@ -126,7 +126,8 @@ def floors(fmt: Format) -> tuple[float, float]:
     return (_VLLM_GROUP_FLOOR, TINY) if fmt.group else (0.0, 1 / (fmt.element.max * _VLLM_TOKEN_FLOOR))
 
 
-def _vllm_scales(x: Tensor, fmt: Format, static: Tensor | None) -> Scales:
+def vllm_scales(x: Tensor, fmt: Format, static: Tensor | None) -> Scales:
+    """The scales of x (..., columns) by the "vllm" rule; `static` as `static_part` returns it."""
     element = fmt.element
     if fmt.block == (0, 0):
         assert static is not None

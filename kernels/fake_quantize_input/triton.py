@@ -64,7 +64,7 @@ def scale_for(
     SCALE_MIN_NORMAL: tl.constexpr,
     SCALE_MAX: tl.constexpr,
 ):
-    """float32 scale as it would be stored, for the maximum of each block; see `activations._vllm_scales`."""
+    """float32 scale as it would be stored, for the maximum of each block; see `activations.vllm_scales`."""
     if SCALE == "e8m0":
         return power_of_two(amax, RULE, MAX, MAX_EXPONENT, MANTISSA)
     elif SCALE == "e4m3":
