@@ -250,6 +250,7 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=1, help="of the product to explain (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=4096, help="of the weight (default: %(default)s)")
     parser.add_argument("--columns", type=int, default=4096, help="of the weight (default: %(default)s)")
+    parser.add_argument("--input", metavar="FORMAT", help="of quantized inputs (default: inputs in 16 bits)")
     parser.add_argument("--json", action="store_true", help="print the answers as JSON")
 
 
@@ -259,14 +260,15 @@ def _kernels(arguments: argparse.Namespace) -> None:
     sizes = (arguments.tokens, arguments.rows, arguments.columns)
     if min(sizes) < 1:
         raise ConfigError(f"--tokens, --rows and --columns must be positive; given {sizes}")
-    answers = explain_all(*sizes)
+    answers = explain_all(*sizes, arguments.input)
     if arguments.json:
         _print_json(answers)
         return
-    print(f"{sizes[0]} token(s) times packed weights of {sizes[1]} x {sizes[2]}:")
+    tokens = f"{sizes[0]} {arguments.input or '16-bit'} token(s)"
+    print(f"{tokens} times packed weights of {sizes[1]} x {sizes[2]}:")
     for answer in answers:
         print(f"{answer['format']:<20}{answer['kernel']:<11}{answer['why']}")
-    print("\nof qat.packed.PackedLinear after qat.kernels.load.load(); no engine keeps weights packed yet")
+    print(f"\nof {answers[0]['operator']} after qat.kernels.load.load(); no engine keeps weights packed yet")
 
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Any], str]] = {

@@ -5,6 +5,7 @@ program of its own, with many tokens one program runs them all; partial sums are
 that a row's result need not depend on its batch. Proven for equal tiles only: no GPU has run it yet.
 """
 
+import os
 from dataclasses import dataclass
 
 from qat.catalog import SCALE_ELEMENT
@@ -14,11 +15,12 @@ from qat.matmul import PLAIN_BITS
 
 SPAN = 128  # columns of one step over 8-bit weights, and between two promotions of an 8-bit float sum
 INTEGER, FLOAT8, FLOAT16 = "int8", "float8", "float16"
+BLOCK_SCALED = "QAT_BLOCK_SCALED"  # environment variable that asks for the FP4 and MX units
 
 
 @dataclass(frozen=True)
 class Device:
-    """What the rules need to know of a GPU: compute capability (90 for 9.0), multiprocessors, shared memory per block."""
+    """What the rules need to know of a GPU: compute capability (90 is 9.0), processors, shared bytes of a block."""
 
     capability: int
     processors: int
@@ -67,11 +69,35 @@ def operand(input_format: Format, weight_format: Format, capability: int) -> str
 
 
 def _is_float8(fmt: Format) -> bool:
-    """Minifloats shift into its fields; a small integer's magnitude is the code of a multiple of its smallest number."""
+    """Minifloats shift into its fields; the magnitude of a small integer is a code among or just above subnormals."""
     element = fmt.element
     if element.kind == "integer":
         return element.bits - 1 <= SCALE_ELEMENT.mantissa_bits + 1
     return element.mantissa_bits <= SCALE_ELEMENT.mantissa_bits and element.min_normal >= SCALE_ELEMENT.min_normal
+
+
+def block_scaled(input_format: Format, weight_format: Format, columns: int, capability: int) -> bool:
+    """Whether to use the units that multiply codes and block scales themselves (compute capability 10.0 and 12.0).
+
+    Nobody has run or measured that kernel on such a GPU, so that it has to be asked for: QAT_BLOCK_SCALED=1.
+    """
+    return (
+        os.environ.get(BLOCK_SCALED) == "1"
+        and capability >= 100
+        and block_scaled_problem(input_format, weight_format, columns) is None
+    )
+
+
+def block_scaled_problem(input_format: Format, weight_format: Format, columns: int) -> str | None:
+    """Why those units cannot multiply the two formats, or None."""
+    sides = (input_format, weight_format)
+    if not all(fmt.element.kind == "minifloat" and fmt.scale in ("e8m0", "e4m3") for fmt in sides):
+        return "they multiply minifloats with E8M0 or E4M3 scales"
+    if len({(fmt.scale, fmt.group) for fmt in sides}) > 1:
+        return "both sides need the same blocks"
+    if columns % SPAN:
+        return f"the kernel takes widths that {SPAN} divides"
+    return None
 
 
 def group(fmt: Format, columns: int) -> int:
@@ -79,9 +105,7 @@ def group(fmt: Format, columns: int) -> int:
     return fmt.block[1] if fmt.block[1] < columns else 0
 
 
-def choose(
-    tokens: int, rows: int, columns: int, input_format: Format, weight_format: Format, device: Device
-) -> Tiles:
+def choose(tokens: int, rows: int, columns: int, input_format: Format, weight_format: Format, device: Device) -> Tiles:
     """Tiles for quantized inputs (tokens, columns) times a weight (rows, columns)."""
     kind = operand(input_format, weight_format, device.capability)
     groups = [size for size in (group(input_format, columns), group(weight_format, columns)) if size >= PART]
@@ -91,12 +115,11 @@ def choose(
     flush = min([SPAN, *groups]) if groups or kind == FLOAT8 else 0
     block_n = 128 if rows >= 128 * device.processors // 2 or tokens > 64 else 64
     segments = _segments(rows, columns, step, device.processors)
-    # Accumulators in registers: partial sums of a group and sums of segments come on top of the total.
     sums = 1 + (flush > 0) + (segments > 1 and not (kind == INTEGER and not flush))
-    most = 256 if kind == INTEGER and sums == 1 else 64 if sums == 3 and not (plain and flush == SPAN) else 128
+    most = _most_tokens(kind, sums, flush, len(groups), device.capability)
     block_m = next((size for size in (16, 32, 64, 128, 256) if tokens <= size or size == most), most)
     block_m, stages, stage = _fit(kind, block_n, block_m, step, plain, device.shared)
-    warps = 8 if block_n * block_m * sums >= 128 * 128 else 4
+    warps = 8 if block_n * block_m * sums >= 64 * 128 else 4
     blocks = -(-rows // block_n) * -(-tokens // block_m)
     parallel = segments > 1 and 2 * blocks <= device.processors
     how = "side by side" if parallel else "in turn"
@@ -113,6 +136,19 @@ def _segments(rows: int, columns: int, step: int, processors: int) -> int:
     """From the weight alone: enough pieces to occupy the device for one token, each of at least four steps."""
     steps, blocks = -(-columns // step), -(-rows // (128 if rows >= 128 * processors // 2 else 64))
     return max(1, min(processors // max(blocks, 1), steps // 4, 8))
+
+
+def _most_tokens(kind: str, sums: int, flush: int, groups: int, capability: int) -> int:
+    """Tokens per tile whose accumulators fit into registers: the total, partial sums of a group, sums of segments.
+
+    Where tensor cores take their operands from shared memory, more fit. Found by compiling for every architecture.
+    """
+    asynchronous = 90 <= capability < 120
+    if sums == 1:
+        return (256 if asynchronous else 128) if kind == INTEGER else (128 if asynchronous else 64)
+    if groups == 2:
+        return 64 if sums == 2 and flush == SPAN else 32
+    return 128 if sums == 2 and asynchronous and flush in (0, SPAN) else 64
 
 
 def _fit(kind: str, block_n: int, block_m: int, step: int, plain: bool, shared: int) -> tuple[int, int, int]:

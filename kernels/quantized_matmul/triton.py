@@ -26,7 +26,8 @@ from qat.element import EXPONENT_BIAS, Element
 from qat.errors import UnsupportedError
 from qat.format import Format
 from qat.kernels.packed_linear.triton import decode, exp2_const
-from qat.kernels.quantized_matmul.choose import FLOAT16, INTEGER, Device, Tiles, choose, group
+from qat.kernels.quantized_matmul.block_scaled.triton import block_scaled_matmul
+from qat.kernels.quantized_matmul.choose import FLOAT16, INTEGER, Device, Tiles, block_scaled, choose, group
 from qat.matmul import PLAIN_BITS, is_paired
 
 MOST_COLUMNS = 2**17  # int32 sums of products of two bytes stay below 2^31
@@ -224,10 +225,12 @@ def quantized_matmul_kernel(
                     if (part + 1) * PART % FLUSH == 0:
                         scaled = partial.to(tl.float32)
                         if W_GROUP >= PART:
-                            stored = tl.load(ws_row + first // W_GROUP * stride_ws, mask=in_n & (first + 0 * n < K), other=0)
+                            in_w = in_n & (first + 0 * n < K)
+                            stored = tl.load(ws_row + first // W_GROUP * stride_ws, mask=in_w, other=0)
                             scaled *= scale_value(stored, W_SCALE, SCALE_MANTISSA, SCALE_BIAS)[:, None]
                         if X_GROUP >= PART:
-                            stored = tl.load(xs_row + first // X_GROUP, mask=in_m & (first + 0 * m < K), other=0)
+                            in_x = in_m & (first + 0 * m < K)
+                            stored = tl.load(xs_row + first // X_GROUP, mask=in_x, other=0)
                             scaled *= scale_value(stored, X_SCALE, SCALE_MANTISSA, SCALE_BIAS)[None, :]
                         total += scaled
                         partial = tl.zeros((BLOCK_N, BLOCK_M), SUM)
@@ -272,7 +275,7 @@ def add_segments_kernel(
     m = tl.program_id(1) + tl.arange(0, 1)
     at = m.to(tl.int64)[None, :] * N + n[:, None]
     total = tl.zeros((BLOCK, 1), sums.dtype.element_ty)
-    for segment in tl.static_range(SEGMENTS):
+    for _segment in tl.static_range(SEGMENTS):
         total += tl.load(sums + at, mask=n[:, None] < N, other=0)
         at += M.to(tl.int64) * N
     total = finished(total, x_scales, w_scales, bias, m, n, M, N, stride_xs, global_scale,
@@ -299,7 +302,7 @@ def operand_exponent(fmt: Format, operand: str, *, words: bool) -> int:
 
 
 def constants(x: Format, w: Format, columns: int, *, bias: bool, tiles: Tiles) -> dict[str, Any]:
-    """Compile-time arguments for inputs of format `x` and weights of format `w`; what depends on them is derived here."""
+    """Compile-time arguments for inputs of format `x` and weights of format `w`; all that depends on them."""
     sides: dict[str, Any] = {}
     for side, fmt in (("X", x), ("W", w)):
         sides |= {
@@ -338,7 +341,8 @@ def device_of(tensor: Tensor) -> Device:
     if not tensor.is_cuda:
         return Device(capability=90, processors=1, shared=2**17)
     told = torch.cuda.get_device_properties(tensor.device)
-    return Device(10 * told.major + told.minor, told.multi_processor_count, told.shared_memory_per_block_optin)
+    shared: int = told.shared_memory_per_block_optin  # type: ignore[attr-defined]  # missing from torch's stubs
+    return Device(10 * told.major + told.minor, told.multi_processor_count, shared)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -365,7 +369,12 @@ def quantized_matmul(
     out = torch.empty(*codes.shape[:-1], rows, dtype=dtype, device=codes.device)
     if tokens == 0 or rows == 0:
         return out
-    tiles = choose(tokens, rows, columns, x, w, device_of(codes))
+    device, x_scales = device_of(codes), _flat(scales)
+    if block_scaled(x, w, columns, device.capability):
+        block_scaled_matmul(flat, x_scales, weight, weight_scales, bias, out, global_scale, (x, w), columns)
+        return out
+    tiles = choose(tokens, rows, columns, x, w, device)
+    fixed = constants(x, w, columns, bias=bias is not None, tiles=tiles)
     if tiles.operand == INTEGER and columns > MOST_COLUMNS:
         raise UnsupportedError(f"{columns} columns of integers: the kernel's int32 sums hold at most {MOST_COLUMNS}")
     if tiles.operand == FLOAT16:  # which has to read E4M3 without the type, for GPUs that lack it
@@ -373,16 +382,13 @@ def quantized_matmul(
     words = w.element.bits != PLAIN_BITS
     exponent = operand_exponent(x, tiles.operand, words=False) + operand_exponent(w, tiles.operand, words=words)
     global_scale *= 2.0**exponent
-    x_scales = _flat(scales)
     stride_xs = 0 if x.block == (0, 0) else x_scales.stride(0)
-    fixed = constants(x, w, columns, bias=bias is not None, tiles=tiles)
-    target = out
-    if tiles.parallel:
-        target = out.new_empty(tiles.segments, tokens, rows, dtype=sum_dtype(tiles))
+    target = out.new_empty(tiles.segments, tokens, rows, dtype=sum_dtype(tiles)) if tiles.parallel else out
     grid = (triton.cdiv(rows, tiles.block_n) * triton.cdiv(tokens, tiles.block_m), tiles.segments * tiles.parallel or 1)
     quantized_matmul_kernel[grid](
         flat, x_scales, weight, weight_scales, bias, target, tokens, rows, columns, flat.stride(0), stride_xs,
-        weight.stride(0), weight_scales.stride(0), global_scale, **fixed, num_warps=tiles.warps, num_stages=tiles.stages,
+        weight.stride(0), weight_scales.stride(0), global_scale, **fixed, num_warps=tiles.warps,
+        num_stages=tiles.stages,
     )  # fmt: skip
     if tiles.parallel:
         fixed = {key: value for key, value in fixed.items() if key in add_segments_kernel.arg_names}
