@@ -113,15 +113,16 @@ def choose(tokens: int, rows: int, columns: int, input_format: Format, weight_fo
     step = SPAN if plain else tile(weight_format.element.bits)
     part = min([SPAN, *groups]) if plain else PART
     flush = min([SPAN, *groups]) if groups or kind == FLOAT8 else 0
-    block_n = 128 if rows >= 128 * device.processors // 2 or tokens > 64 else 64
     segments = _segments(rows, columns, step, device.processors)
     sums = 1 + (flush > 0) + (segments > 1 and not (kind == INTEGER and not flush))
+    tall = sums < 3 if tokens > 64 else _is_tall(rows, device.processors)
+    block_n = 128 if tall else 64
     most = _most_tokens(kind, sums, flush, len(groups), device.capability)
     block_m = next((size for size in (16, 32, 64, 128, 256) if tokens <= size or size == most), most)
     block_m, stages, stage = _fit(kind, block_n, block_m, step, plain, device.shared)
     warps = 8 if block_n * block_m * sums >= 64 * 128 else 4
     blocks = -(-rows // block_n) * -(-tokens // block_m)
-    parallel = segments > 1 and 2 * blocks <= device.processors
+    parallel = segments > 1 and segments * blocks <= 2 * device.processors
     how = "side by side" if parallel else "in turn"
     why = (
         f"{kind} operands, {blocks} tiles of {block_n} rows x {block_m} tokens on {device.processors} processors, "
@@ -134,21 +135,29 @@ def choose(tokens: int, rows: int, columns: int, input_format: Format, weight_fo
 
 def _segments(rows: int, columns: int, step: int, processors: int) -> int:
     """From the weight alone: enough pieces to occupy the device for one token, each of at least four steps."""
-    steps, blocks = -(-columns // step), -(-rows // (128 if rows >= 128 * processors // 2 else 64))
+    steps, blocks = -(-columns // step), -(-rows // (128 if _is_tall(rows, processors) else 64))
     return max(1, min(processors // max(blocks, 1), steps // 4, 8))
+
+
+def _is_tall(rows: int, processors: int) -> bool:
+    """Whether tiles of 128 rows occupy half of the device."""
+    return rows >= 128 * processors // 2
 
 
 def _most_tokens(kind: str, sums: int, flush: int, groups: int, capability: int) -> int:
     """Tokens per tile whose accumulators fit into registers: the total, partial sums of a group, sums of segments.
 
-    Where tensor cores take their operands from shared memory, more fit. Found by compiling for every architecture.
+    Where tensor cores take their operands from shared memory, more fit. Found by compiling for every architecture. On
+    10.0, four partial sums of 128 tokens would not fit into tensor memory, which turns the kernel into a trap.
     """
     asynchronous = 90 <= capability < 120
     if sums == 1:
         return (256 if asynchronous else 128) if kind == INTEGER else (128 if asynchronous else 64)
     if groups == 2:
-        return 64 if sums == 2 and flush == SPAN else 32
-    return 128 if sums == 2 and asynchronous and flush in (0, SPAN) else 64
+        return 64 if flush == SPAN else 32
+    if sums == 3:
+        return 128 if flush in (0, SPAN) else 64  # of 64 rows
+    return 128 if asynchronous and flush in (0, SPAN) else 64
 
 
 def _fit(kind: str, block_n: int, block_m: int, step: int, plain: bool, shared: int) -> tuple[int, int, int]:

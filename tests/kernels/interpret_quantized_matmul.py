@@ -182,10 +182,9 @@ def integers_are_exact() -> None:
 
 def bad_rows_stay_alone() -> None:
     """A NaN scale, a NaN code or a huge scale ruins its own row only."""
-    for x_name, w_name in PAIRS[::3]:
+    for x_name, w_name in (("int8_token", "int4_g128"), ("fp8_g128", "fp8_b128"), ("mxfp4", "mxfp4"),
+                           ("nvfp4", "nvfp4")):  # fmt: skip
         x = quantized_input(quantize(normal(5, 256), lookup(x_name)))
-        if x.fmt.block == (0, 0):
-            continue
         x.scales = x.scales.clone()
         x.scales[1, 0] = {"e8m0": 255, "e4m3": 0x7F, "f32": torch.nan}[x.fmt.scale]
         found = run(x, hold(quantize(normal(20, 256), lookup(w_name))))
