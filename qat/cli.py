@@ -264,8 +264,8 @@ def _kernels(arguments: argparse.Namespace) -> None:
     if arguments.json:
         _print_json(answers)
         return
-    tokens = f"{sizes[0]} {arguments.input or '16-bit'} token(s)"
-    print(f"{tokens} times packed weights of {sizes[1]} x {sizes[2]}:")
+    inputs = f"{sizes[0]} token(s) in {arguments.input or '16 bits'}"
+    print(f"{inputs} times packed weights of {sizes[1]} x {sizes[2]}:")
     for answer in answers:
         print(f"{answer['format']:<20}{answer['kernel']:<11}{answer['why']}")
     print(f"\nof {answers[0]['operator']} after qat.kernels.load.load(); no engine keeps weights packed yet")
