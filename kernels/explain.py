@@ -9,16 +9,25 @@ from qat.kernels.fake_quantize.choose import input_problem
 from qat.kernels.fake_quantize.choose import problem as training_problem
 from qat.kernels.load import available, cpu_problem
 from qat.kernels.packed_linear.choose import choose
+from qat.kernels.quantized_matmul import choose as matmul
 from qat.layouts import tile
+from qat.matmul import problem as matmul_problem
 from qat.packed import problem
 
 
-def explain(format: str, tokens: int, rows: int, columns: int) -> dict[str, Any]:
+def explain(format: str, tokens: int, rows: int, columns: int, input_format: str | None = None) -> dict[str, Any]:
     """What runs x (tokens, columns) times a packed weight (rows, columns) after `load`, and why.
+
+    Args:
+        format: of the weight.
+        tokens, rows, columns: the shape of the product.
+        input_format: of x; by default it is not quantized.
 
     Raises:
         FormatError: no such format.
     """
+    if input_format is not None:
+        return _explain_quantized(format, tokens, rows, columns, input_format)
     fmt = lookup(format)
     told: dict[str, Any] = {"format": format, "operator": "qat::packed_linear", "kernel": "none", "why": problem(fmt)}
     if told["why"] is not None:
@@ -41,9 +50,27 @@ def _on_a_cpu(tokens: int) -> dict[str, str]:
     return {"kernel": "c", "why": few if tokens <= FEW else many}
 
 
-def explain_all(tokens: int, rows: int, columns: int) -> list[dict[str, Any]]:
+def _explain_quantized(format: str, tokens: int, rows: int, columns: int, input_format: str) -> dict[str, Any]:
+    x, w = lookup(input_format), lookup(format)
+    told: dict[str, Any] = {"format": format, "input": input_format, "operator": "qat::quantized_matmul"}
+    reason = matmul_problem(x, w)
+    if reason is not None:
+        return {**told, "kernel": "none", "why": reason}
+    if not available():
+        packed = explain(format, tokens, rows, columns)
+        why = f"no product of codes here; inputs are rounded, then qat::packed_linear: {packed['why']}"
+        return {**told, "kernel": packed["kernel"], "why": why}
+    from qat.kernels.quantized_matmul.triton import device_of
+
+    device = device_of(torch.empty(0, device="cuda"))
+    if matmul.block_scaled(x, w, columns, device.capability):
+        return {**told, "kernel": "triton", "why": f"block-scaled units, by {matmul.BLOCK_SCALED}=1; never measured"}
+    return {**told, "kernel": "triton", "why": matmul.choose(tokens, rows, columns, x, w, device).why}
+
+
+def explain_all(tokens: int, rows: int, columns: int, input_format: str | None = None) -> list[dict[str, Any]]:
     """`explain` for every format that weights are stored in (float32 scales belong to inputs)."""
-    return [explain(name, tokens, rows, columns) for name, fmt in CATALOG.items() if fmt.scale != "f32"]
+    return [explain(name, tokens, rows, columns, input_format) for name, fmt in CATALOG.items() if fmt.scale != "f32"]
 
 
 def explain_training(format: str) -> dict[str, dict[str, str]]:

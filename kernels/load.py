@@ -24,6 +24,7 @@ KERNELS: dict[str, dict[str, str]] = {
     "quantize_input": {"cuda": "quantize_input/triton"},
     "rms_norm_quantize": {"cuda": "quantize_input/triton"},
     "silu_mul_quantize": {"cuda": "quantize_input/triton"},
+    "quantized_matmul": {"cuda": "quantized_matmul/triton"},
 }
 _loaded: set[tuple[str, str]] = set()
 

@@ -278,6 +278,7 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=1, help="of the product to explain (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=4096, help="of the weight (default: %(default)s)")
     parser.add_argument("--columns", type=int, default=4096, help="of the weight (default: %(default)s)")
+    parser.add_argument("--input", metavar="FORMAT", help="of quantized inputs (default: inputs in 16 bits)")
     parser.add_argument("--json", action="store_true", help="print the answers as JSON")
 
 
@@ -287,14 +288,17 @@ def _kernels(arguments: argparse.Namespace) -> None:
     sizes = (arguments.tokens, arguments.rows, arguments.columns)
     if min(sizes) < 1:
         raise ConfigError(f"--tokens, --rows and --columns must be positive; given {sizes}")
-    answers = explain_all(*sizes)
+    answers = explain_all(*sizes, arguments.input)
     if arguments.json:
         _print_json(answers)
         return
-    print(f"{sizes[0]} token(s) times packed weights of {sizes[1]} x {sizes[2]}:")
+    inputs = f"{sizes[0]} token(s) in {arguments.input or '16 bits'}"
+    print(f"{inputs} times packed weights of {sizes[1]} x {sizes[2]}:")
     for answer in answers:
         print(f"{answer['format']:<20}{answer['kernel']:<11}{answer['why']}")
-    print("\nwhat `qat generate` and `qat serve` run; in Python: qat.kernels.load.load()")
+    print(
+        f"\nof {answers[0]['operator']}, which `qat generate` and `qat serve` run; in Python: qat.kernels.load.load()"
+    )
 
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Any], str]] = {

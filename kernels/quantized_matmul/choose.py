@@ -1,0 +1,170 @@
+"""Which operands and tiles the kernel for quantized inputs and weights runs with: closed-form rules, nothing tuned.
+
+K is cut into segments whose number depends on the weight and the device alone. With few tokens every segment is a
+program of its own, with many tokens one program runs them all; partial sums are added in the same order either way, so
+that a row's result need not depend on its batch. Proven for equal tiles only: no GPU has run it yet.
+"""
+
+import os
+from dataclasses import dataclass
+
+from qat.catalog import SCALE_ELEMENT
+from qat.format import Format
+from qat.layouts import PART, tile
+from qat.matmul import PLAIN_BITS
+
+SPAN = 128  # columns of one step over 8-bit weights, and between two promotions of an 8-bit float sum
+INTEGER, FLOAT8, FLOAT16 = "int8", "float8", "float16"
+BLOCK_SCALED = "QAT_BLOCK_SCALED"  # environment variable that asks for the FP4 and MX units
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the rules need to know of a GPU: compute capability (90 is 9.0), processors, shared bytes of a block."""
+
+    capability: int
+    processors: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Launch parameters, and in words why.
+
+    Attributes:
+        operand: what both sides become: "int8" (int32 sums), "float8" (E4M3) or "float16" (float32 sums).
+        part: columns of one product.
+        parts: products of one step.
+        flush: columns after which a partial sum is scaled into the total, 0 where the whole row has one scale.
+        block_n, block_m: rows of the weight and tokens of a tile.
+        segments: pieces of K whose sums are added in order.
+        parallel: whether every segment is a program of its own.
+        warps, stages: of a program.
+        why: all of it for a reader.
+    """
+
+    operand: str
+    part: int
+    parts: int
+    flush: int
+    block_n: int
+    block_m: int
+    segments: int
+    parallel: bool
+    warps: int
+    stages: int
+    why: str
+
+
+def operand(input_format: Format, weight_format: Format, capability: int) -> str:
+    """The cheapest type that holds the codes of both sides exactly and that this GPU's tensor cores multiply."""
+    sides = (input_format, weight_format)
+    if any(0 < fmt.block[1] < PART for fmt in sides):
+        return FLOAT16  # several scales within a product: they multiply the operands
+    if all(fmt.element.kind == "integer" for fmt in sides):
+        return INTEGER
+    if capability >= 89 and all(_is_float8(fmt) for fmt in sides):
+        return FLOAT8
+    return FLOAT16
+
+
+def _is_float8(fmt: Format) -> bool:
+    """Minifloats shift into its fields; the magnitude of a small integer is a code among or just above subnormals."""
+    element = fmt.element
+    if element.kind == "integer":
+        return element.bits - 1 <= SCALE_ELEMENT.mantissa_bits + 1
+    return element.mantissa_bits <= SCALE_ELEMENT.mantissa_bits and element.min_normal >= SCALE_ELEMENT.min_normal
+
+
+def block_scaled(input_format: Format, weight_format: Format, columns: int, capability: int) -> bool:
+    """Whether to use the units that multiply codes and block scales themselves (compute capability 10.0 and 12.0).
+
+    Nobody has run or measured that kernel on such a GPU, so that it has to be asked for: QAT_BLOCK_SCALED=1.
+    """
+    return (
+        os.environ.get(BLOCK_SCALED) == "1"
+        and capability >= 100
+        and block_scaled_problem(input_format, weight_format, columns) is None
+    )
+
+
+def block_scaled_problem(input_format: Format, weight_format: Format, columns: int) -> str | None:
+    """Why those units cannot multiply the two formats, or None."""
+    sides = (input_format, weight_format)
+    if not all(fmt.element.kind == "minifloat" and fmt.scale in ("e8m0", "e4m3") for fmt in sides):
+        return "they multiply minifloats with E8M0 or E4M3 scales"
+    if len({(fmt.scale, fmt.group) for fmt in sides}) > 1:
+        return "both sides need the same blocks"
+    if columns % SPAN:
+        return f"the kernel takes widths that {SPAN} divides"
+    return None
+
+
+def group(fmt: Format, columns: int) -> int:
+    """Columns per scale; 0 where a row has one."""
+    return fmt.block[1] if fmt.block[1] < columns else 0
+
+
+def choose(tokens: int, rows: int, columns: int, input_format: Format, weight_format: Format, device: Device) -> Tiles:
+    """Tiles for quantized inputs (tokens, columns) times a weight (rows, columns)."""
+    kind = operand(input_format, weight_format, device.capability)
+    groups = [size for size in (group(input_format, columns), group(weight_format, columns)) if size >= PART]
+    plain = weight_format.element.bits == PLAIN_BITS
+    step = SPAN if plain else tile(weight_format.element.bits)
+    part = min([SPAN, *groups]) if plain else PART
+    flush = min([SPAN, *groups]) if groups or kind == FLOAT8 else 0
+    segments = _segments(rows, columns, step, device.processors)
+    sums = 1 + (flush > 0) + (segments > 1 and not (kind == INTEGER and not flush))
+    tall = sums < 3 if tokens > 64 else _is_tall(rows, device.processors)
+    block_n = 128 if tall else 64
+    most = _most_tokens(kind, sums, flush, len(groups), device.capability)
+    block_m = next((size for size in (16, 32, 64, 128, 256) if tokens <= size or size == most), most)
+    block_m, stages, stage = _fit(kind, block_n, block_m, step, plain, device.shared)
+    warps = 8 if block_n * block_m * sums >= 64 * 128 else 4
+    blocks = -(-rows // block_n) * -(-tokens // block_m)
+    parallel = segments > 1 and segments * blocks <= 2 * device.processors
+    how = "side by side" if parallel else "in turn"
+    why = (
+        f"{kind} operands, {blocks} tiles of {block_n} rows x {block_m} tokens on {device.processors} processors, "
+        f"K in {segments} segment(s){f' {how}' if segments > 1 else ''}, {stages} stages of {stage // 1024} KB"
+    )
+    return Tiles(
+        kind, part, step // part, flush, block_n, block_m, segments, parallel, warps=warps, stages=stages, why=why
+    )
+
+
+def _segments(rows: int, columns: int, step: int, processors: int) -> int:
+    """From the weight alone: enough pieces to occupy the device for one token, each of at least four steps."""
+    steps, blocks = -(-columns // step), -(-rows // (128 if _is_tall(rows, processors) else 64))
+    return max(1, min(processors // max(blocks, 1), steps // 4, 8))
+
+
+def _is_tall(rows: int, processors: int) -> bool:
+    """Whether tiles of 128 rows occupy half of the device."""
+    return rows >= 128 * processors // 2
+
+
+def _most_tokens(kind: str, sums: int, flush: int, groups: int, capability: int) -> int:
+    """Tokens per tile whose accumulators fit into registers: the total, partial sums of a group, sums of segments.
+
+    Where tensor cores take their operands from shared memory, more fit. Found by compiling for every architecture. On
+    10.0, four partial sums of 128 tokens would not fit into tensor memory, which turns the kernel into a trap.
+    """
+    asynchronous = 90 <= capability < 120
+    if sums == 1:
+        return (256 if asynchronous else 128) if kind == INTEGER else (128 if asynchronous else 64)
+    if groups == 2:
+        return 64 if flush == SPAN else 32
+    if sums == 3:
+        return 128 if flush in (0, SPAN) else 64  # of 64 rows
+    return 128 if asynchronous and flush in (0, SPAN) else 64
+
+
+def _fit(kind: str, block_n: int, block_m: int, step: int, plain: bool, shared: int) -> tuple[int, int, int]:
+    """Tokens per tile, stages and bytes per stage, so that two stages fit into shared memory."""
+    while True:
+        wide = 2 if kind == FLOAT16 else 1
+        stage = block_n * (step * wide if plain else 2 * PART) + block_m * step * wide
+        if block_m == 16 or 2 * stage <= shared:
+            return block_m, max(2, min(4, shared // stage)), stage
+        block_m //= 2

@@ -1,0 +1,399 @@
+"""Linear layers with quantized inputs and weights (W8A8, W4A8, W4A4) in Triton.
+
+Operands are swapped: the weight is the left operand of the matrix product, the tokens the right one, so that a decoded
+weight goes to Hopper's tensor cores from registers, also for a handful of tokens. Both sides become one type that holds
+their codes exactly (see `choose.operand`), up to a power of two that is folded into the global scale:
+
+    int8     sums in int32. A 4-bit weight takes the upper half of its byte: 16 times its value, one shift and one mask.
+    float8   E4M3. E2M1 shifts into its fields; the magnitude of a small integer is the code of its 2^-9-fold.
+    float16  where no 8-bit type fits or the GPU has no such product. Scales of 16 columns multiply the operands:
+             E4M3 times a 4-bit code has at most 7 significant bits.
+
+Scales of 32 columns and more multiply partial sums in float32; scales of a row act once, at the end. Sums of E4M3
+products are promoted to float32 every 128 columns, because Hopper's accumulators keep fewer bits than float32 has.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qat.catalog import SCALE_ELEMENT, lookup
+from qat.element import EXPONENT_BIAS, Element
+from qat.errors import UnsupportedError
+from qat.format import Format
+from qat.kernels.packed_linear.triton import decode, exp2_const
+from qat.kernels.quantized_matmul.block_scaled.triton import block_scaled_matmul
+from qat.kernels.quantized_matmul.choose import FLOAT16, INTEGER, Device, Tiles, block_scaled, choose, group
+from qat.matmul import PLAIN_BITS, is_paired
+
+MOST_COLUMNS = 2**17  # int32 sums of products of two bytes stay below 2^31
+FLOAT32_BIAS = tl.constexpr(EXPONENT_BIAS)
+E4M3_NAN = tl.constexpr(next(code for code, value in enumerate(SCALE_ELEMENT.values) if value != value))
+
+
+@triton.jit
+def scale_value(stored, SCALE: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
+    """float32 values of stored scales; E4M3 and E8M0 come as bytes, the code of NaN gives NaN."""
+    if SCALE == "e8m0":
+        bits = stored.to(tl.int32) << 23
+        value = tl.maximum(bits, 0x00400000).to(tl.float32, bitcast=True)  # byte 0 is a subnormal
+        return tl.where(stored == 0xFF, float("nan"), value)
+    elif SCALE == "e4m3":
+        value = (stored.to(tl.int32) << (23 - MANTISSA)).to(tl.float32, bitcast=True)
+        return tl.where(stored == E4M3_NAN, float("nan"), value * exp2_const(FLOAT32_BIAS - BIAS, tl.float32))
+    else:
+        return stored.to(tl.float32)
+
+
+@triton.jit
+def operand_of_bits(
+    code,
+    OPERAND: tl.constexpr,
+    KIND: tl.constexpr,
+    BITS: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    BIAS: tl.constexpr,
+    MANTISSA8: tl.constexpr,
+):
+    """Operands from non-negative int16 bit patterns below 2^BITS; integers have their sign bit flipped."""
+    HALF: tl.constexpr = 1 << (BITS - 1)
+    if OPERAND == "int8":
+        return ((code << (8 - BITS)) ^ 0x80).to(tl.int8)
+    elif OPERAND == "float8":
+        if KIND == "integer":
+            value = code - HALF
+            bits = tl.abs(value) | (value & 0x80)
+        else:
+            bits = ((code & HALF) << (8 - BITS)) | ((code & (HALF - 1)) << (MANTISSA8 - MANTISSA))
+        return bits.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+    else:
+        return decode(code, KIND, BITS, MANTISSA, BIAS, tl.float16)
+
+
+@triton.jit
+def operand_of_bytes(code, OPERAND: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr,
+                     BIAS: tl.constexpr):  # fmt: skip
+    """Operands from codes that are held one per byte: int8 integers (of BITS bits) or E4M3, as a byte for float16."""
+    if OPERAND == "float8" and KIND == "integer":
+        value = code.to(tl.int16)
+        return (tl.abs(value) | (value & 0x80)).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+    elif OPERAND == "float16":
+        if KIND == "integer":
+            return code.to(tl.float16)
+        else:
+            value = decode(code.to(tl.int16), KIND, BITS, MANTISSA, BIAS, tl.float16)
+            return tl.where((code & E4M3_NAN) == E4M3_NAN, float("nan"), value)
+    else:
+        return code
+
+
+@triton.jit
+def finished(total, x_scales, w_scales, bias, m, n, M, N, stride_xs, global_scale, X_SCALE: tl.constexpr,
+             W_SCALE: tl.constexpr, W_ROWS: tl.constexpr, SCALE_MANTISSA: tl.constexpr, SCALE_BIAS: tl.constexpr,
+             HAS_BIAS: tl.constexpr):  # fmt: skip
+    """The epilogue on a (rows, tokens) tile: scales of whole rows ("" where there are none), the global scale, bias."""
+    total = total.to(tl.float32)
+    if W_SCALE != "":
+        stored = tl.load(w_scales + (n // W_ROWS if W_ROWS > 0 else 0 * n), mask=n < N, other=0)
+        total *= scale_value(stored, W_SCALE, SCALE_MANTISSA, SCALE_BIAS)[:, None]
+    if X_SCALE != "":
+        stored = tl.load(x_scales + m * stride_xs, mask=m < M, other=0)
+        total *= scale_value(stored, X_SCALE, SCALE_MANTISSA, SCALE_BIAS)[None, :]
+    total *= global_scale
+    if HAS_BIAS:
+        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    return total
+
+
+@triton.jit
+def quantized_matmul_kernel(
+    x,
+    x_scales,
+    w,
+    w_scales,
+    bias,
+    out,
+    M,
+    N,
+    K,
+    stride_x,
+    stride_xs,
+    stride_w,
+    stride_ws,
+    global_scale,
+    OPERAND: tl.constexpr,
+    X_KIND: tl.constexpr,
+    X_BITS: tl.constexpr,
+    X_MANTISSA: tl.constexpr,
+    X_BIAS: tl.constexpr,
+    X_SCALE: tl.constexpr,
+    X_GROUP: tl.constexpr,
+    X_PAIRED: tl.constexpr,
+    W_KIND: tl.constexpr,
+    W_BITS: tl.constexpr,
+    W_MANTISSA: tl.constexpr,
+    W_BIAS: tl.constexpr,
+    W_SCALE: tl.constexpr,
+    W_GROUP: tl.constexpr,
+    W_ROWS: tl.constexpr,
+    SCALE_MANTISSA: tl.constexpr,
+    SCALE_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
+    FLUSH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    PARALLEL: tl.constexpr,
+):
+    """out (M, N), or unscaled sums (SEGMENTS, M, N). Groups are columns per scale, 0 for a row; W_ROWS is the number
+    of rows per scale of the weight, 0 for all of them."""
+    STEP: tl.constexpr = PART * PARTS
+    PLAIN: tl.constexpr = W_BITS == 8
+    WHOLE: tl.constexpr = OPERAND == "int8" and FLUSH == 0  # exact sums: segments need not be told apart
+    SUM: tl.constexpr = tl.int32 if OPERAND == "int8" else tl.float32
+    TOTAL: tl.constexpr = tl.int32 if WHOLE else tl.float32
+    X_INSIDE: tl.constexpr = X_GROUP > 0 and X_GROUP < PART
+    W_INSIDE: tl.constexpr = W_GROUP > 0 and W_GROUP < PART
+    # Eight neighbouring tiles of the weight meet all tokens in turn: what they share stays in the L2 cache.
+    tiles_n, tiles_m = tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M)
+    band = tl.program_id(0) // (8 * tiles_m)
+    height = tl.minimum(tiles_n - band * 8, 8)
+    inside = tl.program_id(0) % (8 * tiles_m)
+    n = (band * 8 + inside % height) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = (inside // height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_n, in_m = n < N, m < M
+    column = tl.arange(0, PART)
+    w_at = w + n.to(tl.int64)[:, None] * stride_w + column[None, :]
+    x_row = x + m.to(tl.int64)[:, None] * stride_x
+    xs_row = x_scales + m.to(tl.int64) * stride_xs
+    ws_row = w_scales + (n // W_ROWS if W_ROWS > 0 else 0 * n)
+    steps = tl.cdiv(K, STEP)
+    share = steps if WHOLE and not PARALLEL else tl.cdiv(steps, SEGMENTS)
+    summed = tl.zeros((BLOCK_N, BLOCK_M), TOTAL)
+    for turn in range(1 if PARALLEL or WHOLE else SEGMENTS):
+        first_step = (tl.program_id(1) if PARALLEL else turn) * share
+        total = tl.zeros((BLOCK_N, BLOCK_M), TOTAL)
+        for step in range(first_step, tl.minimum(first_step + share, steps)):
+            partial = tl.zeros((BLOCK_N, BLOCK_M), SUM)
+            if not PLAIN:
+                word = tl.load(w_at + step * PART, mask=in_n[:, None], other=0)
+            for part in tl.static_range(PARTS):
+                first = step * STEP + part * PART
+                # the tokens, (BLOCK_M, PART)
+                if X_PAIRED:
+                    byte = tl.arange(0, PART // 2)
+                    in_x = in_m[:, None] & (first + 2 * byte < K)[None, :]
+                    pair = tl.load(x_row + (first // 2 + byte)[None, :], mask=in_x, other=0).to(tl.int16)
+                    code = tl.reshape(tl.join(pair & 0xF, pair >> 4), (BLOCK_M, PART))
+                    tokens = operand_of_bits(code, OPERAND, X_KIND, X_BITS, X_MANTISSA, X_BIAS, SCALE_MANTISSA)
+                else:
+                    in_x = in_m[:, None] & (first + column < K)[None, :]
+                    code = tl.load(x_row + (first + column)[None, :], mask=in_x, other=0.0)
+                    tokens = operand_of_bytes(code, OPERAND, X_KIND, X_BITS, X_MANTISSA, X_BIAS)
+                if X_INSIDE:
+                    x_group = first // X_GROUP + tl.arange(0, PART // X_GROUP)
+                    in_x = in_m[:, None] & (x_group * X_GROUP < K)[None, :]
+                    stored = tl.load(xs_row[:, None] + x_group[None, :], mask=in_x, other=0.0)
+                    factor = scale_value(stored, X_SCALE, SCALE_MANTISSA, SCALE_BIAS).to(tl.float16)
+                    grouped = tl.reshape(tokens, (BLOCK_M, PART // X_GROUP, X_GROUP)) * factor[:, :, None]
+                    tokens = tl.reshape(grouped, (BLOCK_M, PART))
+                # the weight, (BLOCK_N, PART)
+                if PLAIN:
+                    in_w = in_n[:, None] & (first + column < K)[None, :]
+                    code = tl.load(w_at + first, mask=in_w, other=0.0)
+                    weight = operand_of_bytes(code, OPERAND, W_KIND, W_BITS, W_MANTISSA, W_BIAS)
+                else:
+                    code = (word >> (part * W_BITS)) & ((1 << W_BITS) - 1)
+                    weight = operand_of_bits(code, OPERAND, W_KIND, W_BITS, W_MANTISSA, W_BIAS, SCALE_MANTISSA)
+                if W_INSIDE:
+                    w_group = first // W_GROUP + tl.arange(0, PART // W_GROUP)
+                    in_w = in_n[:, None] & (w_group * W_GROUP < K)[None, :]
+                    stored = tl.load(ws_row[:, None] + w_group[None, :] * stride_ws, mask=in_w, other=0)
+                    factor = scale_value(stored, W_SCALE, SCALE_MANTISSA, SCALE_BIAS).to(tl.float16)
+                    grouped = tl.reshape(weight, (BLOCK_N, PART // W_GROUP, W_GROUP)) * factor[:, :, None]
+                    weight = tl.reshape(grouped, (BLOCK_N, PART))
+                if FLUSH == 0:
+                    total = tl.dot(weight, tl.trans(tokens), total, out_dtype=SUM)
+                else:
+                    partial = tl.dot(weight, tl.trans(tokens), partial, out_dtype=SUM)
+                    if (part + 1) * PART % FLUSH == 0:
+                        scaled = partial.to(tl.float32)
+                        if W_GROUP >= PART:
+                            in_w = in_n & (first + 0 * n < K)
+                            stored = tl.load(ws_row + first // W_GROUP * stride_ws, mask=in_w, other=0)
+                            scaled *= scale_value(stored, W_SCALE, SCALE_MANTISSA, SCALE_BIAS)[:, None]
+                        if X_GROUP >= PART:
+                            in_x = in_m & (first + 0 * m < K)
+                            stored = tl.load(xs_row + first // X_GROUP, mask=in_x, other=0)
+                            scaled *= scale_value(stored, X_SCALE, SCALE_MANTISSA, SCALE_BIAS)[None, :]
+                        total += scaled
+                        partial = tl.zeros((BLOCK_N, BLOCK_M), SUM)
+        if PARALLEL or WHOLE:
+            summed = total
+        else:
+            summed += total
+    out_at = out + m.to(tl.int64)[None, :] * N + n[:, None]
+    if PARALLEL:
+        out_at += tl.program_id(1).to(tl.int64) * M * N
+    else:
+        summed = finished(summed, x_scales, w_scales, bias, m, n, M, N, stride_xs, global_scale,
+                          "" if X_GROUP else X_SCALE, "" if W_GROUP else W_SCALE, W_ROWS, SCALE_MANTISSA, SCALE_BIAS,
+                          HAS_BIAS)  # fmt: skip
+    tl.store(out_at, summed.to(out.dtype.element_ty), mask=in_n[:, None] & in_m[None, :])
+
+
+@triton.jit
+def add_segments_kernel(
+    sums,
+    x_scales,
+    w_scales,
+    bias,
+    out,
+    M,
+    N,
+    stride_xs,
+    global_scale,
+    X_SCALE: tl.constexpr,
+    X_GROUP: tl.constexpr,
+    W_SCALE: tl.constexpr,
+    W_GROUP: tl.constexpr,
+    W_ROWS: tl.constexpr,
+    SCALE_MANTISSA: tl.constexpr,
+    SCALE_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out (M, N) from unscaled sums (SEGMENTS, M, N), added in order; a program makes BLOCK columns of one row."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m = tl.program_id(1) + tl.arange(0, 1)
+    at = m.to(tl.int64)[None, :] * N + n[:, None]
+    total = tl.zeros((BLOCK, 1), sums.dtype.element_ty)
+    for _segment in tl.static_range(SEGMENTS):
+        total += tl.load(sums + at, mask=n[:, None] < N, other=0)
+        at += M.to(tl.int64) * N
+    total = finished(total, x_scales, w_scales, bias, m, n, M, N, stride_xs, global_scale,
+                     "" if X_GROUP else X_SCALE, "" if W_GROUP else W_SCALE, W_ROWS, SCALE_MANTISSA, SCALE_BIAS,
+                     HAS_BIAS)  # fmt: skip
+    tl.store(out + m.to(tl.int64)[None, :] * N + n[:, None], total.to(out.dtype.element_ty), mask=n[:, None] < N)
+
+
+def exponent_bias(element: Element) -> int:
+    """Of a minifloat: its smallest normal number is 2^(1 - bias)."""
+    return 1 - int(math.log2(element.min_normal)) if element.kind == "minifloat" else 0
+
+
+def operand_exponent(fmt: Format, operand: str, *, words: bool) -> int:
+    """log2 of the value of a code over the operand that it becomes."""
+    element, scale = fmt.element, SCALE_ELEMENT
+    if operand == FLOAT16:
+        return 0
+    if operand == INTEGER:
+        return element.bits - PLAIN_BITS if words else 0
+    if element.kind == "integer":
+        return exponent_bias(scale) + scale.mantissa_bits - 1
+    return exponent_bias(scale) - exponent_bias(element)
+
+
+def constants(x: Format, w: Format, columns: int, *, bias: bool, tiles: Tiles) -> dict[str, Any]:
+    """Compile-time arguments for inputs of format `x` and weights of format `w`; all that depends on them."""
+    sides: dict[str, Any] = {}
+    for side, fmt in (("X", x), ("W", w)):
+        sides |= {
+            f"{side}_KIND": fmt.element.kind,
+            f"{side}_BITS": fmt.element.bits,
+            f"{side}_MANTISSA": fmt.element.mantissa_bits,
+            f"{side}_BIAS": exponent_bias(fmt.element),
+            f"{side}_SCALE": fmt.scale,
+            f"{side}_GROUP": group(fmt, columns),
+        }
+    return {
+        "OPERAND": tiles.operand,
+        **sides,
+        "X_PAIRED": is_paired(x),
+        "W_ROWS": w.block[0],
+        "SCALE_MANTISSA": SCALE_ELEMENT.mantissa_bits,
+        "SCALE_BIAS": exponent_bias(SCALE_ELEMENT),
+        "HAS_BIAS": bias,
+        "PART": tiles.part,
+        "PARTS": tiles.parts,
+        "FLUSH": tiles.flush,
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_M": tiles.block_m,
+        "SEGMENTS": tiles.segments,
+        "PARALLEL": tiles.parallel,
+    }
+
+
+def sum_dtype(tiles: Tiles) -> torch.dtype:
+    """Of the sums that segments leave: exact int32 where only rows have scales."""
+    return torch.int32 if tiles.operand == INTEGER and tiles.flush == 0 else torch.float32
+
+
+def device_of(tensor: Tensor) -> Device:
+    """What `choose` needs to know of the tensor's device; the interpreter plays a small Hopper."""
+    if not tensor.is_cuda:
+        return Device(capability=90, processors=1, shared=2**17)
+    told = torch.cuda.get_device_properties(tensor.device)
+    shared: int = told.shared_memory_per_block_optin  # type: ignore[attr-defined]  # missing from torch's stubs
+    return Device(10 * told.major + told.minor, told.multi_processor_count, shared)
+
+
+def _flat(x: Tensor) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+def quantized_matmul(
+    codes: Tensor,
+    scales: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    global_scale: float,
+    input_format: str,
+    weight_format: str,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The operator `qat::quantized_matmul` on a device that runs Triton."""
+    x, w, rows = lookup(input_format), lookup(weight_format), weight.shape[0]
+    flat, weight = _flat(codes), weight if weight.stride(-1) == 1 else weight.contiguous()
+    tokens = flat.shape[0]
+    out = torch.empty(*codes.shape[:-1], rows, dtype=dtype, device=codes.device)
+    if tokens == 0 or rows == 0:
+        return out
+    device, x_scales = device_of(codes), _flat(scales)
+    if block_scaled(x, w, columns, device.capability):
+        block_scaled_matmul(flat, x_scales, weight, weight_scales, bias, out, global_scale, (x, w), columns)
+        return out
+    tiles = choose(tokens, rows, columns, x, w, device)
+    fixed = constants(x, w, columns, bias=bias is not None, tiles=tiles)
+    if tiles.operand == INTEGER and columns > MOST_COLUMNS:
+        raise UnsupportedError(f"{columns} columns of integers: the kernel's int32 sums hold at most {MOST_COLUMNS}")
+    if tiles.operand == FLOAT16:  # which has to read E4M3 without the type, for GPUs that lack it
+        flat, weight = (t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in (flat, weight))
+    words = w.element.bits != PLAIN_BITS
+    exponent = operand_exponent(x, tiles.operand, words=False) + operand_exponent(w, tiles.operand, words=words)
+    global_scale *= 2.0**exponent
+    stride_xs = 0 if x.block == (0, 0) else x_scales.stride(0)
+    target = out.new_empty(tiles.segments, tokens, rows, dtype=sum_dtype(tiles)) if tiles.parallel else out
+    grid = (triton.cdiv(rows, tiles.block_n) * triton.cdiv(tokens, tiles.block_m), tiles.segments * tiles.parallel or 1)
+    quantized_matmul_kernel[grid](
+        flat, x_scales, weight, weight_scales, bias, target, tokens, rows, columns, flat.stride(0), stride_xs,
+        weight.stride(0), weight_scales.stride(0), global_scale, **fixed, num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )  # fmt: skip
+    if tiles.parallel:
+        fixed = {key: value for key, value in fixed.items() if key in add_segments_kernel.arg_names}
+        add_segments_kernel[(triton.cdiv(rows, 256), tokens)](
+            target, x_scales, weight_scales, bias, out, tokens, rows, stride_xs, global_scale, **fixed, BLOCK=256,
+            num_warps=2,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,199 @@
+"""The product of quantized inputs and weights: the operator's reference against integer and float64 arithmetic, and its
+kernels without a GPU: interpreted in a process of its own, and compiled for every architecture."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from qat.catalog import CATALOG, lookup
+from qat.errors import FormatError, UnsupportedError
+from qat.kernels.explain import explain, explain_all
+from qat.kernels.quantized_matmul.choose import (
+    BLOCK_SCALED,
+    Device,
+    block_scaled,
+    block_scaled_problem,
+    choose,
+    operand,
+)
+from qat.matmul import code_dtype, dequantize_input, dequantize_weight, hold, is_paired, problem, quantized_matmul
+from qat.numerics import QTensor, Scales, quantize
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+WIDE = lookup("int8_channel"), lookup("int8_token")
+WEIGHTS = [name for name, fmt in CATALOG.items() if problem(WIDE[1], fmt) is None]
+INPUTS = [name for name, fmt in CATALOG.items() if problem(fmt, WIDE[0]) is None]
+HOPPER = Device(90, processors=132, shared=227 * 1024)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def operands(x: QTensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales as `qat::quantize_input` returns them."""
+    fmt, codes, stored = x.format, x.codes, x.scales.stored
+    if is_paired(fmt):
+        codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
+    elif fmt.element.bits == 8:
+        codes = codes.view(code_dtype(fmt))
+    else:
+        codes = fmt.element.decode(codes).to(torch.int8)
+    if fmt.block == (0, 0):
+        return codes, stored.float().view(1)
+    return codes, stored.view(torch.uint8) if fmt.scale == "e4m3" else stored
+
+
+def test_what_can_be_multiplied() -> None:
+    """Named one by one, so that a change of the rules is seen."""
+    assert {"int8_channel", "fp8_b128", "mxfp8", "int4_g128", "mxfp4", "nvfp4"} <= set(WEIGHTS)
+    assert not {"nf4_g64", "if4", "mxfp6", "int3_g64", "int4_g64_asym", "int4_tensor"} & set(WEIGHTS)
+    assert set(INPUTS) >= {"int8_token", "int4_token", "fp8_token", "fp8_g128", "mxfp8", "mxfp4", "nvfp4", "fp8_tensor"}
+    assert not {"int8_channel", "int8_g128", "int2_token", "fp8_b128", "mxfp6", "if4"} & set(INPUTS)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_held_weights_lose_nothing(name: str) -> None:
+    weight = quantize(normal(6, 384), lookup(name))
+    held = hold(weight)
+    found = dequantize_weight(held.codes, held.scales, lookup(name), 384) * held.global_scale
+    assert torch.equal(found, weight.dequantize())
+    assert held.codes.dtype == (torch.int16 if weight.format.element.bits < 8 else code_dtype(weight.format))
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_inputs_are_read_as_they_were_written(name: str) -> None:
+    x = quantize(normal(5, 384), lookup(name))
+    found = dequantize_input(*operands(x), lookup(name))
+    above = 1.0 if x.scales.global_scale is None else x.scales.global_scale
+    assert torch.equal(found * above, x.dequantize())
+
+
+def test_even_columns_are_in_the_low_nibble() -> None:
+    """By hand: E2M1 codes 1, 2, 15, 9 are 0.5, 1, -6, -0.5; the scale byte 128 is 2."""
+    codes = torch.zeros(1, 16, dtype=torch.uint8)
+    codes[0, :2] = torch.tensor([0x21, 0x9F], dtype=torch.uint8)
+    found = dequantize_input(codes, torch.tensor([[128]], dtype=torch.uint8), lookup("mxfp4"))
+    assert found[0, :5].tolist() == [1.0, 2.0, -12.0, -1.0, 0.0]
+
+
+def test_the_operator() -> None:
+    x, weight, bias = (
+        quantize(normal(6, 64), lookup("nvfp4")),
+        quantize(normal(5, 64, seed=1), lookup("nvfp4")),
+        normal(5),
+    )
+    codes, scales = operands(x)
+    codes, scales = codes.view(2, 3, 32), scales.view(2, 3, 4)
+    held, above = hold(weight), float(x.scales.global_scale or 0)
+    y = quantized_matmul(codes, scales, held, bias, input_format="nvfp4", dtype=torch.float32, input_scale=above)
+    expected = (x.dequantize().double() @ weight.dequantize().double().T + bias).view(2, 3, 5)
+    torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-6)
+    rounded = quantized_matmul(codes, scales, held, bias, input_format="nvfp4", dtype=torch.bfloat16, input_scale=above)
+    assert torch.equal(rounded, y.bfloat16())
+    nothing = quantized_matmul(codes[:0], scales[:0], held, input_format="nvfp4", dtype=torch.float32)
+    assert nothing.shape == (0, 3, 5)
+    arguments = (codes, scales, held.codes, held.scales, bias, above, "nvfp4", "nvfp4", 64, torch.bfloat16)
+    torch.library.opcheck(torch.ops.qat.quantized_matmul.default, arguments)
+
+
+def test_integers_are_summed_exactly() -> None:
+    x, weight = quantize(normal(4, 96), lookup("int8_token")), quantize(normal(5, 96, seed=1), lookup("int4_g32"))
+    ones = QTensor(weight.format, weight.codes, Scales(torch.ones_like(weight.scales.stored)))
+    codes, scales = operands(x)
+    y = quantized_matmul(codes, torch.ones_like(scales), hold(ones), input_format="int8_token", dtype=torch.float32)
+    exact = codes.long() @ weight.format.element.decode(weight.codes).long().T
+    assert torch.equal(y.long(), exact)
+
+
+def test_what_cannot_be_multiplied_is_refused_by_name() -> None:
+    held = hold(quantize(normal(4, 64), lookup("int8_channel")))
+    codes, scales = torch.zeros(1, 64, dtype=torch.int8), torch.ones(1, 1)
+    with pytest.raises(UnsupportedError, match=r"int8_g128 inputs cannot meet int8_channel weights: .* bf16 scales"):
+        quantized_matmul(codes, scales, held, input_format="int8_g128", dtype=torch.float32)
+    with pytest.raises(FormatError, match="an input of width 32 meets a weight of 64 columns"):
+        quantized_matmul(codes[:, :32], scales, held, input_format="int8_token", dtype=torch.float32)
+    with pytest.raises(UnsupportedError, match=r"int4_g64_asym weights .* zero points"):
+        hold(quantize(normal(4, 64), lookup("int4_g64_asym")))
+    broken = quantize(normal(4, 64), lookup("mxfp8"))
+    broken.scales.stored[1, 1] = 255
+    with pytest.raises(FormatError, match="mxfp8: 1 scales are zero, negative or not finite"):
+        hold(broken)
+
+
+# --- what runs, and why -------------------------------------------------------------------------------------------
+
+
+def test_operands_hold_the_codes_exactly() -> None:
+    """Every code of the catalogue, times the power of two that is folded away, is a number of the operand's type."""
+    from qat.kernels.quantized_matmul.triton import operand_exponent
+
+    largest = {"int8": 2.0**31, "float8": torch.finfo(torch.float8_e4m3fn).max, "float16": 65504.0}
+    types = {"int8": torch.int8, "float8": torch.float8_e4m3fn, "float16": torch.float16}
+    for w_name in WEIGHTS:
+        for x_name in INPUTS:
+            for capability in (80, 90):
+                x, w = lookup(x_name), lookup(w_name)
+                kind = operand(x, w, capability)
+                for fmt, words in ((x, False), (w, w.element.bits < 8)):
+                    values = torch.tensor(fmt.element.grid) / 2.0 ** operand_exponent(fmt, kind, words=words)
+                    assert values.abs().max() <= largest[kind]
+                    assert torch.equal(values.to(types[kind]).float(), values), f"{fmt.name} as {kind}"
+
+
+def test_tiles_are_a_closed_form() -> None:
+    x, w = lookup("int8_token"), lookup("int4_g128")
+    few, many = choose(1, 4096, 4096, x, w, HOPPER), choose(8192, 4096, 4096, x, w, HOPPER)
+    assert (few.operand, few.part, few.parts, few.flush, few.block_m, few.parallel) == ("int8", 32, 4, 128, 16, True)
+    assert few.segments == many.segments and not many.parallel, "segments follow the weight, not the tokens"
+    wide = choose(8192, 16384, 4096, x, lookup("int8_channel"), HOPPER)
+    assert (wide.block_n, wide.block_m, wide.flush, wide.warps) == (128, 256, 0, 8)
+    for w_name in WEIGHTS:
+        for x_name in INPUTS:
+            for tokens in (1, 100, 8192):
+                tiles = choose(tokens, 4096, 4096, lookup(x_name), lookup(w_name), HOPPER)
+                assert tiles.flush % tiles.part == 0 and (tiles.part * tiles.parts) % (tiles.flush or 1) == 0
+
+
+def test_block_scaled_units_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    fmt = lookup("nvfp4")
+    assert not block_scaled(fmt, fmt, 4096, 100)
+    monkeypatch.setenv(BLOCK_SCALED, "1")
+    assert block_scaled(fmt, fmt, 4096, 100) and not block_scaled(fmt, fmt, 4096, 90)
+    assert block_scaled_problem(fmt, lookup("mxfp4"), 4096) == "both sides need the same blocks"
+    assert block_scaled_problem(fmt, fmt, 4096 + 64) == "the kernel takes widths that 128 divides"
+
+
+def test_explain_names_the_pair() -> None:
+    told = explain("int4_g128", 16, 4096, 4096, input_format="int8_token")
+    assert told["operator"] == "qat::quantized_matmul" and told["input"] == "int8_token"
+    assert told["kernel"] == ("triton" if torch.cuda.is_available() else "reference")
+    refused = explain("nf4_g64", 16, 4096, 4096, input_format="int8_token")
+    assert refused["kernel"] == "none" and "table" in refused["why"]
+    told_of = {row["format"] for row in explain_all(16, 4096, 4096, "int8_token") if row["kernel"] != "none"}
+    assert told_of == {name for name in WEIGHTS if lookup(name).scale != "f32"}
+
+
+# --- the kernels themselves ---------------------------------------------------------------------------------------
+
+
+def in_a_process(script: str, **environment: str) -> str:
+    path = Path(__file__).with_name(script)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    done = subprocess.run([sys.executable, str(path)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_interpreted_kernels_are_the_reference() -> None:
+    assert "all equal" in in_a_process("interpret_quantized_matmul.py", TRITON_INTERPRET="1")
+
+
+def test_the_kernels_compile_for_every_architecture() -> None:
+    assert "all compiled" in in_a_process("compile_quantized_matmul.py")
