@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments = parser.parse_args(argv)
     _quiet_libraries()
+    warnings.formatwarning = lambda message, category, *_: f"qat {arguments.command}: {_warned(message, category)}\n"
     try:
         run: Callable[[argparse.Namespace], int | None] = arguments.run
         return run(arguments) or 0
@@ -56,6 +58,11 @@ def build_parser() -> argparse.ArgumentParser:
         add(sub)
         sub.set_defaults(run=run)
     return parser
+
+
+def _warned(message: Warning | str, category: type[Warning]) -> str:
+    """A warning without the line of code that gave it, which users did not write."""
+    return f"note: {message}" if category is UserWarning else f"{category.__name__}: {message}"
 
 
 def _quiet_libraries() -> None:
@@ -296,9 +303,8 @@ def _kernels(arguments: argparse.Namespace) -> None:
     print(f"{inputs} times packed weights of {sizes[1]} x {sizes[2]}:")
     for answer in answers:
         print(f"{answer['format']:<20}{answer['kernel']:<11}{answer['why']}")
-    print(
-        f"\nof {answers[0]['operator']}, which `qat generate` and `qat serve` run; in Python: qat.kernels.load.load()"
-    )
+    operator = answers[0]["operator"]
+    print(f"\nof {operator}, which `qat generate` and `qat serve` run; in Python: qat.kernels.load.load()")
 
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Any], str]] = {
