@@ -59,7 +59,8 @@ def _explain_quantized(format: str, tokens: int, rows: int, columns: int, input_
     if not available():
         packed = explain(format, tokens, rows, columns)
         if packed["kernel"] == "none":
-            return {**told, "kernel": "reference", "why": f"weights are held dense, no faster than BF16: {packed['why']}"}
+            why = f"weights are held dense, no faster than BF16: {packed['why']}"
+            return {**told, "kernel": "reference", "why": why}
         why = f"no product of codes here; inputs are rounded, then qat::packed_linear: {packed['why']}"
         return {**told, "kernel": packed["kernel"], "why": why}
     from qat.kernels.quantized_matmul.triton import device_of
