@@ -81,7 +81,7 @@ def read_layer(module: PackedModule, tensors: Mapping[str, Tensor]) -> QTensor:
     if fmt.zero_point:
         zero = _zero_points(module, _tensor(module, tensors, "weight_zero_point"), rows)
     scale = _tensor(module, tensors, "weight_scale")
-    scale = scale.expand(rows, 1).contiguous() if scale.numel() == 1 and fmt.group is None else scale
+    scale = scale.expand(rows, 1).contiguous() if scale.numel() == 1 and fmt.block == (1, 0) else scale
     divisor = _tensor(module, tensors, "weight_global_scale") if fmt.global_scale else None
     grid = fmt.grid_shape(rows, columns)
     for name, tensor in (("weight_scale", scale), ("weight_zero_point", zero)):

@@ -19,6 +19,8 @@ from qat.checkpoints.progress import progress
 from qat.checkpoints.readers import ExportedFolder, open_export
 from qat.errors import CheckpointError, UnsupportedError
 from qat.format import Format
+from qat.inputs import quantize_input
+from qat.matmul import QuantizedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,12 +34,15 @@ class ServedInput:
         rule: whose arithmetic, see `qat.activations`.
         static: stored scale or divisor, float32 [1], where the format has one.
         consumers: how many layers read the same tensor.
+        codes: give codes and scales (`qat.inputs`) to a layer that multiplies those, instead of rounded values.
     """
 
-    def __init__(self, fmt: Format, rule: str, static: Tensor | None, consumers: int = 1) -> None:
-        self.format, self.rule, self.static, self.consumers = fmt, rule, static, consumers
+    def __init__(
+        self, fmt: Format, rule: str, static: Tensor | None, consumers: int = 1, *, codes: bool = False
+    ) -> None:
+        self.format, self.rule, self.static, self.consumers, self.codes = fmt, rule, static, consumers, codes
         self._input: weakref.ref[Tensor] | None = None
-        self._output: Tensor | None = None
+        self._output: tuple[Tensor, ...] | None = None
         self._uses = 0
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -45,13 +50,16 @@ class ServedInput:
         x: Tensor = args[0]
         if self._output is None or self._input is None or self._input() is not x:
             static = None if self.static is None else self.static.to(x.device)
-            self._output = fake_quantize_input(x, self.format, self.rule, "ste", static)
+            if self.codes:
+                self._output = quantize_input(x, self.format.name, static)
+            else:
+                self._output = (fake_quantize_input(x, self.format, self.rule, "ste", static),)
             self._input, self._uses = weakref.ref(x), 0
         output = self._output
         self._uses += 1
         if self._uses >= self.consumers:
             self._input = self._output = None
-        return (output, *args[1:])
+        return (*output, *args[1:])
 
 
 def load_exported(
@@ -109,7 +117,7 @@ def load_exported(
 
 
 def hook_inputs(model: nn.Module, exported: ExportedFolder, rule: str, own: dict[str, str]) -> None:
-    """Hook a `ServedInput` on every layer whose input the checkpoint quantizes.
+    """Hook a `ServedInput` on every layer whose input the checkpoint quantizes; `QuantizedLinear`s get codes.
 
     Args:
         model: has the layers, of any class.
@@ -122,14 +130,15 @@ def hook_inputs(model: nn.Module, exported: ExportedFolder, rule: str, own: dict
         UnsupportedError: an input quantization that the catalogue does not know.
     """
     groups = {path: members for members in fused_groups(list(exported.modules)) for path in members}
-    shared: dict[str, ServedInput] = {}
+    shared: dict[tuple[str, bool], ServedInput] = {}
     for path, module in exported.modules.items():
         if module.input is None:
             continue
         if path not in own:
             raise CheckpointError(f"{path} is stored, but {type(model).__name__} has no such layer")
-        members = groups.get(path, [path])
-        if members[0] not in shared:
-            fmt = input_format(module.input)
-            shared[members[0]] = ServedInput(fmt, rule, exported.static_input(path), len(members))
-        model.get_submodule(own[path]).register_forward_pre_hook(shared[members[0]])
+        members, layer = groups.get(path, [path]), model.get_submodule(own[path])
+        key = members[0], isinstance(layer, QuantizedLinear)
+        if key not in shared:
+            fmt, static = input_format(module.input), exported.static_input(path)
+            shared[key] = ServedInput(fmt, rule, static, len(members), codes=key[1])
+        layer.register_forward_pre_hook(shared[key])

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qat.catalog import SCALE_ELEMENT, lookup
 from qat.errors import FormatError, UnsupportedError
@@ -215,3 +215,36 @@ def quantized_matmul(
         dtype,
     )
     return y
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer for inference whose input arrives as codes and scales (see the module), results in `dtype`."""
+
+    codes: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        weight: MatmulWeight,
+        input_format: str,
+        input_scale: float,
+        dtype: torch.dtype,
+        bias: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        for name, tensor in (("codes", weight.codes), ("scales", weight.scales), ("bias", bias)):
+            self.register_buffer(name, tensor)
+        self.format, self.global_scale, self.input_format = weight.format, weight.global_scale, input_format
+        self.input_scale, self.dtype = input_scale, dtype
+        self.in_features, self.out_features = weight.columns, weight.codes.shape[0]
+
+    def forward(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """(..., out_features)."""
+        weight = MatmulWeight(self.format, self.in_features, self.codes, self.scales, self.global_scale)
+        given = {"input_format": self.input_format, "dtype": self.dtype, "input_scale": self.input_scale}
+        return quantized_matmul(codes, scales, weight, self.bias, **given)  # type: ignore[arg-type]  # as named
+
+    def extra_repr(self) -> str:
+        """Shape and formats, for `print(model)`."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.format} x {self.input_format}"

@@ -19,6 +19,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qat.checkpoints.codes import input_format
 from qat.checkpoints.exported import hook_inputs
 from qat.checkpoints.hf import check_loading, quiet
 from qat.checkpoints.names import stored_paths
@@ -26,7 +27,11 @@ from qat.checkpoints.progress import progress
 from qat.checkpoints.readers import READERS, open_export
 from qat.checkpoints.targets import unpack_layer
 from qat.errors import UnsupportedError
+from qat.format import Format
 from qat.kernels.load import cpu_problem, load
+from qat.matmul import QuantizedLinear, hold
+from qat.matmul import problem as pair_problem
+from qat.numerics import QTensor
 from qat.packed import PackedLinear, pack, problem
 
 if TYPE_CHECKING:
@@ -92,12 +97,18 @@ class PackedQuantizer(HfQuantizer):
                 stored = model.get_submodule(path)
                 tensors = {name: parameter.detach() for name, parameter in stored.named_parameters()}
                 bias, q = tensors.pop("bias", None), unpack_layer(self.exported.METHOD, module, tensors)
+                input = None if module.input is None else input_format(module.input)
                 reason = problem(q.format)
-                if reason is not None:
-                    dense.setdefault(
-                        f"{q.format.name} weights are held dense, no faster than BF16: {reason}", []
-                    ).append(path)
-                layer = PackedLinear(pack(q), bias) if reason is None else _dense(q.dequantize(model.dtype), bias)
+                if input is not None and multiplies_codes(input, q):
+                    static = self.exported.static_input(module.path) if input.global_scale else None
+                    scale = 1.0 if static is None else 1.0 / float(static)
+                    layer: nn.Module = QuantizedLinear(hold(q), input.name, scale, model.dtype, bias)
+                elif reason is None:
+                    layer = PackedLinear(pack(q), bias)
+                else:
+                    what = f"{q.format.name} weights are held dense, no faster than BF16: {reason}"
+                    dense.setdefault(what, []).append(path)
+                    layer = _dense(q.dequantize(model.dtype), bias)
                 model.set_submodule(path, layer.train(stored.training))
                 advance(1)
         hook_inputs(model, self.exported, "vllm", {module.path: path for path, module in self.layers.items()})
@@ -114,6 +125,14 @@ class PackedQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """No: packed weights have no gradient."""
         return False
+
+
+def multiplies_codes(input: Format, weight: QTensor) -> bool:
+    """Whether a layer with quantized inputs multiplies codes here: where `qat::quantized_matmul` has a kernel.
+
+    Elsewhere inputs are rounded and the weight stays packed, which is the same product in wider arithmetic.
+    """
+    return weight.codes.is_cuda and "cuda" in load() and pair_problem(input, weight.format) is None
 
 
 def _dense(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

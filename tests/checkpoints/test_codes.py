@@ -33,6 +33,12 @@ def test_reading_undoes_packing(name: str) -> None:
         assert torch.equal(found.scales.stored.view(torch.uint8), q.scales.stored.view(torch.uint8))
 
 
+def test_a_single_block_stays_one() -> None:
+    module, q, tensors = stored("fp8_b128", columns=96)
+    assert tensors["weight_scale"].shape == (1, 1)
+    assert torch.equal(read_layer(module, tensors).dequantize(), q.dequantize())
+
+
 def test_the_lowest_code_of_other_tools_is_kept() -> None:
     """compressed-tensors uses -8 of INT4; our own quantizer does not."""
     module, _, tensors = stored("int4_g64")

@@ -12,10 +12,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, pipeline
 from transformers.quantizers import auto
 
+from qat.catalog import lookup
 from qat.checkpoints.exported import load_exported
 from qat.checkpoints.targets.compressed_tensors import pairs
 from qat.errors import CheckpointError, QatError, UnsupportedError
 from qat.kernels.engines.transformers import PackedQuantizer, install, installed, load_packed, uninstall
+from qat.matmul import QuantizedLinear
+from qat.matmul import problem as pair_problem
 from qat.packed import PackedLinear
 from tests.checkpoints.exports import Pair, export_pair, ids, mixed_rules, quantized, quiet_export
 from tests.tiny import tiny_model
@@ -55,6 +58,32 @@ def test_packed_is_dense(chunk: list[Pair], llama: Path, tmp_path: Path) -> None
     packed, dense = load_packed(out, torch.bfloat16), load_exported(out, dtype=torch.bfloat16)
     assert any(isinstance(layer, PackedLinear) for layer in packed.modules())
     assert torch.equal(logits(packed), logits(dense))
+
+
+CODES = [pair for pair in pairs() if pair[1] and pair_problem(lookup(pair[1]), lookup(pair[0])) is None]
+
+
+@pytest.mark.parametrize("chunk", [CODES[i : i + 8] for i in range(0, len(CODES), 8)], ids=lambda chunk: chunk[0][0])
+def test_layers_that_multiply_codes(
+    chunk: list[Pair], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU runs, by the reference operators: each product is the one of rounded inputs, in another order."""
+    out = quiet_export(quantized(llama, [*mixed_rules(chunk), {"match": "*", "skip": "rest"}]), llama, tmp_path / "out")
+    rounded = load_exported(out)
+    monkeypatch.setattr(
+        "qat.kernels.engines.transformers.multiplies_codes",
+        lambda input, weight: pair_problem(input, weight.format) is None,
+    )
+    coded, seen = load_packed(out, torch.float32), 0
+    for path, layer in coded.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            x, dense = torch.randn(3, layer.in_features), rounded.get_submodule(path)
+            expected = dense(x).detach()
+            # The dense model's weights are rounded to BF16, the codes' are not.
+            torch.testing.assert_close(layer(x), expected, rtol=2**-7, atol=2**-7 * float(expected.abs().max()))
+            seen += 1
+    assert seen >= len(chunk)
+    assert bool(torch.isfinite(logits(coded)).all())
 
 
 def test_every_token_agrees_where_weights_are_exact_in_bf16(small: Path, tmp_path: Path) -> None:
