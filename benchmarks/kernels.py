@@ -25,11 +25,16 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional
 
+from qat.activations import static_part
 from qat.catalog import lookup
+from qat.inputs import quantize_input
 from qat.kernels.explain import explain
 from qat.kernels.load import load
-from qat.numerics import quantize
+from qat.matmul import hold, quantized_matmul
+from qat.numerics import find_scales, quantize
+from qat.ops import fake_quantize_reference
 from qat.packed import pack, packed_linear
+from qat.rows import reference as reference_rows
 
 Call = Callable[[], Any]
 LAYERS = {  # rows x columns
@@ -44,6 +49,15 @@ LAYERS = {  # rows x columns
 }
 TOKENS = {"cuda": (1, 4, 16, 64, 128, 256, 1024, 4096), "cpu": (1, 4, 16, 64)}
 WEIGHTS = ("int4_g128", "int4_g64", "nvfp4", "mxfp4", "int8_channel", "mxfp8")
+PAIRS = (  # input, weight
+    ("int8_token", "int8_channel"),
+    ("fp8_token", "fp8_channel"),
+    ("int8_token", "int4_g128"),
+    ("fp8_token", "int4_g128"),
+    ("fp8_token", "mxfp4"),
+    ("mxfp4", "mxfp4"),
+    ("nvfp4", "nvfp4"),
+)
 COLD_BYTES = 64 << 20  # of operands that rotate on a CPU
 
 
@@ -119,7 +133,96 @@ def _torch_int4(rows: int, columns: int, device: str) -> Callable[[Tensor], Tens
     return lambda x: torch.ops.aten._weight_int4pack_mm(x, held, group, scales)
 
 
-FAMILIES = {"packed": packed}
+def matmul(device: str, layers: dict[str, tuple[int, int]], repeats: int) -> Iterator[Row]:
+    """Codes times codes, against BF16, torch's 8-bit products, and inputs rounded before a packed weight."""
+    for layer, (rows, columns) in track(layers.items(), description="quantized inputs"):
+        weight = torch.randn(rows, columns, device=device)
+        pairs = [p for p in PAIRS if all(lookup(name).divides(columns) for name in p)]
+        held = {pair: hold(quantize(weight, lookup(pair[1]))) for pair in pairs}
+        dense = weight.bfloat16()
+        for tokens in TOKENS[device]:
+            x = torch.randn(tokens, columns, device=device).bfloat16()
+            calls: dict[str, list[Call]] = {"BF16": [partial(functional.linear, x, dense)]}
+            for pair, kept in held.items():
+                fmt = lookup(pair[0])
+                static = static_part(fmt, x.abs().amax().float())
+                codes, scales = quantize_input(x, pair[0], static)
+                options = {"input_format": pair[0], "dtype": torch.bfloat16}
+                calls[" x ".join(pair)] = [partial(quantized_matmul, codes, scales, kept, **options)]
+            calls |= _torch_products(x, weight)
+            with torch.inference_mode():
+                found = timed(device, calls, repeats)
+            for name, us in found.items():
+                size = 2 * rows * columns if name == "BF16" else rows * columns
+                yield Row("matmul", layer, f"{rows}x{columns}", tokens, name, us, size + 2 * tokens * (rows + columns))
+
+
+def _torch_products(x: Tensor, weight: Tensor) -> dict[str, list[Call]]:
+    """What torch has for 8-bit operands on this device and shape; what it refuses is left out and said."""
+    x8, w8 = (t.clamp(-4, 4).to(torch.float8_e4m3fn) for t in (x, weight))
+    row_scale, column_scale = (torch.ones(n, 1, device=x.device) for n in (len(x), len(weight)))
+    xi, wi = (t.clamp(-4, 4).mul(30).to(torch.int8) for t in (x, weight))
+    candidates: dict[str, Call] = {
+        "torch._scaled_mm fp8": partial(
+            torch._scaled_mm, x8, w8.t(), scale_a=row_scale, scale_b=column_scale.t(), out_dtype=torch.bfloat16
+        ),
+        "torch._int_mm": partial(torch._int_mm, xi, wi.t()),
+    }
+    usable = {}
+    for name, call in candidates.items():
+        try:
+            call()
+            usable[name] = [call]
+        except (RuntimeError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0][:90]
+            print(f"{name} does not take {len(x)} x {tuple(weight.shape)}: {reason}", file=sys.stderr)
+    return usable
+
+
+def rows(device: str, layers: dict[str, tuple[int, int]], repeats: int) -> Iterator[Row]:
+    """What is done row by row: fake quantization, inputs to codes after RMSNorm or SiLU, losses over a vocabulary."""
+    side, vocabulary = (4096, 128256) if device == "cuda" else (1024, 49152)
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device).bfloat16()
+
+    x, gain = normal(2 * side, side), normal(side)
+    for name in track(("int4_g128", "nvfp4", "mxfp4", "fp8_channel"), description="fake quantization"):
+        fmt = lookup(name)
+        weight = normal(side, side)
+        scale = find_scales(weight, fmt).effective()
+        given = (weight, scale, scale, None, None, name, "ste", True)
+        calls: dict[str, list[Call]] = {
+            "reference": [partial(fake_quantize_reference, *given)],
+            "ours": [partial(torch.ops.qat.fake_quantize, *given)],
+        }
+        for contender, us in timed(device, calls, repeats).items():
+            yield Row("fake quantize", name, f"{side}x{side}", side, contender, us, 4 * side * side)
+    for name in ("int8_token", "fp8_token", "nvfp4", "mxfp4"):
+        static = static_part(lookup(name), torch.tensor(6.0, device=device))
+        steps = partial(_norm_then_quantize, x, gain, static, name)
+        fused = partial(torch.ops.qat.rms_norm_quantize, x, None, gain, static, 1e-5, name)
+        for contender, us in timed(device, {"separate": [steps], "fused": [fused]}, repeats).items():
+            yield Row("RMSNorm + quantize", name, f"{len(x)}x{side}", len(x), contender, us, 3 * x.numel())
+    student, teacher = normal(256, vocabulary), normal(256, vocabulary)
+    for kind in ("forward_kl", "jsd", "cross_entropy"):
+        targets = torch.arange(256, device=device) if kind == "cross_entropy" else None
+        other = None if kind == "cross_entropy" else teacher
+        given = (other, targets, kind, 1.0, 0.5, 1.0)
+        calls = {
+            "reference": [lambda given=given: reference_rows(student.clone(), *given)],
+            "ours": [lambda given=given: torch.ops.qat.distill_rows(student.clone(), *given)],
+        }
+        for contender, us in timed(device, calls, repeats).items():
+            yield Row("distill rows", kind, f"256x{vocabulary}", 256, contender, us, 6 * student.numel())
+
+
+def _norm_then_quantize(x: Tensor, gain: Tensor, static: Tensor | None, name: str) -> Any:
+    return torch.ops.qat.quantize_input(functional.rms_norm(x, x.shape[-1:], gain, 1e-5), static, name)
+
+
+FAMILIES = {"packed": packed, "matmul": matmul, "rows": rows}
 
 
 def table(rows: list[Row]) -> str:
@@ -147,6 +250,8 @@ def plot(rows: list[Row], bandwidth: float, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     own = [row for row in rows if row.family == "packed"]
+    if not own:
+        return
     layers = list(dict.fromkeys(row.what for row in own))
     figure, axes = plt.subplots(1, len(layers), figsize=(3.6 * len(layers), 3.4), sharey=True, squeeze=False)
     for axis, layer in zip(axes[0], layers, strict=True):
@@ -192,12 +297,15 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", default=",".join(FAMILIES), help="families, separated by commas (default: all)")
+    parser.add_argument(
+        "--only", help="packed,matmul,rows (default: all; on a CPU, packed: the others have no kernel there)"
+    )
     parser.add_argument("--layers", choices=list(LAYERS), help="default: large on a GPU, small on a CPU")
     parser.add_argument("--repeats", type=int, default=15, help="timed calls per contender on a CPU")
     parser.add_argument("--out", type=Path, help="folder for kernels.json and kernels.png")
     arguments = parser.parse_args()
-    unknown = set(arguments.only.split(",")) - FAMILIES.keys()
+    wanted = arguments.only or ("packed" if arguments.device == "cpu" else ",".join(FAMILIES))
+    unknown = set(wanted.split(",")) - FAMILIES.keys()
     if unknown:
         parser.error(f"--only {', '.join(sorted(unknown))}: there are {', '.join(FAMILIES)}")
     loaded = load()
@@ -205,9 +313,7 @@ def main() -> None:
         print(f"no kernels for {arguments.device}: the references are timed", file=sys.stderr)
     about, bandwidth = machine(arguments.device), copy_rate(arguments.device)
     layers = LAYERS[arguments.layers or ("large" if arguments.device == "cuda" else "small")]
-    rows = [
-        row for name in arguments.only.split(",") for row in FAMILIES[name](arguments.device, layers, arguments.repeats)
-    ]
+    rows = [row for name in wanted.split(",") for row in FAMILIES[name](arguments.device, layers, arguments.repeats)]
     print(json.dumps({**about, "copy_bytes_per_s": bandwidth}))
     print(table(rows))
     missing = [name for name, version in about.items() if version == "not installed"]

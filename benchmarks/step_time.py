@@ -4,7 +4,9 @@ Same cross-entropy loss, same data, same optimizer, no teacher, fp32, on the emb
 take turns step by step in one process, so that a drifting machine hits both; the ratio is that of the medians. Peak
 memory is measured in a process of its own per model.
 
-    python benchmarks/step_time.py [--steps 20] [--tokens 1024] [--json FILE]
+    python benchmarks/step_time.py [--steps 20] [--tokens 1024] [--device cuda] [--model llama-1b] [--json FILE]
+
+On a GPU the kernels are loaded and the forward pass runs under BF16 autocast, as `qat train` does there.
 """
 
 import argparse
@@ -23,15 +25,31 @@ CASES = {
 }
 
 
-def build(weight: str | None, input: str | None, learn: str) -> tuple[Any, Any]:
-    """The embedded model (quantized, if a format is given) and its optimizer."""
+LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "vocab_size": 49152, "tie_word_embeddings": True}  # fmt: skip
+
+
+def load(name: str) -> Any:
+    """The embedded model, or a random Llama of a billion parameters, in float32."""
+    import torch
+
+    from qat.checkpoints.hf import ModelConfig, load_model, resolve
+
+    if name == "embedded":
+        return load_model(resolve(ModelConfig(id="embedded:smollm2-135m")), torch.float32)
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    return AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_1B), dtype=torch.float32)
+
+
+def build(weight: str | None, input: str | None, learn: str, name: str, device: str) -> tuple[Any, Any]:
+    """The model (quantized, if a format is given) and its optimizer."""
     import torch
 
     from qat import Rule, Scheme, apply, calibrate
-    from qat.checkpoints.hf import ModelConfig, load_model, resolve
     from qat.trainers import optim
 
-    model = load_model(resolve(ModelConfig(id="embedded:smollm2-135m")), torch.float32)
+    model = load(name)
     if weight is not None:
         rules = (
             Rule(match="lm_head", skip="tied"),
@@ -41,26 +59,33 @@ def build(weight: str | None, input: str | None, learn: str) -> tuple[Any, Any]:
         scheme = Scheme(rules=rules, start="amax", weighted_start=False, learn=learn)
         apply(model, scheme)
         calibrate(model, [{"input_ids": torch.arange(64).view(1, -1)}], scheme)
+    model = model.to(device)
     return model.train(), optim.build(model, optim.OptimConfig())
 
 
 def step(model: Any, optimizer: Any, ids: Any) -> float:
     """Seconds of one optimizer step with the chunked cross-entropy loss."""
+    import torch
+
     from qat.losses import CrossEntropy, chunked
     from qat.trainers.forward import Head
 
     began = time.perf_counter()
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-    loss = chunked(CrossEntropy(), hidden, Head(model), None, None, ids[:, 1:]) / ids[:, 1:].numel()
+    with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        loss = chunked(CrossEntropy(), hidden, Head(model), None, None, ids[:, 1:]) / ids[:, 1:].numel()
     loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    if ids.is_cuda:
+        torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
-def peak(case: str | None, learn: str, tokens: int) -> int:
-    """Peak resident bytes of three steps in a fresh process; `case` None is the unquantized model."""
-    command = [sys.executable, __file__, "--peak", case or "none", "--tokens", str(tokens), "--learn", learn]
+def peak(case: str | None, options: argparse.Namespace) -> int:
+    """Peak bytes of three steps in a fresh process; `case` None is the unquantized model."""
+    command = [sys.executable, __file__, "--peak", case or "none", "--tokens", str(options.tokens)]
+    command += ["--learn", options.learn, "--device", options.device, "--model", options.model]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -71,6 +96,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--learn", default="dual_lsq", help="none, lsq or dual_lsq")
     parser.add_argument("--case", action="append", choices=list(CASES), help="only this one; may be repeated")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--model", default="embedded", choices=("embedded", "llama-1b"))
     parser.add_argument("--json")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -80,24 +107,28 @@ def main() -> None:
     import torch
 
     torch.manual_seed(0)
-    ids = torch.randint(0, 49152, (2, arguments.tokens // 2))
+    ids = torch.randint(0, 49152, (2, arguments.tokens // 2)).to(arguments.device)
+    from qat.kernels.load import load_for_training
+
+    load_for_training()
+    how = (arguments.learn, arguments.model, arguments.device)
     if arguments.peak:
-        model, optimizer = build(*CASES.get(arguments.peak, (None, None)), arguments.learn)
+        model, optimizer = build(*CASES.get(arguments.peak, (None, None)), *how)
         for _ in range(3):
             step(model, optimizer, ids)
-        print(peak_bytes(torch.device("cpu")))
+        print(peak_bytes(torch.device(arguments.device)))
         return
-    plain_peak = peak(None, arguments.learn, arguments.tokens)
+    plain_peak = peak(None, arguments)
     cases = arguments.case or list(CASES)
-    ratios = {name: peak(name, arguments.learn, arguments.tokens) / plain_peak for name in cases}
+    ratios = {name: peak(name, arguments) / plain_peak for name in cases}
     for name, ratio in ratios.items():
         print(f"{name:<22} peak memory {ratio:.3f}x of {plain_peak / 1e9:.2f} GB", flush=True)
     if not arguments.steps:
         return
-    plain = build(None, None, arguments.learn)
+    plain = build(None, None, *how)
     rows = []
     for name in cases:
-        quantized = build(*CASES[name], arguments.learn)
+        quantized = build(*CASES[name], *how)
         times: tuple[list[float], list[float]] = ([], [])
         for index in range(arguments.steps + 2):
             for side, pair in enumerate((plain, quantized)):
@@ -112,7 +143,8 @@ def main() -> None:
         )
         del quantized
     if arguments.json:
-        about = {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine()}
+        about = {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine(),
+                 "device": arguments.device, "model": arguments.model}  # fmt: skip
         with open(arguments.json, "w") as file:
             json.dump({**about, "learn": arguments.learn, "rows": rows}, file, indent=1)
 
