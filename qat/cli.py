@@ -206,7 +206,9 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.tokens < 1 or arguments.temperature < 0:
         raise ConfigError(f"--tokens {arguments.tokens} must be positive, --temperature {arguments.temperature} >= 0")
     from qat.kernels.engines.transformers import load_packed
+    from qat.trainers.memory import keep_freed_blocks
 
+    keep_freed_blocks()
     generate(
         arguments.folder,
         arguments.prompt,
@@ -234,7 +236,9 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
 def _serve(arguments: argparse.Namespace) -> None:
     from qat.kernels.engines.serve import serve
+    from qat.trainers.memory import keep_freed_blocks
 
+    keep_freed_blocks()
     serve(arguments.folder, arguments.engine, arguments.host, arguments.port, arguments.device, arguments.dtype)
 
 

@@ -5,6 +5,7 @@ dequantizes does, because the library product wants its operands alike.
 """
 
 import ctypes
+import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from qat.layouts import parts
 from qat.numerics import decode_scale
 
 FEW = 8  # tokens up to which decoding in registers beats a dense slice
-SLICE_BYTES = 32 << 20  # of dense weights at a time
+SLICE_BYTES = 4 << 20  # of dense weights at a time: they should stay in the cache
+_kept = threading.local()
 _WHOLE_ROW = 40  # a shift that leaves one group per row
 
 
@@ -120,7 +122,7 @@ def packed_linear(
 def _by_slices(x: Tensor, weight: _Weight, rows: int, bias: Tensor | None) -> Tensor:
     columns, size = x.shape[-1], x.element_size()
     step = max(1, min(rows, SLICE_BYTES // max(columns * size, 1)))
-    dense, out = x.new_empty(step, columns), x.new_empty(x.shape[0], rows)
+    dense, out = _scratch(step * columns, x.dtype).view(step, columns), x.new_empty(x.shape[0], rows)
     for first in range(0, rows, step):
         last = min(first + step, rows)
         _done(
@@ -129,6 +131,16 @@ def _by_slices(x: Tensor, weight: _Weight, rows: int, bias: Tensor | None) -> Te
         )
         out[:, first:last] = functional.linear(x, dense[: last - first])
     return out if bias is None else out.add_(bias)
+
+
+def _scratch(values: int, dtype: torch.dtype) -> Tensor:
+    """The thread's own memory for slices: fresh memory would be cleared page by page at every call."""
+    held: Tensor | None = getattr(_kept, "memory", None)
+    wanted = values * dtype.itemsize
+    if held is None or held.numel() < wanted:
+        with torch.inference_mode(False):  # one that any later call may write to
+            held = _kept.memory = torch.empty(max(wanted, SLICE_BYTES), dtype=torch.uint8)
+    return held[:wanted].view(dtype)
 
 
 def _done(status: int, fmt: Any) -> None:
