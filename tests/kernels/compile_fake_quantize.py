@@ -4,15 +4,10 @@ Asserts that nothing spills, and that memory is read and written in pieces of 16
 """
 
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import CompiledKernel
 
 from qat.catalog import lookup
 from qat.kernels.fake_quantize import triton as kernels
@@ -20,35 +15,21 @@ from qat.kernels.fake_quantize.choose import Plan, plan
 from qat.kernels.fake_quantize_input import triton as dynamic
 from qat.kernels.quantize_pack import triton as pack
 from qat.packed import problem
+from tests.kernels.ahead import build, resources
 
 FLOATS = ("divisor", "multiplier", "of_divisor", "of_multiplier", "static", "scales")
 VALUES = ("x", "y", "out", "grad", "grad_x", "weight")
 COUNTS = ("R", "C", "SEGMENT", "scale_columns", "K", "stride_words", "scale_stride")
 
 
-def compiled(kernel: Any, fixed: dict[str, Any], capability: int, warps: int) -> triton.compiler.CompiledKernel:
+def compiled(kernel: Any, fixed: dict[str, Any], capability: int, warps: int) -> CompiledKernel:
     """`kernel` for BF16 tensors; None in `fixed` is an absent tensor."""
     types = {**dict.fromkeys(FLOATS, "*fp32"), **dict.fromkeys(VALUES, "*bf16"), "zeros": "*i8", "words": "*i16"}
     types |= dict.fromkeys(COUNTS, "i32")
-    signature = {name: "constexpr" if name in fixed else types[name] for name in kernel.arg_names}
-    given = {(kernel.arg_names.index(name),): value for name, value in fixed.items()}
-    hints = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name, kind in signature.items()
-             if kind != "constexpr"}  # fmt: skip
-    source = ASTSource(kernel, signature, given, hints)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    return build(kernel, types, fixed, capability, num_warps=warps)
 
 
-def resources(kernel: triton.compiler.CompiledKernel) -> tuple[int, int]:
-    """Registers and bytes of local memory per thread, from the compiled binary."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return tuple(sum(map(int, re.findall(rf"(?:{kind}):(\d+)", text))) for kind in ("REG", "LOCAL|STACK"))  # type: ignore[return-value]  # two numbers
-
-
-def forward(name: str, cut: Plan, capability: int) -> triton.compiler.CompiledKernel:
+def forward(name: str, cut: Plan, capability: int) -> CompiledKernel:
     fmt = lookup(name)
     fixed = {**kernels._geometry(cut), **kernels.constants(fmt), "ROUND_BF16": not fmt.exact_in_bf16}
     del fixed["scale_columns"]
@@ -56,7 +37,7 @@ def forward(name: str, cut: Plan, capability: int) -> triton.compiler.CompiledKe
     return compiled(kernels.fake_quantize_kernel, fixed, capability, cut.warps)
 
 
-def backward(name: str, cut: Plan, capability: int, estimator: str, needs: str) -> triton.compiler.CompiledKernel:
+def backward(name: str, cut: Plan, capability: int, estimator: str, needs: str) -> CompiledKernel:
     fmt = lookup(name)
     fixed = {**kernels._geometry(cut), **kernels.limits(fmt), "ZEROS": fmt.zero_point}
     del fixed["scale_columns"]
@@ -70,7 +51,7 @@ def backward(name: str, cut: Plan, capability: int, estimator: str, needs: str) 
     return compiled(kernels.fake_quantize_backward_kernel, fixed, capability, cut.warps)
 
 
-def of_input(name: str, columns: int, capability: int, keep: bool = True) -> triton.compiler.CompiledKernel:
+def of_input(name: str, columns: int, capability: int, keep: bool = True) -> CompiledKernel:
     fmt = lookup(name)
     fixed = dynamic.arguments(fmt, 4096 * columns // (fmt.group or columns), fmt.group or columns)
     warps = fixed.pop("num_warps")
@@ -79,13 +60,13 @@ def of_input(name: str, columns: int, capability: int, keep: bool = True) -> tri
     return compiled(dynamic.fake_quantize_input_kernel, fixed, capability, warps)
 
 
-def packed(name: str, capability: int) -> triton.compiler.CompiledKernel:
+def packed(name: str, capability: int) -> CompiledKernel:
     fmt = lookup(name)
     fixed = pack.arguments(fmt, 4096, 4096) | ({} if fmt.zero_point else {"zeros": None})
     return compiled(pack.quantize_pack_kernel, fixed, capability, 4)
 
 
-def check(what: str, kernel: triton.compiler.CompiledKernel, loads: int, stores: int) -> None:
+def check(what: str, kernel: CompiledKernel, loads: int, stores: int) -> None:
     registers, local = resources(kernel)
     wide = [len(re.findall(rf"{kind}\.global[\w.:]*\.v4\.b32", kernel.asm["ptx"])) for kind in ("ld", "st")]
     print(f"{what}: {registers} registers, {local} bytes spilled, 16-byte loads {wide[0]}, stores {wide[1]}")

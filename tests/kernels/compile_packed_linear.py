@@ -4,59 +4,35 @@ Asserts that nothing spills, and that sm_90 multiplies with wgmma whose decoded 
 """
 
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
-import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import CompiledKernel
 
 from qat.catalog import lookup
 from qat.kernels.packed_linear.choose import Tiles, choose
 from qat.kernels.packed_linear.triton import constants, packed_linear_kernel
 from qat.layouts import tile
+from tests.kernels.ahead import build, resources
 
 POINTERS = {"bf16": "*bf16", "e4m3": "*u8", "e8m0": "*u8", "f32": "*fp32"}
-PRODUCT = re.compile(r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\.")
-ALIGNED = ("x", "words", "scales", "zeros", "out", "N", "K", "stride_x", "stride_words")
 
 
-def compiled(name: str, capability: int, tiles: Tiles, columns: int = 4096) -> triton.compiler.CompiledKernel:
+def compiled(name: str, capability: int, tiles: Tiles, columns: int = 4096) -> CompiledKernel:
     fmt = lookup(name)
     fixed = constants(fmt, columns, zeros=fmt.zero_point, bias=False, dtype=tl.bfloat16, tiles=tiles)
-    signature = {
+    types = {
         "x": "*bf16",
         "words": "*i16",
         "scales": POINTERS[fmt.scale],
-        "zeros": "*i8" if fmt.zero_point else "constexpr",
-        "bias": "constexpr",
+        "zeros": "*i8",
         "out": "*bf16" if tiles.splits == 1 else "*fp32",
         **dict.fromkeys(("M", "N", "K", "stride_x", "stride_words"), "i32"),
         "global_scale": "fp32",
-        **dict.fromkeys(fixed, "constexpr"),
     }
-    given = {(packed_linear_kernel.arg_names.index(k),): v for k, v in fixed.items()}
-    given |= {
-        (packed_linear_kernel.arg_names.index(k),): None for k in ("zeros", "bias") if signature[k] == "constexpr"
-    }
-    sixteen = [["tt.divisibility", 16]]
-    hints = {(packed_linear_kernel.arg_names.index(k),): sixteen for k in ALIGNED if signature[k] != "constexpr"}
-    source = ASTSource(packed_linear_kernel, signature, given, hints)
+    fixed |= {"bias": None} if fmt.zero_point else {"bias": None, "zeros": None}
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def spills(kernel: triton.compiler.CompiledKernel) -> int:
-    """Bytes of local memory per thread, from the compiled binary."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return sum(int(stack) for stack in re.findall(r"(?:LOCAL|STACK):(\d+)", text))
+    return build(packed_linear_kernel, types, fixed, capability, unaligned=("M",), **options)
 
 
 def main() -> None:
@@ -68,7 +44,7 @@ def main() -> None:
         kernel = compiled(name, capability, tiles)
         ptx = kernel.asm["ptx"]
         what = f"{name} sm_{capability} {tiles.block_n}x{tiles.block_m}"
-        assert spills(kernel) == 0, f"{what}: spills"
+        assert resources(kernel)[1] == 0, f"{what}: spills"
         products = [
             line for line in ptx.splitlines() if re.search(r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\.", line)
         ]

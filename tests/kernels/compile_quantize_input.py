@@ -4,27 +4,20 @@ Asserts that nothing spills, that inputs and codes move in vectors, and that quo
 """
 
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
-import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import CompiledKernel
 
 from qat.catalog import lookup
 from qat.kernels.quantize_input.choose import Tiles, choose
 from qat.kernels.quantize_input.triton import constants, quantize_input_kernel, shares_rows
-
-POINTERS = ("x", "other", "weight", "static", "codes", "scales", "sums")
-ALIGNED = ("x", "other", "weight", "codes", "scales", "sums", "K", "width", "groups", "stride_x", "stride_other")
+from tests.kernels.ahead import build, resources
 
 
 def compiled(
     name: str, capability: int, source: str, norm: bool, tiles: Tiles, dtype: tl.dtype = tl.bfloat16
-) -> triton.compiler.CompiledKernel:
+) -> CompiledKernel:
     fmt = lookup(name)
     fixed = constants(fmt, source, norm, dtype, tiles)
     value = f"*{dtype.name}".replace("float", "fp").replace("bfp", "bf")
@@ -37,30 +30,14 @@ def compiled(
         "scales": "*fp32" if fmt.scale in ("f32", "bf16") else "*u8",
         "sums": value,
     }
-    signature = {
-        **{pointer: used[pointer] or "constexpr" for pointer in POINTERS},
+    types = {
+        **{pointer: kind for pointer, kind in used.items() if kind is not None},
         **dict.fromkeys(("M", "K", "width", "groups", "stride_x", "stride_other"), "i32"),
         "eps": "fp32",
-        **dict.fromkeys(fixed, "constexpr"),
     }
-    position = quantize_input_kernel.arg_names.index
-    given = {(position(key),): value for key, value in fixed.items()}
-    given |= {(position(key),): None for key in POINTERS if used[key] is None}
-    hints = {(position(key),): [["tt.divisibility", 16]] for key in ALIGNED if signature[key] != "constexpr"}
-    source_of = ASTSource(quantize_input_kernel, signature, given, hints)
+    fixed |= {pointer: None for pointer, kind in used.items() if kind is None}
     options = {"num_warps": tiles.warps, "enable_fp_fusion": False}
-    return triton.compile(source_of, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def usage(kernel: triton.compiler.CompiledKernel) -> tuple[int, int]:
-    """Registers and bytes of local memory per thread, from the compiled binary."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers = max(int(count) for count in re.findall(r"REG:(\d+)", text))
-    return registers, sum(int(size) for size in re.findall(r"(?:LOCAL|STACK):(\d+)", text))
+    return build(quantize_input_kernel, types, fixed, capability, unaligned=("M", "static"), **options)
 
 
 CASES = [
@@ -81,7 +58,7 @@ def main() -> None:
         kernel = compiled(name, capability, source, norm, tiles)
         ptx = kernel.asm["ptx"]
         what = f"{name} {source}{' norm' if norm else ''} sm_{capability} {tiles}"
-        registers, local = usage(kernel)
+        registers, local = resources(kernel)
         assert local == 0, f"{what}: spills"
         loads = re.findall(r"ld\.global[\w.:]*", ptx)
         stores = re.findall(r"st\.global[\w.:]*", ptx)

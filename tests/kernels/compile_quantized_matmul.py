@@ -4,24 +4,19 @@ Asserts that nothing spills and that the tensor cores multiply in the type that 
 weight reaches them from registers. `--all` compiles what `kernels/README.md` tells of; it takes minutes.
 """
 
-import importlib.util
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
+from triton.compiler import CompiledKernel
 
 from qat.catalog import lookup
 from qat.kernels.quantized_matmul.block_scaled.triton import block_scaled_kernel
 from qat.kernels.quantized_matmul.block_scaled.triton import constants as block_scaled_constants
 from qat.kernels.quantized_matmul.choose import Device, Tiles, choose
 from qat.kernels.quantized_matmul.triton import constants, quantized_matmul_kernel, sum_dtype
+from tests.kernels.ahead import build, resources
 
 DEVICES = {
     80: Device(80, 108, 163 * 1024),
@@ -31,7 +26,6 @@ DEVICES = {
     120: Device(120, 170, 99 * 1024),
 }
 SIZES = ("M", "N", "K", "stride_x", "stride_xs", "stride_w", "stride_ws")
-ALIGNED = ("x", "x_scales", "w", "w_scales", "out", "N", "K", "stride_x", "stride_w", "stride_ws")
 SCALES = {"bf16": "*bf16", "f32": "*fp32", "e4m3": "*u8", "e8m0": "*u8"}
 PRODUCTS = {
     "wgmma": r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k\d+\.(\S+)",
@@ -61,43 +55,11 @@ BLOCK_SCALED_CASES = (
 )
 
 
-def spills(kernel: CompiledKernel) -> int:
-    """Bytes of local memory per thread, as test_packed_linear.py's script reads them."""
-    path = Path(__file__).with_name("compile_packed_linear.py")
-    spec = importlib.util.spec_from_file_location("compile_packed_linear", path)
-    assert spec and spec.loader
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    found: int = script.spills(kernel)
-    return found
-
-
-def registers(kernel: CompiledKernel) -> int:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return max(int(count) for count in re.findall(r"REG:(\d+)", text))
-
-
-def build(
+def compile_either(
     kernel: Any, fixed: dict[str, Any], pointers: dict[str, str], capability: int, **options: int
 ) -> CompiledKernel:
-    signature = {
-        **pointers,
-        "bias": "constexpr",
-        **dict.fromkeys(SIZES, "i32"),
-        "global_scale": "fp32",
-        **dict.fromkeys(fixed, "constexpr"),
-    }
-    at = kernel.arg_names.index
-    given = {(at(key),): value for key, value in fixed.items()} | {(at("bias"),): None}
-    hints = {(at(key),): [["tt.divisibility", 16]] for key in ALIGNED}
-    ordered = {name: signature[name] for name in kernel.arg_names}
-    return triton.compile(
-        ASTSource(kernel, ordered, given, hints), target=GPUTarget("cuda", capability, 32), options=options
-    )
+    types = {**pointers, **dict.fromkeys(SIZES, "i32"), "global_scale": "fp32"}
+    return build(kernel, types, {**fixed, "bias": None}, capability, unaligned=("M", "stride_xs"), **options)
 
 
 def pointer(name: str, operand: str, *, words: bool = False) -> str:
@@ -121,14 +83,14 @@ def compiled(x: str, w: str, device: Device, tiles: Tiles) -> CompiledKernel:
         "out": sums if tiles.parallel else "*bf16",
     }
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-    return build(quantized_matmul_kernel, fixed, pointers, device.capability, **options)
+    return compile_either(quantized_matmul_kernel, fixed, pointers, device.capability, **options)
 
 
 def block_scaled(x: str, w: str, capability: int) -> CompiledKernel:
     fixed = block_scaled_constants(lookup(x), lookup(w), MANY, bias=False)
     weight = "*i16" if lookup(w).element.bits < 8 else "*u8"
     pointers = {"x": "*u8", "x_scales": "*u8", "w": weight, "w_scales": "*u8", "out": "*bf16"}
-    return build(block_scaled_kernel, fixed, pointers, capability, num_warps=4, num_stages=3)
+    return compile_either(block_scaled_kernel, fixed, pointers, capability, num_warps=4, num_stages=3)
 
 
 def products(kernel: CompiledKernel) -> set[str]:
@@ -145,10 +107,11 @@ def products(kernel: CompiledKernel) -> set[str]:
 
 def tell(what: str, kernel: CompiledKernel, expected: str | None) -> None:
     found = products(kernel)
-    numbers = f"{registers(kernel)} registers, {kernel.metadata.shared} bytes shared, {' + '.join(sorted(found))}"
+    registers, spilled = resources(kernel)
+    numbers = f"{registers} registers, {kernel.metadata.shared} bytes shared, {' + '.join(sorted(found))}"
     print(f"{what}: {numbers}", flush=True)
     # Among every case, ptxas now and then spends up to 40 bytes of stack to stay at 128 registers.
-    assert spills(kernel) <= (0 if expected else 64), f"{what}: spills"
+    assert spilled <= (0 if expected else 64), f"{what}: spills"
     assert found == {expected} if expected else found, f"{what}: {found or 'nothing multiplies'} instead of {expected}"
 
 

@@ -1,20 +1,15 @@
 """`qat::distill_rows`: the reference against float64 definitions, and the Triton kernel without a GPU, interpreted in a
 process of its own (FP16 and FP32; the interpreter's BF16 is wrong) and compiled for every architecture."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
 from qat.errors import UnsupportedError
 from qat.rows import IGNORE, KINDS, distill_rows
+from tests.kernels.processes import in_a_process
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).parents[2]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -106,14 +101,6 @@ def test_what_cannot_be_compared_is_refused() -> None:
 
 
 # --- the kernel itself --------------------------------------------------------------------------------------------
-
-
-def in_a_process(script: str, **environment: str) -> str:
-    path = Path(__file__).with_name(script)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    done = subprocess.run([sys.executable, str(path)], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
 
 
 def test_the_interpreted_kernel_is_the_definition() -> None:

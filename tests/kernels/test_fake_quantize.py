@@ -2,10 +2,6 @@
 reference's to the bit, trained with, and compiled for every architecture. And their operators as PyTorch sees them."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,9 +19,9 @@ from qat.numerics import find_scales, quantize
 from qat.ops import quantize_pack
 from qat.packed import pack
 from qat.packed import problem as packing_problem
+from tests.kernels.processes import in_a_process
 
 triton = pytest.importorskip("triton")
-ROOT = Path(__file__).parents[2]
 PACKED = [name for name, fmt in CATALOG.items() if packing_problem(fmt) is None]
 
 
@@ -128,15 +124,6 @@ def test_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 # --- the kernels themselves ---------------------------------------------------------------------------------------
-
-
-def in_a_process(script: str, *arguments: str, **environment: str) -> str:
-    path = Path(__file__).with_name(script)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    command = [sys.executable, str(path), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
 
 
 def test_the_interpreted_kernels_are_the_reference() -> None:

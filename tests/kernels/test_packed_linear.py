@@ -1,11 +1,6 @@
 """The packed linear kernel without a GPU: interpreted in a process of its own (FP16 and FP32; the interpreter's BF16 is
 wrong) against float64, and compiled for every architecture, looking at what the compiler made of it."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -15,9 +10,9 @@ from qat.errors import FormatError, UnsupportedError
 from qat.layouts import from_words, tile, to_words
 from qat.numerics import Scales, quantize
 from qat.packed import PackedLinear, PackedWeight, pack, packed_linear, problem, unpack
+from tests.kernels.processes import in_a_process
 
 triton = pytest.importorskip("triton")
-ROOT = Path(__file__).parents[2]
 PACKED = [name for name, fmt in CATALOG.items() if problem(fmt) is None]
 
 
@@ -80,14 +75,6 @@ def test_the_module_and_opcheck() -> None:
 
 
 # --- the kernel itself --------------------------------------------------------------------------------------------
-
-
-def in_a_process(script: str, **environment: str) -> str:
-    path = Path(__file__).with_name(script)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    done = subprocess.run([sys.executable, str(path)], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
 
 
 def test_the_interpreted_kernel_is_the_reference() -> None:

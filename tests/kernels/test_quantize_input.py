@@ -2,10 +2,6 @@
 compiled for every architecture, looking at what the compiler made of them."""
 
 import inspect
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +9,9 @@ import torch
 from qat.catalog import CATALOG
 from qat.inputs import problem
 from qat.kernels.quantize_input.choose import PER_THREAD, WIDEST, choose
+from tests.kernels.processes import in_a_process
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("columns", [1, 32, 576, 4096, 14336, 16384, 16385, 32768, 53248])
@@ -36,14 +32,6 @@ def test_kernels_take_what_their_operators_give() -> None:
     for name in ("quantize_input", "rms_norm_quantize", "silu_mul_quantize"):
         schema = getattr(torch.ops.qat, name).default._schema
         assert list(inspect.signature(getattr(kernel, name)).parameters) == [given.name for given in schema.arguments]
-
-
-def in_a_process(script: str, **environment: str) -> str:
-    path = Path(__file__).with_name(script)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", **environment}
-    done = subprocess.run([sys.executable, str(path)], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
 
 
 def test_the_interpreted_kernel_is_the_reference() -> None:

@@ -1,11 +1,6 @@
 """The product of quantized inputs and weights: the operator's reference against integer and float64 arithmetic, and its
 kernels without a GPU: interpreted in a process of its own, and compiled for every architecture."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -24,9 +19,9 @@ from qat.kernels.quantized_matmul.choose import (
 )
 from qat.matmul import code_dtype, dequantize_input, dequantize_weight, hold, is_paired, problem, quantized_matmul
 from qat.numerics import QTensor, Scales, quantize
+from tests.kernels.processes import in_a_process
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).parents[2]
 WIDE = lookup("int8_channel"), lookup("int8_token")
 WEIGHTS = [name for name, fmt in CATALOG.items() if problem(WIDE[1], fmt) is None]
 INPUTS = [name for name, fmt in CATALOG.items() if problem(fmt, WIDE[0]) is None]
@@ -183,14 +178,6 @@ def test_explain_names_the_pair() -> None:
 
 
 # --- the kernels themselves ---------------------------------------------------------------------------------------
-
-
-def in_a_process(script: str, **environment: str) -> str:
-    path = Path(__file__).with_name(script)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    done = subprocess.run([sys.executable, str(path)], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
 
 
 def test_the_interpreted_kernels_are_the_reference() -> None:

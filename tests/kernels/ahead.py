@@ -1,0 +1,54 @@
+"""Kernels compiled ahead of time, without a GPU, and what the compiler made of them; for the compile_*.py scripts."""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+
+def build(
+    kernel: Any,
+    types: dict[str, str],
+    fixed: dict[str, Any],
+    capability: int,
+    *,
+    unaligned: Collection[str] = (),
+    **options: Any,
+) -> CompiledKernel:
+    """`kernel` for an NVIDIA architecture.
+
+    Args:
+        kernel: a `triton.jit` function.
+        types: of the arguments, as Triton spells them ("*bf16", "i32").
+        fixed: compile-time arguments; None is an absent tensor.
+        capability: 90 is sm_90.
+        unaligned: pointers and integers that 16 need not divide.
+        options: of the compiler.
+    """
+    signature = {name: "constexpr" if name in fixed else types[name] for name in kernel.arg_names}
+    at = kernel.arg_names.index
+    aligned = [name for name, kind in signature.items() if kind.startswith(("*", "i")) and name not in unaligned]
+    source = ASTSource(
+        kernel,
+        signature,
+        {(at(name),): value for name, value in fixed.items()},
+        {(at(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(kernel: CompiledKernel) -> tuple[int, int]:
+    """Registers and bytes of local memory (spills) per thread, from the compiled binary."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers = max(int(count) for count in re.findall(r"REG:(\d+)", text))
+    return registers, sum(int(size) for size in re.findall(r"(?:LOCAL|STACK):(\d+)", text))

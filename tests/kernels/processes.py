@@ -1,0 +1,18 @@
+"""Scripts of this folder, run in a process of their own: Triton decides at import whether it interprets."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def in_a_process(script: str, *arguments: str, **environment: str) -> str:
+    """What the script prints; its failure is the test's."""
+    path = Path(__file__).with_name(script)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", **environment}
+    command = [sys.executable, str(path), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
