@@ -6,6 +6,7 @@ with it. Codes are always the raw bit pattern in a uint8: two's complement for i
 minifloats, the position for tables.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
@@ -52,6 +53,11 @@ class Element:
         if self.kind == "table" or self.step != 1.0:
             return 24
         return self.mantissa_bits + 1 if self.kind == "minifloat" else max(self.bits - 1, 1)
+
+    @property
+    def exponent_bias(self) -> int:
+        """Of a minifloat: its smallest normal number is 2^(1 - bias); 0 for others."""
+        return 1 - int(math.log2(self.min_normal)) if self.kind == "minifloat" else 0
 
     def round(self, x: Tensor) -> Tensor:
         """Round fp32 `x` (any shape, in units of this element) to the nearest value, ties to even code, saturating.

@@ -22,6 +22,7 @@ from qat.errors import FormatError, UnsupportedError
 from qat.format import Format
 from qat.layouts import from_words, to_words
 from qat.numerics import QTensor, Scales, decode_scale
+from qat.packed import positive_scales
 
 PLAIN_BITS = 8  # codes of this size are held as they are, smaller ones in words (qat.layouts)
 GROUPS = (0, 16, 32, 64, 128)  # columns per scale, 0 for a whole row
@@ -104,10 +105,6 @@ def hold(weight: QTensor) -> MatmulWeight:
     reason = _side_problem(fmt)
     if reason is not None:
         raise UnsupportedError(f"{fmt.name} weights cannot be multiplied with quantized inputs: {reason}")
-    values = decode_scale(scales.stored)
-    if not bool((torch.isfinite(values) & (values > 0)).all()):
-        raise FormatError(f"{fmt.name}: {int((~(values > 0)).sum())} scales are zero, negative or not finite")
-    stored = scales.stored.view(torch.uint8) if fmt.scale == "e4m3" else scales.stored
     bits = fmt.element.bits
     plain = bits == PLAIN_BITS
     return MatmulWeight(
@@ -116,7 +113,7 @@ def hold(weight: QTensor) -> MatmulWeight:
         codes=weight.codes.view(code_dtype(fmt))
         if plain
         else to_words(weight.codes, bits, offset=fmt.element.kind == "integer"),
-        scales=stored.t().contiguous(),
+        scales=positive_scales(weight).t().contiguous(),
         global_scale=1.0 if scales.global_scale is None else float(scales.global_scale),
     )
 

@@ -66,6 +66,20 @@ def problem(fmt: Format) -> str | None:
     return None
 
 
+def positive_scales(weight: QTensor) -> Tensor:
+    """The stored scales (block rows, block columns), E4M3 as bytes.
+
+    Raises:
+        FormatError: one is zero, negative or not finite.
+    """
+    fmt, stored = weight.format, weight.scales.stored
+    values = decode_scale(stored)
+    bad = int((~(torch.isfinite(values) & (values > 0))).sum())
+    if bad:
+        raise FormatError(f"{fmt.name}: {bad} scales are zero, negative or not finite")
+    return stored.view(torch.uint8) if fmt.scale == "e4m3" else stored
+
+
 def pack(weight: QTensor) -> PackedWeight:
     """Codes and scales in the order that kernels read.
 
@@ -77,15 +91,11 @@ def pack(weight: QTensor) -> PackedWeight:
     reason = problem(fmt)
     if reason is not None:
         raise UnsupportedError(f"{fmt.name} weights cannot be held packed: {reason}")
-    values = decode_scale(scales.stored)
-    if not bool((torch.isfinite(values) & (values > 0)).all()):
-        raise FormatError(f"{fmt.name}: {int((~(values > 0)).sum())} scales are zero, negative or not finite")
-    stored = scales.stored.view(torch.uint8) if fmt.scale == "e4m3" else scales.stored
     return PackedWeight(
         format=fmt.name,
         columns=weight.codes.shape[1],
         words=to_words(weight.codes, fmt.element.bits, offset=fmt.element.kind == "integer"),
-        scales=_ordered(stored.t()),
+        scales=_ordered(positive_scales(weight).t()),
         zeros=None if scales.zero_point is None else _ordered(scales.zero_point.t()),
         global_scale=1.0 if scales.global_scale is None else float(scales.global_scale),
     )

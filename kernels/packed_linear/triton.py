@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qat.catalog import SCALE_ELEMENT, lookup
-from qat.element import EXPONENT_BIAS, Element
+from qat.element import EXPONENT_BIAS
 from qat.format import Format
 from qat.kernels.packed_linear.choose import Tiles, choose
 from qat.layouts import PART, tile
@@ -159,21 +159,16 @@ def packed_linear_kernel(
     tl.store(out_at, total.to(out.dtype.element_ty), mask=in_n[:, None] & in_m[None, :])
 
 
-def _bias(element: Element) -> int:
-    """Exponent bias of a minifloat: its smallest normal number is 2^(1 - bias)."""
-    return 1 - round(torch.log2(torch.tensor(element.min_normal)).item()) if element.kind == "minifloat" else 0
-
-
 def constants(fmt: Format, columns: int, *, zeros: bool, bias: bool, dtype: Any, tiles: Tiles) -> dict[str, Any]:
     """Compile-time arguments for weights of `fmt`; whatever depends on the format is derived here."""
     return {
         "KIND": fmt.element.kind,
         "BITS": fmt.element.bits,
         "MANTISSA": fmt.element.mantissa_bits,
-        "BIAS": _bias(fmt.element),
+        "BIAS": fmt.element.exponent_bias,
         "SCALE": fmt.scale,
         "SCALE_MANTISSA": SCALE_ELEMENT.mantissa_bits,
-        "SCALE_BIAS": _bias(SCALE_ELEMENT),
+        "SCALE_BIAS": SCALE_ELEMENT.exponent_bias,
         "GROUP": fmt.group if fmt.group and fmt.group < columns else 0,
         "ZEROS": zeros,
         "HAS_BIAS": bias,

@@ -13,7 +13,6 @@ Scales of 32 columns and more multiply partial sums in float32; scales of a row 
 products are promoted to float32 every 128 columns, because Hopper's accumulators keep fewer bits than float32 has.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qat.catalog import SCALE_ELEMENT, lookup
-from qat.element import EXPONENT_BIAS, Element
+from qat.element import EXPONENT_BIAS
 from qat.errors import UnsupportedError
 from qat.format import Format
 from qat.kernels.packed_linear.triton import decode, exp2_const
@@ -284,11 +283,6 @@ def add_segments_kernel(
     tl.store(out + m.to(tl.int64)[None, :] * N + n[:, None], total.to(out.dtype.element_ty), mask=n[:, None] < N)
 
 
-def exponent_bias(element: Element) -> int:
-    """Of a minifloat: its smallest normal number is 2^(1 - bias)."""
-    return 1 - int(math.log2(element.min_normal)) if element.kind == "minifloat" else 0
-
-
 def operand_exponent(fmt: Format, operand: str, *, words: bool) -> int:
     """log2 of the value of a code over the operand that it becomes."""
     element, scale = fmt.element, SCALE_ELEMENT
@@ -297,8 +291,8 @@ def operand_exponent(fmt: Format, operand: str, *, words: bool) -> int:
     if operand == INTEGER:
         return element.bits - PLAIN_BITS if words else 0
     if element.kind == "integer":
-        return exponent_bias(scale) + scale.mantissa_bits - 1
-    return exponent_bias(scale) - exponent_bias(element)
+        return scale.exponent_bias + scale.mantissa_bits - 1
+    return scale.exponent_bias - element.exponent_bias
 
 
 def constants(x: Format, w: Format, columns: int, *, bias: bool, tiles: Tiles) -> dict[str, Any]:
@@ -309,7 +303,7 @@ def constants(x: Format, w: Format, columns: int, *, bias: bool, tiles: Tiles) -
             f"{side}_KIND": fmt.element.kind,
             f"{side}_BITS": fmt.element.bits,
             f"{side}_MANTISSA": fmt.element.mantissa_bits,
-            f"{side}_BIAS": exponent_bias(fmt.element),
+            f"{side}_BIAS": fmt.element.exponent_bias,
             f"{side}_SCALE": fmt.scale,
             f"{side}_GROUP": group(fmt, columns),
         }
@@ -319,7 +313,7 @@ def constants(x: Format, w: Format, columns: int, *, bias: bool, tiles: Tiles) -
         "X_PAIRED": is_paired(x),
         "W_ROWS": w.block[0],
         "SCALE_MANTISSA": SCALE_ELEMENT.mantissa_bits,
-        "SCALE_BIAS": exponent_bias(SCALE_ELEMENT),
+        "SCALE_BIAS": SCALE_ELEMENT.exponent_bias,
         "HAS_BIAS": bias,
         "PART": tiles.part,
         "PARTS": tiles.parts,
