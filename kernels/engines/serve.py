@@ -34,6 +34,12 @@ def serve(folder: Path, engine: Engine, host: str, port: int, device: str, dtype
         CheckpointError: no folder of a model.
         ConfigError: the engine is not installed.
     """
+    if (folder / "job.yaml").is_file():
+        raise CheckpointError(f"{folder} is a run; export it first: qat export {folder} OUT, then: qat serve OUT")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds no model (config.json); give a folder that `qat export` wrote, or a model"
+        )
     config = read_json(folder / "config.json")
     if engine == "auto":
         engine = "vllm" if importlib.util.find_spec("vllm") else "transformers"

@@ -19,6 +19,7 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
 
 from qat.checkpoints.hf import load_tokenizer  # noqa: E402  # the optional packages are looked for first
+from qat.cli import main  # noqa: E402  # as above
 from qat.kernels.engines.serve import MAX_BODY, serve, transformers_server  # noqa: E402  # as above
 from qat.kernels.engines.transformers import installed, load_packed  # noqa: E402  # as above
 from qat.packed import PackedLinear  # noqa: E402  # as above
@@ -150,6 +151,14 @@ def test_the_command_listens_on_this_machine_only(folder: Path) -> None:
         process.send_signal(2)
         message = process.communicate(timeout=30)[1]
     assert f"on http://127.0.0.1:{port}/v1" in message and "Traceback" not in message
+
+
+def test_other_folders_are_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(tmp_path)]) == 2
+    assert "holds no model (config.json)" in capsys.readouterr().err
+    (tmp_path / "job.yaml").write_text("name: a")
+    assert main(["serve", str(tmp_path)]) == 2
+    assert "is a run; export it first" in capsys.readouterr().err
 
 
 def test_missing_engines_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
