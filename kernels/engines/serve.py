@@ -38,7 +38,7 @@ def serve(folder: Path, engine: Engine, host: str, port: int, device: str, dtype
         raise CheckpointError(f"{folder} is a run; export it first: qat export {folder} OUT, then: qat serve OUT")
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{folder} holds no model (config.json); give a folder that `qat export` wrote, or a model"
+            f"{folder} holds no model (config.json); give what `qat export` wrote, or a model"
         )
     config = read_json(folder / "config.json")
     if engine == "auto":
