@@ -83,8 +83,6 @@ class Config(CompressedTensorsConfig):
 
 def takes(weight: Format, input: Format | None) -> bool:
     """Whether we run this pair on this machine; what vLLM's CPU build multiplies in 8 bits stays with vLLM."""
-    if problem(weight) is not None:
-        return False
     return not (weight.element.bits == 8 and weight.block in ((0, 0), (1, 0)) and input is not None)
 
 
@@ -106,13 +104,16 @@ def _scheme(parts: dict[str, Any], path: str) -> "Packed | None":
 
 
 def weight_format(args: dict[str, Any]) -> Format | None:
-    """The catalogue's format for QuantizationArgs of a weight, None where there is none."""
+    """The catalogue's format for QuantizationArgs of a weight, None where there is none that can be held packed.
+
+    One scale per tensor is stored once per row, so those arguments name two formats; only that per row can be packed.
+    """
     from qat.checkpoints.exported import _essence
     from qat.checkpoints.targets.compressed_tensors import weight_args
 
     for fmt in CATALOG.values():
         known = weight_args(fmt)
-        if known is not None and _essence(known) == _essence(args):
+        if known is not None and _essence(known) == _essence(args) and problem(fmt) is None:
             return fmt
     return None
 
@@ -167,9 +168,10 @@ class Packed(CompressedTensorsScheme):
 
     def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (tokens, columns) -> (tokens, rows)."""
+        held: Any = layer  # with what process_weights_after_loading put there
         if self.input is not None:
-            x = fake_quantize_input(x, self.input, ACTIVATION_RULE, "ste", layer.static_input)
-        return packed_linear(x, layer.packed.packed, bias)  # type: ignore[union-attr,arg-type]  # set above
+            x = fake_quantize_input(x, self.input, ACTIVATION_RULE, "ste", held.static_input)
+        return packed_linear(x, held.packed.packed, bias)
 
 
 def _unloaded(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
