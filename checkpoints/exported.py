@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from qat.activations import fake_quantize_input
-from qat.catalog import CATALOG
+from qat.checkpoints.codes import input_format
 from qat.checkpoints.hf import check_loading, quiet
 from qat.checkpoints.names import fused_groups, stored_paths
 from qat.checkpoints.progress import progress
-from qat.checkpoints.targets.compressed_tensors import input_args
 from qat.checkpoints.unpack import ExportedFolder
 from qat.errors import CheckpointError, UnsupportedError
 from qat.format import Format
@@ -103,13 +102,25 @@ def load_exported(
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     if quantize_inputs:
-        _quantize_inputs(model, exported, activation_rule)
+        own = {stored: path for path, stored in stored_paths(model).items()}
+        hook_inputs(model, exported, activation_rule, own)
     loaded: PreTrainedModel = model.eval()
     return loaded
 
 
-def _quantize_inputs(model: "PreTrainedModel", exported: ExportedFolder, rule: str) -> None:
-    own = {stored: path for path, stored in stored_paths(model).items()}
+def hook_inputs(model: nn.Module, exported: ExportedFolder, rule: str, own: dict[str, str]) -> None:
+    """Hook a `ServedInput` on every layer whose input the checkpoint quantizes.
+
+    Args:
+        model: has the layers, of any class.
+        exported: says how.
+        rule: whose arithmetic, see `qat.activations`.
+        own: path in the model by checkpoint path.
+
+    Raises:
+        CheckpointError: the model lacks a layer.
+        UnsupportedError: an input quantization that the catalogue does not know.
+    """
     groups = {path: members for members in fused_groups(list(exported.modules)) for path in members}
     shared: dict[str, ServedInput] = {}
     for path, module in exported.modules.items():
@@ -122,24 +133,3 @@ def _quantize_inputs(model: "PreTrainedModel", exported: ExportedFolder, rule: s
             fmt = input_format(module.input)
             shared[members[0]] = ServedInput(fmt, rule, exported.static_input(path), len(members))
         model.get_submodule(own[path]).register_forward_pre_hook(shared[members[0]])
-
-
-def input_format(args: dict[str, Any]) -> Format:
-    """The catalogue's format for QuantizationArgs of an input.
-
-    Raises:
-        UnsupportedError: there is none.
-    """
-    for fmt in CATALOG.values():
-        known = input_args(fmt)
-        if known is not None and _essence(known) == _essence(args):
-            return fmt
-    raise UnsupportedError(f"inputs quantized as {args} are not in the catalogue (see `qat formats`)")
-
-
-def _essence(args: dict[str, Any]) -> tuple[Any, ...]:
-    """The part of QuantizationArgs that decides values; other tools write defaults out, or leave some away."""
-    grouped = args["strategy"] in ("group", "tensor_group")
-    scale = args.get("scale_dtype") if args["strategy"] == "group" else None
-    keys = ("num_bits", "type", "symmetric", "strategy", "dynamic")
-    return (*(args.get(key) for key in keys), args.get("group_size") if grouped else None, scale)

@@ -304,6 +304,11 @@ class ShardReader:
         tensor: torch.Tensor = self._handles[shard].get_tensor(name)
         return tensor
 
+    def empty(self, name: str) -> torch.Tensor:
+        """A tensor of that type and shape on the meta device."""
+        info = self.info(name)
+        return torch.empty(info.shape, dtype=info.dtype, device="meta")
+
     def verify_complete(self) -> None:
         """Check that every shard is there and whole, and holds every tensor listed for it.
 

@@ -3,6 +3,8 @@
 Importing it changes nothing until `load` is called.
 """
 
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -12,7 +14,11 @@ from qat.kernels.packed_linear.choose import choose
 from qat.layouts import tile
 from qat.packed import problem
 
-_loaded: set[str] = set()
+# Operator -> device type -> module with a function of the operator's name.
+KERNELS = {
+    "packed_linear": {"cuda": "qat.kernels.packed_linear.triton", "cpu": "qat.kernels.packed_linear.cpu"},
+}
+_loaded: set[tuple[str, str]] = set()
 
 
 def available() -> bool:
@@ -24,16 +30,28 @@ def available() -> bool:
     return torch.cuda.is_available()
 
 
-def load() -> bool:
-    """Put the kernels under the operators, once; returns whether there are any to put."""
-    if not available():
-        return False
-    if "packed_linear" not in _loaded:
-        from qat.kernels.packed_linear.triton import packed_linear
+@cache
+def cpu_problem() -> str | None:
+    """Why the C kernels cannot run here, or None."""
+    from qat.kernels.packed_linear.cpu import library
 
-        torch.library.register_kernel("qat::packed_linear", "cuda", packed_linear)
-        _loaded.add("packed_linear")
-    return True
+    try:
+        library()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def load() -> list[str]:
+    """Put the kernels under the operators, once; returns the device types that have them now."""
+    devices = [device for device, there in (("cuda", available()), ("cpu", cpu_problem() is None)) if there]
+    for operator, modules in KERNELS.items():
+        for device in devices:
+            if device in modules and (operator, device) not in _loaded:
+                kernel = getattr(import_module(modules[device]), operator)
+                torch.library.register_kernel(f"qat::{operator}", device, kernel)
+                _loaded.add((operator, device))
+    return devices
 
 
 def explain(format: str, tokens: int, rows: int, columns: int) -> dict[str, Any]:
@@ -47,10 +65,21 @@ def explain(format: str, tokens: int, rows: int, columns: int) -> dict[str, Any]
     if told["why"] is not None:
         return told
     if not available():
-        return {**told, "kernel": "reference", "why": "no GPU with Triton here: weights are dequantized at every call"}
+        return {**told, **_explain_cpu(tokens)}
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     tiles = choose(tokens, rows, columns, tile(fmt.element.bits), processors)
     return {**told, "kernel": "triton", "why": tiles.why}
+
+
+def _explain_cpu(tokens: int) -> dict[str, str]:
+    from qat.kernels.packed_linear.cpu import FEW
+
+    reason = cpu_problem()
+    if reason is not None:
+        return {"kernel": "reference", "why": f"weights are dequantized at every call, slower than BF16: {reason}"}
+    few = f"at most {FEW} tokens: codes are decoded in registers"
+    many = f"more than {FEW} tokens: slices of dense weights for the library's product"
+    return {"kernel": "c", "why": few if tokens <= FEW else many}
 
 
 def explain_all(tokens: int, rows: int, columns: int) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ DESCRIPTION = """Train a model in the numbers it will be served in.
   qat export runs/quickstart OUT                  write a native low-precision checkpoint
   qat verify OUT                                  prove that the files are the trained model, bit for bit
   qat generate OUT "Once upon a time"             try it
+  qat serve OUT                                   OpenAI-compatible, on http://127.0.0.1:8000
 """
 
 
@@ -186,6 +187,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    parser.add_argument("--dense", action="store_true", help="unpack an export's weights once, as `qat eval` does")
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -193,6 +195,8 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     if arguments.tokens < 1 or arguments.temperature < 0:
         raise ConfigError(f"--tokens {arguments.tokens} must be positive, --temperature {arguments.temperature} >= 0")
+    from qat.kernels.engines.transformers import load_packed
+
     generate(
         arguments.folder,
         arguments.prompt,
@@ -200,7 +204,28 @@ def _generate(arguments: argparse.Namespace) -> None:
         temperature=arguments.temperature,
         seed=arguments.seed,
         chat=arguments.chat,
+        load_export=None if arguments.dense else load_packed,
     )
+
+
+# --- serve ------------------------------------------------------------------------------------------
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="an exported checkpoint, or a plain model")
+    parser.add_argument("--engine", choices=("auto", "transformers", "vllm"), default="auto",
+                        help="auto takes vLLM where it is installed (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"),
+                        help="of the activations; auto takes BF16 where it is fast")  # fmt: skip
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from qat.kernels.engines.serve import serve
+
+    serve(arguments.folder, arguments.engine, arguments.host, arguments.port, arguments.device, arguments.dtype)
 
 
 # --- formats ----------------------------------------------------------------------------------------
@@ -266,7 +291,7 @@ def _kernels(arguments: argparse.Namespace) -> None:
     print(f"{sizes[0]} token(s) times packed weights of {sizes[1]} x {sizes[2]}:")
     for answer in answers:
         print(f"{answer['format']:<20}{answer['kernel']:<11}{answer['why']}")
-    print("\nof qat.packed.PackedLinear after qat.kernels.load.load(); no engine keeps weights packed yet")
+    print("\nwhat `qat generate` and `qat serve` run; in Python: qat.kernels.load.load()")
 
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Any], str]] = {
@@ -275,6 +300,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[a
     "export": (_add_export, _export, "write a trained run as a native low-precision checkpoint"),
     "verify": (_add_verify, _verify, "check an exported checkpoint against the trained model, bit for bit"),
     "generate": (_add_generate, _generate, "continue a prompt on this machine, streaming, and print tokens/s"),
+    "serve": (_add_serve, _serve, "serve a model over HTTP, OpenAI-compatible, its weights packed"),
     "formats": (_add_formats, _formats, "list the number formats"),
     "kernels": (_add_kernels, _kernels, "say which kernel multiplies with packed weights here, and why"),
 }

@@ -44,8 +44,13 @@ class PackedWeight:
 
     def to(self, device: torch.device | str) -> "PackedWeight":
         """The same on another device."""
-        zeros = None if self.zeros is None else self.zeros.to(device)
-        return replace(self, words=self.words.to(device), scales=self.scales.to(device), zeros=zeros)
+        zeros = None if self.zeros is None else _ordered(self.zeros.to(device))
+        return replace(self, words=self.words.to(device), scales=_ordered(self.scales.to(device)), zeros=zeros)
+
+
+def _ordered(scales: Tensor) -> Tensor:
+    """Scales (block columns, rows) in the order the device reads: a CPU walks along a row, a GPU across rows."""
+    return scales.t().contiguous().t() if scales.device.type == "cpu" else scales.contiguous()
 
 
 def problem(fmt: Format) -> str | None:
@@ -80,8 +85,8 @@ def pack(weight: QTensor) -> PackedWeight:
         format=fmt.name,
         columns=weight.codes.shape[1],
         words=to_words(weight.codes, fmt.element.bits, offset=fmt.element.kind == "integer"),
-        scales=stored.t().contiguous(),
-        zeros=None if scales.zero_point is None else scales.zero_point.t().contiguous(),
+        scales=_ordered(stored.t()),
+        zeros=None if scales.zero_point is None else _ordered(scales.zero_point.t()),
         global_scale=1.0 if scales.global_scale is None else float(scales.global_scale),
     )
 
@@ -152,6 +157,11 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", bias)
         self.format, self.global_scale = weight.format, weight.global_scale
         self.in_features, self.out_features = weight.columns, weight.words.shape[0]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
+        super()._apply(fn, recurse)
+        self.scales, self.zeros = _ordered(self.scales), None if self.zeros is None else _ordered(self.zeros)
+        return self
 
     @property
     def packed(self) -> PackedWeight:

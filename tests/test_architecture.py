@@ -26,6 +26,7 @@ FOLDERS = ("qat", *LINKED, "tests")
 MAY_IMPORT = {
     "qat": {"qat"},
     "kernels": {"qat", "kernels"},
+    "kernels/engines": {"qat", "kernels", "checkpoints"},  # engines call these, which join checkpoints with kernels
     "checkpoints": {"qat", "checkpoints"},
     "trainers": {"qat", "checkpoints", "trainers"},
     "configs": set(),
@@ -145,7 +146,7 @@ def import_arrows(source: Source) -> list[str]:
         elif item.layer and source.path in COMPOSITION_ROOTS:
             if item.layer != "qat" and item.eager:
                 found.append(f"{item.line}: import {item.name} inside the function that needs it")
-        elif item.layer and item.layer not in MAY_IMPORT[source.layer]:
+        elif item.layer and item.layer not in MAY_IMPORT.get(source.path.rpartition("/")[0], MAY_IMPORT[source.layer]):
             found.append(f"{item.line}: {source.layer} must not import {item.name}")
     return found
 
@@ -304,7 +305,7 @@ BROKEN: list[tuple[Rule, str, str]] = [
     (import_arrows, "qat/modules.py", "def f():\n    from qat import trainers"),
     (import_arrows, "qat/modules.py", "from .kernels import load"),
     (import_arrows, "kernels/load.py", "import qat.checkpoints.hf"),
-    (import_arrows, "kernels/matmul/triton.py", "from ...trainers.job import Job"),
+    (import_arrows, "kernels/engines/vllm.py", "from ...trainers.job import Job"),
     (import_arrows, "checkpoints/export.py", "import importlib\nimportlib.import_module('qat.trainers.job')"),
     (import_arrows, "checkpoints/export.py", "def f():\n    import qat.trainers.job"),
     (import_arrows, "trainers/job.py", "from qat.kernels.load import load"),

@@ -9,6 +9,7 @@ import yaml
 
 from qat.catalog import CATALOG
 from qat.cli import main
+from qat.kernels.load import cpu_problem
 from tests.tiny import tiny_model
 
 
@@ -100,6 +101,7 @@ def test_kernels_say_what_runs_and_why(capsys: pytest.CaptureFixture[str]) -> No
     told = {row["format"]: row for row in json.loads(capsys.readouterr().out)}
     assert told.keys() == {name for name, fmt in CATALOG.items() if fmt.scale != "f32"}
     assert told["nf4_g64"]["kernel"] == "none" and "table" in told["nf4_g64"]["why"]
-    assert told["nvfp4"]["kernel"] == ("triton" if torch.cuda.is_available() else "reference")
+    here = "triton" if torch.cuda.is_available() else "c" if cpu_problem() is None else "reference"
+    assert told["nvfp4"]["kernel"] == here
     assert main(["kernels", "--rows", "0"]) == 2
     assert "must be positive" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,12 @@ class Loaded:
     kind: str
 
 
-def load(folder: Path) -> Loaded:
+def load(folder: Path, load_export: Callable[[Path], Any] | None = None) -> Loaded:
     """Find out what `folder` is and load it.
+
+    Args:
+        folder: a run, an exported checkpoint or a model.
+        load_export: how to load an export; None unpacks its weights into a dense model.
 
     Raises:
         CheckpointError: it is none of a run, an exported checkpoint and a model.
@@ -45,7 +50,9 @@ def load(folder: Path) -> Loaded:
 
         record = read_json(folder / "qat.json") if (folder / "qat.json").is_file() else {}
         origin = record.get("run", {}).get("model")
-        return Loaded(load_exported(folder).eval(), folder, ModelConfig(id=origin) if origin else None, "export")
+        return Loaded(
+            (load_export or load_exported)(folder).eval(), folder, ModelConfig(id=origin) if origin else None, "export"
+        )
     return Loaded(load_model(folder).eval(), folder, None, "model")
 
 
@@ -94,12 +101,19 @@ def _tasks(model: Any, tokenizer: Any, tasks: list[str]) -> dict[str, dict[str, 
 
 @torch.no_grad()
 def generate(
-    folder: Path, prompt: str, tokens: int, *, temperature: float = 0.0, seed: int = 0, chat: bool = False
+    folder: Path,
+    prompt: str,
+    tokens: int,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool = False,
+    load_export: Callable[[Path], Any] | None = None,
 ) -> None:
-    """Stream a continuation of `prompt` to stdout and the speed to stderr."""
+    """Stream a continuation of `prompt` to stdout and the speed to stderr; `load_export` as in `load`."""
     from transformers import TextStreamer
 
-    loaded = load(folder)
+    loaded = load(folder, load_export)
     tokenizer: Any = load_tokenizer(loaded.tokenizer_folder)
     if chat:
         if not tokenizer.chat_template:

@@ -212,8 +212,8 @@ def packed_linear(
     packed_linear_kernel[grid](
         flat,
         words,
-        scales,
-        zeros,
+        scales.contiguous(),
+        None if zeros is None else zeros.contiguous(),
         bias,
         target,
         tokens,

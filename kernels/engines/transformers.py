@@ -1,0 +1,206 @@
+"""transformers on our kernels: exported checkpoints whose weights stay packed in memory, for `from_pretrained`,
+`pipeline`, `generate` and `transformers serve`.
+
+Opt-in and reversible: while `installed`, this quantizer takes the place of the one that transformers has for a
+checkpoint's `quant_method` (that one dequantizes everything on the first forward pass). Checkpoints stay as they are,
+and the packages that wrote them are not needed.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qat.checkpoints.codes import read_layer
+from qat.checkpoints.exported import hook_inputs
+from qat.checkpoints.hf import check_loading, quiet
+from qat.checkpoints.names import stored_paths
+from qat.checkpoints.progress import progress
+from qat.checkpoints.unpack import ExportedFolder
+from qat.errors import UnsupportedError
+from qat.kernels.load import cpu_problem, load
+from qat.packed import PackedLinear, pack, problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+METHODS = ("compressed-tensors",)
+
+
+class PackedConfig(QuantizationConfigMixin):
+    """The checkpoint's `quantization_config` as it is."""
+
+    def __init__(self, quant_method: str, **given: Any) -> None:
+        self.quant_method = quant_method  # type: ignore[assignment]  # transformers takes any string
+        self.given = given
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds."""
+        return {"quant_method": self.quant_method, **self.given}
+
+
+class StoredLinear(nn.Module):
+    """A linear layer while its checkpoint is being read: parameters named, typed and shaped as they are stored."""
+
+    def __init__(self, linear: nn.Linear, tensors: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        if linear.bias is not None:
+            self.register_parameter("bias", linear.bias)
+
+
+class PackedQuantizer(HfQuantizer):
+    """Reads packed layers into `PackedLinear`, and quantizes their inputs as the checkpoint asks."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
+        files = kwargs.get("checkpoint_files")
+        if not files:
+            raise UnsupportedError("packed checkpoints are read from a folder or the hub, not from a state dict")
+        self.exported = ExportedFolder(Path(files[0]).parent)
+        self.exported.reader.verify_complete()
+        own = {stored: path for path, stored in stored_paths(model).items()}
+        self.layers = {own[path]: module for path, module in self.exported.modules.items() if path in own}
+        unknown = sorted(self.exported.modules.keys() - own.keys())
+        if unknown:
+            raise UnsupportedError(
+                f"{len(unknown)} quantized layers are no linear layers of {type(model).__name__} ({unknown[0]}, ...): "
+                "fused experts cannot be served packed; qat.checkpoints.exported.load_exported reads them densely"
+            )
+        for path, module in self.layers.items():
+            names = [name for name in self.exported.quantized_names if name.startswith(f"{module.path}.")]
+            stored = {name[len(module.path) + 1 :]: self.exported.reader.empty(name) for name in names}
+            linear = model.get_submodule(path)
+            assert isinstance(linear, nn.Linear)  # stored_paths lists no others that can be quantized
+            model.set_submodule(path, StoredLinear(linear, stored))
+
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
+        load()
+        dense: dict[str, list[str]] = {}
+        with progress("packing weights", len(self.layers)) as advance:
+            for path, module in self.layers.items():
+                stored = model.get_submodule(path)
+                tensors = {name: parameter.detach() for name, parameter in stored.named_parameters()}
+                bias, q = tensors.pop("bias", None), read_layer(module, tensors)
+                reason = problem(q.format)
+                if reason is not None:
+                    dense.setdefault(
+                        f"{q.format.name} weights are held dense, no faster than BF16: {reason}", []
+                    ).append(path)
+                layer = PackedLinear(pack(q), bias) if reason is None else _dense(q.dequantize(model.dtype), bias)
+                model.set_submodule(path, layer.train(stored.training))
+                advance(1)
+        hook_inputs(model, self.exported, "vllm", {module.path: path for path, module in self.layers.items()})
+        for reason, paths in dense.items():
+            warnings.warn(f"{paths[0]} and {len(paths) - 1} more: {reason}", stacklevel=2)
+        _warn_of_slow_paths(model)
+        return model
+
+    def is_serializable(self) -> bool:
+        """No: the checkpoint on disk is the thing to keep."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """No: packed weights have no gradient."""
+        return False
+
+
+def _dense(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    with torch.device("meta"):
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]  # as in torch
+    return layer
+
+
+def _warn_of_slow_paths(model: nn.Module) -> None:
+    kinds = {layer.words.device.type for layer in model.modules() if isinstance(layer, PackedLinear)}
+    for kind in kinds - set(load()):
+        reason = cpu_problem() if kind == "cpu" else "no Triton kernel for this device"
+        warnings.warn(f"on {kind}, weights are dequantized at every call, slower than BF16: {reason}", stacklevel=3)
+
+
+# --- in and out of transformers -------------------------------------------------------------------
+
+_Entry = tuple[Any, Any]
+_before: dict[str, _Entry] = {}
+
+
+def install() -> None:
+    """Let transformers load checkpoints of `METHODS` packed, in this process, until `uninstall`."""
+    for method in METHODS:
+        if method not in _before:
+            _before[method] = tuple(table.get(method) for table in _tables())  # type: ignore[assignment]  # one entry of each of the two tables
+            for table, ours in zip(_tables(), (PackedQuantizer, PackedConfig), strict=True):
+                table[method] = ours
+
+
+def uninstall() -> None:
+    """Give transformers its own quantizers back; models that are loaded stay as they are."""
+    for method, entries in _before.items():
+        for table, entry in zip(_tables(), entries, strict=True):
+            if entry is None:
+                del table[method]
+            else:
+                table[method] = entry
+    _before.clear()
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """`install` for a block."""
+    was = bool(_before)
+    install()
+    try:
+        yield
+    finally:
+        if not was:
+            uninstall()
+
+
+def _tables() -> tuple[dict[str, Any], dict[str, Any]]:
+    return auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+
+
+def compute_dtype(device: str) -> torch.dtype:
+    """BF16 where it is fast. CPUs without BF16 units emulate its products, several times slower than float32."""
+    fast = device not in ("cpu", "auto") or torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load_packed(folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> "PreTrainedModel":
+    """The model in an exported folder, in eval mode, its weights packed.
+
+    Args:
+        folder: a checkpoint of one of `METHODS`.
+        dtype: of the activations; None takes `compute_dtype`.
+        device: where to put it.
+
+    Raises:
+        CheckpointError: tensors are missing, surplus or damaged; named.
+        UnsupportedError: layers that cannot be served packed.
+    """
+    with installed(), quiet():
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or compute_dtype(device),
+            device_map=device,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # check_loading refuses them by name
+        )
+    model, info = found
+    check_loading(model, info, folder)
+    loaded: PreTrainedModel = model.eval()
+    return loaded

@@ -1,0 +1,267 @@
+/* Linear layers with packed weights on a CPU: decodes words (see qat/layouts.py) in registers and never writes a dense
+ * weight for a few tokens; for many tokens it writes a slice of the dense weight for a library product.
+ *
+ * Plain C with vector extensions, so that every compiler for every CPU takes it: lanes are 16 columns, which no scale
+ * divides. Elements of 4 bits are one table lookup where the CPU has one of 16 floats (AVX-512), else integer
+ * arithmetic; minifloats are decoded through integers, because subnormal floats are slow or flushed on some CPUs.
+ */
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#define LANES 16
+#define PART 32
+#define BLOCK 16 /* rows that a thread takes at a time */
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
+#define INLINE static inline __attribute__((always_inline))
+
+typedef struct {
+    const uint16_t *words; /* (rows, width) */
+    const void *scales;    /* (rows, groups): bf16, float32, or bytes that look up `scale_table` */
+    const int8_t *zeros;   /* (rows, groups) or null */
+    const float *bias;     /* (rows) or null */
+    const float *table;    /* value of each code, as stored in words */
+    const float *scale_table;
+    float global_scale;
+    int64_t rows, columns, width, groups;
+    int32_t group_shift; /* log2 of the columns per scale; large where a row has one */
+    int32_t bits, scale_bytes, minifloat_mantissa; /* mantissa bits, or -1 for integers */
+    float step;                                    /* value of the smallest positive code */
+} Weight;
+
+INLINE float scale_at(const Weight *w, int64_t group, int64_t row) {
+    int64_t at = row * w->groups + group;
+    if (w->scale_bytes == 1) return w->scale_table[((const uint8_t *)w->scales)[at]];
+    if (w->scale_bytes == 4) return ((const float *)w->scales)[at];
+    uint32_t bits = (uint32_t)((const uint16_t *)w->scales)[at] << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+
+/* Values of the codes in the lowest BITS bits of each lane, in units that `step` or the table make right. */
+INLINE vf decode(vi code, int bits, int mantissa, vf table, float step) {
+    vi mask = (vi){} + ((1 << bits) - 1);
+#ifdef __AVX512F__
+    if (bits == 4) return (vf)_mm512_permutexvar_ps((__m512i)code, (__m512)table); /* reads 4 bits of each lane */
+#endif
+    code &= mask;
+    if (mantissa < 0) return to_float(code - (1 << (bits - 1)));
+    vi magnitude = code & ((1 << (bits - 1)) - 1), exponent = magnitude >> mantissa;
+    vi normal = (exponent > 0) & 1;
+    vi whole = ((magnitude & ((1 << mantissa) - 1)) + (normal << mantissa)) << (exponent - normal);
+    vf value = to_float(whole) * step;
+    vi sign = (code >> (bits - 1)) << 31;
+    return (vf)((vi)value | sign);
+}
+
+INLINE vf load(const float *at) {
+    vf value;
+    memcpy(&value, at, sizeof value);
+    return value;
+}
+
+INLINE float sum(vf x) {
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += x[i];
+    return total;
+}
+
+/* What tile_times and tile_values start from: the words of a tile as two vectors. */
+INLINE void tile_words(const Weight *w, int64_t row, int64_t tile, vi word[2]) {
+    for (int half = 0; half < 2; half++) {
+        vh raw;
+        memcpy(&raw, w->words + row * w->width + tile * PART + half * LANES, sizeof raw);
+        word[half] = __builtin_convertvector(raw, vi);
+    }
+}
+
+/* Half a part: 16 values before their scale, and the scale. */
+INLINE vf half_values(const Weight *w, int64_t row, int64_t first, vi word, int part, int bits, int mantissa, int affine,
+                      int last, vf table, float *scale) {
+    int64_t group = first >> w->group_shift;
+    if (last && group >= w->groups) group = w->groups - 1;
+    *scale = scale_at(w, group, row);
+    vf value = decode(word >> (part * bits), bits, mantissa, table, w->step);
+    return affine ? value - (float)w->zeros[row * w->groups + group] : value;
+}
+
+/* One tile of one row times TOKENS rows of x. Everything but the addresses is a constant after inlining. */
+INLINE void tile_times(const Weight *w, int64_t row, int64_t tile, const float *x, int64_t stride, int tokens, int bits,
+                       int mantissa, int small, int affine, int last, vf table, vf total[4][2]) {
+    const int parts = 16 / bits;
+    vi word[2];
+    tile_words(w, row, tile, word);
+#pragma GCC unroll 8
+    for (int part = 0; part < parts; part++) {
+        int64_t first = (tile * parts + part) * PART;
+        float one, two;
+        vf low = half_values(w, row, first, word[0], part, bits, mantissa, affine, last, table, &one);
+        vf high = half_values(w, row, first + (small ? LANES : 0), word[1], part, bits, mantissa, affine, last, table, &two);
+#pragma GCC unroll 4
+        for (int token = 0; token < tokens; token++) {
+            const float *at = x + token * stride + first;
+            vf *sum = &total[token][part % 2];
+            if (small) {
+                *sum += one * (low * load(at));
+                *sum += two * (high * load(at + LANES));
+            } else {
+                *sum += one * (low * load(at) + high * load(at + LANES));
+            }
+        }
+    }
+}
+
+INLINE uint16_t bf16_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+}
+
+INLINE float of_bf16(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* Rows [first, last) times up to 4 rows of x, rounded once to elements of `bytes`; the instances below fix everything
+ * that decides what is executed. */
+INLINE void rows_times(const Weight *w, const float *x, int64_t stride, char *out, int bytes, int64_t first,
+                       int64_t last, int tokens, int bits, int mantissa, int small, int affine) {
+    const vf table = bits == 4 ? load(w->table) : (vf){};
+    const int64_t tiles = w->width / PART;
+    for (int64_t row = first; row < last; row++) {
+        vf total[4][2] = {};
+        for (int64_t tile = 0; tile < tiles - 1; tile++)
+            tile_times(w, row, tile, x, stride, tokens, bits, mantissa, small, affine, 0, table, total);
+        if (tiles) tile_times(w, row, tiles - 1, x, stride, tokens, bits, mantissa, small, affine, 1, table, total);
+        for (int token = 0; token < tokens; token++) {
+            float value = sum(total[token][0] + total[token][1]) * w->global_scale + (w->bias ? w->bias[row] : 0);
+            if (bytes == 4) ((float *)out)[token * w->rows + row] = value;
+            else ((uint16_t *)out)[token * w->rows + row] = value == value ? bf16_of(value) : 0x7FC0;
+        }
+    }
+}
+
+typedef void (*Rows)(const Weight *, const float *, int64_t, char *, int, int64_t, int64_t);
+#define INSTANCE(NAME, TOKENS, BITS, MANTISSA, SMALL, AFFINE)                                                           \
+    static void NAME(const Weight *w, const float *x, int64_t stride, char *out, int bytes, int64_t first,              \
+                     int64_t last) {                                                                                    \
+        rows_times(w, x, stride, out, bytes, first, last, TOKENS, BITS, MANTISSA, SMALL, AFFINE);                       \
+    }
+#define ELEMENT(NAME, BITS, MANTISSA)                                                                                   \
+    INSTANCE(NAME##_one, 1, BITS, MANTISSA, 0, 0)                                                                       \
+    INSTANCE(NAME##_four, 4, BITS, MANTISSA, 0, 0)                                                                      \
+    INSTANCE(NAME##_small_one, 1, BITS, MANTISSA, 1, 0)                                                                 \
+    INSTANCE(NAME##_small_four, 4, BITS, MANTISSA, 1, 0)                                                                \
+    INSTANCE(NAME##_affine_one, 1, BITS, MANTISSA, 0, 1)                                                                \
+    INSTANCE(NAME##_affine_four, 4, BITS, MANTISSA, 0, 1)                                                               \
+    static const Rows NAME[3][2] = {{NAME##_one, NAME##_four},                                                          \
+                                    {NAME##_small_one, NAME##_small_four},                                              \
+                                    {NAME##_affine_one, NAME##_affine_four}};
+ELEMENT(int2, 2, -1)
+ELEMENT(int4, 4, -1)
+ELEMENT(int8, 8, -1)
+ELEMENT(e2m1, 4, 1)
+ELEMENT(e4m3, 8, 3)
+
+/* out (tokens, rows) = x (tokens, columns) times the weight. Elements of x and out have `bytes`: 4 (float32) or 2 (bf16);
+ * rows of x are `stride` elements apart; `scratch` holds x in float32, (tokens, columns of whole tiles).
+ * Returns 0, or 1 where the element is not known. */
+int packed_linear(const Weight *w, const void *x, int64_t stride, int64_t tokens, int bytes, float *scratch, void *out,
+                  int threads) {
+    const int kind = w->bits * 10 + w->minifloat_mantissa;
+    const Rows(*element)[2] = kind == 19 ? int2 : kind == 39 ? int4 : kind == 79 ? int8 : kind == 41 ? e2m1
+                            : kind == 83 ? e4m3 : 0;
+    if (!element) return 1;
+    const Rows *rows = element[w->zeros ? 2 : (1ll << w->group_shift) < PART];
+    const int64_t padded = w->width * (16 / w->bits);
+    for (int64_t token = 0; token < tokens; token++) {
+        float *to = scratch + token * padded;
+        if (bytes == 4) memcpy(to, (const float *)x + token * stride, 4 * w->columns);
+        else for (int64_t k = 0; k < w->columns; k++) to[k] = of_bf16(((const uint16_t *)x)[token * stride + k]);
+        memset(to + w->columns, 0, 4 * (padded - w->columns));
+    }
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t block = 0; block < (w->rows + BLOCK - 1) / BLOCK; block++) {
+        int64_t first = block * BLOCK, last = first + BLOCK < w->rows ? first + BLOCK : w->rows, done = 0;
+        for (; done + 4 <= tokens; done += 4)
+            rows[1](w, scratch + done * padded, padded, (char *)out + done * w->rows * bytes, bytes, first, last);
+        for (; done < tokens; done++)
+            rows[0](w, scratch + done * padded, padded, (char *)out + done * w->rows * bytes, bytes, first, last);
+    }
+    return 0;
+}
+
+INLINE vh to_bf16(vf value) {
+    typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+    vu bits = (vu)value;
+    return __builtin_convertvector((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, vh);
+}
+
+/* Values of rows [first, last), (last - first, columns), in float32 or bf16. */
+INLINE void rows_values(const Weight *w, int64_t first, int64_t last, char *out, int bytes, int bits, int mantissa,
+                        int affine) {
+    const int parts = 16 / bits;
+    const vf table = bits == 4 ? load(w->table) : (vf){};
+    for (int64_t row = first; row < last; row++) {
+        for (int64_t tile = 0; tile * PART < w->width; tile++) {
+            vi word[2];
+            tile_words(w, row, tile, word);
+            for (int part = 0; part < parts; part++) {
+                for (int half = 0; half < 2; half++) {
+                    int64_t at = (tile * parts + part) * PART + half * LANES, many = w->columns - at;
+                    if (many <= 0) break;
+                    float scale;
+                    vf value = half_values(w, row, at, word[half], part, bits, mantissa, affine, 1, table, &scale);
+                    value *= scale * w->global_scale;
+                    vh rounded = to_bf16(value);
+                    size_t size = (size_t)bytes * (many < LANES ? many : LANES);
+                    char *to = out + ((row - first) * w->columns + at) * bytes;
+                    const void *from = bytes == 2 ? (void *)&rounded : (void *)&value;
+                    if (many >= LANES) memcpy(to, from, bytes * LANES);
+                    else memcpy(to, from, size);
+                }
+            }
+        }
+    }
+}
+
+typedef void (*Values)(const Weight *, int64_t, int64_t, char *);
+#define VALUES(NAME, BITS, MANTISSA, BYTES, AFFINE)                                                                     \
+    static void NAME(const Weight *w, int64_t first, int64_t last, char *out) {                                         \
+        rows_values(w, first, last, out, BYTES, BITS, MANTISSA, AFFINE);                                                \
+    }
+#define ELEMENT_VALUES(NAME, BITS, MANTISSA)                                                                            \
+    VALUES(NAME##_half, BITS, MANTISSA, 2, 0)                                                                           \
+    VALUES(NAME##_full, BITS, MANTISSA, 4, 0)                                                                           \
+    VALUES(NAME##_affine_half, BITS, MANTISSA, 2, 1)                                                                    \
+    VALUES(NAME##_affine_full, BITS, MANTISSA, 4, 1)                                                                    \
+    static const Values NAME##_values[2][2] = {{NAME##_half, NAME##_full}, {NAME##_affine_half, NAME##_affine_full}};
+ELEMENT_VALUES(int2, 2, -1)
+ELEMENT_VALUES(int4, 4, -1)
+ELEMENT_VALUES(int8, 8, -1)
+ELEMENT_VALUES(e2m1, 4, 1)
+ELEMENT_VALUES(e4m3, 8, 3)
+
+/* Dense values of rows [first, last): (last - first, columns), each of 2 (bf16) or 4 (float32) bytes. */
+int dense_rows(const Weight *w, int64_t first, int64_t last, void *out, int bytes, int threads) {
+    const int kind = w->bits * 10 + w->minifloat_mantissa;
+    const Values(*element)[2] = kind == 19 ? int2_values : kind == 39 ? int4_values : kind == 79 ? int8_values
+                              : kind == 41 ? e2m1_values : kind == 83 ? e4m3_values : 0;
+    if (!element) return 1;
+    const Values values = element[w->zeros != 0][bytes == 4];
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t block = 0; block < (last - first + BLOCK - 1) / BLOCK; block++) {
+        int64_t from = first + block * BLOCK, to = from + BLOCK < last ? from + BLOCK : last;
+        values(w, from, to, (char *)out + (from - first) * w->columns * bytes);
+    }
+    return 0;
+}

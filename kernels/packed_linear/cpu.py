@@ -1,0 +1,142 @@
+"""The packed linear kernel on CPUs: `cpu.c` for a few tokens, slices of dense weights and torch's product for many.
+
+Decoding is exact and sums are float32. For many tokens in BF16 the dense slice is rounded to BF16, as every engine that
+dequantizes does, because the library product wants its operands alike.
+"""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qat.catalog import SCALE_ELEMENT, lookup
+from qat.format import Format
+from qat.kernels.compiler import load_library
+from qat.layouts import parts
+from qat.numerics import decode_scale
+
+FEW = 8  # tokens up to which decoding in registers beats a dense slice
+SLICE_BYTES = 32 << 20  # of dense weights at a time
+_WHOLE_ROW = 40  # a shift that leaves one group per row
+
+
+class _Weight(ctypes.Structure):
+    """`Weight` of cpu.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("words", "scales", "zeros", "bias", "table", "scale_table")),
+        ("global_scale", ctypes.c_float),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "width", "groups")),
+        *((name, ctypes.c_int32) for name in ("group_shift", "bits", "scale_bytes", "minifloat_mantissa")),
+        ("step", ctypes.c_float),
+    )
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled kernel.
+
+    Raises:
+        OSError: it cannot be compiled here.
+    """
+    found = load_library(Path(__file__).with_name("cpu.c"))
+    pointer, whole, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    found.packed_linear.argtypes = [pointer, pointer, whole, whole, flag, pointer, pointer, flag]
+    found.dense_rows.argtypes = [pointer, whole, whole, pointer, flag, flag]
+    return found
+
+
+@cache
+def _tables(fmt: Format) -> tuple[Tensor, Tensor | None]:
+    """float32 value of every code as words hold it, and of every byte of a one-byte scale."""
+    codes = torch.arange(2**fmt.element.bits, dtype=torch.uint8)
+    if fmt.element.kind == "integer":  # words count from the lowest value
+        codes = codes ^ (1 << (fmt.element.bits - 1))
+    every = torch.arange(256, dtype=torch.uint8)
+    scales = {"e4m3": SCALE_ELEMENT.decode, "e8m0": decode_scale}.get(fmt.scale)
+    return fmt.element.decode(codes).contiguous(), None if scales is None else scales(every).contiguous()
+
+
+def _weight(
+    fmt: Format, columns: int, words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, factor: float
+) -> _Weight:
+    """Pointers into tensors that the caller keeps alive; scales and zero points row by row."""
+    table, scale_table = _tables(fmt)
+    minifloat = fmt.element.kind == "minifloat"
+    return _Weight(
+        words.data_ptr(),
+        scales.data_ptr(),
+        None if zeros is None else zeros.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        table.data_ptr(),
+        None if scale_table is None else scale_table.data_ptr(),
+        factor,
+        words.shape[0],
+        columns,
+        words.shape[1],
+        scales.shape[1],
+        fmt.group.bit_length() - 1 if fmt.group else _WHOLE_ROW,
+        fmt.element.bits,
+        scales.element_size(),
+        fmt.element.mantissa_bits if minifloat else -1,
+        fmt.element.min_normal / 2**fmt.element.mantissa_bits if minifloat else 1.0,
+    )
+
+
+def packed_linear(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    global_scale: float,
+    format: str,
+) -> Tensor:
+    """The operator `qat::packed_linear` on a CPU."""
+    fmt, columns, rows = lookup(format), x.shape[-1], words.shape[0]
+    flat = x.reshape(-1, columns)
+    if flat.dtype not in (torch.float32, torch.bfloat16):
+        flat = flat.to(torch.float32)
+    flat = flat if flat.stride(-1) == 1 else flat.contiguous()
+    tokens, size = flat.shape[0], flat.element_size()
+    by_row, zeros_by_row = scales.t().contiguous(), None if zeros is None else zeros.t().contiguous()
+    if tokens > FEW:
+        weight = _weight(fmt, columns, words, by_row, zeros_by_row, None, global_scale)
+        out = _by_slices(flat, weight, rows, bias)
+    else:
+        bias = None if bias is None else bias.to(torch.float32)
+        weight = _weight(fmt, columns, words, by_row, zeros_by_row, bias, global_scale)
+        out = flat.new_empty(tokens, rows)
+        scratch = flat.new_empty(tokens * words.shape[1] * parts(fmt.element.bits), dtype=torch.float32)
+        pointers = (flat.data_ptr(), flat.stride(0), tokens, size, scratch.data_ptr(), out.data_ptr())
+        _done(library().packed_linear(ctypes.byref(weight), *pointers, torch.get_num_threads()), fmt)
+    return out.view(*x.shape[:-1], rows).to(x.dtype)
+
+
+def _by_slices(x: Tensor, weight: _Weight, rows: int, bias: Tensor | None) -> Tensor:
+    columns, size = x.shape[-1], x.element_size()
+    step = max(1, min(rows, SLICE_BYTES // max(columns * size, 1)))
+    dense, out = x.new_empty(step, columns), x.new_empty(x.shape[0], rows)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        _done(
+            library().dense_rows(ctypes.byref(weight), first, last, dense.data_ptr(), size, torch.get_num_threads()),
+            None,
+        )
+        out[:, first:last] = functional.linear(x, dense[: last - first])
+    return out if bias is None else out.add_(bias)
+
+
+def _done(status: int, fmt: Any) -> None:
+    if status:
+        raise RuntimeError(f"cpu.c has no decoder for {fmt}: `decodes` must say so first")
+
+
+def decodes(fmt: Format) -> bool:
+    """Whether cpu.c has an instance for the format's element."""
+    element = fmt.element
+    return element.kind == "integer" or (element.bits, element.mantissa_bits) in ((4, 1), (8, 3))

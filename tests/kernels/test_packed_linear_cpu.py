@@ -1,0 +1,114 @@
+"""The C kernel against float64 over every packed format: tails, many and few tokens, outliers, NaN rows, strides."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from qat.catalog import CATALOG, lookup
+from qat.kernels import compiler
+from qat.kernels.load import cpu_problem, explain
+from qat.kernels.packed_linear.cpu import FEW, decodes, packed_linear
+from qat.numerics import QTensor, quantize
+from qat.packed import PackedWeight, pack, problem, unpack
+
+PACKED = [name for name, fmt in CATALOG.items() if problem(fmt) is None]
+pytestmark = pytest.mark.skipif(cpu_problem() is not None, reason=str(cpu_problem()))
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def run(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    return packed_linear(x, weight.words, weight.scales, weight.zeros, bias, weight.global_scale, weight.format)
+
+
+def assert_close(x: Tensor, q: QTensor, bias: Tensor | None) -> None:
+    dense, found = q.dequantize().double(), run(x, pack(q), bias)
+    assert found.dtype == x.dtype and found.shape == (*x.shape[:-1], dense.shape[0])
+    extra = 0 if bias is None else bias.double()
+    exact = x.double() @ dense.T + extra
+    # FP32: several hundred sums, for many tokens in torch's order. BF16: one rounding of the result, and of the weight.
+    unit = 2.0**-7 if x.dtype == torch.bfloat16 else 2.0**-20 if x.numel() <= FEW * x.shape[-1] else 2.0**-18
+    bound = unit * (x.double().abs() @ dense.abs().T + abs(extra)) + 1e-30
+    assert bool(((found.double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_it_decodes_every_format(name: str) -> None:
+    fmt = lookup(name)
+    assert decodes(fmt)
+    columns = next(width for width in (352, 320, 384) if fmt.divides(width))  # the first two end inside a tile
+    q = quantize(normal(37, columns) * torch.logspace(-4, 2, 37)[:, None], fmt)
+    one_hot = torch.eye(columns)
+    for first in range(0, columns, FEW):
+        assert torch.equal(run(one_hot[first : first + FEW], pack(q)).t(), q.dequantize()[:, first : first + FEW])
+    assert torch.equal(run(one_hot, pack(q)).t(), q.dequantize())  # by dense slices
+    half = run(one_hot.bfloat16(), pack(q)).t()
+    assert torch.equal(half, q.dequantize(torch.bfloat16))
+    bias = normal(37, seed=1)
+    for tokens in (1, 3, 4, FEW, FEW + 1, 33):
+        x = normal(tokens, columns, seed=tokens)
+        x[0, 3] = 1e4
+        assert_close(x, q, bias)
+        assert_close(x.bfloat16(), q, None)
+
+
+@pytest.mark.parametrize("name", ["int4_g64", "nvfp4", "mxfp8", "int2_g64", "int4_g128_asym"])
+def test_rows_do_not_depend_on_their_neighbours(name: str) -> None:
+    weight, x = pack(quantize(normal(40, 512), lookup(name))), normal(FEW, 512, seed=2)
+    together = run(x, weight)
+    for row in range(FEW):
+        assert torch.equal(run(x[row : row + 1], weight), together[row : row + 1])
+    x[1, 5], x[2, 0] = torch.nan, torch.inf
+    broken = run(x, weight)
+    assert broken[1].isnan().all() and not broken[2].isfinite().any()
+    assert torch.equal(broken[[0, *range(3, FEW)]], together[[0, *range(3, FEW)]])
+    assert run(x.bfloat16(), weight)[1].isnan().all()
+
+
+def test_shapes_and_strides() -> None:
+    q = quantize(normal(24, 256), lookup("int4_g32"))
+    weight, x = pack(q), normal(2, 3, 512, seed=1)
+    assert_close(x[..., ::2], q, None)
+    assert_close(x[..., :256], q, None)
+    assert_close(x[:, :, 256:].half().float(), q, None)
+    assert run(x[:0, :, :256], weight).shape == (0, 3, 24)
+    assert run(x[0, 0, :256].half(), weight).dtype == torch.float16
+
+
+def test_slices_of_the_dense_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, x = quantize(normal(50, 256), lookup("nvfp4")), normal(20, 256, seed=1)
+    whole = run(x, pack(q))
+    monkeypatch.setattr("qat.kernels.packed_linear.cpu.SLICE_BYTES", 7 * 256 * 4)
+    torch.testing.assert_close(run(x, pack(q)), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_scales_are_found_again_by_row() -> None:
+    """A CPU keeps them row by row; the shape is the same for every device."""
+    q = quantize(normal(6, 384), lookup("int4_g64_asym"))
+    weight = pack(q)
+    assert weight.scales.shape == (6, 6) and weight.scales.t().is_contiguous()
+    assert torch.equal(unpack(weight).dequantize(), q.dequantize())
+
+
+def test_what_runs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = explain("int4_g64", 1, 64, 64), explain("int4_g64", FEW + 1, 64, 64)
+    assert few["kernel"] == many["kernel"] == "c" and "registers" in few["why"] and "slices" in many["why"]
+    monkeypatch.setattr("qat.kernels.load.cpu_problem", lambda: "no C compiler found")
+    told = explain("int4_g64", 1, 64, 64)
+    assert told["kernel"] == "reference" and "slower than BF16: no C compiler" in told["why"]
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAT_CACHE", str(tmp_path / "cache"))
+    source = tmp_path / "broken.c"
+    source.write_text("int f( {")
+    with pytest.raises(OSError, match=r"cannot compile broken\.c: .*error"):
+        compiler.load_library(source)
+    monkeypatch.setattr(compiler, "compiler", lambda: None)
+    with pytest.raises(OSError, match="no C compiler found"):
+        compiler.load_library(source)
+    assert not [path for path in (tmp_path / "cache" / "kernels").iterdir() if path.suffix == ".so"]
