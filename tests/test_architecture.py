@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "trainers": {"qat", "checkpoints", "trainers"},
     "configs": set(),
 }
-COMPOSITION_ROOTS = ("qat/__init__.py", "qat/cli.py", "kernels/engines/vllm.py")
+COMPOSITION_ROOTS = ("qat/__init__.py", "qat/cli.py")
 OPTIONAL = {"wandb", "deepspeed", "lm_eval"}
 CORE_BANS = {"transformers", "lightning", "pytorch_lightning", "datasets", "peft", "triton", *OPTIONAL}
 

@@ -2,15 +2,17 @@
 
 vLLM finds `register` through the entry point group `vllm.general_plugins` and calls it in every process it starts. From
 then on a checkpoint that says compressed-tensors is served by `Config` (reported as quantization "qat"), which decides
-layer by layer: pairs of formats that it takes get a `Packed` scheme, all others are vLLM's own. Asking for
-`quantization="compressed-tensors"` leaves everything to vLLM, and so does `VLLM_PLUGINS=` in the environment.
+layer by layer by `RULES`: pairs of formats that are ours get a `Packed` scheme, all others are vLLM's own, and one line
+of the log per pair says which. `quantization="compressed-tensors"` leaves everything to vLLM, and so does
+`VLLM_PLUGINS=` in the environment. Experts of mixtures are always vLLM's. Run and tested on CPUs only.
 
-This file is a composition root beside `qat/cli.py`: it joins the layout on disk (`qat.checkpoints`) with the operator
-(`qat.packed`), both imported inside functions.
+vLLM does not notice tensors that a quantized checkpoint lacks, and rounds those of another type while it copies them:
+`Packed` counts and checks what is loaded, and names what is missing or wrong.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,19 +28,19 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
     PerTensorScaleParameter,
 )
+from vllm.platforms import current_platform
 
 from qat.activations import fake_quantize_input
-from qat.catalog import CATALOG
+from qat.checkpoints.codes import input_format, read_layer, weight_format
+from qat.checkpoints.targets.compressed_tensors import METHOD as CHECKPOINTS
+from qat.checkpoints.unpack import PackedModule, expected_tensors
 from qat.errors import CheckpointError, UnsupportedError
 from qat.format import Format
+from qat.kernels.load import available, cpu_problem, load
 from qat.numerics import QTensor, Scales
 from qat.packed import PackedLinear, pack, packed_linear, problem
 
-if TYPE_CHECKING:
-    from qat.checkpoints.unpack import PackedModule
-
 METHOD = "qat"
-CHECKPOINTS = "compressed-tensors"
 ACTIVATION_RULE = "vllm"
 
 _TYPES = {
@@ -47,21 +49,120 @@ _TYPES = {
     "U8": torch.uint8,
     "I8": torch.int8,
     "F8_E4M3": torch.float8_e4m3fn,
-    "BF16": torch.bfloat16,
+    "BF16": torch.float32,  # scales of other tools have other types: taken whole, narrowed where that is exact
     "F32": torch.float32,
 }
-_PER_SHARD = ("weight_global_scale", "input_global_scale", "input_scale")
+_SHARDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names of the parts of a fused attention input; others are numbers
 
 logger = init_logger("vllm.qat")  # below vLLM's own logger, whose handler and level it then has
 
 
 def register() -> None:
     """Entry point of the plugin; may be called any number of times."""
+    load()
     register_quantization_config(METHOD)(Config)
 
 
+# --- who serves what --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Pairs of formats on a device, whose they are, and why.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        fits: of the weight's format, the input's (None: left in 16 bits), and the compute capability (90 for sm_90; 0
+            on a CPU).
+        ours: else vLLM's.
+        why: for the log.
+    """
+
+    device: str
+    fits: Callable[[Format, Format | None, int], bool]
+    ours: bool
+    why: str
+
+
+def _integer(fmt: Format | None, bits: int = 8) -> bool:
+    """Integers of at most so many bits."""
+    return fmt is not None and fmt.element.kind == "integer" and fmt.element.bits <= bits
+
+
+def _fp4(fmt: Format | None) -> bool:
+    return fmt is not None and fmt.element.kind == "minifloat" and fmt.element.bits == 4
+
+
+def _eight_bits(weight: Format, input: Format | None, capability: int) -> bool:
+    """A scale per row and per token, or one for all integer inputs; its product fails with one for all FP8 inputs."""
+    if input is None or weight.element.bits != 8 or input.element.bits != 8:
+        return False
+    return weight.block == (1, 0) and (input.block == (1, 0) or (input.block == (0, 0) and _integer(input)))
+
+
+def _int4_alone(weight: Format, input: Format | None, capability: int) -> bool:
+    """4-bit integers, where vLLM's build for this CPU has the product (that for AVX2 lacks it). Measured on two AVX-512
+    cores with SmolLM2-135M: it decodes 1.2 (one sequence) to 3 times (eight) as fast as ours."""
+    mine = input is None and _integer(weight, 4) and weight.element.bits == 4
+    return mine and hasattr(torch.ops._C, "cpu_gemm_wna16")
+
+
+def _anything(weight: Format, input: Format | None, capability: int) -> bool:
+    """Of the rest, vLLM's CPU build refuses most, and leaves inputs in 16 bits that should have 8 or 4."""
+    return True
+
+
+def _small_integers(weight: Format, input: Format | None, capability: int) -> bool:
+    """INT4 with INT8 or INT4 inputs, and the like: without the Humming kernels vLLM only keeps the weight in 4 bits."""
+    return _integer(weight, 7) and _integer(input)
+
+
+def _int4_fp8(weight: Format, input: Format | None, capability: int) -> bool:
+    return _integer(weight, 7) and input is not None and not _integer(input) and capability != 90
+
+
+def _fp4_before_sm100(weight: Format, input: Format | None, capability: int) -> bool:
+    return _fp4(weight) and _fp4(input) and capability < 100
+
+
+def _mxfp4_alone(weight: Format, input: Format | None, capability: int) -> bool:
+    return _fp4(weight) and weight.scale == "e8m0" and input is None and capability >= 100
+
+
+# The first that fits decides; what none fits is vLLM's. Those for CUDA follow from vLLM's source and were never run.
+RULES = (
+    Rule("cpu", _eight_bits, False, "products in 8 bits"),
+    Rule("cpu", _int4_alone, False, "its product with packed weights is faster"),
+    Rule("cpu", _anything, True, "weights stay packed, inputs as the checkpoint says"),
+    Rule("cuda", _small_integers, True, "vLLM would leave the inputs in 16 bits"),
+    Rule("cuda", _int4_fp8, True, "vLLM has these inputs on sm_90 only"),
+    Rule("cuda", _fp4_before_sm100, True, "vLLM would leave the inputs in 16 bits"),
+    Rule("cuda", _mxfp4_alone, True, "vLLM would quantize the inputs, which the checkpoint does not ask for"),
+)
+
+
+def takes(weight: Format, input: Format | None, device: str, capability: int = 0) -> Rule | None:
+    """The rule by which the pair is ours, or that leaves it to vLLM; None where there is none, or no packed weight."""
+    if problem(weight) is not None:
+        return None
+    return next((r for r in RULES if r.device == device and r.fits(weight, input, capability)), None)
+
+
+def _rule(weight: Format, input: Format | None) -> Rule | None:
+    device = current_platform.device_type
+    capability = current_platform.get_device_capability() if device == "cuda" else None
+    return takes(weight, input, device, 0 if capability is None else capability.to_int())
+
+
+def _slow() -> str:
+    """What to add to the log where no kernel runs."""
+    if current_platform.device_type == "cpu":
+        return "" if cpu_problem() is None else f"; SLOW, weights are dequantized at every call: {cpu_problem()}"
+    return "" if available() else "; SLOW, weights are dequantized at every call: no Triton"
+
+
 class Config(CompressedTensorsConfig):
-    """vLLM's reading of a compressed-tensors config, with our scheme for the layers that `takes` accepts."""
+    """vLLM's reading of a compressed-tensors config, with our scheme for the layers that are ours."""
 
     @classmethod
     def override_quantization_method(
@@ -74,65 +175,53 @@ class Config(CompressedTensorsConfig):
     def get_scheme(self, layer: nn.Module, layer_name: str | None = None) -> Any:
         """The scheme of one (fused) layer, None where it is not quantized."""
         parts = self.get_scheme_dict(layer, layer_name)
-        scheme = None if not parts or parts.get("weights") is None else _scheme(parts, layer_name or "")
-        if scheme is None:
+        if not parts or parts.get("weights") is None:
             return super().get_scheme(layer, layer_name)
-        logger.info_once("%s", scheme.describe())
+        # QuantizationArgs say in JSON what config.json says, defaults written out.
+        args = parts["weights"].model_dump(mode="json")
+        inputs = None if parts.get("input_activations") is None else parts["input_activations"].model_dump(mode="json")
+        try:
+            weight, input = weight_format(args), None if inputs is None else input_format(inputs)
+        except UnsupportedError as error:
+            logger.info_once("qat: left to vLLM: %s", str(error))
+            return super().get_scheme(layer, layer_name)
+        rule = None if parts.get("output_activations") is not None else _rule(weight, input)
+        pair = f"{weight.name} weights with {'16-bit' if input is None else input.name} inputs"
+        if rule is not None and rule.ours:
+            logger.info_once("qat: %s: qat::packed_linear (%s%s)", pair, rule.why, _slow())
+            path = layer_name or ""
+            return Packed(PackedModule(path, parts["format"], args, inputs), weight, input, self._members(path))
+        scheme = super().get_scheme(layer, layer_name)
+        logger.info_once("qat: %s: vLLM's %s%s", pair, type(scheme).__name__, f" ({rule.why})" if rule else "")
         return scheme
 
-
-def takes(weight: Format, input: Format | None) -> bool:
-    """Whether we run this pair on this machine; what vLLM's CPU build multiplies in 8 bits stays with vLLM."""
-    return not (weight.element.bits == 8 and weight.block in ((0, 0), (1, 0)) and input is not None)
-
-
-def _scheme(parts: dict[str, Any], path: str) -> "Packed | None":
-    from qat.checkpoints.exported import input_format
-    from qat.checkpoints.unpack import PackedModule
-
-    # QuantizationArgs say in JSON what config.json says, defaults written out.
-    args = parts["weights"].model_dump(mode="json")
-    inputs = None if parts.get("input_activations") is None else parts["input_activations"].model_dump(mode="json")
-    weight = weight_format(args)
-    if weight is None:
-        return None
-    try:
-        input = None if inputs is None else input_format(inputs)
-    except UnsupportedError:
-        return None
-    return Packed(PackedModule(path, parts["format"], args, inputs), weight, input) if takes(weight, input) else None
+    def _members(self, path: str) -> list[str]:
+        """Paths in the checkpoint of the layers that vLLM fuses into `path`."""
+        parent, dot, leaf = path.rpartition(".")
+        return [f"{parent}{dot}{name}" for name in self.packed_modules_mapping.get(leaf, [leaf])]
 
 
-def weight_format(args: dict[str, Any]) -> Format | None:
-    """The catalogue's format for QuantizationArgs of a weight, None where there is none that can be held packed.
-
-    One scale per tensor is stored once per row, so those arguments name two formats; only that per row can be packed.
-    """
-    from qat.checkpoints.exported import _essence
-    from qat.checkpoints.targets.compressed_tensors import weight_args
-
-    for fmt in CATALOG.values():
-        known = weight_args(fmt)
-        if known is not None and _essence(known) == _essence(args) and problem(fmt) is None:
-            return fmt
-    return None
+# --- one layer --------------------------------------------------------------------------------------------------------
 
 
 class Packed(CompressedTensorsScheme):
-    """One linear layer, fused as vLLM fuses it: loads the stored tensors, packs them once, multiplies."""
+    """One linear layer, fused as vLLM fuses it: loads the stored tensors, packs them once, multiplies.
 
-    def __init__(self, module: "PackedModule", weight: Format, input: Format | None) -> None:
-        self.module, self.weight, self.input = module, weight, input
+    Args:
+        module: the layer as config.json describes it, under vLLM's path.
+        weight: format of the weight.
+        input: of the inputs, None where they stay as they are.
+        members: paths in the checkpoint of the layers that are fused into it.
+    """
+
+    def __init__(self, module: PackedModule, weight: Format, input: Format | None, members: list[str]) -> None:
+        self.module, self.weight, self.input, self.members = module, weight, input, members
+        self.loaded: dict[str, set[int]] = {}
 
     @classmethod
     def get_min_capability(cls) -> int:
         """Any device: what runs is the dispatcher's choice."""
         return 0
-
-    def describe(self) -> str:
-        """For the log."""
-        inputs = "16-bit inputs" if self.input is None else f"{self.input.name} inputs"
-        return f"qat::packed_linear serves {self.weight.name} weights with {inputs}"
 
     def create_weights(
         self,
@@ -143,28 +232,118 @@ class Packed(CompressedTensorsScheme):
         **_: Any,
     ) -> None:
         """Parameters named as the stored tensors, in the shapes of this rank's share of the fused layer."""
-        from qat.checkpoints.unpack import expected_tensors
+        self.sizes, self.columns = output_partition_sizes, input_size_per_partition
+        if len(self.members) != len(self.sizes):  # stored fused, or fused in a way that vLLM does not tell
+            self.members = [self.module.path] * len(self.sizes)
+        whole_groups = self.weight.divides(self.columns) and (self.input is None or self.input.divides(self.columns))
+        if not whole_groups or self.columns * self.weight.element.bits % 32:
+            raise UnsupportedError(
+                f"{self.module.path}: the {self.columns} input columns of one rank do not hold whole groups and words; "
+                f"use fewer ranks, or --quantization {CHECKPOINTS}"
+            )
+        for name, (kind, shape) in expected_tensors(self.module, sum(self.sizes), self.columns).items():
+            size = (len(self.sizes),) if shape == (1,) else shape
+            if self._packed_rows(name, _TYPES[kind]) and any(rows % (32 // self.module.bits) for rows in self.sizes):
+                raise UnsupportedError(
+                    f"{self.module.path}.{name} shares words among rows, which the fused parts {self.sizes} cut; use "
+                    f"--quantization {CHECKPOINTS}"
+                )
+            layer.register_parameter(
+                name, self._parameter(name, torch.empty(size, dtype=_TYPES[kind]), self._checked(name, weight_loader))
+            )
 
-        rows, columns = sum(output_partition_sizes), input_size_per_partition
-        if not self.weight.divides(columns) or (self.input is not None and not self.input.divides(columns)):
-            raise UnsupportedError(f"{self.module.path}: {columns} input columns of one rank do not hold whole groups")
-        for name, (kind, shape) in expected_tensors(self.module, rows, columns).items():
-            size = (len(output_partition_sizes),) if name in _PER_SHARD else shape
-            data = _unloaded(size, _TYPES[kind])
-            layer.register_parameter(name, _parameter(name, data, self.module.bits, weight_loader))
+    def _packed_rows(self, name: str, dtype: torch.dtype) -> bool:
+        return name == "weight_zero_point" and dtype == torch.int32
+
+    def _parameter(self, name: str, data: Tensor, loader: Callable[..., Any]) -> Any:
+        """The vLLM parameter that knows how this tensor is cut over ranks and where its shards go."""
+        if name == "weight_shape":
+            return BasevLLMParameter(data=data, weight_loader=loader)  # of the whole layer; not read
+        if data.ndim < 2:
+            return PerTensorScaleParameter(data=data, weight_loader=loader)
+        if self._packed_rows(name, data.dtype):
+            factor = 32 // self.module.bits
+            return PackedvLLMParameter(
+                data=data, input_dim=1, output_dim=0, packed_dim=0, packed_factor=factor, weight_loader=loader
+            )
+        if name in ("weight_scale", "weight_zero_point"):
+            if data.shape[1] == 1:
+                return ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=loader)
+            return GroupQuantScaleParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
+        return ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
+
+    def _checked(self, name: str, loader: Callable[..., Any]) -> Callable[..., Any]:
+        """vLLM's loader of a parameter, which then counts the parts and refuses other types."""
+        parts = self.loaded.setdefault(name, set())
+
+        def load_part(parameter: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
+            shard = args[0] if args else options.get("loaded_shard_id", options.get("shard_id"))
+            every: Any = range(len(self.sizes)) if shard is None else shard
+            shards: Iterable[int | str] = every if isinstance(every, range | tuple) else (every,)
+            numbers = [_SHARDS[number] if isinstance(number, str) else int(number) for number in shards]
+            wider = parameter.dtype == torch.float32 and value.dtype in (torch.bfloat16, torch.float16)
+            if value.dtype != parameter.dtype and not wider and name != "weight_shape":
+                where = self.members[numbers[0]]
+                raise CheckpointError(f"{where}.{name} is {value.dtype}, but its layout has {parameter.dtype}")
+            parts.update(numbers)
+            return loader(parameter, value, *args, **options)
+
+        return load_part
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Stored tensors become one packed weight; their memory is given back."""
-        from qat.checkpoints.unpack import expected_tensors
-
-        stored = {name: getattr(layer, name).data for name in expected_tensors(self.module, 1, self.weight.group or 1)}
-        for name in _PER_SHARD:
-            if name in stored:
-                stored[name] = _one(stored[name], f"{self.module.path}.{name}")
-        layer.packed = PackedLinear(pack(read_layer(stored, self.module, self.weight)))
-        layer.register_buffer("static_input", stored.get(self.module.static_input or ""))
+        for name, parts in self.loaded.items():
+            for number, member in enumerate(self.members):
+                if number not in parts:
+                    raise CheckpointError(f"{member}.{name} is missing")
+        _fill_padding(layer)
+        stored = {name: getattr(layer, name).data for name in self.loaded}
+        layers = [read_layer(replace(self.module, path=m), self._part(stored, i)) for i, m in enumerate(self.members)]
+        packed = pack(self._joined(layers))
+        layer.packed = PackedLinear(packed)
+        static = self.module.static_input
+        layer.register_buffer("static_input", None if static is None else self._one(stored[static], static))
         for name in stored:
             delattr(layer, name)
+
+    def _part(self, stored: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+        """The tensors of one of the fused layers, as they are stored (rows that one rank has)."""
+        rows, first, found = self.sizes[number], sum(self.sizes[:number]), {}
+        for name, tensor in stored.items():
+            if name == "weight_shape":
+                found[name] = torch.tensor([rows, self.columns])
+            elif tensor.ndim < 2:
+                found[name] = tensor[number : number + 1]
+            else:
+                per_word = 32 // self.module.bits if self._packed_rows(name, tensor.dtype) else 1
+                found[name] = tensor[first // per_word : (first + rows) // per_word]
+        scale = found["weight_scale"]
+        if scale.dtype == torch.float32:
+            narrow = scale.to(self.weight.scale_storage)
+            found["weight_scale"] = narrow if torch.equal(narrow.to(torch.float32), scale) else scale
+        return found
+
+    def _joined(self, layers: list[QTensor]) -> QTensor:
+        """The fused layer: rows below each other, one global scale."""
+        scales = [layer.scales for layer in layers]
+        shared = None
+        if scales[0].global_scale is not None:
+            values = torch.stack([s.global_scale for s in scales if s.global_scale is not None])
+            shared = self._one(values, "weight_global_scale").reshape(())
+        zeros = [s.zero_point for s in scales if s.zero_point is not None]
+        stored = torch.cat([s.stored.view(torch.uint8) if s.stored.itemsize == 1 else s.stored for s in scales])
+        stored = stored.view(scales[0].stored.dtype) if stored.itemsize == 1 else stored
+        codes = torch.cat([layer.codes for layer in layers])
+        return QTensor(self.weight, codes, Scales(stored, shared, torch.cat(zeros) if zeros else None))
+
+    def _one(self, values: Tensor, name: str) -> Tensor:
+        """The value that all fused layers share, float32 [1]."""
+        if not bool((values == values[0]).all()):
+            raise CheckpointError(
+                f"{name} differs among {', '.join(self.members)}, which vLLM fuses: {values.tolist()}; a packed weight "
+                f"has one. Export with qat, which trains them equal, or serve with --quantization {CHECKPOINTS}"
+            )
+        return values[:1].to(torch.float32)
 
     def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (tokens, columns) -> (tokens, rows)."""
@@ -174,67 +353,8 @@ class Packed(CompressedTensorsScheme):
         return packed_linear(x, held.packed.packed, bias)
 
 
-def _unloaded(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """NaN where the type has one: vLLM does not notice tensors that a quantized checkpoint lacks."""
-    empty = torch.empty(size, dtype=dtype)
-    if dtype == torch.float8_e4m3fn:
-        empty.view(torch.uint8).fill_(255)
-    elif dtype == torch.uint8:
-        empty.fill_(255)  # as a scale, NaN
-    elif dtype.is_floating_point:
-        empty.fill_(torch.nan)
-    else:
-        empty.zero_()
-    return empty
-
-
-def _parameter(name: str, data: Tensor, bits: int, loader: Callable[..., Any]) -> BasevLLMParameter:
-    """The vLLM parameter that knows how this tensor is cut over ranks and where its shards go."""
-    if name in _PER_SHARD:
-        return PerTensorScaleParameter(data=data, weight_loader=loader)
-    if name == "weight_shape":
-        return BasevLLMParameter(data=data, weight_loader=loader)  # the last shard's; not read
-    if name == "weight_zero_point" and data.dtype == torch.int32:  # packed along the rows
-        return PackedvLLMParameter(
-            data=data, input_dim=1, output_dim=0, packed_dim=0, packed_factor=32 // bits, weight_loader=loader
-        )
-    if name in ("weight_scale", "weight_zero_point"):
-        if data.ndim < 2 or data.shape[1] == 1:
-            return ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=loader)
-        return GroupQuantScaleParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
-    return ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
-
-
-def _one(values: Tensor, name: str) -> Tensor:
-    """The value that all shards of a fused layer share, float32 [1]."""
-    if not bool((values == values[0]).all()):
-        raise CheckpointError(
-            f"{name}: layers that vLLM fuses were stored with different values {values.tolist()}; a packed weight has "
-            "one. Export with qat, which trains them equal, or serve with quantization=compressed-tensors"
-        )
-    return values[:1].to(torch.float32)
-
-
-# --- to be replaced by qat.checkpoints.codes.read_layer --------------------------------------------------------------
-
-
-def read_layer(stored: dict[str, Tensor], module: "PackedModule", fmt: Format) -> QTensor:
-    """Codes and scales of one layer from its stored tensors; rows of several fused layers lie below each other."""
-    if module.packed:
-        per_byte = 8 // module.bits
-        raw = stored["weight_packed"].contiguous().view(torch.uint8)
-        shifts = torch.arange(per_byte, dtype=torch.uint8) * module.bits
-        codes = ((raw[..., None] >> shifts) & (2**module.bits - 1)).flatten(-2)
-    else:
-        codes = stored["weight"].view(torch.uint8)
-    if fmt.element.kind == "integer" and module.packed:
-        codes = codes ^ (1 << (module.bits - 1))
-    zero = None
-    if fmt.zero_point:
-        words = stored["weight_zero_point"].t().contiguous().view(torch.uint8)
-        shifts = torch.arange(8 // module.bits, dtype=torch.uint8) * module.bits
-        fields = ((words[..., None] >> shifts) & (2**module.bits - 1)).flatten(-2).t()
-        zero = (fields.to(torch.int16) - (1 << (module.bits - 1))).to(torch.int8).contiguous()
-    divisor = stored.get("weight_global_scale")
-    multiplier = None if divisor is None else divisor.reciprocal().reshape(())
-    return QTensor(fmt, codes.contiguous(), Scales(stored["weight_scale"], multiplier, zero))
+def _fill_padding(layer: Any) -> None:
+    """Output heads have rows beyond the vocabulary, zeros all of them; no scale may be zero. Nobody reads them."""
+    shards = getattr(layer, "shard_indices", None)
+    if shards is not None and layer.weight_scale.ndim > 1:
+        layer.weight_scale.data[shards.num_org_elements :].fill_(1)
