@@ -2,7 +2,8 @@
 against our own reading of the same files, as a markdown table.
 
 vLLM answers three prompts greedily in BF16, once without plugins and once with ours; our packed reading under
-transformers (BF16) then scores the same tokens. The floor is that reading in float32 against itself in BF16.
+transformers (BF16) then scores the same tokens: how many it would write itself, and how far the log-probabilities are
+apart. The floor is both figures for that reading in float32 against itself in BF16.
 
     python benchmarks/vllm_agreement.py EXPORT [EXPORT ...] --vllm-python .venv-vllm/bin/python
 
@@ -63,33 +64,36 @@ def ask_vllm(python: str, folders: list[Path], tokens: int, plugin: bool) -> Ans
 
 
 @torch.inference_mode()
-def score(model: Any, rows: Answers) -> tuple[torch.Tensor, int]:
-    """Log-probabilities of the tokens that were written, and how many of them the model would write itself."""
-    found, same = [], 0
+def score(model: Any, rows: Answers) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the tokens that vLLM wrote: their log-probabilities, and the tokens that the model would write there."""
+    logprobs, own = [], []
     for row in rows:
         ids = torch.tensor([row["prompt"] + row["tokens"]])
         logits = model(input_ids=ids).logits[0, len(row["prompt"]) - 1 : -1].float()
-        tokens = torch.tensor(row["tokens"])
-        same += int((logits.argmax(-1) == tokens).sum())
-        found.append(logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
-    return torch.cat(found), same
+        own.append(logits.argmax(-1))
+        logprobs.append(logits.log_softmax(-1).gather(1, torch.tensor(row["tokens"])[:, None])[:, 0])
+    return torch.cat(logprobs), torch.cat(own)
 
 
 def compare(folder: Path, alone: dict[str, Any], plugin: dict[str, Any]) -> str:
     """Two lines of the table."""
     from qat.kernels.engines.transformers import load_packed
 
-    models = {dtype: load_packed(folder, dtype) for dtype in (torch.bfloat16, torch.float32)}
+    models = [load_packed(folder, dtype) for dtype in (torch.bfloat16, torch.float32)]
     lines = []
     for name, found in (("alone", alone), ("with qat", plugin)):
         if "error" in found:
-            lines.append(f"| {folder.name} | {name} | {found['error'].splitlines()[0][:110]} | | | |")
+            problem = found["error"].splitlines()[0].partition(" Reasons")[0]
+            lines.append(f"| {folder.name} | {name} | {problem[:110]} | | | |")
             continue
-        (ours, same), (exact, _) = (score(model, found["rows"]) for model in models.values())
+        (ours, own), (exact, best) = (score(model, found["rows"]) for model in models)
         theirs = torch.tensor([value for row in found["rows"] for value in row["logprobs"]])
+        tokens = torch.tensor([token for row in found["rows"] for token in row["tokens"]])
         by = ", ".join(scheme.removeprefix("CompressedTensors") for scheme in found["schemes"])
+        same, floor = int((own == tokens).sum()), int((own == best).sum())
         lines.append(
-            f"| {folder.name} | {name} | {by} | {same} / {len(theirs)} | {_gap(theirs, ours)} | {_gap(ours, exact)} |"
+            f"| {folder.name} | {name} | {by} | {same} / {len(tokens)} | {_gap(theirs, ours)} | "
+            f"{floor} / {len(tokens)}, {_gap(ours, exact)} |"
         )
     return "\n".join(lines)
 
@@ -112,7 +116,7 @@ def main() -> None:
         given.answer.write_text(json.dumps(answers), encoding="utf-8")
         return
     alone, plugin = (ask_vllm(given.vllm_python, given.folders, given.tokens, ours) for ours in (False, True))
-    print("| export | vLLM | served by | tokens our reading agrees with | mean / max difference | BF16 to FP32, ours |")
+    print("| export | vLLM | served by | tokens on which our reading agrees | mean / max difference | floor |")
     print("|---|---|---|---|---|---|")
     for folder, one, other in zip(given.folders, alone, plugin, strict=True):
         print(compare(folder, one, other), flush=True)

@@ -31,6 +31,7 @@ from vllm.model_executor.parameter import (
 from vllm.platforms import current_platform
 
 from qat.activations import fake_quantize_input
+from qat.catalog import lookup
 from qat.checkpoints.codes import input_format, read_layer, weight_format
 from qat.checkpoints.targets.compressed_tensors import METHOD as CHECKPOINTS
 from qat.checkpoints.unpack import PackedModule, expected_tensors
@@ -61,6 +62,18 @@ def register() -> None:
     """Entry point of the plugin; may be called any number of times."""
     load()
     register_quantization_config(METHOD)(Config)
+
+
+@torch.library.custom_op("qat::served_input", mutates_args=())
+def served_input(x: Tensor, static: Tensor | None, format: str) -> Tensor:
+    """x on the grid of an input format by `ACTIVATION_RULE`; one opaque step for torch.compile, which would spend
+    minutes on the arithmetic inside."""
+    return fake_quantize_input(x, lookup(format), ACTIVATION_RULE, "ste", static).contiguous()
+
+
+@served_input.register_fake
+def _(x: Tensor, static: Tensor | None, format: str) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 # --- who serves what --------------------------------------------------------------------------------------------------
@@ -349,7 +362,7 @@ class Packed(CompressedTensorsScheme):
         """x (tokens, columns) -> (tokens, rows)."""
         held: Any = layer  # with what process_weights_after_loading put there
         if self.input is not None:
-            x = fake_quantize_input(x, self.input, ACTIVATION_RULE, "ste", held.static_input)
+            x = served_input(x, held.static_input, self.input.name)
         return packed_linear(x, held.packed.packed, bias)
 
 
