@@ -115,8 +115,8 @@ def _eight_bits(weight: Format, input: Format | None, capability: int) -> bool:
 
 def _int4_alone(weight: Format, input: Format | None, capability: int) -> bool:
     """4-bit integers, where vLLM's build for this CPU has the product (that for AVX2 lacks it): it gains more from many
-    sequences. SmolLM2-135M, INT4 g64, one AVX-512 core, tokens/s of vLLM's and ours: 39 and 49 with one sequence, 142 and
-    142 with four, 235 and 192 with eight; reading 256 tokens at once 681 and 1188."""
+    sequences. SmolLM2-135M, INT4 g64, one AVX-512 core, tokens/s of vLLM's and ours: 39 and 49 with one sequence, 142
+    and 142 with four, 235 and 192 with eight; reading 256 tokens at once, 681 and 1188."""
     mine = input is None and _integer(weight, 4) and weight.element.bits == 4
     return mine and hasattr(torch.ops._C, "cpu_gemm_wna16")
 
@@ -146,7 +146,7 @@ def _mxfp4_alone(weight: Format, input: Format | None, capability: int) -> bool:
 # The first that fits decides; what none fits is vLLM's. Those for CUDA follow from vLLM's source and were never run.
 RULES = (
     Rule("cpu", _eight_bits, False, "products in 8 bits"),
-    Rule("cpu", _int4_alone, False, "its product with packed weights is faster"),
+    Rule("cpu", _int4_alone, False, "its product with packed weights gains more from many sequences"),
     Rule("cpu", _anything, True, "weights stay packed, inputs as the checkpoint says"),
     Rule("cuda", _small_integers, True, "vLLM would leave the inputs in 16 bits"),
     Rule("cuda", _int4_fp8, True, "vLLM has these inputs on sm_90 only"),
