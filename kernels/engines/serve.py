@@ -86,15 +86,15 @@ def _context(folder: Path) -> int:
 
 
 def _serve_vllm(folder: Path, host: str, port: int) -> None:
-    import subprocess
+    """Becomes vLLM's server, so that signals reach it; our plugin is found through its entry point."""
+    import os
 
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError("--engine vllm needs vLLM: pip install vllm, or use --engine transformers")
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(folder), "--host", host, "--port", str(port)]
-    done = subprocess.run(command, check=False)
-    if done.returncode:
-        raise ConfigError(f"vLLM ended with status {done.returncode}; its messages are above")
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--served-model-name", folder.resolve().name, "--host", host, "--port", str(port)]
+    print(f"qat serve: {' '.join(command[1:])}", file=sys.stderr, flush=True)
+    os.execv(sys.executable, command)
 
 
 class Front:
