@@ -56,25 +56,8 @@ class CompressedTensorsFolder(ExportedFolder):
         return PackedModule(path, form, scheme["weights"], scheme.get("input_activations"))
 
     def expected_tensors(self, module: PackedModule, rows: int, columns: int) -> dict[str, Spec]:
-        """Type and shape of every tensor that a layer (rows, columns) must have, by its name below its path."""
-        bits, args = module.bits, module.weights
-        specs: dict[str, Spec] = {"weight_scale": (_scale_type(module), _scale_shape(args, rows, columns))}
-        if module.format == "pack-quantized":
-            specs["weight_packed"] = ("I32", (rows, -(-columns * bits // 32)))
-            specs["weight_shape"] = ("I64", (2,))
-        elif module.packed:
-            specs["weight_packed"] = ("U8", (rows, columns * bits // 8))
-        else:
-            specs["weight"] = ("I8" if args["type"] == "int" else "F8_E4M3", (rows, columns))
-        if not args["symmetric"]:
-            blocks = specs["weight_scale"][1]
-            packed = ("I32", (-(-rows * bits // 32), *blocks[1:]))
-            specs["weight_zero_point"] = packed if module.format == "pack-quantized" else ("I8", blocks)
-        if args["strategy"] == "tensor_group":
-            specs["weight_global_scale"] = ("F32", (1,))
-        if module.static_input:
-            specs[module.static_input] = ("F32" if module.static_input == "input_global_scale" else "BF16", (1,))
-        return specs
+        """See the function."""
+        return expected_tensors(module, rows, columns)
 
     def shape(self, path: str) -> tuple[int, int]:
         """Rows and columns of a quantized layer; integers in words say them in `weight_shape`."""
@@ -113,6 +96,28 @@ def _rank(path: str, target: str, linear: bool) -> tuple[int, str] | None:
     if target == path:
         return (0, target)
     return (2, target) if target == "Linear" and linear else None
+
+
+def expected_tensors(module: PackedModule, rows: int, columns: int) -> dict[str, Spec]:
+    """Type and shape of every tensor that a layer (rows, columns) must have, by its name below its path."""
+    bits, args = module.bits, module.weights
+    specs: dict[str, Spec] = {"weight_scale": (_scale_type(module), _scale_shape(args, rows, columns))}
+    if module.format == "pack-quantized":
+        specs["weight_packed"] = ("I32", (rows, -(-columns * bits // 32)))
+        specs["weight_shape"] = ("I64", (2,))
+    elif module.packed:
+        specs["weight_packed"] = ("U8", (rows, columns * bits // 8))
+    else:
+        specs["weight"] = ("I8" if args["type"] == "int" else "F8_E4M3", (rows, columns))
+    if not args["symmetric"]:
+        blocks = specs["weight_scale"][1]
+        packed = ("I32", (-(-rows * bits // 32), *blocks[1:]))
+        specs["weight_zero_point"] = packed if module.format == "pack-quantized" else ("I8", blocks)
+    if args["strategy"] == "tensor_group":
+        specs["weight_global_scale"] = ("F32", (1,))
+    if module.static_input:
+        specs[module.static_input] = ("F32" if module.static_input == "input_global_scale" else "BF16", (1,))
+    return specs
 
 
 def _scale_type(module: PackedModule) -> str:

@@ -37,14 +37,14 @@ def serve(folder: Path, engine: Engine, host: str, port: int, device: str, dtype
     if (folder / "job.yaml").is_file():
         raise CheckpointError(f"{folder} is a run; export it first: qat export {folder} OUT, then: qat serve OUT")
     if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder} holds no model (config.json); give what `qat export` wrote, or a model"
-        )
+        raise CheckpointError(f"{folder} holds no model (config.json); give what `qat export` wrote, or a model")
     config = read_json(folder / "config.json")
     if engine == "auto":
         engine = "vllm" if importlib.util.find_spec("vllm") else "transformers"
     if engine == "vllm":
-        return _serve_vllm(folder, host, port)
+        if device != "auto":
+            raise ConfigError(f"--device {device} is for --engine transformers; vLLM runs on the device of its build")
+        return _serve_vllm(folder, host, port, dtype)
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"serving needs {', '.join(missing)}: pip install 'qat-native[serve]'")
@@ -85,7 +85,7 @@ def _context(folder: Path) -> int:
     return found
 
 
-def _serve_vllm(folder: Path, host: str, port: int) -> None:
+def _serve_vllm(folder: Path, host: str, port: int, dtype: str) -> None:
     """Becomes vLLM's server, so that signals reach it; our plugin is found through its entry point."""
     import os
 
@@ -93,6 +93,7 @@ def _serve_vllm(folder: Path, host: str, port: int) -> None:
         raise ConfigError("--engine vllm needs vLLM: pip install vllm, or use --engine transformers")
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", folder.resolve().name, "--host", host, "--port", str(port)]
+    command += ["--dtype", dtype]
     print(f"qat serve: {' '.join(command[1:])}", file=sys.stderr, flush=True)
     os.execv(sys.executable, command)
 

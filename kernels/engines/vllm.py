@@ -33,8 +33,9 @@ from vllm.platforms import current_platform
 from qat.activations import fake_quantize_input
 from qat.catalog import lookup
 from qat.checkpoints.codes import input_format, read_layer, weight_format
+from qat.checkpoints.readers.compressed_tensors import expected_tensors
 from qat.checkpoints.targets.compressed_tensors import METHOD as CHECKPOINTS
-from qat.checkpoints.unpack import PackedModule, expected_tensors
+from qat.checkpoints.unpack import PackedModule
 from qat.errors import CheckpointError, UnsupportedError
 from qat.format import Format
 from qat.kernels.load import available, cpu_problem, load

@@ -166,6 +166,8 @@ def test_missing_engines_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="--engine vllm needs vLLM"):
+        serve(folder, "vllm", "127.0.0.1", 1, "auto", "auto")
+    with pytest.raises(ConfigError, match="--device cpu is for --engine transformers"):
         serve(folder, "vllm", "127.0.0.1", 1, "cpu", "auto")
     with pytest.raises(ConfigError, match="serving needs fastapi, uvicorn, openai, starlette: pip install"):
         serve(folder, "transformers", "127.0.0.1", 1, "cpu", "auto")

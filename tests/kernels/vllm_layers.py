@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from qat.activations import fake_quantize_input
 from qat.checkpoints.codes import input_format, weight_format
+from qat.checkpoints.readers import open_export
 from qat.checkpoints.unpack import ExportedFolder
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -30,7 +31,7 @@ ROUNDING = 2.0**-8  # relative error of rounding to BF16: half of the last of it
 
 def compare(model: nn.Module, folder: str) -> list[dict[str, Any]]:
     """One row per quantized layer of a model inside vLLM."""
-    exported = ExportedFolder(Path(folder))
+    exported = open_export(Path(folder))
     return [
         row(layer, [f"{path.rpartition('.')[0]}.{name}".lstrip(".") for name in FUSED.get(leaf, (leaf,))], exported)
         for path, layer in model.named_modules()
