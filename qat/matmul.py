@@ -22,7 +22,7 @@ from qat.errors import FormatError, UnsupportedError
 from qat.format import Format
 from qat.layouts import from_words, to_words
 from qat.numerics import QTensor, Scales, decode_scale
-from qat.packed import positive_scales
+from qat.packed import finite_codes, positive_scales
 
 PLAIN_BITS = 8  # codes of this size are held as they are, smaller ones in words (qat.layouts)
 GROUPS = (0, 16, 32, 64, 128)  # columns per scale, 0 for a whole row
@@ -99,20 +99,18 @@ def hold(weight: QTensor) -> MatmulWeight:
 
     Raises:
         UnsupportedError: a format that cannot be held so.
-        FormatError: a scale that is zero, negative or not finite.
+        FormatError: a scale that is zero, negative or not finite, or a code that is NaN.
     """
     fmt, scales = weight.format, weight.scales
     reason = _side_problem(fmt)
     if reason is not None:
         raise UnsupportedError(f"{fmt.name} weights cannot be multiplied with quantized inputs: {reason}")
-    bits = fmt.element.bits
+    bits, codes = fmt.element.bits, finite_codes(weight)
     plain = bits == PLAIN_BITS
     return MatmulWeight(
         format=fmt.name,
         columns=weight.codes.shape[1],
-        codes=weight.codes.view(code_dtype(fmt))
-        if plain
-        else to_words(weight.codes, bits, offset=fmt.element.kind == "integer"),
+        codes=codes.view(code_dtype(fmt)) if plain else to_words(codes, bits, offset=fmt.element.kind == "integer"),
         scales=positive_scales(weight).t().contiguous(),
         global_scale=1.0 if scales.global_scale is None else float(scales.global_scale),
     )

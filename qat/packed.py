@@ -80,12 +80,26 @@ def positive_scales(weight: QTensor) -> Tensor:
     return stored.view(torch.uint8) if fmt.scale == "e4m3" else stored
 
 
+def finite_codes(weight: QTensor) -> Tensor:
+    """The codes, none of them a NaN: kernels decode by arithmetic that does not look for it.
+
+    Raises:
+        FormatError: there is one.
+    """
+    element = weight.format.element
+    nan = torch.tensor([code for code, value in enumerate(element.values) if value != value], dtype=torch.uint8)
+    bad = int(torch.isin(weight.codes, nan.to(weight.codes.device)).sum()) if len(nan) else 0
+    if bad:
+        raise FormatError(f"{weight.format.name}: {bad} codes are NaN")
+    return weight.codes
+
+
 def pack(weight: QTensor) -> PackedWeight:
     """Codes and scales in the order that kernels read.
 
     Raises:
         UnsupportedError: a format that cannot be held packed.
-        FormatError: a scale that is zero, negative or not finite.
+        FormatError: a scale that is zero, negative or not finite, or a code that is NaN.
     """
     fmt, scales = weight.format, weight.scales
     reason = problem(fmt)
@@ -94,7 +108,7 @@ def pack(weight: QTensor) -> PackedWeight:
     return PackedWeight(
         format=fmt.name,
         columns=weight.codes.shape[1],
-        words=to_words(weight.codes, fmt.element.bits, offset=fmt.element.kind == "integer"),
+        words=to_words(finite_codes(weight), fmt.element.bits, offset=fmt.element.kind == "integer"),
         scales=_ordered(positive_scales(weight).t()),
         zeros=None if scales.zero_point is None else _ordered(scales.zero_point.t()),
         global_scale=1.0 if scales.global_scale is None else float(scales.global_scale),

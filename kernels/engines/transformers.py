@@ -26,7 +26,7 @@ from qat.checkpoints.names import stored_paths
 from qat.checkpoints.progress import progress
 from qat.checkpoints.readers import READERS, open_export
 from qat.checkpoints.targets import unpack_layer
-from qat.errors import UnsupportedError
+from qat.errors import CheckpointError, FormatError, UnsupportedError
 from qat.format import Format
 from qat.kernels.load import cpu_problem, load
 from qat.matmul import QuantizedLinear, hold
@@ -97,18 +97,13 @@ class PackedQuantizer(HfQuantizer):
                 stored = model.get_submodule(path)
                 tensors = {name: parameter.detach() for name, parameter in stored.named_parameters()}
                 bias, q = tensors.pop("bias", None), unpack_layer(self.exported.METHOD, module, tensors)
-                input = None if module.input is None else input_format(module.input)
-                reason = problem(q.format)
-                if input is not None and multiplies_codes(input, q):
-                    static = self.exported.static_input(module.path) if input.global_scale else None
-                    scale = 1.0 if static is None else 1.0 / float(static)
-                    layer: nn.Module = QuantizedLinear(hold(q), input.name, scale, model.dtype, bias)
-                elif reason is None:
-                    layer = PackedLinear(pack(q), bias)
-                else:
+                try:
+                    layer, reason = self._layer(module, q, bias, model.dtype)
+                except FormatError as error:
+                    raise CheckpointError(f"{module.path}: {error}") from error
+                if reason is not None:
                     what = f"{q.format.name} weights are held dense, no faster than BF16: {reason}"
                     dense.setdefault(what, []).append(path)
-                    layer = _dense(q.dequantize(model.dtype), bias)
                 model.set_submodule(path, layer.train(stored.training))
                 advance(1)
         hook_inputs(model, self.exported, "vllm", {module.path: path for path, module in self.layers.items()})
@@ -116,6 +111,17 @@ class PackedQuantizer(HfQuantizer):
             warnings.warn(f"{paths[0]} and {len(paths) - 1} more: {reason}", stacklevel=2)
         _warn_of_slow_paths(model)
         return model
+
+    def _layer(
+        self, module: PackedModule, q: QTensor, bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> tuple[nn.Module, str | None]:
+        """The layer to serve with, and why it has to be a dense one, if it has."""
+        input, reason = None if module.input is None else input_format(module.input), problem(q.format)
+        if input is not None and multiplies_codes(input, q):
+            static = self.exported.static_input(module.path) if input.global_scale else None
+            scale = 1.0 if static is None else 1.0 / float(static)
+            return QuantizedLinear(hold(q), input.name, scale, dtype, bias), None
+        return (PackedLinear(pack(q), bias), None) if reason is None else (_dense(q.dequantize(dtype), bias), reason)
 
     def is_serializable(self) -> bool:
         """No: the checkpoint on disk is the thing to keep."""

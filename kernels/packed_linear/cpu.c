@@ -52,6 +52,12 @@ INLINE vf decode(vi code, int bits, int mantissa, vf table, float step) {
     if (bits == 4) return (vf)_mm512_permutexvar_ps((__m512i)code, (__m512)table); /* reads 4 bits of each lane */
 #endif
     code &= mask;
+#ifdef __AVX512F__
+    if (bits == 8 && mantissa == 3) { /* E4M3's fields are a half float's with another bias; NaN is refused at load */
+        vi half = ((code & 0x80) << 8) | ((code & 0x7F) << 7);
+        return (vf)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)half)) * 256.0f;
+    }
+#endif
     if (mantissa < 0) return to_float(code - (1 << (bits - 1)));
     vi magnitude = code & ((1 << (bits - 1)) - 1), exponent = magnitude >> mantissa;
     vi normal = (exponent > 0) & 1;

@@ -60,6 +60,11 @@ def test_what_cannot_be_packed_is_refused_by_name() -> None:
     broken[1, 1] = 255
     with pytest.raises(FormatError, match="mxfp4: 1 scales are zero, negative or not finite"):
         pack(type(weight)(weight.format, weight.codes, Scales(broken)))
+    weight = quantize(normal(4, 64), lookup("mxfp8"))
+    weight.codes[2, 3] = 0xFF
+    with pytest.raises(FormatError, match="mxfp8: 1 codes are NaN"):
+        pack(weight)
+    weight = quantize(normal(4, 64), lookup("mxfp4"))
     with pytest.raises(FormatError, match="an input of width 32 meets a weight of 64 columns"):
         packed_linear(normal(1, 32), pack(weight))
 

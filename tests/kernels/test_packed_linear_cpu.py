@@ -57,6 +57,19 @@ def test_it_decodes_every_format(name: str) -> None:
         assert_close(x.bfloat16(), q, None)
 
 
+@pytest.mark.parametrize("name", PACKED)
+def test_every_code_under_every_position(name: str) -> None:
+    """All codes but NaN in each part of a word, by both roads."""
+    fmt, columns = lookup(name), 512
+    every = torch.tensor([code for code, value in enumerate(fmt.element.values) if value == value], dtype=torch.uint8)
+    codes = torch.stack([every.roll(shift)[torch.arange(columns) % len(every)] for shift in (0, 1, 77, 100)])
+    sample = quantize(normal(4, columns), fmt)
+    q = QTensor(fmt, codes, sample.scales)
+    one_hot = torch.eye(columns)
+    few = torch.cat([run(one_hot[first : first + FEW], pack(q)) for first in range(0, columns, FEW)])
+    assert torch.equal(few.t(), q.dequantize()) and torch.equal(run(one_hot, pack(q)).t(), q.dequantize())
+
+
 @pytest.mark.parametrize("name", ["int4_g64", "nvfp4", "mxfp8", "int2_g64", "int4_g128_asym"])
 def test_rows_do_not_depend_on_their_neighbours(name: str) -> None:
     weight, x = pack(quantize(normal(40, 512), lookup(name))), normal(FEW, 512, seed=2)

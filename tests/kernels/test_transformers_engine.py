@@ -193,6 +193,15 @@ def test_bad_tensors_are_named(changes: dict[str, Tensor | None], message: str, 
         load_packed(broken(int4, tmp_path / "broken", **changes))
 
 
+def test_codes_that_are_no_number_are_named(small: Path, tmp_path: Path) -> None:
+    export_pair(small, tmp_path / "out", ("mxfp8", None))
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight = load_file(tmp_path / "out" / "model.safetensors")[name].clone()
+    weight.view(torch.uint8)[3, 5] = 0x7F
+    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj: mxfp8: 1 codes are NaN"):
+        load_packed(broken(tmp_path / "out", tmp_path / "broken", **{name: weight}))
+
+
 def test_truncated_files_and_other_checkpoints_are_refused(int4: Path, tmp_path: Path) -> None:
     out = broken(int4, tmp_path / "short")
     whole = (out / "model.safetensors").read_bytes()
