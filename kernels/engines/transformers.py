@@ -26,6 +26,7 @@ from qat.checkpoints.names import stored_paths
 from qat.checkpoints.progress import progress
 from qat.checkpoints.readers import READERS, open_export
 from qat.checkpoints.targets import unpack_layer
+from qat.checkpoints.unpack import PackedModule
 from qat.errors import CheckpointError, FormatError, UnsupportedError
 from qat.format import Format
 from qat.kernels.load import cpu_problem, load
