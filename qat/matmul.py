@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qat.catalog import SCALE_ELEMENT, lookup
 from qat.errors import FormatError, UnsupportedError
 from qat.format import Format
 from qat.layouts import from_words, to_words
 from qat.numerics import QTensor, Scales, decode_scale
-from qat.packed import finite_codes, positive_scales
+from qat.packed import Stored, finite_codes, positive_scales
 
 PLAIN_BITS = 8  # codes of this size are held as they are, smaller ones in words (qat.layouts)
 GROUPS = (0, 16, 32, 64, 128)  # columns per scale, 0 for a whole row
@@ -212,8 +212,10 @@ def quantized_matmul(
     return y
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(Stored):
     """A linear layer for inference whose input arrives as codes and scales (see the module), results in `dtype`."""
+
+    KEPT = ("codes", "scales")
 
     codes: Tensor
     scales: Tensor

@@ -5,7 +5,7 @@ kernel does.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -165,8 +165,26 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -
     return y
 
 
-class PackedLinear(nn.Module):
+class Stored(nn.Module):
+    """A module some of whose buffers are stored numbers: `model.half()` and the like must not convert those."""
+
+    KEPT: ClassVar[tuple[str, ...]] = ()
+    _INTEGERS: ClassVar[dict[int, torch.dtype]] = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        held = {name: buffer for name in self.KEPT if (buffer := getattr(self, name)) is not None}
+        for name, buffer in held.items():  # integers are moved, never converted
+            setattr(self, name, buffer.view(self._INTEGERS[buffer.element_size()]))
+        super()._apply(fn, recurse)
+        for name, buffer in held.items():
+            setattr(self, name, getattr(self, name).view(buffer.dtype))
+        return self
+
+
+class PackedLinear(Stored):
     """A linear layer with a packed weight, for inference."""
+
+    KEPT = ("words", "scales", "zeros")
 
     words: Tensor
     scales: Tensor
@@ -182,7 +200,7 @@ class PackedLinear(nn.Module):
         self.format, self.global_scale = weight.format, weight.global_scale
         self.in_features, self.out_features = weight.columns, weight.words.shape[0]
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         self.scales, self.zeros = _ordered(self.scales), None if self.zeros is None else _ordered(self.zeros)
         return self

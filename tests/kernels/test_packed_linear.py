@@ -8,6 +8,7 @@ from torch import Tensor
 from qat.catalog import CATALOG, lookup
 from qat.errors import FormatError, UnsupportedError
 from qat.layouts import from_words, tile, to_words
+from qat.matmul import QuantizedLinear, hold
 from qat.numerics import Scales, quantize
 from qat.packed import PackedLinear, PackedWeight, pack, packed_linear, problem, unpack
 from tests.kernels.processes import in_a_process
@@ -77,6 +78,22 @@ def test_the_module_and_opcheck() -> None:
     packed: PackedWeight = layer.packed
     arguments = (x, packed.words, packed.scales, packed.zeros, bias, packed.global_scale, packed.format)
     torch.library.opcheck(torch.ops.qat.packed_linear.default, arguments)
+
+
+@pytest.mark.parametrize("name", ["int4_g32_asym", "nvfp4", "fp8_channel"])
+def test_a_model_that_changes_its_dtype_keeps_stored_numbers(name: str) -> None:
+    """half() would turn BF16 scales into FP16, and FP8 codes into their values."""
+    weight = quantize(normal(6, 64) * 1e-6, lookup(name))
+    layer, expected = PackedLinear(pack(weight), normal(6)), weight.dequantize()
+    for changed in (layer.half(), layer.to(torch.bfloat16), layer.double()):
+        assert torch.equal(unpack(changed.packed).dequantize(), expected)
+    assert layer.bias is not None and layer.bias.dtype == torch.float64
+    if not weight.format.zero_point:
+        coded = QuantizedLinear(hold(weight), "int8_token", 1.0, torch.float32)
+        before = coded.codes.clone(), coded.scales.clone()
+        coded.half().double()
+        for old, new in zip(before, (coded.codes, coded.scales), strict=True):
+            assert old.dtype == new.dtype and torch.equal(old.view(torch.uint8), new.view(torch.uint8))
 
 
 # --- the kernel itself --------------------------------------------------------------------------------------------
