@@ -12,10 +12,11 @@ import importlib.metadata
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from qat.kernels.load import load
 from qat.matmul import hold, quantized_matmul
 from qat.numerics import find_scales, quantize
 from qat.ops import fake_quantize_reference
-from qat.packed import pack, packed_linear
+from qat.packed import PackedWeight, pack, packed_linear
 from qat.rows import reference as reference_rows
 
 Call = Callable[[], Any]
@@ -95,11 +96,13 @@ def timed(device: str, calls: dict[str, list[Call]], repeats: int) -> dict[str, 
 def packed(device: str, layers: dict[str, tuple[int, int]], repeats: int) -> Iterator[Row]:
     """x times a weight that stays packed, against the BF16 weight and the 4-bit products that torch has."""
     for layer, (rows, columns) in track(layers.items(), description="packed weights"):
-        copies = 1 if device == "cuda" else max(1, COLD_BYTES // (rows * columns * 2))
-        dense = [torch.randn(rows, columns, device=device).bfloat16() for _ in range(copies)]
-        formats = [name for name in WEIGHTS if lookup(name).divides(columns)]
-        weights = {name: [pack(quantize(w, lookup(name))) for w in dense] for name in formats}
-        torch_int4 = [_torch_int4(rows, columns, device) for _ in range(copies)]
+        weight = torch.randn(rows, columns, device=device).bfloat16()
+        dense = copies(device, weight.nbytes, weight.clone)
+        weights = {}
+        for name in (name for name in WEIGHTS if lookup(name).divides(columns)):
+            held = pack(quantize(weight, lookup(name)))
+            weights[name] = copies(device, held.nbytes, partial(_copied, held))
+        torch_int4 = copies(device, weight.numel() // 2, partial(_torch_int4, rows, columns, device))
         for tokens in TOKENS[device]:
             x = torch.randn(tokens, columns, device=device).bfloat16()
             calls = {"BF16": [partial(functional.linear, x, w) for w in dense]}
@@ -116,6 +119,16 @@ def packed(device: str, layers: dict[str, tuple[int, int]], repeats: int) -> Ite
                 )
                 note = f"{explain(name, tokens, rows, columns)['kernel']}" if name in weights else "torch"
                 yield Row("packed", layer, f"{rows}x{columns}", tokens, name, us, int(size) + moved, note)
+
+
+def copies(device: str, size: int, make: Callable[[], Any]) -> list[Any]:
+    """One on a GPU, whose cache is flushed; on a CPU as many as its caches cannot hold."""
+    return [make() for _ in range(1 if device == "cuda" else max(1, COLD_BYTES // size))]
+
+
+def _copied(weight: PackedWeight) -> PackedWeight:
+    zeros = None if weight.zeros is None else weight.zeros.clone()
+    return replace(weight, words=weight.words.clone(), scales=weight.scales.clone(), zeros=zeros)
 
 
 def _torch_int4(rows: int, columns: int, device: str) -> Callable[[Tensor], Tensor] | None:
@@ -290,7 +303,14 @@ def machine(device: str) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    return {"device": name, "threads": torch.get_num_threads(), "python": platform.python_version(), **versions}
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "commit": done.stdout.strip() or "unknown",
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **versions,
+    }
 
 
 def main() -> None:

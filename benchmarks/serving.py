@@ -56,8 +56,8 @@ class Server:
             except httpx.HTTPError:
                 time.sleep(0.2)
 
-    def ask(self, prompt: str, tokens: int) -> tuple[float, float]:
-        """Seconds to the first piece of text, and tokens per second after it."""
+    def ask(self, prompt: str, tokens: int) -> tuple[float, float, int]:
+        """Seconds to the first piece of text, tokens per second after it, and tokens written."""
         body = {
             "messages": [{"role": "user", "content": prompt}],
             "max_tokens": tokens,
@@ -66,6 +66,7 @@ class Server:
         }
         began, first, last, written = time.perf_counter(), 0.0, 0.0, 0
         with httpx.stream("POST", f"{self.url}/v1/chat/completions", json=body, timeout=600) as answer:
+            answer.raise_for_status()
             for line in answer.iter_lines():
                 if not line.startswith("data: {"):
                     continue
@@ -74,7 +75,9 @@ class Server:
                     last = time.perf_counter()
                     first = first or last
                 written = (chunk.get("usage") or {}).get("completion_tokens", written)
-        return first - began, (written - 1) / max(last - first, 1e-9)
+        if not written:
+            raise SystemExit(f"{self.name} wrote nothing to {prompt[:40]!r}")
+        return first - began, (written - 1) / max(last - first, 1e-9), written
 
     def memory(self) -> int:
         """Peak resident bytes of the server."""
@@ -91,8 +94,8 @@ def together(server: Server, clients: int, tokens: int) -> float:
     """Tokens per second of several clients at once."""
     began = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
-        list(pool.map(lambda index: server.ask(PROMPTS[index % len(PROMPTS)], tokens), range(clients)))
-    return clients * tokens / (time.perf_counter() - began)
+        answers = list(pool.map(lambda index: server.ask(PROMPTS[index % len(PROMPTS)], tokens), range(clients)))
+    return sum(written for *_, written in answers) / (time.perf_counter() - began)
 
 
 def measure(servers: list[Server], rounds: int, tokens: int, clients: int) -> list[dict[str, Any]]:
@@ -103,7 +106,7 @@ def measure(servers: list[Server], rounds: int, tokens: int, clients: int) -> li
     with Progress(transient=True) as progress:
         for index in progress.track(range(rounds + 1), description="asking"):
             for server in servers:
-                first, speed = server.ask(PROMPTS[index % len(PROMPTS)], tokens)
+                first, speed, _ = server.ask(PROMPTS[index % len(PROMPTS)], tokens)
                 values = (first, speed, server.ask(LONG, 2)[0], together(server, clients, tokens))
                 if index:
                     for series, value in zip(found[server.name].values(), values, strict=True):
@@ -113,6 +116,12 @@ def measure(servers: list[Server], rounds: int, tokens: int, clients: int) -> li
         medians = {key: statistics.median(series) for key, series in found[server.name].items()}
         rows.append({"name": server.name, **medians, "peak_bytes": server.memory()})
     return rows
+
+
+def commit() -> str:
+    """What was measured."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
 
 
 def main() -> None:
@@ -147,8 +156,18 @@ def main() -> None:
     if arguments.json:
         import torch
 
-        about = {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine(),
-                 "cores": os.cpu_count(), "rounds": arguments.rounds, "tokens": arguments.tokens}  # fmt: skip
+        from qat.kernels.engines.transformers import compute_dtype
+
+        about = {
+            "commit": commit(),
+            "dtype": str(compute_dtype("auto")),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "rounds": arguments.rounds,
+            "tokens": arguments.tokens,
+        }
         Path(arguments.json).write_text(json.dumps({**about, "rows": rows}, indent=1), encoding="utf-8")
 
 

@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -44,29 +45,49 @@ def load_library(source: Path, *, exact: bool = False) -> ctypes.CDLL:
         OSError: there is no compiler, or it failed; carries its message.
     """
     _share_openmp()
-    return ctypes.CDLL(str(_compiled(source, (*FLAGS, f"-ffp-contract={'off' if exact else 'fast'}"))))
+    flags = (*FLAGS, f"-ffp-contract={'off' if exact else 'fast'}")
+    try:
+        path = _compiled(source, flags)
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:  # cut short by a full disk, or made for another C library: once more
+            path.unlink(missing_ok=True)
+            return ctypes.CDLL(str(_compiled(source, flags)))
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"{error.cmd[0]} took more than {SECONDS} s for {source.name}") from error
+    except RuntimeError as error:  # no home directory
+        raise OSError(f"nowhere to keep compiled kernels ({error}); set QAT_CACHE to a folder") from error
 
 
 def _compiled(source: Path, flags: tuple[str, ...]) -> Path:
     cc = compiler()
     if cc is None:
         raise OSError("no C compiler found ($CC, cc, gcc, clang)")
-    text = source.read_bytes()
-    key = hashlib.sha256(text + repr((cc, flags, _processor())).encode()).hexdigest()[:16]
+    version = subprocess.run([cc, "--version"], capture_output=True, timeout=SECONDS, check=False).stdout
+    key = hashlib.sha256(source.read_bytes() + version + repr((cc, flags, _processor())).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("QAT_CACHE") or "~/.cache/qat").expanduser() / "kernels"
-    target = folder / f"{source.parent.name}-{key}.so"
-    if target.is_file():
-        return target
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    for threads, openmp in (("", ("-fopenmp",)), ("-one-thread", ())):  # some compilers come without OpenMP
+        target = folder / f"{source.parent.name}-{key}{threads}.so"
+        error = None if target.is_file() else _compile([cc, *flags, *openmp], source, target)
+        if error is None:
+            if threads:
+                warnings.warn(f"{cc} has no OpenMP: {source.parent.name} runs on one thread", stacklevel=2)
+            return target
+    raise OSError(f"{cc} cannot compile {source.name}: {error}")
+
+
+def _compile(command: list[str], source: Path, target: Path) -> str | None:
+    """Make `target`, complete or not at all; returns the compiler's complaint, or None."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / target.name
-        for openmp in (("-fopenmp",), ()):  # some compilers come without it; one thread then
-            command = [cc, *flags, *openmp, "-o", str(made), str(source)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
-            if done.returncode == 0:
-                os.replace(made, target)
-                return target
-    raise OSError(f"{cc} cannot compile {source.name}: {done.stderr.strip()[-500:]}")
+        done = subprocess.run(
+            [*command, "-o", str(made), str(source)], capture_output=True, text=True, timeout=SECONDS, check=False
+        )
+        if done.returncode == 0:
+            os.replace(made, target)
+            return None
+    return done.stderr.strip()[-500:]
 
 
 def _processor() -> str:

@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments = parser.parse_args(argv)
     _quiet_libraries()
+    before = warnings.formatwarning
     warnings.formatwarning = lambda message, category, *_: f"qat {arguments.command}: {_warned(message, category)}\n"
     try:
         run: Callable[[argparse.Namespace], int | None] = arguments.run
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"qat {arguments.command}: interrupted", file=sys.stderr)
         return 130
+    finally:
+        warnings.formatwarning = before
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -203,8 +206,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from qat.trainers.inspect import generate
 
-    if arguments.tokens < 1 or arguments.temperature < 0:
+    if arguments.tokens < 1 or not 0 <= arguments.temperature < float("inf"):
         raise ConfigError(f"--tokens {arguments.tokens} must be positive, --temperature {arguments.temperature} >= 0")
+    if not arguments.prompt:
+        raise ConfigError("the prompt is empty; give a text to continue")
     from qat.kernels.engines.transformers import load_packed
     from qat.trainers.memory import keep_freed_blocks
 
@@ -307,8 +312,8 @@ def _kernels(arguments: argparse.Namespace) -> None:
     print(f"{inputs} times packed weights of {sizes[1]} x {sizes[2]}:")
     for answer in answers:
         print(f"{answer['format']:<20}{answer['kernel']:<11}{answer['why']}")
-    operator = answers[0]["operator"]
-    print(f"\nof {operator}, which `qat generate` and `qat serve` run; in Python: qat.kernels.load.load()")
+    where = ", on GPUs" if arguments.input else ""
+    print(f"\nof {answers[0]['operator']}, which `qat generate` and `qat serve` run{where}")
 
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Any], str]] = {

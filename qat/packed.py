@@ -131,8 +131,7 @@ def unpack(weight: PackedWeight) -> QTensor:
     )
 
 
-@torch.library.custom_op("qat::packed_linear", mutates_args=())
-def _packed_linear(
+def reference(
     x: Tensor,
     words: Tensor,
     scales: Tensor,
@@ -141,9 +140,13 @@ def _packed_linear(
     global_scale: float,
     format: str,
 ) -> Tensor:
+    """What `qat::packed_linear` means: x times the dequantized weight, in float32, rounded once to x's dtype."""
     weight = unpack(PackedWeight(format, x.shape[-1], words, scales, zeros, global_scale)).dequantize()
     y = x.to(torch.float32) @ weight.t()
     return (y if bias is None else y + bias).to(x.dtype)
+
+
+_packed_linear = torch.library.custom_op("qat::packed_linear", reference, mutates_args=())
 
 
 @_packed_linear.register_fake

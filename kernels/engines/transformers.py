@@ -9,6 +9,7 @@ and the packages that wrote them are not needed.
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +23,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qat.checkpoints.codes import input_format
 from qat.checkpoints.exported import hook_inputs
 from qat.checkpoints.hf import check_loading, quiet
-from qat.checkpoints.names import stored_paths
+from qat.checkpoints.names import stored_paths, stored_tensors
 from qat.checkpoints.progress import progress
 from qat.checkpoints.readers import READERS, open_export
 from qat.checkpoints.targets import unpack_layer
-from qat.checkpoints.unpack import PackedModule
+from qat.checkpoints.unpack import ExportedFolder, PackedModule
 from qat.errors import CheckpointError, FormatError, UnsupportedError
 from qat.format import Format
 from qat.kernels.load import cpu_problem, load
@@ -83,11 +84,15 @@ class PackedQuantizer(HfQuantizer):
                 f"{len(unknown)} quantized layers are no linear layers of {type(model).__name__} ({unknown[0]}, ...): "
                 "fused experts cannot be served packed; qat.checkpoints.exported.load_exported reads them densely"
             )
+        _check_names(model, self.exported)
         for path, module in self.layers.items():
             names = [name for name in self.exported.quantized_names if name.startswith(f"{module.path}.")]
             stored = {name[len(module.path) + 1 :]: self.exported.reader.empty(name) for name in names}
             linear = model.get_submodule(path)
             assert isinstance(linear, nn.Linear)  # stored_paths lists no others that can be quantized
+            shape, wanted = self.exported.shape(module.path), (linear.out_features, linear.in_features)
+            if shape != wanted:
+                raise CheckpointError(f"{module.path}.weight is stored as {[*shape]}, config.json asks for {[*wanted]}")
             model.set_submodule(path, StoredLinear(linear, stored))
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
@@ -134,6 +139,22 @@ class PackedQuantizer(HfQuantizer):
         return False
 
 
+def _check_names(model: "PreTrainedModel", exported: ExportedFolder) -> None:
+    """Refuse what transformers would make up (missing tensors) or drop (of quantized layers, what nothing reads)."""
+    wanted = set(stored_tensors(model)) - {f"{path}.weight" for path in exported.modules}
+    for path, module in exported.modules.items():
+        wanted |= {f"{path}.{key}" for key in exported.expected_tensors(module, *exported.shape(path))}
+    head = next((p for p, m in model.named_modules() if m is model.get_output_embeddings()), None)
+    if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        wanted.discard(f"{stored_paths(model).get(head or '')}.weight")
+    missing = sorted(wanted - exported.names)
+    surplus = sorted(n for n in exported.names - wanted if n.rpartition(".")[0] in exported.modules)
+    for names, what in ((missing, "is missing"), (surplus, "belongs to a quantized layer, but nothing reads it")):
+        if names:
+            more = f" (and {len(names) - 1} more tensors)" if len(names) > 1 else ""
+            raise CheckpointError(f"{exported.folder}: {names[0]} {what}{more}")
+
+
 def multiplies_codes(input: Format, weight: QTensor) -> bool:
     """Whether a layer with quantized inputs multiplies codes here: where `qat::quantized_matmul` has a kernel.
 
@@ -168,8 +189,16 @@ def install() -> None:
     for method in METHODS:
         if method not in _before:
             _before[method] = tuple(table.get(method) for table in _tables())  # type: ignore[assignment]  # one entry of each of the two tables
-            for table, ours in zip(_tables(), (PackedQuantizer, PackedConfig), strict=True):
-                table[method] = ours
+            quantizers, configs = _tables()
+            quantizers[method], configs[method] = partial(_quantizer, quantizers.get(method)), PackedConfig
+
+
+def _quantizer(before: Any, config: Any, **options: Any) -> HfQuantizer:
+    """Ours for a checkpoint, transformers' own where the user quantizes with a config of its class."""
+    made: HfQuantizer = (
+        PackedQuantizer(config, **options) if isinstance(config, PackedConfig) else before(config, **options)
+    )
+    return made
 
 
 def uninstall() -> None:

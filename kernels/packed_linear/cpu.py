@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from qat.catalog import SCALE_ELEMENT, lookup
+from qat.errors import FormatError
 from qat.format import Format
 from qat.kernels.compiler import load_library
-from qat.layouts import parts
+from qat.layouts import PART, parts, tile
 from qat.numerics import decode_scale
+from qat.packed import reference
 
 FEW = 8  # tokens up to which decoding in registers beats a dense slice
 SLICE_BYTES = 4 << 20  # of dense weights at a time: they should stay in the cache
@@ -100,6 +102,17 @@ def packed_linear(
 ) -> Tensor:
     """The operator `qat::packed_linear` on a CPU."""
     fmt, columns, rows = lookup(format), x.shape[-1], words.shape[0]
+    if not decodes(fmt):
+        return reference(x, words, scales, zeros, bias, global_scale, format)
+    width, grid = -(-columns // tile(fmt.element.bits)) * PART, fmt.grid_shape(rows, columns)[::-1]
+    if words.shape[1] != width or tuple(scales.shape) != grid:
+        raise FormatError(
+            f"an input of width {columns} needs words {[rows, width]} and scales {[*grid]} in {format}; "
+            f"given {[*words.shape]} and {[*scales.shape]}"
+        )
+    if scales.dtype not in (fmt.scale_storage, torch.float32, torch.uint8):
+        raise FormatError(f"{format} scales must be {fmt.scale_storage} or float32, not {scales.dtype}")
+    words, bias = words.contiguous(), None if bias is None else bias.contiguous()
     flat = x.reshape(-1, columns)
     if flat.dtype not in (torch.float32, torch.bfloat16):
         flat = flat.to(torch.float32)

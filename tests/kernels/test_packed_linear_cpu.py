@@ -1,5 +1,6 @@
 """The C kernel against float64 over every packed format: tails, many and few tokens, outliers, NaN rows, strides."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qat.catalog import CATALOG, lookup
+from qat.errors import FormatError
 from qat.kernels import compiler
 from qat.kernels.explain import explain
 from qat.kernels.load import cpu_problem
@@ -93,6 +95,25 @@ def test_shapes_and_strides() -> None:
     assert run(x[0, 0, :256].half(), weight).dtype == torch.float16
 
 
+def test_what_does_not_fit_is_refused_before_memory_is_read() -> None:
+    weight = pack(quantize(normal(24, 256), lookup("int4_g64")))
+    with pytest.raises(FormatError, match=r"an input of width 1048576 needs words \[24, 262144\]"):
+        run(torch.zeros(1, 1 << 20), weight)
+    with pytest.raises(FormatError, match=r"must be torch\.bfloat16 or float32, not torch.float16"):
+        run(normal(1, 256), replace(weight, scales=weight.scales.half()))
+    strided = torch.stack([weight.words, weight.words], dim=-1)[..., 0]
+    bias = normal(48)[::2]
+    assert torch.equal(
+        run(normal(2, 256), replace(weight, words=strided), bias), run(normal(2, 256), weight, bias.clone())
+    )
+
+
+def test_a_format_without_a_decoder_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qat.kernels.packed_linear.cpu.decodes", lambda fmt: False)
+    q, x = quantize(normal(24, 256), lookup("nvfp4")), normal(3, 256)
+    assert_close(x, q, None)
+
+
 def test_slices_of_the_dense_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     q, x = quantize(normal(50, 256), lookup("nvfp4")), normal(20, 256, seed=1)
     whole = run(x, pack(q))
@@ -126,3 +147,23 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(OSError, match="no C compiler found"):
         compiler.load_library(source)
     assert not [path for path in (tmp_path / "cache" / "kernels").iterdir() if path.suffix == ".so"]
+
+
+def test_a_damaged_library_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAT_CACHE", str(tmp_path))
+    source = tmp_path / "one" / "one.c"
+    source.parent.mkdir()
+    source.write_text("int one(void) { return 1; }")
+    path = compiler._compiled(source, (*compiler.FLAGS, "-ffp-contract=fast"))
+    path.write_bytes(path.read_bytes()[:100])
+    assert compiler.load_library(source).one() == 1
+
+
+def test_a_slow_compiler_is_a_missing_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = tmp_path / "cc"
+    slow.write_text("#!/bin/sh\nsleep 30\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(compiler, "compiler", lambda: str(slow))
+    monkeypatch.setattr(compiler, "SECONDS", 0.2)
+    with pytest.raises(OSError, match=r"took more than 0\.2 s"):
+        compiler.load_library(tmp_path / "any.c")

@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, pipeline
 from transformers.quantizers import auto
 
 from qat.catalog import lookup
 from qat.checkpoints.exported import load_exported
 from qat.checkpoints.targets.compressed_tensors import pairs
 from qat.errors import CheckpointError, QatError, UnsupportedError
-from qat.kernels.engines.transformers import PackedQuantizer, install, installed, load_packed, uninstall
+from qat.kernels.engines.transformers import PackedConfig, install, installed, load_packed, uninstall
 from qat.matmul import QuantizedLinear
 from qat.matmul import problem as pair_problem
 from qat.packed import PackedLinear
@@ -108,7 +108,6 @@ def test_installing_is_reversible(int4: Path) -> None:
     install()
     install()
     try:
-        assert auto.AUTO_QUANTIZER_MAPPING["compressed-tensors"] is PackedQuantizer
         model = AutoModelForCausalLM.from_pretrained(int4)
         assert isinstance(model.model.layers[0].mlp.up_proj, PackedLinear) and not model.training
         with pytest.raises(ValueError, match="not serializable"):
@@ -118,10 +117,15 @@ def test_installing_is_reversible(int4: Path) -> None:
         uninstall()
     assert before == (dict(auto.AUTO_QUANTIZER_MAPPING), dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING))
     with installed():
-        assert auto.AUTO_QUANTIZER_MAPPING["compressed-tensors"] is PackedQuantizer
-    assert auto.AUTO_QUANTIZER_MAPPING["compressed-tensors"] is not PackedQuantizer
+        assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] is PackedConfig
     plain = AutoModelForCausalLM.from_pretrained(int4)
     assert not any(isinstance(layer, PackedLinear) for layer in plain.modules())
+
+
+def test_other_ways_to_quantize_go_on(small: Path) -> None:
+    with installed():
+        model = AutoModelForCausalLM.from_pretrained(small, quantization_config=FineGrainedFP8Config(dequantize=True))
+    assert not any(isinstance(layer, PackedLinear) for layer in model.modules())
 
 
 def test_a_pipeline_runs_on_it(int4: Path) -> None:
@@ -169,7 +173,7 @@ def broken(int4: Path, out: Path, **changes: Tensor | None) -> Path:
         (out / path.name).write_bytes(path.read_bytes())
     tensors = load_file(int4 / "model.safetensors")
     for name, value in changes.items():
-        tensors.pop(name)
+        tensors.pop(name, None)
         if value is not None:
             tensors[name] = value
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
@@ -200,6 +204,36 @@ def test_codes_that_are_no_number_are_named(small: Path, tmp_path: Path) -> None
     weight.view(torch.uint8)[3, 5] = 0x7F
     with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj: mxfp8: 1 codes are NaN"):
         load_packed(broken(tmp_path / "out", tmp_path / "broken", **{name: weight}))
+
+
+V_PROJ = "model.layers.0.self_attn.v_proj"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({SCALE: None}, "mlp.up_proj.weight(_scale)? is missing"),
+        ({"model.norm.weight": None}, "model.norm.weight is missing"),
+        ({f"{V_PROJ}.pre_quant_scale": torch.ones(128)}, f"{V_PROJ}.pre_quant_scale belongs to a quantized layer"),
+    ],
+)
+def test_every_road_refuses_other_tensors(
+    changes: dict[str, Tensor | None], message: str, int4: Path, tmp_path: Path
+) -> None:
+    """Plain transformers, which `qat serve` loads with, would make missing tensors up and drop unknown ones."""
+    folder = broken(int4, tmp_path / "broken", **changes)
+    with installed(), pytest.raises(QatError, match=message):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_layers_of_another_size_are_refused(int4: Path, tmp_path: Path) -> None:
+    tensors = load_file(int4 / "model.safetensors")
+    halved = {f"{V_PROJ}.{key}": tensors[f"{V_PROJ}.{key}"][:32].clone() for key in ("weight_packed", "weight_scale")}
+    halved[f"{V_PROJ}.weight_shape"] = torch.tensor([32, 128])
+    with pytest.raises(
+        CheckpointError, match=r"v_proj.weight is stored as \[32, 128\], config.json asks for \[64, 128\]"
+    ):
+        load_packed(broken(int4, tmp_path / "broken", **halved))
 
 
 def test_truncated_files_and_other_checkpoints_are_refused(int4: Path, tmp_path: Path) -> None:
