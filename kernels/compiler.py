@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 from functools import cache
@@ -79,6 +80,7 @@ def _compiled(source: Path, flags: tuple[str, ...]) -> Path:
 
 def _compile(command: list[str], source: Path, target: Path) -> str | None:
     """Make `target`, complete or not at all; returns the compiler's complaint, or None."""
+    print(f"qat: compiling {source.parent.name} for this CPU, once (some seconds)", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / target.name
         done = subprocess.run(

@@ -33,10 +33,10 @@ typedef struct {
     float step;                                    /* value of the smallest positive code */
 } Weight;
 
-INLINE float scale_at(const Weight *w, int64_t group, int64_t row) {
+INLINE float scale_at(const Weight *w, int64_t group, int64_t row, int bf16) {
     int64_t at = row * w->groups + group;
-    if (w->scale_bytes == 1) return w->scale_table[((const uint8_t *)w->scales)[at]];
-    if (w->scale_bytes == 4) return ((const float *)w->scales)[at];
+    if (!bf16 && w->scale_bytes == 1) return w->scale_table[((const uint8_t *)w->scales)[at]];
+    if (!bf16 && w->scale_bytes == 4) return ((const float *)w->scales)[at];
     uint32_t bits = (uint32_t)((const uint16_t *)w->scales)[at] << 16;
     float value;
     memcpy(&value, &bits, 4);
@@ -90,35 +90,44 @@ INLINE void tile_words(const Weight *w, int64_t row, int64_t tile, vi word[2]) {
 
 /* Half a part: 16 values before their scale, and the scale. */
 INLINE vf half_values(const Weight *w, int64_t row, int64_t first, vi word, int part, int bits, int mantissa, int affine,
-                      int last, vf table, float *scale) {
+                      int bf16, vf table, float *scale) {
     int64_t group = first >> w->group_shift;
-    if (last && group >= w->groups) group = w->groups - 1;
-    *scale = scale_at(w, group, row);
+    if (group >= w->groups) group = w->groups - 1; /* the last tile may reach beyond the columns */
+    *scale = scale_at(w, group, row, bf16);
     vf value = decode(word >> (part * bits), bits, mantissa, table, w->step);
     return affine ? value - (float)w->zeros[row * w->groups + group] : value;
 }
 
-/* One tile of one row times TOKENS rows of x. Everything but the addresses is a constant after inlining. */
-INLINE void tile_times(const Weight *w, int64_t row, int64_t tile, const float *x, int64_t stride, int tokens, int bits,
-                       int mantissa, int small, int affine, int last, vf table, vf total[4][2]) {
+/* One tile of ROWS rows times TOKENS rows of x, which is loaded once for all rows. Everything but the addresses is a
+ * constant after inlining. */
+INLINE void tile_times(const Weight *w, int64_t row, int64_t tile, const float *x, int64_t stride, int rows, int tokens,
+                       int bits, int mantissa, int small, int affine, int bf16, vf table, vf total[2][4][2]) {
     const int parts = 16 / bits;
-    vi word[2];
-    tile_words(w, row, tile, word);
+    vi word[2][2];
+#pragma GCC unroll 2
+    for (int r = 0; r < rows; r++) tile_words(w, row + r, tile, word[r]);
 #pragma GCC unroll 8
     for (int part = 0; part < parts; part++) {
-        int64_t first = (tile * parts + part) * PART;
-        float one, two;
-        vf low = half_values(w, row, first, word[0], part, bits, mantissa, affine, last, table, &one);
-        vf high = half_values(w, row, first + (small ? LANES : 0), word[1], part, bits, mantissa, affine, last, table, &two);
+        int64_t first = (tile * parts + part) * PART, second = first + (small ? LANES : 0);
+        float one[2], two[2];
+        vf low[2], high[2];
+#pragma GCC unroll 2
+        for (int r = 0; r < rows; r++) {
+            low[r] = half_values(w, row + r, first, word[r][0], part, bits, mantissa, affine, bf16, table, &one[r]);
+            high[r] = half_values(w, row + r, second, word[r][1], part, bits, mantissa, affine, bf16, table, &two[r]);
+        }
 #pragma GCC unroll 4
         for (int token = 0; token < tokens; token++) {
-            const float *at = x + token * stride + first;
-            vf *sum = &total[token][part % 2];
-            if (small) {
-                *sum += one * (low * load(at));
-                *sum += two * (high * load(at + LANES));
-            } else {
-                *sum += one * (low * load(at) + high * load(at + LANES));
+            const vf a = load(x + token * stride + first), b = load(x + token * stride + first + LANES);
+#pragma GCC unroll 2
+            for (int r = 0; r < rows; r++) {
+                vf *sum = &total[r][token][part % 2];
+                if (small) {
+                    *sum += one[r] * (low[r] * a);
+                    *sum += two[r] * (high[r] * b);
+                } else {
+                    *sum += one[r] * (low[r] * a + high[r] * b);
+                }
             }
         }
     }
@@ -137,41 +146,53 @@ INLINE float of_bf16(uint16_t half) {
     return value;
 }
 
-/* Rows [first, last) times up to 4 rows of x, rounded once to elements of `bytes`; the instances below fix everything
- * that decides what is executed. */
-INLINE void rows_times(const Weight *w, const float *x, int64_t stride, char *out, int bytes, int64_t first,
-                       int64_t last, int tokens, int bits, int mantissa, int small, int affine) {
-    const vf table = bits == 4 ? load(w->table) : (vf){};
+/* ROWS rows times up to 4 rows of x, rounded once to elements of `bytes`. */
+INLINE void some_rows(const Weight *w, const float *x, int64_t stride, char *out, int bytes, int64_t row, int rows,
+                      int tokens, int bits, int mantissa, int small, int affine, int bf16, vf table) {
     const int64_t tiles = w->width / PART;
-    for (int64_t row = first; row < last; row++) {
-        vf total[4][2] = {};
-        for (int64_t tile = 0; tile < tiles - 1; tile++)
-            tile_times(w, row, tile, x, stride, tokens, bits, mantissa, small, affine, 0, table, total);
-        if (tiles) tile_times(w, row, tiles - 1, x, stride, tokens, bits, mantissa, small, affine, 1, table, total);
+    vf total[2][4][2] = {};
+    for (int64_t tile = 0; tile < tiles; tile++)
+        tile_times(w, row, tile, x, stride, rows, tokens, bits, mantissa, small, affine, bf16, table, total);
+    for (int r = 0; r < rows; r++) {
         for (int token = 0; token < tokens; token++) {
-            float value = sum(total[token][0] + total[token][1]) * w->global_scale + (w->bias ? w->bias[row] : 0);
-            if (bytes == 4) ((float *)out)[token * w->rows + row] = value;
-            else ((uint16_t *)out)[token * w->rows + row] = value == value ? bf16_of(value) : 0x7FC0;
+            int64_t at = token * w->rows + row + r;
+            float value = sum(total[r][token][0] + total[r][token][1]) * w->global_scale + (w->bias ? w->bias[row + r] : 0);
+            if (bytes == 4) ((float *)out)[at] = value;
+            else ((uint16_t *)out)[at] = value == value ? bf16_of(value) : 0x7FC0;
         }
     }
 }
 
+/* Rows [first, last); the instances below fix everything that decides what is executed. */
+INLINE void rows_times(const Weight *w, const float *x, int64_t stride, char *out, int bytes, int64_t first,
+                       int64_t last, int tokens, int bits, int mantissa, int small, int affine, int bf16) {
+    const vf table = bits == 4 ? load(w->table) : (vf){};
+    int64_t row = first;
+    for (; row + 2 <= last; row += 2)
+        some_rows(w, x, stride, out, bytes, row, 2, tokens, bits, mantissa, small, affine, bf16, table);
+    if (row < last) some_rows(w, x, stride, out, bytes, row, 1, tokens, bits, mantissa, small, affine, bf16, table);
+}
+
 typedef void (*Rows)(const Weight *, const float *, int64_t, char *, int, int64_t, int64_t);
-#define INSTANCE(NAME, TOKENS, BITS, MANTISSA, SMALL, AFFINE)                                                           \
+#define INSTANCE(NAME, TOKENS, BITS, MANTISSA, SMALL, AFFINE, BF16)                                                     \
     static void NAME(const Weight *w, const float *x, int64_t stride, char *out, int bytes, int64_t first,              \
                      int64_t last) {                                                                                    \
-        rows_times(w, x, stride, out, bytes, first, last, TOKENS, BITS, MANTISSA, SMALL, AFFINE);                       \
+        rows_times(w, x, stride, out, bytes, first, last, TOKENS, BITS, MANTISSA, SMALL, AFFINE, BF16);                 \
     }
+/* BF16 scales, which integers have, are worth instances of their own; NVFP4 and the MX formats have bytes. */
 #define ELEMENT(NAME, BITS, MANTISSA)                                                                                   \
-    INSTANCE(NAME##_one, 1, BITS, MANTISSA, 0, 0)                                                                       \
-    INSTANCE(NAME##_four, 4, BITS, MANTISSA, 0, 0)                                                                      \
-    INSTANCE(NAME##_small_one, 1, BITS, MANTISSA, 1, 0)                                                                 \
-    INSTANCE(NAME##_small_four, 4, BITS, MANTISSA, 1, 0)                                                                \
-    INSTANCE(NAME##_affine_one, 1, BITS, MANTISSA, 0, 1)                                                                \
-    INSTANCE(NAME##_affine_four, 4, BITS, MANTISSA, 0, 1)                                                               \
-    static const Rows NAME[3][2] = {{NAME##_one, NAME##_four},                                                          \
+    INSTANCE(NAME##_one, 1, BITS, MANTISSA, 0, 0, 0)                                                                    \
+    INSTANCE(NAME##_four, 4, BITS, MANTISSA, 0, 0, 0)                                                                   \
+    INSTANCE(NAME##_small_one, 1, BITS, MANTISSA, 1, 0, 0)                                                              \
+    INSTANCE(NAME##_small_four, 4, BITS, MANTISSA, 1, 0, 0)                                                             \
+    INSTANCE(NAME##_affine_one, 1, BITS, MANTISSA, 0, 1, 0)                                                             \
+    INSTANCE(NAME##_affine_four, 4, BITS, MANTISSA, 0, 1, 0)                                                            \
+    INSTANCE(NAME##_bf16_one, 1, BITS, MANTISSA, 0, 0, 1)                                                               \
+    INSTANCE(NAME##_bf16_four, 4, BITS, MANTISSA, 0, 0, 1)                                                              \
+    static const Rows NAME[4][2] = {{NAME##_one, NAME##_four},                                                          \
                                     {NAME##_small_one, NAME##_small_four},                                              \
-                                    {NAME##_affine_one, NAME##_affine_four}};
+                                    {NAME##_affine_one, NAME##_affine_four},                                            \
+                                    {NAME##_bf16_one, NAME##_bf16_four}};
 ELEMENT(int2, 2, -1)
 ELEMENT(int4, 4, -1)
 ELEMENT(int8, 8, -1)
@@ -187,7 +208,8 @@ int packed_linear(const Weight *w, const void *x, int64_t stride, int64_t tokens
     const Rows(*element)[2] = kind == 19 ? int2 : kind == 39 ? int4 : kind == 79 ? int8 : kind == 41 ? e2m1
                             : kind == 83 ? e4m3 : 0;
     if (!element) return 1;
-    const Rows *rows = element[w->zeros ? 2 : (1ll << w->group_shift) < PART];
+    const int small = (1ll << w->group_shift) < PART;
+    const Rows *rows = element[w->zeros ? 2 : small ? 1 : w->scale_bytes == 2 ? 3 : 0];
     const int64_t padded = w->width * (16 / w->bits);
     for (int64_t token = 0; token < tokens; token++) {
         float *to = scratch + token * padded;
@@ -226,7 +248,7 @@ INLINE void rows_values(const Weight *w, int64_t first, int64_t last, char *out,
                     int64_t at = (tile * parts + part) * PART + half * LANES, many = w->columns - at;
                     if (many <= 0) break;
                     float scale;
-                    vf value = half_values(w, row, at, word[half], part, bits, mantissa, affine, 1, table, &scale);
+                    vf value = half_values(w, row, at, word[half], part, bits, mantissa, affine, 0, table, &scale);
                     value *= scale * w->global_scale;
                     vh rounded = to_bf16(value);
                     size_t size = (size_t)bytes * (many < LANES ? many : LANES);
