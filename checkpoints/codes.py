@@ -63,7 +63,8 @@ def read_layer(module: PackedModule, tensors: Mapping[str, Tensor]) -> QTensor:
         tensors: its stored tensors by their name below the layer's path.
 
     Raises:
-        CheckpointError: a tensor is missing or has another shape, or a scale is zero, negative or not finite; named.
+        CheckpointError: a tensor is missing or has another shape, or a scale has another type or is zero, negative
+            or not finite; named.
         UnsupportedError: a format that the catalogue does not have.
     """
     fmt, bits = weight_format(module.weights), module.bits
@@ -80,7 +81,7 @@ def read_layer(module: PackedModule, tensors: Mapping[str, Tensor]) -> QTensor:
     zero = None
     if fmt.zero_point:
         zero = _zero_points(module, _tensor(module, tensors, "weight_zero_point"), rows)
-    scale = _tensor(module, tensors, "weight_scale")
+    scale = _scale(module, tensors, fmt)
     scale = scale.expand(rows, 1).contiguous() if scale.numel() == 1 and fmt.block == (1, 0) else scale
     divisor = _tensor(module, tensors, "weight_global_scale") if fmt.global_scale else None
     grid = fmt.grid_shape(rows, columns)
@@ -102,6 +103,18 @@ def _tensor(module: PackedModule, tensors: Mapping[str, Tensor], name: str) -> T
         return tensors[name]
     except KeyError:
         raise CheckpointError(f"{module.path}.{name} is missing") from None
+
+
+def _scale(module: PackedModule, tensors: Mapping[str, Tensor], fmt: Format) -> Tensor:
+    """In a type that kernels read: the format's own, or float32 where that is a float of more than a byte."""
+    scale, own = _tensor(module, tensors, "weight_scale"), fmt.scale_storage
+    wide = [torch.float32] if own.itemsize > 1 else []
+    if wide and scale.dtype == torch.float16:  # of FP16 models; two bytes that a kernel would take for BF16
+        return scale.to(torch.float32)
+    if scale.dtype not in (own, *wide):
+        allowed = " or ".join(map(str, dict.fromkeys((own, *wide))))
+        raise CheckpointError(f"{module.path}.weight_scale is {scale.dtype}, but {fmt.name} scales are {allowed}")
+    return scale
 
 
 def _codes(module: PackedModule, stored: Tensor, columns: int) -> Tensor:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 class ServedInput:
     """A forward pre-hook that quantizes a layer's input; layers that an engine fuses share one, and its result.
 
+    Threads may run one model at once: a result is replaced as a whole, together with the input it belongs to. At worst
+    one is computed again.
+
     Args:
         fmt: the input's format.
         rule: whose arithmetic, see `qat.activations`.
@@ -41,25 +44,23 @@ class ServedInput:
         self, fmt: Format, rule: str, static: Tensor | None, consumers: int = 1, *, codes: bool = False
     ) -> None:
         self.format, self.rule, self.static, self.consumers, self.codes = fmt, rule, static, consumers, codes
-        self._input: weakref.ref[Tensor] | None = None
-        self._output: tuple[Tensor, ...] | None = None
-        self._uses = 0
+        self._state: tuple[weakref.ref[Tensor], tuple[Tensor, ...], int] | None = None  # input, result, uses of it
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Replace the first positional argument by its quantized self."""
         x: Tensor = args[0]
-        if self._output is None or self._input is None or self._input() is not x:
-            static = None if self.static is None else self.static.to(x.device)
-            if self.codes:
-                self._output = quantize_input(x, self.format.name, static)
-            else:
-                self._output = (fake_quantize_input(x, self.format, self.rule, "ste", static),)
-            self._input, self._uses = weakref.ref(x), 0
-        output = self._output
-        self._uses += 1
-        if self._uses >= self.consumers:
-            self._input = self._output = None
+        state = self._state  # read once and written once
+        if state is None or state[0]() is not x:
+            state = (weakref.ref(x), self._quantized(x), 0)
+        given, output, uses = state
+        self._state = (given, output, uses + 1) if uses + 1 < self.consumers else None
         return (*output, *args[1:])
+
+    def _quantized(self, x: Tensor) -> tuple[Tensor, ...]:
+        static = None if self.static is None else self.static.to(x.device)
+        if self.codes:
+            return quantize_input(x, self.format.name, static)
+        return (fake_quantize_input(x, self.format, self.rule, "ste", static),)
 
 
 def load_exported(
@@ -119,6 +120,8 @@ def load_exported(
 def hook_inputs(model: nn.Module, exported: ExportedFolder, rule: str, own: dict[str, str]) -> None:
     """Hook a `ServedInput` on every layer whose input the checkpoint quantizes; `QuantizedLinear`s get codes.
 
+    Layers that an engine fuses share one where they ask for the same: other tools calibrate each layer by itself.
+
     Args:
         model: has the layers, of any class.
         exported: says how.
@@ -130,15 +133,15 @@ def hook_inputs(model: nn.Module, exported: ExportedFolder, rule: str, own: dict
         UnsupportedError: an input quantization that the catalogue does not know.
     """
     groups = {path: members for members in fused_groups(list(exported.modules)) for path in members}
-    shared: dict[tuple[str, bool], ServedInput] = {}
+    shared: dict[tuple[str, str, float | None, bool], ServedInput] = {}
     for path, module in exported.modules.items():
         if module.input is None:
             continue
         if path not in own:
             raise CheckpointError(f"{path} is stored, but {type(model).__name__} has no such layer")
-        members, layer = groups.get(path, [path]), model.get_submodule(own[path])
-        key = members[0], isinstance(layer, QuantizedLinear)
-        if key not in shared:
-            fmt, static = input_format(module.input), exported.static_input(path)
-            shared[key] = ServedInput(fmt, rule, static, len(members), codes=key[1])
-        layer.register_forward_pre_hook(shared[key])
+        layer, first = model.get_submodule(own[path]), groups.get(path, [path])[0]
+        fmt, static, codes = input_format(module.input), exported.static_input(path), isinstance(layer, QuantizedLinear)
+        key = first, fmt.name, None if static is None else float(static), codes
+        hook = shared.setdefault(key, ServedInput(fmt, rule, static, consumers=0, codes=codes))
+        hook.consumers += 1
+        layer.register_forward_pre_hook(hook)

@@ -26,7 +26,18 @@ _OF_WEIGHTS = ("weight_scale", "weight_scale_2", "weight_scale_inv", "weight_glo
 SCALES = (*_OF_WEIGHTS, "input_scale", "input_global_scale")  # in any layout
 _CHUNK = 1 << 22  # weights unpacked at a time
 _PACKED = ("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized")
-_READABLE = {"BF16": ("BF16", "F32")}  # other tools store some BF16 scales in float32, which says no less
+_READABLE = {"BF16": ("BF16", "F16", "F32")}  # other tools store some BF16 scales so, which is read exactly
+
+# What changes results and is not implemented, in any layout: keys of a configuration, and the last parts of names.
+_UNREAD_KEYS = {
+    "transform_config": "rotations of weights and inputs",
+    "kv_cache_scheme": "a quantized KV cache",
+    "kv_cache_quant_algo": "a quantized KV cache",
+}
+_UNREAD_TENSORS = {
+    "pre_quant_scale": "inputs scaled per channel (AWQ, SmoothQuant)",
+    **dict.fromkeys(("q_scale", "k_scale", "v_scale"), "a quantized KV cache or attention"),
+}
 
 Array = NDArray[Any]
 Spec = tuple[str, tuple[int, ...]]  # safetensors type and shape
@@ -65,6 +76,7 @@ class ExportedFolder(ABC):
 
     Raises:
         CheckpointError: no config.json, no quantization_config of this method, or no safetensors.
+        UnsupportedError: something that changes results and is not implemented; names it.
     """
 
     METHOD: ClassVar[str]  # quant_method, which is also the name of the export target
@@ -79,8 +91,12 @@ class ExportedFolder(ABC):
         method = self.quantization.get("quant_method")
         if method != self.METHOD:
             raise CheckpointError(f"{self.where} describes {method or 'nothing'}, not {self.METHOD}")
+        refuse_unread(self.quantization, self.where)
         self._check_configuration()
         self.reader = ShardReader(folder)
+        for name in sorted(self.names):
+            if what := _UNREAD_TENSORS.get(name.rpartition(".")[2]):
+                raise UnsupportedError(f"{folder}: {name} belongs to {what}, which is not implemented")
 
     # What a layout has to say.
 
@@ -172,6 +188,13 @@ class ExportedFolder(ABC):
             raise CheckpointError(f"{self.folder}: {name} is zero, negative or not finite in {count} places")
         return scale
 
+    def _sound_value(self, name: str) -> Tensor:
+        """A stored scale that is one number, float32 [1]."""
+        scale = self._sound(name)
+        if scale.numel() != 1:
+            raise CheckpointError(f"{self.folder}: {name} is {[*scale.shape]}, not one number")
+        return scale.to(torch.float32).reshape(1)
+
     def dense(self, path: str) -> Tensor:
         """The BF16 weight of a quantized layer, (rows, columns), as loaders dequantize it; raises as `layer`."""
         module, tensors = self.modules[path], self.layer(path)
@@ -193,7 +216,7 @@ class ExportedFolder(ABC):
     def static_input(self, path: str) -> Tensor | None:
         """The calibrated scale (or, above E4M3 block scales, the divisor) of a layer's input, float32 [1], or None."""
         name = self.modules[path].static_input
-        return None if name is None else self._sound(f"{path}.{name}").to(torch.float32)
+        return None if name is None else self._sound_value(f"{path}.{name}")
 
     def dense_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the dense model, quantized layers unpacked, one at a time; raises as `layer`, and where a
@@ -213,6 +236,18 @@ class ExportedFolder(ABC):
         code, shape = self.expected_tensors(module, rows, columns)[self.SCALE]
         per_scale = {"F32": 32, "BF16": 16}.get(code, 8) + (0 if module.weights["symmetric"] else module.bits)
         return module.bits + int(np.prod(shape)) * per_scale / (rows * columns)
+
+
+def refuse_unread(configuration: dict[str, Any], where: str) -> None:
+    """Raise UnsupportedError where a configuration asks for something that changes results and is not implemented."""
+    for key, what in _UNREAD_KEYS.items():
+        if not _says_nothing(configuration.get(key)):
+            raise UnsupportedError(f"{where}: {key} asks for {what}, which is not implemented; readable: null")
+
+
+def _says_nothing(value: Any) -> bool:
+    """null, or a table with nothing in it at any depth."""
+    return not value or (isinstance(value, dict) and all(map(_says_nothing, value.values())))
 
 
 def bad_scales(scale: Tensor) -> int:
@@ -265,8 +300,8 @@ def _minifloat_values(exponent: int, mantissa: int) -> Array:
 
 def float_values(tensor: Tensor) -> Array:
     """float32 values of a stored float tensor, from its bits."""
-    if tensor.dtype == torch.float32:
-        return tensor.numpy()
+    if tensor.dtype in (torch.float32, torch.float16):
+        return tensor.numpy().astype(np.float32)
     if tensor.dtype == torch.bfloat16:
         return (tensor.view(torch.int16).numpy().view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     if tensor.dtype == torch.float8_e4m3fn:

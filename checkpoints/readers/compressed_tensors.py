@@ -21,6 +21,9 @@ from qat.errors import CheckpointError, UnsupportedError
 
 _PACKED = ("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized")
 _PLAIN = ("int-quantized", "float-quantized", "naive-quantized", "mxfp8-quantized")
+_VERSION = "0"  # major number of the releases whose checkpoints are read
+_DEFAULTS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}  # of the library's QuantizationArgs
+_GROUPED = ("group", "tensor_group")
 _OF_WEIGHTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
 
 
@@ -31,8 +34,22 @@ class CompressedTensorsFolder(ExportedFolder):
     SUFFIXES = (*_OF_WEIGHTS, "input_scale", "input_global_scale", "input_zero_point")
 
     def _check_configuration(self) -> None:
+        """Besides, `config_groups` get the defaults that other tools leave away: nobody else sees incomplete ones."""
         if self.quantization.get("quantization_status") != "compressed":
             raise CheckpointError(f"{self.where} must say quantization_status: compressed; else loaders read garbage")
+        version = self.quantization.get("version")
+        if version is not None and str(version).partition(".")[0] != _VERSION:
+            raise UnsupportedError(f"{self.where}: version {version!r} of the format; readable: {_VERSION}.x")
+        sparsity = self.quantization.get("sparsity_config") or {}
+        if sparsity.get("targets") and sparsity.get("format") != "dense":
+            raise UnsupportedError(
+                f"{self.where}: sparsity_config with format {sparsity.get('format')!r}; readable: 'dense' weights"
+            )
+        groups = self.quantization.get("config_groups")
+        if not isinstance(groups, dict) or not groups:
+            raise CheckpointError(f"{self.where}: config_groups is {groups!r}, not a table of at least one group")
+        complete = {name: _complete_group(group, f"{self.where}: {name}") for name, group in groups.items()}
+        self.quantization = {**self.quantization, "config_groups": complete}
 
     def matching_groups(self, path: str, linear: bool = True) -> list[str]:
         """Names of the config groups that target `path`, the one loaders choose first: exact names, then regular
@@ -50,10 +67,10 @@ class CompressedTensorsFolder(ExportedFolder):
 
     def _module(self, path: str, group: str) -> PackedModule:
         scheme = self.quantization["config_groups"][group]
-        form = scheme.get("format") or self.quantization["format"]
+        form = scheme.get("format") or self.quantization.get("format")
         if form not in _PACKED + _PLAIN:
             raise UnsupportedError(f"{path} has format {form!r}; readable: {', '.join(_PACKED + _PLAIN)}")
-        return PackedModule(path, form, scheme["weights"], scheme.get("input_activations"))
+        return PackedModule(path, form, scheme["weights"], scheme["input_activations"])
 
     def expected_tensors(self, module: PackedModule, rows: int, columns: int) -> dict[str, Spec]:
         """See the function."""
@@ -88,6 +105,61 @@ class CompressedTensorsFolder(ExportedFolder):
         codes = fields(raw_rows(stored.t().contiguous()), module.bits, rows)
         points: Array = code_values(module)[codes].T.reshape(tuple(tensors["weight_scale"].shape))
         return points
+
+
+def _complete_group(group: Any, where: str) -> dict[str, Any]:
+    """A config group whose arguments are complete and can be read.
+
+    Raises:
+        CheckpointError: something is missing, or is not what the format has there; names it.
+        UnsupportedError: something that is not implemented and changes results; names it.
+    """
+    if not isinstance(group, dict):
+        raise UnsupportedError(f"{where} is {group!r}, perhaps a preset's name; readable: groups written out")
+    targets = group.get("targets")
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise CheckpointError(f"{where}.targets is {targets!r}, not a list of names")
+    if group.get("output_activations"):
+        raise UnsupportedError(f"{where}.output_activations: quantized outputs are not implemented; readable: null")
+    weights, inputs = group.get("weights"), group.get("input_activations")
+    weights = _complete_args(weights, f"{where}.weights", ("tensor", "channel", "block", *_GROUPED))
+    if inputs is not None:
+        strategies = ("tensor", "token", *_GROUPED)
+        inputs = _complete_args(inputs, f"{where}.input_activations", strategies, (True, False, "local"))
+    return {**group, "weights": weights, "input_activations": inputs}
+
+
+def _complete_args(
+    given: Any, where: str, strategies: tuple[str, ...], dynamic: tuple[bool | str, ...] = (False,)
+) -> dict[str, Any]:
+    """QuantizationArgs with the library's defaults written out; raises as `_complete_group`."""
+    if not isinstance(given, dict):
+        raise CheckpointError(f"{where} is {given!r}, not a table that says how to quantize")
+    args = _DEFAULTS | given
+    size, block = args.get("group_size"), args.get("block_structure")
+    if args.get("strategy") is None:
+        args["strategy"] = "tensor" if size is None else "channel" if size == -1 else "group"
+    allowed: dict[str, tuple[Any, ...]] = {
+        "type": ("int", "float"),
+        "num_bits": (4, 6, 8) if args["type"] == "float" else tuple(range(2, 9)),
+        "symmetric": (True, False),
+        "strategy": strategies,
+        "dynamic": dynamic,
+        "actorder": (None, False, "weight", "static"),  # an order of calibrating, gone from what is stored
+    }
+    for key, options in allowed.items():
+        if (value := args.get(key)) not in options:
+            raise UnsupportedError(f"{where}.{key} is {value!r}; readable: {', '.join(map(repr, options))}")
+    if args["strategy"] in _GROUPED and not (isinstance(size, int) and size > 0):
+        raise CheckpointError(f"{where}.group_size is {size!r}, but strategy {args['strategy']!r} needs a positive one")
+    if args["strategy"] not in _GROUPED and size not in (None, -1):
+        raise CheckpointError(f"{where}.group_size is {size!r}, but strategy {args['strategy']!r} has no groups")
+    sides = isinstance(block, list) and len(block) == 2 and all(isinstance(side, int) and side > 0 for side in block)
+    if (args["strategy"] == "block") != (block is not None) or (block is not None and not sides):
+        raise CheckpointError(
+            f"{where}.block_structure is {block!r}, but strategy 'block' needs [rows, columns], and no other has one"
+        )
+    return args
 
 
 def _rank(path: str, target: str, linear: bool) -> tuple[int, str] | None:

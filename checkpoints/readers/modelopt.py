@@ -7,11 +7,18 @@ is the reciprocal of compressed-tensors' `input_global_scale`. Written from mode
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qat.checkpoints.hf import read_json
-from qat.checkpoints.unpack import Array, ExportedFolder, PackedModule, Spec, float_values, scale_values
+from qat.checkpoints.unpack import (
+    Array,
+    ExportedFolder,
+    PackedModule,
+    Spec,
+    float_values,
+    refuse_unread,
+    scale_values,
+)
 from qat.errors import CheckpointError, UnsupportedError
 
 LEGACY = "hf_quant_config.json"
@@ -54,6 +61,7 @@ class ModeloptFolder(ExportedFolder):
 
     def _compare(self, legacy: dict[str, Any]) -> None:
         """Engines read either file, so both must say the same."""
+        refuse_unread(legacy, str(self.folder / LEGACY))
         pairs = {"quant_algo": "quant_algo", "exclude_modules": "ignore"}
         for key, flat in pairs.items():
             if legacy.get(key) != self.quantization.get(flat):
@@ -100,5 +108,5 @@ class ModeloptFolder(ExportedFolder):
         name = self.modules[path].static_input
         if name is None:
             return None
-        scale = self._sound(f"{path}.input_scale").to(torch.float32).reshape(1)
+        scale = self._sound_value(f"{path}.input_scale")
         return scale.reciprocal() if name == "input_global_scale" else scale

@@ -57,6 +57,17 @@ def test_whole_bytes_with_few_bits() -> None:
     assert found.dequantize().tolist() == [[-14.0, 6.0], [0.0, -0.5]]
 
 
+def test_scales_are_read_in_a_type_that_kernels_know() -> None:
+    """FP16 models have float16 scales: two bytes, like BF16, but other numbers."""
+    module, _, tensors = stored("int4_g64")
+    half = {**tensors, "weight_scale": tensors["weight_scale"].half()}
+    found = read_layer(module, half)
+    assert found.scales.stored.dtype == torch.float32
+    assert torch.equal(found.scales.stored, half["weight_scale"].float())
+    wide = {**tensors, "weight_scale": tensors["weight_scale"].float()}
+    assert torch.equal(read_layer(module, wide).scales.stored, wide["weight_scale"])
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
@@ -66,6 +77,10 @@ def test_whole_bytes_with_few_bits() -> None:
         ("int4_g64", {"weight_scale": torch.ones(24, 3).bfloat16()}, r"a.b.weight_scale is \[24, 3\], but 24 x 256"),
         ("int4_g64", {"weight_scale": -torch.ones(24, 4).bfloat16()}, r"a.b.weight_scale must be finite"),
         ("int4_g64", {"weight_shape": torch.tensor([24, 999])}, r"codes are \[24, 256\], not the \[24, 999\]"),
+        ("int4_g64", {"weight_scale": torch.ones(24, 4).double()}, r"a.b.weight_scale is torch.float64, but int4_g64"),
+        ("int4_g64", {"weight_scale": torch.ones(24, 4).byte()}, r"scales are torch.bfloat16 or torch.float32"),
+        ("nvfp4", {"weight_scale": torch.ones(24, 16)}, r"is torch.float32, but nvfp4 scales are torch.float8_e4m3fn"),
+        ("mxfp4", {"weight_scale": torch.ones(24, 8).half()}, r"is torch.float16, but mxfp4 scales are torch.uint8"),
         ("int4_g64_asym", {"weight_zero_point": None}, r"a.b.weight_zero_point is missing"),
     ],
 )

@@ -33,6 +33,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models = {pair: projections(source, pair) for pair in set(PAIRS.values())}
     for target, pair in PAIRS.items():
         quiet_export(models[pair], source, root / target, target)
+    quiet_export(projections(source, ("int4_g64", None)), source, root / "int4", "compressed-tensors")
     quiet_export(models[PAIRS["modelopt"]], source, root / "sharded", "modelopt", max_shard_bytes=30_000)
     return root
 
@@ -97,6 +98,18 @@ def test_a_checkpoint_labelled_as_another_target_is_refused(target: str, other: 
         ("fp8", {"scale_fmt": "ue8m0"}, "scale_fmt 'ue8m0'"),
         ("fp8", {"fmt": "e5m2"}, "fmt 'e5m2'"),
         ("compressed-tensors", {"quantization_status": "frozen"}, "quantization_status: compressed"),
+        ("compressed-tensors", {"version": "99.0"}, "version '99.0' of the format; readable: 0.x"),
+        ("compressed-tensors", {"config_groups": None}, "config_groups is None, not a table"),
+        ("compressed-tensors", {"config_groups": {"W4A16": ["Linear"]}}, "W4A16 is .*perhaps a preset"),
+        ("compressed-tensors", {"transform_config": {"config_groups": {"R4": {}, "R1": 1}}}, "transform_config asks"),
+        ("compressed-tensors", {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme asks for a quantized KV"),
+        (
+            "compressed-tensors",
+            {"sparsity_config": {"format": "sparse-24-bitmask", "targets": ["Linear"]}},
+            "sparsity_config with format 'sparse-24-bitmask'",
+        ),
+        ("modelopt", {"kv_cache_scheme": {"num_bits": 8, "type": "float"}}, "kv_cache_scheme asks for a quantized KV"),
+        ("modelopt", {"kv_cache_quant_algo": "FP8"}, "kv_cache_quant_algo asks for a quantized KV"),
     ],
 )
 def test_unknown_variants_are_refused(target: str, change: dict[str, Any], message: str, copy: Any) -> None:
@@ -107,6 +120,97 @@ def test_unknown_variants_are_refused(target: str, change: dict[str, Any], messa
     with pytest.raises((CheckpointError, UnsupportedError), match=message):
         load_exported(folder)
     assert broken(folder) == {"complete"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": None}, r"group_0\.weights is None"),
+        ({"targets": None}, r"group_0\.targets is None"),
+        ({"output_activations": {"num_bits": 8}}, r"group_0\.output_activations: quantized outputs are not"),
+        ({"weights": {"num_bits": 4, "strategy": "group"}}, r"group_0\.weights\.group_size is None"),
+        ({"weights": {"num_bits": 4, "group_size": 64, "strategy": "channel"}}, r"'channel' has no groups"),
+        ({"weights": {"num_bits": 4, "group_size": 0}}, r"group_0\.weights\.group_size is 0"),
+        ({"weights": {"num_bits": 4, "group_size": 64, "actorder": "group"}}, r"weights\.actorder is 'group'"),
+        ({"weights": {"num_bits": 16}}, r"group_0\.weights\.num_bits is 16"),
+        ({"weights": {"strategy": "attn_head"}}, r"group_0\.weights\.strategy is 'attn_head'; readable: 'tensor'"),
+        ({"weights": {"symmetric": None}}, r"group_0\.weights\.symmetric is None"),
+        ({"weights": {"strategy": "block", "type": "float"}}, r"group_0\.weights\.block_structure is None"),
+        ({"input_activations": {"strategy": "channel"}}, r"group_0\.input_activations\.strategy is 'channel'"),
+        ({"input_activations": []}, r"group_0\.input_activations is \[\]"),
+    ],
+)
+def test_groups_that_cannot_be_read_are_named(change: dict[str, Any], message: str, copy: Any) -> None:
+    folder = copy("compressed-tensors")
+    edit(folder, lambda c: c["quantization_config"]["config_groups"]["group_0"].update(change))
+    with pytest.raises((CheckpointError, UnsupportedError), match=message):
+        open_export(folder)
+
+
+def test_what_other_tools_leave_away_is_the_default(copy: Any, exports: Path) -> None:
+    """compressed-tensors writes no strategy that follows from the group size, and others write no `symmetric`."""
+    folder = copy("int4")
+    whole = open_export(folder)
+
+    def bare(config: dict[str, Any]) -> None:
+        quantization = config["quantization_config"]
+        del quantization["version"]
+        quantization.update(transform_config={}, sparsity_config={"format": "dense", "targets": ["Linear"]})
+        group = quantization["config_groups"]["group_0"]
+        for key in ("strategy", "symmetric", "dynamic", "type"):
+            del group["weights"][key]
+        group["weights"]["actorder"] = "static"
+        del group["output_activations"], group["input_activations"]
+
+    edit(folder, bare, forget=True)
+    found = open_export(folder)
+    for path, module in found.modules.items():
+        assert module.weights == {**whole.modules[path].weights, "actorder": "static"} and module.input is None
+        assert torch.equal(found.dense(path), whole.dense(path))
+    assert not broken(folder) and verify(folder).ok
+
+
+def test_scales_of_float16_models_are_read_exactly(copy: Any) -> None:
+    folder = copy("int4")
+    before = open_export(folder).layer(Q)["weight_scale"]
+    rewrite(folder, lambda t: t.update({f"{Q}.weight_scale": before.half() * 1.25}))
+    found = open_export(folder)
+    scale = (before.half() * 1.25).double().repeat_interleave(64, dim=1)
+    codes = unpack_layer("compressed-tensors", found.modules[Q], found.layer(Q)).codes.view(torch.int8)
+    values = torch.where(codes > 7, codes - 16, codes).double()
+    assert torch.equal(found.dense(Q), (values * scale).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        ("modelopt", f"{Q}.pre_quant_scale"),
+        ("modelopt", "model.layers.0.self_attn.k_proj.k_scale"),
+        ("compressed-tensors", "model.layers.0.self_attn.v_scale"),
+    ],
+)
+def test_tensors_of_what_is_not_implemented_are_named(target: str, name: str, copy: Any) -> None:
+    folder = copy(target)
+    rewrite(folder, lambda tensors: tensors.update({name: torch.ones(1)}))
+    with pytest.raises(UnsupportedError, match=rf"{name} belongs to .*, which is not implemented"):
+        open_export(folder)
+
+
+@pytest.mark.parametrize(("target", "key"), [("modelopt", "input_scale"), ("compressed-tensors", "input_global_scale")])
+def test_an_input_has_one_static_scale(target: str, key: str, copy: Any) -> None:
+    folder = copy(target)
+    rewrite(folder, lambda tensors: tensors.update({f"{Q}.{key}": torch.ones(2)}))
+    with pytest.raises(CheckpointError, match=rf"{Q}\.{key} is \[2\], not one number"):
+        open_export(folder).static_input(Q)
+
+
+def test_the_legacy_file_is_held_to_the_same(copy: Any) -> None:
+    folder = copy("modelopt")
+    legacy = json.loads((folder / "hf_quant_config.json").read_text())
+    legacy["quantization"]["kv_cache_quant_algo"] = "FP8"
+    (folder / "hf_quant_config.json").write_text(json.dumps(legacy))
+    with pytest.raises(UnsupportedError, match=r"hf_quant_config\.json: kv_cache_quant_algo asks"):
+        open_export(folder)
 
 
 def test_records_of_a_later_version_are_refused(copy: Any) -> None:
