@@ -131,7 +131,7 @@ def vllm_scales(x: Tensor, fmt: Format, static: Tensor | None) -> Scales:
     element = fmt.element
     if fmt.block == (0, 0):
         assert static is not None
-        return Scales(static.view(1, 1).to(fmt.scale_storage))
+        return Scales(static.view(1, 1).to(torch.float32))  # ours are BF16 numbers; other tools' need not be
     if fmt.scale == "e4m3" and len(fmt.elements) == 1:
         assert static is not None
         amax = block_amax(to_blocks(x.to(torch.float32), fmt))

@@ -134,7 +134,7 @@ def quantize_input_kernel(
             factor_of = factor[:, None]
             valid = factor_of == factor_of
         elif GROUP == 0:
-            factor_of = static_part.to(tl.bfloat16).to(tl.float32)
+            factor_of = static_part
             if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
                 tl.store(scales, factor_of)
             valid = value == value
@@ -224,7 +224,7 @@ def _run(
     codes, scales = empty(x, fmt)
     sums = x.new_empty(x.shape if source == "sum" else 0)
     if x.numel() == 0:
-        scales.zero_() if static is None or fmt.block != (0, 0) else scales.copy_(static.to(fmt.scale_storage))
+        scales.zero_() if static is None or fmt.block != (0, 0) else scales.copy_(static)
         return codes, scales, sums
     norm = weight is not None
     flat = _flat(x)

@@ -214,7 +214,7 @@ V_PROJ = "model.layers.0.self_attn.v_proj"
     [
         ({SCALE: None}, "mlp.up_proj.weight(_scale)? is missing"),
         ({"model.norm.weight": None}, "model.norm.weight is missing"),
-        ({f"{V_PROJ}.pre_quant_scale": torch.ones(128)}, f"{V_PROJ}.pre_quant_scale belongs to a quantized layer"),
+        ({f"{V_PROJ}.weight_g_idx": torch.arange(128)}, f"{V_PROJ}.weight_g_idx belongs to a quantized layer"),
     ],
 )
 def test_every_road_refuses_other_tensors(
