@@ -213,6 +213,13 @@ def test_chat_is_counted_as_the_server_counts(client: Any) -> None:
     assert f"the prompt has {used} tokens" in refused["error"]["message"]
 
 
+def test_models_without_a_chat_template_say_so(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = None
+    with pytest.raises(Exception, match="chat template does not take these messages"):
+        Front(None, tokenizer, 512, "a")._checked(CHAT, b'{"messages": [{"role": "user", "content": "a"}]}')
+
+
 def test_counting_does_not_hold_up_others() -> None:
     """Whatever time a tokenizer takes, the event loop goes on."""
     order: list[str] = []
