@@ -1,7 +1,9 @@
 """`qat serve` as clients see it: a real server on a real socket, agreeing with generate, outliving bad requests."""
 
+import asyncio
 import contextlib
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,13 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
 
 from qat.checkpoints.hf import load_tokenizer  # noqa: E402  # the optional packages are looked for first
 from qat.cli import main  # noqa: E402  # as above
-from qat.kernels.engines.serve import MAX_BODY, serve, transformers_server  # noqa: E402  # as above
+from qat.kernels.engines.serve import MAX_BODY, Front, _context, serve, transformers_server  # noqa: E402  # as above
 from qat.kernels.engines.transformers import installed, load_packed  # noqa: E402  # as above
 from qat.packed import PackedLinear  # noqa: E402  # as above
 from tests.checkpoints.exports import export_pair  # noqa: E402  # as above
@@ -88,21 +91,72 @@ def test_chat_streams_and_models_are_listed(client: Any, folder: Path) -> None:
     assert client.get("/health").status_code == 200
 
 
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+TOOLS = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
 BAD: list[tuple[str, Any, int, str]] = [
-    ("/v1/completions", "{bad", 400, "not JSON"),
-    ("/v1/completions", "[" * 100_000, 400, "not JSON"),
-    ("/v1/completions", [1, 2], 400, "must be a JSON object, not list"),
-    ("/v1/completions", {}, 400, "give `messages`"),
-    ("/v1/completions", {"prompt": 7}, 400, "give `messages`"),
-    ("/v1/chat/completions", {"messages": [{"role": "user"}]}, 400, "give `messages`"),
-    ("/v1/chat/completions", {"messages": []}, 400, "give `messages`"),
-    ("/v1/completions", {"prompt": "a", "max_tokens": 600}, 400, "600 more are asked for; the model takes 512"),
-    ("/v1/completions", {"prompt": "fox " * 2000}, 400, "the model takes 512"),
-    ("/v1/completions", {"prompt": "a", "max_tokens": -1}, 400, "must be a whole number, not -1"),
-    ("/v1/completions", {"prompt": "a", "max_tokens": "many"}, 400, "must be a whole number, not 'many'"),
-    ("/v1/completions", {"prompt": "a", "temperature": "hot"}, 400, "temperature must be a number"),
-    ("/v1/completions", {"prompt": "x" * MAX_BODY}, 413, f"more than {MAX_BODY} bytes"),
-    ("/reset", {}, 400, "the model stays loaded"),
+    (TEXT, "{bad", 400, "not JSON"),
+    (TEXT, "[" * 100_000, 400, "not JSON"),
+    (TEXT, [1, 2], 400, "must be a JSON object, not list"),
+    (TEXT, {}, 400, "give `prompt`"),
+    (TEXT, {"prompt": 7}, 400, "prompt must be a text, not 7"),
+    (TEXT, {"prompt": ""}, 400, "prompt must be a text"),
+    (TEXT, {"prompt": None}, 400, "give `prompt`"),
+    (TEXT, r'{"prompt": "hi \ud800 there"}', 400, "not valid Unicode"),
+    (TEXT, {"prompt": "x" * MAX_BODY}, 413, f"more than {MAX_BODY} bytes"),
+    (CHAT, {"messages": []}, 400, "messages must be a list of {role, content}"),
+    (CHAT, {"messages": ["a"]}, 400, "messages must be a list"),
+    (CHAT, {"messages": [{"role": "user"}]}, 400, "each message needs a role (a text) and content"),
+    (CHAT, {"messages": [{"content": "a"}]}, 400, "each message needs a role"),
+    (CHAT, {"messages": [TOOLS]}, 400, "messages with tool_calls are not served"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "is not served"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {}},
+        400,
+        "'chat_template_kwargs' is",
+    ),
+    (CHAT, {"messages": [{"role": "user", "content": "a"}], "tools": []}, 400, "'tools' is not served; allowed are"),
+    (CHAT, {"messages": [{"role": "user", "content": "fox " * 1000}]}, 400, "the model takes 512"),
+    (CHAT, {"messages": [{"role": "fox " * 1000, "content": "a"}]}, 400, "the model takes 512"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1, "max_completion_tokens": 600},
+        400,
+        "600 more",
+    ),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": "a"}], "max_tokens": 600, "max_completion_tokens": 1},
+        400,
+        "600 more",
+    ),
+    (TEXT, {"prompt": "a", "max_tokens": 600}, 400, "600 more are asked for; the model takes 512"),
+    (TEXT, {"prompt": "a", "generation_config": "{}"}, 400, "'generation_config' is not served"),
+    (TEXT, {"prompt": "a", "max_output_tokens": 1}, 400, "'max_output_tokens' is not served"),
+    (TEXT, {"prompt": "fox " * 2000}, 400, "and none can follow; the model takes 512"),
+    (TEXT, {"prompt": "1" * 40_000}, 400, "has 40000 characters; the model takes 512"),
+    (TEXT, {"prompt": "a", "model": "gpt-4"}, 404, 'there is no model "gpt-4" here; this is'),
+    ("/v1/responses", {"input": "a"}, 404, "not served; POST to"),
+    ("/v1/systemone", {}, 404, "not served; POST to"),
+    ("/v1/audio/transcriptions", {}, 404, "not served; POST to"),
+    ("/reset", {}, 404, "not served; POST to"),
+    ("/load_model", {"model": "a/b"}, 404, "not served; POST to"),
+]
+BAD += [
+    (TEXT, {"prompt": "a", key: value}, 400, f"{key} must be")
+    for key, values in {
+        "max_tokens": (0, -1, "many", 1.5, True),
+        "temperature": ("hot", -1, 1e-300, float("nan"), True),
+        "top_p": ("a", 0, 1.5, -0.1),
+        "frequency_penalty": (-1, 3, "a"),
+        "presence_penalty": (1,),
+        "seed": ("x", -1, 1 << 64, 0.5),
+        "stop": (5, "", [], [5], ["a"] * 5, "a" * 101),
+        "stream": ("yes",),
+        "n": (2,),
+        "model": (7,),
+    }.items()
+    for value in values
 ]
 
 
@@ -111,6 +165,108 @@ def test_bad_requests_are_refused_in_words(client: Any, path: str, body: Any, st
     content = body if isinstance(body, str) else json.dumps(body)
     answer = client.post(path, content=content, headers={"content-type": "application/json"})
     assert answer.status_code == status and message in answer.json()["error"]["message"]
+
+
+def test_a_whole_request_of_the_real_client_passes(client: Any, folder: Path) -> None:
+    """Every key that is allowed, and nulls, which count as absent; the answer names the model, not where it lies."""
+    openai = pytest.importorskip("openai")
+    real = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0)
+    name = real.models.list().data[0].id
+    more: Any = {
+        "n": 1,
+        "presence_penalty": 0,
+        "frequency_penalty": 0.1,
+        "seed": 3,
+        "user": "a",
+        "top_p": 0.9,
+        "stop": ["~~"],
+    }
+    parts = [{"type": "text", "text": PROMPT}, {"type": "text", "text": "jumps"}]
+    chat = [{"role": "system", "content": "a"}, {"role": "user", "content": parts, "name": "b"}]
+    for limit in ({"max_tokens": None, "max_completion_tokens": 3}, {"max_tokens": 3}):
+        answer = real.chat.completions.create(model=name, messages=chat, temperature=None, **limit, **more)
+        assert answer.usage.completion_tokens <= 3 and answer.model == name == folder.name
+    pieces = list(
+        real.completions.create(model=name, prompt=PROMPT, max_tokens=3, stream=True, temperature=0.5, **more)
+    )
+    assert {piece.model for piece in pieces} == {name}
+    with pytest.raises(openai.NotFoundError, match="there is no model"):
+        real.completions.create(model="other", prompt="a")
+    whole = client.post(TEXT, json={"prompt": PROMPT, "max_tokens": 2, "seed": None, "tools": None})
+    assert whole.status_code == 200 and str(folder.parent) not in whole.text
+
+
+def test_without_a_limit_the_longest_text_is_one(client: Any) -> None:
+    answer = client.post(TEXT, json={"prompt": "fox " * 120, "temperature": 0}).json()
+    assert answer["usage"]["total_tokens"] <= 512
+    used = answer["usage"]["prompt_tokens"]
+    exact = {"prompt": "fox " * 120, "temperature": 0, "max_tokens": 512 - used}
+    assert client.post(TEXT, json=exact).status_code == 200
+    refused = client.post(TEXT, json={**exact, "max_tokens": 513 - used})
+    assert refused.status_code == 400 and f"the prompt has {used} tokens" in refused.json()["error"]["message"]
+
+
+def test_chat_is_counted_as_the_server_counts(client: Any) -> None:
+    chat = {"messages": [{"role": "user", "content": [{"type": "text", "text": "fox"}] * 40}], "temperature": 0}
+    used = client.post(CHAT, json={**chat, "max_tokens": 1}).json()["usage"]["prompt_tokens"]
+    refused = client.post(CHAT, json={**chat, "max_tokens": 513 - used}).json()
+    assert f"the prompt has {used} tokens" in refused["error"]["message"]
+
+
+def test_models_without_a_chat_template_say_so(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = None
+    with pytest.raises(Exception, match="chat template does not take these messages"):
+        Front(None, tokenizer, 512, "a")._checked(CHAT, b'{"messages": [{"role": "user", "content": "a"}]}')
+
+
+def test_counting_does_not_hold_up_others() -> None:
+    """Whatever time a tokenizer takes, the event loop goes on."""
+    order: list[str] = []
+
+    def slow(text: str) -> dict[str, list[int]]:
+        time.sleep(0.5)
+        order.append("counted")
+        return {"input_ids": [0] * 100}
+
+    async def both() -> None:
+        front, sent = Front(None, slow, 10, "a"), []
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": b'{"prompt": "a"}'}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        request = asyncio.ensure_future(front({"type": "http", "method": "POST", "path": TEXT}, receive, send))
+        await asyncio.sleep(0.1)
+        order.append("others")
+        await request
+        assert sent[0]["status"] == 400
+
+    asyncio.run(both())
+    assert order == ["others", "counted"]
+
+
+def test_nothing_is_written_for_a_client_that_left(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the next request would wait for all of its tokens, here held up to take 25 s."""
+    forward = LlamaForCausalLM.forward
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.05)
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", slow)
+    body = {"prompt": PROMPT, "max_tokens": 500, "temperature": 0, "stop": "~~~~"}
+    for stream in (False, True):
+        with (
+            contextlib.suppress(httpx.TimeoutException),
+            client.stream("POST", TEXT, json={**body, "stream": stream}, timeout=0.7) as answer,
+        ):
+            next(answer.iter_lines())
+        start = time.monotonic()
+        complete(client, 2)
+        assert time.monotonic() - start < 5
 
 
 def test_it_outlives_clients_that_go_away(client: Any) -> None:
@@ -123,10 +279,6 @@ def test_it_outlives_clients_that_go_away(client: Any) -> None:
                  b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 500\r\n\r\n{"):  # fmt: skip
         with socket.create_connection((client.base_url.host, client.base_url.port), timeout=5) as raw:
             raw.sendall(sent)  # and in the middle of a request
-    for bad in ({"messages": [{"role": "nobody", "content": "a"}]}, {"prompt": "a", "stop": 7, "max_tokens": 2}):
-        path = "/v1/chat/completions" if "messages" in bad else "/v1/completions"
-        answer = client.post(path, json=bad)
-        assert answer.status_code == 200 or answer.json()["error"]["message"]  # in words, on the same connection
     assert complete(client) == expected
     with ThreadPoolExecutor(4) as pool:
         assert set(pool.map(lambda _: complete(client), range(8))) == {expected}
@@ -154,11 +306,48 @@ def test_the_command_listens_on_this_machine_only(folder: Path) -> None:
 
 
 def test_other_folders_are_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(tmp_path / "absent")]) == 2
+    assert f"there is no folder {tmp_path / 'absent'}" in capsys.readouterr().err
     assert main(["serve", str(tmp_path)]) == 2
     assert "holds no model (config.json)" in capsys.readouterr().err
     (tmp_path / "job.yaml").write_text("name: a")
     assert main(["serve", str(tmp_path)]) == 2
     assert "is a run; export it first" in capsys.readouterr().err
+
+
+def test_what_cannot_run_is_named_before_the_model_loads(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.cli.serve.Serve.__init__", lambda *a, **k: pytest.fail("the model was loaded"))
+    there = torch.cuda.is_available()
+    for option, words in (
+        ("--port=99999", "--port 99999: ports are 1 to 65535"),
+        ("--port=0", "--port 0: ports are"),
+        ("--device=banana", "--device banana cannot be used"),
+        ("--device=meta", "--device meta cannot be used"),
+        ("--device=cuda:99" if there else "--device=cuda", "cannot be used"),
+    ):
+        assert main(["serve", str(folder), "--engine=transformers", option]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+    config = json.loads((folder / "config.json").read_text())
+    shutil.copytree(folder, tmp_path / "endless")
+    del config["max_position_embeddings"]
+    (tmp_path / "endless" / "config.json").write_text(json.dumps(config))
+    assert main(["serve", str(tmp_path / "endless"), "--engine=transformers", "--device=cpu"]) == 2
+    assert "says neither max_position_embeddings nor n_positions" in capsys.readouterr().err
+    for known in ({"n_positions": 64}, {"text_config": {"max_position_embeddings": 64}}):
+        (tmp_path / "endless" / "config.json").write_text(json.dumps(config | known))
+        assert _context(tmp_path / "endless") == 64
+
+
+def test_it_says_where_it_listens_once_it_does(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    with socket.socket() as taken, installed():
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(SystemExit):
+            serve(folder, "transformers", "127.0.0.1", taken.getsockname()[1], "cpu", "float32")
+    assert "on http://" not in capsys.readouterr().err
 
 
 def test_missing_engines_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
