@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from qat.checkpoints.hf import load_tokenizer, read_json
 from qat.errors import CheckpointError, ConfigError
-from qat.kernels.engines.transformers import METHODS, compute_dtype, install
+from qat.kernels.engines.transformers import METHODS, compute_dtype, installed
 
 Engine = Literal["auto", "transformers", "vllm"]
 MAX_BODY = 4 << 20  # bytes of a request
@@ -59,11 +59,10 @@ def serve(folder: Path, engine: Engine, host: str, port: int, device: str, dtype
         raise ConfigError(f"serving needs {', '.join(missing)}: pip install 'qat-native[serve]'")
     _check_device(device)
     method = (config.get("quantization_config") or {}).get("quant_method")
-    if method in METHODS:
-        install()
-    elif method is not None:
+    if method is not None and method not in METHODS:
         print(f"qat serve: {method} checkpoints are left to transformers itself", file=sys.stderr)
-    server = transformers_server(folder, host, port, device, dtype)
+    with installed():
+        server = transformers_server(folder, host, port, device, dtype)
     bind = server.startup
 
     async def announced(sockets: Any = None) -> None:
