@@ -1,0 +1,51 @@
+"""Tokens per second of greedy `generate` in one process: exports with packed weights against BF16, taking turns.
+
+    python benchmarks/generate.py BF16_MODEL EXPORT [EXPORT ...] [--rounds 5] [--tokens 32]
+
+`embedded` stands for the embedded SmolLM2-135M. The first folder is what the others are compared with; one round more is
+made and dropped.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+PROMPT = "The sea is a large body of salt water that"
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=32)
+    arguments = parser.parse_args()
+    from qat.checkpoints.hf import ModelConfig, load_model, load_tokenizer, read_json, resolve
+    from qat.kernels.engines.transformers import compute_dtype, load_packed
+
+    models = {}
+    for given in arguments.folders:
+        folder = resolve(ModelConfig(id="embedded:smollm2-135m")) if given == "embedded" else Path(given)
+        packed = "quantization_config" in read_json(folder / "config.json")
+        dtype = compute_dtype("cpu")
+        models[folder.name] = load_packed(folder) if packed else load_model(folder, dtype).eval()
+        ids = load_tokenizer(folder)(PROMPT, return_tensors="pt")["input_ids"]
+    speeds: dict[str, list[float]] = {name: [] for name in models}
+    options = {"max_new_tokens": arguments.tokens, "min_new_tokens": arguments.tokens, "do_sample": False}
+    with torch.inference_mode():
+        for index in range(arguments.rounds + 1):
+            for name, model in models.items():
+                began = time.perf_counter()
+                model.generate(ids, pad_token_id=0, **options)  # type: ignore[operator]  # a transformers method
+                if index:
+                    speeds[name].append(arguments.tokens / (time.perf_counter() - began))
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    for name, speed in medians.items():
+        print(f"{name:<34}{speed:>8.1f} tokens/s{speed / next(iter(medians.values())):>8.2f}x")
+
+
+if __name__ == "__main__":
+    main()
