@@ -2,8 +2,8 @@
 
     python benchmarks/generate.py BF16_MODEL EXPORT [EXPORT ...] [--rounds 5] [--tokens 32]
 
-`embedded` stands for the embedded SmolLM2-135M. The first folder is what the others are compared with; the first round is
-dropped.
+`embedded` stands for the embedded SmolLM2-135M. The first folder is what the others are compared with. The first round
+is dropped.
 """
 
 import argparse
