@@ -26,13 +26,8 @@ SECONDS = 120
 def compiler() -> str | None:
     """The C compiler: $CC, cc, gcc or clang, or None."""
     return next(
-        (found for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (found := which(name))), None
+        (found for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (found := shutil.which(name))), None
     )
-
-
-def which(name: str) -> str | None:
-    """Path of a program."""
-    return shutil.which(name)
 
 
 def load_library(source: Path, *, exact: bool = False) -> ctypes.CDLL:

@@ -46,7 +46,7 @@ def _on_a_cpu(tokens: int) -> dict[str, str]:
     if reason is not None:
         return {"kernel": "reference", "why": f"weights are dequantized at every call, slower than BF16: {reason}"}
     few = f"at most {FEW} tokens: codes are decoded in registers"
-    many = f"more than {FEW} tokens: slices of dense weights for the library's product"
+    many = f"more than {FEW} tokens: slices of dense weights for the library's product, slower than BF16 to about 64"
     return {"kernel": "c", "why": few if tokens <= FEW else many}
 
 

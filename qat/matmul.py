@@ -239,8 +239,15 @@ class QuantizedLinear(Stored):
     def forward(self, codes: Tensor, scales: Tensor) -> Tensor:
         """(..., out_features)."""
         weight = MatmulWeight(self.format, self.in_features, self.codes, self.scales, self.global_scale)
-        given = {"input_format": self.input_format, "dtype": self.dtype, "input_scale": self.input_scale}
-        return quantized_matmul(codes, scales, weight, self.bias, **given)  # type: ignore[arg-type]  # as named
+        return quantized_matmul(
+            codes,
+            scales,
+            weight,
+            self.bias,
+            input_format=self.input_format,
+            dtype=self.dtype,
+            input_scale=self.input_scale,
+        )
 
     def extra_repr(self) -> str:
         """Shape and formats, for `print(model)`."""

@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from qat.catalog import CATALOG
+from qat.checkpoints.targets import TARGETS
 from qat.cli import main
 from qat.kernels.load import cpu_problem
 from tests.tiny import tiny_model
@@ -105,3 +106,10 @@ def test_kernels_say_what_runs_and_why(capsys: pytest.CaptureFixture[str]) -> No
     assert told["nvfp4"]["kernel"] == here
     assert main(["kernels", "--rows", "0"]) == 2
     assert "must be positive" in capsys.readouterr().err
+
+
+def test_export_help_names_every_target(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    told = capsys.readouterr().out
+    assert all(name in told for name in TARGETS)

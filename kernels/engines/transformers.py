@@ -188,8 +188,8 @@ def install() -> None:
     """Let transformers load checkpoints of `METHODS` packed, in this process, until `uninstall`."""
     for method in METHODS:
         if method not in _before:
-            _before[method] = tuple(table.get(method) for table in _tables())  # type: ignore[assignment]  # one entry of each of the two tables
             quantizers, configs = _tables()
+            _before[method] = quantizers.get(method), configs.get(method)
             quantizers[method], configs[method] = partial(_quantizer, quantizers.get(method)), PackedConfig
 
 

@@ -54,7 +54,8 @@ def computes(fmt: Format) -> bool:
 
 
 @cache
-def _rule(fmt: Format, divisor: float) -> _Rule:
+def _rule(name: str, divisor: float) -> _Rule:
+    fmt = lookup(name)  # by name: a Format's hash goes over all its values
     element, (amax_floor, scale_floor) = fmt.element, floors(fmt)
     return _Rule(
         max=element.max,
@@ -90,7 +91,7 @@ def fake_quantize_input(x: Tensor, static: Tensor | None, format: str, estimator
     many = x.numel() // block
     keep = estimator == "clipped"
     scales = x.new_empty((many // (columns // block), columns // block) if keep else (0,), dtype=torch.float32)
-    rule: Any = _rule(fmt, 1.0 if static is None else float(static))
+    rule: Any = _rule(format, 1.0 if static is None else float(static))
     status = library().fake_quantize_input(
         ctypes.byref(rule),
         x.data_ptr(),

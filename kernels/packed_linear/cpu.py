@@ -8,7 +8,6 @@ import ctypes
 import threading
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,8 +54,12 @@ def library() -> ctypes.CDLL:
 
 
 @cache
-def _tables(fmt: Format) -> tuple[Tensor, Tensor | None]:
-    """float32 value of every code as words hold it, and of every byte of a one-byte scale."""
+def _tables(name: str) -> tuple[Tensor, Tensor | None]:
+    """float32 value of every code as words hold it, and of every byte of a one-byte scale.
+
+    Cached by name: the hash of a Format goes over all its values.
+    """
+    fmt = lookup(name)
     codes = torch.arange(2**fmt.element.bits, dtype=torch.uint8)
     if fmt.element.kind == "integer":  # words count from the lowest value
         codes = codes ^ (1 << (fmt.element.bits - 1))
@@ -69,7 +72,7 @@ def _weight(
     fmt: Format, columns: int, words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, factor: float
 ) -> _Weight:
     """Pointers into tensors that the caller keeps alive; scales and zero points row by row."""
-    table, scale_table = _tables(fmt)
+    table, scale_table = _tables(fmt.name)
     minifloat = fmt.element.kind == "minifloat"
     return _Weight(
         words.data_ptr(),
@@ -110,8 +113,11 @@ def packed_linear(
             f"an input of width {columns} needs words {[rows, width]} and scales {[*grid]} in {format}; "
             f"given {[*words.shape]} and {[*scales.shape]}"
         )
-    if scales.dtype not in (fmt.scale_storage, torch.float32, torch.uint8):
-        raise FormatError(f"{format} scales must be {fmt.scale_storage} or float32, not {scales.dtype}")
+    stored = torch.uint8 if fmt.scale_storage.itemsize == 1 else fmt.scale_storage
+    if scales.dtype not in (stored, torch.float32):
+        raise FormatError(f"{format} scales must be {stored} or float32, not {scales.dtype}")
+    if (zeros is not None and zeros.shape != scales.shape) or (bias is not None and bias.shape != (rows,)):
+        raise FormatError(f"zero points must be {[*grid]}, and a bias {[rows]}")
     words, bias = words.contiguous(), None if bias is None else bias.contiguous()
     flat = x.reshape(-1, columns)
     if flat.dtype not in (torch.float32, torch.bfloat16):
@@ -128,7 +134,7 @@ def packed_linear(
         out = flat.new_empty(tokens, rows)
         scratch = flat.new_empty(tokens * words.shape[1] * parts(fmt.element.bits), dtype=torch.float32)
         pointers = (flat.data_ptr(), flat.stride(0), tokens, size, scratch.data_ptr(), out.data_ptr())
-        _done(library().packed_linear(ctypes.byref(weight), *pointers, torch.get_num_threads()), fmt)
+        _done(library().packed_linear(ctypes.byref(weight), *pointers, torch.get_num_threads()))
     return out.view(*x.shape[:-1], rows).to(x.dtype)
 
 
@@ -138,10 +144,7 @@ def _by_slices(x: Tensor, weight: _Weight, rows: int, bias: Tensor | None) -> Te
     dense, out = _scratch(step * columns, x.dtype).view(step, columns), x.new_empty(x.shape[0], rows)
     for first in range(0, rows, step):
         last = min(first + step, rows)
-        _done(
-            library().dense_rows(ctypes.byref(weight), first, last, dense.data_ptr(), size, torch.get_num_threads()),
-            None,
-        )
+        _done(library().dense_rows(ctypes.byref(weight), first, last, dense.data_ptr(), size, torch.get_num_threads()))
         out[:, first:last] = functional.linear(x, dense[: last - first])
     return out if bias is None else out.add_(bias)
 
@@ -156,9 +159,9 @@ def _scratch(values: int, dtype: torch.dtype) -> Tensor:
     return held[:wanted].view(dtype)
 
 
-def _done(status: int, fmt: Any) -> None:
+def _done(status: int) -> None:
     if status:
-        raise RuntimeError(f"cpu.c has no decoder for {fmt}: `decodes` must say so first")
+        raise RuntimeError("cpu.c has no decoder for an element that `decodes` says it has")
 
 
 def decodes(fmt: Format) -> bool:

@@ -101,6 +101,10 @@ def test_what_does_not_fit_is_refused_before_memory_is_read() -> None:
         run(torch.zeros(1, 1 << 20), weight)
     with pytest.raises(FormatError, match=r"must be torch\.bfloat16 or float32, not torch.float16"):
         run(normal(1, 256), replace(weight, scales=weight.scales.half()))
+    with pytest.raises(FormatError, match=r"not torch\.uint8"):  # which would look up a table that BF16 scales lack
+        run(normal(1, 256), replace(weight, scales=weight.scales.to(torch.uint8)))
+    with pytest.raises(FormatError, match=r"and a bias \[24\]"):
+        run(normal(1, 256), weight, normal(23))
     strided = torch.stack([weight.words, weight.words], dim=-1)[..., 0]
     bias = normal(48)[::2]
     assert torch.equal(
