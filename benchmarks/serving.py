@@ -103,14 +103,17 @@ def measure(servers: list[Server], rounds: int, tokens: int, clients: int) -> li
     found: dict[str, dict[str, list[float]]] = {
         server.name: {"first_s": [], "tokens_s": [], "first_long_s": [], "together_s": []} for server in servers
     }
-    with Progress(transient=True) as progress:
-        for index in progress.track(range(rounds + 1), description="asking"):
+    with Progress(transient=True, auto_refresh=False) as progress:  # draws between requests only
+        task = progress.add_task("asking", total=(rounds + 1) * len(servers))
+        for index in range(rounds + 1):
             for server in servers:
+                progress.refresh()
                 first, speed, _ = server.ask(PROMPTS[index % len(PROMPTS)], tokens)
                 values = (first, speed, server.ask(LONG, 2)[0], together(server, clients, tokens))
                 if index:
                     for series, value in zip(found[server.name].values(), values, strict=True):
                         series.append(value)
+                progress.advance(task)
     rows: list[dict[str, Any]] = []
     for server in servers:
         medians = {key: statistics.median(series) for key, series in found[server.name].items()}

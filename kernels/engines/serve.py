@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from qat.checkpoints.hf import load_tokenizer, read_json
 from qat.errors import CheckpointError, ConfigError
+from qat.kernels.compiler import end_idle_threads
 from qat.kernels.engines.transformers import METHODS, compute_dtype, installed
 
 Engine = Literal["auto", "transformers", "vllm"]
@@ -95,6 +96,7 @@ def transformers_server(folder: Path, host: str, port: int, device: str = "cpu",
     manager = _stoppable()
     generations.get_manager = lambda model, use_cb=False: manager
     prepared.server.config.app.add_middleware(Front, tokenizer=tokenizer, context=context, name=name)
+    end_idle_threads()  # from here on, only the generating thread computes
     return prepared.server
 
 
