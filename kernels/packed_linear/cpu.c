@@ -14,6 +14,7 @@
 #define LANES 16
 #define PART 32
 #define BLOCK 16 /* rows that a thread takes at a time */
+#define AHEAD 8192 /* bytes */
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
@@ -79,21 +80,34 @@ INLINE float sum(vf x) {
     return total;
 }
 
+INLINE vi widen(vh raw) {
+#ifdef __AVX512F__
+    return (vi)_mm512_cvtepu16_epi32((__m256i)raw); /* which GCC makes of two halves */
+#else
+    return __builtin_convertvector(raw, vi);
+#endif
+}
+
 /* What tile_times and tile_values start from: the words of a tile as two vectors. */
 INLINE void tile_words(const Weight *w, int64_t row, int64_t tile, vi word[2]) {
+    const uint16_t *words = w->words + row * w->width + tile * PART;
+    __builtin_prefetch((const char *)words + AHEAD); /* rows are short for the processor's own prefetcher */
     for (int half = 0; half < 2; half++) {
         vh raw;
-        memcpy(&raw, w->words + row * w->width + tile * PART + half * LANES, sizeof raw);
-        word[half] = __builtin_convertvector(raw, vi);
+        memcpy(&raw, words + half * LANES, sizeof raw);
+        word[half] = widen(raw);
     }
 }
 
-/* Half a part: 16 values before their scale, and the scale. */
-INLINE vf half_values(const Weight *w, int64_t row, int64_t first, vi word, int part, int bits, int mantissa, int affine,
-                      int bf16, vf table, float *scale) {
-    int64_t group = first >> w->group_shift;
-    if (group >= w->groups) group = w->groups - 1; /* the last tile may reach beyond the columns */
-    *scale = scale_at(w, group, row, bf16);
+/* The group of a column; the last tile may reach beyond the columns. */
+INLINE int64_t group_of(const Weight *w, int64_t column, int small, int whole) {
+    int64_t group = column >> (small ? 4 : w->group_shift);
+    return whole || group < w->groups ? group : w->groups - 1;
+}
+
+/* Half a part: 16 values before their scale. */
+INLINE vf half_values(const Weight *w, int64_t row, int64_t group, vi word, int part, int bits, int mantissa, int affine,
+                      vf table) {
     vf value = decode(word >> (part * bits), bits, mantissa, table, w->step);
     return affine ? value - (float)w->zeros[row * w->groups + group] : value;
 }
@@ -101,20 +115,23 @@ INLINE vf half_values(const Weight *w, int64_t row, int64_t first, vi word, int 
 /* One tile of ROWS rows times TOKENS rows of x, which is loaded once for all rows. Everything but the addresses is a
  * constant after inlining. */
 INLINE void tile_times(const Weight *w, int64_t row, int64_t tile, const float *x, int64_t stride, int rows, int tokens,
-                       int bits, int mantissa, int small, int affine, int bf16, vf table, vf total[2][4][2]) {
+                       int bits, int mantissa, int small, int affine, int bf16, int whole, vf table, vf total[2][4][2]) {
     const int parts = 16 / bits;
     vi word[2][2];
 #pragma GCC unroll 2
     for (int r = 0; r < rows; r++) tile_words(w, row + r, tile, word[r]);
 #pragma GCC unroll 8
     for (int part = 0; part < parts; part++) {
-        int64_t first = (tile * parts + part) * PART, second = first + (small ? LANES : 0);
+        const int64_t first = (tile * parts + part) * PART;
+        const int64_t group = group_of(w, first, small, whole), next = small ? group_of(w, first + LANES, 1, whole) : group;
         float one[2], two[2];
         vf low[2], high[2];
 #pragma GCC unroll 2
         for (int r = 0; r < rows; r++) {
-            low[r] = half_values(w, row + r, first, word[r][0], part, bits, mantissa, affine, bf16, table, &one[r]);
-            high[r] = half_values(w, row + r, second, word[r][1], part, bits, mantissa, affine, bf16, table, &two[r]);
+            low[r] = half_values(w, row + r, group, word[r][0], part, bits, mantissa, affine, table);
+            high[r] = half_values(w, row + r, next, word[r][1], part, bits, mantissa, affine, table);
+            one[r] = scale_at(w, group, row + r, bf16);
+            two[r] = small ? scale_at(w, next, row + r, bf16) : one[r];
         }
 #pragma GCC unroll 4
         for (int token = 0; token < tokens; token++) {
@@ -151,8 +168,10 @@ INLINE void some_rows(const Weight *w, const float *x, int64_t stride, char *out
                       int tokens, int bits, int mantissa, int small, int affine, int bf16, vf table) {
     const int64_t tiles = w->width / PART;
     vf total[2][4][2] = {};
-    for (int64_t tile = 0; tile < tiles; tile++)
-        tile_times(w, row, tile, x, stride, rows, tokens, bits, mantissa, small, affine, bf16, table, total);
+    const int64_t whole = w->columns / (PART * 16 / bits);
+    for (int64_t tile = 0; tile < whole; tile++)
+        tile_times(w, row, tile, x, stride, rows, tokens, bits, mantissa, small, affine, bf16, 1, table, total);
+    if (whole < tiles) tile_times(w, row, whole, x, stride, rows, tokens, bits, mantissa, small, affine, bf16, 0, table, total);
     for (int r = 0; r < rows; r++) {
         for (int token = 0; token < tokens; token++) {
             int64_t at = token * w->rows + row + r;
@@ -231,48 +250,71 @@ int packed_linear(const Weight *w, const void *x, int64_t stride, int64_t tokens
 INLINE vh to_bf16(vf value) {
     typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
     vu bits = (vu)value;
-    return __builtin_convertvector((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, vh);
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+#ifdef __AVX512F__
+    return (vh)_mm512_cvtepi32_epi16((__m512i)bits);
+#else
+    return __builtin_convertvector(bits, vh);
+#endif
 }
 
-/* Values of rows [first, last), (last - first, columns), in float32 or bf16. */
-INLINE void rows_values(const Weight *w, int64_t first, int64_t last, char *out, int bytes, int bits, int mantissa,
-                        int affine) {
+/* One tile of a row, in float32 or bf16, to `out`; the last tile may end before its words do. */
+INLINE void tile_values(const Weight *w, int64_t row, int64_t tile, char *out, int bytes, int bits, int mantissa, int small,
+                        int affine, int bf16, int whole, vf table) {
     const int parts = 16 / bits;
-    const vf table = bits == 4 ? load(w->table) : (vf){};
-    for (int64_t row = first; row < last; row++) {
-        for (int64_t tile = 0; tile * PART < w->width; tile++) {
-            vi word[2];
-            tile_words(w, row, tile, word);
-            for (int part = 0; part < parts; part++) {
-                for (int half = 0; half < 2; half++) {
-                    int64_t at = (tile * parts + part) * PART + half * LANES, many = w->columns - at;
-                    if (many <= 0) break;
-                    float scale;
-                    vf value = half_values(w, row, at, word[half], part, bits, mantissa, affine, 0, table, &scale);
-                    value *= scale * w->global_scale;
-                    vh rounded = to_bf16(value);
-                    size_t size = (size_t)bytes * (many < LANES ? many : LANES);
-                    char *to = out + ((row - first) * w->columns + at) * bytes;
-                    const void *from = bytes == 2 ? (void *)&rounded : (void *)&value;
-                    if (many >= LANES) memcpy(to, from, bytes * LANES);
-                    else memcpy(to, from, size);
-                }
-            }
+    vi word[2];
+    tile_words(w, row, tile, word);
+#pragma GCC unroll 8
+    for (int part = 0; part < parts; part++) {
+        const int64_t first = (tile * parts + part) * PART;
+        const int64_t group = group_of(w, first, small, whole), next = small ? group_of(w, first + LANES, 1, whole) : group;
+        const float one = scale_at(w, group, row, bf16) * w->global_scale;
+        const float two = small ? scale_at(w, next, row, bf16) * w->global_scale : one;
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            const int64_t at = first + half * LANES;
+            vf value = half_values(w, row, half ? next : group, word[half], part, bits, mantissa, affine, table);
+            value *= half ? two : one;
+            const vh rounded = to_bf16(value);
+            const void *from = bytes == 2 ? (const void *)&rounded : (const void *)&value;
+            if (whole || at + LANES <= w->columns) memcpy(out + at * bytes, from, bytes * LANES);
+            else if (at < w->columns) memcpy(out + at * bytes, from, bytes * (w->columns - at));
         }
     }
 }
 
+/* Values of rows [first, last), (last - first, columns). */
+INLINE void rows_values(const Weight *w, int64_t first, int64_t last, char *out, int bytes, int bits, int mantissa,
+                        int small, int affine, int bf16) {
+    const Weight copy = *w; /* which stores to `out` cannot change */
+    w = &copy;
+    const vf table = bits == 4 ? load(w->table) : (vf){};
+    const int64_t tiles = w->width / PART, whole = w->columns / (PART * 16 / bits);
+    for (int64_t row = first; row < last; row++, out += w->columns * bytes) {
+        for (int64_t tile = 0; tile < whole; tile++)
+            tile_values(w, row, tile, out, bytes, bits, mantissa, small, affine, bf16, 1, table);
+        if (whole < tiles) tile_values(w, row, whole, out, bytes, bits, mantissa, small, affine, bf16, 0, table);
+    }
+}
+
 typedef void (*Values)(const Weight *, int64_t, int64_t, char *);
-#define VALUES(NAME, BITS, MANTISSA, BYTES, AFFINE)                                                                     \
+#define VALUES(NAME, BITS, MANTISSA, BYTES, SMALL, AFFINE, BF16)                                                       \
     static void NAME(const Weight *w, int64_t first, int64_t last, char *out) {                                         \
-        rows_values(w, first, last, out, BYTES, BITS, MANTISSA, AFFINE);                                                \
+        rows_values(w, first, last, out, BYTES, BITS, MANTISSA, SMALL, AFFINE, BF16);                                   \
     }
 #define ELEMENT_VALUES(NAME, BITS, MANTISSA)                                                                            \
-    VALUES(NAME##_half, BITS, MANTISSA, 2, 0)                                                                           \
-    VALUES(NAME##_full, BITS, MANTISSA, 4, 0)                                                                           \
-    VALUES(NAME##_affine_half, BITS, MANTISSA, 2, 1)                                                                    \
-    VALUES(NAME##_affine_full, BITS, MANTISSA, 4, 1)                                                                    \
-    static const Values NAME##_values[2][2] = {{NAME##_half, NAME##_full}, {NAME##_affine_half, NAME##_affine_full}};
+    VALUES(NAME##_half, BITS, MANTISSA, 2, 0, 0, 0)                                                                     \
+    VALUES(NAME##_full, BITS, MANTISSA, 4, 0, 0, 0)                                                                     \
+    VALUES(NAME##_small_half, BITS, MANTISSA, 2, 1, 0, 0)                                                               \
+    VALUES(NAME##_small_full, BITS, MANTISSA, 4, 1, 0, 0)                                                               \
+    VALUES(NAME##_affine_half, BITS, MANTISSA, 2, 0, 1, 0)                                                              \
+    VALUES(NAME##_affine_full, BITS, MANTISSA, 4, 0, 1, 0)                                                              \
+    VALUES(NAME##_bf16_half, BITS, MANTISSA, 2, 0, 0, 1)                                                                \
+    VALUES(NAME##_bf16_full, BITS, MANTISSA, 4, 0, 0, 1)                                                                \
+    static const Values NAME##_values[4][2] = {{NAME##_half, NAME##_full},                                              \
+                                               {NAME##_small_half, NAME##_small_full},                                  \
+                                               {NAME##_affine_half, NAME##_affine_full},                                \
+                                               {NAME##_bf16_half, NAME##_bf16_full}};
 ELEMENT_VALUES(int2, 2, -1)
 ELEMENT_VALUES(int4, 4, -1)
 ELEMENT_VALUES(int8, 8, -1)
@@ -285,7 +327,7 @@ int dense_rows(const Weight *w, int64_t first, int64_t last, void *out, int byte
     const Values(*element)[2] = kind == 19 ? int2_values : kind == 39 ? int4_values : kind == 79 ? int8_values
                               : kind == 41 ? e2m1_values : kind == 83 ? e4m3_values : 0;
     if (!element) return 1;
-    const Values values = element[w->zeros != 0][bytes == 4];
+    const Values values = element[w->zeros ? 2 : (1ll << w->group_shift) < PART ? 1 : w->scale_bytes == 2 ? 3 : 0][bytes == 4];
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t block = 0; block < (last - first + BLOCK - 1) / BLOCK; block++) {
         int64_t from = first + block * BLOCK, to = from + BLOCK < last ? from + BLOCK : last;
