@@ -69,7 +69,10 @@ def fake_quantize_input(x: Tensor, fmt: Format, rule: str, estimator: Estimator,
 
 def _vllm(x: Tensor, fmt: Format, static: Tensor | None, estimator: Estimator) -> Tensor:
     if fmt.block[0] == 1 and not fmt.zero_point and len(fmt.elements) == 1:
-        y: Tensor = torch.ops.qat.fake_quantize_input(x, static, fmt.name, estimator)[0]
+        if x.requires_grad and torch.is_grad_enabled():
+            through: Tensor = _FakeQuantizeInput.apply(x, static, fmt.name, estimator)
+            return through
+        y: Tensor = _OPERATOR(x, static, fmt.name, "ste")[0]
         return y
     with torch.no_grad():
         scales = vllm_scales(x.detach(), fmt, static)
@@ -86,12 +89,15 @@ def fake_quantize_input_reference(
     return y, scale if estimator == "clipped" else scale.new_empty(0)
 
 
-_fake_quantize_input = torch.library.custom_op(
-    "qat::fake_quantize_input", fake_quantize_input_reference, mutates_args=()
+# Defined without `custom_op`, whose autograd wrapper takes longer than the numbers of one token.
+torch.library.define(
+    "qat::fake_quantize_input", torch.library.infer_schema(fake_quantize_input_reference, mutates_args=())
 )
+torch.library.impl("qat::fake_quantize_input", "CompositeExplicitAutograd", fake_quantize_input_reference)
+_OPERATOR = torch.ops.qat.fake_quantize_input.default
 
 
-@_fake_quantize_input.register_fake
+@torch.library.register_fake("qat::fake_quantize_input")
 def _(x: Tensor, static: Tensor | None, format: str, estimator: str) -> tuple[Tensor, Tensor]:
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     shape = lookup(format).grid_shape(rows, x.shape[-1]) if estimator == "clipped" else (0,)
@@ -99,24 +105,25 @@ def _(x: Tensor, static: Tensor | None, format: str, estimator: str) -> tuple[Te
     return y, x.new_empty(shape, dtype=torch.float32)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, _static, ctx.format, ctx.estimator = inputs
-    ctx.set_materialize_grads(False)  # nothing flows back through the scales
-    if ctx.estimator == "clipped":
-        ctx.save_for_backward(x, output[1])
+class _FakeQuantizeInput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, static: Tensor | None, format: str, estimator: str) -> Tensor:
+        y, scale = _OPERATOR(x.detach(), static, format, estimator)
+        ctx.format, ctx.estimator = format, estimator
+        if estimator == "clipped":
+            ctx.save_for_backward(x, scale)
+        return y
 
-
-def _backward(ctx: Any, grad: Tensor | None, _grad_scale: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is not None and ctx.estimator == "clipped":
-        x, scale = ctx.saved_tensors
-        needs = [True, False, False]
-        (grad,) = torch.ops.qat.fake_quantize_backward(
-            grad, x, None, None, scale, None, ctx.format, ctx.estimator, needs
-        )
-    return grad, None, None, None
-
-
-_fake_quantize_input.register_autograd(_backward, setup_context=_setup)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
+        if ctx.estimator == "clipped":
+            x, scale = ctx.saved_tensors
+            needs = [True, False, False]
+            (grad,) = torch.ops.qat.fake_quantize_backward(
+                grad, x, None, None, scale, None, ctx.format, ctx.estimator, needs
+            )
+        return grad, None, None, None
 
 
 def floors(fmt: Format) -> tuple[float, float]:

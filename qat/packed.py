@@ -146,10 +146,12 @@ def reference(
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-_packed_linear = torch.library.custom_op("qat::packed_linear", reference, mutates_args=())
+# Defined without `custom_op`, whose autograd wrapper costs as much as the product of a small layer.
+torch.library.define("qat::packed_linear", torch.library.infer_schema(reference, mutates_args=()))
+torch.library.impl("qat::packed_linear", "CompositeExplicitAutograd", reference)
 
 
-@_packed_linear.register_fake
+@torch.library.register_fake("qat::packed_linear")
 def _(x: Tensor, words: Tensor, *args: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], words.shape[0])
 
@@ -159,12 +161,22 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -
 
     Raises:
         FormatError: x has another width than the weight.
+        UnsupportedError: x needs a gradient; packed weights are for inference.
     """
-    if x.shape[-1] != weight.columns:
-        raise FormatError(f"an input of width {x.shape[-1]} meets a weight of {weight.columns} columns")
-    y: Tensor = torch.ops.qat.packed_linear(
-        x, weight.words, weight.scales, weight.zeros, bias, weight.global_scale, weight.format
+    return _checked(
+        x, weight.columns, weight.words, weight.scales, weight.zeros, bias, weight.global_scale, weight.format
     )
+
+
+_OPERATOR = torch.ops.qat.packed_linear.default
+
+
+def _checked(x: Tensor, columns: int, *weight: Any) -> Tensor:
+    if x.shape[-1] != columns:
+        raise FormatError(f"an input of width {x.shape[-1]} meets a weight of {columns} columns")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise UnsupportedError("packed weights are for inference: the input needs a gradient; use torch.no_grad()")
+    y: Tensor = _OPERATOR(x, *weight)
     return y
 
 
@@ -215,7 +227,8 @@ class PackedLinear(Stored):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
-        return packed_linear(x, self.packed, self.bias)
+        weight = (self.words, self.scales, self.zeros, self.bias, self.global_scale, self.format)
+        return _checked(x, self.in_features, *weight)
 
     def extra_repr(self) -> str:
         """Shape and format, for `print(model)`."""

@@ -54,6 +54,14 @@ def computes(fmt: Format) -> bool:
 
 
 @cache
+def _block(name: str) -> tuple[int, bool]:
+    """Columns of a block (0: the row; -1: a format that cpu.c does not know), and whether a divisor is stored."""
+    fmt = lookup(name)
+    known = fmt.group is not None and computes(fmt)
+    return (fmt.group or 0) if known else -1, fmt.scale == "e4m3"
+
+
+@cache
 def _rule(name: str, divisor: float) -> _Rule:
     fmt = lookup(name)  # by name: a Format's hash goes over all its values
     element, (amax_floor, scale_floor) = fmt.element, floors(fmt)
@@ -79,12 +87,12 @@ def _rule(name: str, divisor: float) -> _Rule:
 
 def fake_quantize_input(x: Tensor, static: Tensor | None, format: str, estimator: str) -> tuple[Tensor, Tensor]:
     """The operator `qat::fake_quantize_input` on a CPU."""
-    fmt = lookup(format)
     columns = x.shape[-1] if x.dim() else 0
-    block = fmt.group or columns
-    plain = x.dtype in (torch.float32, torch.bfloat16) and x.numel() and fmt.divides(columns) and block % LANES == 0
-    given = (static is not None and static.dtype == torch.float32) == (fmt.scale == "e4m3")
-    if not plain or not given or not computes(fmt):
+    block, split_of_e4m3 = _block(format)
+    block = block or columns
+    plain = x.dtype in (torch.float32, torch.bfloat16) and columns and x.numel() and columns % block == 0
+    given = (static is not None and static.dtype == torch.float32) == split_of_e4m3
+    if not plain or not given or block % LANES or block < 0:
         return fake_quantize_input_reference(x, static, format, estimator)
     x = x.contiguous()
     out = torch.empty_like(x)
@@ -103,5 +111,5 @@ def fake_quantize_input(x: Tensor, static: Tensor | None, format: str, estimator
         torch.get_num_threads(),
     )
     if status:
-        raise RuntimeError(f"cpu.c has no instance for {fmt.name}: `computes` must say so first")
+        raise RuntimeError(f"cpu.c has no instance for {format}: `computes` must say so first")
     return out, scales

@@ -6,6 +6,7 @@
  * arithmetic; minifloats are decoded through integers, because subnormal floats are slow or flushed on some CPUs.
  */
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -24,24 +25,33 @@ typedef struct {
     const uint16_t *words; /* (rows, width) */
     const void *scales;    /* (rows, groups): bf16, float32, or bytes that look up `scale_table` */
     const int8_t *zeros;   /* (rows, groups) or null */
-    const float *bias;     /* (rows) or null */
+    const void *bias;      /* (rows), bf16 or float32, or null */
     const float *table;    /* value of each code, as stored in words */
     const float *scale_table;
     float global_scale;
     int64_t rows, columns, width, groups;
     int32_t group_shift; /* log2 of the columns per scale; large where a row has one */
-    int32_t bits, scale_bytes, minifloat_mantissa; /* mantissa bits, or -1 for integers */
+    int32_t bits, scale_bytes, bias_bytes, minifloat_mantissa; /* mantissa bits, or -1 for integers */
     float step;                                    /* value of the smallest positive code */
 } Weight;
+
+INLINE float of_bf16(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
 
 INLINE float scale_at(const Weight *w, int64_t group, int64_t row, int bf16) {
     int64_t at = row * w->groups + group;
     if (!bf16 && w->scale_bytes == 1) return w->scale_table[((const uint8_t *)w->scales)[at]];
     if (!bf16 && w->scale_bytes == 4) return ((const float *)w->scales)[at];
-    uint32_t bits = (uint32_t)((const uint16_t *)w->scales)[at] << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
+    return of_bf16(((const uint16_t *)w->scales)[at]);
+}
+
+INLINE float bias_at(const Weight *w, int64_t row) {
+    if (!w->bias) return 0;
+    return w->bias_bytes == 4 ? ((const float *)w->bias)[row] : of_bf16(((const uint16_t *)w->bias)[row]);
 }
 
 INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
@@ -156,13 +166,6 @@ INLINE uint16_t bf16_of(float value) {
     return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
 }
 
-INLINE float of_bf16(uint16_t half) {
-    uint32_t bits = (uint32_t)half << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
 /* ROWS rows times up to 4 rows of x, rounded once to elements of `bytes`. */
 INLINE void some_rows(const Weight *w, const float *x, int64_t stride, char *out, int bytes, int64_t row, int rows,
                       int tokens, int bits, int mantissa, int small, int affine, int bf16, vf table) {
@@ -175,7 +178,7 @@ INLINE void some_rows(const Weight *w, const float *x, int64_t stride, char *out
     for (int r = 0; r < rows; r++) {
         for (int token = 0; token < tokens; token++) {
             int64_t at = token * w->rows + row + r;
-            float value = sum(total[r][token][0] + total[r][token][1]) * w->global_scale + (w->bias ? w->bias[row + r] : 0);
+            float value = sum(total[r][token][0] + total[r][token][1]) * w->global_scale + bias_at(w, row + r);
             if (bytes == 4) ((float *)out)[at] = value;
             else ((uint16_t *)out)[at] = value == value ? bf16_of(value) : 0x7FC0;
         }
@@ -218,22 +221,22 @@ ELEMENT(int8, 8, -1)
 ELEMENT(e2m1, 4, 1)
 ELEMENT(e4m3, 8, 3)
 
-/* out (tokens, rows) = x (tokens, columns) times the weight. Elements of x and out have `bytes`: 4 (float32) or 2 (bf16);
- * rows of x are `stride` elements apart; `scratch` holds x in float32, (tokens, columns of whole tiles).
- * Returns 0, or 1 where the element is not known. */
-int packed_linear(const Weight *w, const void *x, int64_t stride, int64_t tokens, int bytes, float *scratch, void *out,
-                  int threads) {
+/* out (tokens, rows) = x (tokens, columns) times the weight. Elements of x and out have `bytes`: 4 (float32) or 2 (bf16).
+ * Returns 0, 1 where the element is not known, or 2 without memory for x in float32. */
+int packed_linear(const Weight *w, const void *x, int64_t tokens, int bytes, void *out, int threads) {
     const int kind = w->bits * 10 + w->minifloat_mantissa;
     const Rows(*element)[2] = kind == 19 ? int2 : kind == 39 ? int4 : kind == 79 ? int8 : kind == 41 ? e2m1
                             : kind == 83 ? e4m3 : 0;
     if (!element) return 1;
     const int small = (1ll << w->group_shift) < PART;
     const Rows *rows = element[w->zeros ? 2 : small ? 1 : w->scale_bytes == 2 ? 3 : 0];
-    const int64_t padded = w->width * (16 / w->bits);
+    const int64_t padded = w->width * (16 / w->bits); /* whole tiles */
+    float *scratch = malloc(4 * tokens * padded + 1);
+    if (!scratch) return 2;
     for (int64_t token = 0; token < tokens; token++) {
         float *to = scratch + token * padded;
-        if (bytes == 4) memcpy(to, (const float *)x + token * stride, 4 * w->columns);
-        else for (int64_t k = 0; k < w->columns; k++) to[k] = of_bf16(((const uint16_t *)x)[token * stride + k]);
+        if (bytes == 4) memcpy(to, (const float *)x + token * w->columns, 4 * w->columns);
+        else for (int64_t k = 0; k < w->columns; k++) to[k] = of_bf16(((const uint16_t *)x)[token * w->columns + k]);
         memset(to + w->columns, 0, 4 * (padded - w->columns));
     }
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -244,6 +247,7 @@ int packed_linear(const Weight *w, const void *x, int64_t stride, int64_t tokens
         for (; done < tokens; done++)
             rows[0](w, scratch + done * padded, padded, (char *)out + done * w->rows * bytes, bytes, first, last);
     }
+    free(scratch);
     return 0;
 }
 

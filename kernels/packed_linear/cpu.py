@@ -8,22 +8,25 @@ import ctypes
 import threading
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from qat.catalog import SCALE_ELEMENT, lookup
 from qat.errors import FormatError
 from qat.format import Format
 from qat.kernels.compiler import load_library
-from qat.layouts import PART, parts, tile
+from qat.layouts import PART, tile
 from qat.numerics import decode_scale
 from qat.packed import reference
 
 FEW = 8  # tokens up to which decoding in registers beats a dense slice
 SLICE_BYTES = 4 << 20  # of dense weights at a time: they should stay in the cache
 _kept = threading.local()
+_NO_MEMORY = 2
 _WHOLE_ROW = 40  # a shift that leaves one group per row
 
 
@@ -34,7 +37,10 @@ class _Weight(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("words", "scales", "zeros", "bias", "table", "scale_table")),
         ("global_scale", ctypes.c_float),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "width", "groups")),
-        *((name, ctypes.c_int32) for name in ("group_shift", "bits", "scale_bytes", "minifloat_mantissa")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("group_shift", "bits", "scale_bytes", "bias_bytes", "minifloat_mantissa")
+        ),
         ("step", ctypes.c_float),
     )
 
@@ -48,7 +54,7 @@ def library() -> ctypes.CDLL:
     """
     found = load_library(Path(__file__).with_name("cpu.c"))
     pointer, whole, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    found.packed_linear.argtypes = [pointer, pointer, whole, whole, flag, pointer, pointer, flag]
+    found.packed_linear.argtypes = [pointer, pointer, whole, flag, pointer, flag]
     found.dense_rows.argtypes = [pointer, whole, whole, pointer, flag, flag]
     return found
 
@@ -71,7 +77,7 @@ def _tables(name: str) -> tuple[Tensor, Tensor | None]:
 def _weight(
     fmt: Format, columns: int, words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, factor: float
 ) -> _Weight:
-    """Pointers into tensors that the caller keeps alive; scales and zero points row by row."""
+    """Pointers into tensors that the caller keeps alive; scales and zero points (rows, groups)."""
     table, scale_table = _tables(fmt.name)
     minifloat = fmt.element.kind == "minifloat"
     return _Weight(
@@ -89,9 +95,77 @@ def _weight(
         fmt.group.bit_length() - 1 if fmt.group else _WHOLE_ROW,
         fmt.element.bits,
         scales.element_size(),
+        0 if bias is None else bias.element_size(),
         fmt.element.mantissa_bits if minifloat else -1,
         fmt.element.min_normal / 2**fmt.element.mantissa_bits if minifloat else 1.0,
     )
+
+
+class _Held(NamedTuple):
+    """A weight as cpu.c reads it, and the tensors that it points into."""
+
+    scales: Tensor
+    zeros: Tensor | None
+    bias: Tensor | None
+    addresses: tuple[int, int, int, int]
+    about: tuple[str, int, float]
+    weight: _Weight
+
+
+_held = WeakTensorKeyDictionary()  # by words: describing a weight takes longer than a small layer's product
+
+
+def _addresses(words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None) -> tuple[int, int, int, int]:
+    zeros_at, bias_at = 0 if zeros is None else zeros.data_ptr(), 0 if bias is None else bias.data_ptr()
+    return words.data_ptr(), scales.data_ptr(), zeros_at, bias_at
+
+
+def _plain(bias: Tensor | None) -> Tensor | None:
+    """A bias in one of the dtypes of cpu.c."""
+    if bias is None or bias.dtype == torch.bfloat16:
+        return None if bias is None else bias.contiguous()
+    return bias.to(torch.float32).contiguous()
+
+
+def _describe(
+    words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, about: tuple[str, int, float]
+) -> tuple[_Weight, tuple[Tensor | None, ...]]:
+    """What cpu.c reads, and the tensors to keep alive for it."""
+    held: _Held | None = _held.get(words)
+    addresses = _addresses(words, scales, zeros, bias)
+    if held is not None and (held.about, held.addresses) == (about, addresses):  # and the tensors are the same ones
+        held = held if held.scales is scales and held.zeros is zeros and held.bias is bias else None
+        if held is not None:
+            return held.weight, ()
+    name, columns, factor = about
+    fmt = lookup(name)
+    _check(fmt, columns, words, scales, zeros, bias)
+    kept = (
+        words.contiguous(),
+        scales.t().contiguous(),
+        None if zeros is None else zeros.t().contiguous(),
+        _plain(bias),
+    )
+    weight = _weight(fmt, columns, *kept, factor)
+    if _addresses(*kept) == addresses:  # no copies, so it holds whatever is written into the tensors later
+        _held[words] = _Held(scales, zeros, bias, addresses, about, weight)
+    return weight, kept
+
+
+def _check(fmt: Format, columns: int, words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None) -> None:
+    """Refuse what would read memory of other tensors."""
+    rows = words.shape[0]
+    width, grid = -(-columns // tile(fmt.element.bits)) * PART, fmt.grid_shape(rows, columns)[::-1]
+    if words.shape[1] != width or tuple(scales.shape) != grid:
+        raise FormatError(
+            f"an input of width {columns} needs words {[rows, width]} and scales {[*grid]} in {fmt.name}; "
+            f"given {[*words.shape]} and {[*scales.shape]}"
+        )
+    stored = torch.uint8 if fmt.scale_storage.itemsize == 1 else fmt.scale_storage
+    if scales.dtype not in (stored, torch.float32):
+        raise FormatError(f"{fmt.name} scales must be {stored} or float32, not {scales.dtype}")
+    if (zeros is not None and zeros.shape != scales.shape) or (bias is not None and bias.shape != (rows,)):
+        raise FormatError(f"zero points must be {[*grid]}, and a bias {[rows]}")
 
 
 def packed_linear(
@@ -107,35 +181,20 @@ def packed_linear(
     fmt, columns, rows = lookup(format), x.shape[-1], words.shape[0]
     if not decodes(fmt):
         return reference(x, words, scales, zeros, bias, global_scale, format)
-    width, grid = -(-columns // tile(fmt.element.bits)) * PART, fmt.grid_shape(rows, columns)[::-1]
-    if words.shape[1] != width or tuple(scales.shape) != grid:
-        raise FormatError(
-            f"an input of width {columns} needs words {[rows, width]} and scales {[*grid]} in {format}; "
-            f"given {[*words.shape]} and {[*scales.shape]}"
-        )
-    stored = torch.uint8 if fmt.scale_storage.itemsize == 1 else fmt.scale_storage
-    if scales.dtype not in (stored, torch.float32):
-        raise FormatError(f"{format} scales must be {stored} or float32, not {scales.dtype}")
-    if (zeros is not None and zeros.shape != scales.shape) or (bias is not None and bias.shape != (rows,)):
-        raise FormatError(f"zero points must be {[*grid]}, and a bias {[rows]}")
-    words, bias = words.contiguous(), None if bias is None else bias.contiguous()
-    flat = x.reshape(-1, columns)
-    if flat.dtype not in (torch.float32, torch.bfloat16):
-        flat = flat.to(torch.float32)
-    flat = flat if flat.stride(-1) == 1 else flat.contiguous()
-    tokens, size = flat.shape[0], flat.element_size()
-    by_row, zeros_by_row = scales.t().contiguous(), None if zeros is None else zeros.t().contiguous()
+    weight, kept = _describe(words, scales, zeros, bias, (format, columns, global_scale))
+    given = x.dtype
+    if given not in (torch.float32, torch.bfloat16):
+        x = x.to(torch.float32)
+    x = x.contiguous()
+    tokens = x.numel() // columns if columns else 0
     if tokens > FEW:
-        weight = _weight(fmt, columns, words, by_row, zeros_by_row, None, global_scale)
-        out = _by_slices(flat, weight, rows, bias)
+        out = _by_slices(x.view(tokens, columns), weight, rows, bias).view(*x.shape[:-1], rows)
     else:
-        bias = None if bias is None else bias.to(torch.float32)
-        weight = _weight(fmt, columns, words, by_row, zeros_by_row, bias, global_scale)
-        out = flat.new_empty(tokens, rows)
-        scratch = flat.new_empty(tokens * words.shape[1] * parts(fmt.element.bits), dtype=torch.float32)
-        pointers = (flat.data_ptr(), flat.stride(0), tokens, size, scratch.data_ptr(), out.data_ptr())
-        _done(library().packed_linear(ctypes.byref(weight), *pointers, torch.get_num_threads()))
-    return out.view(*x.shape[:-1], rows).to(x.dtype)
+        out = x.new_empty(*x.shape[:-1], rows)
+        arguments = (x.data_ptr(), tokens, x.element_size(), out.data_ptr(), torch.get_num_threads())
+        _done(library().packed_linear(ctypes.byref(weight), *arguments))
+    del kept  # alive until here
+    return out if out.dtype == given else out.to(given)
 
 
 def _by_slices(x: Tensor, weight: _Weight, rows: int, bias: Tensor | None) -> Tensor:
@@ -160,6 +219,8 @@ def _scratch(values: int, dtype: torch.dtype) -> Tensor:
 
 
 def _done(status: int) -> None:
+    if status == _NO_MEMORY:
+        raise MemoryError("no memory for the input in float32")
     if status:
         raise RuntimeError("cpu.c has no decoder for an element that `decodes` says it has")
 

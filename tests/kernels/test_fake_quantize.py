@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat.activations import fake_quantize_input, static_part
+from qat.activations import fake_quantize_input, static_part, vllm_scales
 from qat.catalog import CATALOG, lookup
 from qat.errors import FormatError, UnsupportedError
 from qat.gradients import Estimator
@@ -48,9 +48,16 @@ def test_opcheck_of_the_backward(
 
 @pytest.mark.parametrize(("name", "estimator"), [("nvfp4", "clipped"), ("fp8_token", "ste"), ("mxfp4", "clipped")])
 def test_opcheck_of_the_input(name: str, estimator: Estimator) -> None:
-    x = normal(2, 3, 64).requires_grad_()
-    static = static_part(lookup(name), torch.tensor(4.0))
+    x, fmt = normal(2, 3, 64), lookup(name)
+    static = static_part(fmt, torch.tensor(1.0))
     torch.library.opcheck(torch.ops.qat.fake_quantize_input.default, (x, static, name, estimator))
+    given = x.requires_grad_()
+    fake_quantize_input(given, fmt, "vllm", estimator, static).backward(2 * torch.ones_like(x))
+    limit = vllm_scales(x.detach(), fmt, static).effective().repeat_interleave(fmt.group or 64, dim=1).view_as(x)
+    inside = (x.detach().abs() <= limit * fmt.element.max) if estimator == "clipped" else torch.ones_like(x)
+    assert given.grad is not None and torch.equal(given.grad, 2.0 * inside)
+    if estimator == "clipped":
+        assert not inside.all()
 
 
 def test_inputs_of_no_tokens_stay_empty() -> None:

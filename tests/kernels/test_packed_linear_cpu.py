@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from qat.catalog import CATALOG, lookup
-from qat.errors import FormatError
+from qat.errors import FormatError, UnsupportedError
 from qat.kernels import compiler
 from qat.kernels.explain import explain
 from qat.kernels.load import cpu_problem
-from qat.kernels.packed_linear.cpu import FEW, decodes, packed_linear
+from qat.kernels.packed_linear.cpu import FEW, _held, decodes, packed_linear
 from qat.numerics import QTensor, quantize
-from qat.packed import PackedWeight, pack, problem, unpack
+from qat.packed import PackedLinear, PackedWeight, pack, problem, unpack
 
 PACKED = [name for name, fmt in CATALOG.items() if problem(fmt) is None]
 pytestmark = pytest.mark.skipif(cpu_problem() is not None, reason=str(cpu_problem()))
@@ -110,6 +110,47 @@ def test_what_does_not_fit_is_refused_before_memory_is_read() -> None:
     assert torch.equal(
         run(normal(2, 256), replace(weight, words=strided), bias), run(normal(2, 256), weight, bias.clone())
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_is_kept_of_a_weight_follows_its_tensors(dtype: torch.dtype) -> None:
+    first, second = (pack(quantize(normal(24, 256, seed=n), lookup("int4_g64"))) for n in (0, 1))
+    x, bias = normal(2, 256, seed=2), normal(24).to(dtype)
+
+    def same() -> bool:  # as a weight that has never been seen
+        fresh = replace(first, words=first.words.clone())
+        return torch.equal(run(x, first, bias), run(x, fresh, bias.clone()))
+
+    run(x, first, bias)
+    assert same()
+    for tensor, value in ((first.words, second.words), (first.scales, second.scales), (bias, normal(24, seed=3))):
+        before = run(x, first, bias)
+        tensor.copy_(value)
+        assert same() and not torch.equal(before, run(x, first, bias))
+    first.scales.data = (first.scales * 2).t().contiguous().t()  # another place in memory
+    assert same()
+    first = replace(first, scales=(first.scales * 2).contiguous(), global_scale=3.0)  # ordered as a GPU wants them
+    assert same()
+    bias = bias + 1
+    assert same()
+
+
+def test_a_weight_that_is_gone_is_forgotten() -> None:
+    weight = pack(quantize(normal(24, 256), lookup("int4_g64")))
+    before = len(_held)
+    run(normal(1, 256), weight)
+    assert len(_held) == before + 1
+    del weight
+    assert len(_held) == before
+
+
+def test_an_input_that_needs_a_gradient_is_refused() -> None:
+    layer = PackedLinear(pack(quantize(normal(24, 256), lookup("int4_g64"))))
+    x = normal(1, 256).requires_grad_()
+    with pytest.raises(UnsupportedError, match=r"torch\.no_grad"):
+        layer(x)
+    with torch.no_grad():
+        assert layer(x).shape == (1, 24)
 
 
 def test_a_format_without_a_decoder_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
