@@ -1,7 +1,8 @@
 # Two commands on a machine with Python >= 3.11 and make: `make quickstart` runs the main job on the embedded model,
 # `make test` proves the checkout. Both first create .venv with the versions in constraints.txt, once.
 # Variables: PYTHON (interpreter to build .venv from), JOBS (test processes).
-# `make test-vllm` also creates .venv-vllm, because vLLM pins other versions than ours.
+# `make test-vllm` also creates .venv-vllm, because vLLM pins other versions than ours; `make test-triton` a folder with
+# the oldest Triton that we support.
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -12,19 +13,21 @@ RUN := runs/quickstart
 OUT := $(RUN)/export/compressed-tensors
 VLLM := .venv-vllm
 VLLM_NEEDS := tests/kernels/vllm-requirements.txt
+TRITON := .triton-3.6.0
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-vllm lint clean
+.PHONY: help setup quickstart test test-vllm test-triton lint clean
 
 help:
 	@echo "make quickstart   train, export, verify and sample the embedded 135M model"
 	@echo "make test         set up, then ruff, mypy and the CPU tests"
 	@echo "make test-vllm    exports inside vLLM itself, in an environment of its own (x86-64 Linux, 3 GB)"
+	@echo "make test-triton  compile every Triton kernel with the oldest Triton that is supported (x86-64 Linux, 1 GB)"
 	@echo "make lint         ruff and mypy only"
 	@echo "make setup        create .venv with pinned versions (the others do this too)"
-	@echo "make clean        remove .venv, .venv-vllm, caches and build products; runs/ stays"
+	@echo "make clean        remove .venv, .venv-vllm, $(TRITON), caches and build products; runs/ stays"
 
 setup: $(VENV)/.ready
 
@@ -82,7 +85,19 @@ test-vllm: setup $(VLLM)/.ready
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 QAT_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python \
 		$(BIN)/python -m pytest -q tests/kernels/test_vllm_engine.py
 
+# The folder goes in front of the environment's own Triton, in the processes that compile.
+$(TRITON)/.ready:
+	@echo "setup triton: download into $(TRITON)"
+	@rm -rf $(TRITON)
+	@$(BIN)/python -m pip install -qq --only-binary :all: --no-deps --target $(TRITON) triton==$(TRITON:.triton-%=%)
+	@touch $@
+
+test-triton: setup $(TRITON)/.ready
+	@echo "test-triton: pytest, kernels compiled by Triton $(TRITON:.triton-%=%)"
+	@OMP_NUM_THREADS=1 QAT_TRITON=$(CURDIR)/$(TRITON) TRITON_CACHE_DIR=$(CURDIR)/$(TRITON)/.cache \
+		$(BIN)/python -m pytest -q tests/kernels -k "every_architecture"
+
 clean:
-	@echo "clean: remove $(VENV), $(VLLM), caches and build products; runs/ stays"
-	@rm -rf $(VENV) $(VLLM) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@echo "clean: remove $(VENV), $(VLLM), $(TRITON), caches and build products; runs/ stays"
+	@rm -rf $(VENV) $(VLLM) $(TRITON) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[2]
 def in_a_process(script: str, *arguments: str, **environment: str) -> str:
     """What the script prints; its failure is the test's."""
     path = Path(__file__).with_name(script)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", **environment}
+    paths = [folder for folder in (os.environ.get("QAT_TRITON"), str(ROOT)) if folder]  # see `make test-triton`
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore", **environment}
     command = [sys.executable, str(path), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
