@@ -12,7 +12,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-
 if folder := os.environ.get("QAT_TRITON"):
     assert Path(triton.__file__).is_relative_to(folder), f"this is {triton.__file__}, not the Triton that was asked for"
 
