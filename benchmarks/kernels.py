@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from layers import LAYERS
 from rich.progress import track
 from torch import Tensor
 from torch.nn import functional
@@ -38,16 +39,6 @@ from qat.packed import PackedWeight, pack, packed_linear
 from qat.rows import reference as reference_rows
 
 Call = Callable[[], Any]
-LAYERS = {  # rows x columns
-    "large": {
-        "Llama-8B qkv": (6144, 4096),
-        "Llama-8B o": (4096, 4096),
-        "Llama-8B gate_up": (28672, 4096),
-        "Llama-8B down": (4096, 14336),
-        "square": (8192, 8192),
-    },
-    "small": {"SmolLM2 q": (576, 576), "SmolLM2 gate": (1536, 576), "SmolLM2 down": (576, 1536), "4096": (4096, 4096)},
-}
 TOKENS = {"cuda": (1, 4, 16, 64, 128, 256, 1024, 4096), "cpu": (1, 4, 16, 64)}
 WEIGHTS = ("int4_g128", "int4_g64", "nvfp4", "mxfp4", "int8_channel", "mxfp8")
 PAIRS = (  # input, weight

@@ -10,6 +10,7 @@ from qat.kernels.fake_quantize.choose import problem as training_problem
 from qat.kernels.load import available, cpu_problem
 from qat.kernels.packed_linear.choose import choose
 from qat.kernels.quantized_matmul import choose as matmul
+from qat.kernels.tuned import case, override
 from qat.layouts import tile
 from qat.matmul import problem as matmul_problem
 from qat.packed import problem
@@ -36,6 +37,7 @@ def explain(format: str, tokens: int, rows: int, columns: int, input_format: str
         return {**told, **_on_a_cpu(tokens)}
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     tiles = choose(tokens, rows, columns, tile(fmt.element.bits), processors)
+    tiles = override(tiles, torch.cuda.get_device_name(0), case("packed_linear", format, rows, columns), tokens)
     return {**told, "kernel": "triton", "why": tiles.why}
 
 
@@ -68,7 +70,9 @@ def _explain_quantized(format: str, tokens: int, rows: int, columns: int, input_
     device = device_of(torch.empty(0, device="cuda"))
     if matmul.block_scaled(x, w, columns, device.capability):
         return {**told, "kernel": "triton", "why": f"block-scaled units, by {matmul.BLOCK_SCALED}=1; never measured"}
-    return {**told, "kernel": "triton", "why": matmul.choose(tokens, rows, columns, x, w, device).why}
+    tiles = matmul.choose(tokens, rows, columns, x, w, device)
+    name = case("quantized_matmul", f"{input_format} x {format}", rows, columns)
+    return {**told, "kernel": "triton", "why": override(tiles, torch.cuda.get_device_name(0), name, tokens).why}
 
 
 def explain_all(tokens: int, rows: int, columns: int, input_format: str | None = None) -> list[dict[str, Any]]:

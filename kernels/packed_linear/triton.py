@@ -20,6 +20,7 @@ from qat.catalog import SCALE_ELEMENT, lookup
 from qat.element import EXPONENT_BIAS
 from qat.format import Format
 from qat.kernels.packed_linear.choose import Tiles, choose
+from qat.kernels.tuned import case, gpu_of, override
 from qat.layouts import PART, tile
 
 FLOAT32_BIAS = tl.constexpr(EXPONENT_BIAS)  # and BF16's
@@ -202,6 +203,7 @@ def packed_linear(
         return out
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
     tiles = choose(tokens, rows, columns, tile(fmt.element.bits), processors)
+    tiles = override(tiles, gpu_of(x), case("packed_linear", format, rows, columns), tokens)
     target = out if tiles.splits == 1 else x.new_empty(tiles.splits, tokens, rows, dtype=torch.float32)
     grid = (triton.cdiv(rows, tiles.block_n), triton.cdiv(tokens, tiles.block_m), tiles.splits)
     packed_linear_kernel[grid](
