@@ -6,9 +6,11 @@ implementations. `explain.py` says what would run and why.
 
 import os
 import sys
+from collections.abc import Collection, Iterable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -40,48 +42,51 @@ def available() -> bool:
 
 
 @cache
-def _cannot_compile() -> str | None:
-    from qat.kernels.fake_quantize_input import cpu as inputs
-    from qat.kernels.packed_linear import cpu as packed
-
+def _cannot_compile(file: str) -> str | None:
     try:
-        packed.library(), inputs.library()
+        _module(file).library()
     except OSError as error:
         return str(error)
     return None
 
 
-def cpu_problem() -> str | None:
-    """Why the C kernels cannot run here, or None."""
-    return "QAT_KERNELS=0" if switched_off() else _cannot_compile()
+def cpu_problem(operators: Iterable[str] = KERNELS) -> str | None:
+    """Why the C kernels of these operators cannot run here, or None. Compiles them, once per machine."""
+    if switched_off():
+        return "QAT_KERNELS=0"
+    files = [KERNELS[operator]["cpu"] for operator in operators if "cpu" in KERNELS[operator]]
+    return next((problem for file in files if (problem := _cannot_compile(file)) is not None), None)
 
 
-def load() -> list[str]:
+def load(operators: Collection[str] = KERNELS.keys()) -> list[str]:
     """Put the kernels under the operators, once; returns the device types that have some now."""
-    devices = [device for device, there in (("cuda", available()), ("cpu", cpu_problem() is None)) if there]
+    devices = [device for device, there in (("cuda", available()), ("cpu", cpu_problem(operators) is None)) if there]
     for device in devices:
-        for operator, files in KERNELS.items():
-            if device in files:
-                register(operator, device, files[device])
+        for operator in operators:
+            if device in KERNELS[operator]:
+                register(operator, device, KERNELS[operator][device])
     return devices
+
+
+def _module(file: str) -> Any:
+    return import_module(f"qat.kernels.{file.replace('/', '.')}")
 
 
 def register(operator: str, device: str, file: str) -> None:
     """Put one kernel under an operator for a dispatch key; tests put Triton's interpreter under "cpu"."""
     if (operator, device) not in _loaded:
-        kernel = getattr(import_module(f"qat.kernels.{file.replace('/', '.')}"), operator)
-        torch.library.register_kernel(f"qat::{operator}", device, kernel)
+        torch.library.register_kernel(f"qat::{operator}", device, getattr(_module(file), operator))
         _loaded.add((operator, device))
 
 
 def load_for_training() -> None:
-    """`load`, and one line on stderr that says what training will run."""
+    """`load` what training calls, and one line on stderr that says what will run."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device in load():
-        names = [operator for operator, files in KERNELS.items() if device in files and operator in _TRAINING]
+    if device in load(_TRAINING):
+        names = [operator for operator in _TRAINING if device in KERNELS[operator]]
         what = f"{'Triton' if device == 'cuda' else 'C'} kernels for {', '.join(names)}"
     else:
-        why = "Triton is not installed" if device == "cuda" and not switched_off() else cpu_problem()
+        why = "Triton is not installed" if device == "cuda" and not switched_off() else cpu_problem(_TRAINING)
         what = f"no kernels ({why}): fake quantization runs its reference implementation, several passes over memory"
     print(f"qat: {what}", file=sys.stderr)
 

@@ -295,12 +295,15 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=4096, help="of the weight (default: %(default)s)")
     parser.add_argument("--columns", type=int, default=4096, help="of the weight (default: %(default)s)")
     parser.add_argument("--input", metavar="FORMAT", help="of quantized inputs (default: inputs in 16 bits)")
+    parser.add_argument("--training", action="store_true", help="explain what runs in `qat train` instead")
     parser.add_argument("--json", action="store_true", help="print the answers as JSON")
 
 
 def _kernels(arguments: argparse.Namespace) -> None:
     from qat.kernels.explain import explain_all
 
+    if arguments.training:
+        return _training_kernels(arguments.json)
     sizes = (arguments.tokens, arguments.rows, arguments.columns)
     if min(sizes) < 1:
         raise ConfigError(f"--tokens, --rows and --columns must be positive; given {sizes}")
@@ -314,6 +317,22 @@ def _kernels(arguments: argparse.Namespace) -> None:
         print(f"{answer['format']:<20}{answer['kernel']:<11}{answer['why']}")
     where = ", on GPUs" if arguments.input else ""
     print(f"\nof {answers[0]['operator']}, which `qat generate` and `qat serve` run{where}")
+
+
+def _training_kernels(as_json: bool) -> None:
+    from qat.catalog import CATALOG
+    from qat.kernels.explain import explain_training
+
+    answers = {name: explain_training(name) for name in CATALOG}
+    if as_json:
+        return _print_json(answers)
+    print("what `qat train` runs here, by format and operator:")
+    for name, told in answers.items():
+        kinds: dict[tuple[str, str], list[str]] = {}
+        for operator, answer in told.items():
+            kinds.setdefault((answer["kernel"], answer["why"]), []).append(operator.removeprefix("qat::"))
+        for (kernel, why), operators in kinds.items():
+            print(f"{name:<20}{kernel:<11}{', '.join(operators)}: {why}")
 
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Any], str]] = {

@@ -104,6 +104,9 @@ def test_kernels_say_what_runs_and_why(capsys: pytest.CaptureFixture[str]) -> No
     assert told["nf4_g64"]["kernel"] == "none" and "table" in told["nf4_g64"]["why"]
     here = "triton" if torch.cuda.is_available() else "c" if cpu_problem() is None else "reference"
     assert told["nvfp4"]["kernel"] == here
+    assert main(["kernels", "--training"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("nvfp4 ") and "_input" in line)
+    assert here in row and "one pass over memory" in row
     assert main(["kernels", "--rows", "0"]) == 2
     assert "must be positive" in capsys.readouterr().err
 
