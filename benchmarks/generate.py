@@ -31,7 +31,8 @@ def main() -> None:
         folder = resolve(ModelConfig(id="embedded:smollm2-135m")) if given == "embedded" else Path(given)
         packed = "quantization_config" in read_json(folder / "config.json")
         dtype = compute_dtype("cpu")
-        models[folder.name] = load_packed(folder) if packed else load_model(folder, dtype).eval()
+        name = folder.name if packed else "BF16" if given == "embedded" else f"{folder.name} in {dtype}"
+        models[name] = load_packed(folder) if packed else load_model(folder, dtype).eval()
         ids = load_tokenizer(folder)(PROMPT, return_tensors="pt")["input_ids"]
     speeds: dict[str, list[float]] = {name: [] for name in models}
     options = {"max_new_tokens": arguments.tokens, "min_new_tokens": arguments.tokens, "do_sample": False}

@@ -2,7 +2,7 @@
 # What a machine with a GPU should answer, in one go: GPU tests, kernel timings, step time, a longer distillation.
 # Prints short tables; JSON, plots and reports go to OUT.
 #
-#     OUT=results bash benchmarks/gpu.sh [tests] [kernels] [steps] [train]      (default: all four, about 25 minutes)
+#     OUT=results bash benchmarks/gpu.sh [tests] [kernels] [steps] [train] [tune]     (default: the first four, about 25 minutes)
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=${OUT:-results}
@@ -32,7 +32,8 @@ for wanted in "${@:-tests kernels steps train}"; do
                 done
                 ;;
             train) part train 540 "$PYTHON" benchmarks/recovery.py precision=bf16-mixed steps=400 rows=8 ;;
-            *) echo "no part called $what; there are tests, kernels, steps and train" >&2; exit 2 ;;
+            tune) part tune 590 "$PYTHON" benchmarks/tune.py && cp -r kernels/tuned "$OUT/" ;;
+            *) echo "no part called $what; there are tests, kernels, steps, train and tune" >&2; exit 2 ;;
         esac
     done
 done

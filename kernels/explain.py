@@ -48,7 +48,7 @@ def _on_a_cpu(tokens: int) -> dict[str, str]:
     if reason is not None:
         return {"kernel": "reference", "why": f"weights are dequantized at every call, slower than BF16: {reason}"}
     few = f"at most {FEW} tokens: codes are decoded in registers"
-    many = f"more than {FEW} tokens: slices of dense weights for the library's product, slower than BF16 to about 64"
+    many = f"more than {FEW} tokens: slices of dense weights for the library's product, somewhat slower than BF16"
     return {"kernel": "c", "why": few if tokens <= FEW else many}
 
 
@@ -99,6 +99,10 @@ def explain_training(format: str) -> dict[str, dict[str, str]]:
         why = reason or missing
         told[operator] = {"kernel": "triton" if why is None else "reference", "why": why or how}
     inputs = told["qat::fake_quantize_input"]
-    if problems["qat::fake_quantize_input"][0] is None and not available() and cpu_problem(["fake_quantize_input"]) is None:
+    if (
+        problems["qat::fake_quantize_input"][0] is None
+        and not available()
+        and cpu_problem(["fake_quantize_input"]) is None
+    ):
         inputs |= {"kernel": "c", "why": problems["qat::fake_quantize_input"][1]}
     return told
