@@ -131,7 +131,7 @@ def marlin_fp4(weight: QTensor) -> Product:
         weight_scale=_scales(weight),
     )
     if weight.scales.global_scale is not None:
-        layer.weight_global_scale = weight.scales.global_scale.reshape(1)  # multiplies
+        layer.weight_global_scale = weight.scales.global_scale  # multiplies
     marlin_utils_fp4.prepare_fp4_layer_for_marlin(layer)
     options = {
         "weight": layer.weight,
