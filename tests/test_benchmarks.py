@@ -1,7 +1,8 @@
-"""benchmarks/kernels.py times the peers that are right, names those that are missing, fail or are wrong, and goes on."""
+"""benchmarks/kernels.py times peers that are right, names those that are missing, fail or are wrong, and goes on."""
 
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,7 +53,7 @@ def shifted(weight: QTensor) -> Callable[..., Tensor]:
 
 def one_row_off(weight: QTensor) -> Callable[..., Tensor]:
     dense = weight.dequantize()
-    dense[3] *= 1.2
+    dense[3] *= 1.1
     return lambda x, *_: functional.linear(x.float(), dense)
 
 
@@ -108,7 +109,8 @@ def test_only_right_ones_are_timed_and_the_others_named(peers: ModuleType, capsy
     assert "timed beside ours: Right" in report
     assert "Refuses: ValueError: columns must be a multiple of 1024" in report and "nobody reads" not in report
     assert "Fails: RuntimeError: no kernel image" in report
-    assert "Shifted: wrong: off by" in report and "Off: wrong: off by" in report
+    assert "Shifted: wrong: off by" in report
+    assert re.search(r"Off: wrong: off by [01]\.\d% ", report), "2% of the whole are allowed, one column is not"
     assert "Fails, a layer, 5 tokens: RuntimeError" in capsys.readouterr().err
 
 
@@ -121,7 +123,7 @@ def test_wrong_shapes_and_nan_are_wrong(peers: ModuleType) -> None:
     assert "wrong" in peers.disagreement(torch.zeros_like(truth), truth, 0.02)
 
 
-def test_absent_and_left_out(peers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absent_and_left_out(peers: ModuleType) -> None:
     packages = {
         "gone": peers.Package("no-such-thing", "no_such_thing_at_all", "pip install no-such-thing"),
         "idle": peers.Package("torch", "torch", "pip install torch", absent="nothing like it here"),
@@ -135,6 +137,14 @@ def test_absent_and_left_out(peers: ModuleType, monkeypatch: pytest.MonkeyPatch)
     assert "is not compared: nothing like it here" in report
     assert "left out by --peers" in report
     assert run.versions()["no-such-thing"] == "not installed"
+
+
+def test_device_without_kernel(peers: ModuleType) -> None:
+    here = {"here": peers.Package("torch", "torch", "pip install torch")}
+    table = tuple(peers.Adapter(name, "here", "packed", ("mxfp4",), refuses) for name in ("One", "Two"))
+    run = peers.Peers("cpu", lambda call: 1.0, frozenset(here), table, here)
+    assert run.products("packed", {("mxfp4",): None}, "a layer") == []
+    assert "not compared at a layer: One, Two: there is no kernel for cpu" in run.report()
 
 
 def test_choice(peers: ModuleType) -> None:
