@@ -2,9 +2,11 @@
 
 On a GPU every call starts with a cold L2 cache (`triton.testing.do_bench` flushes it) and the median counts; on a CPU
 contenders take turns, operands rotate through more memory than the caches hold, and the median counts. Data is random.
-Peers that are not installed, or that do not take a shape, are named with the reason; nothing is left out silently.
+Every peer that is installed (benchmarks/peers.py) runs beside ours, on the same codes, once its result is right; those
+that are not installed, or do not take a shape, are named with the reason: nothing is left out silently.
 
-    python benchmarks/kernels.py [--device cuda|cpu] [--only packed,matmul,rows] [--layers small|large] [--out FOLDER]
+    python benchmarks/kernels.py [--device cuda|cpu] [--only packed,matmul,rows] [--layers small|large]
+                                 [--peers all|none|gemlite,vllm ...] [--out FOLDER]
 """
 
 import argparse
@@ -23,17 +25,18 @@ from typing import Any
 
 import torch
 from layers import LAYERS
+from peers import PACKAGES, Peers, choose
 from rich.progress import track
 from torch import Tensor
 from torch.nn import functional
 
 from qat.activations import static_part
 from qat.catalog import lookup
-from qat.inputs import quantize_input
+from qat.inputs import dequantize_input, quantize_input
 from qat.kernels.explain import explain
 from qat.kernels.load import load
 from qat.matmul import hold, quantized_matmul
-from qat.numerics import find_scales, quantize
+from qat.numerics import QTensor, find_scales, quantize
 from qat.ops import fake_quantize_reference
 from qat.packed import PackedWeight, pack, packed_linear
 from qat.rows import reference as reference_rows
@@ -65,6 +68,7 @@ class Row:
     us: float
     bytes: int
     note: str = ""
+    version: str = ""
 
 
 def timed(device: str, calls: dict[str, list[Call]], repeats: int) -> dict[str, float]:
@@ -84,14 +88,15 @@ def timed(device: str, calls: dict[str, list[Call]], repeats: int) -> dict[str, 
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def packed(device: str, layers: dict[str, tuple[int, int]], repeats: int) -> Iterator[Row]:
+def packed(device: str, layers: dict[str, tuple[int, int]], repeats: int, peers: Peers) -> Iterator[Row]:
     """x times a weight that stays packed, against the BF16 weight and the 4-bit products that torch has."""
     for layer, (rows, columns) in track(layers.items(), description="packed weights"):
         weight = torch.randn(rows, columns, device=device).bfloat16()
         dense = copies(device, weight.nbytes, weight.clone)
-        weights = {}
-        for name in (name for name in WEIGHTS if lookup(name).divides(columns)):
-            held = pack(quantize(weight, lookup(name)))
+        quantized = {(name,): quantize(weight, lookup(name)) for name in WEIGHTS if lookup(name).divides(columns)}
+        others, weights = peers.products("packed", quantized, layer), {}
+        for (name,), codes in quantized.items():
+            held = pack(codes)
             weights[name] = copies(device, held.nbytes, partial(_copied, held))
         torch_int4 = copies(device, weight.numel() // 2, partial(_torch_int4, rows, columns, device))
         for tokens in TOKENS[device]:
@@ -101,8 +106,12 @@ def packed(device: str, layers: dict[str, tuple[int, int]], repeats: int) -> Ite
                 calls[name] = [partial(packed_linear, x, w) for w in many]
             if torch_int4[0] is not None:
                 calls["torch int4 g128"] = [partial(call, x) for call in torch_int4 if call is not None]
+            given = dict.fromkeys(quantized, (x,))
             with torch.inference_mode():
                 found = timed(device, calls, repeats)
+                timings = peers.timings(
+                    others, given, partial(_product, quantized, x.float()), f"{layer}, {tokens} tokens"
+                )
             moved = 2 * tokens * (rows + columns)
             for name, us in found.items():
                 size = (
@@ -110,6 +119,13 @@ def packed(device: str, layers: dict[str, tuple[int, int]], repeats: int) -> Ite
                 )
                 note = f"{explain(name, tokens, rows, columns)['kernel']}" if name in weights else "torch"
                 yield Row("packed", layer, f"{rows}x{columns}", tokens, name, us, int(size) + moved, note)
+            for timing in timings:
+                size = weights[timing.beside[0]][0].nbytes + moved
+                yield Row("packed", layer, f"{rows}x{columns}", tokens, *timing.cells(size))
+
+
+def _product(quantized: dict[tuple[str, ...], QTensor], x: Tensor, which: tuple[str, ...]) -> Tensor:
+    return functional.linear(x, quantized[which].dequantize())
 
 
 def copies(device: str, size: int, make: Callable[[], Any]) -> list[Any]:
@@ -137,28 +153,42 @@ def _torch_int4(rows: int, columns: int, device: str) -> Callable[[Tensor], Tens
     return lambda x: torch.ops.aten._weight_int4pack_mm(x, held, group, scales)
 
 
-def matmul(device: str, layers: dict[str, tuple[int, int]], repeats: int) -> Iterator[Row]:
+def matmul(device: str, layers: dict[str, tuple[int, int]], repeats: int, peers: Peers) -> Iterator[Row]:
     """Codes times codes, against BF16, torch's 8-bit products, and inputs rounded before a packed weight."""
     for layer, (rows, columns) in track(layers.items(), description="quantized inputs"):
         weight = torch.randn(rows, columns, device=device)
         pairs = [p for p in PAIRS if all(lookup(name).divides(columns) for name in p)]
-        held = {pair: hold(quantize(weight, lookup(pair[1]))) for pair in pairs}
+        quantized = {pair: quantize(weight, lookup(pair[1])) for pair in pairs}
+        held = {pair: hold(codes) for pair, codes in quantized.items()}
+        others = peers.products("matmul", quantized, layer)
         dense = weight.bfloat16()
         for tokens in TOKENS[device]:
             x = torch.randn(tokens, columns, device=device).bfloat16()
             calls: dict[str, list[Call]] = {"BF16": [partial(functional.linear, x, dense)]}
+            given = {}
             for pair, kept in held.items():
                 fmt = lookup(pair[0])
                 static = static_part(fmt, x.abs().amax().float())
                 codes, scales = quantize_input(x, pair[0], static)
                 options = {"input_format": pair[0], "dtype": torch.bfloat16}
                 calls[" x ".join(pair)] = [partial(quantized_matmul, codes, scales, kept, **options)]
+                given[pair] = (x, codes, scales)
             calls |= _torch_products(x, weight)
+            truth = partial(_codes_product, quantized, given)
             with torch.inference_mode():
                 found = timed(device, calls, repeats)
+                timings = peers.timings(others, given, truth, f"{layer}, {tokens} tokens")
+            moved = 2 * tokens * (rows + columns)
             for name, us in found.items():
                 size = 2 * rows * columns if name == "BF16" else rows * columns
-                yield Row("matmul", layer, f"{rows}x{columns}", tokens, name, us, size + 2 * tokens * (rows + columns))
+                yield Row("matmul", layer, f"{rows}x{columns}", tokens, name, us, size + moved)
+            for timing in timings:
+                yield Row("matmul", layer, f"{rows}x{columns}", tokens, *timing.cells(rows * columns + moved))
+
+
+def _codes_product(quantized: dict[Any, QTensor], given: dict[Any, Any], pair: tuple[str, ...]) -> Tensor:
+    _, codes, scales = given[pair]
+    return _product(quantized, dequantize_input(codes, scales, None, pair[0]), pair)
 
 
 def _torch_products(x: Tensor, weight: Tensor) -> dict[str, list[Call]]:
@@ -183,7 +213,7 @@ def _torch_products(x: Tensor, weight: Tensor) -> dict[str, list[Call]]:
     return usable
 
 
-def rows(device: str, layers: dict[str, tuple[int, int]], repeats: int) -> Iterator[Row]:
+def rows(device: str, layers: dict[str, tuple[int, int]], repeats: int, peers: Peers) -> Iterator[Row]:
     """What is done row by row: fake quantization, inputs to codes after RMSNorm or SiLU, losses over a vocabulary."""
     side, vocabulary = (4096, 128256) if device == "cuda" else (1024, 49152)
     generator = torch.Generator().manual_seed(0)
@@ -203,12 +233,16 @@ def rows(device: str, layers: dict[str, tuple[int, int]], repeats: int) -> Itera
         }
         for contender, us in timed(device, calls, repeats).items():
             yield Row("fake quantize", name, f"{side}x{side}", side, contender, us, 4 * side * side)
+    norms = peers.products("rows", {("rms_norm",): None}, "RMSNorm")
     for name in ("int8_token", "fp8_token", "nvfp4", "mxfp4"):
         static = static_part(lookup(name), torch.tensor(6.0, device=device))
         steps = partial(_norm_then_quantize, x, gain, static, name)
         fused = partial(torch.ops.qat.rms_norm_quantize, x, None, gain, static, 1e-5, name)
         for contender, us in timed(device, {"separate": [steps], "fused": [fused]}, repeats).items():
             yield Row("RMSNorm + quantize", name, f"{len(x)}x{side}", len(x), contender, us, 3 * x.numel())
+        given = {("rms_norm",): (x, gain, static, name)}
+        for timing in peers.timings(norms, given, partial(_norm, x, gain), name):
+            yield Row("RMSNorm + quantize", name, f"{len(x)}x{side}", len(x), *timing.cells(3 * x.numel()))
     student, teacher = normal(256, vocabulary), normal(256, vocabulary)
     for kind in ("forward_kl", "jsd", "cross_entropy"):
         targets = torch.arange(256, device=device) if kind == "cross_entropy" else None
@@ -220,10 +254,24 @@ def rows(device: str, layers: dict[str, tuple[int, int]], repeats: int) -> Itera
         }
         for contender, us in timed(device, calls, repeats).items():
             yield Row("distill rows", kind, f"256x{vocabulary}", 256, contender, us, 6 * student.numel())
+        losses = peers.products("rows", {(kind,): None}, kind)
+        arguments = {(kind,): (student, teacher, targets)}
+        for timing in peers.timings(losses, arguments, partial(_gradient, student, given), kind):
+            yield Row("distill rows", kind, f"256x{vocabulary}", 256, *timing.cells(6 * student.numel()))
 
 
 def _norm_then_quantize(x: Tensor, gain: Tensor, static: Tensor | None, name: str) -> Any:
     return torch.ops.qat.quantize_input(functional.rms_norm(x, x.shape[-1:], gain, 1e-5), static, name)
+
+
+def _norm(x: Tensor, gain: Tensor, _: tuple[str, ...]) -> Tensor:
+    return functional.rms_norm(x.float(), x.shape[-1:], gain.float(), 1e-5)
+
+
+def _gradient(student: Tensor, given: tuple[Any, ...], _: tuple[str, ...]) -> Tensor:
+    logits = student.float()
+    reference_rows(logits, *given)
+    return logits
 
 
 FAMILIES = {"packed": packed, "matmul": matmul, "rows": rows}
@@ -285,11 +333,11 @@ def copy_rate(device: str) -> float:
     return 2 * source.numel() / us * 1e6
 
 
-def machine(device: str) -> dict[str, Any]:
+def machine(device: str, peers: Peers) -> dict[str, Any]:
     """What the figures belong to."""
     name = torch.cuda.get_device_name(0) if device == "cuda" else platform.processor() or platform.machine()
     versions = {}
-    for package in ("torch", "triton", "gemlite", "liger-kernel", "triton-kernels", "sageattention", "humming"):
+    for package in ("torch", "triton"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -301,6 +349,7 @@ def machine(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **versions,
+        **peers.versions(),
     }
 
 
@@ -313,25 +362,27 @@ def main() -> None:
     )
     parser.add_argument("--layers", choices=list(LAYERS), help="default: large on a GPU, small on a CPU")
     parser.add_argument("--repeats", type=int, default=15, help="timed calls per contender on a CPU")
+    parser.add_argument("--peers", type=choose, default="all", help=f"all, none or some of {','.join(PACKAGES)}")
     parser.add_argument("--out", type=Path, help="folder for kernels.json and kernels.png")
     arguments = parser.parse_args()
     wanted = arguments.only or ("packed" if arguments.device == "cpu" else ",".join(FAMILIES))
     unknown = set(wanted.split(",")) - FAMILIES.keys()
     if unknown:
         parser.error(f"--only {', '.join(sorted(unknown))}: there are {', '.join(FAMILIES)}")
-    loaded = load()
-    if arguments.device not in loaded:
-        print(f"no kernels for {arguments.device}: the references are timed", file=sys.stderr)
-    about, bandwidth = machine(arguments.device), copy_rate(arguments.device)
-    layers = LAYERS[arguments.layers or ("large" if arguments.device == "cuda" else "small")]
-    rows = [row for name in wanted.split(",") for row in FAMILIES[name](arguments.device, layers, arguments.repeats)]
-    print(json.dumps({**about, "copy_bytes_per_s": bandwidth}))
+    device, repeats = arguments.device, arguments.repeats
+    peers = Peers(device, lambda call: timed(device, {"": [call]}, repeats)[""], arguments.peers)
+    if device not in load():
+        print(f"no kernels for {device}: the references are timed", file=sys.stderr)
+    bandwidth = copy_rate(device)
+    about = {**machine(device, peers), "copy_bytes_per_s": bandwidth}
+    layers = LAYERS[arguments.layers or ("large" if device == "cuda" else "small")]
+    rows = [row for name in wanted.split(",") for row in FAMILIES[name](device, layers, repeats, peers)]
+    print(json.dumps(about))
     print(table(rows))
-    missing = [name for name, version in about.items() if version == "not installed"]
-    print(f"not installed, so not compared: {', '.join(missing) or 'none'}")
+    print("\n".join(peers.report()))
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        report = {**about, "copy_bytes_per_s": bandwidth, "rows": [asdict(row) for row in rows]}
+        report = {**about, "peers": peers.report(), "rows": [asdict(row) for row in rows]}
         (arguments.out / "kernels.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
         plot(rows, bandwidth, arguments.out / "kernels.png")
 
