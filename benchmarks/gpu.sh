@@ -2,7 +2,7 @@
 # What a machine with a GPU should answer, in one go: GPU tests, kernel timings, step time, a longer distillation.
 # Prints short tables; JSON, plots and reports go to OUT.
 #
-#     OUT=results bash benchmarks/gpu.sh [tests] [kernels] [steps] [train] [tune]     (default: the first four, about 25 minutes)
+#     OUT=results bash benchmarks/gpu.sh [tests] [kernels] [steps] [train] [peers] [tune] (default: the first four, about 25 minutes)
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=${OUT:-results}
@@ -24,7 +24,12 @@ for wanted in "${@:-tests kernels steps train}"; do
     for what in $wanted; do
         case $what in
             tests) part tests 300 "$PYTHON" -m pytest -q -m gpu -x tests ;;
-            kernels) part kernels 540 "$PYTHON" benchmarks/kernels.py --device cuda --out "$OUT" ;;
+            kernels) part kernels 540 "$PYTHON" benchmarks/kernels.py --device cuda --peers none --out "$OUT" ;;
+            peers) # some tune or compile for minutes at their first call
+                for peer in ${PEERS:-gemlite humming vllm triton_kernels liger}; do
+                    part "peers-$peer" 580 "$PYTHON" benchmarks/kernels.py --device cuda --peers "$peer" --out "$OUT/$peer"
+                done
+                ;;
             steps)
                 for model in embedded llama-1b; do
                     part "steps-$model" 300 "$PYTHON" benchmarks/step_time.py --device cuda --model $model --tokens 4096 \
@@ -33,7 +38,7 @@ for wanted in "${@:-tests kernels steps train}"; do
                 ;;
             train) part train 540 "$PYTHON" benchmarks/recovery.py precision=bf16-mixed steps=400 rows=8 ;;
             tune) part tune 590 "$PYTHON" benchmarks/tune.py && cp -r kernels/tuned "$OUT/" ;;
-            *) echo "no part called $what; there are tests, kernels, steps, train and tune" >&2; exit 2 ;;
+            *) echo "no part called $what; there are tests, kernels, steps, train, peers and tune" >&2; exit 2 ;;
         esac
     done
 done

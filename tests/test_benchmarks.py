@@ -32,8 +32,8 @@ def _script(name: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def peers() -> Iterator[ModuleType]:
-    names = ("peer_calls", "peers", "benchmark_kernels")
-    for name in names[:2]:
+    names = ("layers", "peer_calls", "peers", "benchmark_kernels")
+    for name in names[:3]:
         _script(name)
     yield sys.modules["peers"]
     for name in names:
