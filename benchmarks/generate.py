@@ -31,7 +31,8 @@ def main() -> None:
         folder = resolve(ModelConfig(id="embedded:smollm2-135m")) if given == "embedded" else Path(given)
         packed = "quantization_config" in read_json(folder / "config.json")
         dtype = compute_dtype("cpu")
-        name = folder.name if packed else "BF16" if given == "embedded" else f"{folder.name} in {dtype}"
+        plain = "embedded model" if given == "embedded" else folder.name
+        name = folder.name if packed else f"{plain}, {str(dtype).removeprefix('torch.')}"
         models[name] = load_packed(folder) if packed else load_model(folder, dtype).eval()
         ids = load_tokenizer(folder)(PROMPT, return_tensors="pt")["input_ids"]
     speeds: dict[str, list[float]] = {name: [] for name in models}

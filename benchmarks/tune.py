@@ -1,8 +1,8 @@
 """Measures tiles of the Triton products on this GPU and writes kernels/tuned/<GPU>.json, which overrides the rules.
 
 Every candidate computes the product of the closed-form rule (compared once, else it is dropped) and is timed with
-a cold L2 cache; an entry is written only where a candidate beats the rule by --gain. Pieces of K stay as they are, so
-that a table never changes the order of sums. Candidates that do not compile or do not fit are counted.
+a cold L2 cache; where none beats the rule by --gain, the entry says that the rule stays. Pieces of K stay as they are,
+so that a table never changes the order of sums. Candidates that do not compile or do not fit are counted.
 
     python benchmarks/tune.py [--formats int4_g128,nvfp4,mxfp4] [--pairs fp8_token:fp8_channel] [--tokens 1,16,64]
 """
@@ -40,8 +40,8 @@ CANDIDATES = [
 
 
 @contextmanager
-def trial(name: str, tokens: int, launch: tuned.Launch) -> Iterator[None]:
-    """`launch` for one product, whatever the GPU's table says."""
+def trial(name: str, tokens: int, launch: tuned.Launch | None) -> Iterator[None]:
+    """`launch` for one product, or the rule, whatever the GPU's table says."""
     before = tuned.table
     tuned.table = lambda gpu: ("trial", {name: {tokens: launch}})  # type: ignore[assignment]  # without its cache
     try:
@@ -76,8 +76,9 @@ def best(
     name: str, tokens: int, call: Callable[[], Tensor], timed: Callable[[Callable[[], Tensor]], float]
 ) -> tuple[tuned.Launch | None, float, float, int]:
     """The fastest candidate or None, its time, the rule's time, and how many candidates could not be used."""
-    expected = call().float()
-    rule, found, least, refused = timed(call), None, float("inf"), 0
+    with trial(name, tokens, None):
+        expected, rule = call().float(), timed(call)
+    found, least, refused = None, float("inf"), 0
     for launch in CANDIDATES:
         if launch.block_m > max(16, triton.next_power_of_2(tokens)):
             continue
@@ -113,7 +114,7 @@ def main() -> None:
     tokens = [int(count) for count in arguments.tokens.split(",")]
     names = (arguments.formats.split(","), [pair for pair in arguments.pairs.split(",") if pair])
     total = len(LAYERS["large"]) * len(tokens) * sum(map(len, names))
-    launches: dict[str, dict[int, Any]] = {}
+    launches: dict[str, dict[str, Any]] = {}
     with torch.inference_mode(), Progress() as progress:
         task = progress.add_task("measuring tiles", total=total)
         for name, count, call in products(*names, tokens, LAYERS["large"], "cuda"):
@@ -121,14 +122,15 @@ def main() -> None:
                 name, count, call, lambda call: 1000 * float(do_bench(call, return_mode="median"))
             )
             progress.console.print(f"{name:<50}{count:>6}{rule:>9.1f} us -> {us:>8.1f} us {found} ({refused} refused)")
-            if found is not None and us * arguments.gain < rule:
-                launches.setdefault(name, {})[count] = list(found)
+            wins = found is not None and us * arguments.gain < rule
+            launches.setdefault(name, {})[str(count)] = list(found) if wins else None
             progress.advance(task)
     path = tuned.file(gpu)
     path.parent.mkdir(exist_ok=True)
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if before.get("about") == about:  # measured by the same code: another part of the table
-        launches = {**before["launches"], **launches}
+        for name, rows in before["launches"].items():
+            launches[name] = rows | launches.get(name, {})
     path.write_text(json.dumps({"about": about, "launches": launches}, indent=1), encoding="utf-8")
     print(f"{sum(map(len, launches.values()))} entries in {path}")
 

@@ -92,17 +92,17 @@ def explain_training(format: str) -> dict[str, dict[str, str]]:
         "qat::fake_quantize_backward": (training_problem(fmt), "one pass over memory, sums in a fixed order"),
         "qat::quantized_linear": (training_problem(fmt), "one pass over the weight, then the library's product"),
         "qat::fake_quantize_input": (input_problem(fmt), "maximum, scale and rounding in one pass over memory"),
+        "qat::distill_rows": (None, "loss and gradient of a row of logits together, in place"),
     }
     missing = None if available() else "no GPU with Triton here, or QAT_KERNELS=0"
     told = {}
     for operator, (reason, how) in problems.items():
         why = reason or missing
         told[operator] = {"kernel": "triton" if why is None else "reference", "why": why or how}
-    inputs = told["qat::fake_quantize_input"]
-    if (
-        problems["qat::fake_quantize_input"][0] is None
-        and not available()
-        and cpu_problem(["fake_quantize_input"]) is None
-    ):
-        inputs |= {"kernel": "c", "why": problems["qat::fake_quantize_input"][1]}
+    if not available() and cpu_problem(["fake_quantize_input"]) is None:
+        from qat.kernels.fake_quantize_input.cpu import computes
+
+        reason, how = problems["qat::fake_quantize_input"]
+        why = reason or (None if computes(fmt) else "cpu.c has no instance for its elements or scales")
+        told["qat::fake_quantize_input"] = {"kernel": "c" if why is None else "reference", "why": why or how}
     return told

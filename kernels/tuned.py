@@ -30,7 +30,7 @@ class Launch(NamedTuple):
 
 BLOCKS = (16, 32, 64, 128, 256)
 ALLOWED = {"block_n": BLOCKS, "block_m": BLOCKS, "warps": (1, 2, 4, 8), "stages": (1, 2, 3, 4, 5, 6)}
-Table = dict[str, dict[int, Launch]]  # `case` -> tokens -> launch
+Table = dict[str, dict[int, Launch | None]]  # `case` -> tokens -> launch, or None where the rule was the fastest
 
 
 def case(operator: str, formats: str, rows: int, columns: int) -> str:
@@ -61,27 +61,28 @@ def table(gpu: str) -> tuple[str, Table]:
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
         found = {
-            name: {int(tokens): Launch(*values) for tokens, values in launches.items()}
+            name: {int(tokens): None if values is None else Launch(*values) for tokens, values in launches.items()}
             for name, launches in told["launches"].items()
         }
         about = str(told["about"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is no table of launches ({error}); write it again: benchmarks/tune.py") from error
     for name, launches in found.items():
-        for launch in launches.values():
-            if any(value not in ALLOWED[field] for field, value in launch._asdict().items()):
-                raise ConfigError(f"{path}: {name} asks for {launch}; allowed are {ALLOWED}")
+        for tokens, launch in launches.items():
+            values = {} if launch is None else launch._asdict()
+            if tokens < 1 or any(type(v) is not int or v not in ALLOWED[field] for field, v in values.items()):
+                raise ConfigError(f"{path}: {name} asks for {launch} for {tokens} tokens; allowed are {ALLOWED}")
     return about, found
 
 
 def override(tiles: Tiles, gpu: str, name: str, tokens: int) -> Tiles:
-    """`tiles`, or what the GPU's table says for the product and the next measured number of tokens."""
+    """What the GPU's table says for the product and the next measured number of tokens; `tiles` where it is silent."""
     about, launches = table(gpu)
-    measured = launches.get(name)
-    if not measured:
+    measured = launches.get(name, {})
+    at = min((count for count in measured if count >= tokens), default=0)
+    launch = measured.get(at)
+    if launch is None:
         return tiles
-    at = min((count for count in measured if count >= tokens), default=max(measured))
-    launch = measured[at]
     why = f"measured on {gpu} for {at} tokens ({about}): tiles of {launch.block_n} rows x {launch.block_m} tokens"
     chosen: Tiles = replace(tiles, **launch._asdict(), why=why)
     return chosen

@@ -302,9 +302,11 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
 def _kernels(arguments: argparse.Namespace) -> None:
     from qat.kernels.explain import explain_all
 
-    if arguments.training:
-        return _training_kernels(arguments.json)
     sizes = (arguments.tokens, arguments.rows, arguments.columns)
+    if arguments.training:
+        if arguments.input or sizes != (1, 4096, 4096):
+            raise ConfigError("--training goes by format alone: leave out --tokens, --rows, --columns and --input")
+        return _training_kernels(arguments.json)
     if min(sizes) < 1:
         raise ConfigError(f"--tokens, --rows and --columns must be positive; given {sizes}")
     answers = explain_all(*sizes, arguments.input)

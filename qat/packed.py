@@ -161,7 +161,7 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -
 
     Raises:
         FormatError: x has another width than the weight.
-        UnsupportedError: x needs a gradient; packed weights are for inference.
+        UnsupportedError: in the backward pass, packed weights are for inference.
     """
     return _checked(
         x, weight.columns, weight.words, weight.scales, weight.zeros, bias, weight.global_scale, weight.format
@@ -174,10 +174,25 @@ _OPERATOR = torch.ops.qat.packed_linear.default
 def _checked(x: Tensor, columns: int, *weight: Any) -> Tensor:
     if x.shape[-1] != columns:
         raise FormatError(f"an input of width {x.shape[-1]} meets a weight of {columns} columns")
-    if x.requires_grad and torch.is_grad_enabled():
-        raise UnsupportedError("packed weights are for inference: the input needs a gradient; use torch.no_grad()")
+    bias = weight[3]
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        through: Tensor = _ForInference.apply(x, *weight)
+        return through
     y: Tensor = _OPERATOR(x, *weight)
     return y
+
+
+class _ForInference(torch.autograd.Function):
+    """A forward pass needs no `torch.no_grad()`; a backward pass is refused instead of losing gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weight: Any) -> Tensor:
+        y: Tensor = _OPERATOR(x, *weight)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        raise UnsupportedError("packed weights are for inference: they pass no gradient on; train with qat train")
 
 
 class Stored(nn.Module):

@@ -107,6 +107,8 @@ def test_kernels_say_what_runs_and_why(capsys: pytest.CaptureFixture[str]) -> No
     assert main(["kernels", "--training"]) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("nvfp4 ") and "_input" in line)
     assert here in row and "one pass over memory" in row
+    assert main(["kernels", "--training", "--input", "nvfp4"]) == 2
+    assert "leave out --tokens" in capsys.readouterr().err
     assert main(["kernels", "--rows", "0"]) == 2
     assert "must be positive" in capsys.readouterr().err
 

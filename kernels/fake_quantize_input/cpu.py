@@ -1,7 +1,7 @@
 """Dynamic fake quantization of inputs on CPUs, in C with the reference's bits: for training and for serving."""
 
 import ctypes
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,10 @@ def computes(fmt: Format) -> bool:
 def _block(name: str) -> tuple[int, bool]:
     """Columns of a block (0: the row; -1: a format that cpu.c does not know), and whether a divisor is stored."""
     fmt = lookup(name)
-    known = fmt.group is not None and computes(fmt)
-    return (fmt.group or 0) if known else -1, fmt.scale == "e4m3"
+    return (fmt.group or 0) if computes(fmt) else -1, fmt.scale == "e4m3"
 
 
-@cache
+@lru_cache(maxsize=4096)  # a divisor that is trained changes
 def _rule(name: str, divisor: float) -> _Rule:
     fmt = lookup(name)  # by name: a Format's hash goes over all its values
     element, (amax_floor, scale_floor) = fmt.element, floors(fmt)

@@ -8,7 +8,7 @@ import ctypes
 import threading
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qat.catalog import SCALE_ELEMENT, lookup
-from qat.errors import FormatError
+from qat.errors import FormatError, UnsupportedError
 from qat.format import Format
 from qat.kernels.compiler import load_library
 from qat.layouts import PART, tile
@@ -104,10 +104,8 @@ def _weight(
 class _Held(NamedTuple):
     """A weight as cpu.c reads it, and the tensors that it points into."""
 
-    scales: Tensor
-    zeros: Tensor | None
-    bias: Tensor | None
-    addresses: tuple[int, int, int, int]
+    tensors: tuple[Tensor | None, ...]  # scales, zeros, bias: kept alive
+    seen: tuple[Any, ...]  # where and what all four were
     about: tuple[str, int, float]
     weight: _Weight
 
@@ -115,9 +113,11 @@ class _Held(NamedTuple):
 _held = WeakTensorKeyDictionary()  # by words: describing a weight takes longer than a small layer's product
 
 
-def _addresses(words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None) -> tuple[int, int, int, int]:
-    zeros_at, bias_at = 0 if zeros is None else zeros.data_ptr(), 0 if bias is None else bias.data_ptr()
-    return words.data_ptr(), scales.data_ptr(), zeros_at, bias_at
+def _seen(words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
+    """What must not have changed for a description to hold: `tensor.data = other` keeps the object."""
+    optional = [None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (zeros, bias)]
+    fixed = (words.data_ptr(), words.shape, words.stride(), words.dtype, scales.data_ptr())
+    return (*fixed, scales.shape, scales.stride(), scales.dtype, *optional)
 
 
 def _plain(bias: Tensor | None) -> Tensor | None:
@@ -132,10 +132,10 @@ def _describe(
 ) -> tuple[_Weight, tuple[Tensor | None, ...]]:
     """What cpu.c reads, and the tensors to keep alive for it."""
     held: _Held | None = _held.get(words)
-    addresses = _addresses(words, scales, zeros, bias)
-    if held is not None and (held.about, held.addresses) == (about, addresses):  # and the tensors are the same ones
-        held = held if held.scales is scales and held.zeros is zeros and held.bias is bias else None
-        if held is not None:
+    seen = _seen(words, scales, zeros, bias)
+    if held is not None and held.about == about and held.seen == seen:
+        mine = held.tensors
+        if mine[0] is scales and mine[1] is zeros and mine[2] is bias:
             return held.weight, ()
     name, columns, factor = about
     fmt = lookup(name)
@@ -147,8 +147,9 @@ def _describe(
         _plain(bias),
     )
     weight = _weight(fmt, columns, *kept, factor)
-    if _addresses(*kept) == addresses:  # no copies, so it holds whatever is written into the tensors later
-        _held[words] = _Held(scales, zeros, bias, addresses, about, weight)
+    given = (words, scales, zeros, bias)
+    if all(a is b is None or a.data_ptr() == b.data_ptr() for a, b in zip(kept, given, strict=True)):  # type: ignore[union-attr]  # both or none
+        _held[words] = _Held(given[1:], seen, about, weight)  # no copies: later values of the tensors count
     return weight, kept
 
 
@@ -161,6 +162,11 @@ def _check(fmt: Format, columns: int, words: Tensor, scales: Tensor, zeros: Tens
             f"an input of width {columns} needs words {[rows, width]} and scales {[*grid]} in {fmt.name}; "
             f"given {[*words.shape]} and {[*scales.shape]}"
         )
+    if words.dtype != torch.int16 or (zeros is not None and zeros.dtype != torch.int8):
+        given = f"{words.dtype}{'' if zeros is None else f' and {zeros.dtype}'}"
+        raise FormatError(f"words must be int16 and zero points int8; given {given}")
+    if (zeros is None) == fmt.zero_point:
+        raise FormatError(f"{fmt.name} has {'' if fmt.zero_point else 'no '}zero points")
     stored = torch.uint8 if fmt.scale_storage.itemsize == 1 else fmt.scale_storage
     if scales.dtype not in (stored, torch.float32):
         raise FormatError(f"{fmt.name} scales must be {stored} or float32, not {scales.dtype}")
@@ -177,7 +183,14 @@ def packed_linear(
     global_scale: float,
     format: str,
 ) -> Tensor:
-    """The operator `qat::packed_linear` on a CPU."""
+    """The operator `qat::packed_linear` on a CPU.
+
+    Raises:
+        FormatError: words, scales, zeros or bias of another shape or dtype than the format and x ask for.
+        UnsupportedError: a gradient is wanted; `qat.packed.packed_linear` refuses it in the backward pass only.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        raise UnsupportedError("qat::packed_linear has no gradient: packed weights are for inference")
     fmt, columns, rows = lookup(format), x.shape[-1], words.shape[0]
     if not decodes(fmt):
         return reference(x, words, scales, zeros, bias, global_scale, format)
@@ -186,7 +199,7 @@ def packed_linear(
     if given not in (torch.float32, torch.bfloat16):
         x = x.to(torch.float32)
     x = x.contiguous()
-    tokens = x.numel() // columns if columns else 0
+    tokens = x.shape[:-1].numel()
     if tokens > FEW:
         out = _by_slices(x.view(tokens, columns), weight, rows, bias).view(*x.shape[:-1], rows)
     else:

@@ -103,6 +103,12 @@ def test_what_does_not_fit_is_refused_before_memory_is_read() -> None:
         run(normal(1, 256), replace(weight, scales=weight.scales.half()))
     with pytest.raises(FormatError, match=r"not torch\.uint8"):  # which would look up a table that BF16 scales lack
         run(normal(1, 256), replace(weight, scales=weight.scales.to(torch.uint8)))
+    with pytest.raises(FormatError, match="words must be int16"):
+        run(normal(1, 256), replace(weight, words=weight.words.to(torch.int8)))
+    with pytest.raises(FormatError, match="has no zero points"):
+        run(normal(1, 256), replace(weight, zeros=torch.zeros_like(weight.scales, dtype=torch.int8)))
+    with pytest.raises(FormatError, match="int4_g64_asym has zero points"):
+        run(normal(1, 256), replace(weight, format="int4_g64_asym"))
     with pytest.raises(FormatError, match=r"and a bias \[24\]"):
         run(normal(1, 256), weight, normal(23))
     strided = torch.stack([weight.words, weight.words], dim=-1)[..., 0]
@@ -144,13 +150,38 @@ def test_a_weight_that_is_gone_is_forgotten() -> None:
     assert len(_held) == before
 
 
-def test_an_input_that_needs_a_gradient_is_refused() -> None:
-    layer = PackedLinear(pack(quantize(normal(24, 256), lookup("int4_g64"))))
-    x = normal(1, 256).requires_grad_()
-    with pytest.raises(UnsupportedError, match=r"torch\.no_grad"):
-        layer(x)
-    with torch.no_grad():
-        assert layer(x).shape == (1, 24)
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_a_gradient_is_refused_where_it_would_be_lost(tokens: int) -> None:
+    weight = pack(quantize(normal(24, 256), lookup("int4_g64")))
+    for x, bias in ((normal(tokens, 256).requires_grad_(), None), (normal(tokens, 256), normal(24).requires_grad_())):
+        y = PackedLinear(weight, bias)(x)
+        assert torch.equal(y, run(x.detach(), weight, None if bias is None else bias.detach()))
+        with pytest.raises(UnsupportedError, match="pass no gradient on"):
+            y.sum().backward()
+        with pytest.raises(UnsupportedError, match="has no gradient"):
+            run(x, weight, bias)
+
+
+def test_a_weight_that_shrinks_in_place_is_described_again() -> None:
+    whole, x = pack(quantize(normal(4096, 256), lookup("int4_g64"))), normal(1, 256, seed=1)
+    expected = run(x, whole)
+    run(x, whole)
+    whole.words.data, whole.scales.data = whole.words.data[:8], whole.scales.data[:, :8]
+    assert torch.equal(run(x, whole), expected[:, :8])
+    whole.scales.data = whole.scales.data[:, :4]
+    with pytest.raises(FormatError, match=r"scales \[4, 8\]"):
+        run(x, whole)
+    strided = pack(quantize(normal(16, 256), lookup("int4_g64")))
+    run(x, strided)
+    every_other = strided.words.clone()[::2].contiguous()
+    strided.words.data, strided.scales.data = strided.words.data[::2], strided.scales.data[:, ::2]
+    assert torch.equal(run(x, strided), run(x, replace(strided, words=every_other, scales=strided.scales.clone())))
+
+
+def test_no_columns_are_a_sum_of_nothing() -> None:
+    words, scales = torch.zeros(24, 0, dtype=torch.int16), torch.zeros(0, 24, dtype=torch.bfloat16)
+    y = torch.ops.qat.packed_linear(torch.zeros(3, 0), words, scales, None, None, 1.0, "int4_g64")
+    assert y.shape == (3, 24) and not y.any()
 
 
 def test_a_format_without_a_decoder_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

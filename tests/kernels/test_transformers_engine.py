@@ -128,6 +128,15 @@ def test_other_ways_to_quantize_go_on(small: Path) -> None:
     assert not any(isinstance(layer, PackedLinear) for layer in model.modules())
 
 
+def test_a_plain_call_needs_no_context(int4: Path) -> None:
+    model = load_packed(int4, torch.float32)
+    assert next(model.parameters()).requires_grad and torch.is_grad_enabled()
+    found = model(ids(12)).logits
+    assert torch.equal(found.detach(), logits(model, 12))
+    with pytest.raises(UnsupportedError, match="packed weights are for inference"):
+        found.sum().backward()
+
+
 def test_a_pipeline_runs_on_it(int4: Path) -> None:
     with installed():
         generate = pipeline("text-generation", model=str(int4), device="cpu")
