@@ -213,12 +213,17 @@ def packed_linear(
 def _by_slices(x: Tensor, weight: _Weight, rows: int, bias: Tensor | None) -> Tensor:
     columns, size = x.shape[-1], x.element_size()
     step = max(1, min(rows, SLICE_BYTES // max(columns * size, 1)))
-    dense, out = _scratch(step * columns, x.dtype).view(step, columns), x.new_empty(x.shape[0], rows)
+    dense, bias = _scratch(step * columns, x.dtype).view(step, columns), None if bias is None else bias.to(x.dtype)
+    out: Tensor | None = None
     for first in range(0, rows, step):
         last = min(first + step, rows)
         _done(library().dense_rows(ctypes.byref(weight), first, last, dense.data_ptr(), size, torch.get_num_threads()))
-        out[:, first:last] = functional.linear(x, dense[: last - first])
-    return out if bias is None else out.add_(bias)
+        piece = functional.linear(x, dense[: last - first], None if bias is None else bias[first:last])
+        if last - first == rows:
+            return piece
+        out = x.new_empty(x.shape[0], rows) if out is None else out
+        out[:, first:last] = piece
+    return x.new_empty(x.shape[0], rows) if out is None else out
 
 
 def _scratch(values: int, dtype: torch.dtype) -> Tensor:

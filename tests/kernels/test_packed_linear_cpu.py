@@ -11,13 +11,18 @@ from qat.catalog import CATALOG, lookup
 from qat.errors import FormatError, UnsupportedError
 from qat.kernels import compiler
 from qat.kernels.explain import explain
-from qat.kernels.load import cpu_problem
+from qat.kernels.load import cpu_problem, load
 from qat.kernels.packed_linear.cpu import FEW, _held, decodes, packed_linear
 from qat.numerics import QTensor, quantize
 from qat.packed import PackedLinear, PackedWeight, pack, problem, unpack
 
 PACKED = [name for name, fmt in CATALOG.items() if problem(fmt) is None]
 pytestmark = pytest.mark.skipif(cpu_problem() is not None, reason=str(cpu_problem()))
+
+
+@pytest.fixture(autouse=True)
+def _loaded() -> None:
+    load()
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -188,6 +193,18 @@ def test_a_format_without_a_decoder_runs_the_reference(monkeypatch: pytest.Monke
     monkeypatch.setattr("qat.kernels.packed_linear.cpu.decodes", lambda fmt: False)
     q, x = quantize(normal(24, 256), lookup("nvfp4")), normal(3, 256)
     assert_close(x, q, None)
+
+
+@pytest.mark.parametrize("rows", [64, 9000])  # one slice, several
+def test_many_tokens_are_the_dense_product_to_the_bit(rows: int) -> None:
+    q, x, bias = (
+        quantize(normal(rows, 256), lookup("int4_g64")),
+        normal(20, 256, seed=1).bfloat16(),
+        normal(rows, seed=2),
+    )
+    dense = q.dequantize(torch.bfloat16)
+    for given in (None, bias.bfloat16()):
+        assert torch.equal(run(x, pack(q), given), torch.nn.functional.linear(x, dense, given))
 
 
 def test_slices_of_the_dense_weight(monkeypatch: pytest.MonkeyPatch) -> None:
