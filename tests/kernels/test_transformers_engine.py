@@ -21,6 +21,7 @@ from qat.matmul import QuantizedLinear
 from qat.matmul import problem as pair_problem
 from qat.packed import PackedLinear
 from tests.checkpoints.exports import Pair, export_pair, ids, mixed_rules, quantized, quiet_export
+from tests.kernels.processes import in_a_process
 from tests.tiny import tiny_model
 
 HELD_DENSE = ("int3_", "mxfp6", "fp8_b128")
@@ -84,6 +85,18 @@ def test_layers_that_multiply_codes(
             seen += 1
     assert seen >= len(chunk)
     assert bool(torch.isfinite(logits(coded)).all())
+
+
+def test_triton_kernels_serve_a_model(small: Path, tmp_path: Path) -> None:
+    """Interpreted; weight-only layers multiply packed weights, the others codes, as on a GPU."""
+    served = (("int4_g64", None), ("nvfp4", "nvfp4"), ("int4_g64", "int8_token"), ("mxfp4", "fp8_token"))
+    folders = [tmp_path / f"{weight}-{input}" for weight, input in served]
+    for folder, pair in zip(folders, served, strict=True):
+        export_pair(small, folder, pair)
+    told = in_a_process("interpret_engine.py", *map(str, folders), TRITON_INTERPRET="1", QAT_KERNELS="0")
+    for folder, (_, input) in zip(folders, served, strict=True):
+        layers = "0 packed, 7 multiplied" if input else "7 packed, 0 multiplied"
+        assert f"{folder.name}: {layers} by codes" in told
 
 
 def test_every_token_agrees_where_weights_are_exact_in_bf16(small: Path, tmp_path: Path) -> None:
