@@ -206,8 +206,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from qat.trainers.inspect import generate
 
-    if arguments.tokens < 1 or not 0 <= arguments.temperature < float("inf"):
-        raise ConfigError(f"--tokens {arguments.tokens} must be positive, --temperature {arguments.temperature} >= 0")
+    if arguments.tokens < 1:
+        raise ConfigError(f"--tokens {arguments.tokens} must be positive")
+    if not 0 <= arguments.temperature < float("inf"):
+        raise ConfigError(f"--temperature {arguments.temperature}: 0 (greedy) or a positive number")
     if not arguments.prompt:
         raise ConfigError("the prompt is empty; give a text to continue")
     from qat.kernels.engines.transformers import load_packed

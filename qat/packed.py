@@ -59,6 +59,8 @@ def problem(fmt: Format) -> str | None:
         return "its codes need a table per block"
     if fmt.element.bits not in (2, 4, 8) or (fmt.element.kind == "integer" and fmt.element.step != 1.0):
         return f"codes of {fmt.element.bits} bits or fractional steps do not fit the words"
+    if fmt.block == (0, 0):
+        return "one scale for the whole tensor"
     if fmt.block[0] != 1 or fmt.block[1] not in (0, 16, 32, 64, 128):
         return f"blocks of {fmt.block[0]} x {fmt.block[1]} are not groups within one row"
     if fmt.group and fmt.group < PART and fmt.zero_point:

@@ -116,6 +116,7 @@ class PackedQuantizer(HfQuantizer):
         for reason, paths in dense.items():
             warnings.warn(f"{paths[0]} and {len(paths) - 1} more: {reason}", stacklevel=2)
         _warn_of_slow_paths(model)
+        del self.exported, self.layers  # open files: they would keep the model from being copied
         return model
 
     def _layer(
@@ -247,14 +248,17 @@ def load_packed(folder: Path, dtype: torch.dtype | None = None, device: str = "c
         UnsupportedError: layers that cannot be served packed.
     """
     with installed(), quiet():
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype or compute_dtype(device),
-            device_map=device,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # check_loading refuses them by name
-        )
+        try:
+            found: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype or compute_dtype(device),
+                device_map=device,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # check_loading refuses them by name
+            )
+        except (OSError, ImportError) as error:  # no weights, or another tool's format whose package is missing
+            raise CheckpointError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     model, info = found
     check_loading(model, info, folder)
     loaded: PreTrainedModel = model.eval()

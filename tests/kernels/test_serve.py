@@ -23,7 +23,8 @@ pytest.importorskip("uvicorn")
 
 from qat.checkpoints.hf import load_tokenizer  # noqa: E402  # the optional packages are looked for first
 from qat.cli import main  # noqa: E402  # as above
-from qat.kernels.engines.serve import MAX_BODY, Front, _context, serve, transformers_server  # noqa: E402  # as above
+from qat.kernels.engines.front import MAX_BODY, Front  # noqa: E402  # as above
+from qat.kernels.engines.serve import _context, serve, transformers_server  # noqa: E402  # as above
 from qat.kernels.engines.transformers import installed, load_packed  # noqa: E402  # as above
 from qat.packed import PackedLinear  # noqa: E402  # as above
 from tests.checkpoints.exports import export_pair  # noqa: E402  # as above
@@ -83,12 +84,25 @@ def test_chat_streams_and_models_are_listed(client: Any, folder: Path) -> None:
     assert whole["usage"]["completion_tokens"] == 6
     pieces = []
     with client.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as answer:
-        for line in answer.iter_lines():
+        lines = list(answer.iter_lines())
+        assert [line for line in lines if line][-1] == "data: [DONE]" and lines.count("data: [DONE]") == 1
+        for line in lines:
             if line.startswith("data: {"):
                 pieces += [choice["delta"].get("content") or "" for choice in json.loads(line[6:])["choices"]]
     assert "".join(pieces) == whole["choices"][0]["message"]["content"]
     assert client.get("/v1/models").json()["data"][0]["id"] == folder.name
+    card = client.get(f"/v1/models/{folder.name}").json()
+    assert card["id"] == folder.name and card["object"] == "model"
     assert client.get("/health").status_code == 200
+    for path, status in (("/", 404), ("/v1/nothing", 404), ("/v1/models/other", 404), ("/v1/completions", 405)):
+        answer = client.get(path)
+        assert answer.status_code == status and f"GET {path} is not served" in answer.json()["error"]["message"]
+    plain = client.post(
+        "/v1/completions",
+        content=json.dumps({"prompt": PROMPT, "max_tokens": 8, "temperature": 0}),
+        headers={"content-type": "application/x-www-form-urlencoded"},
+    )  # what curl -d says
+    assert plain.status_code == 200 and plain.json()["choices"][0]["text"] == complete(client)
 
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -299,10 +313,14 @@ def test_the_command_listens_on_this_machine_only(folder: Path) -> None:
         listening = Path("/proc/net/tcp").read_text().splitlines() if Path("/proc/net/tcp").exists() else []
         local = [line.split()[1] for line in listening if f":{port:04X} " in line and line.split()[3] == "0A"]
         assert not local or local == [f"0100007F:{port:04X}"]
+        body = json.dumps({"prompt": PROMPT, "max_tokens": 490, "stream": True, "temperature": 0}).encode()
+        asker = socket.create_connection(("127.0.0.1", port), timeout=30)
+        asker.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        assert asker.recv(64).startswith(b"HTTP/1.1 200")  # in the middle of an answer
     finally:
         process.send_signal(2)
         message = process.communicate(timeout=30)[1]
-    assert f"on http://127.0.0.1:{port}/v1" in message and "Traceback" not in message
+    assert f"on http://127.0.0.1:{port}/v1" in message and "Traceback" not in message and "terminate" not in message
 
 
 def test_other_folders_are_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -341,13 +359,14 @@ def test_what_cannot_run_is_named_before_the_model_loads(
         assert _context(tmp_path / "endless") == 64
 
 
-def test_it_says_where_it_listens_once_it_does(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    with socket.socket() as taken, installed():
+def test_a_taken_port_is_said_before_anything_is_loaded(folder: Path, capsys: Any) -> None:
+    with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(SystemExit):
-            serve(folder, "transformers", "127.0.0.1", taken.getsockname()[1], "cpu", "float32")
-    assert "on http://" not in capsys.readouterr().err
+        port = taken.getsockname()[1]
+        assert main(["serve", str(folder), "--engine", "transformers", "--port", str(port)]) == 2
+    told = capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1:{port}" in told and "--port" in told and "Loading" not in told
 
 
 def test_missing_engines_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

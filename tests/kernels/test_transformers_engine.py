@@ -1,9 +1,12 @@
 """Exports served by transformers with packed weights: equal to our dense reading of the same files, opt-in and
 reversible, small in memory, and bad checkpoints refused by the tensor's name."""
 
+import copy
 import json
+import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from transformers.quantizers import auto
 from qat.catalog import lookup
 from qat.checkpoints.exported import load_exported
 from qat.checkpoints.targets.compressed_tensors import pairs
+from qat.cli import main
 from qat.errors import CheckpointError, QatError, UnsupportedError
 from qat.kernels.engines.transformers import PackedConfig, install, installed, load_packed, uninstall
 from qat.matmul import QuantizedLinear
@@ -150,6 +154,13 @@ def test_a_plain_call_needs_no_context(int4: Path) -> None:
         found.sum().backward()
 
 
+def test_a_model_can_be_copied(int4: Path) -> None:
+    model = load_packed(int4, torch.float32)
+    expected, other = logits(model), copy.deepcopy(model)
+    del model
+    assert torch.equal(logits(other), expected)
+
+
 def test_a_pipeline_runs_on_it(int4: Path) -> None:
     with installed():
         generate = pipeline("text-generation", model=str(int4), device="cpu")
@@ -256,6 +267,16 @@ def test_layers_of_another_size_are_refused(int4: Path, tmp_path: Path) -> None:
         CheckpointError, match=r"v_proj.weight is stored as \[32, 128\], config.json asks for \[64, 128\]"
     ):
         load_packed(broken(int4, tmp_path / "broken", **halved))
+
+
+def test_a_folder_without_weights_is_refused_in_a_line(int4: Path, tmp_path: Path, capsys: Any) -> None:
+    shutil.copytree(int4, tmp_path / "empty")
+    for file in (tmp_path / "empty").glob("*.safetensors*"):
+        file.unlink()
+    for command in (["generate", str(tmp_path / "empty"), "a"], ["serve", str(tmp_path / "empty")]):
+        assert main(command) == 2
+        told = capsys.readouterr().err
+        assert "safetensors" in told and "Traceback" not in told
 
 
 def test_truncated_files_and_other_checkpoints_are_refused(int4: Path, tmp_path: Path) -> None:
