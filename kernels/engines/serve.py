@@ -21,6 +21,7 @@ from qat.kernels.engines.transformers import METHODS, compute_dtype, installed
 
 Engine = Literal["auto", "transformers", "vllm"]
 _PATIENCE = 2  # seconds that running answers have left after Ctrl-C
+_LAST_TOKEN = 60  # seconds that a step of a cancelled answer may take
 _NEEDED = ("fastapi", "uvicorn", "openai", "starlette")
 
 
@@ -92,6 +93,15 @@ def transformers_server(folder: Path, host: str, port: int, device: str = "cpu",
     generations.get_manager = lambda model, use_cb=False: manager
     prepared.server.config.timeout_graceful_shutdown = _PATIENCE
     prepared.server.config.app.add_middleware(Front, tokenizer=tokenizer, context=context, name=name)
+    run = prepared.server.run
+
+    def to_the_end(sockets: Any = None) -> None:
+        try:
+            run(sockets)
+        finally:  # Python must not end under a thread that computes
+            manager.submit(lambda: None).result(timeout=_LAST_TOKEN)
+
+    prepared.server.run = to_the_end
     end_idle_threads()  # from here on, only the generating thread computes
     return prepared.server
 
