@@ -294,8 +294,8 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[Row], bandwidth: float, path: Path) -> None:
-    """Share of the memory bandwidth over tokens, one panel per layer: a roofline seen from the memory's side."""
+def plot(rows: list[Row], bandwidth: float, path: Path, about: str) -> None:
+    """Over tokens, one column per layer: speed against BF16, and the share of the memory bandwidth (a roofline)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -304,24 +304,32 @@ def plot(rows: list[Row], bandwidth: float, path: Path) -> None:
     own = [row for row in rows if row.family == "packed"]
     if not own:
         return
-    layers = list(dict.fromkeys(row.what for row in own))
-    figure, axes = plt.subplots(1, len(layers), figsize=(3.6 * len(layers), 3.4), sharey=True, squeeze=False)
-    for axis, layer in zip(axes[0], layers, strict=True):
-        for name in dict.fromkeys(row.contender for row in own):
-            line = [
-                (row.tokens, row.bytes / row.us * 1e6 / bandwidth)
-                for row in own
-                if (row.what, row.contender) == (layer, name)
-            ]
-            if line:
-                axis.plot(*zip(*line, strict=True), marker="o", markersize=3, label=name)
-        axis.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
-        axis.set_xscale("log", base=2)
-        axis.set_title(layer, fontsize=10)
-        axis.set_xlabel("tokens")
-    axes[0][0].set_ylabel(f"share of the {bandwidth / 1e9:,.0f} GB/s that a copy reaches")
-    axes[0][-1].legend(fontsize=7)
-    figure.tight_layout()
+    layers = list(dict.fromkeys((row.what, row.shape) for row in own))
+    wide = 3.4 * len(layers) + 1.6
+    figure, axes = plt.subplots(2, len(layers), figsize=(wide, 6.2), sharex=True, sharey="row", squeeze=False)
+    base = {(row.what, row.tokens): row.us for row in own if row.contender == "BF16"}
+    markers = dict(zip(dict.fromkeys(row.contender for row in own), "osv^D*<>pPXhd8" * 4, strict=False))
+    for (speed, share), (what, shape) in zip(axes.T, layers, strict=True):
+        for name, marker in markers.items():
+            line = [row for row in own if (row.what, row.contender) == (what, name)]
+            tokens, style = [row.tokens for row in line], {"marker": marker, "markersize": 4, "label": name}
+            speed.plot(tokens, [base[what, row.tokens] / row.us for row in line], **style)
+            share.plot(tokens, [row.bytes / row.us * 1e6 / bandwidth for row in line], **style)
+        share.axhline(1.0, color="black", linewidth=0.8, linestyle="--", label="a copy")
+        for axis in (speed, share):
+            axis.set(xscale="log", yscale="log")
+            axis.grid(alpha=0.3)
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}" if axis is speed else "")
+        share.set_xticks(tokens, [str(count) for count in tokens])
+        share.minorticks_off()
+        share.set_xlabel("tokens")
+        speed.set_title(f"{what}\n{shape}" if what not in shape else shape, fontsize=10)
+    axes[0][0].set_ylabel("times as fast as BF16")
+    axes[1][0].set_ylabel(f"share of a copy's {bandwidth / 1e9:,.0f} GB/s")
+    figure.legend(*axes[1][0].get_legend_handles_labels(), loc="center right", fontsize=8)
+    figure.suptitle(about, fontsize=8, y=0.995)
+    figure.tight_layout(rect=(0, 0, 1 - 1.5 / wide, 1))
     figure.savefig(path, dpi=140)
 
 
@@ -384,7 +392,8 @@ def main() -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         report = {**about, "peers": peers.report(), "rows": [asdict(row) for row in rows]}
         (arguments.out / "kernels.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-        plot(rows, bandwidth, arguments.out / "kernels.png")
+        told = f"{about['device']}, torch {about['torch']}, commit {about['commit']}"
+        plot(rows, bandwidth, arguments.out / "kernels.png", told)
 
 
 if __name__ == "__main__":
