@@ -132,6 +132,8 @@ def main() -> None:
         for name, rows in before["launches"].items():
             launches[name] = rows | launches.get(name, {})
     path.write_text(json.dumps({"about": about, "launches": launches}, indent=1), encoding="utf-8")
+    tuned.table.cache_clear()
+    tuned.table(gpu)  # as every user will read it
     print(f"{sum(map(len, launches.values()))} entries in {path}")
 
 

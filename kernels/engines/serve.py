@@ -17,7 +17,7 @@ from qat.checkpoints.hf import load_tokenizer, read_json
 from qat.errors import CheckpointError, ConfigError
 from qat.kernels.compiler import end_idle_threads
 from qat.kernels.engines.front import Front
-from qat.kernels.engines.transformers import METHODS, compute_dtype, installed
+from qat.kernels.engines.transformers import METHODS, compute_dtype, installed, loading
 
 Engine = Literal["auto", "transformers", "vllm"]
 _PATIENCE = 2  # seconds that running answers have left after Ctrl-C
@@ -55,11 +55,8 @@ def serve(folder: Path, engine: Engine, host: str, port: int, device: str, dtype
     if method is not None and method not in METHODS:
         print(f"qat serve: {method} checkpoints are left to transformers itself", file=sys.stderr)
     _check_port(host, port)
-    with installed():
-        try:
-            server = transformers_server(folder, host, port, device, dtype)
-        except (OSError, ImportError) as error:  # no weights, or another tool's format whose package is missing
-            raise CheckpointError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    with installed(), loading(folder):
+        server = transformers_server(folder, host, port, device, dtype)
     bind = server.startup
 
     async def announced(sockets: Any = None) -> None:

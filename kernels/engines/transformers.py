@@ -235,6 +235,15 @@ def compute_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+@contextmanager
+def loading(folder: Path) -> Iterator[None]:
+    """One line instead of transformers' tracebacks: no weights, or another tool's format whose package is missing."""
+    try:
+        yield
+    except (OSError, ImportError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+
+
 def load_packed(folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> "PreTrainedModel":
     """The model in an exported folder, in eval mode, its weights packed.
 
@@ -247,18 +256,15 @@ def load_packed(folder: Path, dtype: torch.dtype | None = None, device: str = "c
         CheckpointError: tensors are missing, surplus or damaged; named.
         UnsupportedError: layers that cannot be served packed.
     """
-    with installed(), quiet():
-        try:
-            found: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype or compute_dtype(device),
-                device_map=device,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # check_loading refuses them by name
-            )
-        except (OSError, ImportError) as error:  # no weights, or another tool's format whose package is missing
-            raise CheckpointError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    with installed(), quiet(), loading(folder):
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or compute_dtype(device),
+            device_map=device,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # check_loading refuses them by name
+        )
     model, info = found
     check_loading(model, info, folder)
     loaded: PreTrainedModel = model.eval()

@@ -195,6 +195,11 @@ INLINE void rows_times(const Weight *w, const float *x, int64_t stride, char *ou
     if (row < last) some_rows(w, x, stride, out, bytes, row, 1, tokens, bits, mantissa, small, affine, bf16, table);
 }
 
+/* Which of an element's instances below: plain, small groups, zero points, bf16 scales. */
+static int variant(const Weight *w) {
+    return w->zeros ? 2 : (1ll << w->group_shift) < PART ? 1 : w->scale_bytes == 2 ? 3 : 0;
+}
+
 typedef void (*Rows)(const Weight *, const float *, int64_t, char *, int, int64_t, int64_t);
 #define INSTANCE(NAME, TOKENS, BITS, MANTISSA, SMALL, AFFINE, BF16)                                                     \
     static void NAME(const Weight *w, const float *x, int64_t stride, char *out, int bytes, int64_t first,              \
@@ -228,8 +233,7 @@ int packed_linear(const Weight *w, const void *x, int64_t tokens, int bytes, voi
     const Rows(*element)[2] = kind == 19 ? int2 : kind == 39 ? int4 : kind == 79 ? int8 : kind == 41 ? e2m1
                             : kind == 83 ? e4m3 : 0;
     if (!element) return 1;
-    const int small = (1ll << w->group_shift) < PART;
-    const Rows *rows = element[w->zeros ? 2 : small ? 1 : w->scale_bytes == 2 ? 3 : 0];
+    const Rows *rows = element[variant(w)];
     const int64_t padded = w->width * (16 / w->bits); /* whole tiles */
     float *scratch = malloc(4 * tokens * padded + 1);
     if (!scratch) return 2;
@@ -331,7 +335,7 @@ int dense_rows(const Weight *w, int64_t first, int64_t last, void *out, int byte
     const Values(*element)[2] = kind == 19 ? int2_values : kind == 39 ? int4_values : kind == 79 ? int8_values
                               : kind == 41 ? e2m1_values : kind == 83 ? e4m3_values : 0;
     if (!element) return 1;
-    const Values values = element[w->zeros ? 2 : (1ll << w->group_shift) < PART ? 1 : w->scale_bytes == 2 ? 3 : 0][bytes == 4];
+    const Values values = element[variant(w)][bytes == 4];
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t block = 0; block < (last - first + BLOCK - 1) / BLOCK; block++) {
         int64_t from = first + block * BLOCK, to = from + BLOCK < last ? from + BLOCK : last;
