@@ -20,7 +20,7 @@ VLLM_NEEDS := tests/kernels/vllm-requirements.txt
 VERSIONS ?= oldest default newest
 oldest := torch===2.11.0 triton==3.6.0 transformers==5.17.0
 default := torch===2.13.0 triton==3.7.1
-newest := torch===2.15.0 triton==3.9.0 transformers==5.24.0
+newest := torch===2.14.1 transformers==5.24.0
 FOLLOWS := torch|triton|transformers|tokenizers|huggingface_hub|setuptools|nvidia-.*|cuda-.*
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -19,6 +19,7 @@ from torch import Tensor
 from qat.catalog import SCALE_ELEMENT, lookup
 from qat.element import EXPONENT_BIAS
 from qat.format import Format
+from qat.kernels.device import device_of
 from qat.kernels.packed_linear.choose import Tiles, choose
 from qat.kernels.tuned import case, gpu_of, override
 from qat.layouts import PART, tile
@@ -74,7 +75,7 @@ def decode_scale(stored, SCALE: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.c
         return stored.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def packed_linear_kernel(
     x,
     words,
@@ -201,7 +202,7 @@ def packed_linear(
     out = x.new_empty(*x.shape[:-1], rows)
     if tokens == 0 or rows == 0:
         return out
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    processors = device_of(x).processors
     tiles = choose(tokens, rows, columns, tile(fmt.element.bits), processors)
     tiles = override(tiles, gpu_of(x), case("packed_linear", format, rows, columns), tokens)
     target = out if tiles.splits == 1 else x.new_empty(tiles.splits, tokens, rows, dtype=torch.float32)
