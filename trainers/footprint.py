@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qat.calibration import PRODUCTS
 from qat.catalog import lookup
 from qat.checkpoints.hf import ModelConfig, quiet, resolve
 from qat.errors import CheckpointError, UnsupportedError
@@ -276,7 +277,8 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
         "logits and other working space": working,
         "holes in the heap": int(heap * (saved_weights + activations + working)),
     }
-    calibrating = parts["master weights"] + parts["scales"] + parts["teacher"] + FP32 * facts.input_products(job)
+    products = min(FP32 * facts.input_products(job), PRODUCTS)
+    calibrating = parts["master weights"] + parts["scales"] + parts["teacher"] + products
     beyond = max(0, calibrating - sum(training.values()))
     return {**training, "input products of calibration": beyond, "libraries and device context": RUNTIME[device]}
 
