@@ -9,6 +9,7 @@ processes share the checks; what is a multiple of a size stays with one of them,
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -79,9 +80,15 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("")
     command = [sys.executable, __file__, *sys.argv[1:], "--jobs", str(arguments.jobs), "--share"]
-    ended = [process.wait() for process in [subprocess.Popen([*command, str(i)]) for i in range(arguments.jobs)]]
-    text, failed = summary(out)
-    print(text)
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit("stopped before all checks had run")
+    )  # by `timeout`, with a group
+    ended: list[int] = []
+    try:
+        ended += [process.wait() for process in [subprocess.Popen([*command, str(i)]) for i in range(arguments.jobs)]]
+    finally:
+        text, failed = summary(out)
+        print(text, flush=True)
     if broken := sum(status != 0 for status in ended):
         print(f"{broken} of {len(ended)} processes ended early")
     sys.exit(bool(failed or broken))
