@@ -36,9 +36,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", type=Path, default=Path("runs/recovery"))
     arguments = parser.parse_args()
+    from qat.kernels.load import load_for_training
     from qat.trainers.job import load_job
     from qat.trainers.run import train
 
+    load_for_training()  # as the command line does
     console = Console(stderr=True)
     reports = {}
     for row, recipe, changes in cases(arguments.seeds):

@@ -238,3 +238,23 @@ def test_benchmark_on_a_cpu(
     assert row["note"].startswith("a note; within 2%") and row["us"] > 0
     assert {"BF16", "int4_g128", "mxfp4", "right"} <= {row["contender"] for row in report["rows"]}
     assert any("fails_later" in line for line in report["peers"])
+
+
+def test_the_recovery_table_trains_with_kernels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recovery = _script("recovery")
+    loaded = []
+
+    def train(job: Any, **_: Any) -> None:
+        loaded.append(capsys.readouterr().err)
+        job.folder.mkdir(parents=True)
+        rows = [{"name": name, "kl": 1.0} for name in ("ptq", "best_ptq", "student")]
+        report = {"rows": rows, "gap_closed": {"kl": 0.5, "nll": 0.5}, "best_step": 1}
+        (job.folder / "report.json").write_text(json.dumps(report))
+
+    monkeypatch.setattr("qat.trainers.run.train", train)
+    monkeypatch.setattr(sys, "argv", ["recovery.py", "--seeds", "1", "--runs", str(tmp_path)])
+    recovery.main()
+    assert "kernels for " in loaded[0] or "no kernels (" in loaded[0]
+    assert capsys.readouterr().out.count("50.0%") == 8
