@@ -118,9 +118,9 @@ def resumed(road: Road, whole: Path, cut: Path) -> str:
 
 
 def generated(road: Road, export: Path) -> dict[str, Any]:
-    """Logits of packed weights on the device beside the dense reading of the same files, and tokens written in the dtype
-    that is served. Both logits are in float32; in BF16, quantized inputs would round to other neighbours. Some do here:
-    dense weights are rounded to BF16, packed ones are not, which moves a random model by up to 6 %."""
+    """Logits of packed weights on the device beside the dense reading of the same files, and tokens written in the
+    dtype that is served. Both logits are in float32: in BF16, quantized inputs would round to other neighbours. Some do
+    here, too, because dense weights are rounded to BF16, which moves a random model by up to 6 %."""
     import torch
 
     from qat.checkpoints.exported import load_exported
