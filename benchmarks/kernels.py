@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 from layers import LAYERS
+from measurements import Row, plot, table, write
 from peers import PACKAGES, Peers, choose
 from rich.progress import track
-from timings import Row, plot, table, write
 from torch import Tensor
 from torch.nn import functional
 

@@ -32,7 +32,7 @@ def _script(name: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def peers() -> Iterator[ModuleType]:
-    names = ("layers", "peer_calls", "peers", "timings", "benchmark_kernels")
+    names = ("layers", "peer_calls", "peers", "measurements", "benchmark_kernels")
     for name in names[:4]:
         _script(name)
     yield sys.modules["peers"]
