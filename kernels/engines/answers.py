@@ -13,7 +13,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
@@ -30,19 +30,11 @@ _BYTES = {chr(byte): byte for byte in _VISIBLE} | {chr(256 + i): byte for i, byt
 Finish = Literal["stop", "length"]
 
 
-@dataclass(frozen=True)
-class Spelling:
-    """What a token is, as far as one token says: a token may be a part of a character."""
+class Spelling(NamedTuple):
+    """How a single token reads, which may be a part of a character."""
 
+    text: str
     bytes: bytes
-
-    @property
-    def text(self) -> str:
-        """Its text, or its bytes in OpenAI's way of writing them."""
-        try:
-            return self.bytes.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.bytes)
 
 
 @dataclass(frozen=True)
@@ -74,11 +66,16 @@ class Speller:
         self._before = tokenizer.encode("a", add_special_tokens=False)[-1:]  # a first token may lose its space
 
     def spell(self, token: int) -> Spelling:
-        """The spelling of one token."""
+        """The spelling of one token; parts of characters are written as OpenAI does, tokens without text as vLLM."""
         if token not in self._known:
             before, text = (self._tokenizer.decode([*self._before, *ids]) for ids in ((), (token,)))
             text = text[len(before) :]
-            self._known[token] = Spelling(text.encode() if "\ufffd" not in text else self._raw(token, text))
+            raw = self._raw(token, text) if "\ufffd" in text else text.encode()
+            try:
+                spelling = Spelling(raw.decode() or f"token_id:{token}", raw)
+            except UnicodeDecodeError:
+                spelling = Spelling("bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw)
+            self._known[token] = spelling
         return self._known[token]
 
     def _raw(self, token: int, text: str) -> bytes:

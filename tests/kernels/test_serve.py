@@ -111,10 +111,10 @@ def test_a_whole_request_of_the_real_client_passes(client: Any, openai_client: A
 
 
 def test_without_a_limit_the_longest_text_is_one(client: Any) -> None:
-    answer = client.post(TEXT, json={"prompt": "fox " * 120, "temperature": 0}).json()
+    answer = client.post(TEXT, json={"prompt": "fox " * 400, "temperature": 0}).json()
     assert answer["usage"]["total_tokens"] <= 512
     used = answer["usage"]["prompt_tokens"]
-    exact = {"prompt": "fox " * 120, "temperature": 0, "max_tokens": 512 - used}
+    exact = {"prompt": "fox " * 400, "temperature": 0, "max_tokens": 512 - used}
     assert client.post(TEXT, json=exact).status_code == 200
     refused = client.post(TEXT, json={**exact, "max_tokens": 513 - used})
     assert refused.status_code == 400 and f"the prompt has {used} tokens" in refused.json()["error"]["message"]
@@ -211,6 +211,11 @@ def test_the_command_listens_on_this_machine_only(folder: Path) -> None:
                 answer = httpx.get(f"http://127.0.0.1:{port}/health", timeout=1)
             time.sleep(0.2)
         assert answer is not None and answer.status_code == 200
+        asked = {"model": str(folder), "prompt": PROMPT, "max_tokens": 8, "temperature": 1}  # called as it was given
+        told = [httpx.post(f"http://127.0.0.1:{port}{TEXT}", json={**asked, "seed": s}).json() for s in (1, 1, 2)]
+        assert {each["model"] for each in told} == {str(folder)}
+        texts = [each["choices"][0]["text"] for each in told]
+        assert texts[0] == texts[1] != texts[2]
         listening = Path("/proc/net/tcp").read_text().splitlines() if Path("/proc/net/tcp").exists() else []
         local = [line.split()[1] for line in listening if f":{port:04X} " in line and line.split()[3] == "0A"]
         assert not local or local == [f"0100007F:{port:04X}"]
@@ -221,7 +226,8 @@ def test_the_command_listens_on_this_machine_only(folder: Path) -> None:
     finally:
         process.send_signal(2)
         message = process.communicate(timeout=30)[1]
-    assert f"{folder} on http://127.0.0.1:{port}/v1" in message and "Traceback" not in message and "terminate" not in message
+    assert f"{folder} on http://127.0.0.1:{port}/v1" in message
+    assert "Traceback" not in message and "terminate" not in message
 
 
 def test_other_folders_are_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,6 +274,22 @@ def test_a_taken_port_is_said_before_anything_is_loaded(folder: Path, capsys: An
         assert main(["serve", str(folder), "--engine", "transformers", "--port", str(port)]) == 2
     told = capsys.readouterr().err
     assert f"cannot listen on 127.0.0.1:{port}" in told and "--port" in told and "Loading" not in told
+
+
+@pytest.mark.parametrize(
+    ("more", "names"), [([], ["{}/"]), (["--served-model-name", "a", "--served-model-name=b/c"], ["a", "b/c"])]
+)
+def test_vllm_is_started_with_the_same_names(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], names: list[str]
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("os.execv", lambda program, command: started.append(command))
+    assert main(["serve", *more, f"{folder}/", "--engine=vllm"]) == 0
+    command = started[0]
+    at = command.index("--served-model-name") + 1
+    assert command[at : command.index("--host")] == [name.format(folder) for name in names]
+    assert command[command.index("--host") + 1] == "127.0.0.1"
 
 
 def test_missing_engines_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
