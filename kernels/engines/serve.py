@@ -40,6 +40,8 @@ def serve(
     """
     if not 1 <= port <= 65535:
         raise ConfigError(f"--port {port}: ports are 1 to 65535")
+    if not all(names):
+        raise ConfigError("--served-model-name is empty; give a name, or leave it out")
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}")
     if (folder / "job.yaml").is_file():

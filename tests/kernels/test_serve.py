@@ -248,6 +248,7 @@ def test_what_cannot_run_is_named_before_the_model_loads(
     for option, words in (
         ("--port=99999", "--port 99999: ports are 1 to 65535"),
         ("--port=0", "--port 0: ports are"),
+        ("--served-model-name=", "--served-model-name is empty"),
         ("--device=banana", "--device banana cannot be used"),
         ("--device=meta", "--device meta cannot be used"),
         ("--device=cuda:99" if there else "--device=cuda", "cannot be used"),
