@@ -115,9 +115,8 @@ def export_model(
         CheckpointError: non-finite weights or scales, tensors that do not fit the source, `out` is something that must
             not be replaced, or trouble with the disk.
     """
-    guard = _Guard((source, *keep)) if overwrite else None
-    if guard is not None:
-        guard(Path(os.path.realpath(out.expanduser())))
+    keep = (source, *keep)
+    check_replaceable(out, overwrite, keep)
     plan = plan_export(model, source, find_target(target))
     check_values(plan)
     for note in plan.notes:
@@ -126,7 +125,7 @@ def export_model(
     with (
         torch.no_grad(),
         ShardReader(source) as reader,
-        ShardWriter(out, max_shard_bytes, overwrite=guard or False, expected_bytes=_expected_bytes(plan)) as writer,
+        ShardWriter(out, max_shard_bytes, overwrite=overwrite, expected_bytes=_expected_bytes(plan)) as writer,
         progress(f"writing {out.name}", len(plan.order)) as advance,
     ):
         for name in plan.order:
@@ -137,17 +136,9 @@ def export_model(
         extras = plan.target.files(plan.quantization)
         for name, value in {"config.json": exported_config(plan, source), **extras}.items():
             files[name] = _write_json(writer.folder / name, value)
-        weights = sum(module.weight.numel() for module in plan.linears.values())
-        packed = sum(entry["bytes"] for entry in record["modules"].values())
-        record = {
-            **_header(plan, source, target),
-            "bytes": writer.total_bytes,
-            "bits_per_weight": 8 * packed / weights,
-            "files": files,
-            **record,
-            **({"run": extra} if extra else {}),
-        }
-        _write_json(writer.folder / RECORD, record)
+        whole = _record(plan, source, target, record) | {"bytes": writer.total_bytes, "files": files}
+        _write_json(writer.folder / RECORD, whole | ({"run": extra} if extra else {}))
+        check_replaceable(out, overwrite, keep)  # again: hours may have passed
     return out
 
 
@@ -158,33 +149,35 @@ def export(
     from qat.checkpoints.resume import load_student
 
     find_target(target)
+    check_replaceable(out, overwrite, (run,))
     model, source, state = load_student(run, checkpoint)
     extra = {"name": run.resolve().name, "checkpoint": checkpoint, "step": state.get("step"), "model": state["model"]}
     student: Any = model
     return export_model(student, source, out, target, overwrite=overwrite, extra=extra, keep=(run,))
 
 
-class _Guard:
-    """Refuses to replace what no export wrote, and folders that hold something else: the source, the run, the working
-    directory, home."""
+def check_replaceable(out: Path, overwrite: bool, keep: tuple[Path, ...]) -> None:
+    """Refuse to overwrite what no export wrote, and what holds one of `keep`, the working directory or home.
 
-    def __init__(self, keep: tuple[Path, ...]) -> None:
-        self.keep = [Path(os.path.realpath(path)) for path in (*keep, Path(), Path("~").expanduser())]
-
-    def __call__(self, destination: Path) -> None:
-        """Raise CheckpointError where `destination`, a real path, must stay."""
-        inside = next((path for path in self.keep if path == destination or destination in path.parents), None)
-        if inside is not None:
-            what = "is" if inside == destination else f"holds {inside},"
-            raise CheckpointError(
-                f"{destination} {what} the source model, the run, the working directory or home: --overwrite does not "
-                "replace it; give another folder"
-            )
-        if destination.is_dir() and any(destination.iterdir()) and not is_export(destination):
-            raise CheckpointError(
-                f"{destination} was not written by an export (no valid {RECORD}), so --overwrite does not replace it; "
-                "give another folder, or remove it yourself"
-            )
+    Raises:
+        CheckpointError: says which.
+    """
+    destination = Path(os.path.realpath(out.expanduser()))
+    if not overwrite or not destination.is_dir() or not any(destination.iterdir()):
+        return
+    stay = [Path(os.path.realpath(path)) for path in (*keep, Path(), Path("~").expanduser())]
+    inside = next((path for path in stay if destination in (path, *path.parents)), None)
+    if inside is not None:
+        what = "is" if inside == destination else f"holds {inside},"
+        raise CheckpointError(
+            f"{destination} {what} the source model, the run, the working directory or home: --overwrite does not "
+            "replace it; give another folder"
+        )
+    if not is_export(destination):
+        raise CheckpointError(
+            f"{destination} was not written by an export (it has no valid {RECORD}), so --overwrite does not replace "
+            "it; give another folder, or remove it yourself"
+        )
 
 
 def _expected_bytes(plan: ExportPlan) -> int:
@@ -264,7 +257,10 @@ def _copy_files(source: Path, folder: Path) -> dict[str, str]:
     return files
 
 
-def _header(plan: ExportPlan, source: Path, target: str) -> dict[str, Any]:
+def _record(plan: ExportPlan, source: Path, target: str, written: dict[str, Any]) -> dict[str, Any]:
+    """What qat.json says; `written` are the entries of modules and tensors."""
+    weights = sum(module.weight.numel() for module in plan.linears.values())
+    packed = sum(entry["bytes"] for entry in written["modules"].values())
     rules = {m.input_quantizer.rule for m in plan.linears.values() if m.input_quantizer is not None}
     try:
         release = version("qat-native")
@@ -282,6 +278,8 @@ def _header(plan: ExportPlan, source: Path, target: str) -> dict[str, Any]:
         "left_out": plan.left_out,
         "embeddings_on_grid": {path: m.weight_quantizer.format.name for path, m in plan.embeddings.items()},
         "notes": plan.notes,
+        "bits_per_weight": 8 * packed / weights,
+        **written,
     }
 
 

@@ -13,22 +13,19 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from qat.errors import CheckpointError
 
-Overwrite = bool | Callable[[Path], None]  # a function refuses, by raising, what must not be replaced
-
 
 @contextlib.contextmanager
-def atomic_folder(out: Path, *, overwrite: Overwrite = False, expected_bytes: int | None = None) -> Iterator[Path]:
+def atomic_folder(out: Path, *, overwrite: bool = False, expected_bytes: int | None = None) -> Iterator[Path]:
     """Yield an empty folder that becomes `out` when the block ends well and disappears when it does not.
 
     Args:
         out: destination; must not exist, or be an empty folder, unless `overwrite`.
-        overwrite: replace a non-empty destination, by two renames after the new content is on disk; a function is
-            asked first, with the real path of the destination.
+        overwrite: replace a non-empty destination, by two renames after the new content is on disk.
         expected_bytes: what the block will write at its peak; refused at once when the disk has less free.
 
     Raises:
@@ -51,7 +48,7 @@ def atomic_folder(out: Path, *, overwrite: Overwrite = False, expected_bytes: in
         os.close(lock)
 
 
-def _claim(destination: Path, overwrite: Overwrite, expected_bytes: int | None) -> tuple[Path, int]:
+def _claim(destination: Path, overwrite: bool, expected_bytes: int | None) -> tuple[Path, int]:
     """Clear what killed runs left, check the destination, and lock a new folder beside it."""
     parent, name = destination.parent, destination.name
     # The parent is locked for this moment only: nobody may see our folder between its creation and its lock.
@@ -106,13 +103,11 @@ def _settle_swaps(destination: Path) -> None:
             os.replace(old, destination)
 
 
-def _check_destination(destination: Path, overwrite: Overwrite) -> None:
+def _check_destination(destination: Path, overwrite: bool) -> None:
     if destination.exists() and not destination.is_dir():
         raise CheckpointError(f"{destination} is a file; give a folder that does not exist yet")
     if not overwrite and destination.is_dir() and any(destination.iterdir()):
         raise CheckpointError(f"{destination} exists and is not empty; give another folder or ask to overwrite it")
-    if callable(overwrite):
-        overwrite(destination)
 
 
 def _check_space(destination: Path, expected_bytes: int | None) -> None:
@@ -126,7 +121,7 @@ def _check_space(destination: Path, expected_bytes: int | None) -> None:
         )
 
 
-def _publish(partial: Path, destination: Path, overwrite: Overwrite) -> None:
+def _publish(partial: Path, destination: Path, overwrite: bool) -> None:
     _check_destination(destination, overwrite)  # again: hours may have passed
     old = None
     if destination.exists() and any(destination.iterdir()):

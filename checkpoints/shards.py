@@ -18,7 +18,7 @@ from typing import IO, Any, Self
 import torch
 from safetensors import safe_open
 
-from qat.checkpoints.folders import Overwrite, atomic_folder
+from qat.checkpoints.folders import atomic_folder
 from qat.errors import CheckpointError, UnsupportedError, nearest
 
 SINGLE = "model.safetensors"
@@ -76,7 +76,7 @@ class ShardWriter:
     Args:
         out: destination folder.
         max_shard_bytes: a shard closes before it would exceed this; a larger tensor gets its own shard.
-        overwrite: replace a non-empty destination, see `atomic_folder`.
+        overwrite: replace a non-empty destination.
         expected_bytes: size of the checkpoint, if known, to refuse at once when the disk is too small.
     """
 
@@ -87,7 +87,7 @@ class ShardWriter:
         out: Path,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         *,
-        overwrite: Overwrite = False,
+        overwrite: bool = False,
         expected_bytes: int | None = None,
     ) -> None:
         if max_shard_bytes <= 0:

@@ -144,7 +144,7 @@ def _kind(module: nn.Module, shapes: list[tuple[int, ...]]) -> str:
     if type(module).__name__ == "Conv1D":  # of transformers, in GPT-2 and its kin
         return "linear layers that store their weight transposed (GPT-2's Conv1D)"
     if any(len(shape) > 2 and min(shape[-2:]) > 1 for shape in shapes):
-        return "stacks of matrices, such as fused mixture-of-experts weights,"
+        return "fused mixture-of-experts weights"
     return "this kind of module"
 
 
