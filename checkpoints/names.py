@@ -31,6 +31,7 @@ class StoredNames:
         origins: name in the model by checkpoint name, without those that are stored in parts.
         paths: checkpoint path of every linear layer and embedding by its path in the model; layers that are stored
             merged with others have none.
+        parts: names of tensors that transformers puts together while it loads, such as fused experts.
         shadowed: names in the file of which transformers loads another one instead, and that one.
         unread: names in the file that belong to nothing in the model.
     """
@@ -38,6 +39,7 @@ class StoredNames:
     tensors: dict[str, Tensor]
     origins: dict[str, str]
     paths: dict[str, str]
+    parts: frozenset[str]
     shadowed: dict[str, str]
     unread: frozenset[str]
 
@@ -76,9 +78,10 @@ def stored_names(model: "PreTrainedModel", names: Iterable[str] = ()) -> StoredN
     for name, place in renamed.items():
         short = name.removeprefix(f"{model.base_model_prefix}.") if bare else name
         tensors[short], origins[short] = own[place], place
-    for name, tensor in _in_parts(model, merged, parts, own).items():
-        tensors[name] = tensor
-    return StoredNames(tensors, origins, _paths(model, origins), shadowed, frozenset(unread))
+    apart = _in_parts(model, merged, parts, own)
+    return StoredNames(
+        {**tensors, **apart}, origins, _paths(model, origins), frozenset(apart), shadowed, frozenset(unread)
+    )
 
 
 def _places(
@@ -139,10 +142,16 @@ def _paths(model: nn.Module, origins: dict[str, str]) -> dict[str, str]:
 
 
 def _revert(model: "PreTrainedModel", tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As the class saves, whatever this model was loaded from: a model without file gets the same names."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    with torch.no_grad():
-        stored: dict[str, Tensor] = revert_weight_conversion(model, tensors)
+    used = vars(model).pop("_weight_conversions", None)
+    try:
+        with torch.no_grad():
+            stored: dict[str, Tensor] = revert_weight_conversion(model, tensors)
+    finally:
+        if used is not None:
+            model._weight_conversions = used
     return stored
 
 

@@ -343,8 +343,8 @@ def _logits_compressed_tensors(subject: _Subject, tokens: int) -> str:
     if affine and len(groups) > 1:
         return "skipped: transformers loads asymmetric packed weights only where all layers have one format"
     fp8 = all(group["weights"]["type"] == "float" and group["weights"]["num_bits"] == 8 for group in groups)
-    if unquantizable(subject.model) and not fp8:
-        return "skipped: transformers cannot load dense fused experts beside layers of this format"
+    if (subject.stored.parts or unquantizable(subject.model)) and not fp8:
+        return "skipped: transformers cannot load dense tensors that it merges (fused experts) beside this format"
     if not affine:
         return _compare(subject, tokens, {})
     from transformers import CompressedTensorsConfig

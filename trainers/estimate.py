@@ -157,18 +157,15 @@ def estimate(job: Job) -> Estimate:
         steps=job.steps,
         devices=job.devices,
         plans=plans,
-        notes=(
-            *_notes(job, plans),
-            *(f"export: {note}" for note in export_notes(job, _folder(job), known.student.model)),
-        ),
+        notes=(*_notes(job, plans), *_export_notes(job, known)),
     )
 
 
-def _folder(job: Job) -> Path | None:
-    """Of the student, where it needs no download."""
+def _export_notes(job: Job, known: Facts) -> list[str]:
     path = Path(job.model.id).expanduser()
-    local = job.model.id.startswith("embedded:") or path.suffix == ".gguf" or path.exists()
-    return resolve(job.model) if local else None
+    local = job.model.id.startswith("embedded:") or path.suffix == ".gguf" or path.exists()  # needs no download
+    folder = resolve(job.model) if local else None
+    return [f"export: {note}" for note in export_notes(job, folder, known.student.model)]
 
 
 def _notes(job: Job, plans: tuple[Plan, ...]) -> list[str]:

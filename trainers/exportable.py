@@ -28,11 +28,11 @@ def export_notes(job: Job, folder: Path | None, model: Any = None) -> list[str]:
     weights = folder if folder is not None and any((folder / name).is_file() for name in (SINGLE, INDEX)) else None
     if weights is not None:
         ShardReader(weights).verify_complete()
-    bare = copy.deepcopy(model) if model is not None else _without_numbers(folder, job.model.trust_remote_code)
+    bare = copy.deepcopy(model) if model is not None else _without_numbers(str(folder), job.model.trust_remote_code)
     return check_export(apply(bare, job.scheme, defer_start=True), weights)  # type: ignore[arg-type]  # still transformers'
 
 
-def _without_numbers(folder: Path | None, trust_remote_code: bool) -> Any:
+def _without_numbers(folder: str, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with quiet(), torch.device("meta"):
