@@ -26,6 +26,7 @@ from qat.surgery import Coverage, apply, dense, layers, report
 from qat.trainers.callbacks import Average, Keeper, StepLoop
 from qat.trainers.data import Batches, Blocks, load_blocks
 from qat.trainers.evaluate import Judge, gap_closed
+from qat.trainers.exportable import export_notes
 from qat.trainers.job import Job
 from qat.trainers.memory import keep_freed_blocks, peak_bytes
 from qat.trainers.module import QatModule
@@ -119,6 +120,8 @@ def _load(job: Job, console: Console) -> Parts:
     source = resolve(job.model)
     reference = resolve(job.teacher) if job.teacher is not None else source
     tokenizer = load_tokenizer(source, job.model.trust_remote_code)
+    for note in export_notes(job, source):
+        console.print(f"export: {note}", highlight=False, soft_wrap=True, markup=False)
     settings = (job.model.attn_implementation, job.model.trust_remote_code)
     teacher_dtype = torch.bfloat16 if mixed and device.type == "cuda" else torch.float32
     teacher: nn.Module = load_model(reference, teacher_dtype, *settings)
