@@ -1,10 +1,12 @@
 """The `qat` command: the one place that may import every part, each only when its command runs.
 
 Results go to stdout (with `--json`, one JSON document and nothing else); progress and warnings go to stderr. A
-QatError ends the command with one readable message and exit status 2, never with a traceback.
+QatError, or an error of the operating system, ends the command with one readable message and exit status 2, never with
+a traceback.
 """
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -13,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qat.errors import ConfigError, QatError
+from qat.errors import ConfigError, Interrupted, QatError
 
 DESCRIPTION = """Train a model in the numbers it will be served in.
 
@@ -27,6 +29,7 @@ DESCRIPTION = """Train a model in the numbers it will be served in.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
+    _print_anything()
     parser = build_parser()
     arguments = parser.parse_args(argv)
     _quiet_libraries()
@@ -41,6 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        print(f"qat {arguments.command}: {_os_error(error)}", file=sys.stderr)
+        return 2
+    except Interrupted as error:
+        return int(error.code or 0)
     except KeyboardInterrupt:
         print(f"qat {arguments.command}: interrupted", file=sys.stderr)
         return 130
@@ -61,6 +69,19 @@ def build_parser() -> argparse.ArgumentParser:
         add(sub)
         sub.set_defaults(run=run)
     return parser
+
+
+def _print_anything() -> None:
+    """What a terminal or a pipe cannot encode is escaped: no run may fail because it prints its result."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _os_error(error: OSError) -> str:
+    """For example: No space left on device: runs/a/metrics.csv"""
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    return ": ".join([error.strerror or str(error) or type(error).__name__, *([" -> ".join(names)] if names else [])])
 
 
 def _warned(message: Warning | str, category: type[Warning]) -> str:
