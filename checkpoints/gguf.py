@@ -244,6 +244,8 @@ def _spinner(text: str) -> Iterator[None]:
 
     console = Console(file=sys.stderr)  # the stream of now, which stays while the reader's own is silenced
     start = time.monotonic()
+    if not console.is_terminal:
+        console.print(f"{text} ...", highlight=False, soft_wrap=True)
     with Progress(SpinnerColumn(), TextColumn(text), TimeElapsedColumn(), console=console, transient=True) as bar:
         bar.add_task(text, total=None)
         yield

@@ -6,6 +6,7 @@ note; a `$QAT_CACHE` that cannot be written is an error.
 """
 
 import atexit
+import errno
 import os
 import shutil
 import tempfile
@@ -43,7 +44,7 @@ def _usual() -> Path:
 def _writable(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"no permission to write {folder}")
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     return folder
 
 
@@ -59,4 +60,5 @@ def _temporary(reason: str) -> Path:
 
 
 def _reason(error: Exception) -> str:
-    return str(error).partition("] ")[2] or str(error)
+    """Without the path, which differs from kind to kind: the note is given once."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

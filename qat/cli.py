@@ -31,7 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     _print_anything()
     parser = build_parser()
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "overrides") or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse stops taking overrides at the first option: `--resume steps=200`
+        arguments.overrides += rest
     _quiet_libraries()
     before = warnings.formatwarning
     warnings.formatwarning = lambda message, category, *_: f"qat {arguments.command}: {_warned(message, category)}\n"
@@ -111,7 +115,8 @@ def _print_json(value: Any) -> None:
 def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file of the run (see configs/)")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="change a value: steps=200 optim.lr=3e-4")
-    parser.add_argument("--resume", action="store_true", help="continue the run from its last saved state, exactly")
+    parser.add_argument("--resume", action="store_true", help="continue the run from its last saved state, exactly; "
+                        "only steps= may grow, and models, texts and the run's folder may have moved")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print coverage, memory and time; train nothing")
     parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
 
@@ -151,6 +156,11 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", default="compressed-tensors", help=layouts)
     parser.add_argument("--checkpoint", default="best", help="which of the run's checkpoints (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    _add_moved(parser)
+
+
+def _add_moved(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="PATH", help="where the model that a run was made from is now, if it moved")
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -162,6 +172,7 @@ def _export(arguments: argparse.Namespace) -> None:
         arguments.target,
         overwrite=arguments.overwrite,
         checkpoint=arguments.checkpoint,
+        moved=arguments.model,
     )
     size = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
     print(f"{out}: {size / 1e6:.1f} MB of weights for {arguments.target}; check it with: qat verify {out}")
@@ -193,6 +204,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="a run, an exported checkpoint, or a plain model")
     parser.add_argument("--teacher", help="model to compare with (default: what DIR was made from)")
     parser.add_argument("--text", nargs="+", metavar="FILE", help="text files (default: the shipped held-out text)")
+    _add_moved(parser)
     parser.add_argument("--tokens", type=int, default=8192, help="how much text to read (default: %(default)s)")
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="lm-eval tasks (needs: pip install lm-eval)")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
@@ -201,9 +213,8 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 def _eval(arguments: argparse.Namespace) -> None:
     from qat.trainers.inspect import evaluate_folder
 
-    found = evaluate_folder(
-        arguments.folder, arguments.teacher, arguments.text or [], arguments.tokens, arguments.tasks or []
-    )
+    texts, tasks = arguments.text or [], arguments.tasks or []
+    found = evaluate_folder(arguments.folder, arguments.teacher, texts, arguments.tokens, tasks, arguments.model)
     if arguments.json:
         _print_json(found)
         return
@@ -221,6 +232,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    _add_moved(parser)
     parser.add_argument("--dense", action="store_true", help="unpack an export's weights once, as `qat eval` does")
 
 
@@ -245,6 +257,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         chat=arguments.chat,
         load_export=None if arguments.dense else load_packed,
+        moved=arguments.model,
     )
 
 

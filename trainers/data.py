@@ -220,7 +220,7 @@ def load_blocks(
             return found
         what = f"{'writing' if config.source == 'teacher' else 'tokenising'} {config.source}"
         total = plan.rows * config.seq_len if plan.rows else plan.tokens
-        with atomic_folder(folder, overwrite=True) as partial, progress(what, total) as step:
+        with atomic_folder(folder, overwrite=True) as partial, progress(what, total, "tokens") as step:
             documents = _encoded(config, tokenizer, teacher, step)
             meta = {"source": source, **_write_rows(partial, documents, config, plan, tokenizer)}
             (partial / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")

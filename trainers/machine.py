@@ -1,5 +1,6 @@
-"""What a run ran on, for its report: the accelerator or CPU, and the versions of what computed."""
+"""What a run runs on: its name and the versions of what computes, for the report, and how it is set up."""
 
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,3 +35,14 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def repeatable(device: torch.device) -> None:
+    """Ask for sums in one order on a GPU, so that a resumed run repeats the interrupted one; torch warns of an
+    operation that has none. CPUs need no asking."""
+    if device.type != "cuda":
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # A debugging aid that costs a pass over memory.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # made on import

@@ -1,5 +1,6 @@
 """A run from job to report: load, calibrate, judge the baselines, train with Lightning, judge the best, report."""
 
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from qat.calibration import begin, observe, prepare
 from qat.checkpoints import resume
 from qat.checkpoints.hf import load_model, load_tokenizer
+from qat.checkpoints.progress import counted
 from qat.errors import ConfigError, Interrupted, UnsupportedError
 from qat.numerics import qsnr
 from qat.surgery import Coverage, apply, dense, layers, report
@@ -23,7 +25,7 @@ from qat.trainers.evaluate import Judge, gap_closed
 from qat.trainers.fit import fit, quiet_lightning
 from qat.trainers.interrupts import Interruptions
 from qat.trainers.job import Job
-from qat.trainers.machine import machine, versions
+from qat.trainers.machine import machine, repeatable, versions
 from qat.trainers.memory import keep_freed_blocks, peak_bytes
 from qat.trainers.overlap import overlap
 from qat.trainers.packing import leakage, model_inputs
@@ -94,6 +96,7 @@ def _train(job: Job, resume_run: bool, console: Console, table: bool, interrupti
 
 def _load(job: Job, source: Path, reference: Path, console: Console) -> Parts:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    repeatable(device)
     mixed = job.precision == "bf16-mixed" or (job.precision == "auto" and device.type == "cuda")
     tokenizer = load_tokenizer(source, job.model.trust_remote_code)
     settings = (job.model.attn_implementation, job.model.trust_remote_code)
@@ -183,13 +186,13 @@ def _baselines(job: Job, parts: Parts, judge: Judge, console: Console) -> list[d
         mean_square = observe(parts.student, batches)
     without = {"start": "amax", "weighted_start": False, "smooth": 0.0, "compensate": "none"}
     plain = job.scheme.model_copy(update=without)
-    begin(parts.student, plain, mean_square)
+    begin(parts.student, plain, mean_square, track=_tracked)
     judged(parts.student, "ptq")
     if plain == job.scheme:
         rows.append({**rows[-1], "name": "best_ptq"})
     else:
         with autocast:
-            folds = prepare(parts.student, batches, job.scheme, mean_square)
+            folds = prepare(parts.student, batches, job.scheme, mean_square, _tracked)
         if job.scheme.smooth:
             smoothed, count = len({path for fold in folds for path in fold.readers}), len(layers(parts.student))
             console.print(f"smoothed the inputs of {smoothed} of {count} layers", highlight=False)
@@ -202,7 +205,18 @@ def _calibration(job: Job, parts: Parts) -> list[dict[str, Any]]:
     batches = Batches(parts.calibration, job.micro_rows, job.seed)
     count = -(-job.calibration_rows // job.micro_rows)
     found = ({k: v.to(parts.device) for k, v in batches.batch(index).items()} for index in range(count))
-    return [model_inputs(batch) for batch in found]
+    return _Counted(model_inputs(batch) for batch in found)
+
+
+class _Counted(list[dict[str, Any]]):
+    """Batches that show how far each pass over them has come."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return counted(super().__iter__(), "calibrating", len(self), "batches")
+
+
+def _tracked(layers: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    return counted(layers.items(), "finding start scales", len(layers), "layers")
 
 
 def _finish(

@@ -17,8 +17,8 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """Called inside a test: pytest puts its own streams back after the fixtures."""
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("TERM", "xterm")
@@ -28,20 +28,18 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
 
 @pytest.mark.parametrize(("delay", "shown"), [(60.0, False), (-1.0, True)])
 def test_only_slow_work_is_shown_and_only_on_stderr(
-    delay: float,
-    shown: bool,
-    terminal: Terminal,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    delay: float, shown: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(module, "QUIET_SECONDS", delay)
+    screen = terminal(monkeypatch)
     with progress("counting words", 3) as advance:
         for _ in range(3):
             advance(1)
-    assert capsys.readouterr().out == "" and ("counting words" in terminal.getvalue()) == shown
+    assert capsys.readouterr().out == "" and ("counting words" in screen.getvalue()) == shown
 
 
-def test_the_bar_is_removed_when_the_work_fails(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bar_is_removed_when_the_work_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal(monkeypatch)
     monkeypatch.setattr(module, "QUIET_SECONDS", -1.0)
     for _ in range(2):
         with pytest.raises(ZeroDivisionError), progress("failing", None) as advance:
@@ -50,8 +48,9 @@ def test_the_bar_is_removed_when_the_work_fails(terminal: Terminal, monkeypatch:
     assert module._display.bars is None
 
 
-def test_judging_inside_training_shares_the_terminal(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_judging_inside_training_shares_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two live displays at once are an error in rich before 14.1."""
+    screen = terminal(monkeypatch)
     monkeypatch.setattr(module, "QUIET_SECONDS", -1.0)
     training = Meter("training", 10)
     training.advance(1)
@@ -60,7 +59,7 @@ def test_judging_inside_training_shares_the_terminal(terminal: Terminal, monkeyp
         assert module._display.bars is not None and len(module._display.bars.tasks) == 2
     training.say("step 1: held-out KL 0.5")
     training.close()
-    assert module._display.bars is None and "held-out KL 0.5" in terminal.getvalue()
+    assert module._display.bars is None and "held-out KL 0.5" in screen.getvalue()
 
 
 def test_without_a_terminal_a_line_comes_from_time_to_time(
@@ -90,4 +89,5 @@ def test_short_work_and_failed_work_say_nothing_more(
     with pytest.raises(ZeroDivisionError), progress("failing", None) as advance:
         advance(1)
         raise ZeroDivisionError
-    assert capsys.readouterr().err.splitlines() == ["failing: 1, " + "1/s, 0:00 so far"] or True
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("failing: 1, "), "no last line that looks like success"
