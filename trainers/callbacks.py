@@ -55,8 +55,12 @@ class MetricsFile:
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; missing columns stay empty."""
-        self.writer.writerow(row)
-        self.file.flush()
+        try:
+            self.writer.writerow(row)
+            self.file.flush()
+        except OSError as error:
+            error.filename = self.file.name
+            raise
 
     def sync(self) -> None:
         """On disk before a state that counts on these rows."""

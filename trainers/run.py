@@ -59,6 +59,9 @@ def train(job: Job, *, resume_run: bool = False, console: Console | None = None,
             by = asked.name if asked is not None else "a signal"
             console.print(f"stopped by {by}; {claim.how_to_go_on(run)}", highlight=False, soft_wrap=True)
             raise
+        except OSError:
+            console.print(f"the run ended early; {claim.how_to_go_on(run)}", highlight=False, soft_wrap=True)
+            raise
 
 
 def _train(job: Job, resume_run: bool, console: Console, table: bool, interruptions: Interruptions) -> dict[str, Any]:
@@ -231,7 +234,7 @@ def _finish(
     write_report(run, built)
     if table:
         print_table(built, Console())
-    console.print(f"report: {run / 'report.md'}", highlight=False)
+    console.print(f"report: {run / 'report.md'}", highlight=False, soft_wrap=True)
     return built.to_dict()
 
 
