@@ -7,7 +7,6 @@ shards, missing or surplus tensors, wrong architecture, weights quantized alread
 
 import contextlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import field_validator
 
+from qat.cache import cache_folder
 from qat.checkpoints.shards import INDEX, ShardReader
 from qat.config import Strict
 from qat.errors import CheckpointError, ConfigError, UnsupportedError, nearest
@@ -55,10 +55,14 @@ _SHOW_BAR_ABOVE = 2_000_000_000  # bytes; less loads in seconds
 
 
 class ModelConfig(Strict):
-    """Which model: a hub id, a local folder, the path of a .gguf file, or `embedded:smollm2-135m`."""
+    """Which model: a hub id, a local folder, the path of a .gguf file, or `embedded:smollm2-135m`.
+
+    `fingerprint` is what a run records of it (`origin.fingerprint`); where it is given, another model is refused.
+    """
 
     id: str
     revision: str | None = None
+    fingerprint: str | None = None
     trust_remote_code: bool = False
     attn_implementation: str = "sdpa"
 
@@ -70,11 +74,6 @@ class ModelConfig(Strict):
         if value.startswith("embedded:") and value not in EMBEDDED:
             raise ValueError(f"no such embedded model; there is {', '.join(EMBEDDED)}")
         return value
-
-
-def cache_root() -> Path:
-    """Where converted models are kept: `$QAT_CACHE`, or `~/.cache/qat`."""
-    return Path(os.environ.get("QAT_CACHE") or "~/.cache/qat").expanduser()
 
 
 # --- from a name to a folder ---------------------------------------------------------------------
@@ -96,13 +95,13 @@ def resolve(config: ModelConfig) -> Path:
     if config.id.startswith("embedded:"):
         from qat.checkpoints import gguf
 
-        return gguf.convert(gguf.embedded_file(), cache_root() / "models")
+        return gguf.convert(gguf.embedded_file(), cache_folder("models"))
     if path.is_dir():
         return _local_folder(path)
     if path.suffix == ".gguf":
         from qat.checkpoints import gguf
 
-        return gguf.convert(path, cache_root() / "models")
+        return gguf.convert(path, cache_folder("models"))
     if path.exists():
         raise CheckpointError(f"{path} is a file; give the folder of a Hugging Face model, or a .gguf file")
     if not _HUB_ID.fullmatch(config.id):

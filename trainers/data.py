@@ -21,6 +21,7 @@ from filelock import FileLock
 from pydantic import Field, model_validator
 from torch import nn
 
+from qat.cache import cache_folder
 from qat.checkpoints.folders import atomic_folder
 from qat.checkpoints.progress import progress
 from qat.config import Strict
@@ -31,7 +32,6 @@ from qat.trainers.packing import CHANNELS, IGNORE, Batch, collate, pack, pad
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CACHE = Path("~/.cache/qat/data")
 CACHE_VERSION = 1  # raise it when the same key would give other rows
 _STORED = np.dtype("<i4")
 _ROWS, _META = "rows.bin", "meta.json"
@@ -198,7 +198,7 @@ def load_blocks(
         tokenizer: of the model to be trained.
         num_tokens: stop when there are rows for this many tokens; a source that has fewer gives what it
         has.
-        cache_dir: where rows are kept, `~/.cache/qat/data` unless given.
+        cache_dir: where rows are kept, `qat.cache.cache_folder("data")` unless given.
         teacher: who writes the text of `source: teacher`.
 
     Raises:
@@ -212,7 +212,7 @@ def load_blocks(
             raise DataError("source 'teacher' needs the teacher model, but none was given")
         source = f"teacher sha256:{selfwritten.weights_digest(teacher)}"
     key = _key(config, source, tokens.fingerprint(tokenizer), plan)
-    folder = (cache_dir or CACHE).expanduser() / key
+    folder = (cache_dir.expanduser() if cache_dir else cache_folder("data")) / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         found = _open(folder)
@@ -220,7 +220,7 @@ def load_blocks(
             return found
         what = f"{'writing' if config.source == 'teacher' else 'tokenising'} {config.source}"
         total = plan.rows * config.seq_len if plan.rows else plan.tokens
-        with atomic_folder(folder, overwrite=True) as partial, progress(what, total) as step:
+        with atomic_folder(folder, overwrite=True) as partial, progress(what, total, "tokens") as step:
             documents = _encoded(config, tokenizer, teacher, step)
             meta = {"source": source, **_write_rows(partial, documents, config, plan, tokenizer)}
             (partial / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")

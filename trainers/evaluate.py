@@ -106,7 +106,7 @@ class Judge:
     @torch.no_grad()
     def _hidden(self, model: nn.Module, what: str) -> Iterator[tuple[Tensor, Tensor]]:
         rows = len(self.blocks)
-        with progress(what, rows) as advance:
+        with progress(what, rows, "rows") as advance:
             for start in range(0, rows, self.batch):
                 batch = self.blocks.rows(list(range(start, min(start + self.batch, rows))))
                 batch = {name: tensor.to(self.device) for name, tensor in batch.items()}

@@ -2,6 +2,7 @@
 
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 
 from qat.checkpoints.decoding import TextStream
-from qat.checkpoints.hf import ModelConfig, load_model, load_tokenizer, read_json, resolve
+from qat.checkpoints.hf import ModelConfig, load_model, load_tokenizer, read_json
+from qat.checkpoints.origin import locate
 from qat.checkpoints.resume import load_student
 from qat.config import load_yaml, validate
 from qat.errors import CheckpointError, ConfigError
@@ -29,21 +31,27 @@ class Loaded:
     kind: str
 
 
-def load(folder: Path, load_export: Callable[[Path], Any] | None = None) -> Loaded:
+def load(folder: Path, load_export: Callable[[Path], Any] | None = None, moved: str | None = None) -> Loaded:
     """Find out what `folder` is and load it.
 
     Args:
         folder: a run, an exported checkpoint or a model.
         load_export: how to load an export; None unpacks its weights into a dense model.
+        moved: where the model that a run was made from is now, if its path changed.
 
     Raises:
         CheckpointError: it is none of a run, an exported checkpoint and a model.
+        ConfigError: `moved` is given for something that is complete by itself.
     """
     if (folder / "job.yaml").is_file():
         job = load_yaml(folder / "job.yaml")
-        model, source, _ = load_student(folder)
+        model, source, _ = load_student(folder, moved=moved)
         made_from = validate(ModelConfig, job.get("teacher") or job["model"], str(folder / "job.yaml"))
+        if moved is not None and not job.get("teacher"):
+            made_from = made_from.model_copy(update={"id": moved, "revision": None})
         return Loaded(model.eval(), source, made_from, "run")
+    if moved is not None:
+        raise ConfigError(f"--model says where the model of a run is; {folder} is no run")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is neither a run (job.yaml) nor a model or an export (config.json)")
     if "quantization_config" in read_json(folder / "config.json"):
@@ -58,12 +66,18 @@ def load(folder: Path, load_export: Callable[[Path], Any] | None = None) -> Load
 
 
 def evaluate_folder(
-    folder: Path, teacher: str | None, texts: list[str], tokens: int, tasks: list[str]
+    folder: Path, teacher: str | None, texts: list[str], tokens: int, tasks: list[str], moved: str | None = None
 ) -> dict[str, Any]:
-    """Scores of `folder` (and of its teacher) on held-out text; `--json` of `qat eval`."""
-    loaded = load(folder)
+    """Scores of `folder` (and of its teacher) on held-out text; `--json` of `qat eval`. `moved` as in `load`."""
+    loaded = load(folder, moved=moved)
     reference = ModelConfig(id=teacher) if teacher else loaded.made_from
-    teacher_model = load_model(resolve(reference)).eval() if reference is not None else None
+    if reference is None and loaded.kind == "export":
+        warnings.warn(
+            f"{folder} does not say where its BF16 model is, so KL and agreement are left out: give it with --teacher",
+            stacklevel=2,
+        )
+    hint = f"say where the teacher of {folder} is now: --teacher DIR"
+    teacher_model = load_model(locate(reference, hint=hint)).eval() if reference is not None else None
     tokenizer = load_tokenizer(loaded.tokenizer_folder)
     rows: list[dict[str, Any]] = []
     hashes = []
@@ -127,9 +141,10 @@ def generate(
     seed: int = 0,
     chat: bool = False,
     load_export: Callable[[Path], Any] | None = None,
+    moved: str | None = None,
 ) -> None:
-    """Stream a continuation of `prompt` to stdout and the speed to stderr; `load_export` as in `load`."""
-    loaded = load(folder, load_export)
+    """Stream a continuation of `prompt` to stdout and the speed to stderr; `load_export` and `moved` as in `load`."""
+    loaded = load(folder, load_export, moved)
     tokenizer: Any = load_tokenizer(loaded.tokenizer_folder)
     if chat:
         if not tokenizer.chat_template:
