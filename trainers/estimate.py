@@ -154,7 +154,7 @@ def estimate(job: Job) -> Estimate:
         steps=job.steps,
         devices=job.devices,
         plans=plans,
-        notes=tuple(_notes(job, plans)),
+        notes=(*known.notes, *_notes(job, plans)),
     )
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from qat.calibration import begin, observe, prepare
 from qat.checkpoints import resume
-from qat.checkpoints.hf import load_model, load_tokenizer, resolve
+from qat.checkpoints.hf import load_configured, load_tokenizer, resolve
 from qat.config import load_yaml, validate, write_text_atomic
 from qat.errors import CheckpointError, ConfigError, UnsupportedError
 from qat.numerics import qsnr
@@ -30,10 +30,10 @@ from qat.trainers.job import Job
 from qat.trainers.memory import keep_freed_blocks, peak_bytes
 from qat.trainers.module import QatModule
 from qat.trainers.overlap import overlap
-from qat.trainers.packing import leakage, model_inputs
+from qat.trainers.packing import LEAKS, leakage, model_inputs
 from qat.trainers.report import RunReport, print_table, write_report
+from qat.trainers.teacher import settled
 
-LEAKS = 0.1  # see `packing.leakage`
 CONTAMINATED = 0.01  # share of held-out 13-grams seen in training above which a warning is due
 
 
@@ -65,6 +65,9 @@ def train(job: Job, *, resume_run: bool = False, console: Console | None = None,
     keep_freed_blocks()
     if job.unproven:
         raise UnsupportedError(job.unproven)
+    job, notes = settled(job)
+    for note in notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
     run = job.folder
     saved = _claim(run, job, resume_run)
     lit.seed_everything(job.seed, verbose=False)
@@ -116,14 +119,12 @@ def _differences(old: Any, new: Any, path: str = "") -> str:
 def _load(job: Job, console: Console) -> Parts:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     mixed = job.precision == "bf16-mixed" or (job.precision == "auto" and device.type == "cuda")
-    source = resolve(job.model)
-    reference = resolve(job.teacher) if job.teacher is not None else source
-    tokenizer = load_tokenizer(source, job.model.trust_remote_code)
-    settings = (job.model.attn_implementation, job.model.trust_remote_code)
+    tokenizer = load_tokenizer(resolve(job.model), job.model.trust_remote_code)
     teacher_dtype = torch.bfloat16 if mixed and device.type == "cuda" else torch.float32
-    teacher: nn.Module = load_model(reference, teacher_dtype, *settings)
-    student: nn.Module = load_model(source, torch.float32, *settings)
+    teacher: nn.Module = load_configured(job.teacher or job.model, teacher_dtype)
+    student: nn.Module = load_configured(job.model)
     coverage = report(student, job.scheme)
+    _check_packing(job, student, *([teacher] if job.teacher is not None else []))
     parameters = sum(p.numel() for p in student.parameters())
     train_rows = load_blocks(job.data, tokenizer, num_tokens=job.steps * job.rows * job.data.seq_len, teacher=teacher)
     heldout = load_blocks(job.eval.data, tokenizer, num_tokens=job.eval.tokens)
@@ -131,7 +132,6 @@ def _load(job: Job, console: Console) -> Parts:
     if job.calibration is not None:
         tokens = job.calibration_rows * job.calibration.seq_len
         calibration = load_blocks(job.calibration, tokenizer, num_tokens=tokens, teacher=teacher)
-    _check_packing(job, student)
     shared = overlap(train_rows, heldout)
     if shared > CONTAMINATED:
         console.print(f"[yellow]warning: {shared:.1%} of the held-out 13-grams also occur in the training text")
@@ -146,13 +146,16 @@ def _load(job: Job, console: Console) -> Parts:
     return Parts(student.to(device), teacher.to(device), *rows, coverage, device, dtype, parameters)
 
 
-def _check_packing(job: Job, student: nn.Module) -> None:
-    leak = leakage(student) if job.data.pack or job.eval.data.pack else 0.0
-    if leak > LEAKS:
-        raise UnsupportedError(
-            f"{type(student).__name__} with {job.model.attn_implementation} attention lets packed documents see each "
-            f"other (leakage {leak:.2f}); set data.pack and eval.data.pack to false"
-        )
+def _check_packing(job: Job, *models: Any) -> None:
+    texts = {"data": job.data, "eval.data": job.eval.data, "calibration": job.calibration}
+    packed = [name for name, text in texts.items() if text is not None and text.pack]
+    for model in models if packed else ():
+        leak = leakage(model)
+        if leak > LEAKS:
+            raise UnsupportedError(
+                f"{type(model).__name__} with {model.config._attn_implementation} attention lets packed documents see "
+                f"each other (leakage {leak:.2f}); set {' and '.join(f'{name}.pack' for name in packed)} to false"
+            )
 
 
 def _freeze(student: nn.Module, job: Job) -> None:
