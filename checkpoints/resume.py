@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qat.checkpoints.folders import atomic_folder
-from qat.checkpoints.hf import ModelConfig, load_model, resolve
+from qat.checkpoints.hf import ModelConfig, load_configured, resolve
 from qat.config import load_yaml, validate
 from qat.errors import CheckpointError
 from qat.scheme import Scheme
@@ -185,7 +185,7 @@ def load_student(run: Path, checkpoint: str = BEST) -> tuple[nn.Module, Path, di
     config = validate(ModelConfig, job["model"], str(run / "job.yaml"))
     scheme = validate(Scheme, job["scheme"], str(run / "job.yaml"))
     source = resolve(config)
-    model = load_model(source, torch.float32, config.attn_implementation, config.trust_remote_code)
+    model = load_configured(config)
     apply(model, scheme, defer_start=True)
     restore_student(model, load_file(folder / STUDENT))
     # A path of this machine means nothing elsewhere, so only names that others can resolve are passed on.
