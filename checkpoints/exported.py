@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qat.activations import fake_quantize_input
 from qat.checkpoints.codes import input_format
-from qat.checkpoints.hf import check_loading, quiet
+from qat.checkpoints.hf import check_generation, check_loading, quiet
 from qat.checkpoints.names import fused_groups, stored_paths
 from qat.checkpoints.progress import progress
 from qat.checkpoints.readers import ExportedFolder, open_export
@@ -108,6 +108,7 @@ def load_exported(
             output_loading_info=True,
         )
     check_loading(model, info, folder)
+    check_generation(folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     if quantize_inputs:

@@ -5,8 +5,12 @@ safetensors; `load_model` reads that folder after checking what transformers wou
 shards, missing or surplus tensors, wrong architecture, weights quantized already. Nothing is unpickled.
 """
 
+import contextlib
+import json
 import os
 import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -203,13 +207,14 @@ def load_model(
         raise CheckpointError(f"there is no folder {folder}")
     check_config(read_json(local_folder(folder) / "config.json"), folder, trust_remote_code)
     _check_weights(folder)
+    check_generation(folder)
     from transformers import AutoModelForCausalLM
 
     large = sum(path.stat().st_size for path in ShardReader(folder).shards) > _SHOW_BAR_ABOVE
     try:
-        with quiet(bars=large):
+        with quiet(bars=large), _with_metadata(folder) as readable:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
+                readable,
                 dtype=dtype,
                 attn_implementation=attn_implementation,
                 trust_remote_code=trust_remote_code,
@@ -221,6 +226,7 @@ def load_model(
     except Exception as error:  # whatever a wrong value in config.json or a wrong tensor makes transformers raise
         raise loading_error(folder, attn_implementation, error) from error
     model: PreTrainedModel = loaded[0]
+    model.config._name_or_path = model.name_or_path = str(folder)
     check_loading(model, loaded[1], folder)
     _check_finite(model, folder)
     return model
@@ -279,7 +285,48 @@ def _check_weights(folder: Path) -> None:
             "are not read. Convert them where you trust them: AutoModelForCausalLM.from_pretrained(folder, "
             'dtype="auto").save_pretrained(new_folder)'
         )
-    ShardReader(folder).verify_complete()
+    reader = ShardReader(folder)
+    reader.verify_complete()
+    codes = {name: reader.info(name).code for name in reader.names()}
+    # Integers are fine for buffers such as masks, but as weights they are codes whose scales nobody would apply.
+    coded = [n for n, code in codes.items() if code.startswith(("F8", "F6", "F4"))]
+    coded += [n for n, code in codes.items() if code[0] in "IU" and n.endswith((".weight", "_proj"))]
+    if coded:
+        raise UnsupportedError(
+            f"{folder} is quantized already, although config.json does not say so: {_some(sorted(coded))} hold codes; "
+            "give the original BF16, FP16 or FP32 weights"
+        )
+
+
+@contextlib.contextmanager
+def _with_metadata(folder: Path) -> Iterator[Path]:
+    """`folder`, or links to its files where transformers could not read its index, which must have `metadata`."""
+    index = read_json(folder / INDEX) if (folder / INDEX).is_file() else None
+    if index is None or isinstance(index.get("metadata"), dict):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as name:
+        links = Path(name)
+        for path in folder.iterdir():
+            if path.name != INDEX:
+                (links / path.name).symlink_to(path.resolve())
+        (links / INDEX).write_text(json.dumps({**index, "metadata": {}}), encoding="utf-8")
+        yield links
+
+
+def check_generation(folder: Path) -> None:
+    """Refuse a generation config that cannot be used: it travels into every export, where servers would trip over it."""
+    from transformers import GenerationConfig
+
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return
+    read_json(path)
+    try:
+        with quiet():
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever a wrong value makes it raise
+        raise CheckpointError(f"{path} cannot be used: {str(error).rstrip(".")}. Correct it, or remove it") from error
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":

@@ -23,8 +23,6 @@ from qat.trainers.evaluate import Judge
 from qat.trainers.packing import LEAKS, leakage
 from qat.trainers.teacher import compare
 
-LEAST_TOKENS = 2  # of evaluation: the first of a text is not predicted
-
 
 @dataclass(frozen=True)
 class Loaded:
@@ -79,10 +77,10 @@ def evaluate_folder(
     """Scores of `folder` (and of its teacher) on held-out text; `--json` of `qat eval`.
 
     Raises:
-        ConfigError: no such device, too few tokens, or a teacher that does not fit.
+        ConfigError: no such device, no tokens, or a teacher that does not fit.
     """
-    if tokens < LEAST_TOKENS:
-        raise ConfigError(f"--tokens {tokens}: give at least {LEAST_TOKENS}, or there is nothing to predict")
+    if tokens < 1:
+        raise ConfigError(f"--tokens {tokens} must be positive")
     place = chosen(device)
     loaded = load(folder, device=place)
     reference = ModelConfig(id=teacher) if teacher else loaded.made_from
@@ -223,7 +221,9 @@ def _generation(model: Any, tokenizer: Any, tokens: int, temperature: float) -> 
     settings: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": tokens, "use_cache": True}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         found = getattr(own, name, None)
-        settings[name] = getattr(tokenizer, name, None) if found is None else found
+        ids = found if isinstance(found, list) else [found]
+        usable = bool(ids) and all(type(i) is int for i in ids)
+        settings[name] = found if usable else getattr(tokenizer, name, None)
     if settings["pad_token_id"] is None:
         end = settings["eos_token_id"]
         settings["pad_token_id"] = end[0] if isinstance(end, list) and end else end
