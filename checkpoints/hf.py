@@ -326,7 +326,8 @@ def check_generation(folder: Path) -> None:
         with quiet():
             GenerationConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever a wrong value makes it raise
-        raise CheckpointError(f"{path} cannot be used: {str(error).rstrip(".")}. Correct it, or remove it") from error
+        reason = str(error).rstrip(".")
+        raise CheckpointError(f"{path} cannot be used: {reason}. Correct it, or remove it") from error
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":

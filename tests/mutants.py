@@ -188,7 +188,7 @@ _TABLE: dict[str, list[tuple[str, list[tuple[str, str]]]]] = {
         (
             "tests/qat/test_losses.py",
             [
-                ("keep, device = targets.flatten() != IGNORE,", "keep, device = targets.flatten() != 0,"),
+                ("(targets.flatten() != IGNORE).nonzero()", "(targets.flatten() != 0).nonzero()"),
                 ("return value, logits @ self.weight if wanted[0] else None",
                  "return value, -(logits @ self.weight) if wanted[0] else None"),
                 ("else grad.mul_(scale) for grad in grads", "else grad for grad in grads"),
@@ -418,7 +418,7 @@ _TABLE: dict[str, list[tuple[str, list[tuple[str, str]]]]] = {
                 ("log_p.exp() * (log_p - log_q)", "log_q.exp() * (log_q - log_p)"),
                 ("total[0] -= log_q", "total[0] += log_q"),
                 ("(log_p.argmax(-1) == log_q.argmax(-1))", "(log_p.argmax(-1) != log_q.argmax(-1))"),
-                ("keep = targets != IGNORE", "keep = targets == targets"),
+                ("(targets != IGNORE).nonzero()", "(targets == targets).nonzero()"),
                 ("return (before - after) / gap", "return (after - before) / gap"),
                 ("teacher = self.teacher_hidden[index]", "teacher = self.teacher_hidden[0]"),
             ],

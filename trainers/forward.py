@@ -5,13 +5,13 @@ that, and `split` proves on a few tokens that body plus head equals the model.
 """
 
 from collections.abc import Callable
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qat.errors import UnsupportedError
+from qat.errors import TrainingError, UnsupportedError
 from qat.trainers.packing import Batch, arrange, evaluating, model_inputs
 
 # Keys of configs that scale logits, and how, the usual way first; and keys of soft caps, which come after.
@@ -93,6 +93,7 @@ def split(model: Any) -> Head:
     """The head of `model`, checked.
 
     Raises:
+        TrainingError: the model computes NaN.
         UnsupportedError: body plus head is not the model (an architecture that post-processes logits in its own way).
     """
     device = next(model.parameters()).device
@@ -101,6 +102,8 @@ def split(model: Any) -> Head:
     batch = {"input_ids": tokens % vocabulary, "position_ids": tokens}
     with evaluating(model):
         whole = model(**model_inputs(batch)).logits
+        if bool(whole.isnan().any()):
+            raise TrainingError(f"{type(model).__name__} computes NaN or infinity for the tokens 0 to {PROBE_TOKENS - 1}")
         hidden = hidden_states(model, batch)
         best = float("inf")
         for head in _candidates(model):
@@ -115,9 +118,10 @@ def split(model: Any) -> Head:
 
 
 def _candidates(model: Any) -> list[Head]:
-    """Heads that the config allows; a key may mean different things to different architectures."""
+    """Heads that the config allows; a key may mean different things to different architectures, or nothing."""
     config = model.config.get_text_config()
     scales = [(key, float(getattr(config, key, None) or 1.0)) for key in SCALES]
-    caps = tuple(("softcap", float(cap)) for key in CAPS if (cap := getattr(config, key, None)))
-    ways = [[(how, by) for how in SCALES[key]] for key, by in scales if by != 1.0]
-    return [Head(model.get_output_embeddings(), (*steps, *caps)) for steps in product(*ways)]
+    ways: list[list[list[tuple[str, float]]]] = [[[(how, by)] for how in SCALES[key]] for key, by in scales if by != 1.0]
+    ways += [[[("softcap", float(cap))]] for key in CAPS if (cap := getattr(config, key, None))]
+    chosen = product(*([*way, []] for way in ways))
+    return [Head(model.get_output_embeddings(), tuple(chain.from_iterable(steps))) for steps in chosen]
