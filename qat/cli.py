@@ -207,6 +207,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     _add_moved(parser)
     parser.add_argument("--tokens", type=int, default=8192, help="how much text to read (default: %(default)s)")
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="lm-eval tasks (needs: pip install lm-eval)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
 
 
@@ -214,13 +215,16 @@ def _eval(arguments: argparse.Namespace) -> None:
     from qat.trainers.inspect import evaluate_folder
 
     texts, tasks = arguments.text or [], arguments.tasks or []
-    found = evaluate_folder(arguments.folder, arguments.teacher, texts, arguments.tokens, tasks, arguments.model)
+    found = evaluate_folder(
+        arguments.folder, arguments.teacher, texts, arguments.tokens, tasks, arguments.model, arguments.device
+    )
     if arguments.json:
         _print_json(found)
         return
     for row in found["rows"]:
         kl = "" if row["kl"] is None else f"  KL to teacher {row['kl']:.4f}  top-1 agreement {row['top1']:.1%}"
-        print(f"{row['name']}: NLL {row['nll']:.4f}  perplexity {row['ppl']:.2f}{kl}  ({row['tokens']} tokens)")
+        ppl = "beyond measure" if row["ppl"] is None else f"{row['ppl']:.2f}"
+        print(f"{row['name']}: NLL {row['nll']:.4f}  perplexity {ppl}{kl}  ({row['tokens']} tokens)")
     for task, metrics in found.get("tasks", {}).items():
         print(f"{task}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
@@ -231,6 +235,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=64, help="most tokens to write (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     _add_moved(parser)
     parser.add_argument("--dense", action="store_true", help="unpack an export's weights once, as `qat eval` does")
@@ -256,6 +261,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         temperature=arguments.temperature,
         seed=arguments.seed,
         chat=arguments.chat,
+        device=arguments.device,
         load_export=None if arguments.dense else load_packed,
         moved=arguments.model,
     )

@@ -157,7 +157,7 @@ def estimate(job: Job) -> Estimate:
         steps=job.steps,
         devices=job.devices,
         plans=plans,
-        notes=(*_notes(job, plans), *_export_notes(job, known)),
+        notes=(*known.notes, *_notes(job, plans), *_export_notes(job, known)),
     )
 
 
