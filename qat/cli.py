@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = warnings.formatwarning
     warnings.formatwarning = lambda message, category, *_: f"qat {arguments.command}: {_warned(message, category)}\n"
     try:
+        _refuse_bytes(sys.argv[1:] if argv is None else argv)
         run: Callable[[argparse.Namespace], int | None] = arguments.run
         return run(arguments) or 0
     except QatError as error:
@@ -61,6 +62,18 @@ def build_parser() -> argparse.ArgumentParser:
         add(sub)
         sub.set_defaults(run=run)
     return parser
+
+
+def _refuse_bytes(argv: Sequence[str]) -> None:
+    """Arguments that are not text in the shell's encoding reach Python as lone surrogates, which nothing can write."""
+    for argument in argv:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"the argument {ascii(argument)[:200]} is not Unicode text (at character {error.start + 1}); "
+                "give text in UTF-8, and rename files whose names are not"
+            ) from None
 
 
 def _warned(message: Warning | str, category: type[Warning]) -> str:

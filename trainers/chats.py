@@ -153,21 +153,23 @@ def _with_calls(given: Chat) -> Chat:
     transformers' form comes first: arguments are objects, and a message with calls and no text has no content. Some
     templates need the text of the arguments instead, or an empty content.
     """
-    first: DataError | None = None
-    for arguments in (dict, str):
-        for content in (None, ""):
-            formed = replace(given, messages=tuple(_formed(m, arguments, content) for m in given.messages))
-            try:
-                problem = _hidden(formed)
-                if not problem:
-                    return formed
-                error = DataError(f"{given.where}: the chat template {problem}, so they cannot be learnt; use the "
-                                  "tokenizer of a model that calls tools, or remove the calls")  # fmt: skip
-            except DataError as refusal:
-                error = refusal
-            first = first or error
-    assert first is not None
-    raise first
+    refusals, problems = [], []
+    for arguments, content in ((dict, None), (dict, ""), (str, None), (str, "")):
+        formed = replace(given, messages=tuple(_formed(m, arguments, content) for m in given.messages))
+        try:
+            problem = _hidden(formed)
+        except DataError as error:
+            refusals.append(error)
+            continue
+        if not problem:
+            return formed
+        problems.append(problem)
+    if not problems:
+        raise refusals[0]
+    raise DataError(
+        f"{given.where}: the chat template {problems[0]}, so they cannot be learnt; use the tokenizer of a model that "
+        "calls tools, or remove the calls"
+    )
 
 
 def _formed(message: Message, arguments: type, content: str | None) -> Message:
@@ -221,7 +223,9 @@ def turns(given: Chat) -> tuple[str, list[Span]]:
     full: str = given.render()
     spans = [_turn(given, index, full) for index in given.learnt]
     written = [given.messages[index].get("content", "") for index in given.learnt]
-    if any(_lost(text, full[span.begin : span.end]) for text, span in zip(written, spans, strict=True)):
+    # A tag that begins the content may be the generation prompt's, and so stand before the turn.
+    shown = [full[max(0, span.begin - LONGEST_TAG) : span.end] for span in spans]
+    if any(_lost(*pair) for pair in zip(written, shown, strict=True)):
         warnings.warn("the chat template leaves out a part of what assistants wrote in this data (reasoning, as a "
                       "rule); what it leaves out is not learnt", stacklevel=2)  # fmt: skip
     return full, spans

@@ -134,11 +134,11 @@ class Blocks:
     @property
     def summary(self) -> str:
         """What was read and what became of it, in one sentence."""
-        kinds = ", ".join(f"{count:,} {name}" for name, count in sorted(self.shapes.items()))
-        said = f"{self.documents:,} documents ({kinds or 'text'}) in {self.num_rows:,} rows of {self.seq_len} tokens"
+        kinds = [f"{count:,} {name}" if len(self.shapes) > 1 else name for name, count in sorted(self.shapes.items())]
+        said = f"{self.documents:,} documents ({', '.join(kinds)}) in {self.num_rows:,} rows of {self.seq_len} tokens"
         said += f", {self.loss_tokens:,} tokens to learn"
         if self.skipped_documents:
-            said += f"; {self.skipped_documents:,} chats without an assistant turn left out"
+            said += f"; {self.skipped_documents:,} without an assistant turn left out"
         if self.empty_rows:
             said += f"; {self.empty_rows:,} rows without a token to learn left out (prompts longer than a row)"
         return said
@@ -233,7 +233,7 @@ def load_blocks(
         DataError: the source cannot be read, or holds less than one row.
     """
     config = sources.pinned(config)
-    plan = _plan(config, num_tokens)
+    plan = planned(config, num_tokens)
     source = sources.fingerprint(config)
     if config.source == "teacher":
         if teacher is None:
@@ -255,7 +255,8 @@ def load_blocks(
         return _read(folder)
 
 
-def _plan(config: DataConfig, num_tokens: int | None) -> rows.Plan:
+def planned(config: DataConfig, num_tokens: int | None) -> rows.Plan:
+    """Where `load_blocks` stops."""
     wanted = num_tokens
     if config.source == "teacher":
         wanted = config.generate.tokens or num_tokens or config.max_tokens

@@ -19,6 +19,7 @@ from qat.modules import InputQuantizer, WeightQuantizer
 from qat.numerics import find_scales
 from qat.ranges import start_scales
 from qat.scheme import Scheme
+from qat.trainers import limits
 from qat.trainers.footprint import BF16, FP32, GIB, Facts, facts, flops_per_token, forward_flops, memory, shards
 from qat.trainers.job import Job
 from qat.trainers.memory import keep_freed_blocks
@@ -135,6 +136,7 @@ def estimate(job: Job) -> Estimate:
     Raises:
         CheckpointError: no config.json can be had.
         ConfigError, FormatError, UnsupportedError: the scheme does not fit the model, as `qat.surgery.plan` says.
+        ConfigError, DataError: a text does not fit the model, or cannot be read.
     """
     known = facts(job)
     weights, parameters = known.coverage.modules, known.student.parameters
@@ -154,7 +156,7 @@ def estimate(job: Job) -> Estimate:
         steps=job.steps,
         devices=job.devices,
         plans=plans,
-        notes=tuple(_notes(job, plans)),
+        notes=(*_notes(job, plans), *limits.dry_run(job, known.student.model, known.teacher.model)),
     )
 
 

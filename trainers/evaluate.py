@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qat.checkpoints.progress import progress
 from qat.config import Strict
+from qat.errors import DataError
 from qat.losses import IGNORE
 from qat.surgery import served
 from qat.trainers.data import Blocks, DataConfig
@@ -100,6 +101,8 @@ class Judge:
                     teacher = self.teacher_hidden[index].to(self.device)[keep]
                 sums += self._sums(head, hidden[keep], teacher, targets[keep])
                 count += int(keep.sum())
+        if not count:
+            raise DataError(f"the held-out text ({self.blocks.source}) has no token to predict; give a longer one")
         nll, kl, top1 = (sums / count).tolist()
         return Scores(nll, kl, top1, count)
 

@@ -14,6 +14,7 @@ from qat.checkpoints.resume import load_student
 from qat.config import load_yaml, validate
 from qat.errors import CheckpointError, ConfigError
 from qat.surgery import served
+from qat.trainers import limits
 from qat.trainers.data import DataConfig, load_blocks
 from qat.trainers.evaluate import Judge
 
@@ -66,8 +67,12 @@ def evaluate_folder(
     tokenizer = load_tokenizer(loaded.tokenizer_folder)
     rows: list[dict[str, Any]] = []
     hashes = []
+    both = [model for model in (loaded.model, teacher_model) if model is not None]
+    length = limits.fitting(DataConfig().seq_len, *both)
     for source in texts or ["heldout"]:
-        blocks = load_blocks(DataConfig(source=source), tokenizer, num_tokens=tokens)
+        config = validate(DataConfig, {"source": source, "seq_len": length}, "--text")
+        blocks = load_blocks(config, tokenizer, num_tokens=tokens)
+        limits.check_rows(tokenizer, {"--text": blocks}, *both)
         judge = Judge(teacher_model, blocks)
         label = "" if not texts else f" on {source}"
         if teacher_model is not None:
@@ -121,6 +126,9 @@ def generate(
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
+    limits.check_ids(loaded.model, tokenizer, max(inputs["input_ids"].flatten().tolist(), default=0), "the prompt")
+    length = inputs["input_ids"].shape[1] + tokens
+    limits.warn(limits.check_positions(loaded.model, {"the length of the prompt and --tokens together,": length}))
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:

@@ -96,7 +96,7 @@ class QatModule(lit.LightningModule):
         hidden = hidden_states(self.student, batch)
         heads = (hidden, student_head, teacher_hidden, teacher_head)
         total = chunked(self.job.objective, *heads, batch["targets"], self.job.loss_chunk)
-        value = total / batch["step_tokens"]
+        value = total / batch["step_tokens"].clamp(min=1)
         self._account(value, batch)
         # Lightning divides by the accumulation count and averages over processes; the sum over the step is wanted.
         return value * self.trainer.accumulate_grad_batches * self.trainer.world_size

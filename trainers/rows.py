@@ -43,20 +43,17 @@ def write(
     tokenizer: "PreTrainedTokenizerBase",
 ) -> dict[str, Any]:
     """Write the rows into `folder` and return what `Blocks` says about them, without path and source."""
-    tally, digest = _Tally(), hashlib.sha256()
-    counted = _counted(documents, tally, plan.tokens)
-    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    rows = pack(counted, config.seq_len) if config.pack else pad(counted, config.seq_len, pad_id)
+    tally, digest = Tally(), hashlib.sha256()
     count = kept = learnt = 0
     with (folder / ROWS).open("wb") as file:
-        for row in islice(_teaching(rows, tally), plan.rows):
+        for row in made(documents, config, plan, tokenizer, tally):
             data = row.astype(STORED).tobytes()
             file.write(data)
             digest.update(data)
             count += 1
             learnt += int((row[1] != IGNORE).sum())
             kept += int((row[2] >= 0).sum())
-    _refuse_nothing(config, tally, count)
+    refuse_nothing(config, tally, count)
     # Where packing stopped by plan, the rest of the document it was in was not needed: that is not dropping.
     dropped = tally.read - kept if tally.exhausted or not config.pack else tally.left_out
     return {
@@ -74,9 +71,31 @@ def write(
     }
 
 
+def made(
+    documents: Iterator[Tokens],
+    config: "DataConfig",
+    plan: Plan,
+    tokenizer: "PreTrainedTokenizerBase",
+    tally: "Tally",
+) -> Iterator[Row]:
+    """The rows that teach something, as far as the plan asks for them, counted in `tally`."""
+    counted = _counted(documents, tally, plan.tokens)
+    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    rows = pack(counted, config.seq_len) if config.pack else pad(counted, config.seq_len, pad_id)
+    yield from islice(_teaching(rows, tally), plan.rows)
+
+
 @dataclass
-class _Tally:
-    """What went through `_counted` so far."""
+class Tally:
+    """What became of the documents and rows so far.
+
+    Attributes:
+        read, documents: tokens and documents that were read, the `skipped` ones without anything to learn not counted.
+        exhausted: whether the source ended.
+        shapes: documents of each kind of record.
+        empty_rows, left_out: rows without a target, and the tokens in them.
+        largest: token id.
+    """
 
     read: int = 0
     documents: int = 0
@@ -88,7 +107,7 @@ class _Tally:
     largest: int = -1
 
 
-def _counted(documents: Iterator[Tokens], tally: _Tally, limit: int | None) -> Iterator[Tokens]:
+def _counted(documents: Iterator[Tokens], tally: Tally, limit: int | None) -> Iterator[Tokens]:
     """The documents with something to learn, up to `limit` tokens; the last one is cut there."""
     for document in documents:
         if not document.learn.any():
@@ -105,7 +124,7 @@ def _counted(documents: Iterator[Tokens], tally: _Tally, limit: int | None) -> I
     tally.exhausted = True
 
 
-def _teaching(rows: Iterator[Row], tally: _Tally) -> Iterator[Row]:
+def _teaching(rows: Iterator[Row], tally: Tally) -> Iterator[Row]:
     """The rows with a target; a step made of others alone would have no loss."""
     for row in rows:
         if (row[1] != IGNORE).any():
@@ -116,7 +135,8 @@ def _teaching(rows: Iterator[Row], tally: _Tally) -> Iterator[Row]:
             tally.left_out += int((row[2] >= 0).sum())
 
 
-def _refuse_nothing(config: "DataConfig", tally: _Tally, rows: int) -> None:
+def refuse_nothing(config: "DataConfig", tally: Tally, rows: int) -> None:
+    """Refuse a source that gave no row, and say why it did not."""
     source = f"source {config.source!r}"
     if not tally.documents:
         skipped = f"only {tally.skipped} documents without an assistant turn to learn"

@@ -23,6 +23,7 @@ from qat.config import load_yaml, validate, write_text_atomic
 from qat.errors import CheckpointError, ConfigError, UnsupportedError
 from qat.numerics import qsnr
 from qat.surgery import Coverage, apply, dense, layers, report
+from qat.trainers import limits
 from qat.trainers.callbacks import Average, Keeper, StepLoop
 from qat.trainers.data import Batches, Blocks, load_blocks
 from qat.trainers.evaluate import Judge, gap_closed
@@ -125,12 +126,18 @@ def _load(job: Job, console: Console) -> Parts:
     student: nn.Module = load_model(source, torch.float32, *settings)
     coverage = report(student, job.scheme)
     parameters = sum(p.numel() for p in student.parameters())
+    limits.warn(limits.check_lengths(job, student, teacher))
     train_rows = load_blocks(job.data, tokenizer, num_tokens=job.steps * job.rows * job.data.seq_len, teacher=teacher)
     heldout = load_blocks(job.eval.data, tokenizer, num_tokens=job.eval.tokens)
     calibration = train_rows
     if job.calibration is not None:
         tokens = job.calibration_rows * job.calibration.seq_len
         calibration = load_blocks(job.calibration, tokenizer, num_tokens=tokens, teacher=teacher)
+    limits.check_rows(
+        tokenizer, {"data": train_rows, "eval.data": heldout, "calibration": calibration}, student, teacher
+    )
+    console.print(f"training text: {train_rows.summary}", highlight=False, soft_wrap=True)
+    console.print(f"held-out text: {heldout.summary}", highlight=False, soft_wrap=True)
     _check_packing(job, student)
     shared = overlap(train_rows, heldout)
     if shared > CONTAMINATED:
@@ -324,6 +331,7 @@ def _report(job: Job, parts: Parts, keeper: Keeper, saved: dict[str, Any], rows:
         best_step=keeper.best["step"],
         eval_hash=parts.heldout.digest,
         data_hash=parts.train.digest,
+        texts={"training": parts.train.summary, "held-out": parts.heldout.summary},
         overlap=overlap(parts.train, parts.heldout),
         scheme=parts.coverage.by_format(),
         machine=_machine(parts.device),

@@ -59,6 +59,11 @@ def pinned(config: "DataConfig") -> "DataConfig":
     return config.model_copy(update={"revision": _hub_commit(config)}) if kind == "hub" else config
 
 
+def is_hub(config: "DataConfig") -> bool:
+    """Whether the source is a data set of the Hugging Face hub."""
+    return _kind(config.source) == "hub"
+
+
 def fingerprint(config: "DataConfig") -> str:
     """What identifies the content of a pinned source: its bytes, or for a hub data set `id@commit`."""
     kind = _kind(config.source)
