@@ -45,7 +45,7 @@ def check_positions(model: nn.Module, lengths: dict[str, int]) -> list[str]:
     notes = []
     for what, length in lengths.items():
         if table is not None and length > table:
-            raise ConfigError(f"{what} {length} exceeds the {table} positions that {name} has; set it to {table} or less")
+            raise ConfigError(f"{what} {length} exceeds the {table} positions that {name} has; at most {table} will do")
         if known is not None and length > known:
             notes.append(f"{what} {length} exceeds the {known} positions that {name} was made for (config.json); "
                          "beyond them it computes but was not trained")  # fmt: skip

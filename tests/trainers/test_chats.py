@@ -30,8 +30,9 @@ R1 = (
     "{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}{{ '<|User|>' + m.content }}"
     "{% elif m.role == 'tool' %}{{ '<|output|>' + m.content + '<|output_end|>' }}"
     "{% elif m.tool_calls %}{{ '<|Assistant|>' + (m.content or '') }}"
-    "{% for c in m.tool_calls %}{{ '<|call|>' + c.function.name + '\n' + c.function.arguments + '<|call_end|>' }}{% endfor %}"
-    "{{ '<|end|>' }}"
+    "{% for c in m.tool_calls %}"
+    "{{ '<|call|>' + c.function.name + '\n' + c.function.arguments + '<|call_end|>' }}"
+    "{% endfor %}{{ '<|end|>' }}"
     "{% else %}{{ '<|Assistant|>' + m.content.split('</think>')[-1] + '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
 )
@@ -39,7 +40,8 @@ R1 = (
 QWEN = (
     "{% set ns = namespace(last=-1) %}"
     "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
-    "{% if tools %}{{ '<|im_start|>system\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% if tools %}{{ '<|im_start|>system\n' }}"
+    "{% for t in tools %}{{ t | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}"
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
     "{% if m.role == 'assistant' %}{% set parts = (m.content or '').split('</think>') %}"
     "{% if loop.index0 > ns.last %}"
@@ -51,7 +53,7 @@ QWEN = (
     "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 )
-NO_THOUGHT = QWEN.replace("{{ '<|im_start|>assistant\n<think>\n' }}", "{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}")
+NO_THOUGHT = QWEN.replace("assistant\n<think>\n' }}", "assistant\n<think>\n\n</think>\n\n' }}")
 # ChatML whose prompt alone holds an empty thought, or words that no history holds.
 PLAIN_HISTORY = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -75,7 +77,8 @@ LLAMA = (
 GEMMA = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
-    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim + '<end_of_turn>\n' }}"
+    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' }}"
+    "{{ m.content | trim + '<end_of_turn>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 MISTRAL = (
@@ -137,7 +140,7 @@ def test_turns_of_known_kinds_of_templates(template: str, first: str, last: str,
     assert found == [first, last]
 
 
-@pytest.mark.parametrize("content", ["<div>", "<think>", "<think>\nno end", "<", "A", "B", "<tool_call>", "\n<think>\n"])
+@pytest.mark.parametrize("content", ["<div>", "<think>", "<think>\nx", "<", "A", "B", "<tool_call>", "\n<think>\n"])
 @pytest.mark.parametrize("template", [R1, PLAIN_HISTORY, PRIMED], ids=["r1", "plain history", "primed"])
 @pytest.mark.parametrize("added", [True, False])
 def test_content_that_begins_like_the_prompt_is_learnt_whole(content: str, template: str, added: bool) -> None:
@@ -163,9 +166,9 @@ def test_a_thought_that_the_template_drops_is_said_and_not_learnt() -> None:
     [
         (QWEN, (ONE, said("<think>\nlong\n</think>\n\nShort."), TWO, said("End.")), "rewrites message 1"),
         # another header than the prompt's
-        (PLAIN_HISTORY.replace("m.role + '\n'", "m.role | replace('assistant', 'bot') + '\n'"), CHAT, "message 1 differently"),
+        (PLAIN_HISTORY.replace("m.role +", "m.role | replace('assistant', 'bot') +"), CHAT, "message 1 differently"),
         # a prompt with words, and words of its own in the history
-        (GPT_OSS.replace("'<|start|>assistant'", "'<|start|>assistant<|channel|>analysis<|message|>'"), CHAT, "differently"),
+        (GPT_OSS.replace("assistant' }}", "assistant<|channel|>analysis<|message|>' }}"), CHAT, "differently"),
     ],
 )
 def test_what_is_uncertain_is_refused(template: str, messages: Any, says: str) -> None:
@@ -177,9 +180,10 @@ def test_what_is_uncertain_is_refused(template: str, messages: Any, says: str) -
 # ---- tools
 
 TOOL = {"name": "weather", "description": "Now", "parameters": {"type": "object", "properties": {"city": {}}}}
+CALLED = {"name": "weather", "arguments": {"city": "Rome"}}
 CALLING = (
     ONE,
-    said("", tool_calls=[{"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}]),
+    said("", tool_calls=[{"id": "1", "type": "function", "function": CALLED}]),
     {"role": "tool", "content": "mild", "tool_call_id": "1"},
     said("It is mild."),
 )
@@ -189,7 +193,7 @@ CALLING = (
 def test_tools_reach_the_template_and_calls_are_learnt(flat: bool) -> None:
     messages: Any = CALLING
     if flat:
-        messages = (ONE, said("", tool_calls=[CALLING[1]["tool_calls"][0]["function"]]), *CALLING[2:])
+        messages = (ONE, said("", tool_calls=[CALLED]), *CALLING[2:])
     tool: Any = TOOL if flat else {"type": "function", "function": TOOL}
     first, second = spans(QWEN, messages, tools=(tool,))
     call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>'
@@ -209,7 +213,8 @@ def test_arguments_never_come_out_in_pythons_notation() -> None:
 
 
 def test_calls_that_a_template_drops_are_refused_and_tools_are_noted() -> None:
-    for template, what in ((PHI, "does not show tool calls"), (R1.replace("+ c.function.arguments", "+ ''"), "the arguments")):
+    without = R1.replace("+ c.function.arguments", "+ ''")
+    for template, what in ((PHI, "does not show tool calls"), (without, "does not show the arguments")):
         with pytest.raises(DataError, match=what) as caught:
             spans(template, CALLING)
         assert "here" in str(caught.value)

@@ -17,6 +17,7 @@ from qat.trainers import limits
 from qat.trainers.limits import check_positions, fitting, known_positions, table_positions
 from tests.tiny import tiny_model, tiny_tokenizer
 
+
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimating, "MEASURE_SECONDS", 0.0)

@@ -65,7 +65,8 @@ def test_every_speaker_of_sharegpt_has_a_role() -> None:
     assert [message["role"] for message in found] == list(SPEAKERS.values())
     called = found[list(SPEAKERS).index("function_call")]
     assert called == {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
-    assert "unknown speaker 'narrator'; allowed: human" in refusal({"conversations": [{"from": "narrator", "value": ""}]})
+    told = refusal({"conversations": [{"from": "narrator", "value": ""}]})
+    assert "unknown speaker 'narrator'; allowed: human" in told
 
 
 def test_the_config_can_name_fields_and_shapes() -> None:
@@ -99,7 +100,8 @@ def test_what_is_wrong_with_a_record_is_named() -> None:
     assert "no message of the assistant" in refusal({"prompt": [USER], "completion": [USER]})
     assert "need chat: auto" in refusal({"prompt": [USER], "completion": [ANSWER]}, chat="never")
     message = refusal({"id": 1})
-    assert all(name in message for name in ("text_field", "messages_field", "completion_field", "conversations", "output"))
+    known = ("text_field", "messages_field", "completion_field", "conversations", "output")
+    assert all(name in message for name in known)
 
 
 def test_content_may_come_in_parts_of_text() -> None:
@@ -121,18 +123,22 @@ def test_arguments_and_tools_are_taken_as_objects_or_as_text() -> None:
     texts: Any = {**CALL, "function": {"name": "weather", "arguments": json.dumps(CALL["function"]["arguments"])}}
     for call in (CALL, texts):
         for tools in (TOOLS, json.dumps(TOOLS), [json.dumps(tool) for tool in TOOLS]):
-            found = made({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [call]}], "tools": tools})
+            answer = {"role": "assistant", "content": None, "tool_calls": [call]}
+            found = made({"messages": [USER, answer], "tools": tools})
             assert found.messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
             assert found.tools == tuple(TOOLS)
-    old = {"messages": [USER, {**ANSWER, "function_call": {"name": "f", "arguments": ""}}], "functions": [{"name": "f"}]}
-    assert made(old).messages[1]["tool_calls"] == [{"name": "f", "arguments": {}}] and made(old).tools == ({"name": "f"},)
-    assert made({"messages": [USER, {**ANSWER, "tool_calls": []}], "tools": "no"}, tools_field=None).messages[1] == ANSWER
+    answer = {**ANSWER, "function_call": {"name": "f", "arguments": ""}}
+    old = made({"messages": [USER, answer], "functions": [{"name": "f"}]})
+    assert old.messages[1]["tool_calls"] == [{"name": "f", "arguments": {}}] and old.tools == ({"name": "f"},)
+    none = made({"messages": [USER, {**ANSWER, "tool_calls": []}], "tools": "no"}, tools_field=None)
+    assert none.messages[1] == ANSWER
 
 
 def test_wrong_tools_are_named() -> None:
     for tools in ("weather", {"name": "f"}):
         assert "'tools' must be a list of tools" in refusal({"messages": [USER, ANSWER], "tools": tools})
-    assert "tools[0] must be a JSON schema with a name" in refusal({"messages": [USER, ANSWER], "tools": [{"type": "x"}]})
+    said = refusal({"messages": [USER, ANSWER], "tools": [{"type": "x"}]})
+    assert "tools[0] must be a JSON schema with a name" in said
     for calls, says in (
         ("f()", ".tool_calls must be a list of calls"),
         ([{"id": "1"}], ".tool_calls[0] must be an object with a name"),
@@ -144,7 +150,8 @@ def test_wrong_tools_are_named() -> None:
 
 def test_a_tables_padding_is_dropped_at_every_depth_and_json_nulls_stay(tmp_path: Path) -> None:
     def call(name: str, **arguments: Any) -> dict[str, Any]:
-        return {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
+        called = {"function": {"name": name, "arguments": arguments}}
+        return {"role": "assistant", "content": None, "tool_calls": [called]}
 
     def tool(name: str, **fields: Any) -> dict[str, Any]:
         return {"type": "function", "function": {"name": name, "parameters": {"properties": fields}}}
@@ -173,7 +180,8 @@ def test_a_tables_padding_is_dropped_at_every_depth_and_json_nulls_stay(tmp_path
 
 def test_what_was_detected_is_said_and_only_completions_are_learnt(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    records: list[Any] = [{"prompt": "Say hi.", "completion": "Hi there."}, ALPACA, {"conversations": SHAREGPT}, {"text": "x"}]
+    asked = {"prompt": "Say hi.", "completion": "Hi there."}
+    records: list[Any] = [asked, ALPACA, {"conversations": SHAREGPT}, {"text": "x"}]
     path.write_text("\n".join(map(json.dumps, records)))
     tokenizer = tiny_tokenizer()
     for template in (tokenizer.chat_template, None):
