@@ -6,6 +6,7 @@ is learnt is what the model has to write after the generation prompt, as far as 
 of which that cannot be known for certain is refused.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -239,9 +240,9 @@ def _turn(given: Chat, index: int, full: str) -> Span:
     """Where the turn of message `index` stands.
 
     It begins where the generation prompt ends, or, where that adds a tag which the history lacks, where both part.
-    It ends where the messages up to it end. A template may render the turn differently when it is the last (Qwen3
-    drops the reasoning of earlier turns, gpt-oss closes the last one with another token); then what closes it must
-    follow its content, or both renderings may differ in closing tokens only, which are not learnt.
+    It ends where the messages up to it end. A template may render the turn differently when it is the last: Qwen3
+    puts a thought before it, gpt-oss closes it with another token. Then all that the assistant wrote and what closes
+    it must follow there, or both renderings may differ in closing tokens only, which are not learnt.
     """
     if index == 0:
         raise DataError(
@@ -255,18 +256,33 @@ def _turn(given: Chat, index: int, full: str) -> Span:
         begin = _parting(given, index, before, full, through)
     if full.startswith(through):
         return Span(begin, begin + len(given.closed(through[begin:])))
-    content = given.messages[index].get("content", "").strip()
-    turn = content + through[begin:].rpartition(content)[2] if content else ""
-    if turn and full.startswith(turn, begin):
+    turn = _kept(given.messages[index], through[begin:], full[begin:])
+    if turn:
         return Span(begin, begin + len(given.closed(turn)))
     shared = _shared(through, full)
     end = min(given.whole_tokens(through, shared), given.whole_tokens(full, shared))
-    if end > begin and content in full[begin:end] and given.only_tags(through[end:]):
+    if end > begin and _shows(given.messages[index], full[begin:end]) and given.only_tags(through[end:]):
         return Span(begin, begin + len(given.closed(full[begin:end])), whole=False)
     raise DataError(
         f"{given.where}: the chat template rewrites message {index} once more messages follow (it "
         f"may drop reasoning), so this assistant turn cannot be found; {_SPLIT_ADVICE}"
     )
+
+
+def _kept(message: Message, last: str, here: str) -> str:
+    """The end of a turn, as it is rendered `last`, that `here` begins with, if it is all that the assistant wrote."""
+    start = last.find(here[:1])
+    while start >= 0:
+        if here.startswith(last[start:]):
+            return last[start:] if _shows(message, last[start:]) else ""
+        start = last.find(here[:1], start + 1)
+    return ""
+
+
+def _shows(message: Message, text: str) -> bool:
+    """Whether a rendering holds a message's content and the names of the tools that it calls."""
+    names = [str(call["function"]["name"]) for call in message.get("tool_calls") or ()]
+    return all(part in text for part in (message.get("content", "").strip(), *names))
 
 
 def _parting(given: Chat, index: int, before: str, full: str, through: str) -> int:
@@ -280,10 +296,11 @@ def _parting(given: Chat, index: int, before: str, full: str, through: str) -> i
     others: list[str] = []
     for content in ("A", "B"):
         probe = {**given.messages[index], "content": content}
-        others.append(given.render((*given.messages[:index], probe, *given.messages[index + 1 :])))
+        with contextlib.suppress(DataError):  # a template may refuse content beside tool calls
+            others.append(given.render((*given.messages[:index], probe, *given.messages[index + 1 :])))
     begin = min(_shared(before, text) for text in (full, through, *others))
     begin = min(given.whole_tokens(full, begin), given.whole_tokens(before, begin))
-    content_begin = _shared(*others) if others[0] != others[1] else -1
+    content_begin = _shared(*others) if len(set(others)) == 2 else -1
     prompt_begin = given.whole_tokens(before, _shared(plain, before))
     if begin < prompt_begin or not (begin == content_begin or given.only_tags(before[begin:])):
         raise DataError(

@@ -207,6 +207,20 @@ def test_tools_reach_the_template_and_calls_are_learnt(flat: bool) -> None:
     assert json.dumps({"type": "function", "function": TOOL}) in tokenizer.decode(found.ids)
 
 
+def test_a_call_in_the_middle_of_a_chat_is_found_where_only_the_last_turn_gets_a_thought() -> None:
+    """Qwen3: an empty thought stands before the last turn, and before turns that come with their reasoning."""
+    hybrid = QWEN.replace("loop.index0 > ns.last", "loop.last or loop.index0 > ns.last and m.reasoning_content")
+    hybrid = hybrid.replace("{{ '<|im_start|>assistant\n<think>\n' }}", "{{ '<|im_start|>assistant\n' }}")
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>'
+    thought = "<think>\n\n</think>\n\nIt is mild.<|im_end|>"
+    for added in (True, False):
+        assert spans(hybrid, CALLING, added=added) == [call, thought]
+        found = spans(hybrid, (*CALLING, TWO, said("Answer two.")), added=added)
+        assert found == [call, "It is mild.<|im_end|>", "<think>\n\n</think>\n\nAnswer two.<|im_end|>"]
+        empty = spans(hybrid, (ONE, said(""), TWO, said("")), added=added)
+        assert empty == ["<|im_end|>", "<think>\n\n</think>\n\n<|im_end|>"]
+
+
 def test_arguments_never_come_out_in_pythons_notation() -> None:
     printed = R1.replace("+ c.function.arguments +", "~ c.function.arguments ~")
     assert spans(printed, CALLING)[0] == '<|call|>weather\n{"city": "Rome"}<|call_end|><|end|>'

@@ -176,7 +176,8 @@ def test_hub_records_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
     def stream() -> Iterator[dict[str, Any]]:
-        yield from ({"text": "one"}, {"text": "two", "messages": MESSAGES})
+        padded = [{**message, "tool_calls": None} for message in MESSAGES]  # as a table fills rows in
+        yield from ({"text": "one", "messages": None}, {"text": "two", "messages": padded, "tools": None})
         raise ConnectionError("the line went dead\nand more")
 
     def load_dataset(*args: Any, **options: Any) -> Iterator[dict[str, Any]]:
