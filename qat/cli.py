@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = warnings.formatwarning
     warnings.formatwarning = lambda message, category, *_: f"qat {arguments.command}: {_warned(message, category)}\n"
     try:
+        _refuse_bytes(sys.argv[1:] if argv is None else argv)
         run: Callable[[argparse.Namespace], int | None] = arguments.run
         return run(arguments) or 0
     except QatError as error:
@@ -86,6 +87,18 @@ def _os_error(error: OSError) -> str:
     """For example: No space left on device: runs/a/metrics.csv"""
     names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
     return ": ".join([error.strerror or str(error) or type(error).__name__, *([" -> ".join(names)] if names else [])])
+
+
+def _refuse_bytes(argv: Sequence[str]) -> None:
+    """Arguments that are not text in the shell's encoding reach Python as lone surrogates, which nothing can write."""
+    for argument in argv:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"the argument {ascii(argument)[:200]} is not Unicode text (at character {error.start + 1}); "
+                "give text in UTF-8, and rename files whose names are not"
+            ) from None
 
 
 def _warned(message: Warning | str, category: type[Warning]) -> str:

@@ -103,7 +103,7 @@ class Judge:
                 sums += self._sums(head, hidden[keep], teacher, targets[keep]).cpu()
                 count += len(keep)
         if not count:
-            raise DataError(f"{what}: no token of the text is to be predicted")
+            raise DataError(f"the held-out text ({self.blocks.source}) has no token to predict; give a longer one")
         nll, kl, top1 = (sums / count).tolist()
         if not math.isfinite(nll):
             raise TrainingError(f"{what}: the next-token loss is {nll}, so {type(model).__name__} computes NaN or infinity")

@@ -19,6 +19,7 @@ from qat.checkpoints.resume import load_student
 from qat.config import load_yaml, validate
 from qat.errors import CheckpointError, ConfigError
 from qat.surgery import served
+from qat.trainers import limits
 from qat.trainers.data import DataConfig, load_blocks
 from qat.trainers.device import chosen
 from qat.trainers.evaluate import Judge
@@ -112,9 +113,13 @@ def evaluate_folder(
     tokenizer = load_tokenizer(loaded.tokenizer_folder, loaded.trust_remote_code)
     rows: list[dict[str, Any]] = []
     hashes = []
-    packed = all(leakage(model) <= LEAKS for model in (loaded.model, teacher_model) if model is not None)
+    both = [model for model in (loaded.model, teacher_model) if model is not None]
+    length = limits.fitting(DataConfig().seq_len, *both)
+    packed = all(leakage(model) <= LEAKS for model in both)
     for source in texts or ["heldout"]:
-        blocks = load_blocks(DataConfig(source=source, pack=packed), tokenizer, num_tokens=tokens)
+        config = validate(DataConfig, {"source": source, "seq_len": length, "pack": packed}, "--text")
+        blocks = load_blocks(config, tokenizer, num_tokens=tokens)
+        limits.check_rows(tokenizer, {"--text": blocks}, *both)
         judge = Judge(teacher_model, blocks, device=place)
         label = "" if not texts else f" on {source}"
         if teacher_model is not None:
@@ -222,11 +227,7 @@ def _prompt(model: Any, tokenizer: Any, prompt: str, chat: bool) -> dict[str, to
     ids = tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
     if not ids:
         raise ConfigError(f"the prompt {prompt!r} holds no token for this model's tokenizer; give a text to continue")
-    rows = len(model.get_input_embeddings().weight)
-    beyond = [i for i in ids if i >= rows]
-    if beyond:
-        token = tokenizer.convert_ids_to_tokens(beyond[0])
-        raise ConfigError(f"the prompt holds {token!r} (id {beyond[0]}), but the model's embedding ends at {rows - 1}")
+    limits.check_ids(model, tokenizer, max(ids), "the prompt")
     return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.int64)}
 
 

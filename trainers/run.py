@@ -18,7 +18,7 @@ from qat.checkpoints.progress import counted
 from qat.errors import ConfigError, Interrupted, UnsupportedError
 from qat.numerics import qsnr
 from qat.surgery import Coverage, apply, dense, layers, report
-from qat.trainers import claim
+from qat.trainers import claim, limits
 from qat.trainers.callbacks import Keeper
 from qat.trainers.data import Batches, load_blocks
 from qat.trainers.evaluate import Judge, gap_closed
@@ -116,12 +116,18 @@ def _load(job: Job, source: Path, reference: Path, console: Console) -> Parts:
     coverage = report(student, job.scheme)
     _check_packing(job, student, *([teacher] if job.teacher is not None else []))
     parameters = sum(p.numel() for p in student.parameters())
+    limits.warn(limits.check_lengths(job, student, teacher))
     train_rows = load_blocks(job.data, tokenizer, num_tokens=job.steps * job.rows * job.data.seq_len, teacher=teacher)
     heldout = load_blocks(job.eval.data, tokenizer, num_tokens=job.eval.tokens)
     calibration = train_rows
     if job.calibration is not None:
         tokens = job.calibration_rows * job.calibration.seq_len
         calibration = load_blocks(job.calibration, tokenizer, num_tokens=tokens, teacher=teacher)
+    limits.check_rows(
+        tokenizer, {"data": train_rows, "eval.data": heldout, "calibration": calibration}, student, teacher
+    )
+    console.print(f"training text: {train_rows.summary}", highlight=False, soft_wrap=True)
+    console.print(f"held-out text: {heldout.summary}", highlight=False, soft_wrap=True)
     shared = overlap(train_rows, heldout)
     if shared > CONTAMINATED:
         console.print(f"[yellow]warning: {shared:.1%} of the held-out 13-grams also occur in the training text")
@@ -270,6 +276,7 @@ def _report(job: Job, parts: Parts, keeper: Keeper, saved: dict[str, Any], rows:
         best_step=keeper.best["step"],
         eval_hash=parts.heldout.digest,
         data_hash=parts.train.digest,
+        texts={"training": parts.train.summary, "held-out": parts.heldout.summary},
         overlap=overlap(parts.train, parts.heldout),
         scheme=parts.coverage.by_format(),
         machine=machine(parts.device),
