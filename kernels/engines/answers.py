@@ -23,7 +23,7 @@ from qat.kernels.engines.requests import Request
 
 MOST_TOKENS = 1024  # written where neither the request nor the generation config says how many
 _UNLIKELY = -9999.0  # OpenAI's word for a log-probability that JSON has no number for
-_VISIBLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+_VISIBLE = [byte for first, last in ("!~", "¡¬", "®ÿ") for byte in range(ord(first), ord(last) + 1)]
 _HIDDEN = (byte for byte in range(256) if byte not in _VISIBLE)
 _BYTES = {chr(byte): byte for byte in _VISIBLE} | {chr(256 + i): byte for i, byte in enumerate(_HIDDEN)}  # GPT-2's
 
