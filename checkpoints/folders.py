@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,7 @@ def atomic_folder(out: Path, *, overwrite: bool = False, expected_bytes: int | N
     partial, lock = _claim(destination, overwrite, expected_bytes)
     try:
         yield partial
+        _open_up(partial)
         _sync_tree(partial)
         _publish(partial, destination, overwrite)
     except BaseException as error:
@@ -241,6 +243,17 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _open_up(folder: Path) -> None:
+    """Give files the permissions that the umask leaves: some libraries write theirs for their owner only."""
+    probe = folder / f".mode-{secrets.token_hex(4)}"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def _sync_tree(folder: Path) -> None:

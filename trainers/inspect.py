@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from qat.checkpoints.decoding import TextStream
 from qat.checkpoints.hf import ModelConfig, load_model, load_tokenizer, read_json
 from qat.checkpoints.origin import locate
 from qat.checkpoints.resume import load_student
@@ -113,6 +114,23 @@ def _tasks(model: Any, tokenizer: Any, tasks: list[str]) -> dict[str, dict[str, 
     }
 
 
+class _Printer:
+    """Prints tokens as `generate` makes them, first those of the prompt."""
+
+    def __init__(self, tokenizer: Any, skip_prompt: bool) -> None:
+        self._stream, self._skip = TextStream(tokenizer), skip_prompt
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt, then one token at a time."""
+        if not self._skip:
+            print("".join(map(self._stream.push, value.flatten().tolist())), end="", flush=True)
+        self._skip = False
+
+    def end(self) -> None:
+        """No more tokens."""
+        print(self._stream.rest(), flush=True)
+
+
 @torch.no_grad()
 def generate(
     folder: Path,
@@ -126,8 +144,6 @@ def generate(
     moved: str | None = None,
 ) -> None:
     """Stream a continuation of `prompt` to stdout and the speed to stderr; `load_export` and `moved` as in `load`."""
-    from transformers import TextStreamer
-
     loaded = load(folder, load_export, moved)
     tokenizer: Any = load_tokenizer(loaded.tokenizer_folder)
     if chat:
@@ -140,7 +156,7 @@ def generate(
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         sampling["temperature"] = temperature
-    streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
+    streamer = _Printer(tokenizer, skip_prompt=chat)
     with served(loaded.model):
         began = time.monotonic()
         output = loaded.model.generate(
