@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qat.activations import fake_quantize_input
 from qat.checkpoints.codes import input_format
 from qat.checkpoints.hf import check_generation, check_loading, quiet
-from qat.checkpoints.names import fused_groups, stored_paths
+from qat.checkpoints.names import stored_names
 from qat.checkpoints.progress import progress
 from qat.checkpoints.readers import ExportedFolder, open_export
 from qat.errors import CheckpointError, UnsupportedError
@@ -112,8 +112,7 @@ def load_exported(
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     if quantize_inputs:
-        own = {stored: path for path, stored in stored_paths(model).items()}
-        hook_inputs(model, exported, activation_rule, own)
+        hook_inputs(model, exported, activation_rule, stored_names(model, exported.dense_names).modules)
     loaded: PreTrainedModel = model.eval()
     return loaded
 
@@ -133,7 +132,7 @@ def hook_inputs(model: nn.Module, exported: ExportedFolder, rule: str, own: dict
         CheckpointError: the model lacks a layer.
         UnsupportedError: an input quantization that the catalogue does not know.
     """
-    groups = {path: members for members in fused_groups(list(exported.modules)) for path in members}
+    groups = {path: members for members in exported.fused for path in members}
     shared: dict[tuple[str, str, float | None, bool], ServedInput] = {}
     for path, module in exported.modules.items():
         if module.input is None:

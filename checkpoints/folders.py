@@ -12,6 +12,7 @@ import glob
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def atomic_folder(out: Path, *, overwrite: bool = False, expected_bytes: int | N
     partial, lock = _claim(destination, overwrite, expected_bytes)
     try:
         yield partial
+        _open_up(partial)
         _sync_tree(partial)
         _publish(partial, destination, overwrite)
     except BaseException as error:
@@ -134,6 +136,17 @@ def _publish(partial: Path, destination: Path, overwrite: bool) -> None:
     _sync(destination.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _open_up(folder: Path) -> None:
+    """Give files the permissions that the umask leaves: some libraries write theirs for their owner only."""
+    probe = folder / f".mode-{secrets.token_hex(4)}"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def _sync_tree(folder: Path) -> None:

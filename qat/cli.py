@@ -236,7 +236,9 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="DIR", help="an exported checkpoint, or a plain model")
+    parser.add_argument("folder", metavar="DIR", help="an exported checkpoint, or a plain model")
+    parser.add_argument("--served-model-name", action="append", metavar="NAME",
+                        help="what requests call the model (default: DIR as given); may be repeated")  # fmt: skip
     parser.add_argument("--engine", choices=("auto", "transformers", "vllm"), default="auto",
                         help="auto takes vLLM where it is installed (default: %(default)s)")  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
@@ -251,7 +253,15 @@ def _serve(arguments: argparse.Namespace) -> None:
     from qat.trainers.memory import keep_freed_blocks
 
     keep_freed_blocks()
-    serve(arguments.folder, arguments.engine, arguments.host, arguments.port, arguments.device, arguments.dtype)
+    serve(
+        Path(arguments.folder),
+        arguments.engine,
+        arguments.host,
+        arguments.port,
+        arguments.device,
+        arguments.dtype,
+        arguments.served_model_name or [arguments.folder],
+    )
 
 
 # --- formats ----------------------------------------------------------------------------------------

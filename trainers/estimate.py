@@ -9,16 +9,19 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from qat.catalog import CATALOG, lookup
+from qat.checkpoints.hf import resolve
 from qat.losses import chunk_tokens
 from qat.modules import InputQuantizer, WeightQuantizer
 from qat.numerics import find_scales
 from qat.ranges import start_scales
 from qat.scheme import Scheme
+from qat.trainers.exportable import export_notes
 from qat.trainers.footprint import BF16, FP32, GIB, Facts, facts, flops_per_token, forward_flops, memory, shards
 from qat.trainers.job import Job
 from qat.trainers.memory import keep_freed_blocks
@@ -154,8 +157,15 @@ def estimate(job: Job) -> Estimate:
         steps=job.steps,
         devices=job.devices,
         plans=plans,
-        notes=(*known.notes, *_notes(job, plans)),
+        notes=(*known.notes, *_notes(job, plans), *_export_notes(job, known)),
     )
+
+
+def _export_notes(job: Job, known: Facts) -> list[str]:
+    path = Path(job.model.id).expanduser()
+    local = job.model.id.startswith("embedded:") or path.suffix == ".gguf" or path.exists()  # needs no download
+    folder = resolve(job.model) if local else None
+    return [f"export: {note}" for note in export_notes(job, folder, known.student.model)]
 
 
 def _notes(job: Job, plans: tuple[Plan, ...]) -> list[str]:

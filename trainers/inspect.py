@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from qat.checkpoints.architecture import empty_model
+from qat.checkpoints.decoding import TextStream
 from qat.checkpoints.hf import ModelConfig, describe, load_configured, load_model, load_tokenizer, read_json
 from qat.checkpoints.resume import load_student
 from qat.config import load_yaml, validate
@@ -135,6 +136,23 @@ def _tasks(model: Any, tokenizer: Any, tasks: list[str]) -> dict[str, dict[str, 
 # --- text ---------------------------------------------------------------------------------------------
 
 
+class _Printer:
+    """Prints tokens as `generate` makes them, first those of the prompt."""
+
+    def __init__(self, tokenizer: Any, skip_prompt: bool) -> None:
+        self._stream, self._skip = TextStream(tokenizer), skip_prompt
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt, then one token at a time."""
+        if not self._skip:
+            print("".join(map(self._stream.push, value.flatten().tolist())), end="", flush=True)
+        self._skip = False
+
+    def end(self) -> None:
+        """No more tokens."""
+        print(self._stream.rest(), flush=True)
+
+
 @torch.no_grad()
 def generate(
     folder: Path,
@@ -152,15 +170,13 @@ def generate(
     Raises:
         ConfigError: no such device, or a prompt that this model cannot read.
     """
-    from transformers import TextStreamer
-
     loaded = load(folder, load_export, chosen(device))
     tokenizer: Any = load_tokenizer(loaded.tokenizer_folder, loaded.trust_remote_code)
     inputs = _prompt(loaded.model, tokenizer, prompt, chat)
     length = inputs["input_ids"].shape[1]
     torch.manual_seed(seed)
     loaded.model.generation_config = _generation(loaded.model, tokenizer, _room(loaded.model, length, tokens), temperature)
-    streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
+    streamer = _Printer(tokenizer, skip_prompt=chat)
     with served(loaded.model):
         began = time.monotonic()
         output = loaded.model.generate(**{k: v.to(loaded.model.device) for k, v in inputs.items()}, streamer=streamer)

@@ -26,6 +26,7 @@ from qat.surgery import Coverage, apply, dense, layers, report
 from qat.trainers.callbacks import Average, Keeper, StepLoop
 from qat.trainers.data import Batches, Blocks, load_blocks
 from qat.trainers.evaluate import Judge, gap_closed
+from qat.trainers.exportable import export_notes
 from qat.trainers.job import Job
 from qat.trainers.memory import keep_freed_blocks, peak_bytes
 from qat.trainers.module import QatModule
@@ -119,7 +120,10 @@ def _differences(old: Any, new: Any, path: str = "") -> str:
 def _load(job: Job, console: Console) -> Parts:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     mixed = job.precision == "bf16-mixed" or (job.precision == "auto" and device.type == "cuda")
-    tokenizer = load_tokenizer(resolve(job.model), job.model.trust_remote_code)
+    source = resolve(job.model)
+    tokenizer = load_tokenizer(source, job.model.trust_remote_code)
+    for note in export_notes(job, source):
+        console.print(f"export: {note}", highlight=False, soft_wrap=True, markup=False)
     teacher_dtype = torch.bfloat16 if mixed and device.type == "cuda" else torch.float32
     teacher: nn.Module = load_configured(job.teacher or job.model, teacher_dtype)
     student: nn.Module = load_configured(job.model)
