@@ -46,7 +46,6 @@ def test_rows_of_undone_steps_are_dropped_and_the_last_done_one_stays(tmp_path: 
         first.write({"step": step, "seconds": float(step), "loss": 1 / step})
     first.file.close()
     again = MetricsFile(path, after=2)
-    assert again.seconds == 2.0
     again.write({"step": 3, "seconds": 2.5, "loss": 0.5})
     again.file.close()
     lines = path.read_text().splitlines()
