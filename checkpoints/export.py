@@ -143,14 +143,19 @@ def export_model(
 
 
 def export(
-    run: Path, out: Path, target: str = DEFAULT_TARGET, overwrite: bool = False, checkpoint: str = "best"
+    run: Path,
+    out: Path,
+    target: str = DEFAULT_TARGET,
+    overwrite: bool = False,
+    checkpoint: str = "best",
+    moved: Path | str | None = None,
 ) -> Path:
-    """Export a checkpoint of a training run; see `export_model`."""
+    """Export a checkpoint of a training run; `moved` as in `load_student`, the rest as in `export_model`."""
     from qat.checkpoints.resume import load_student
 
     find_target(target)
     check_replaceable(out, overwrite, (run,))
-    model, source, state = load_student(run, checkpoint)
+    model, source, state = load_student(run, checkpoint, moved)
     extra = {"name": run.resolve().name, "checkpoint": checkpoint, "step": state.get("step"), "model": state["model"]}
     student: Any = model
     return export_model(student, source, out, target, overwrite=overwrite, extra=extra, keep=(run,))

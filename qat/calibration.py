@@ -17,6 +17,7 @@ from qat.scheme import Scheme
 from qat.surgery import dense, fused_sets, layers
 from qat.transforms import Fold, smooth
 
+Track = Callable[[dict[str, QatLayer]], Iterable[tuple[str, QatLayer]]]
 Batches = Iterable[dict[str, Tensor]]  # keyword arguments of the model
 
 
@@ -120,7 +121,11 @@ def input_products(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
 
 
 def prepare(
-    model: nn.Module, batches: list[dict[str, Tensor]], scheme: Scheme, mean_square: dict[str, Tensor]
+    model: nn.Module,
+    batches: list[dict[str, Tensor]],
+    scheme: Scheme,
+    mean_square: dict[str, Tensor],
+    track: Track = dict.items,
 ) -> list[Fold]:
     """From an observed model to its start: smooth and observe again, multiply inputs, `begin`, as the scheme says.
 
@@ -131,18 +136,23 @@ def prepare(
         folds = smooth(model, mean_square, scheme.smooth, batches[0]["input_ids"])
         mean_square = observe(model, batches)
     products = input_products(model, batches) if scheme.compensate == "gptq" else {}
-    begin(model, scheme, {**mean_square, **{path: gram.diagonal() for path, gram in products.items()}}, products)
+    begin(model, scheme, {**mean_square, **{path: gram.diagonal() for path, gram in products.items()}}, products, track)
     return folds
 
 
 @torch.no_grad()
 def begin(
-    model: nn.Module, scheme: Scheme, mean_square: dict[str, Tensor], products: dict[str, Tensor] | None = None
+    model: nn.Module,
+    scheme: Scheme,
+    mean_square: dict[str, Tensor],
+    products: dict[str, Tensor] | None = None,
+    track: Track = dict.items,
 ) -> None:
-    """Put every layer at the start that `scheme` describes, given the moments of its inputs."""
+    """Put every layer at the start that `scheme` describes, given the moments of its inputs; `track` goes over the
+    layers, and may show how far it is."""
     found = layers(model)
     _share_global_scales(found, scheme)
-    for path, module in found.items():
+    for path, module in track(found):
         with torch.autocast(module.weight.device.type, enabled=False):  # a caller's: starts need float32 products
             restart(module, scheme, mean_square.get(path) if scheme.weighted_start else None)
             if products and path in products:

@@ -9,18 +9,18 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from qat.catalog import CATALOG, lookup
-from qat.checkpoints.hf import resolve
+from qat.checkpoints.hf import is_local, resolve
 from qat.losses import chunk_tokens
 from qat.modules import InputQuantizer, WeightQuantizer
 from qat.numerics import find_scales
 from qat.ranges import start_scales
 from qat.scheme import Scheme
+from qat.trainers import limits
 from qat.trainers.exportable import export_notes
 from qat.trainers.footprint import BF16, FP32, GIB, Facts, facts, flops_per_token, forward_flops, memory, shards
 from qat.trainers.job import Job
@@ -138,6 +138,7 @@ def estimate(job: Job) -> Estimate:
     Raises:
         CheckpointError: no config.json can be had.
         ConfigError, FormatError, UnsupportedError: the scheme does not fit the model, as `qat.surgery.plan` says.
+        ConfigError, DataError: a text does not fit the model, or cannot be read.
     """
     known = facts(job)
     weights, parameters = known.coverage.modules, known.student.parameters
@@ -157,15 +158,18 @@ def estimate(job: Job) -> Estimate:
         steps=job.steps,
         devices=job.devices,
         plans=plans,
-        notes=(*_notes(job, plans), *_export_notes(job, known)),
+        notes=(
+            *known.notes,
+            *_notes(job, plans),
+            *_export_notes(job, known),
+            *limits.dry_run(job, known.student.model, known.teacher.model),
+        ),
     )
 
 
 def _export_notes(job: Job, known: Facts) -> list[str]:
-    path = Path(job.model.id).expanduser()
-    local = job.model.id.startswith("embedded:") or path.suffix == ".gguf" or path.exists()  # needs no download
-    folder = resolve(job.model) if local else None
-    return [f"export: {note}" for note in export_notes(job, folder, known.student.model)]
+    folder = resolve(job.model) if is_local(job.model) else None  # an estimate downloads no weights
+    return export_notes(job, folder, known.student.model)
 
 
 def _notes(job: Job, plans: tuple[Plan, ...]) -> list[str]:

@@ -18,7 +18,6 @@ from transformers.utils import logging
 
 from qat.checkpoints.hf import (
     ModelConfig,
-    cache_root,
     load_model,
     load_tokenizer,
     quiet,
@@ -339,7 +338,7 @@ def test_config_refuses_what_cannot_be_a_model() -> None:
         validate(ModelConfig, {"id": "a/b", "revison": "main"}, "test")
 
 
-def test_local_names_resolve_or_explain(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_names_resolve_or_explain(llama: Path, tmp_path: Path) -> None:
     assert resolve(ModelConfig(id=str(llama))) == llama
     with pytest.raises(ConfigError, match="only hub models have one"):
         resolve(ModelConfig(id=str(llama), revision="main"))
@@ -355,8 +354,6 @@ def test_local_names_resolve_or_explain(llama: Path, tmp_path: Path, monkeypatch
     (tmp_path / "adapter" / "adapter_config.json").touch()
     with pytest.raises(CheckpointError, match="merge it"):
         resolve(ModelConfig(id=str(tmp_path / "adapter")))
-    monkeypatch.setenv("QAT_CACHE", str(tmp_path / "cache"))
-    assert cache_root() == tmp_path / "cache"
 
 
 HUB = """

@@ -122,6 +122,7 @@ def test_overrides_reach_nested_keys_lists_and_missing_parents() -> None:
     [
         ("name", "override 'name' is not of the form key.subkey=value"),
         ("=3", "override '=3' is not of the form"),
+        ("layers.2.bits=3", "override layers.2.bits: '2' must be an index from 0 to 1"),
         ("layers.7.bits=3", "override layers.7.bits: '7' must be an index from 0 to 1"),
         ("layers.first=3", "override layers.first: 'first' must be an index from 0 to 1"),
         ("name.sub=3", "override name.sub: 'name' holds the value 'run', which has no keys below it"),
