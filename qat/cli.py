@@ -6,7 +6,6 @@ a traceback.
 """
 
 import argparse
-import io
 import json
 import os
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.errors import ConfigError, Interrupted, QatError
+from qat.terminal import os_error, print_anything, quiet_libraries, refuse_bytes, warned
 
 DESCRIPTION = """Train a model in the numbers it will be served in.
 
@@ -29,18 +29,18 @@ DESCRIPTION = """Train a model in the numbers it will be served in.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    _print_anything()
+    print_anything()
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(arguments, "overrides") or any(text.startswith("-") for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # argparse stops taking overrides at the first option: `--resume steps=200`
         arguments.overrides += rest
-    _quiet_libraries()
+    quiet_libraries()
     before = warnings.formatwarning
-    warnings.formatwarning = lambda message, category, *_: f"qat {arguments.command}: {_warned(message, category)}\n"
+    warnings.formatwarning = lambda message, category, *_: f"qat {arguments.command}: {warned(message, category)}\n"
     try:
-        _refuse_bytes(sys.argv[1:] if argv is None else argv)
+        refuse_bytes(sys.argv[1:] if argv is None else argv)
         run: Callable[[argparse.Namespace], int | None] = arguments.run
         return run(arguments) or 0
     except QatError as error:
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        print(f"qat {arguments.command}: {_os_error(error)}", file=sys.stderr)
+        print(f"qat {arguments.command}: {os_error(error)}", file=sys.stderr)
         return 2
     except Interrupted as error:
         return int(error.code or 0)
@@ -74,42 +74,6 @@ def build_parser() -> argparse.ArgumentParser:
         add(sub)
         sub.set_defaults(run=run)
     return parser
-
-
-def _print_anything() -> None:
-    """What a terminal or a pipe cannot encode is escaped: no run may fail because it prints its result."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _os_error(error: OSError) -> str:
-    """For example: No space left on device: runs/a/metrics.csv"""
-    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
-    return ": ".join([error.strerror or str(error) or type(error).__name__, *([" -> ".join(names)] if names else [])])
-
-
-def _refuse_bytes(argv: Sequence[str]) -> None:
-    """Arguments that are not text in the shell's encoding reach Python as lone surrogates, which nothing can write."""
-    for argument in argv:
-        try:
-            argument.encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(
-                f"the argument {ascii(argument)[:200]} is not Unicode text (at character {error.start + 1}); "
-                "give text in UTF-8, and rename files whose names are not"
-            ) from None
-
-
-def _warned(message: Warning | str, category: type[Warning]) -> str:
-    """A warning without the line of code that gave it, which users did not write."""
-    return f"note: {message}" if category is UserWarning else f"{category.__name__}: {message}"
-
-
-def _quiet_libraries() -> None:
-    """No advertisements or advice from libraries; their errors still show."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def _console() -> Any:
