@@ -218,6 +218,16 @@ def test_towers_and_prediction_heads_are_copied_and_named(tmp_path: Path) -> Non
     assert any("3 tensors that Qwen3_5ForCausalLM does not load are copied unread" in note for note in record["notes"])
 
 
+def test_layers_beyond_those_of_the_config_are_refused_by_the_dry_run_too(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = tiny_model("llama", tmp_path / "model", num_hidden_layers=1)
+    rewrite(source, lambda t: t.update({"model.layers.1.mlp.up_proj.weight": torch.randn(8, 4)}))
+    for options in ([], ["--dry-run"]):
+        assert main(["train", job(source, INT4), *options]) == 2
+        assert "1 tensors belong to no module (they would be ignored): model.layers.1.mlp" in capfd.readouterr().err
+
+
 def test_every_tensor_of_the_source_has_a_fate(tmp_path: Path) -> None:
     source = tiny_model("llama", tmp_path / "model", num_hidden_layers=1, tie_word_embeddings=True)
     rewrite(
