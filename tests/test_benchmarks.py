@@ -206,6 +206,7 @@ def test_benchmark_on_a_cpu(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the script reads /proc")
 def test_kills_lose_nothing() -> None:
     """Fewer of them than the script's default; each must be reported, and all must pass."""
     command = [sys.executable, str(FOLDER / "kills.py"), "--training", "4", "--exports", "4"]

@@ -64,8 +64,8 @@ def test_models_without_sdpa_or_with_towers_go_the_whole_road(kind: str, tmp_pat
     skipped, changes, attention = ROADS[kind]
     model = str(tiny_model(kind, tmp_path / kind))
     path, run, out = job(tmp_path, model, skipped), str(tmp_path / "runs" / "run"), str(tmp_path / "out")
-    assert main(["train", path, "--dry-run", "--json", *changes]) == 0
-    assert main(["train", path, "--json", *changes]) == 0
+    assert main(["train", path, *changes, "--dry-run", "--json"]) == 0
+    assert main(["train", path, *changes, "--json"]) == 0
     assert load_yaml(tmp_path / "runs" / "run" / "job.yaml")["model"]["attn_implementation"] == attention
     assert main(["export", run, out]) == 0
     capsys.readouterr()
