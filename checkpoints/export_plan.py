@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from qat.checkpoints.hf import quiet, read_json, unquantizable
-from qat.checkpoints.names import StoredNames, fused_groups, lost_when_packed, missing_names, skeleton, stored_names
+from qat.checkpoints.names import (
+    StoredNames,
+    fused_groups,
+    lost_when_packed,
+    missing_names,
+    skeleton,
+    stored_names,
+    surplus_names,
+)
 from qat.checkpoints.shards import ShardReader, TensorInfo
 from qat.checkpoints.targets import TARGETS, Target, TargetLayer
 from qat.errors import CheckpointError, UnsupportedError
@@ -98,32 +106,37 @@ def check_values(plan: ExportPlan) -> None:
     for members in plan.fused:
         if what := _differ(plan, members):
             raise CheckpointError(f"engines fuse {', '.join(members)}, but their {what}")
-        only = {float(decode_scale(s.stored)) for s in _scales(plan, members) if s.stored.numel() == 1}
-        if plan.target.FUSES_TENSOR_SCALES and len(only) > 1:
+        if only := _rounded_again(plan, members):
             raise UnsupportedError(
-                f"engines fuse {', '.join(members)} under one scale, but theirs are {sorted(only)}, and rounding again "
+                f"engines fuse {', '.join(members)} under one scale, but theirs are {only}, and rounding again "
                 "would change trained weights; use one scale per row, or the target compressed-tensors"
             )
     trained = {frozenset(members) for members in plan.fused}
-    apart = [g for g in fused_groups(list(plan.linears)) if frozenset(g) not in trained and _differ(plan, g)]
+    usual = [members for members in fused_groups(list(plan.linears)) if frozenset(members) not in trained]
+    apart = [members for members in usual if _differ(plan, members) or _rounded_again(plan, members)]
     if apart:
+        what = _differ(plan, apart[0]) or f"scales differ: {_rounded_again(plan, apart[0])}"
         plan.notes.append(
             f"engines usually fuse {', '.join(apart[0])}, which this scheme trained apart ({len(apart)} such sets), "
-            f"and their {_differ(plan, apart[0])}: serve it only where they stay apart"
+            f"and their {what}: serve it only where they stay apart"
         )
-
-
-def _scales(plan: ExportPlan, members: list[str]) -> list[Any]:
-    return [plan.linears[path].weight_quantizer.scales() for path in members]
 
 
 def _differ(plan: ExportPlan, members: list[str]) -> str:
     """What of layers that are merged has only one value, and more here; "" if nothing."""
-    above = {float(s.global_scale) for s in _scales(plan, members) if s.global_scale is not None}
-    inputs = (plan.linears[path].input_quantizer for path in members)
-    ranges = {float(q.amax) for q in inputs if q is not None and q.needs_calibration}
+    modules = [plan.linears[path] for path in members]
+    scales = [module.weight_quantizer.scales() for module in modules]
+    above = {float(s.global_scale) for s in scales if s.global_scale is not None}
+    ranges = {float(q.amax) for m in modules if (q := m.input_quantizer) is not None and q.needs_calibration}
     found = (("global scales", above), ("input ranges", ranges))
     return next((f"{what} differ: {sorted(values)}" for what, values in found if len(values) > 1), "")
+
+
+def _rounded_again(plan: ExportPlan, members: list[str]) -> list[float]:
+    """Per-tensor scales of layers that the target's engines merge under one, where they differ."""
+    scales = [plan.linears[path].weight_quantizer.scales() for path in members]
+    only = {float(decode_scale(s.stored)) for s in scales if s.stored.numel() == 1}
+    return sorted(only) if plan.target.FUSES_TENSOR_SCALES and len(only) > 1 else []
 
 
 def refusals(model: "PreTrainedModel", source: Path | None) -> tuple[ExportPlan | None, dict[str, str]]:
@@ -133,6 +146,12 @@ def refusals(model: "PreTrainedModel", source: Path | None) -> tuple[ExportPlan 
         CheckpointError, UnsupportedError: what has nothing to do with formats, so that every target would refuse.
     """
     base = _sort_tensors(model, source, TARGETS[DEFAULT_TARGET])
+    surplus = surplus_names(model, base.names)
+    if surplus:
+        raise CheckpointError(
+            f"{source} does not fit {type(model).__name__}: {len(surplus)} tensors belong to no module (they would be "
+            f"ignored): {_some(surplus)}"
+        )
     layered = [base.layer(path) for path in base.linears]
     refused = {}
     for name, target in TARGETS.items():
@@ -287,7 +306,7 @@ def _check_loads(plan: ExportPlan, source: Path) -> None:
         if name not in plan.copied and name in found.tensors:
             written, wanted = list(plan.names.tensors[name].shape), list(found.tensors[name].shape)
             problems += [f"{name} would be {written}, not {wanted}"] if written != wanted else []
-    lost = (found.unread | found.shadowed.keys()) - plan.copied.keys()
+    lost = (found.unread.keys() | found.shadowed.keys()) - plan.copied.keys()
     problems += [f"{name} would not be loaded" for name in sorted(lost)]
     if problems:
         raise CheckpointError(

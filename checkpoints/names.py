@@ -33,7 +33,7 @@ class StoredNames:
             merged with others have none.
         parts: names of tensors that transformers puts together while it loads, such as fused experts.
         shadowed: names in the file of which transformers loads another one instead, and that one.
-        unread: names in the file that belong to nothing in the model.
+        unread: names in the file that belong to nothing in the model, and what transformers takes them for.
     """
 
     tensors: dict[str, Tensor]
@@ -41,7 +41,7 @@ class StoredNames:
     paths: dict[str, str]
     parts: frozenset[str]
     shadowed: dict[str, str]
-    unread: frozenset[str]
+    unread: dict[str, str]
 
     @property
     def modules(self) -> dict[str, str]:
@@ -56,10 +56,10 @@ def stored_names(model: "PreTrainedModel", names: Iterable[str] = ()) -> StoredN
     own, given = own_tensors(model), sorted(names, key=dot_natural_key)
     taken: dict[str, str] = {}  # name in the file by place
     parts: dict[tuple[str, str], list[str]] = defaultdict(list)  # names in the file that transformers puts together
-    shadowed, unread = {}, set()
+    shadowed, unread = {}, {}
     for name, (place, merge) in _places(model, given, own).items():
         if place not in own:
-            unread.add(name)
+            unread[name] = place
         elif merge is not None:
             parts[place, merge].append(name)
         elif place in taken:
@@ -79,9 +79,7 @@ def stored_names(model: "PreTrainedModel", names: Iterable[str] = ()) -> StoredN
         short = name.removeprefix(f"{model.base_model_prefix}.") if bare else name
         tensors[short], origins[short] = own[place], place
     apart = _in_parts(model, merged, parts, own)
-    return StoredNames(
-        {**tensors, **apart}, origins, _paths(model, origins), frozenset(apart), shadowed, frozenset(unread)
-    )
+    return StoredNames({**tensors, **apart}, origins, _paths(model, origins), frozenset(apart), shadowed, unread)
 
 
 def _places(
@@ -184,6 +182,19 @@ def missing_names(model: "PreTrainedModel", names: StoredNames, held: Collection
         and (place := names.origins.get(name, name)) not in places
         and not optional.search(place)
     ]
+
+
+def surplus_names(model: "PreTrainedModel", names: StoredNames) -> list[str]:
+    """Names of `unread` that the class does not expect in its files either, as transformers decides that: something of
+    the model would be ignored."""
+    patterns = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    buffers = [name for name, _ in model.named_buffers()]
+    patterns += [r"rotary_emb\.inv_freq"] * any(name.endswith("rotary_emb.inv_freq") for name in buffers)
+    patterns += [r"(^|\.)position_ids$"] * any(
+        name.endswith("position_ids") for name in buffers
+    )  # as transformers does
+    expected = re.compile("|".join(f"(?:{pattern})" for pattern in patterns) or "(?!)")
+    return [name for name, place in names.unread.items() if not expected.search(place)]
 
 
 _PACKED = ("weight_packed", "weight_scale")  # stand for what any layout stores of a quantized layer

@@ -132,7 +132,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     layouts = "file layout: compressed-tensors, modelopt or fp8 (default: %(default)s); see docs/export.md"
     parser.add_argument("--target", default="compressed-tensors", help=layouts)
     parser.add_argument("--checkpoint", default="best", help="which of the run's checkpoints (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if an export wrote it")
     _add_moved(parser)
 
 

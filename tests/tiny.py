@@ -75,11 +75,12 @@ _TEXT = (
 
 
 def tiny_model(kind: str, folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
-    """Save a random BF16 model of `kind` (see KINDS and what stands beside them) with tokenizer and generation config; returns `folder`.
+    """Save a random BF16 model of `kind` (see KINDS and what stands beside them, or any model_type of transformers)
+    with tokenizer and generation config; returns `folder`.
 
     `overrides` go to the model's config, for example `num_hidden_layers=1` or `tie_word_embeddings=True`.
     """
-    model_type, specific = _SPECIFIC[kind]
+    model_type, specific = _SPECIFIC.get(kind, (kind, {}))
     settings = {**_COMMON, **specific, **overrides}
     if kind == "gemma":  # both kinds of attention, whatever the number of layers
         types = ("sliding_attention", "full_attention")

@@ -9,13 +9,12 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from qat.catalog import CATALOG, lookup
-from qat.checkpoints.hf import resolve
+from qat.checkpoints.hf import is_local, resolve
 from qat.losses import chunk_tokens
 from qat.modules import InputQuantizer, WeightQuantizer
 from qat.numerics import find_scales
@@ -169,10 +168,8 @@ def estimate(job: Job) -> Estimate:
 
 
 def _export_notes(job: Job, known: Facts) -> list[str]:
-    path = Path(job.model.id).expanduser()
-    local = job.model.id.startswith("embedded:") or path.suffix == ".gguf" or path.exists()  # needs no download
-    folder = resolve(job.model) if local else None
-    return [f"export: {note}" for note in export_notes(job, folder, known.student.model)]
+    folder = resolve(job.model) if is_local(job.model) else None  # an estimate downloads no weights
+    return export_notes(job, folder, known.student.model)
 
 
 def _notes(job: Job, plans: tuple[Plan, ...]) -> list[str]:

@@ -22,7 +22,7 @@ from qat.trainers import claim, limits
 from qat.trainers.callbacks import Keeper
 from qat.trainers.data import Batches, load_blocks
 from qat.trainers.evaluate import Judge, gap_closed
-from qat.trainers.exportable import export_notes
+from qat.trainers.exportable import export_notes, student_without_numbers
 from qat.trainers.fit import fit, quiet_lightning
 from qat.trainers.interrupts import Interruptions
 from qat.trainers.job import Job
@@ -106,8 +106,8 @@ def _load(job: Job, source: Path, reference: Path, console: Console) -> Parts:
     repeatable(device)
     mixed = job.precision == "bf16-mixed" or (job.precision == "auto" and device.type == "cuda")
     tokenizer = load_tokenizer(source, job.model.trust_remote_code)
-    for note in export_notes(job, source):
-        console.print(f"export: {note}", highlight=False, soft_wrap=True, markup=False)
+    for note in export_notes(job, source, student_without_numbers(job, source)):
+        console.print(note, highlight=False, soft_wrap=True, markup=False)
     teacher_dtype = torch.bfloat16 if mixed and device.type == "cuda" else torch.float32
     # On the device at once: it may write the text of `source: teacher`.
     teacher: nn.Module = load_configured(job.teacher or job.model, reference, teacher_dtype)
