@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qat.activations import fake_quantize_input
 from qat.checkpoints.codes import input_format
-from qat.checkpoints.hf import check_loading, quiet
+from qat.checkpoints.hf import check_generation, check_loading, quiet
 from qat.checkpoints.names import stored_names
 from qat.checkpoints.progress import progress
 from qat.checkpoints.readers import ExportedFolder, open_export
@@ -67,7 +67,7 @@ def load_exported(
     folder: Path,
     activation_rule: str = "vllm",
     dtype: torch.dtype = torch.float32,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
     quantize_inputs: bool = True,
 ) -> "PreTrainedModel":
     """The model in an exported folder, in eval mode, computing in `dtype` with the weights an engine dequantizes.
@@ -76,7 +76,7 @@ def load_exported(
         folder: a checkpoint of one of the export targets, ours or another tool's.
         activation_rule: "vllm" or "compressed_tensors".
         dtype: float32, or bfloat16 to compute as a BF16 server does.
-        attn_implementation: as in transformers.
+        attn_implementation: as in transformers; by default what it chooses itself.
         quantize_inputs: False leaves the inputs alone (weights only).
 
     Raises:
@@ -108,6 +108,7 @@ def load_exported(
             output_loading_info=True,
         )
     check_loading(model, info, folder)
+    check_generation(folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     if quantize_inputs:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qat.checkpoints.folders import atomic_folder
-from qat.checkpoints.hf import ModelConfig, load_model
+from qat.checkpoints.hf import ModelConfig, load_configured
 from qat.checkpoints.origin import is_path, locate
 from qat.config import load_yaml, validate
 from qat.errors import CheckpointError
@@ -197,7 +197,7 @@ def load_student(
     config = validate(ModelConfig, job["model"], str(run / "job.yaml"))
     scheme = validate(Scheme, job["scheme"], str(run / "job.yaml"))
     source = locate(config, moved, f"say where the model that {run} was made from is now: --model PATH")
-    model = load_model(source, torch.float32, config.attn_implementation, config.trust_remote_code)
+    model = load_configured(config, source)
     apply(model, scheme, defer_start=True)
     restore_student(model, load_file(folder / STUDENT))
     # A path of this machine means nothing elsewhere, so only names that others can resolve are passed on.

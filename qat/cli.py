@@ -6,7 +6,6 @@ a traceback.
 """
 
 import argparse
-import io
 import json
 import os
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.errors import ConfigError, Interrupted, QatError
+from qat.terminal import os_error, print_anything, quiet_libraries, refuse_bytes, warned
 
 DESCRIPTION = """Train a model in the numbers it will be served in.
 
@@ -29,17 +29,18 @@ DESCRIPTION = """Train a model in the numbers it will be served in.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    _print_anything()
+    print_anything()
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(arguments, "overrides") or any(text.startswith("-") for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # argparse stops taking overrides at the first option: `--resume steps=200`
         arguments.overrides += rest
-    _quiet_libraries()
+    quiet_libraries()
     before = warnings.formatwarning
-    warnings.formatwarning = lambda message, category, *_: f"qat {arguments.command}: {_warned(message, category)}\n"
+    warnings.formatwarning = lambda message, category, *_: f"qat {arguments.command}: {warned(message, category)}\n"
     try:
+        refuse_bytes(sys.argv[1:] if argv is None else argv)
         run: Callable[[argparse.Namespace], int | None] = arguments.run
         return run(arguments) or 0
     except QatError as error:
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        print(f"qat {arguments.command}: {_os_error(error)}", file=sys.stderr)
+        print(f"qat {arguments.command}: {os_error(error)}", file=sys.stderr)
         return 2
     except Interrupted as error:
         return int(error.code or 0)
@@ -73,30 +74,6 @@ def build_parser() -> argparse.ArgumentParser:
         add(sub)
         sub.set_defaults(run=run)
     return parser
-
-
-def _print_anything() -> None:
-    """What a terminal or a pipe cannot encode is escaped: no run may fail because it prints its result."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _os_error(error: OSError) -> str:
-    """For example: No space left on device: runs/a/metrics.csv"""
-    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
-    return ": ".join([error.strerror or str(error) or type(error).__name__, *([" -> ".join(names)] if names else [])])
-
-
-def _warned(message: Warning | str, category: type[Warning]) -> str:
-    """A warning without the line of code that gave it, which users did not write."""
-    return f"note: {message}" if category is UserWarning else f"{category.__name__}: {message}"
-
-
-def _quiet_libraries() -> None:
-    """No advertisements or advice from libraries; their errors still show."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def _console() -> Any:
@@ -207,6 +184,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     _add_moved(parser)
     parser.add_argument("--tokens", type=int, default=8192, help="how much text to read (default: %(default)s)")
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="lm-eval tasks (needs: pip install lm-eval)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
 
 
@@ -214,13 +192,16 @@ def _eval(arguments: argparse.Namespace) -> None:
     from qat.trainers.inspect import evaluate_folder
 
     texts, tasks = arguments.text or [], arguments.tasks or []
-    found = evaluate_folder(arguments.folder, arguments.teacher, texts, arguments.tokens, tasks, arguments.model)
+    found = evaluate_folder(
+        arguments.folder, arguments.teacher, texts, arguments.tokens, tasks, arguments.model, arguments.device
+    )
     if arguments.json:
         _print_json(found)
         return
     for row in found["rows"]:
         kl = "" if row["kl"] is None else f"  KL to teacher {row['kl']:.4f}  top-1 agreement {row['top1']:.1%}"
-        print(f"{row['name']}: NLL {row['nll']:.4f}  perplexity {row['ppl']:.2f}{kl}  ({row['tokens']} tokens)")
+        ppl = "beyond measure" if row["ppl"] is None else f"{row['ppl']:.2f}"
+        print(f"{row['name']}: NLL {row['nll']:.4f}  perplexity {ppl}{kl}  ({row['tokens']} tokens)")
     for task, metrics in found.get("tasks", {}).items():
         print(f"{task}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
@@ -231,6 +212,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=64, help="most tokens to write (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     _add_moved(parser)
     parser.add_argument("--dense", action="store_true", help="unpack an export's weights once, as `qat eval` does")
@@ -256,6 +238,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         temperature=arguments.temperature,
         seed=arguments.seed,
         chat=arguments.chat,
+        device=arguments.device,
         load_export=None if arguments.dense else load_packed,
         moved=arguments.model,
     )

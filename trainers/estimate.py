@@ -21,6 +21,7 @@ from qat.modules import InputQuantizer, WeightQuantizer
 from qat.numerics import find_scales
 from qat.ranges import start_scales
 from qat.scheme import Scheme
+from qat.trainers import limits
 from qat.trainers.exportable import export_notes
 from qat.trainers.footprint import BF16, FP32, GIB, Facts, facts, flops_per_token, forward_flops, memory, shards
 from qat.trainers.job import Job
@@ -138,6 +139,7 @@ def estimate(job: Job) -> Estimate:
     Raises:
         CheckpointError: no config.json can be had.
         ConfigError, FormatError, UnsupportedError: the scheme does not fit the model, as `qat.surgery.plan` says.
+        ConfigError, DataError: a text does not fit the model, or cannot be read.
     """
     known = facts(job)
     weights, parameters = known.coverage.modules, known.student.parameters
@@ -157,7 +159,12 @@ def estimate(job: Job) -> Estimate:
         steps=job.steps,
         devices=job.devices,
         plans=plans,
-        notes=(*_notes(job, plans), *_export_notes(job, known)),
+        notes=(
+            *known.notes,
+            *_notes(job, plans),
+            *_export_notes(job, known),
+            *limits.dry_run(job, known.student.model, known.teacher.model),
+        ),
     )
 
 

@@ -13,12 +13,12 @@ from torch import nn
 
 from qat.calibration import begin, observe, prepare
 from qat.checkpoints import resume
-from qat.checkpoints.hf import load_model, load_tokenizer
+from qat.checkpoints.hf import load_configured, load_tokenizer
 from qat.checkpoints.progress import counted
 from qat.errors import ConfigError, Interrupted, UnsupportedError
 from qat.numerics import qsnr
 from qat.surgery import Coverage, apply, dense, layers, report
-from qat.trainers import claim
+from qat.trainers import claim, limits
 from qat.trainers.callbacks import Keeper
 from qat.trainers.data import Batches, load_blocks
 from qat.trainers.evaluate import Judge, gap_closed
@@ -29,11 +29,11 @@ from qat.trainers.job import Job
 from qat.trainers.machine import machine, repeatable, versions
 from qat.trainers.memory import keep_freed_blocks, peak_bytes
 from qat.trainers.overlap import overlap
-from qat.trainers.packing import leakage, model_inputs
+from qat.trainers.packing import LEAKS, leakage, model_inputs
 from qat.trainers.parts import Parts
 from qat.trainers.report import RunReport, print_table, write_report
+from qat.trainers.teacher import settled
 
-LEAKS = 0.1  # see `packing.leakage`
 CONTAMINATED = 0.01  # share of held-out 13-grams seen in training above which a warning is due
 
 
@@ -49,6 +49,9 @@ def train(job: Job, *, resume_run: bool = False, console: Console | None = None,
     keep_freed_blocks()
     if job.unproven:
         raise UnsupportedError(job.unproven)
+    job, notes = settled(job)
+    for note in notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
     run = job.folder
     if resume_run:
         resume.last_state(run)  # before a folder is made for the lock
@@ -105,21 +108,26 @@ def _load(job: Job, source: Path, reference: Path, console: Console) -> Parts:
     tokenizer = load_tokenizer(source, job.model.trust_remote_code)
     for note in export_notes(job, source):
         console.print(f"export: {note}", highlight=False, soft_wrap=True, markup=False)
-    settings = (job.model.attn_implementation, job.model.trust_remote_code)
     teacher_dtype = torch.bfloat16 if mixed and device.type == "cuda" else torch.float32
     # On the device at once: it may write the text of `source: teacher`.
-    teacher: nn.Module = load_model(reference, teacher_dtype, *settings)
+    teacher: nn.Module = load_configured(job.teacher or job.model, reference, teacher_dtype)
     teacher.to(device)
-    student: nn.Module = load_model(source, torch.float32, *settings)
+    student: nn.Module = load_configured(job.model, source)
     coverage = report(student, job.scheme)
+    _check_packing(job, student, *([teacher] if job.teacher is not None else []))
     parameters = sum(p.numel() for p in student.parameters())
+    limits.warn(limits.check_lengths(job, student, teacher))
     train_rows = load_blocks(job.data, tokenizer, num_tokens=job.steps * job.rows * job.data.seq_len, teacher=teacher)
     heldout = load_blocks(job.eval.data, tokenizer, num_tokens=job.eval.tokens)
     calibration = train_rows
     if job.calibration is not None:
         tokens = job.calibration_rows * job.calibration.seq_len
         calibration = load_blocks(job.calibration, tokenizer, num_tokens=tokens, teacher=teacher)
-    _check_packing(job, student)
+    limits.check_rows(
+        tokenizer, {"data": train_rows, "eval.data": heldout, "calibration": calibration}, student, teacher
+    )
+    console.print(f"training text: {train_rows.summary}", highlight=False, soft_wrap=True)
+    console.print(f"held-out text: {heldout.summary}", highlight=False, soft_wrap=True)
     shared = overlap(train_rows, heldout)
     if shared > CONTAMINATED:
         console.print(f"[yellow]warning: {shared:.1%} of the held-out 13-grams also occur in the training text")
@@ -134,13 +142,16 @@ def _load(job: Job, source: Path, reference: Path, console: Console) -> Parts:
     return Parts(student.to(device), teacher, *rows, coverage, device, dtype, parameters)
 
 
-def _check_packing(job: Job, student: nn.Module) -> None:
-    leak = leakage(student) if job.data.pack or job.eval.data.pack else 0.0
-    if leak > LEAKS:
-        raise UnsupportedError(
-            f"{type(student).__name__} with {job.model.attn_implementation} attention lets packed documents see each "
-            f"other (leakage {leak:.2f}); set data.pack and eval.data.pack to false"
-        )
+def _check_packing(job: Job, *models: Any) -> None:
+    texts = {"data": job.data, "eval.data": job.eval.data, "calibration": job.calibration}
+    packed = [name for name, text in texts.items() if text is not None and text.pack]
+    for model in models if packed else ():
+        leak = leakage(model)
+        if leak > LEAKS:
+            raise UnsupportedError(
+                f"{type(model).__name__} with {model.config._attn_implementation} attention lets packed documents see "
+                f"each other (leakage {leak:.2f}); set {' and '.join(f'{name}.pack' for name in packed)} to false"
+            )
 
 
 def _freeze(student: nn.Module, job: Job) -> None:
@@ -265,6 +276,7 @@ def _report(job: Job, parts: Parts, keeper: Keeper, saved: dict[str, Any], rows:
         best_step=keeper.best["step"],
         eval_hash=parts.heldout.digest,
         data_hash=parts.train.digest,
+        texts={"training": parts.train.summary, "held-out": parts.heldout.summary},
         overlap=overlap(parts.train, parts.heldout),
         scheme=parts.coverage.by_format(),
         machine=machine(parts.device),

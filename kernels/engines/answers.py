@@ -23,7 +23,7 @@ from qat.kernels.engines.requests import Request
 
 MOST_TOKENS = 1024  # written where neither the request nor the generation config says how many
 _UNLIKELY = -9999.0  # OpenAI's word for a log-probability that JSON has no number for
-_VISIBLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+_VISIBLE = [byte for first, last in ("!~", "¡¬", "®ÿ") for byte in range(ord(first), ord(last) + 1)]
 _HIDDEN = (byte for byte in range(256) if byte not in _VISIBLE)
 _BYTES = {chr(byte): byte for byte in _VISIBLE} | {chr(256 + i): byte for i, byte in enumerate(_HIDDEN)}  # GPT-2's
 
@@ -186,7 +186,8 @@ def generation_config(defaults: GenerationConfig, request: Request, limit: int) 
     config.top_p = _first(request.top_p, defaults.top_p, 1.0) if config.do_sample else 1.0
     config.top_k = _first(defaults.top_k, 0) if config.do_sample else 50  # `generate` fills in 50, and takes no other
     config.max_new_tokens, config.max_length = limit, None
-    config.num_beams = config.num_return_sequences = 1
+    for other in ("num_beams", "num_return_sequences", "early_stopping", "penalty_alpha", "prompt_lookup_num_tokens"):
+        setattr(config, other, None)  # one token at a time
     return config
 
 
@@ -200,14 +201,15 @@ class Writer:
     def __init__(self, model: Any, tokenizer: Any, context: int) -> None:
         self._model, self._tokenizer, self._context = model, tokenizer, context
         self._speller = Speller(tokenizer)
+        self._defaults: GenerationConfig = model.generation_config
+        model.generation_config = GenerationConfig()  # `generate` would fill in from it what a request leaves out
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="answers")
-        ends = model.generation_config.eos_token_id
+        ends = self._defaults.eos_token_id
         self._ends: set[int] = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
     async def write(self, prompt: list[int], request: Request) -> AsyncGenerator[Piece, None]:
         """The pieces of the answer to one prompt; close it where the answer is no longer wanted."""
-        defaults: GenerationConfig = self._model.generation_config
-        limit = request.limit or min(defaults.max_new_tokens or MOST_TOKENS, self._context - len(prompt))
+        limit = request.limit or min(self._defaults.max_new_tokens or MOST_TOKENS, self._context - len(prompt))
         answer = Answer(request, limit, self._ends, self._tokenizer, self._speller)
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
@@ -217,7 +219,8 @@ class Writer:
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         answer.send = send
-        self._thread.submit(self._generate, prompt, request, answer, generation_config(defaults, request, limit))
+        config = generation_config(self._defaults, request, limit)
+        self._thread.submit(self._generate, prompt, request, answer, config)
         try:
             while True:
                 piece = await pieces.get()

@@ -242,7 +242,7 @@ def _parsed(body: bytes) -> dict[str, Any]:
 
 def _message(message: dict[str, Any]) -> dict[str, str]:
     """{role, content}, both texts, for the chat template."""
-    message = {key: value for key, value in message.items() if value is not None and value != []}
+    message = {key: value for key, value in message.items() if value is not None and (value != [] or key == "content")}
     other = sorted(set(message) - set(_MESSAGE))
     if other:
         raise Refused(400, f"messages with {', '.join(other)} are not served; allowed are {', '.join(_MESSAGE)}")

@@ -1,4 +1,4 @@
-"""One server for the tests of `qat serve`: a tiny export behind a real socket, and clients of it."""
+"""A server for each module of tests of `qat serve`: a tiny export behind a real socket, and clients of it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return source.parent / "out"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[Any]:
     """httpx, at the server of `folder`."""
     with running(folder) as opened:

@@ -1,5 +1,6 @@
 """Answers of `qat serve` against plain transformers on the same folder: sampled, streamed, with log-probabilities."""
 
+import asyncio
 import json
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from qat.checkpoints.hf import load_tokenizer
 from qat.kernels.engines.answers import Answer, Piece, Speller, Writer, generation_config
 from qat.kernels.engines.requests import Request
+from qat.kernels.engines.transformers import load_packed
 from tests.kernels.served import running
 from tests.tiny import tiny_tokenizer
 
@@ -316,12 +318,28 @@ def test_a_failure_is_told_without_a_path_and_the_next_answer_comes(
 
 
 def test_a_model_that_names_no_end_writes_to_the_limit(plain: Any, tokenizer: Any) -> None:
-    ends = plain.generation_config.eos_token_id
-    try:
-        for given, expected in ((None, set()), (2, {2}), ([2, 5], {2, 5})):
-            plain.generation_config.eos_token_id = given
-            writer = Writer(plain, tokenizer, 512)
-            assert writer._ends == expected
-            writer.close()
-    finally:
-        plain.generation_config.eos_token_id = ends
+    before = plain.generation_config
+    for given, expected in ((None, set()), (2, {2}), ([2, 5], {2, 5})):
+        plain.generation_config = GenerationConfig(eos_token_id=given)
+        writer = Writer(plain, tokenizer, 512)
+        assert writer._ends == expected
+        writer.close()
+    plain.generation_config = before
+
+
+def test_other_searches_of_a_generation_config_write_one_token_at_a_time(folder: Path, tokenizer: Any) -> None:
+    """Beams, and drafts of several tokens a step, cannot be streamed; what is left open is not filled in again."""
+    model = load_packed(folder, torch.float32)
+
+    async def text() -> str:
+        writer = Writer(model, tokenizer, 512)
+        request = Request(False, ([5, 6, 7],), limit=9, temperature=0)
+        pieces = [piece async for piece in writer.write([5, 6, 7], request)]
+        writer.close()
+        assert pieces[-1].written == 9
+        return "".join(piece.text for piece in pieces)
+
+    expected = asyncio.run(text())
+    for search in ({"num_beams": 4}, {"prompt_lookup_num_tokens": 3}, {"penalty_alpha": 0.6, "top_k": 4}):
+        model.generation_config = GenerationConfig(eos_token_id=2, max_length=5, **search)
+        assert asyncio.run(text()) == expected

@@ -1,5 +1,6 @@
 """The learning rate's curve and the optimizer's groups, against numbers worked out by hand."""
 
+import itertools
 import math
 
 import pytest
@@ -18,7 +19,7 @@ def test_rate_rises_over_the_warmup_and_falls_on_a_cosine() -> None:
         assert rates[step] == pytest.approx((step + 1) / 4 * (0.25 + 0.75 * 0.5 * (1 + math.cos(math.pi * step / 40))))
     assert rates[20] == pytest.approx(0.25 + 0.75 / 2)  # half way down the cosine
     assert rates[40] == pytest.approx(0.25)
-    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[4:]))
 
 
 def test_first_step_moves_even_without_a_warmup() -> None:
