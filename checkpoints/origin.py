@@ -69,6 +69,8 @@ def locate(config: ModelConfig, moved: Path | str | None = None, hint: str = "")
         CheckpointError: it is not there, or is another one.
     """
     if moved is not None:
+        if not Path(moved).expanduser().exists():
+            raise CheckpointError(f"there is no model at {moved}" + (f"; {hint}" if hint else ""))
         config = config.model_copy(update={"id": str(moved), "revision": None})
     elif is_path(config) and not Path(config.id).expanduser().exists():
         raise CheckpointError(f"the model {config.id} is no longer there" + (f"; {hint}" if hint else ""))

@@ -51,6 +51,8 @@ def test_locate_refuses_what_is_gone_or_another(model: Path, tmp_path: Path) -> 
     shutil.move(model, tmp_path / "moved")
     with pytest.raises(CheckpointError, match=r"no longer there; say where"):
         locate(config, hint="say where")
+    with pytest.raises(CheckpointError, match=r"no model at models/gone; say where"):
+        locate(config, "models/gone", "say where")  # looks like a hub id, and is not asked for there
     assert locate(config, tmp_path / "moved") == tmp_path / "moved"
     change_config(tmp_path / "moved", rms_norm_eps=0.1)
     with pytest.raises(CheckpointError, match="have changed"):

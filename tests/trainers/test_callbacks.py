@@ -44,10 +44,10 @@ def test_rows_of_undone_steps_are_dropped_and_the_last_done_one_stays(tmp_path: 
     first = MetricsFile(path, after=0)
     for step in (1, 2, 3, 4):
         first.write({"step": step, "seconds": float(step), "loss": 1 / step})
-    first.file.close()
+    first.close()
     again = MetricsFile(path, after=2)
     again.write({"step": 3, "seconds": 2.5, "loss": 0.5})
-    again.file.close()
+    again.close()
     lines = path.read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["step", "1", "2", "3"]
     assert lines[3].split(",")[2] == "2.5"
