@@ -75,7 +75,7 @@ _TEXT = (
 
 
 def tiny_model(kind: str, folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
-    """Save a random BF16 model of `kind` (see KINDS and what stands beside them) with tokenizer and generation config; returns `folder`.
+    """Save a random BF16 model of `kind` with tokenizer and generation config; returns `folder`.
 
     `overrides` go to the model's config, for example `num_hidden_layers=1` or `tie_word_embeddings=True`.
     """

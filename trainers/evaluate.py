@@ -106,7 +106,9 @@ class Judge:
             raise DataError(f"{what}: no token of the text is to be predicted")
         nll, kl, top1 = (sums / count).tolist()
         if not math.isfinite(nll):
-            raise TrainingError(f"{what}: the next-token loss is {nll}, so {type(model).__name__} computes NaN or infinity")
+            raise TrainingError(
+                f"{what}: the next-token loss is {nll}, so {type(model).__name__} computes NaN or infinity"
+            )
         return Scores(nll, kl, top1, count)
 
     @torch.no_grad()

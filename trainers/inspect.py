@@ -37,14 +37,13 @@ class Loaded:
     trust_remote_code: bool = False
 
 
-def load(
-    folder: Path, load_export: Callable[..., Any] | None = None, device: torch.device | str = "cpu"
-) -> Loaded:
+def load(folder: Path, load_export: Callable[..., Any] | None = None, device: torch.device | str = "cpu") -> Loaded:
     """Find out what `folder` is and load it.
 
     Args:
         folder: a run, an exported checkpoint or a model.
-        load_export: how to load an export, called with the folder and `device`; None unpacks its weights into a dense model.
+        load_export: how to load an export, called with the folder and `device`; None unpacks its weights into
+            a dense model.
         device: where to put it.
 
     Raises:
@@ -53,9 +52,10 @@ def load(
     if (folder / "job.yaml").is_file():
         job = load_yaml(folder / "job.yaml")
         own, teacher = (_named(job, key, folder) for key in ("model", "teacher"))
+        model: torch.nn.Module
         model, source, _ = load_student(folder)
         trusted = own is not None and own.trust_remote_code
-        return Loaded(model.eval().to(device), source, teacher or own, "run", trusted)
+        return Loaded(model.to(device).eval(), source, teacher or own, "run", trusted)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is neither a run (job.yaml) nor a model or an export (config.json)")
     if "quantization_config" in read_json(folder / "config.json"):
@@ -65,7 +65,8 @@ def load(
         origin = record.get("run", {}).get("model")
         exported = load_export(folder, device=str(device)) if load_export else load_exported(folder).to(device)
         return Loaded(exported.eval(), folder, ModelConfig(id=origin) if origin else None, "export")
-    return Loaded(load_model(folder).eval().to(device), folder, None, "model")
+    plain: torch.nn.Module = load_model(folder)
+    return Loaded(plain.to(device).eval(), folder, None, "model")
 
 
 def _named(job: dict[str, Any], key: str, folder: Path) -> ModelConfig | None:
@@ -175,7 +176,8 @@ def generate(
     inputs = _prompt(loaded.model, tokenizer, prompt, chat)
     length = inputs["input_ids"].shape[1]
     torch.manual_seed(seed)
-    loaded.model.generation_config = _generation(loaded.model, tokenizer, _room(loaded.model, length, tokens), temperature)
+    most = _room(loaded.model, length, tokens)
+    loaded.model.generation_config = _generation(loaded.model, tokenizer, most, temperature)
     streamer = _Printer(tokenizer, skip_prompt=chat)
     with served(loaded.model):
         began = time.monotonic()
@@ -227,7 +229,7 @@ def _room(model: Any, used: int, tokens: int) -> int:
 
 
 def _generation(model: Any, tokenizer: Any, tokens: int, temperature: float) -> Any:
-    """Plain sampling or greedy search; of the checkpoint's own settings only what ends a text and what limits the choice.
+    """Plain sampling or greedy search; of the checkpoint's own settings only what ends a text or limits the choice.
 
     The rest (beams, stored lengths, ...) would change what is measured, and a file with a mistake need not stop us.
     """

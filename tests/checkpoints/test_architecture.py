@@ -114,7 +114,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_other_kinds_of_models_are_refused_before_their_weights(kind: str, llama: Path, tmp_path: Path, capsys: Any) -> None:
+def test_other_kinds_of_models_are_refused_before_their_weights(
+    kind: str, llama: Path, tmp_path: Path, capsys: Any
+) -> None:
     name = REFUSED[kind].split(".")[0]
     config = CONFIG_MAPPING[kind]().to_dict() | {"architectures": [name]}
     model = with_config(llama, tmp_path / kind, config)

@@ -27,6 +27,7 @@ from qat.checkpoints.hf import (
     unquantizable,
 )
 from qat.checkpoints.shards import INDEX, SINGLE, ShardReader
+from qat.cli import main
 from qat.config import validate
 from qat.errors import CheckpointError, ConfigError, UnsupportedError
 from tests.tiny import KINDS, tiny_model
@@ -178,6 +179,53 @@ def test_tensors_that_do_not_fit_are_named(
 def test_two_different_tied_weights_are_refused(llama: Path) -> None:
     edit_config(llama, tie_word_embeddings=True)
     with pytest.raises(CheckpointError, match="ties the output layer"):
+        load_model(llama)
+
+
+def test_numbers_that_are_not_finite_are_named_before_training(llama: Path, tmp_path: Path, capsys: Any) -> None:
+    """Through the command line: nothing is calibrated or trained, and no traceback is shown."""
+    job = tmp_path / "job.yaml"
+    rules = [{"match": "*proj", "weight": "int8_channel"}, {"match": "*", "skip": "dense"}]
+    job.write_text(yaml.safe_dump({"name": "x", "model": {"id": str(llama)}, "scheme": {"rules": rules}, "steps": 1,
+                                   "runs": str(tmp_path / "runs")}))  # fmt: skip
+    for name, value in (("model.layers.1.mlp.up_proj.weight", float("nan")), ("model.norm.weight", float("-inf"))):
+        edit_weights(llama, lambda t, n=name, v=value: t[n].view(-1)[5:6].fill_(v))  # type: ignore[misc]  # bound now
+        assert main(["train", str(job)]) == 2
+        error = capsys.readouterr().err
+        assert "holds NaN or infinity in" in error and name in error
+        edit_weights(llama, lambda t, n=name: t[n].nan_to_num_(0.5, 0.5, 0.5))  # type: ignore[misc]  # bound now
+
+
+@pytest.mark.parametrize("metadata", ["absent", None, [1]])
+def test_an_index_without_metadata_loads(llama: Path, tmp_path: Path, metadata: Any) -> None:
+    """transformers needs it; the weights do not."""
+    whole = load_model(llama)
+    with quiet():
+        whole.save_pretrained(tmp_path / "shards", max_shard_size="200KB")
+    index = json.loads((tmp_path / "shards" / INDEX).read_text())
+    index.pop("metadata")
+    (tmp_path / "shards" / INDEX).write_text(
+        json.dumps(index if metadata == "absent" else index | {"metadata": metadata})
+    )
+    parts = load_model(tmp_path / "shards")
+    assert all(torch.equal(parts.state_dict()[name], tensor) for name, tensor in whole.state_dict().items())
+    assert parts.name_or_path == str(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int32, torch.int8])
+def test_codes_without_a_quantization_config_are_refused(llama: Path, dtype: torch.dtype) -> None:
+    """transformers would take them for the weights themselves."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit_weights(llama, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    with pytest.raises(UnsupportedError, match=f"quantized already, although config.json does not say so: {name}"):
+        load_model(llama)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"max_new_tokens": -3}', '{"cache_implementation": "nope"}'])
+def test_generation_configs_that_cannot_be_used_are_refused(llama: Path, text: str) -> None:
+    """They would travel into the export, and stop whoever loads it."""
+    (llama / "generation_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
         load_model(llama)
 
 

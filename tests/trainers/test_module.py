@@ -80,9 +80,16 @@ class Gradients(lit.Callback):
 
 
 def fit(module: QatModule, wanted: Job, steps: int, callback: lit.Callback) -> None:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     accumulate = wanted.rows // wanted.micro_rows
-    lit.Trainer(max_steps=steps, accumulate_grad_batches=accumulate, accelerator="cpu", callbacks=[callback], **quiet).fit(module)
+    lit.Trainer(
+        max_steps=steps, accumulate_grad_batches=accumulate, accelerator="cpu", callbacks=[callback], **quiet
+    ).fit(module)
 
 
 def definition(student: Any, teacher: Any, batch: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
@@ -132,7 +139,9 @@ def test_nan_stops_before_the_optimizer_writes_it(folders: list[Path], batches: 
     wanted = job()
     with pytest.raises(TrainingError, match=r"became nan at step 1; the last good checkpoint is kept"):
         fit(QatModule(student, teacher, wanted, batches, 0), wanted, 1, Gradients())
-    assert all(torch.equal(p.detach().nan_to_num(7.0), before[n].nan_to_num(7.0)) for n, p in student.named_parameters())
+    assert all(
+        torch.equal(p.detach().nan_to_num(7.0), before[n].nan_to_num(7.0)) for n, p in student.named_parameters()
+    )
 
 
 def test_gradients_beyond_floats_stop_too(folders: list[Path], batches: Batches) -> None:
