@@ -52,8 +52,8 @@ def load(folder: Path, load_export: Callable[..., Any] | None = None, device: to
     if (folder / "job.yaml").is_file():
         job = load_yaml(folder / "job.yaml")
         own, teacher = (_named(job, key, folder) for key in ("model", "teacher"))
-        model: torch.nn.Module
-        model, source, _ = load_student(folder)
+        found, source, _ = load_student(folder)
+        model: Any = found
         trusted = own is not None and own.trust_remote_code
         return Loaded(model.to(device).eval(), source, teacher or own, "run", trusted)
     if not (folder / "config.json").is_file():
@@ -63,8 +63,8 @@ def load(folder: Path, load_export: Callable[..., Any] | None = None, device: to
 
         record = read_json(folder / "qat.json") if (folder / "qat.json").is_file() else {}
         origin = record.get("run", {}).get("model")
-        exported = load_export(folder, device=str(device)) if load_export else load_exported(folder).to(device)
-        return Loaded(exported.eval(), folder, ModelConfig(id=origin) if origin else None, "export")
+        exported: Any = load_export(folder, device=str(device)) if load_export else load_exported(folder)
+        return Loaded(exported.to(device).eval(), folder, ModelConfig(id=origin) if origin else None, "export")
     plain: torch.nn.Module = load_model(folder)
     return Loaded(plain.to(device).eval(), folder, None, "model")
 

@@ -262,64 +262,6 @@ def test_missing_parts_are_named(llama: Path, tmp_path: Path) -> None:
         load_model(llama)
 
 
-@pytest.mark.parametrize("place", ["top", "nested", "old"])
-def test_quantized_checkpoints_are_refused(llama: Path, place: str) -> None:
-    method = {"quant_method": "compressed-tensors"}
-    changes: dict[str, dict[str, Any]] = {
-        "top": {"quantization_config": method},
-        "nested": {"text_config": {"quantization_config": method}},
-        "old": {"compression_config": method},
-    }
-    edit_config(llama, **changes[place])
-    with pytest.raises(UnsupportedError, match=r"quantized already \(compressed-tensors\)"):
-        load_model(llama)
-
-
-def test_other_architectures_are_refused(llama: Path) -> None:
-    edit_config(llama, architectures=["LlamaForSequenceClassification"])
-    with pytest.raises(UnsupportedError, match=r"not a causal language model.*nearest: .*Llama"):
-        load_model(llama)
-    edit_config(
-        llama,
-        architectures=["NewForCausalLM"],
-        model_type="new",
-        auto_map={"AutoModelForCausalLM": "new.New"},
-    )
-    with pytest.raises(UnsupportedError, match="trust_remote_code"):
-        load_model(llama)
-    edit_config(llama, architectures=None, model_type="llama")
-    with pytest.raises(CheckpointError, match="cannot load"):  # transformers trips over the null
-        edit_config(llama, auto_map=None)
-        load_model(llama)
-    edit_config(llama, auto_map={})
-    assert type(load_model(llama)).__name__ == "LlamaForCausalLM"
-
-
-@pytest.mark.parametrize("trust", ["false", "true"])
-def test_remote_code_runs_only_when_the_config_trusts_it(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trust: str
-) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr("sys.path", [*sys.path])
-    (llama / f"code_{trust}.py").write_text(
-        "from transformers import LlamaConfig, LlamaForCausalLM\n"
-        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
-        "class MyConfig(LlamaConfig):\n    model_type = 'mine'\n"
-        "class MyModel(LlamaForCausalLM):\n    config_class = MyConfig\n"
-    )
-    auto_map = {"AutoConfig": f"code_{trust}.MyConfig", "AutoModelForCausalLM": f"code_{trust}.MyModel"}
-    edit_config(llama, architectures=["MyModel"], model_type="mine", auto_map=auto_map)
-    given = yaml.safe_load(f"{{id: {llama}, trust_remote_code: {trust}}}")
-    config = validate(ModelConfig, given, "test")
-    if config.trust_remote_code:
-        model = load_model(llama, trust_remote_code=config.trust_remote_code)
-        assert type(model).__name__ == "MyModel"
-    else:
-        with pytest.raises(UnsupportedError, match="trust_remote_code"):
-            load_model(llama, trust_remote_code=config.trust_remote_code)
-    assert (tmp_path / "ran").exists() == config.trust_remote_code
-
-
 def test_adapters_and_other_types_are_refused(llama: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"float32 or torch.bfloat16, not torch.float16"):
         load_model(llama, torch.float16)

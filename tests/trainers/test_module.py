@@ -165,7 +165,7 @@ def test_a_step_without_targets_has_no_loss(folders: list[Path]) -> None:
     values = {field.name: None for field in dataclasses.fields(Blocks)} | {"num_rows": ROWS, "seq_len": SEQ_LEN}
     student, teacher = models(folders)
     wanted, seen = job(), Gradients()
-    fit(QatModule(student, teacher, wanted, Batches(Empty(**values), 4), 0), wanted, 1, seen)  # type: ignore[arg-type]
+    fit(QatModule(student, teacher, wanted, Batches(Empty(**values), 4), 0), wanted, 1, seen)  # type: ignore[arg-type]  # as above
     assert seen.losses == [0.0] and all(bool((g == 0).all()) for g in seen.seen[0].values())
 
 
