@@ -126,7 +126,9 @@ def empty_model(
     return model
 
 
-def loading_error(name: object, attn_implementation: str | None, error: Exception) -> UnsupportedError | CheckpointError:
+def loading_error(
+    name: object, attn_implementation: str | None, error: Exception
+) -> UnsupportedError | CheckpointError:
     """What to tell a user whose model transformers refuses."""
     reason = str(error).strip() or type(error).__name__
     if attn_implementation is not None and ("attn" in reason or "attention" in reason.lower()):

@@ -312,7 +312,7 @@ def _with_metadata(folder: Path) -> Iterator[Path]:
 
 
 def check_generation(folder: Path) -> None:
-    """Refuse a generation config that cannot be used: it travels into every export, where servers would trip over it."""
+    """Refuse a generation config that cannot be used: exports carry it along, and servers would trip over it."""
     from transformers import GenerationConfig
 
     path = folder / "generation_config.json"

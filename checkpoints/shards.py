@@ -232,7 +232,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     if not text:
         raise CheckpointError(f"{path} is truncated: {size} bytes do not hold its header")
     try:
-        header = json.loads(text)
+        header = json.loads(text, object_pairs_hook=_distinct)
         metadata = header.pop("__metadata__", {})
         tensors = {name: _tensor_info(**entry) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -242,6 +242,14 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         kind = "truncated" if size < promised else "too long"
         raise CheckpointError(f"{path} is {kind}: its header promises {promised} bytes, the file has {size}")
     return tensors, metadata
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which no name stands twice: readers would differ in which one they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice")
+    return found
 
 
 def _tensor_info(dtype: str, shape: list[int], data_offsets: list[int]) -> TensorInfo:
@@ -333,7 +341,9 @@ class ShardReader:
             # Loaders that read whole files would take these, possibly instead of those that the index means.
             surplus = sorted(name for name in present if self._where.get(name) != shard.name)
             if surplus:
-                problems.append(f"{shard} holds {len(surplus)} tensors that {INDEX} does not list there: {_some(surplus)}")
+                problems.append(
+                    f"{shard} holds {len(surplus)} tensors that {INDEX} does not list there: {_some(surplus)}"
+                )
         if problems:
             listing = "\n  ".join(problems)
             raise CheckpointError(f"{self.folder} is incomplete or damaged; copy or download it again:\n  {listing}")
@@ -357,7 +367,7 @@ def _locate(folder: Path) -> dict[str, str]:
             raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}")
         return dict.fromkeys(read_header(single)[0], SINGLE)
     try:
-        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        where = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_distinct)["weight_map"]
         outside = [shard for shard in set(where.values()) if Path(shard).name != shard]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{index} is not an index of safetensors: no readable `weight_map`") from None

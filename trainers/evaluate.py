@@ -106,7 +106,9 @@ class Judge:
             raise DataError(f"the held-out text ({self.blocks.source}) has no token to predict; give a longer one")
         nll, kl, top1 = (sums / count).tolist()
         if not math.isfinite(nll):
-            raise TrainingError(f"{what}: the next-token loss is {nll}, so {type(model).__name__} computes NaN or infinity")
+            raise TrainingError(
+                f"{what}: the next-token loss is {nll}, so {type(model).__name__} computes NaN or infinity"
+            )
         return Scores(nll, kl, top1, count)
 
     @torch.no_grad()

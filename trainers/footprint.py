@@ -116,8 +116,8 @@ def facts(job: Job) -> Facts:
 
     Raises:
         CheckpointError: no config.json can be had.
-        ConfigError, FormatError, UnsupportedError: the scheme does not fit the model, as `qat.surgery.plan` says, or the
-            teacher does not fit the student.
+        ConfigError, FormatError, UnsupportedError: the scheme does not fit the model, as `qat.surgery.plan` says.
+        ConfigError: the teacher does not fit the student.
     """
     student = architecture(job.model)
     teacher = student if job.teacher is None else architecture(job.teacher)
@@ -333,7 +333,8 @@ def _per_token(job: Job, facts: Facts, a: int) -> float:
     hidden, query, key, ffn = shape.hidden, shape.query, shape.key, shape.ffn
     norms = shape.norms * 2 * FP32 * hidden + (FP32 + a) * (query + key) * shape.head_norms
     fed = 2 * FP32 * hidden if a == FP32 else 5 * a * hidden
-    implementation = str(facts.student.model.config._attn_implementation)
+    config: Any = facts.student.model.config
+    implementation = str(config._attn_implementation)
     masked = job.data.pack and "flash" not in implementation
     attention = a * (4 * query + job.data.seq_len if masked else 2 * query + 2 * key) + FP32 * shape.heads
     if implementation == "eager":

@@ -103,7 +103,9 @@ def split(model: Any) -> Head:
     with evaluating(model):
         whole = model(**model_inputs(batch)).logits
         if bool(whole.isnan().any()):
-            raise TrainingError(f"{type(model).__name__} computes NaN or infinity for the tokens 0 to {PROBE_TOKENS - 1}")
+            raise TrainingError(
+                f"{type(model).__name__} computes NaN or infinity for the tokens 0 to {PROBE_TOKENS - 1}"
+            )
         hidden = hidden_states(model, batch)
         best = float("inf")
         for head in _candidates(model):
@@ -121,7 +123,9 @@ def _candidates(model: Any) -> list[Head]:
     """Heads that the config allows; a key may mean different things to different architectures, or nothing."""
     config = model.config.get_text_config()
     scales = [(key, float(getattr(config, key, None) or 1.0)) for key in SCALES]
-    ways: list[list[list[tuple[str, float]]]] = [[[(how, by)] for how in SCALES[key]] for key, by in scales if by != 1.0]
+    ways: list[list[list[tuple[str, float]]]] = [
+        [[(how, by)] for how in SCALES[key]] for key, by in scales if by != 1.0
+    ]
     ways += [[[("softcap", float(cap))]] for key in CAPS if (cap := getattr(config, key, None))]
     chosen = product(*([*way, []] for way in ways))
     return [Head(model.get_output_embeddings(), tuple(chain.from_iterable(steps))) for steps in chosen]

@@ -61,11 +61,12 @@ def load(
     if (folder / "job.yaml").is_file():
         job = load_yaml(folder / "job.yaml")
         own, teacher = (_named(job, key, folder) for key in ("model", "teacher"))
-        model, source, _ = load_student(folder, moved=moved)
+        found, source, _ = load_student(folder, moved=moved)
+        model: Any = found
         if own is not None and moved is not None:
             own = own.model_copy(update={"id": moved, "revision": None})
         trusted = own is not None and own.trust_remote_code
-        return Loaded(model.eval().to(device), source, teacher or own, "run", trusted)
+        return Loaded(model.to(device).eval(), source, teacher or own, "run", trusted)
     if moved is not None:
         raise ConfigError(f"--model says where the model of a run is; {folder} is no run")
     if not (folder / "config.json").is_file():
@@ -75,9 +76,10 @@ def load(
 
         record = read_json(folder / "qat.json") if (folder / "qat.json").is_file() else {}
         origin = record.get("run", {}).get("model")
-        exported = load_export(folder, device=str(device)) if load_export else load_exported(folder).to(device)
-        return Loaded(exported.eval(), folder, ModelConfig(id=origin) if origin else None, "export")
-    return Loaded(load_model(folder).eval().to(device), folder, None, "model")
+        exported: Any = load_export(folder, device=str(device)) if load_export else load_exported(folder)
+        return Loaded(exported.to(device).eval(), folder, ModelConfig(id=origin) if origin else None, "export")
+    plain: torch.nn.Module = load_model(folder)
+    return Loaded(plain.to(device).eval(), folder, None, "model")
 
 
 def _named(job: dict[str, Any], key: str, folder: Path) -> ModelConfig | None:
@@ -254,7 +256,7 @@ def _room(model: Any, used: int, tokens: int) -> int:
 
 
 def _generation(model: Any, tokenizer: Any, tokens: int, temperature: float) -> Any:
-    """Plain sampling or greedy search; of the checkpoint's own settings only what ends a text and what limits the choice.
+    """Plain sampling or greedy search; of the checkpoint's own settings only what ends a text or limits the choice.
 
     The rest (beams, stored lengths, ...) would change what is measured, and a file with a mistake need not stop us.
     """

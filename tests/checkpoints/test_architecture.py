@@ -3,6 +3,7 @@ architectures that are unlike Llama."""
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import yaml
 from transformers import CONFIG_MAPPING
 
 from qat.checkpoints.architecture import empty_model, read_config
-from qat.checkpoints.hf import ModelConfig, describe
+from qat.checkpoints.hf import ModelConfig, describe, load_model
 from qat.cli import main
-from qat.config import load_yaml
+from qat.config import load_yaml, validate
 from qat.errors import CheckpointError, UnsupportedError
 from tests.tiny import tiny_model
 
@@ -21,6 +22,17 @@ from tests.tiny import tiny_model
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model("llama", tmp_path_factory.mktemp("llama") / "llama", num_hidden_layers=1)
+
+
+@pytest.fixture
+def copy(llama: Path, tmp_path: Path) -> Path:
+    """One that a test may damage."""
+    return Path(shutil.copytree(llama, tmp_path / "llama"))
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def with_config(model: Path, folder: Path, config: dict[str, Any]) -> str:
@@ -114,7 +126,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_other_kinds_of_models_are_refused_before_their_weights(kind: str, llama: Path, tmp_path: Path, capsys: Any) -> None:
+def test_other_kinds_of_models_are_refused_before_their_weights(
+    kind: str, llama: Path, tmp_path: Path, capsys: Any
+) -> None:
     name = REFUSED[kind].split(".")[0]
     config = CONFIG_MAPPING[kind]().to_dict() | {"architectures": [name]}
     model = with_config(llama, tmp_path / kind, config)
@@ -175,3 +189,64 @@ def test_describing_a_model_reads_no_weights(llama: Path, tmp_path: Path) -> Non
         describe(ModelConfig(id=model))
     with pytest.raises(CheckpointError, match="transformers cannot read"):
         read_config(Path(model))
+
+
+# --- quantized already, and models with code of their own ---------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["top", "nested", "old"])
+def test_quantized_checkpoints_are_refused(copy: Path, place: str) -> None:
+    method = {"quant_method": "compressed-tensors"}
+    changes: dict[str, dict[str, Any]] = {
+        "top": {"quantization_config": method},
+        "nested": {"text_config": {"quantization_config": method}},
+        "old": {"compression_config": method},
+    }
+    edit_config(copy, **changes[place])
+    with pytest.raises(UnsupportedError, match=r"quantized already \(compressed-tensors\)"):
+        load_model(copy)
+
+
+def test_other_architectures_are_refused(copy: Path) -> None:
+    edit_config(copy, architectures=["LlamaForSequenceClassification"])
+    with pytest.raises(UnsupportedError, match=r"not a causal language model.*nearest: .*Llama"):
+        load_model(copy)
+    edit_config(
+        copy,
+        architectures=["NewForCausalLM"],
+        model_type="new",
+        auto_map={"AutoModelForCausalLM": "new.New"},
+    )
+    with pytest.raises(UnsupportedError, match="trust_remote_code"):
+        load_model(copy)
+    edit_config(copy, architectures=None, model_type="llama")
+    with pytest.raises(CheckpointError, match="cannot load"):  # transformers trips over the null
+        edit_config(copy, auto_map=None)
+        load_model(copy)
+    edit_config(copy, auto_map={})
+    assert type(load_model(copy)).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("trust", ["false", "true"])
+def test_remote_code_runs_only_when_the_config_trusts_it(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trust: str
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (copy / f"code_{trust}.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+        "class MyConfig(LlamaConfig):\n    model_type = 'mine'\n"
+        "class MyModel(LlamaForCausalLM):\n    config_class = MyConfig\n"
+    )
+    auto_map = {"AutoConfig": f"code_{trust}.MyConfig", "AutoModelForCausalLM": f"code_{trust}.MyModel"}
+    edit_config(copy, architectures=["MyModel"], model_type="mine", auto_map=auto_map)
+    given = yaml.safe_load(f"{{id: {copy}, trust_remote_code: {trust}}}")
+    config = validate(ModelConfig, given, "test")
+    if config.trust_remote_code:
+        model = load_model(copy, trust_remote_code=config.trust_remote_code)
+        assert type(model).__name__ == "MyModel"
+    else:
+        with pytest.raises(UnsupportedError, match="trust_remote_code"):
+            load_model(copy, trust_remote_code=config.trust_remote_code)
+    assert (tmp_path / "ran").exists() == config.trust_remote_code

@@ -80,9 +80,16 @@ class Gradients(lit.Callback):
 
 
 def fit(module: QatModule, wanted: Job, steps: int, callback: lit.Callback) -> None:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     accumulate = wanted.rows // wanted.micro_rows
-    lit.Trainer(max_steps=steps, accumulate_grad_batches=accumulate, accelerator="cpu", callbacks=[callback], **quiet).fit(module)
+    lit.Trainer(
+        max_steps=steps, accumulate_grad_batches=accumulate, accelerator="cpu", callbacks=[callback], **quiet
+    ).fit(module)
 
 
 def definition(student: Any, teacher: Any, batch: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
@@ -132,7 +139,9 @@ def test_nan_stops_before_the_optimizer_writes_it(folders: list[Path], batches: 
     wanted = job()
     with pytest.raises(TrainingError, match=r"became nan at step 1; the last good checkpoint is kept"):
         fit(QatModule(student, teacher, wanted, batches, 0), wanted, 1, Gradients())
-    assert all(torch.equal(p.detach().nan_to_num(7.0), before[n].nan_to_num(7.0)) for n, p in student.named_parameters())
+    assert all(
+        torch.equal(p.detach().nan_to_num(7.0), before[n].nan_to_num(7.0)) for n, p in student.named_parameters()
+    )
 
 
 def test_gradients_beyond_floats_stop_too(folders: list[Path], batches: Batches) -> None:
@@ -156,7 +165,7 @@ def test_a_step_without_targets_has_no_loss(folders: list[Path]) -> None:
     values = {field.name: None for field in dataclasses.fields(Blocks)} | {"num_rows": ROWS, "seq_len": SEQ_LEN}
     student, teacher = models(folders)
     wanted, seen = job(), Gradients()
-    fit(QatModule(student, teacher, wanted, Batches(Empty(**values), 4), 0), wanted, 1, seen)  # type: ignore[arg-type]
+    fit(QatModule(student, teacher, wanted, Batches(Empty(**values), 4), 0), wanted, 1, seen)  # type: ignore[arg-type]  # as above
     assert seen.losses == [0.0] and all(bool((g == 0).all()) for g in seen.seen[0].values())
 
 

@@ -23,7 +23,9 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def padded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model("llama", tmp_path_factory.mktemp("padded") / "padded", seed=1, vocab_size=VOCABULARY + 16, **SIZES)
+    return tiny_model(
+        "llama", tmp_path_factory.mktemp("padded") / "padded", seed=1, vocab_size=VOCABULARY + 16, **SIZES
+    )
 
 
 def teacher(student: Path, folder: Path, **changes: Any) -> Path:
@@ -94,7 +96,9 @@ def test_tokens_of_one_side_are_named(student: Path, tmp_path: Path, capsys: Any
     assert "1 tokens are only the student's ('<|tool|>')" in capsys.readouterr().err
 
 
-def test_a_teacher_without_a_tokenizer_is_refused_and_still_estimated(student: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_teacher_without_a_tokenizer_is_refused_and_still_estimated(
+    student: Path, tmp_path: Path, capsys: Any
+) -> None:
     other = teacher(student, tmp_path / "other")
     (other / "tokenizer.json").unlink()
     assert main(["train", job(tmp_path, student, other)]) == 2
