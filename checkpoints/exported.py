@@ -57,7 +57,9 @@ class ServedInput:
         return (*output, *args[1:])
 
     def _quantized(self, x: Tensor) -> tuple[Tensor, ...]:
-        static = None if self.static is None else self.static.to(x.device)
+        static = self.static
+        if static is not None and static.device != x.device:  # once: a copy waits for the device, no graph captures one
+            self.static = static = static.to(x.device)
         if self.codes:
             return quantize_input(x, self.format.name, static)
         return (fake_quantize_input(x, self.format, self.rule, "ste", static),)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from qat.catalog import CATALOG, lookup
+from qat.kernels.device import device_of
 from qat.kernels.fake_quantize.choose import input_problem
 from qat.kernels.fake_quantize.choose import problem as training_problem
 from qat.kernels.load import available, cpu_problem
@@ -35,7 +36,7 @@ def explain(format: str, tokens: int, rows: int, columns: int, input_format: str
         return told
     if not available():
         return {**told, **_on_a_cpu(tokens)}
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    processors = device_of(torch.empty(0, device="cuda")).processors
     tiles = choose(tokens, rows, columns, tile(fmt.element.bits), processors)
     tiles = override(tiles, torch.cuda.get_device_name(0), case("packed_linear", format, rows, columns), tokens)
     return {**told, "kernel": "triton", "why": tiles.why}
@@ -65,8 +66,6 @@ def _explain_quantized(format: str, tokens: int, rows: int, columns: int, input_
             return {**told, "kernel": "reference", "why": why}
         why = f"no product of codes here; inputs are rounded, then qat::packed_linear: {packed['why']}"
         return {**told, "kernel": packed["kernel"], "why": why}
-    from qat.kernels.quantized_matmul.triton import device_of
-
     device = device_of(torch.empty(0, device="cuda"))
     if matmul.block_scaled(x, w, columns, device.capability):
         return {**told, "kernel": "triton", "why": f"block-scaled units, by {matmul.BLOCK_SCALED}=1; never measured"}

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from qat.kernels.device import on_its_device
+
 # Operator -> file below kernels/ by device type; the file holds a function of the operator's name.
 KERNELS: dict[str, dict[str, str]] = {
     "packed_linear": {"cuda": "packed_linear/triton", "cpu": "packed_linear/cpu"},
@@ -75,7 +77,8 @@ def _module(file: str) -> Any:
 def register(operator: str, device: str, file: str) -> None:
     """Put one kernel under an operator for a dispatch key; tests put Triton's interpreter under "cpu"."""
     if (operator, device) not in _loaded:
-        torch.library.register_kernel(f"qat::{operator}", device, getattr(_module(file), operator))
+        kernel = getattr(_module(file), operator)
+        torch.library.register_kernel(f"qat::{operator}", device, on_its_device(kernel))
         _loaded.add((operator, device))
 
 

@@ -3,8 +3,8 @@
 `calibrate` is the whole; `observe`, `prepare` and `begin` are its parts, for callers that try several starts.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from qat.transforms import Fold, smooth
 
 Track = Callable[[dict[str, QatLayer]], Iterable[tuple[str, QatLayer]]]
 Batches = Iterable[dict[str, Tensor]]  # keyword arguments of the model
+PRODUCTS = 4 << 30  # bytes of input products at a time: Llama 8B has 33 GB of them in all, 1 GB per block
 
 
 class _InputSums:
@@ -106,11 +107,11 @@ def _products(x: Tensor, layer: QatLinear) -> Tensor:
 
 
 @torch.no_grad()
-def input_products(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
-    """Mean of x x^T over each linear layer's inputs x, by path: one (in_features, in_features) float32 matrix per
-    distinct input. Inputs are quantized as they will be when served, so that weights fit what they will meet; the
-    layers before them are not."""
-    sums = _InputSums(_linears(model), _products)
+def input_products(model: nn.Module, batches: Batches, paths: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Mean of x x^T over the inputs x of these linear layers (all by default), by path: one (in_features, in_features)
+    float32 matrix per distinct input. Inputs are quantized as they will be when served, so that weights fit what they
+    will meet; the layers before them are not."""
+    sums = _InputSums({path: m for path, m in _linears(model).items() if paths is None or path in paths}, _products)
     try:
         with dense(model, inputs=True):
             for batch in batches:
@@ -135,8 +136,10 @@ def prepare(
     if scheme.smooth:
         folds = smooth(model, mean_square, scheme.smooth, batches[0]["input_ids"])
         mean_square = observe(model, batches)
-    products = input_products(model, batches) if scheme.compensate == "gptq" else {}
-    begin(model, scheme, {**mean_square, **{path: gram.diagonal() for path, gram in products.items()}}, products, track)
+    if scheme.compensate == "gptq":
+        _begin_in_parts(model, scheme, mean_square, batches, track)
+    else:
+        begin(model, scheme, mean_square, track=track)
     return folds
 
 
@@ -152,10 +155,75 @@ def begin(
     layers, and may show how far it is."""
     found = layers(model)
     _share_global_scales(found, scheme)
-    for path, module in track(found):
+    _start(track(found), scheme, mean_square, products or {})
+
+
+@torch.no_grad()
+def _begin_in_parts(
+    model: nn.Module,
+    scheme: Scheme,
+    mean_square: dict[str, Tensor],
+    batches: list[dict[str, Tensor]],
+    track: Track,
+) -> None:
+    """`begin` with the products of all inputs, of which there are never more than PRODUCTS bytes, or one block's.
+
+    The text is read once per part, and the last blocks come first: what a compensated weight changes comes after it, so
+    that all parts see the inputs of the same model. A weight that another module shares is written last, therefore.
+    """
+    found = layers(model)
+    _share_global_scales(found, scheme)
+    _start(((path, layer) for path, layer in found.items() if path not in mean_square), scheme, {}, {})
+    held: list[tuple[Tensor, Tensor]] = []
+    counted = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    for paths in _parts(mean_square):
+        part = {path: found[path] for path in paths}
+        products = input_products(model, batches, paths)
+        shared = [layer.weight for layer in part.values() if counted[id(layer.weight)] > 1]
+        before = [weight.clone() for weight in shared]
+        _start(track(part), scheme, {path: gram.diagonal() for path, gram in products.items()}, products)
+        for weight, original in zip(shared, before, strict=True):
+            held.append((weight, weight.clone()))
+            weight.copy_(original)
+    for weight, compensated in held:
+        weight.copy_(compensated)
+
+
+def _parts(mean_square: dict[str, Tensor]) -> Iterator[list[str]]:
+    """The layers that have seen inputs (in that order), from the last to the first: whole decoder
+    blocks, as many at a time as PRODUCTS allows. Layers that read one tensor share a mean square and their products."""
+    blocks: dict[str, list[str]] = defaultdict(list)
+    for path in mean_square:
+        blocks[_block(path)].append(path)
+    part: list[str] = []
+    size = 0
+    for paths in reversed(blocks.values()):
+        more = sum(4 * len(square) ** 2 for square in {id(s): s for s in (mean_square[p] for p in paths)}.values())
+        if part and size + more > PRODUCTS:
+            yield part
+            part, size = [], 0
+        part, size = [*part, *paths], size + more
+    if part:
+        yield part
+
+
+def _block(path: str) -> str:
+    """ "model.layers.3" of everything below it; a layer outside of numbered blocks is one by itself."""
+    names = path.split(".")
+    number = next((index for index, name in enumerate(names) if name.isdecimal()), len(names))
+    return ".".join(names[: number + 1])
+
+
+def _start(
+    found: Iterable[tuple[str, QatLayer]],
+    scheme: Scheme,
+    mean_square: dict[str, Tensor],
+    products: dict[str, Tensor],
+) -> None:
+    for path, module in found:
         with torch.autocast(module.weight.device.type, enabled=False):  # a caller's: starts need float32 products
             restart(module, scheme, mean_square.get(path) if scheme.weighted_start else None)
-            if products and path in products:
+            if path in products:
                 quantizer = module.weight_quantizer
                 module.weight.copy_(compensate(module.weight, quantizer.format, quantizer.scales(), products[path]))
     torch.clear_autocast_cache()  # see `smooth`

@@ -139,8 +139,9 @@ def _exponent_byte(exponent: Tensor) -> Tensor:
 
 def global_scale_for(amax: Tensor, fmt: Format) -> Tensor:
     """Power of two (float32 scalar) above which `amax` (scalar) fits block scales of at most the scale's maximum."""
-    ratio = amax.to(torch.float32) / (fmt.element.max * SCALE_ELEMENT.max)
-    return torch.ldexp(torch.ones_like(ratio), _ceil_log2(ratio)).clamp_min(TINY)
+    ratio = over(amax.to(torch.float32), fmt.element.max * SCALE_ELEMENT.max)
+    field = (_ceil_log2(ratio) + EXPONENT_BIAS).clamp(0, 2 * EXPONENT_BIAS)  # no pow: devices round it differently
+    return (field.to(torch.int32) << 23).view(torch.float32).clamp_min(TINY)
 
 
 def _ceil_log2(x: Tensor) -> Tensor:

@@ -200,7 +200,9 @@ def test_benchmark_on_a_cpu(
     assert "fails_later: RuntimeError: no kernel image" in printed
     report = json.loads((tmp_path / "kernels.json").read_text())
     row = next(row for row in report["rows"] if row["contender"] == "right")
-    assert row["version"] == torch.__version__ and row["note"].startswith("a note; within 2%") and row["us"] > 0
+    # Wheels of the index call themselves 2.13.0, and their module 2.13.0+cu130.
+    assert row["version"].partition("+")[0] == torch.__version__.partition("+")[0]
+    assert row["note"].startswith("a note; within 2%") and row["us"] > 0
     assert {"BF16", "int4_g128", "mxfp4", "right"} <= {row["contender"] for row in report["rows"]}
     assert any("fails_later" in line for line in report["peers"])
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from qat.calibration import PRODUCTS
 from qat.catalog import CATALOG, lookup
 from qat.checkpoints.hf import is_local, resolve
 from qat.losses import chunk_tokens
@@ -342,7 +343,7 @@ def _other_seconds(job: Job, known: Facts, machine: Machine) -> float:
     passes = (3 + during) * job.eval.tokens / (job.eval.batch * job.eval.data.seq_len)
     values = (3 + during) * job.eval.tokens * known.input_values
     text, products = job.calibration or job.data, known.input_products(job)
-    reads = 1 + bool(job.scheme.smooth) + bool(products)  # of the calibration text
+    reads = 1 + bool(job.scheme.smooth) + -(-FP32 * products // PRODUCTS)  # of the calibration text
     per_token = reads * forward_flops(known.student, text.seq_len) + 2.0 * products
     calibrated = job.calibration_rows * text.seq_len * per_token
     if products:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from qat.calibration import PRODUCTS
 from qat.catalog import lookup
 from qat.checkpoints.architecture import check_config, empty_model, quiet
 from qat.checkpoints.hf import ModelConfig, describe, is_local, resolve
@@ -277,7 +278,8 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
         "logits and other working space": working,
         "holes in the heap": int(heap * (saved_weights + activations + working)),
     }
-    calibrating = parts["master weights"] + parts["scales"] + parts["teacher"] + FP32 * facts.input_products(job)
+    products = min(FP32 * facts.input_products(job), PRODUCTS)
+    calibrating = parts["master weights"] + parts["scales"] + parts["teacher"] + products
     beyond = max(0, calibrating - sum(training.values()))
     return {**training, "input products of calibration": beyond, "libraries and device context": RUNTIME[device]}
 

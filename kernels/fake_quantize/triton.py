@@ -75,7 +75,7 @@ def to_bf16_grid(x):
     return tl.where(x == x, near.to(tl.float32, bitcast=True), x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def fake_quantize_kernel(
     x,
     divisor,
@@ -125,7 +125,7 @@ def fake_quantize_kernel(
     tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def fake_quantize_backward_kernel(
     grad,
     x,

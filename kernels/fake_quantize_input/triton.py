@@ -81,7 +81,7 @@ def scale_for(
         return to_bf16_grid(scale) if SCALE == "bf16" else scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def fake_quantize_input_kernel(
     x,
     static,

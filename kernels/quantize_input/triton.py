@@ -17,6 +17,7 @@ from qat.activations import floors
 from qat.errors import UnsupportedError
 from qat.format import Format
 from qat.inputs import check, empty, nan_code
+from qat.kernels.device import device_of
 from qat.kernels.quantize_input.choose import Tiles, choose
 from qat.kernels.quantize_input.codes.triton import MAGNITUDE, block_scale, divisor, encode, float_bits, quotient
 
@@ -230,7 +231,7 @@ def _run(
     flat = _flat(x)
     rest = None if other is None else _flat(other)
     rows, columns = flat.shape
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    processors = device_of(x).processors
     tiles = choose(rows, columns, shares_rows(fmt, norm), processors)
     grid = (triton.cdiv(rows, tiles.rows), 1 if tiles.steps else triton.cdiv(columns, tiles.block))
     quantize_input_kernel[grid](

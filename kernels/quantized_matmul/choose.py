@@ -10,21 +10,13 @@ from dataclasses import dataclass
 
 from qat.catalog import SCALE_ELEMENT
 from qat.format import Format
+from qat.kernels.device import Device
 from qat.layouts import PART, tile
 from qat.matmul import PLAIN_BITS
 
 SPAN = 128  # columns of one step over 8-bit weights, and between two promotions of an 8-bit float sum
 INTEGER, FLOAT8, FLOAT16 = "int8", "float8", "float16"
 BLOCK_SCALED = "QAT_BLOCK_SCALED"  # environment variable that asks for the FP4 and MX units
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the rules need to know of a GPU: compute capability (90 is 9.0), processors, shared bytes of a block."""
-
-    capability: int
-    processors: int
-    shared: int
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,10 @@ from qat.catalog import SCALE_ELEMENT, lookup
 from qat.element import EXPONENT_BIAS
 from qat.errors import UnsupportedError
 from qat.format import Format
+from qat.kernels.device import device_of
 from qat.kernels.packed_linear.triton import decode, exp2_const
 from qat.kernels.quantized_matmul.block_scaled.triton import block_scaled_matmul
-from qat.kernels.quantized_matmul.choose import FLOAT16, INTEGER, Device, Tiles, block_scaled, choose, group
+from qat.kernels.quantized_matmul.choose import FLOAT16, INTEGER, Tiles, block_scaled, choose, group
 from qat.kernels.tuned import case, gpu_of, override
 from qat.matmul import PLAIN_BITS, is_paired
 
@@ -109,7 +110,7 @@ def finished(total, x_scales, w_scales, bias, m, n, M, N, stride_xs, global_scal
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def quantized_matmul_kernel(
     x,
     x_scales,
@@ -248,7 +249,7 @@ def quantized_matmul_kernel(
     tl.store(out_at, summed.to(out.dtype.element_ty), mask=in_n[:, None] & in_m[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def add_segments_kernel(
     sums,
     x_scales,
@@ -274,10 +275,11 @@ def add_segments_kernel(
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = tl.program_id(1) + tl.arange(0, 1)
     at = m.to(tl.int64)[None, :] * N + n[:, None]
+    segment = tl.num_programs(1).to(tl.int64) * N
     total = tl.zeros((BLOCK, 1), sums.dtype.element_ty)
     for _segment in tl.static_range(SEGMENTS):
         total += tl.load(sums + at, mask=n[:, None] < N, other=0)
-        at += M.to(tl.int64) * N
+        at += segment
     total = finished(total, x_scales, w_scales, bias, m, n, M, N, stride_xs, global_scale,
                      "" if X_GROUP else X_SCALE, "" if W_GROUP else W_SCALE, W_ROWS, SCALE_MANTISSA, SCALE_BIAS,
                      HAS_BIAS)  # fmt: skip
@@ -329,15 +331,6 @@ def constants(x: Format, w: Format, columns: int, *, bias: bool, tiles: Tiles) -
 def sum_dtype(tiles: Tiles) -> torch.dtype:
     """Of the sums that segments leave: exact int32 where only rows have scales."""
     return torch.int32 if tiles.operand == INTEGER and tiles.flush == 0 else torch.float32
-
-
-def device_of(tensor: Tensor) -> Device:
-    """What `choose` needs to know of the tensor's device; the interpreter plays a small Hopper."""
-    if not tensor.is_cuda:
-        return Device(capability=90, processors=1, shared=2**17)
-    told = torch.cuda.get_device_properties(tensor.device)
-    shared: int = told.shared_memory_per_block_optin  # type: ignore[attr-defined]  # missing from torch's stubs
-    return Device(10 * told.major + told.minor, told.multi_processor_count, shared)
 
 
 def _flat(x: Tensor) -> Tensor:

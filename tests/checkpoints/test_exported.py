@@ -64,6 +64,16 @@ def test_another_thread_in_between_changes_nothing(monkeypatch: pytest.MonkeyPat
     assert all(torch.equal(y, expected[0]) for y in found) and torch.equal(theirs[0], expected[1])
 
 
+def test_the_static_part_moves_to_the_device_once() -> None:
+    """A copy at every call would wait for the device and break the capture of a graph."""
+    hook = ServedInput(lookup("nvfp4"), "vllm", torch.ones(1), codes=True)
+    moved = []
+    for _ in range(2):
+        hook(nn.Module(), (torch.empty(1, 3, 32, device="meta"),))
+        moved.append(hook.static)
+    assert moved[0] is moved[1] and moved[0] is not None and moved[0].device.type == "meta"
+
+
 @dataclass
 class Folder:
     """What `hook_inputs` asks of an exported folder."""

@@ -18,15 +18,18 @@ from tests.kernels.ahead import build, resources
 POINTERS = {"bf16": "*bf16", "e4m3": "*u8", "e8m0": "*u8", "f32": "*fp32"}
 
 
-def compiled(name: str, capability: int, tiles: Tiles, columns: int = 4096) -> CompiledKernel:
+def compiled(
+    name: str, capability: int, tiles: Tiles, dtype: tl.dtype = tl.bfloat16, columns: int = 4096
+) -> CompiledKernel:
     fmt = lookup(name)
-    fixed = constants(fmt, columns, zeros=fmt.zero_point, bias=False, dtype=tl.bfloat16, tiles=tiles)
+    fixed = constants(fmt, columns, zeros=fmt.zero_point, bias=False, dtype=dtype, tiles=tiles)
+    value = "*fp32" if dtype == tl.float32 else "*bf16"
     types = {
-        "x": "*bf16",
+        "x": value,
         "words": "*i16",
         "scales": POINTERS[fmt.scale],
         "zeros": "*i8",
-        "out": "*bf16" if tiles.splits == 1 else "*fp32",
+        "out": value if tiles.splits == 1 else "*fp32",
         **dict.fromkeys(("M", "N", "K", "stride_x", "stride_words"), "i32"),
         "global_scale": "fp32",
     }
@@ -52,6 +55,8 @@ def main() -> None:
         if capability == 90:  # accumulators, then the left operand: registers in braces, not a descriptor
             assert all(re.search(r"wgmma\.mma_async.*\}, \{%r", line) for line in products), f"{what}: {products[0]}"
         print(f"{what}: {len(products)} products, {kernel.metadata.shared} bytes of shared memory, no spills")
+    whole = compiled("int4_g128", 90, few, tl.float32)
+    assert "tf32" not in whole.asm["ptx"] and resources(whole)[1] == 0, "float32 is not multiplied as float32"
     print("all compiled")
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qat.kernels.distill_rows import triton as kernel
 from qat.rows import IGNORE, KINDS
+from tests.kernels.interpreted import mend
 
 GENERATOR = torch.Generator().manual_seed(0)
 TILE = 128  # small, for the interpreter; the narrowest that `constants` gives
@@ -154,6 +155,7 @@ def masked(kind: str) -> None:
 
 
 def main() -> None:
+    mend()
     for kind in KINDS:
         accuracy(kind)
         invariances(kind)

@@ -15,6 +15,7 @@ from qat.kernels.load import register
 from qat.matmul import QuantizedLinear, problem
 from qat.packed import PackedLinear
 from tests.checkpoints.exports import ids
+from tests.kernels.interpreted import mend
 
 OPERATORS = {
     "packed_linear": "packed_linear/triton",
@@ -38,6 +39,7 @@ def check(folder: Path) -> None:
 
 def main(folders: list[str]) -> None:
     """Serve one after the other."""
+    mend()
     for operator, file in OPERATORS.items():
         register(operator, "cpu", file)
     engine.multiplies_codes = lambda input, weight: problem(input, weight.format) is None

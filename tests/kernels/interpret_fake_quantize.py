@@ -26,6 +26,7 @@ from qat.ops import (
     quantized_linear_reference,
 )
 from qat.packed import problem as packing_problem
+from tests.kernels.interpreted import mend
 
 GENERATOR = torch.Generator().manual_seed(0)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -175,6 +176,7 @@ def words(name: str, fmt: Format) -> None:
 
 
 def main() -> None:
+    mend()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     for name, fmt in CATALOG.items():

@@ -11,6 +11,7 @@ from qat.kernels.packed_linear import triton as kernel
 from qat.kernels.packed_linear.choose import Tiles
 from qat.numerics import QTensor, Scales, quantize
 from qat.packed import PackedWeight, pack, problem
+from tests.kernels.interpreted import mend
 
 MATMULS = (
     "int4_g32",
@@ -74,6 +75,7 @@ def measured_tiles() -> None:
 
 
 def main() -> None:
+    mend()
     names = [name for name, fmt in CATALOG.items() if problem(fmt) is None]
     for name, dtype in itertools.product(names, (torch.float32, torch.float16)):
         weight = every_code(name)

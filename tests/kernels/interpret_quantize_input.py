@@ -1,7 +1,5 @@
 """Run by test_quantize_input.py under TRITON_INTERPRET=1: the kernel's source, executed on the CPU, against the
-reference. Codes and scales are equal, bit for bit; behind a norm or an activation, equal but for rare neighbours.
-
-Needs an interpreter whose `tl.fma` rounds once, as Triton 3.9's does (3.6's rounds twice)."""
+reference. Codes and scales are equal, bit for bit; behind a norm or an activation, equal but for rare neighbours."""
 
 import itertools
 import sys
@@ -16,6 +14,7 @@ from qat.inputs import QuantizedInput, problem
 from qat.kernels.quantize_input import choose
 from qat.kernels.quantize_input import triton as kernel
 from qat.kernels.quantize_input.codes import triton as codes
+from tests.kernels.interpreted import mend
 
 NAMES = [name for name, fmt in CATALOG.items() if problem(fmt) is None]
 SHARED = ("int8_token", "int4_token", "fp8_token", "fp8_g128", "fp8_tensor", "nvfp4", "mxfp4", "mxfp8")
@@ -168,6 +167,7 @@ def quotients() -> None:
 
 
 def main() -> None:
+    mend()
     quotients()
     quantizers()
     norms("int8_token", torch.float32, 1)

@@ -8,10 +8,7 @@ import itertools
 import os
 import sys
 
-import numpy as np
 import torch
-import triton.language as tl
-from triton.runtime import interpreter
 
 from qat.catalog import CATALOG, lookup
 from qat.format import Format
@@ -19,6 +16,7 @@ from qat.kernels.quantized_matmul import choose as rules
 from qat.kernels.quantized_matmul import triton as kernel
 from qat.matmul import MatmulWeight, code_dtype, dequantize_input, hold, is_paired, problem
 from qat.numerics import QTensor, Scales, quantize
+from tests.kernels.interpreted import mend
 
 GENERATOR = torch.Generator().manual_seed(0)
 HOPPER, AMPERE = (rules.Device(capability, processors=1, shared=2**17) for capability in (90, 80))
@@ -215,16 +213,8 @@ def odd_shapes() -> None:
 
 
 def block_scaled_units() -> None:
-    """The kernel for units that multiply block scales themselves, through the interpreter's `tl.dot_scaled`."""
+    """The kernel for units that multiply block scales themselves, with a `tl.dot_scaled` of our own."""
     os.environ[rules.BLOCK_SCALED] = "1"
-    as_e8m0 = interpreter._dot_scaled_scale_to_f32
-
-    def scale_values(handle: interpreter.TensorHandle, compute: tl.dtype) -> np.ndarray:  # Triton 3.9 reads E8M0 only
-        if handle.dtype.scalar != tl.float8e4nv:
-            return as_e8m0(handle, compute)
-        return torch.from_numpy(handle.data.copy()).view(torch.float8_e4m3fn).float().numpy()
-
-    interpreter._dot_scaled_scale_to_f32 = scale_values
     kernel.device_of = lambda _: rules.Device(100, processors=1, shared=2**17)
     for x_name, w_name in (("mxfp4", "mxfp4"), ("mxfp8", "mxfp8"), ("mxfp8", "mxfp4"), ("nvfp4", "nvfp4")):
         x = quantized_input(quantize(normal(70, 384), lookup(x_name)))
@@ -238,6 +228,7 @@ def block_scaled_units() -> None:
 
 
 def main() -> None:
+    mend()
     codes_are_exact()
     for pair in PAIRS:
         products_are_sums(*pair)

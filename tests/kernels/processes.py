@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 def in_a_process(script: str, *arguments: str, **environment: str) -> str:
     """What the script prints; its failure is the test's."""
     path = Path(__file__).with_name(script)
-    paths = [folder for folder in (os.environ.get("QAT_TRITON"), str(ROOT)) if folder]  # see `make test-triton`
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore", **environment}
     command = [sys.executable, str(path), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -67,6 +67,10 @@ def main(device: str) -> None:
     from qat.kernels.fake_quantize import triton as kernels
     from qat.kernels.fake_quantize_input import triton as inputs
 
+    if device == "cpu":
+        from tests.kernels.interpreted import mend
+
+        mend()
     calls: dict[str, int] = {}
     for module, names in ((kernels, ("fake_quantize", "fake_quantize_backward", "quantized_linear")),
                           (inputs, ("fake_quantize_input",))):  # fmt: skip

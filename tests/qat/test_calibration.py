@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qat import calibration
 from qat.calibration import begin, calibrate, input_products, observe
 from qat.catalog import lookup
 from qat.errors import FormatError
 from qat.numerics import fake_quantize
 from qat.ranges import start_scales
+from qat.scheme import Rule
 from qat.surgery import apply, layers
 from tests.qat.test_surgery import LAYERS, batches, build, logits, rules, usual
 
@@ -105,6 +107,41 @@ def test_compensation_meets_the_inputs_that_are_served() -> None:
         seen = layers(model)[path].input_quantizer.quantize(inputs_of(original, path))
         torch.testing.assert_close(found[path], seen.T @ seen / len(seen))
     assert found["model.layers.0.self_attn.q_proj"] is found["model.layers.0.self_attn.v_proj"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_compensation_in_parts_is_compensation_at_once(monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
+    """All products of a large model do not fit beside it: a block's at a time give the same bits."""
+    scheme = usual("int4_g64", "int8_token", compensate="gptq")
+    if tied:
+        scheme = scheme.model_copy(update={"rules": (Rule(match="*", weight="int4_g64"),), "tied": "share"})
+    starts, sizes = [], []
+
+    def counted(*arguments: object) -> dict[str, Tensor]:
+        found = input_products(*arguments)  # type: ignore[arg-type]  # passed on as given
+        sizes[-1].append(4 * sum(gram.numel() for gram in {id(gram): gram for gram in found.values()}.values()))
+        return found
+
+    monkeypatch.setattr(calibration, "input_products", counted)
+    for limit in (None, 1 << 40, 1):
+        sizes.append([])
+        model = build()
+        if tied:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        apply(model, scheme)
+        if limit is None:
+            squares, products = observe(model, batches()), counted(model, batches())
+            begin(model, scheme, {**squares, **{path: gram.diagonal() for path, gram in products.items()}}, products)
+            whole = {id(square): 4 * len(square) ** 2 for square in squares.values()}
+        else:
+            monkeypatch.setattr(calibration, "PRODUCTS", limit)
+            calibrate(model, batches(), scheme)
+        starts.append({path: (layer.weight, layer.weight_quantizer.start) for path, layer in layers(model).items()})
+    assert sizes[0] == sizes[1] == [sum(whole.values())]
+    assert len(sizes[2]) == 2 + tied and max(sizes[2]) < sizes[0][0] and sum(sizes[2]) == sizes[0][0]
+    for other in starts[1:]:
+        for path, pair in starts[0].items():
+            assert all(torch.equal(a, b) for a, b in zip(pair, other[path], strict=True)), path
 
 
 def _raise() -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ QWEN = (
     "{% if loop.index0 > ns.last %}"
     "{{ '<think>\n' + parts[:-1] | join | replace('<think>', '') | trim + '\n</think>\n\n' }}{% endif %}"
     "{{ parts[-1] | trim }}"
-    "{% for c in m.tool_calls or [] %}{{ '<tool_call>\n{\"name\": \"' + c.function.name + '\", \"arguments\": ' }}"
+    '{% for c in m.tool_calls or [] %}{{ \'<tool_call>\n{"name": "\' + c.function.name + \'", "arguments": \' }}'
     "{{ c.function.arguments if c.function.arguments is string else c.function.arguments | tojson }}"
     "{{ '}\n</tool_call>' }}{% endfor %}"
     "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"

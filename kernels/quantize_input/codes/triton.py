@@ -82,7 +82,8 @@ def float_of(BITS: tl.constexpr):
 @triton.jit
 def divisor(b):
     """What `quotient` wants to know of b: a power of two that brings it to [1, 2), b there, and its reciprocal."""
-    power = tl.maximum(2 * ONE - (b.to(tl.int32, bitcast=True) & INFINITY), HALF_NORMAL).to(tl.float32, bitcast=True)
+    exponent = b.to(tl.int32, bitcast=True) & INFINITY
+    power = tl.maximum(-exponent + 2 * ONE, HALF_NORMAL).to(tl.float32, bitcast=True)
     return power, b * power, tl.math.div_rn(1.0, b * power)
 
 
@@ -140,6 +141,6 @@ def block_scale(
             exponent = (bits >> 23) - MAX_EXPONENT
         exponent = tl.minimum(tl.maximum(exponent, 0), 2 * BIAS)
         stored = tl.where(bits < INFINITY, exponent, 2 * BIAS + 1)
-        inverse = tl.maximum((2 * BIAS - exponent) << 23, HALF_NORMAL).to(tl.float32, bitcast=True)
+        inverse = tl.maximum((-exponent + 2 * BIAS) << 23, HALF_NORMAL).to(tl.float32, bitcast=True)
         factor = nan_where(bits >= INFINITY, inverse)
     return stored, factor

@@ -35,7 +35,7 @@ def neighbours(word, BLOCK_N: tl.constexpr):
     return tl.reshape(parts, (BLOCK_N, 64)).to(tl.uint8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def block_scaled_kernel(
     x,
     x_scales,
