@@ -117,6 +117,8 @@ def resolve(config: ModelConfig, weights: bool = True) -> Path:
         return gguf.convert(path, cache_folder("models"))
     if path.exists():
         raise CheckpointError(f"{path} is a file; give the folder of a Hugging Face model, or a .gguf file")
+    if path.is_absolute():
+        raise CheckpointError(f"there is no folder {path}; if the model moved, say where it is now (model.id=PATH)")
     if not _HUB_ID.fullmatch(config.id):
         raise CheckpointError(f"there is no folder {path}, and {config.id!r} is not a hub id (owner/name)")
     return _download(config, weights)
