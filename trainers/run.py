@@ -49,6 +49,7 @@ def train(job: Job, *, resume_run: bool = False, console: Console | None = None,
     keep_freed_blocks()
     if job.unproven:
         raise UnsupportedError(job.unproven)
+    claim.check_there(job)
     job, notes = settled(job)
     for note in notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
