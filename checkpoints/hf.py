@@ -7,8 +7,8 @@ shards, missing or surplus tensors, wrong architecture, weights quantized alread
 
 import contextlib
 import json
-import os
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import field_validator
 
+from qat.cache import cache_folder
+from qat.checkpoints.architecture import check_config, loading_error, read_config
+from qat.checkpoints.architecture import quiet as quiet
+from qat.checkpoints.architecture import read_json as read_json
 from qat.checkpoints.shards import INDEX, ShardReader
 from qat.config import Strict
-from qat.errors import CheckpointError, ConfigError, UnsupportedError, nearest
+from qat.errors import CheckpointError, ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = ("embedded:smollm2-135m",)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -55,12 +59,18 @@ _SHOW_BAR_ABOVE = 2_000_000_000  # bytes; less loads in seconds
 
 
 class ModelConfig(Strict):
-    """Which model: a hub id, a local folder, the path of a .gguf file, or `embedded:smollm2-135m`."""
+    """Which model: a hub id, a local folder, the path of a .gguf file, or `embedded:smollm2-135m`.
+
+    `attn_implementation` is transformers' (sdpa, eager, flash_attention_2, ...); by default what it chooses for the
+    architecture, and a run's job.yaml says which that was.
+    `fingerprint` is what a run records of it (`origin.fingerprint`); where it is given, another model is refused.
+    """
 
     id: str
     revision: str | None = None
+    fingerprint: str | None = None
     trust_remote_code: bool = False
-    attn_implementation: str = "sdpa"
+    attn_implementation: str | None = None
 
     @field_validator("id")
     @classmethod
@@ -72,46 +82,57 @@ class ModelConfig(Strict):
         return value
 
 
-def cache_root() -> Path:
-    """Where converted models are kept: `$QAT_CACHE`, or `~/.cache/qat`."""
-    return Path(os.environ.get("QAT_CACHE") or "~/.cache/qat").expanduser()
-
-
 # --- from a name to a folder ---------------------------------------------------------------------
 
 
-def resolve(config: ModelConfig) -> Path:
+def is_local(config: ModelConfig) -> bool:
+    """Whether `config` names something that needs no hub."""
+    path = Path(config.id).expanduser()
+    return config.id.startswith("embedded:") or path.suffix == ".gguf" or path.exists()
+
+
+def resolve(config: ModelConfig, weights: bool = True) -> Path:
     """A local folder of safetensors, config and tokenizer for what `config` names; downloads or converts.
+
+    Without `weights`, those of a hub model are not downloaded.
 
     Raises:
         CheckpointError: nothing there, not reachable, or not convertible.
         ConfigError: `revision` given for something that has none.
     """
     path = Path(config.id).expanduser()
-    is_hub = not config.id.startswith("embedded:") and not path.exists() and path.suffix != ".gguf"
-    if config.revision is not None and not is_hub:
+    if config.revision is not None and is_local(config):
         raise ConfigError(
             f"model revision {config.revision!r} has no meaning for {config.id}: only hub models have one"
         )
     if config.id.startswith("embedded:"):
         from qat.checkpoints import gguf
 
-        return gguf.convert(gguf.embedded_file(), cache_root() / "models")
+        return gguf.convert(gguf.embedded_file(), cache_folder("models"))
     if path.is_dir():
-        return _local_folder(path)
+        return local_folder(path)
     if path.suffix == ".gguf":
         from qat.checkpoints import gguf
 
-        return gguf.convert(path, cache_root() / "models")
+        return gguf.convert(path, cache_folder("models"))
     if path.exists():
         raise CheckpointError(f"{path} is a file; give the folder of a Hugging Face model, or a .gguf file")
+    if path.is_absolute():
+        raise CheckpointError(f"there is no folder {path}; if the model moved, say where it is now (model.id=PATH)")
     if not _HUB_ID.fullmatch(config.id):
         raise CheckpointError(f"there is no folder {path}, and {config.id!r} is not a hub id (owner/name)")
-    return _download(config)
+    return _download(config, weights)
 
 
-def _local_folder(folder: Path) -> Path:
+def local_folder(folder: Path) -> Path:
+    """`folder`, if it is a Hugging Face model.
+
+    Raises:
+        CheckpointError: it is something else; says what.
+    """
     if (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise UnsupportedError(f"{folder} holds a model and an adapter; merge the adapter into the weights first")
         return folder
     ggufs = sorted(folder.glob("*.gguf"))
     if ggufs:
@@ -121,7 +142,7 @@ def _local_folder(folder: Path) -> Path:
     raise CheckpointError(f"{folder} has no config.json, so it is not a Hugging Face model")
 
 
-def _download(config: ModelConfig) -> Path:
+def _download(config: ModelConfig, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -131,7 +152,7 @@ def _download(config: ModelConfig) -> Path:
             config.id,
             revision=config.revision,
             allow_patterns=[*_DOWNLOAD, *(["*.py"] if config.trust_remote_code else [])],
-            ignore_patterns=_DO_NOT_DOWNLOAD,
+            ignore_patterns=[*_DO_NOT_DOWNLOAD, *([] if weights else ["*.safetensors"])],
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         # Offline, unknown, private and gated repositories all end here; the library's first line says which.
@@ -142,12 +163,24 @@ def _download(config: ModelConfig) -> Path:
             "Check the name, the network and (for gated models) `hf auth login`; without a network use a "
             f"local folder or {EMBEDDED[0]}"
         ) from error
-    if not any(Path(folder).glob("*.safetensors")):
+    if weights and not any(Path(folder).glob("*.safetensors")):
         raise CheckpointError(
             f"the hub model {config.id!r}{at} has no safetensors, and pickled weights are not read; look for "
             "a revision or a copy that has, or convert it where you trust it"
         )
-    return _local_folder(Path(folder))
+    return local_folder(Path(folder))
+
+
+def describe(config: ModelConfig) -> tuple[Path, "PretrainedConfig"]:
+    """The folder of what `config` names, and its checked config.json; weights of a hub model are not downloaded.
+
+    Raises:
+        CheckpointError: nothing there, not reachable, or not readable.
+        UnsupportedError: a model that cannot be trained here.
+    """
+    folder = resolve(config, weights=False)
+    check_config(read_json(folder / "config.json"), folder, config.trust_remote_code)
+    return folder, read_config(folder, config.trust_remote_code)
 
 
 # --- from a folder to a model --------------------------------------------------------------------
@@ -156,28 +189,31 @@ def _download(config: ModelConfig) -> Path:
 def load_model(
     folder: Path,
     dtype: torch.dtype = torch.float32,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
-    """The causal language model in `folder`, on CPU, every tensor accounted for.
+    """The causal language model in `folder`, on CPU, every tensor accounted for and finite.
 
     In float32 the weights are the exact stored BF16 values. Train or eval mode is the caller's choice.
 
     Raises:
-        CheckpointError: missing, truncated, surplus, mis-shaped or inconsistent tensors or files.
+        CheckpointError: missing, truncated, surplus, mis-shaped, inconsistent or non-finite tensors or files.
         UnsupportedError: not a causal language model, quantized already, or attention that cannot run here.
     """
     if dtype not in _DTYPES:
         raise UnsupportedError(f"models load as {' or '.join(map(str, _DTYPES))}, not {dtype}")
-    _check_config(folder, trust_remote_code)
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}")
+    check_config(read_json(local_folder(folder) / "config.json"), folder, trust_remote_code)
     _check_weights(folder)
+    check_generation(folder)
     from transformers import AutoModelForCausalLM
 
     large = sum(path.stat().st_size for path in ShardReader(folder).shards) > _SHOW_BAR_ABOVE
     try:
-        with quiet(bars=large):
+        with quiet(bars=large), _with_metadata(folder) as readable:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
+                readable,
                 dtype=dtype,
                 attn_implementation=attn_implementation,
                 trust_remote_code=trust_remote_code,
@@ -186,14 +222,18 @@ def load_model(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # so that they are listed, and refused below
             )
-    except (ValueError, TypeError, AttributeError, LookupError, ImportError, OSError, RuntimeError) as error:
-        if "attn" in str(error) or "attention" in str(error).lower():
-            wanted = f"attn_implementation {attn_implementation!r}"
-            raise UnsupportedError(f"{wanted} does not work here: {error}") from error
-        raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
+    except Exception as error:  # whatever a wrong value in config.json or a wrong tensor makes transformers raise
+        raise loading_error(folder, attn_implementation, error) from error
     model: PreTrainedModel = loaded[0]
+    model.config._name_or_path = model.name_or_path = str(folder)
     check_loading(model, loaded[1], folder)
+    _check_finite(model, folder)
     return model
+
+
+def load_configured(config: ModelConfig, folder: Path, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
+    """`load_model` of what a config names, which lies in `folder`, as it says."""
+    return load_model(folder, dtype, config.attn_implementation, config.trust_remote_code)
 
 
 def check_loading(model: "PreTrainedModel", info: dict[str, Any], origin: Path) -> None:
@@ -225,43 +265,15 @@ def check_loading(model: "PreTrainedModel", info: dict[str, Any], origin: Path) 
         raise CheckpointError(f"{origin} does not fit {type(model).__name__}:\n  " + "\n  ".join(problems))
 
 
-def _check_config(folder: Path, trust_remote_code: bool) -> None:
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {folder}")
-    config = read_json(_local_folder(folder) / "config.json")
-    if (folder / "adapter_config.json").is_file():
-        raise UnsupportedError(f"{folder} holds a model and an adapter; merge the adapter into the weights first")
-    quantized = [config, *(part for part in config.values() if isinstance(part, dict))]
-    for part in quantized:
-        found = part.get("quantization_config") or part.get("compression_config")
-        if found:
-            method = found.get("quant_method", "an unnamed method") if isinstance(found, dict) else found
-            raise UnsupportedError(
-                f"{folder} is quantized already ({method}); give the original BF16, FP16 or FP32 weights"
-            )
-    _check_architecture(folder, config, trust_remote_code)
-
-
-def _check_architecture(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    known = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    if "AutoModelForCausalLM" in (config.get("auto_map") or {}):
-        if trust_remote_code:
-            return
-        if config.get("model_type") not in known:
-            raise UnsupportedError(
-                f"{folder} brings its own model code; read it, then set trust_remote_code: true to run it"
-            )
-    named = list(config.get("architectures") or [])
-    if not named and config.get("model_type") in known:
-        return
-    if not any(name in known.values() for name in named):
-        given = ", ".join(map(str, named)) or f"model_type {config.get('model_type')!r}"
-        raise UnsupportedError(
-            f"{folder} is not a causal language model that this transformers knows: {given}; "
-            f"nearest: {nearest(given, known.values())}"
-        )
+def _check_finite(model: "PreTrainedModel", origin: Path) -> None:
+    """NaN or infinity in a weight spoils every loss, so it is named before anything is computed."""
+    bad = [
+        name
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point() and tensor.numel() and not bool(torch.stack(tensor.aminmax()).isfinite().all())
+    ]
+    if bad:
+        raise CheckpointError(f"{origin} holds NaN or infinity in {_some(bad)}: the files are damaged; get them again")
 
 
 def _check_weights(folder: Path) -> None:
@@ -272,7 +284,49 @@ def _check_weights(folder: Path) -> None:
             "are not read. Convert them where you trust them: AutoModelForCausalLM.from_pretrained(folder, "
             'dtype="auto").save_pretrained(new_folder)'
         )
-    ShardReader(folder).verify_complete()
+    reader = ShardReader(folder)
+    reader.verify_complete()
+    codes = {name: reader.info(name).code for name in reader.names()}
+    # Integers are fine for buffers such as masks, but as weights they are codes whose scales nobody would apply.
+    coded = [n for n, code in codes.items() if code.startswith(("F8", "F6", "F4"))]
+    coded += [n for n, code in codes.items() if code[0] in "IU" and n.endswith((".weight", "_proj"))]
+    if coded:
+        raise UnsupportedError(
+            f"{folder} is quantized already, although config.json does not say so: {_some(sorted(coded))} hold codes; "
+            "give the original BF16, FP16 or FP32 weights"
+        )
+
+
+@contextlib.contextmanager
+def _with_metadata(folder: Path) -> Iterator[Path]:
+    """`folder`, or links to its files where transformers could not read its index, which must have `metadata`."""
+    index = read_json(folder / INDEX) if (folder / INDEX).is_file() else None
+    if index is None or isinstance(index.get("metadata"), dict):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as name:
+        links = Path(name)
+        for path in folder.iterdir():
+            if path.name != INDEX:
+                (links / path.name).symlink_to(path.resolve())
+        (links / INDEX).write_text(json.dumps({**index, "metadata": {}}), encoding="utf-8")
+        yield links
+
+
+def check_generation(folder: Path) -> None:
+    """Refuse a generation config that cannot be used: exports carry it along, and servers would trip over it."""
+    from transformers import GenerationConfig
+
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return
+    read_json(path)
+    try:
+        with quiet():
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever a wrong value makes it raise
+        reason = str(error).rstrip(".")
+        raise CheckpointError(f"{path} cannot be used: {reason}. Correct it, or remove it") from error
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
@@ -329,34 +383,6 @@ def source_files(folder: Path) -> list[Path]:
         and not path.name.startswith(".")
         and not path.name.endswith(tuple(_WEIGHT_SUFFIXES))
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or CheckpointError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
-
-
-@contextlib.contextmanager
-def quiet(bars: bool = False) -> Iterator[None]:
-    """Silence transformers' warnings, and its progress bars unless `bars`, for the block; then as before."""
-    from transformers.utils import logging
-
-    level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if had_bars and not bars:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if had_bars and not bars:
-            logging.enable_progress_bar()
 
 
 def _some(names: list[str], count: int = 5) -> str:

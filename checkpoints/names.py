@@ -1,50 +1,203 @@
 """Between a model in memory and the names of its tensors on disk, which transformers keeps apart (fused experts,
-renamed modules), and what the names say about layers that engines fuse."""
+renamed modules, a base model's prefix), and what the names say about layers that engines fuse.
 
+Names are read forwards, as transformers does when it loads: from each name in the file to its place in the model. Only
+what the file does not hold, or holds in parts, is named backwards, as transformers does when it saves.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from qat.kept import own_tensors
 from qat.scheme import FUSED_DEFAULT
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-_QUANTIZERS = ("weight_quantizer", "input_quantizer")
+
+@dataclass(frozen=True)
+class StoredNames:
+    """What the tensors of one file are to one model.
+
+    Attributes:
+        tensors: every tensor of the model by its checkpoint name, the file's where the file has it; tied ones twice.
+            Those that are only renamed keep their identity, fused experts become one tensor per expert.
+        origins: name in the model by checkpoint name, without those that are stored in parts.
+        paths: checkpoint path of every linear layer and embedding by its path in the model; layers that are stored
+            merged with others have none.
+        parts: names of tensors that transformers puts together while it loads, such as fused experts.
+        shadowed: names in the file of which transformers loads another one instead, and that one.
+        unread: names in the file that belong to nothing in the model, and what transformers takes them for.
+    """
+
+    tensors: dict[str, Tensor]
+    origins: dict[str, str]
+    paths: dict[str, str]
+    parts: frozenset[str]
+    shadowed: dict[str, str]
+    unread: dict[str, str]
+
+    @property
+    def modules(self) -> dict[str, str]:
+        """Path in the model by checkpoint path."""
+        return {stored: path for path, stored in self.paths.items()}
 
 
-def own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and persistent buffer by its name in the model, without quantizer state; tied ones twice."""
-    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    return {name: t for name, t in state.items() if not any(part in _QUANTIZERS for part in name.split("."))}
+def stored_names(model: "PreTrainedModel", names: Iterable[str] = ()) -> StoredNames:
+    """How the tensors called `names` in a file become those of `model`; without a file, the names it would save."""
+    from transformers.core_model_loading import dot_natural_key
 
-
-def stored_tensors(model: "PreTrainedModel") -> dict[str, Tensor]:
-    """`own_tensors` under their checkpoint names. Those that are only renamed keep their identity; fused experts
-    become one tensor per expert."""
-    return _revert(model, own_tensors(model))
-
-
-def stored_paths(model: "PreTrainedModel") -> dict[str, str]:
-    """Checkpoint path of every linear layer and embedding, by its path in the model."""
+    own, given = own_tensors(model), sorted(names, key=dot_natural_key)
+    taken: dict[str, str] = {}  # name in the file by place
+    parts: dict[tuple[str, str], list[str]] = defaultdict(list)  # names in the file that transformers puts together
+    shadowed, unread = {}, {}
+    for name, (place, merge) in _places(model, given, own).items():
+        if place not in own:
+            unread[name] = place
+        elif merge is not None:
+            parts[place, merge].append(name)
+        elif place in taken:
+            shadowed[name] = taken[place]
+        else:
+            taken[place] = name
+    origins = {name: place for place, name in taken.items()}
+    rest = {name: tensor for name, tensor in own.items() if name not in taken}
     # Placeholders, because tied layers share one tensor and identity must tell them apart.
-    marks = {name: torch.empty_like(tensor, device="meta") for name, tensor in own_tensors(model).items()}
-    stored = {id(mark): name for name, mark in _revert(model, marks).items()}
-    paths = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        mark = marks.get(f"{path}.weight")
-        if isinstance(module, nn.Linear | nn.Embedding) and id(mark) in stored:
-            paths[path] = stored[id(mark)].removesuffix(".weight")
-    return paths
+    marks = {name: torch.empty_like(tensor, device="meta") for name, tensor in rest.items()}
+    places = {id(mark): place for place, mark in marks.items()}
+    renamed = {name: places[id(mark)] for name, mark in _revert(model, marks).items() if id(mark) in places}
+    merged = {name: tensor for name, tensor in rest.items() if name not in renamed.values()}
+    tensors = {name: own[place] for name, place in origins.items()}
+    bare = _lacks_prefix(model, origins)
+    for name, place in renamed.items():
+        short = name.removeprefix(f"{model.base_model_prefix}.") if bare else name
+        tensors[short], origins[short] = own[place], place
+    apart = _in_parts(model, merged, parts, own)
+    return StoredNames({**tensors, **apart}, origins, _paths(model, origins), frozenset(apart), shadowed, unread)
+
+
+def _places(
+    model: "PreTrainedModel", names: Iterable[str], own: dict[str, Tensor]
+) -> dict[str, tuple[str, str | None]]:
+    """Where transformers loads each name: the name in the model, and the pattern by which it is put together with
+    others, if it is; as `transformers.core_model_loading.convert_and_load_state_dict_in_model` decides."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    found: dict[str, tuple[str, str | None]] = {}
+    for name in names:
+        place = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
+        if place[0] not in own and name in own:
+            place = rename_source_key(name, [], [], model.base_model_prefix, own)
+        found[name] = place
+    return found
+
+
+def _lacks_prefix(model: "PreTrainedModel", origins: dict[str, str]) -> bool:
+    """Whether the file leaves the base model's prefix away, as files of the base model alone do."""
+    inside = [name for name, place in origins.items() if place.startswith(f"{model.base_model_prefix}.")]
+    return bool(inside) and not any(name.startswith(f"{model.base_model_prefix}.") for name in inside)
+
+
+def _in_parts(
+    model: "PreTrainedModel",
+    merged: dict[str, Tensor],
+    parts: dict[tuple[str, str], list[str]],
+    own: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """`merged` as the file holds them, under the file's names where it has as many parts as transformers makes."""
+    from transformers.core_model_loading import dot_natural_key
+
+    made = _revert(model, merged)
+    groups: dict[tuple[str, str | None], list[str]] = defaultdict(list)
+    for name, where in _places(model, made, own).items():
+        groups[where].append(name)
+    tensors = {}
+    for (place, merge), saved in groups.items():
+        given = parts.get((place, merge or ""), [])
+        names = given if len(given) == len(saved) else saved
+        for name, other in zip(sorted(saved, key=dot_natural_key), names, strict=True):
+            tensors[other] = made[name]
+    return tensors
+
+
+def _paths(model: nn.Module, origins: dict[str, str]) -> dict[str, str]:
+    stored = {place: name for name, place in origins.items() if name.endswith(".weight")}
+    return {
+        path: stored[f"{path}.weight"].removesuffix(".weight")
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Linear | nn.Embedding) and f"{path}.weight" in stored
+    }
 
 
 def _revert(model: "PreTrainedModel", tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As the class saves, whatever this model was loaded from: a model without file gets the same names."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    with torch.no_grad():
-        stored: dict[str, Tensor] = revert_weight_conversion(model, tensors)
+    used = vars(model).pop("_weight_conversions", None)
+    try:
+        with torch.no_grad():
+            stored: dict[str, Tensor] = revert_weight_conversion(model, tensors)
+    finally:
+        if used is not None:
+            model._weight_conversions = used
     return stored
+
+
+def lost_when_packed(model: "PreTrainedModel", layers: dict[str, str]) -> list[str]:
+    """Of `layers` (path in the model by checkpoint path), those whose packed tensors transformers would not find,
+    because it renames the tensor called `weight` only."""
+    own = own_tensors(model)
+    probes = {f"{stored}.{key}": f"{path}.{key}" for stored, path in layers.items() for key in _PACKED}
+    own |= dict.fromkeys(probes.values(), torch.empty(0, device="meta"))
+    places = _places(model, probes, own)
+    return sorted({name.rpartition(".")[0] for name, wanted in probes.items() if places[name][0] != wanted})
+
+
+def missing_names(model: "PreTrainedModel", names: StoredNames, held: Collection[str]) -> list[str]:
+    """Names that transformers would miss in a file that holds `held`: one of tied tensors is enough, and some of a
+    class's tensors it makes itself."""
+    tensors, places = set(), set()
+    for name in held:
+        if name in names.tensors:
+            tensors.add(id(names.tensors[name]))
+            places.add(names.origins.get(name, name))
+    for pair in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        places |= set(pair) if places & set(pair) else set()
+    patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    optional = re.compile("|".join(f"(?:{pattern})" for pattern in patterns) or "(?!)")
+    return [
+        name
+        for name, tensor in names.tensors.items()
+        if id(tensor) not in tensors
+        and (place := names.origins.get(name, name)) not in places
+        and not optional.search(place)
+    ]
+
+
+def surplus_names(model: "PreTrainedModel", names: StoredNames) -> list[str]:
+    """Names of `unread` that the class does not expect in its files either, as transformers decides that: something of
+    the model would be ignored."""
+    patterns = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    buffers = [name for name, _ in model.named_buffers()]
+    patterns += [r"rotary_emb\.inv_freq"] * any(name.endswith("rotary_emb.inv_freq") for name in buffers)
+    patterns += [r"(^|\.)position_ids$"] * any(
+        name.endswith("position_ids") for name in buffers
+    )  # as transformers does
+    expected = re.compile("|".join(f"(?:{pattern})" for pattern in patterns) or "(?!)")
+    return [name for name, place in names.unread.items() if not expected.search(place)]
+
+
+_PACKED = ("weight_packed", "weight_scale")  # stand for what any layout stores of a quantized layer
 
 
 def skeleton(config: "PretrainedConfig") -> "PreTrainedModel":
@@ -57,7 +210,7 @@ def skeleton(config: "PretrainedConfig") -> "PreTrainedModel":
 
 
 def fused_groups(paths: list[str]) -> list[list[str]]:
-    """Sets of two or more sibling layers that serving engines merge into one matrix."""
+    """Sets of two or more sibling layers that serving engines usually merge into one matrix, by their names."""
     groups: dict[tuple[str, int], list[str]] = {}
     for path in paths:
         parent, _, leaf = path.rpartition(".")

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qat.checkpoints.folders import atomic_folder
-from qat.checkpoints.hf import ModelConfig, load_model, resolve
+from qat.checkpoints.hf import ModelConfig, load_configured
+from qat.checkpoints.origin import is_path, locate
 from qat.config import load_yaml, validate
 from qat.errors import CheckpointError
 from qat.scheme import Scheme
@@ -101,6 +102,11 @@ def _states(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"))
 
 
+def has_state(run: Path) -> bool:
+    """Whether training can go on from something in `run`."""
+    return any((folder / _STATE).is_file() for folder in _states(run))
+
+
 def last_state(run: Path) -> Path:
     """The newest complete resumable state.
 
@@ -165,29 +171,35 @@ def _bytes(tensors: dict[str, Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def load_student(run: Path, checkpoint: str = BEST) -> tuple[nn.Module, Path, dict[str, Any]]:
+def load_student(
+    run: Path, checkpoint: str = BEST, moved: Path | str | None = None
+) -> tuple[nn.Module, Path, dict[str, Any]]:
     """Rebuild a trained student from a run folder.
 
     Args:
         run: a folder written by `qat train`.
         checkpoint: "best", or the name of a folder below `checkpoints/`.
+        moved: where the model that the run was made from is now, if its path changed.
 
     Returns:
         The model with its fake-quantized layers and trained values, the source folder, and the saved state.
+
+    Raises:
+        CheckpointError: not a run, no such checkpoint, or its model is gone or another one.
     """
     if not (run / "job.yaml").is_file():
         raise CheckpointError(f"{run} is not a run: it holds no job.yaml (runs are written by `qat train`)")
     job = load_yaml(run / "job.yaml")
     folder = run / "checkpoints" / checkpoint
     if not (folder / STUDENT).is_file():
-        have = sorted(p.name for p in (run / "checkpoints").glob("*") if (p / STUDENT).is_file())
+        have = sorted(p.name for p in (run / "checkpoints").glob("[!.]*") if (p / STUDENT).is_file())
         raise CheckpointError(f"{run} has no checkpoint {checkpoint!r}; it has: {', '.join(have) or 'none yet'}")
     config = validate(ModelConfig, job["model"], str(run / "job.yaml"))
     scheme = validate(Scheme, job["scheme"], str(run / "job.yaml"))
-    source = resolve(config)
-    model = load_model(source, torch.float32, config.attn_implementation, config.trust_remote_code)
+    source = locate(config, moved, f"say where the model that {run} was made from is now: --model PATH")
+    model = load_configured(config, source)
     apply(model, scheme, defer_start=True)
     restore_student(model, load_file(folder / STUDENT))
     # A path of this machine means nothing elsewhere, so only names that others can resolve are passed on.
-    portable = None if Path(config.id).expanduser().exists() else config.id
+    portable = None if is_path(config) else config.id
     return model, source, {**read_state(folder), "model": portable}

@@ -232,12 +232,9 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     if not text:
         raise CheckpointError(f"{path} is truncated: {size} bytes do not hold its header")
     try:
-        header = json.loads(text)
+        header = json.loads(text, object_pairs_hook=_distinct)
         metadata = header.pop("__metadata__", {})
-        tensors = {
-            name: TensorInfo(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
-            for name, entry in header.items()
-        }
+        tensors = {name: _tensor_info(**entry) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path} is not a safetensors file: its header cannot be read") from None
     promised = 8 + length + max((info.stop for info in tensors.values()), default=0)
@@ -245,6 +242,21 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         kind = "truncated" if size < promised else "too long"
         raise CheckpointError(f"{path} is {kind}: its header promises {promised} bytes, the file has {size}")
     return tensors, metadata
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which no name stands twice: readers would differ in which one they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice")
+    return found
+
+
+def _tensor_info(dtype: str, shape: list[int], data_offsets: list[int]) -> TensorInfo:
+    start, stop = data_offsets
+    if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+        raise ValueError("not a name and whole numbers")
+    return TensorInfo(dtype, tuple(shape), start, stop)
 
 
 class ShardReader:
@@ -326,9 +338,15 @@ class ShardReader:
             absent = sorted(name for name in listed if name not in present)
             if absent:
                 problems.append(f"{shard} lacks {len(absent)} tensors listed in {INDEX}: {_some(absent)}")
+            # Loaders that read whole files would take these, possibly instead of those that the index means.
+            surplus = sorted(name for name in present if self._where.get(name) != shard.name)
+            if surplus:
+                problems.append(
+                    f"{shard} holds {len(surplus)} tensors that {INDEX} does not list there: {_some(surplus)}"
+                )
         if problems:
             listing = "\n  ".join(problems)
-            raise CheckpointError(f"{self.folder} is incomplete; copy or download it again:\n  {listing}")
+            raise CheckpointError(f"{self.folder} is incomplete or damaged; copy or download it again:\n  {listing}")
 
     def _shard_of(self, name: str) -> str:
         if name not in self._where:
@@ -349,16 +367,18 @@ def _locate(folder: Path) -> dict[str, str]:
             raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}")
         return dict.fromkeys(read_header(single)[0], SINGLE)
     try:
-        where = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        where = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_distinct)["weight_map"]
         outside = [shard for shard in set(where.values()) if Path(shard).name != shard]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{index} is not an index of safetensors: no readable `weight_map`") from None
+    if not where:
+        raise CheckpointError(f"{index} lists no tensor")
     if outside:
         raise CheckpointError(f"{index} points outside its folder: {_some(outside)}")
     if single.is_file() and SINGLE not in where.values():
         # transformers would read the single file, vLLM the shards: refuse to choose.
         raise CheckpointError(f"{folder} has both {SINGLE} and shards in {INDEX}; remove the one that is stale")
-    return where
+    return dict(where)
 
 
 def _some(names: list[str], count: int = 5) -> str:

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qat.checkpoints.hf import read_json
+from qat.checkpoints.names import fused_groups
+from qat.checkpoints.record import RECORD, read_record
 from qat.checkpoints.shards import ShardReader
 from qat.errors import CheckpointError, UnsupportedError
 
@@ -153,6 +155,22 @@ class ExportedFolder(ABC):
     def quantized_names(self) -> frozenset[str]:
         """Stored tensors that belong to quantized weights and inputs."""
         return frozenset(f"{path}.{suffix}" for path in self.modules for suffix in self.SUFFIXES) & self.names
+
+    @cached_property
+    def dense_names(self) -> frozenset[str]:
+        """Names of the tensors of the dense model: `weight` in place of what is stored of quantized layers."""
+        return (self.names - self.quantized_names) | {f"{path}.weight" for path in self.modules}
+
+    @cached_property
+    def fused(self) -> list[list[str]]:
+        """Sets of layers that share one value where engines keep one: those that were trained so, as the record says;
+        without a record those that engines usually merge."""
+        recorded = (read_record(self.folder) or {}).get("fused")
+        if recorded is None:
+            return fused_groups(sorted(n.removesuffix(".weight") for n in self.dense_names if n.endswith(".weight")))
+        if not all(isinstance(group, list) and all(isinstance(path, str) for path in group) for group in recorded):
+            raise CheckpointError(f"{self.folder / RECORD}: `fused` must be lists of layers")
+        return [list(group) for group in recorded]
 
     def shape(self, path: str) -> tuple[int, int]:
         """Rows and columns of a quantized layer, as its codes are stored."""

@@ -19,15 +19,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qat.checkpoints.export import RECORD, RECORD_VERSION
 from qat.checkpoints.exported import load_exported
-from qat.checkpoints.hf import quiet, read_json, unquantizable
-from qat.checkpoints.names import fused_groups, skeleton, stored_paths, stored_tensors
+from qat.checkpoints.hf import quiet, unquantizable
+from qat.checkpoints.names import StoredNames, missing_names, skeleton, stored_names
 from qat.checkpoints.progress import progress
 from qat.checkpoints.readers import ExportedFolder, open_export
+from qat.checkpoints.record import RECORD, read_record
 from qat.checkpoints.targets.support import NO_MODELOPT
 from qat.checkpoints.unpack import SCALES, bad_scales, digest
 from qat.errors import CheckpointError
+from qat.kept import kept_in_float32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,10 +75,7 @@ class _Subject:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.exported: ExportedFolder = open_export(folder)
-        self.record: dict[str, Any] | None = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
-        found = RECORD_VERSION if self.record is None else self.record.get("record_version")
-        if found != RECORD_VERSION:
-            raise CheckpointError(f"{folder / RECORD}: record_version {found}; this release reads {RECORD_VERSION}")
+        self.record = read_record(folder)
 
     @cached_property
     def model(self) -> "PreTrainedModel":
@@ -88,9 +86,20 @@ class _Subject:
             return skeleton(config)
 
     @cached_property
+    def stored(self) -> StoredNames:
+        """What the files' tensors, quantized layers taken as dense, are to the architecture."""
+        return stored_names(self.model, self.exported.dense_names)
+
+    @cached_property
     def dense(self) -> dict[str, Tensor]:
         """Every tensor of the architecture by checkpoint name, without data."""
-        return stored_tensors(self.model)
+        return self.stored.tensors
+
+    @cached_property
+    def kept(self) -> set[str]:
+        """Checkpoint names of what the architecture keeps in float32."""
+        own = kept_in_float32(self.model)
+        return {name for name, place in self.stored.origins.items() if place in own}
 
     @cached_property
     def copied(self) -> set[str]:
@@ -101,9 +110,8 @@ class _Subject:
     @cached_property
     def head(self) -> str | None:
         """Checkpoint path of the output layer."""
-        head = self.model.get_output_embeddings()
-        names = stored_paths(self.model)
-        return next((names[path] for path, m in self.model.named_modules() if m is head and path in names), None)
+        head, paths = self.model.get_output_embeddings(), self.stored.paths
+        return next((paths[path] for path, m in self.model.named_modules() if m is head and path in paths), None)
 
 
 def verify(folder: Path, logits: bool = True, tokens: int = 64) -> VerifyReport:
@@ -158,9 +166,10 @@ def _tensors(subject: _Subject) -> str:
         if path in exported.modules and name.endswith(".weight"):
             specs = exported.expected_tensors(exported.modules[path], *shape)
             wanted.update({f"{path}.{key}": spec for key, spec in specs.items()})
-        elif name in exported.names or path != subject.head:
-            wanted[name] = ("BF16" if tensor.is_floating_point() else None, shape)
-    problems = [f"{name} is missing" for name in sorted(wanted.keys() - exported.names)]
+        elif name in exported.names:
+            wanted[name] = (_type_of(subject, name, tensor), shape)
+    missing = {*missing_names(subject.model, subject.stored, exported.dense_names), *(wanted.keys() - exported.names)}
+    problems = [f"{name} is missing" for name in sorted(missing)]
     problems += [f"{name} is unknown" for name in sorted(exported.names - wanted.keys() - subject.copied)]
     for name in sorted(wanted.keys() & exported.names):
         info, (code, shape) = exported.reader.info(name), wanted[name]
@@ -168,6 +177,13 @@ def _tensors(subject: _Subject) -> str:
             problems.append(f"{name} is {info.code}{list(info.shape)}, not {code}{list(shape)}")
     _require(problems, "tensors do not fit")
     return f"{len(exported.names)} tensors, {len(exported.modules)} quantized layers"
+
+
+def _type_of(subject: _Subject, name: str, tensor: Tensor) -> str | None:
+    """The safetensors type that an unquantized tensor must have; None for any, where another tool chose."""
+    if not tensor.is_floating_point() or (name in subject.kept and subject.record is None):
+        return None
+    return "F32" if name in subject.kept else "BF16"
 
 
 def _scales(subject: _Subject) -> str:
@@ -205,8 +221,7 @@ def _weights(subject: _Subject) -> str:
 def _fused(subject: _Subject) -> str:
     """Layers that engines merge agree in everything that has only one value after merging."""
     exported, problems = subject.exported, []
-    groups = fused_groups(sorted({name.removesuffix(".weight") for name in subject.dense if name.endswith(".weight")}))
-    groups = [members for members in groups if any(path in exported.modules for path in members)]
+    groups = [members for members in exported.fused if any(path in exported.modules for path in members)]
     for members in groups:
         modules = [exported.modules.get(path) for path in members]
         schemes = {repr((m.format, m.weights, m.input)) if m else "dense" for m in modules}
@@ -225,16 +240,19 @@ def _fused(subject: _Subject) -> str:
 def _targets(subject: _Subject) -> str:
     """Every matrix is either quantized and targeted by one group, or dense and ignored."""
     exported, problems, quantized = subject.exported, [], 0
-    tables = {name for path, name in stored_paths(subject.model).items() if _is_table(subject.model, path)}
+    modules = subject.stored.modules
+    tables = {name for path, name in subject.stored.paths.items() if _is_table(subject.model, path)}
     matrices = {n.removesuffix(".weight") for n, t in subject.dense.items() if t.ndim == 2 and n.endswith(".weight")}
     for path in sorted(matrices - tables):
-        groups, ignored = exported.matching_groups(path), exported.ignored(path)
-        if path in exported.modules:
-            quantized += 1
-            if ignored or len(groups) != 1:
-                problems.append(f"{path} is quantized, but " + ("ignored" if ignored else f"in {len(groups)} groups"))
-        elif not ignored:
-            problems.append(f"{path} is dense, but not in `ignore`")
+        for name in dict.fromkeys(
+            (path, modules.get(path, path))
+        ):  # engines go by the file, transformers by its modules
+            groups, ignored = exported.matching_groups(name), exported.ignored(name)
+            if path not in exported.modules:
+                problems += [] if ignored else [f"{name} is dense, but not in `ignore`"]
+            elif ignored or len(groups) != 1:
+                problems.append(f"{name} is quantized, but " + ("ignored" if ignored else f"in {len(groups)} groups"))
+        quantized += path in exported.modules
     _require(problems, "config.json does not describe the tensors")
     return f"{quantized} quantized and {len(matrices - tables) - quantized} ignored matrices"
 
@@ -325,8 +343,8 @@ def _logits_compressed_tensors(subject: _Subject, tokens: int) -> str:
     if affine and len(groups) > 1:
         return "skipped: transformers loads asymmetric packed weights only where all layers have one format"
     fp8 = all(group["weights"]["type"] == "float" and group["weights"]["num_bits"] == 8 for group in groups)
-    if unquantizable(subject.model) and not fp8:
-        return "skipped: transformers cannot load dense fused experts beside layers of this format"
+    if (subject.stored.parts or unquantizable(subject.model)) and not fp8:
+        return "skipped: transformers cannot load dense tensors that it merges (fused experts) beside this format"
     if not affine:
         return _compare(subject, tokens, {})
     from transformers import CompressedTensorsConfig

@@ -18,6 +18,9 @@ from pathlib import Path
 
 import torch
 
+from qat.cache import cache_folder
+from qat.errors import ConfigError
+
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
 SECONDS = 120
 _SOFT = 1  # omp_pause_soft: settings stay
@@ -52,8 +55,8 @@ def load_library(source: Path, *, exact: bool = False) -> ctypes.CDLL:
             return ctypes.CDLL(str(_compiled(source, flags)))
     except subprocess.TimeoutExpired as error:
         raise OSError(f"{error.cmd[0]} took more than {SECONDS} s for {source.name}") from error
-    except RuntimeError as error:  # no home directory
-        raise OSError(f"nowhere to keep compiled kernels ({error}); set QAT_CACHE to a folder") from error
+    except ConfigError as error:
+        raise OSError(f"nowhere to keep compiled kernels: {error}") from error
 
 
 def _compiled(source: Path, flags: tuple[str, ...]) -> Path:
@@ -62,8 +65,7 @@ def _compiled(source: Path, flags: tuple[str, ...]) -> Path:
         raise OSError("no C compiler found ($CC, cc, gcc, clang)")
     version = subprocess.run([cc, "--version"], capture_output=True, timeout=SECONDS, check=False).stdout
     key = hashlib.sha256(source.read_bytes() + version + repr((cc, flags, _processor())).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("QAT_CACHE") or "~/.cache/qat").expanduser() / "kernels"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = cache_folder("kernels")
     for threads, openmp in (("", ("-fopenmp",)), ("-one-thread", ())):  # some compilers come without OpenMP
         target = folder / f"{source.parent.name}-{key}{threads}.so"
         error = None if target.is_file() else _compile([cc, *flags, *openmp], source, target)

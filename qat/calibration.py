@@ -4,7 +4,7 @@
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from qat.scheme import Scheme
 from qat.surgery import dense, fused_sets, layers
 from qat.transforms import Fold, smooth
 
+Track = Callable[[dict[str, QatLayer]], Iterable[tuple[str, QatLayer]]]
 Batches = Iterable[dict[str, Tensor]]  # keyword arguments of the model
 PRODUCTS = 4 << 30  # bytes of input products at a time: Llama 8B has 33 GB of them in all, 1 GB per block
 
@@ -121,7 +122,11 @@ def input_products(model: nn.Module, batches: Batches, paths: Collection[str] | 
 
 
 def prepare(
-    model: nn.Module, batches: list[dict[str, Tensor]], scheme: Scheme, mean_square: dict[str, Tensor]
+    model: nn.Module,
+    batches: list[dict[str, Tensor]],
+    scheme: Scheme,
+    mean_square: dict[str, Tensor],
+    track: Track = dict.items,
 ) -> list[Fold]:
     """From an observed model to its start: smooth and observe again, multiply inputs, `begin`, as the scheme says.
 
@@ -132,25 +137,34 @@ def prepare(
         folds = smooth(model, mean_square, scheme.smooth, batches[0]["input_ids"])
         mean_square = observe(model, batches)
     if scheme.compensate == "gptq":
-        _begin_in_parts(model, scheme, mean_square, batches)
+        _begin_in_parts(model, scheme, mean_square, batches, track)
     else:
-        begin(model, scheme, mean_square)
+        begin(model, scheme, mean_square, track=track)
     return folds
 
 
 @torch.no_grad()
 def begin(
-    model: nn.Module, scheme: Scheme, mean_square: dict[str, Tensor], products: dict[str, Tensor] | None = None
+    model: nn.Module,
+    scheme: Scheme,
+    mean_square: dict[str, Tensor],
+    products: dict[str, Tensor] | None = None,
+    track: Track = dict.items,
 ) -> None:
-    """Put every layer at the start that `scheme` describes, given the moments of its inputs."""
+    """Put every layer at the start that `scheme` describes, given the moments of its inputs; `track` goes over the
+    layers, and may show how far it is."""
     found = layers(model)
     _share_global_scales(found, scheme)
-    _start(found, scheme, mean_square, products or {})
+    _start(track(found), scheme, mean_square, products or {})
 
 
 @torch.no_grad()
 def _begin_in_parts(
-    model: nn.Module, scheme: Scheme, mean_square: dict[str, Tensor], batches: list[dict[str, Tensor]]
+    model: nn.Module,
+    scheme: Scheme,
+    mean_square: dict[str, Tensor],
+    batches: list[dict[str, Tensor]],
+    track: Track,
 ) -> None:
     """`begin` with the products of all inputs, of which there are never more than PRODUCTS bytes, or one block's.
 
@@ -159,7 +173,7 @@ def _begin_in_parts(
     """
     found = layers(model)
     _share_global_scales(found, scheme)
-    _start({path: layer for path, layer in found.items() if path not in mean_square}, scheme, {}, {})
+    _start(((path, layer) for path, layer in found.items() if path not in mean_square), scheme, {}, {})
     held: list[tuple[Tensor, Tensor]] = []
     counted = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     for paths in _parts(mean_square):
@@ -167,7 +181,7 @@ def _begin_in_parts(
         products = input_products(model, batches, paths)
         shared = [layer.weight for layer in part.values() if counted[id(layer.weight)] > 1]
         before = [weight.clone() for weight in shared]
-        _start(part, scheme, {path: gram.diagonal() for path, gram in products.items()}, products)
+        _start(track(part), scheme, {path: gram.diagonal() for path, gram in products.items()}, products)
         for weight, original in zip(shared, before, strict=True):
             held.append((weight, weight.clone()))
             weight.copy_(original)
@@ -201,9 +215,12 @@ def _block(path: str) -> str:
 
 
 def _start(
-    found: Mapping[str, QatLayer], scheme: Scheme, mean_square: dict[str, Tensor], products: dict[str, Tensor]
+    found: Iterable[tuple[str, QatLayer]],
+    scheme: Scheme,
+    mean_square: dict[str, Tensor],
+    products: dict[str, Tensor],
 ) -> None:
-    for path, module in found.items():
+    for path, module in found:
         with torch.autocast(module.weight.device.type, enabled=False):  # a caller's: starts need float32 products
             restart(module, scheme, mean_square.get(path) if scheme.weighted_start else None)
             if path in products:

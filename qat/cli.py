@@ -1,7 +1,8 @@
 """The `qat` command: the one place that may import every part, each only when its command runs.
 
 Results go to stdout (with `--json`, one JSON document and nothing else); progress and warnings go to stderr. A
-QatError ends the command with one readable message and exit status 2, never with a traceback.
+QatError, or an error of the operating system, ends the command with one readable message and exit status 2, never with
+a traceback.
 """
 
 import argparse
@@ -13,7 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qat.errors import ConfigError, QatError
+from qat.errors import ConfigError, Interrupted, QatError
+from qat.terminal import os_error, print_anything, quiet_libraries, refuse_bytes, warned
 
 DESCRIPTION = """Train a model in the numbers it will be served in.
 
@@ -27,12 +29,18 @@ DESCRIPTION = """Train a model in the numbers it will be served in.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
+    print_anything()
     parser = build_parser()
-    arguments = parser.parse_args(argv)
-    _quiet_libraries()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "overrides") or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse stops taking overrides at the first option: `--resume steps=200`
+        arguments.overrides += rest
+    quiet_libraries()
     before = warnings.formatwarning
-    warnings.formatwarning = lambda message, category, *_: f"qat {arguments.command}: {_warned(message, category)}\n"
+    warnings.formatwarning = lambda message, category, *_: f"qat {arguments.command}: {warned(message, category)}\n"
     try:
+        refuse_bytes(sys.argv[1:] if argv is None else argv)
         run: Callable[[argparse.Namespace], int | None] = arguments.run
         return run(arguments) or 0
     except QatError as error:
@@ -41,6 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        print(f"qat {arguments.command}: {os_error(error)}", file=sys.stderr)
+        return 2
+    except Interrupted as error:
+        return int(error.code or 0)
     except KeyboardInterrupt:
         print(f"qat {arguments.command}: interrupted", file=sys.stderr)
         return 130
@@ -63,17 +76,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _warned(message: Warning | str, category: type[Warning]) -> str:
-    """A warning without the line of code that gave it, which users did not write."""
-    return f"note: {message}" if category is UserWarning else f"{category.__name__}: {message}"
-
-
-def _quiet_libraries() -> None:
-    """No advertisements or advice from libraries; their errors still show."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-
-
 def _console() -> Any:
     from rich.console import Console
 
@@ -90,7 +92,8 @@ def _print_json(value: Any) -> None:
 def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file of the run (see configs/)")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="change a value: steps=200 optim.lr=3e-4")
-    parser.add_argument("--resume", action="store_true", help="continue the run from its last saved state, exactly")
+    parser.add_argument("--resume", action="store_true", help="continue the run from its last saved state, exactly; "
+                        "only steps= may grow, and models, texts and the run's folder may have moved")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print coverage, memory and time; train nothing")
     parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
 
@@ -129,7 +132,12 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     layouts = "file layout: compressed-tensors, modelopt or fp8 (default: %(default)s); see docs/export.md"
     parser.add_argument("--target", default="compressed-tensors", help=layouts)
     parser.add_argument("--checkpoint", default="best", help="which of the run's checkpoints (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if an export wrote it")
+    _add_moved(parser)
+
+
+def _add_moved(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="PATH", help="where the model that a run was made from is now, if it moved")
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -141,6 +149,7 @@ def _export(arguments: argparse.Namespace) -> None:
         arguments.target,
         overwrite=arguments.overwrite,
         checkpoint=arguments.checkpoint,
+        moved=arguments.model,
     )
     size = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
     print(f"{out}: {size / 1e6:.1f} MB of weights for {arguments.target}; check it with: qat verify {out}")
@@ -172,23 +181,27 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="a run, an exported checkpoint, or a plain model")
     parser.add_argument("--teacher", help="model to compare with (default: what DIR was made from)")
     parser.add_argument("--text", nargs="+", metavar="FILE", help="text files (default: the shipped held-out text)")
+    _add_moved(parser)
     parser.add_argument("--tokens", type=int, default=8192, help="how much text to read (default: %(default)s)")
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="lm-eval tasks (needs: pip install lm-eval)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
 
 
 def _eval(arguments: argparse.Namespace) -> None:
     from qat.trainers.inspect import evaluate_folder
 
+    texts, tasks = arguments.text or [], arguments.tasks or []
     found = evaluate_folder(
-        arguments.folder, arguments.teacher, arguments.text or [], arguments.tokens, arguments.tasks or []
+        arguments.folder, arguments.teacher, texts, arguments.tokens, tasks, arguments.model, arguments.device
     )
     if arguments.json:
         _print_json(found)
         return
     for row in found["rows"]:
         kl = "" if row["kl"] is None else f"  KL to teacher {row['kl']:.4f}  top-1 agreement {row['top1']:.1%}"
-        print(f"{row['name']}: NLL {row['nll']:.4f}  perplexity {row['ppl']:.2f}{kl}  ({row['tokens']} tokens)")
+        ppl = "beyond measure" if row["ppl"] is None else f"{row['ppl']:.2f}"
+        print(f"{row['name']}: NLL {row['nll']:.4f}  perplexity {ppl}{kl}  ({row['tokens']} tokens)")
     for task, metrics in found.get("tasks", {}).items():
         print(f"{task}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
@@ -199,7 +212,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=64, help="most tokens to write (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    _add_moved(parser)
     parser.add_argument("--dense", action="store_true", help="unpack an export's weights once, as `qat eval` does")
 
 
@@ -223,7 +238,9 @@ def _generate(arguments: argparse.Namespace) -> None:
         temperature=arguments.temperature,
         seed=arguments.seed,
         chat=arguments.chat,
+        device=arguments.device,
         load_export=None if arguments.dense else load_packed,
+        moved=arguments.model,
     )
 
 
@@ -231,7 +248,9 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="DIR", help="an exported checkpoint, or a plain model")
+    parser.add_argument("folder", metavar="DIR", help="an exported checkpoint, or a plain model")
+    parser.add_argument("--served-model-name", action="append", metavar="NAME",
+                        help="what requests call the model (default: DIR as given); may be repeated")  # fmt: skip
     parser.add_argument("--engine", choices=("auto", "transformers", "vllm"), default="auto",
                         help="auto takes vLLM where it is installed (default: %(default)s)")  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
@@ -246,7 +265,15 @@ def _serve(arguments: argparse.Namespace) -> None:
     from qat.trainers.memory import keep_freed_blocks
 
     keep_freed_blocks()
-    serve(arguments.folder, arguments.engine, arguments.host, arguments.port, arguments.device, arguments.dtype)
+    serve(
+        Path(arguments.folder),
+        arguments.engine,
+        arguments.host,
+        arguments.port,
+        arguments.device,
+        arguments.dtype,
+        arguments.served_model_name or [arguments.folder],
+    )
 
 
 # --- formats ----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ three nearest names; nothing is read from the environment, and there is no inher
 import copy
 import os
 import re
-import tempfile
+import secrets
 import types
 import typing
 from pathlib import Path
@@ -173,14 +173,15 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 def write_text_atomic(path: Path, text: str) -> None:
     """Write a small text file so that a reader sees the old content or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # not by tempfile, which ignores the umask
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with partial.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
+        os.replace(partial, path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise

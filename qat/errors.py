@@ -37,6 +37,10 @@ class TrainingError(QatError, RuntimeError):
     """Training had to stop (non-finite loss, changed job on resume, ...); the last good state is kept."""
 
 
+class Interrupted(SystemExit):
+    """A signal ended a command that has said so already; its code is the exit status. Not an error of the command."""
+
+
 def nearest(name: str, options: Iterable[str], count: int = 3) -> str:
     """The `count` options closest to `name`, as 'a, b, c' for an error message."""
     pool = sorted(set(options))

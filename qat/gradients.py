@@ -54,7 +54,8 @@ def backward(
         grad_multiplier = (blocked_grad * to_blocks(y, fmt)).sum(dim=(1, 3)) / multiplier
     if needs_divisor:
         moved = (blocked_grad * to_blocks(x, fmt)).masked_fill_(clipped, 0.0)
-        grad_divisor = -moved.sum(dim=(1, 3)) * multiplier / divisor.square()
+        # Divided twice: the square of a tiny divisor (of a block of zeros) would be 0, of a huge one infinity.
+        grad_divisor = -(moved.sum(dim=(1, 3)) / divisor) * (multiplier / divisor)
     if needs_x:
         passed = blocked_grad
         if divisor is not multiplier:

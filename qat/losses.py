@@ -283,7 +283,8 @@ def chunked(
         targets: (batch, sequence), aligned with the logits.
         chunk: tokens per piece; by default as `chunk_tokens` says.
     """
-    keep, device = targets.flatten() != IGNORE, student_hidden.device.type
+    device = student_hidden.device.type
+    keep = (targets.flatten() != IGNORE).nonzero().squeeze(1)  # once: on a GPU each boolean index waits for a count
     student = student_hidden.flatten(0, 1)[keep]
     wanted = targets.flatten()[keep]
     head = _head(student_head, device)

@@ -187,10 +187,14 @@ class InputQuantizer(nn.Module):
 
 
 class QatLinear(nn.Linear):
-    """A linear layer whose weight, and optionally input, is fake-quantized. Parameter names stay those of nn.Linear."""
+    """A linear layer whose weight, and optionally input, is fake-quantized. Parameter names stay those of nn.Linear.
+
+    `fused` are the paths of the set that is trained as one, this layer's among them.
+    """
 
     weight_quantizer: WeightQuantizer
     input_quantizer: InputQuantizer | None
+    fused: tuple[str, ...] = ()
 
     @classmethod
     def wrap(cls, linear: nn.Linear, weight: WeightQuantizer, input: InputQuantizer | None) -> "QatLinear":
@@ -218,6 +222,7 @@ class QatEmbedding(nn.Embedding):
     """An embedding whose table is fake-quantized."""
 
     weight_quantizer: WeightQuantizer
+    fused: tuple[str, ...] = ()
 
     @classmethod
     def wrap(cls, embedding: nn.Embedding, weight: WeightQuantizer) -> "QatEmbedding":

@@ -160,7 +160,7 @@ def finite_amax(x: Tensor) -> Tensor:
         return torch.zeros((), device=x.device)
     low, high = torch.aminmax(x.detach())
     amax = torch.maximum(-low, high).to(torch.float32)
-    if torch.isfinite(amax):
+    if amax.is_meta or torch.isfinite(amax):
         return amax
     magnitude = x.detach().to(torch.float32).abs()
     return torch.where(torch.isfinite(magnitude), magnitude, 0.0).amax()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qat.catalog import lookup
 from qat.errors import ConfigError, FormatError, UnsupportedError
+from qat.kept import kept_in_float32, own_tensors
 from qat.modules import InputQuantizer, QatEmbedding, QatLayer, QatLinear, WeightQuantizer
 from qat.numerics import width_problem
 from qat.ranges import shared_global_scale, start_scales
@@ -124,9 +125,8 @@ def _no_idle_rule(scheme: Scheme, used: dict[str, Rule], paths: list[str]) -> No
 def _check_module(path: str, module: nn.Module, rule: Rule) -> None:
     if type(module) not in (nn.Linear, nn.Embedding, QatLinear, QatEmbedding):
         shapes = [tuple(p.shape) for p in module.parameters(recurse=False) if p.dim() >= 2]
-        what = "fused mixture-of-experts weights" if any(len(s) > 2 for s in shapes) else "this kind of module"
         raise UnsupportedError(
-            f"{path} ({type(module).__name__}, weights {shapes}): {what} cannot be quantized yet; "
+            f"{path} ({type(module).__name__}, weights {shapes}): {_kind(module, shapes)} cannot be quantized yet; "
             f"add a rule `match: {path}` with `skip:` and a reason, before {rule.match!r}"
         )
     if isinstance(module, nn.Embedding) and rule.input is not None:
@@ -135,6 +135,17 @@ def _check_module(path: str, module: nn.Module, rule: Rule) -> None:
     for name in (rule.weight, rule.input):
         if name is not None and not lookup(name).divides(columns):
             raise FormatError(f"{path}: {width_problem(lookup(name), columns)}")
+
+
+def _kind(module: nn.Module, shapes: list[tuple[int, ...]]) -> str:
+    """What a module that is no linear layer and no embedding is, in words."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "convolutions"
+    if type(module).__name__ == "Conv1D":  # of transformers, in GPT-2 and its kin
+        return "linear layers that store their weight transposed (GPT-2's Conv1D)"
+    if any(len(shape) > 2 and min(shape[-2:]) > 1 for shape in shapes):
+        return "fused mixture-of-experts weights"
+    return "this kind of module"
 
 
 def _weight(module: nn.Module) -> Tensor:
@@ -184,6 +195,7 @@ def apply(model: nn.Module, scheme: Scheme, *, defer_start: bool = False) -> nn.
             assert isinstance(module, nn.Linear)
             input = _input_for(rule, members, inputs, scheme, module.weight.device)
             layer = QatLinear.wrap(module, quantizers[key], input)
+        layer.fused = tuple(members)
         _replace(model, path, layer)
     for first, second in owners:
         assert model.get_submodule(first).weight is model.get_submodule(second).weight
@@ -299,23 +311,23 @@ def _identity(weight: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def served(model: nn.Module) -> Iterator[None]:
-    """The model as an export stores it, inside this context: every parameter that is not quantized has its BF16 value,
-    and on a CPU each weight is quantized once instead of at every call. Nothing may be trained inside."""
-    found = layers(model)
+    """The model as an export stores it, inside this context: what is not quantized has its BF16 value, unless the
+    model keeps it in float32, and on a CPU each weight is quantized once instead of at every call. Nothing may be
+    trained inside."""
     quantizers = {id(m): m for m in model.modules() if isinstance(m, WeightQuantizer)}
-    skipped = {id(layer.weight) for layer in found.values()}
-    skipped |= {id(p) for quantizer in quantizers.values() for p in quantizer.parameters()}
-    originals = [(p, p.data) for p in model.parameters() if id(p) not in skipped]
+    skipped, kept = {id(layer.weight) for layer in layers(model).values()}, kept_in_float32(model)
+    own = {id(t): t for name, t in own_tensors(model).items() if t.is_floating_point() and name not in kept}
+    originals = [(tensor, tensor.data) for key, tensor in own.items() if key not in skipped]
     try:
-        for parameter, data in originals:
-            parameter.data = data.to(torch.bfloat16).to(data.dtype)
+        for tensor, data in originals:
+            tensor.data = data.to(torch.bfloat16).to(data.dtype)
         for quantizer in quantizers.values():
             if quantizer.start.device.type == "cpu":
                 quantizer.forward = _Once(quantizer.forward)  # type: ignore[method-assign]  # undone below
         yield
     finally:
-        for parameter, data in originals:
-            parameter.data = data
+        for tensor, data in originals:
+            tensor.data = data
         for quantizer in quantizers.values():
             quantizer.__dict__.pop("forward", None)
 

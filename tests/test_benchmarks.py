@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -238,6 +240,17 @@ def test_benchmark_on_a_cpu(
     assert row["note"].startswith("a note; within 2%") and row["us"] > 0
     assert {"BF16", "int4_g128", "mxfp4", "right"} <= {row["contender"] for row in report["rows"]}
     assert any("fails_later" in line for line in report["peers"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the script reads /proc")
+def test_kills_lose_nothing() -> None:
+    """Fewer of them than the script's default; each must be reported, and all must pass."""
+    command = [sys.executable, str(FOLDER / "kills.py"), "--training", "4", "--exports", "4"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(": ok\n") == 8 and "all of 8 kills passed" in done.stdout
 
 
 def test_the_recovery_table_trains_with_kernels(

@@ -43,6 +43,24 @@ _SPECIFIC: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe",
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True},
     ),
+    # For tests of one thing each, beside KINDS: no SDPA; no positions and no SDPA; a nested config and a vision tower.
+    "gemma2": ("gemma2", {"tie_word_embeddings": True, "query_pre_attn_scalar": 32, "sliding_window": 64}),
+    "bloom": ("bloom", {"n_layer": 2, "n_head": 4, "tie_word_embeddings": True}),
+    "gemma3": ("gemma3", {"tie_word_embeddings": True, "query_pre_attn_scalar": 32, "sliding_window": 64}),
+}
+_TOWER = {
+    "vision_config": {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    },
+    "mm_tokens_per_image": 4,
+    "boi_token_index": 300,
+    "eoi_token_index": 301,
+    "image_token_index": 302,
 }
 _CHATML = (
     "{% for message in messages %}"
@@ -57,15 +75,18 @@ _TEXT = (
 
 
 def tiny_model(kind: str, folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
-    """Save a random BF16 model of `kind` (see KINDS) with tokenizer and generation config; returns `folder`.
+    """Save a random BF16 model of `kind` (see KINDS and what stands beside them, or any model_type of transformers)
+    with tokenizer and generation config; returns `folder`.
 
     `overrides` go to the model's config, for example `num_hidden_layers=1` or `tie_word_embeddings=True`.
     """
-    model_type, specific = _SPECIFIC[kind]
+    model_type, specific = _SPECIFIC.get(kind, (kind, {}))
     settings = {**_COMMON, **specific, **overrides}
     if kind == "gemma":  # both kinds of attention, whatever the number of layers
         types = ("sliding_attention", "full_attention")
         settings.setdefault("layer_types", [types[i % 2] for i in range(settings["num_hidden_layers"])])
+    if kind == "gemma3":
+        settings = {"text_config": settings, "tie_word_embeddings": settings["tie_word_embeddings"], **_TOWER}
     config = CONFIG_MAPPING[model_type](**settings)
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

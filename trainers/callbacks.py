@@ -6,7 +6,8 @@ One Lightning callback calls the parts in a fixed order, so that what is saved i
 
 import contextlib
 import csv
-import signal
+import io
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +15,14 @@ from typing import Any
 
 import lightning as lit
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from qat.checkpoints import resume
+from qat.checkpoints.progress import Meter
+from qat.config import write_text_atomic
 from qat.errors import ConfigError
 from qat.trainers.evaluate import Judge, Scores
+from qat.trainers.interrupts import Interruptions
 from qat.trainers.job import Job
 from qat.trainers.module import QatModule
 
@@ -43,21 +45,41 @@ class MetricsFile:
     """`metrics.csv`: one row per step, flushed at once; rows after the step a run resumes from are dropped."""
 
     def __init__(self, path: Path, after: int) -> None:
-        kept = []
-        if after and path.is_file():
-            with path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= after]
-        self.seconds = float(kept[-1]["seconds"]) if kept else 0.0
-        self.file = path.open("w", newline="")
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS)
+        writer.writeheader()
+        writer.writerows(_rows(path, after) if after else [])
+        write_text_atomic(path, text.getvalue())  # whole before and after, whenever the process ends
+        self.file = path.open("a", newline="", encoding="utf-8")
         self.writer = csv.DictWriter(self.file, COLUMNS)
-        self.writer.writeheader()
-        self.writer.writerows(kept)
-        self.file.flush()
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; missing columns stay empty."""
-        self.writer.writerow(row)
-        self.file.flush()
+        try:
+            self.writer.writerow(row)
+            self.file.flush()
+        except OSError as error:
+            error.filename = self.file.name
+            raise
+
+    def sync(self) -> None:
+        """On disk before a state that counts on these rows."""
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """Close it; what a full disk refused is lost with the step that it belonged to."""
+        with contextlib.suppress(OSError):
+            self.file.close()
+
+
+def _rows(path: Path, last: int) -> list[dict[str, str]]:
+    """Whole rows up to step `last`: a crash or a full disk may have cut the final line anywhere."""
+    if not path.is_file():
+        return []
+    whole, _, _ = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")
+    rows = csv.DictReader(line for line in whole.splitlines() if "\0" not in line)
+    complete = [row for row in rows if None not in row and None not in row.values() and row["step"].isdigit()]
+    return [row for row in complete if int(row["step"]) <= last]
 
 
 class Average:
@@ -114,35 +136,41 @@ class Keeper:
 class StepLoop(lit.Callback):
     """Runs the parts after each optimizer step."""
 
-    def __init__(self, run: Path, job: Job, keeper: Keeper, average: Average | None, saved: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        run: Path,
+        job: Job,
+        keeper: Keeper,
+        average: Average | None,
+        saved: dict[str, Any],
+        interruptions: Interruptions,
+    ) -> None:
         self.run, self.job, self.keeper, self.average, self.saved = run, job, keeper, average, saved
+        self.interruptions = interruptions
         self.metrics: MetricsFile | None = None
-        self.bar: Progress | None = None
-        self.task: Any = None
+        self.meter: Meter | None = None
         self.stopped_by: str | None = None
         self._step_began = time.monotonic()
         self._seen = 0
-        self._previous: Any = None
+
+    def give_up(self) -> bool:
+        """Whether there is nothing left to wait for; `stopped_by` says why."""
+        if self.keeper.exhausted:
+            self.stopped_by = f"no better held-out KL in {self.job.eval.patience} judgements"
+        return self.keeper.exhausted
 
     def on_fit_start(self, trainer: lit.Trainer, pl_module: lit.LightningModule) -> None:
-        """Open the metrics file and the bar; catch SIGTERM."""
+        """Open the metrics file and the bar."""
         module = _as_qat(pl_module)
         if not trainer.is_global_zero:
             return
         self.metrics = MetricsFile(self.run / "metrics.csv", module.start_step)
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        self.bar = Progress(TextColumn("training"), *columns, *times, console=Console(stderr=True))
-        self.task = self.bar.add_task("training", total=self.job.steps, completed=module.start_step, note="")
-        self.bar.start()
+        self.meter = Meter("training", self.job.steps, unit="steps", done=module.start_step, quiet_seconds=0)
 
     def on_train_start(self, trainer: lit.Trainer, pl_module: lit.LightningModule) -> None:
-        """Start the clock; from here on SIGTERM means: save, then stop."""
+        """Start the clock; from here on a signal means: finish the step, save, then stop."""
         self._step_began = time.monotonic()
-        self._previous = signal.signal(signal.SIGTERM, self._on_sigterm)
-
-    def _on_sigterm(self, number: int, frame: Any) -> None:
-        self.stopped_by = "SIGTERM"
+        self.interruptions.finish_steps()
 
     def on_train_batch_end(
         self, trainer: lit.Trainer, pl_module: lit.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -161,12 +189,11 @@ class StepLoop(lit.Callback):
             row.update(self._judge(module, step))
         self._record(trainer, row, step)
         module.step_loss, module.step_tokens = 0.0, 0
+        stop = self.give_up() or self.interruptions.asked is not None
         due = self.job.checkpoint_every and step % self.job.checkpoint_every == 0
-        if due or step == self.job.steps or self.stopped_by:
+        if due or step == self.job.steps or stop:
             self.save(module, step)
-        if self.stopped_by or self.keeper.exhausted:
-            self.stopped_by = self.stopped_by or f"no better held-out KL in {self.job.eval.patience} judgements"
-            trainer.should_stop = True
+        trainer.should_stop = stop
         self._step_began = time.monotonic()
 
     def _row(self, trainer: lit.Trainer, module: QatModule, step: int) -> dict[str, Any]:
@@ -179,7 +206,7 @@ class StepLoop(lit.Callback):
             "tokens": self.saved["tokens"],
             "seconds": round(self.saved["seconds"], 3),
             "loss": module.step_loss,
-            "lr": rates["weight"],
+            "lr": rates.get("weight", rates.get("flat", "")),
             "scale_lr": rates.get("scale", ""),
             "grad_norm": module.grad_norm,
             "tokens_per_second": round(module.step_tokens / seconds, 2),
@@ -191,40 +218,39 @@ class StepLoop(lit.Callback):
         return {"heldout_kl": scores.kl, "heldout_nll": scores.nll, "heldout_top1": scores.top1}
 
     def _record(self, trainer: lit.Trainer, row: dict[str, Any], step: int) -> None:
-        if self.metrics is None or self.bar is None:
+        if self.metrics is None or self.meter is None:
             return
         self.metrics.write(row)
-        note = f"loss {row['loss']:.4f}  {row['tokens_per_second']:.0f} tokens/s"
         if "heldout_kl" in row:
             mark = " (best)" if self.keeper.best["step"] == step else ""
-            self.bar.console.print(f"step {step}: held-out KL {row['heldout_kl']:.4f}{mark}", highlight=False)
-        self.bar.update(self.task, completed=step, note=note)
+            self.meter.say(f"step {step}: held-out KL {row['heldout_kl']:.4f}{mark}")
+        self.meter.advance(1, f"loss {row['loss']:.4f}  {row['tokens_per_second']:.0f} tokens/s")
         for logger in trainer.loggers:
             logger.log_metrics({k: v for k, v in row.items() if v != ""}, step=step)
 
     def save(self, module: QatModule, step: int) -> None:
         """Write the resumable state."""
+        if self.metrics is not None:
+            self.metrics.sync()
         values = self.average.values if self.average is not None else None
         state = {**self.saved, "best": self.keeper.best}
         optimizer: Any = module.optimizers()
         resume.save_state(self.run, step, module.student, optimizer.optimizer, values, state)
 
-    def _close(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+    def _close(self, complete: bool) -> None:
+        self.interruptions.end_at_once()
+        if self.meter is not None:
+            self.meter.close(complete)
         if self.metrics is not None:
-            self.metrics.file.close()
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
-            self._previous = None
+            self.metrics.close()
 
     def on_fit_end(self, trainer: lit.Trainer, pl_module: lit.LightningModule) -> None:
         """Close what was opened."""
-        self._close()
+        self._close(complete=True)
 
     def on_exception(self, trainer: lit.Trainer, pl_module: lit.LightningModule, exception: BaseException) -> None:
         """Close what was opened."""
-        self._close()
+        self._close(complete=False)
 
 
 def _as_qat(module: lit.LightningModule) -> QatModule:

@@ -9,11 +9,10 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,20 +20,20 @@ from filelock import FileLock
 from pydantic import Field, model_validator
 from torch import nn
 
+from qat.cache import cache_folder
 from qat.checkpoints.folders import atomic_folder
 from qat.checkpoints.progress import progress
 from qat.config import Strict
 from qat.errors import ConfigError, DataError
-from qat.trainers import selfwritten, sources, tokens
-from qat.trainers.packing import CHANNELS, IGNORE, Batch, collate, pack, pad
+from qat.trainers import rows, selfwritten, sources, tokens
+from qat.trainers.packing import CHANNELS, Batch, collate
+from qat.trainers.records import CHATS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CACHE = Path("~/.cache/qat/data")
-CACHE_VERSION = 1  # raise it when the same key would give other rows
-_STORED = np.dtype("<i4")
-_ROWS, _META = "rows.bin", "meta.json"
+CACHE_VERSION = 2  # raise it when the same key would give other rows
+_META = "meta.json"
 
 
 class Generate(Strict):
@@ -51,13 +50,17 @@ class DataConfig(Strict):
 
     Attributes:
         source: `embedded` (the help texts inside Python), `heldout` (the text shipped for evaluation),
-            `teacher` (text the teacher writes), a local .jsonl, .json, .parquet, .txt or .md file, a folder
-            of such files, or a hub id `owner/name`.
+            `teacher` (text the teacher writes), a local .jsonl, .json, .csv, .tsv, .parquet, .txt or .md file
+            (all but .parquet also as .gz, .bz2, .xz or .zst), a folder of such files, or a hub id `owner/name`.
         config_name, split, revision: of a hub data set.
+        records: what a record is, a key of `records.SHAPES`; `auto` goes by the fields that are there.
         text_field, messages_field: where a record holds its text, or its chat of {role, content} messages.
+        prompt_field, completion_field: where it holds what is not learnt, and what is.
+        tools_field: where it holds the tools of its chat; null leaves them out.
         seq_len: tokens per row.
         pack: documents end to end in full rows, kept apart by position ids; else one padded document a row.
-        chat: `auto` takes a record's messages if it has them; `never` takes its text.
+        chat: `auto` takes a record's messages if it has them, and the chat template for prompts and their
+            completions; `never` takes its text, or prompt and completion as they are.
         max_tokens: read no more than this.
         seed: of the text a teacher writes.
         generate: how a teacher writes.
@@ -67,8 +70,12 @@ class DataConfig(Strict):
     config_name: str | None = None
     split: str = "train"
     revision: str | None = None
+    records: Literal["auto", "text", "messages", "sharegpt", "prompt", "alpaca"] = "auto"
     text_field: str = "text"
     messages_field: str = "messages"
+    prompt_field: str = "prompt"
+    completion_field: str = "completion"
+    tools_field: str | None = "tools"
     seq_len: int = Field(default=512, ge=8)
     pack: bool = True
     chat: Literal["auto", "never"] = "auto"
@@ -80,6 +87,8 @@ class DataConfig(Strict):
     def _consistent(self) -> "DataConfig":
         if self.source != "teacher" and self.generate != Generate():
             raise ValueError(f"generate only works with source: teacher, but source is {self.source!r}")
+        if self.chat == "never" and self.records in CHATS:
+            raise ValueError(f"records: {self.records} are chats, but chat is 'never'; remove one of the two")
         if self.pack and self.max_tokens is not None and self.max_tokens < self.seq_len:
             raise ValueError(
                 f"max_tokens {self.max_tokens} is less than one row of seq_len {self.seq_len}; "
@@ -98,10 +107,14 @@ class Blocks:
         num_rows, seq_len: shape of the whole.
         tokens: tokens in the rows, padding not counted.
         loss_tokens: positions with a target.
-        dropped_tokens: read but in no row: the unfilled last row (packed), or what was cut off (padded).
+        dropped_tokens: read but in no row: the unfilled last row (packed), what was cut off (padded), and rows
+            that were left out.
         documents: documents read, the skipped ones not counted.
         skipped_documents: chats without an assistant turn.
         digest: sha256 of the rows: ids, targets and document numbers.
+        empty_rows: rows without a target, which were left out.
+        largest_id: the largest token id, padding included.
+        shapes: documents of each kind of record.
     """
 
     path: Path
@@ -114,6 +127,21 @@ class Blocks:
     documents: int
     skipped_documents: int
     digest: str
+    empty_rows: int = 0
+    largest_id: int = -1
+    shapes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def summary(self) -> str:
+        """What was read and what became of it, in one sentence."""
+        kinds = [f"{count:,} {name}" if len(self.shapes) > 1 else name for name, count in sorted(self.shapes.items())]
+        said = f"{self.documents:,} documents ({', '.join(kinds)}) in {self.num_rows:,} rows of {self.seq_len} tokens"
+        said += f", {self.loss_tokens:,} tokens to learn"
+        if self.skipped_documents:
+            said += f"; {self.skipped_documents:,} without an assistant turn left out"
+        if self.empty_rows:
+            said += f"; {self.empty_rows:,} rows without a token to learn left out (prompts longer than a row)"
+        return said
 
     def __len__(self) -> int:
         return self.num_rows
@@ -122,7 +150,7 @@ class Blocks:
         """All rows, memory-mapped: int32 of shape (num_rows, 3, seq_len); ids, targets, document
         numbers."""
         shape = (self.num_rows, CHANNELS, self.seq_len)
-        return np.memmap(self.path / _ROWS, dtype=_STORED, mode="r", shape=shape)
+        return np.memmap(self.path / rows.ROWS, dtype=rows.STORED, mode="r", shape=shape)
 
     def rows(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Batch:
         """The rows at `indices` as int64 tensors of shape (len(indices), seq_len).
@@ -198,21 +226,21 @@ def load_blocks(
         tokenizer: of the model to be trained.
         num_tokens: stop when there are rows for this many tokens; a source that has fewer gives what it
         has.
-        cache_dir: where rows are kept, `~/.cache/qat/data` unless given.
+        cache_dir: where rows are kept, `qat.cache.cache_folder("data")` unless given.
         teacher: who writes the text of `source: teacher`.
 
     Raises:
         DataError: the source cannot be read, or holds less than one row.
     """
     config = sources.pinned(config)
-    plan = _plan(config, num_tokens)
+    plan = planned(config, num_tokens)
     source = sources.fingerprint(config)
     if config.source == "teacher":
         if teacher is None:
             raise DataError("source 'teacher' needs the teacher model, but none was given")
         source = f"teacher sha256:{selfwritten.weights_digest(teacher)}"
     key = _key(config, source, tokens.fingerprint(tokenizer), plan)
-    folder = (cache_dir or CACHE).expanduser() / key
+    folder = (cache_dir.expanduser() if cache_dir else cache_folder("data")) / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         found = _open(folder)
@@ -220,22 +248,15 @@ def load_blocks(
             return found
         what = f"{'writing' if config.source == 'teacher' else 'tokenising'} {config.source}"
         total = plan.rows * config.seq_len if plan.rows else plan.tokens
-        with atomic_folder(folder, overwrite=True) as partial, progress(what, total) as step:
+        with atomic_folder(folder, overwrite=True) as partial, progress(what, total, "tokens") as step:
             documents = _encoded(config, tokenizer, teacher, step)
-            meta = {"source": source, **_write_rows(partial, documents, config, plan, tokenizer)}
+            meta = {"source": source, **rows.write(partial, documents, config, plan, tokenizer)}
             (partial / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
         return _read(folder)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Where to stop: at so many rows, or when so many tokens have been read; None for no limit."""
-
-    rows: int | None
-    tokens: int | None
-
-
-def _plan(config: DataConfig, num_tokens: int | None) -> _Plan:
+def planned(config: DataConfig, num_tokens: int | None) -> rows.Plan:
+    """Where `load_blocks` stops."""
     wanted = num_tokens
     if config.source == "teacher":
         wanted = config.generate.tokens or num_tokens or config.max_tokens
@@ -244,10 +265,10 @@ def _plan(config: DataConfig, num_tokens: int | None) -> _Plan:
     limits = [] if wanted is None else [-(-wanted // config.seq_len)]
     if config.pack and config.max_tokens is not None:
         limits.append(config.max_tokens // config.seq_len)
-    return _Plan(min(limits, default=None), None if config.pack else config.max_tokens)
+    return rows.Plan(min(limits, default=None), None if config.pack else config.max_tokens)
 
 
-def _key(config: DataConfig, source: str, tokenizer: str, plan: _Plan) -> str:
+def _key(config: DataConfig, source: str, tokenizer: str, plan: rows.Plan) -> str:
     unused = set() if config.source == "teacher" else {"seed", "generate"}
     parts = [CACHE_VERSION, source, tokenizer, config.model_dump(mode="json", exclude=unused), asdict(plan)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -270,83 +291,6 @@ def _encoded(
         yield document
 
 
-@dataclass
-class _Tally:
-    """What went through `_counted` so far."""
-
-    read: int = 0
-    documents: int = 0
-    skipped: int = 0
-    exhausted: bool = False
-
-
-def _counted(documents: Iterator[tokens.Tokens], tally: _Tally, limit: int | None) -> Iterator[tokens.Tokens]:
-    """The documents with something to learn, up to `limit` tokens; the last one is cut there."""
-    for document in documents:
-        if not document.learn.any():
-            tally.skipped += 1
-            continue
-        left = len(document.ids) if limit is None else limit - tally.read
-        kept = tokens.Tokens(document.ids[:left], document.learn[:left])
-        tally.read += len(kept.ids)
-        tally.documents += 1
-        yield kept
-        if limit is not None and tally.read >= limit:
-            return
-    tally.exhausted = True
-
-
-def _write_rows(
-    folder: Path,
-    documents: Iterator[tokens.Tokens],
-    config: DataConfig,
-    plan: _Plan,
-    tokenizer: "PreTrainedTokenizerBase",
-) -> dict[str, Any]:
-    """Write the rows into `folder` and return what `Blocks` says about them, without path and source."""
-    tally, digest = _Tally(), hashlib.sha256()
-    counted = _counted(documents, tally, plan.tokens)
-    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    rows = pack(counted, config.seq_len) if config.pack else pad(counted, config.seq_len, pad_id)
-    count = kept = learnt = 0
-    with (folder / _ROWS).open("wb") as file:
-        for row in islice(rows, plan.rows):
-            data = row.astype(_STORED).tobytes()
-            file.write(data)
-            digest.update(data)
-            count += 1
-            learnt += int((row[1] != IGNORE).sum())
-            kept += int((row[2] >= 0).sum())
-    _refuse_nothing(config, tally, count, learnt)
-    # Where packing stopped by plan, the rest of the document it was in was not needed: that is not dropping.
-    dropped = tally.read - kept if tally.exhausted or not config.pack else 0
-    return {
-        "num_rows": count,
-        "seq_len": config.seq_len,
-        "tokens": kept,
-        "loss_tokens": learnt,
-        "dropped_tokens": dropped,
-        "documents": tally.documents,
-        "skipped_documents": tally.skipped,
-        "digest": digest.hexdigest(),
-    }
-
-
-def _refuse_nothing(config: DataConfig, tally: _Tally, rows: int, learnt: int) -> None:
-    source = f"source {config.source!r}"
-    if not tally.documents:
-        skipped = f"only {tally.skipped} documents without an assistant turn to learn"
-        what = skipped if tally.skipped else "no text"
-        raise DataError(f"{source} holds {what}; give another source, text_field or messages_field")
-    if not rows:
-        raise DataError(
-            f"{source} gives {tally.read} tokens, but one packed row needs seq_len = {config.seq_len}; "
-            "give more text, lower seq_len, or set pack: false"
-        )
-    if not learnt:
-        raise DataError(f"{source}: none of {rows} rows has a token to learn; raise seq_len or give longer texts")
-
-
 def _read(folder: Path) -> Blocks:
     return Blocks(path=folder, **json.loads((folder / _META).read_text(encoding="utf-8")))
 
@@ -358,10 +302,10 @@ def _open(folder: Path) -> Blocks | None:
         return None
     try:
         blocks = _read(folder)
-        expected = blocks.num_rows * CHANNELS * blocks.seq_len * _STORED.itemsize
-        if (folder / _ROWS).stat().st_size == expected:
+        expected = blocks.num_rows * CHANNELS * blocks.seq_len * rows.STORED.itemsize
+        if (folder / rows.ROWS).stat().st_size == expected:
             return blocks
-        problem = f"{_ROWS} does not have {expected} bytes"
+        problem = f"{rows.ROWS} does not have {expected} bytes"
     except (OSError, ValueError, TypeError) as error:
         problem = f"{type(error).__name__}: {error}"
     warnings.warn(f"the token cache {folder} is damaged ({problem}) and is made again", stacklevel=3)

@@ -15,11 +15,14 @@ import torch
 
 from qat.calibration import PRODUCTS
 from qat.catalog import CATALOG, lookup
+from qat.checkpoints.hf import is_local, resolve
 from qat.losses import chunk_tokens
 from qat.modules import InputQuantizer, WeightQuantizer
 from qat.numerics import find_scales
 from qat.ranges import start_scales
 from qat.scheme import Scheme
+from qat.trainers import limits
+from qat.trainers.exportable import export_notes
 from qat.trainers.footprint import BF16, FP32, GIB, Facts, facts, flops_per_token, forward_flops, memory, shards
 from qat.trainers.job import Job
 from qat.trainers.memory import keep_freed_blocks
@@ -136,6 +139,7 @@ def estimate(job: Job) -> Estimate:
     Raises:
         CheckpointError: no config.json can be had.
         ConfigError, FormatError, UnsupportedError: the scheme does not fit the model, as `qat.surgery.plan` says.
+        ConfigError, DataError: a text does not fit the model, or cannot be read.
     """
     known = facts(job)
     weights, parameters = known.coverage.modules, known.student.parameters
@@ -155,8 +159,18 @@ def estimate(job: Job) -> Estimate:
         steps=job.steps,
         devices=job.devices,
         plans=plans,
-        notes=tuple(_notes(job, plans)),
+        notes=(
+            *known.notes,
+            *_notes(job, plans),
+            *_export_notes(job, known),
+            *limits.dry_run(job, known.student.model, known.teacher.model),
+        ),
     )
+
+
+def _export_notes(job: Job, known: Facts) -> list[str]:
+    folder = resolve(job.model) if is_local(job.model) else None  # an estimate downloads no weights
+    return export_notes(job, folder, known.student.model)
 
 
 def _notes(job: Job, plans: tuple[Plan, ...]) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qat.checkpoints.progress import progress
 from qat.config import Strict
+from qat.errors import DataError, TrainingError
 from qat.losses import IGNORE
 from qat.surgery import served
 from qat.trainers.data import Blocks, DataConfig
@@ -23,6 +24,7 @@ from qat.trainers.forward import Head, hidden_states, split
 from qat.trainers.packing import evaluating
 
 CHUNK = 512  # tokens whose logits exist at once
+MOST_NLL = 700.0  # e to the power of more overflows
 
 
 class EvalConfig(Strict):
@@ -54,8 +56,8 @@ class Scores:
 
     @property
     def ppl(self) -> float:
-        """Perplexity."""
-        return math.exp(self.nll)
+        """Perplexity; infinite where a float cannot hold it."""
+        return math.exp(self.nll) if self.nll < MOST_NLL else math.inf
 
     def row(self, name: str) -> dict[str, Any]:
         """One row of `report.json`."""
@@ -94,19 +96,25 @@ class Judge:
         with served(model), evaluating(model):
             head = split(model)
             for index, (hidden, targets) in enumerate(self._hidden(model, what)):
-                keep = targets != IGNORE
+                keep = (targets != IGNORE).nonzero().squeeze(1)
                 teacher = None
                 if self.teacher_head is not None:
                     teacher = self.teacher_hidden[index].to(self.device)[keep]
-                sums += self._sums(head, hidden[keep], teacher, targets[keep])
-                count += int(keep.sum())
+                sums += self._sums(head, hidden[keep], teacher, targets[keep]).cpu()
+                count += len(keep)
+        if not count:
+            raise DataError(f"the held-out text ({self.blocks.source}) has no token to predict; give a longer one")
         nll, kl, top1 = (sums / count).tolist()
+        if not math.isfinite(nll):
+            raise TrainingError(
+                f"{what}: the next-token loss is {nll}, so {type(model).__name__} computes NaN or infinity"
+            )
         return Scores(nll, kl, top1, count)
 
     @torch.no_grad()
     def _hidden(self, model: nn.Module, what: str) -> Iterator[tuple[Tensor, Tensor]]:
         rows = len(self.blocks)
-        with progress(what, rows) as advance:
+        with progress(what, rows, "rows") as advance:
             for start in range(0, rows, self.batch):
                 batch = self.blocks.rows(list(range(start, min(start + self.batch, rows))))
                 batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
@@ -117,20 +125,23 @@ class Judge:
 
     @torch.no_grad()
     def _sums(self, head: Head, hidden: Tensor, teacher: Tensor | None, targets: Tensor) -> Tensor:
-        total = torch.zeros(3, dtype=torch.float64)
+        total = torch.zeros(3, dtype=torch.float64, device=hidden.device)
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
             with self._autocast():
                 logits = head(hidden[part])
                 reference = None if self.teacher_head is None or teacher is None else self.teacher_head(teacher[part])
             log_q = logits.float().log_softmax(-1)
-            total[0] -= log_q.gather(1, targets[part, None]).double().sum().cpu()
+            total[0] -= log_q.gather(1, targets[part, None]).double().sum()
             if reference is None:
                 total[1:] = math.nan
                 continue
+            if logits.shape[-1] != reference.shape[-1]:  # rows of padding: compare those that both have
+                rows = min(logits.shape[-1], reference.shape[-1])
+                log_q, reference = logits[:, :rows].float().log_softmax(-1), reference[:, :rows]
             log_p = reference.float().log_softmax(-1)
-            total[1] += (log_p.exp() * (log_p - log_q)).sum(-1).double().sum().cpu()
-            total[2] += (log_p.argmax(-1) == log_q.argmax(-1)).sum().cpu()
+            total[1] += (log_p.exp() * (log_p - log_q)).sum(-1).double().sum()
+            total[2] += (log_p.argmax(-1) == log_q.argmax(-1)).sum()
         return total
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:

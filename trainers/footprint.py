@@ -11,17 +11,18 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from qat.calibration import PRODUCTS
 from qat.catalog import lookup
-from qat.checkpoints.hf import ModelConfig, quiet, resolve
-from qat.errors import CheckpointError, UnsupportedError
+from qat.checkpoints.architecture import check_config, empty_model, quiet
+from qat.checkpoints.hf import ModelConfig, describe, is_local, resolve
+from qat.errors import CheckpointError
 from qat.losses import LOGIT_BYTES, chunk_tokens
 from qat.surgery import Coverage, fused_sets, report
 from qat.trainers.evaluate import CHUNK
 from qat.trainers.job import Job
+from qat.trainers.teacher import compare
 
 ARCHITECTURES = Path(__file__).parent.parent / "configs" / "architectures"
 FP32, BF16 = 4, 2
@@ -78,6 +79,7 @@ class Facts:
     trainable: int
     blocks: int
     head_trained: bool
+    notes: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> int:
@@ -116,6 +118,7 @@ def facts(job: Job) -> Facts:
     Raises:
         CheckpointError: no config.json can be had.
         ConfigError, FormatError, UnsupportedError: the scheme does not fit the model, as `qat.surgery.plan` says.
+        ConfigError: the teacher does not fit the student.
     """
     student = architecture(job.model)
     teacher = student if job.teacher is None else architecture(job.teacher)
@@ -129,43 +132,39 @@ def facts(job: Job) -> Facts:
             blocks += math.prod(lookup(module.weight).grid_shape(module.shape[0], module.shape[1]))
     head: Any = student.model.get_output_embeddings()  # type: ignore[operator]  # a transformers method
     trainable = sum(sizes.values()) - sum(sizes[name] for name in frozen)
-    return Facts(student, teacher, coverage, trainable, blocks, id(head.weight) not in frozen_ids)
+    notes = _compared(job, student.model, teacher.model)
+    return Facts(student, teacher, coverage, trainable, blocks, id(head.weight) not in frozen_ids, notes)
+
+
+def _compared(job: Job, student: Any, teacher: Any) -> tuple[str, ...]:
+    if job.teacher is None:
+        return ()
+    try:
+        source, reference = resolve(job.model, weights=False), resolve(job.teacher, weights=False)
+        trusted = (job.model.trust_remote_code, job.teacher.trust_remote_code)
+        return tuple(compare(source, reference, student, teacher, *trusted))
+    except CheckpointError as error:  # an estimate needs no tokenizer; training does
+        return (f"whether the teacher fits the student is not known: {error}",)
 
 
 def architecture(config: ModelConfig) -> Architecture:
     """The model that `config` names, on the meta device."""
-    from transformers import AutoModelForCausalLM
-
     found, origin = _hf_config(config)
-    if getattr(found, "quantization_config", None):
-        raise UnsupportedError(f"{config.id} is quantized already; give the original BF16, FP16 or FP32 weights")
-    try:
-        with quiet(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                found, dtype=torch.float32, trust_remote_code=config.trust_remote_code
-            )
-    except (ValueError, ImportError, TypeError, AttributeError) as error:
-        raise UnsupportedError(f"{config.id} is no causal language model that transformers knows: {error}") from error
-    shape = _shape(found.get_text_config(), model)
+    model = empty_model(found, config.id, config.attn_implementation, config.trust_remote_code)
     parameters = sum(p.numel() for p in model.parameters())
-    return Architecture(model, shape, parameters, _multiplied(model), origin)
+    return Architecture(model, _shape(found.get_text_config(), model), parameters, _multiplied(model), origin)
 
 
 def _hf_config(config: ModelConfig) -> tuple[Any, str]:
     from transformers import AutoConfig
 
-    path = Path(config.id).expanduser()
-    if config.id.startswith("embedded:") or path.suffix == ".gguf" or path.exists():
-        folder = resolve(config)
-        with quiet():
-            found = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-        return found, f"{config.id} (local config.json)"
+    if is_local(config):
+        return describe(config)[1], f"{config.id} (local config.json)"
     try:
         with quiet():
             found = AutoConfig.from_pretrained(
                 config.id, revision=config.revision, trust_remote_code=config.trust_remote_code
             )
-        return found, f"config.json of the hub model {config.id}"
     except (OSError, ValueError) as error:
         shipped = shipped_architecture(config.id)
         if shipped is not None:
@@ -176,6 +175,8 @@ def _hf_config(config: ModelConfig) -> tuple[Any, str]:
             "only config.json: run this once with a network (and `hf auth login` for gated models), or put the model's "
             "config.json into a folder and set model.id to it"
         ) from error
+    check_config(found.to_dict(), config.id, config.trust_remote_code)
+    return found, f"config.json of the hub model {config.id}"
 
 
 def shipped_architecture(model_id: str) -> Path | None:
@@ -334,7 +335,8 @@ def _per_token(job: Job, facts: Facts, a: int) -> float:
     hidden, query, key, ffn = shape.hidden, shape.query, shape.key, shape.ffn
     norms = shape.norms * 2 * FP32 * hidden + (FP32 + a) * (query + key) * shape.head_norms
     fed = 2 * FP32 * hidden if a == FP32 else 5 * a * hidden
-    implementation = job.model.attn_implementation
+    config: Any = facts.student.model.config
+    implementation = str(config._attn_implementation)
     masked = job.data.pack and "flash" not in implementation
     attention = a * (4 * query + job.data.seq_len if masked else 2 * query + 2 * key) + FP32 * shape.heads
     if implementation == "eager":

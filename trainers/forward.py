@@ -4,43 +4,88 @@ Some architectures do more after the last matrix than `lm_head` shows (soft-capp
 that, and `split` proves on a few tokens that body plus head equals the model.
 """
 
+from collections.abc import Callable
+from itertools import chain, product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qat.errors import UnsupportedError
-from qat.trainers.packing import Batch, arrange, model_inputs
+from qat.errors import TrainingError, UnsupportedError
+from qat.trainers.packing import Batch, arrange, evaluating, model_inputs
+
+# Keys of configs that scale logits, and how, the usual way first; and keys of soft caps, which come after.
+SCALES: dict[str, tuple[str, ...]] = {
+    "logit_scale": ("multiply",),
+    "lm_head_multiplier": ("multiply",),
+    "output_multiplier": ("multiply",),
+    "logits_scaling": ("divide", "multiply"),
+}
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+PROBE_TOKENS = 8
 
 
 class Head(nn.Module):
-    """Hidden states (tokens, hidden) -> logits (tokens, vocabulary), as the model itself computes them."""
+    """Hidden states (tokens, hidden) -> logits (tokens, vocabulary), as the model itself computes them.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        linear: the output layer.
+        steps: what happens to its output, in order: ("multiply" | "divide" | "softcap", by what).
+        rows: give only that many of the first logits.
+    """
+
+    def __init__(self, linear: nn.Module, steps: tuple[tuple[str, float], ...] = (), rows: int | None = None) -> None:
         super().__init__()
-        config: Any = model.config
-        self.linear: nn.Module = model.get_output_embeddings()  # type: ignore[operator]  # a transformers method
-        self.softcap = getattr(config, "final_logit_softcapping", None)
-        self.multiplier = float(getattr(config, "logit_scale", None) or 1.0)
-        self.divisor = float(getattr(config, "logits_scaling", None) or 1.0)
+        self.linear, self.steps, self.rows = linear, steps, rows
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits per token."""
+        weight: Any = self.linear.weight
+        return len(weight) if self.rows is None else self.rows
+
+    def first(self, rows: int) -> "Head":
+        """The head of only the first `rows` logits, which shares this one's layer."""
+        return self if rows == self.vocabulary else Head(self.linear, self.steps, rows)
 
     def as_linear(self) -> nn.Module | None:
         """The layer, where the logits are its output and nothing more; see `qat.losses.as_linear`."""
-        return self.linear if self.softcap is None and self.multiplier == self.divisor == 1.0 else None
+        return self.linear if not self.steps and self.rows is None else None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """See the class."""
         logits: Tensor = self.linear(hidden)
-        if self.multiplier != 1.0 or self.divisor != 1.0:
-            logits = logits * (self.multiplier / self.divisor)
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+        if self.rows is not None:
+            logits = logits[..., : self.rows]
+        for step, by in self.steps:  # one operation each and in the model's order: in BF16 every one rounds
+            logits = _STEPS[step](logits, by)
+        return logits
+
+
+_STEPS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "multiply": lambda logits, by: logits * by,
+    "divide": lambda logits, by: logits / by,
+    "softcap": lambda logits, by: torch.tanh(logits / by) * by,
+}
 
 
 def hidden_states(model: Any, batch: Batch) -> Tensor:
     """Final hidden states (rows, sequence, hidden) of a batch from `Blocks.rows`; documents do not see each other."""
     output = model.base_model(**model_inputs(arrange(batch, model)))
-    hidden: Tensor = output.last_hidden_state
+    hidden: Tensor | None = getattr(output, "last_hidden_state", None)
+    if hidden is None:
+        raise UnsupportedError(f"{type(model).__name__} does not give its final hidden states; report the architecture")
     return hidden.reshape(*batch["input_ids"].shape, -1)
+
+
+def heads(student: Any, teacher: Any | None) -> tuple[Head, Head | None]:
+    """The checked heads of both, over the rows that both have: embeddings may be padded to different lengths."""
+    own = split(student)
+    if teacher is None:
+        return own, None
+    other = split(teacher)
+    rows = min(own.vocabulary, other.vocabulary)
+    return own.first(rows), other.first(rows)
 
 
 @torch.no_grad()
@@ -48,20 +93,39 @@ def split(model: Any) -> Head:
     """The head of `model`, checked.
 
     Raises:
+        TrainingError: the model computes NaN.
         UnsupportedError: body plus head is not the model (an architecture that post-processes logits in its own way).
     """
-    head = Head(model)
     device = next(model.parameters()).device
-    tokens = torch.arange(8, device=device).view(1, -1) % model.config.vocab_size
-    batch = {"input_ids": tokens, "position_ids": torch.arange(8, device=device).view(1, -1)}
-    training = model.training
-    model.eval()
-    whole = model(**model_inputs(batch)).logits
-    parts = head(hidden_states(model, batch))
-    model.train(training)
-    if not torch.allclose(whole, parts, rtol=1e-4, atol=1e-4 * float(whole.abs().max())):
-        raise UnsupportedError(
-            f"{type(model).__name__} changes its logits after the head in a way that is not known here "
-            f"(largest difference {float((whole - parts).abs().max()):.3g}); report the architecture"
-        )
-    return head
+    tokens = torch.arange(PROBE_TOKENS, device=device).view(1, -1)
+    vocabulary = model.config.get_text_config().vocab_size
+    batch = {"input_ids": tokens % vocabulary, "position_ids": tokens}
+    with evaluating(model):
+        whole = model(**model_inputs(batch)).logits
+        if bool(whole.isnan().any()):
+            raise TrainingError(
+                f"{type(model).__name__} computes NaN or infinity for the tokens 0 to {PROBE_TOKENS - 1}"
+            )
+        hidden = hidden_states(model, batch)
+        best = float("inf")
+        for head in _candidates(model):
+            parts = head(hidden)
+            if torch.allclose(whole, parts, rtol=1e-4, atol=1e-4 * float(whole.abs().max())):
+                return head
+            best = min(best, float((whole - parts).abs().max()))
+    raise UnsupportedError(
+        f"{type(model).__name__} changes its logits after the head in a way that is not known here "
+        f"(largest difference {best:.3g}); report the architecture"
+    )
+
+
+def _candidates(model: Any) -> list[Head]:
+    """Heads that the config allows; a key may mean different things to different architectures, or nothing."""
+    config = model.config.get_text_config()
+    scales = [(key, float(getattr(config, key, None) or 1.0)) for key in SCALES]
+    ways: list[list[list[tuple[str, float]]]] = [
+        [[(how, by)] for how in SCALES[key]] for key, by in scales if by != 1.0
+    ]
+    ways += [[[("softcap", float(cap))]] for key in CAPS if (cap := getattr(config, key, None))]
+    chosen = product(*([*way, []] for way in ways))
+    return [Head(model.get_output_embeddings(), tuple(chain.from_iterable(steps))) for steps in chosen]

@@ -1,7 +1,9 @@
 """Looking at what exists: judge or sample a run, an exported checkpoint, or a plain model, on this machine."""
 
+import math
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,40 +11,64 @@ from typing import Any
 
 import torch
 
-from qat.checkpoints.hf import ModelConfig, load_model, load_tokenizer, read_json, resolve
+from qat.checkpoints.architecture import empty_model
+from qat.checkpoints.decoding import TextStream
+from qat.checkpoints.hf import ModelConfig, describe, load_configured, load_model, load_tokenizer, read_json
+from qat.checkpoints.origin import locate
 from qat.checkpoints.resume import load_student
 from qat.config import load_yaml, validate
 from qat.errors import CheckpointError, ConfigError
 from qat.surgery import served
+from qat.trainers import limits
 from qat.trainers.data import DataConfig, load_blocks
+from qat.trainers.device import chosen
 from qat.trainers.evaluate import Judge
+from qat.trainers.packing import LEAKS, leakage
+from qat.trainers.teacher import compare
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to run, its tokenizer folder, and the name of what it was made from, if known."""
+    """A model ready to run, its tokenizer folder, the name of what it was made from, if known, and whether its own
+    code may run."""
 
     model: Any
     tokenizer_folder: Path
     made_from: ModelConfig | None
     kind: str
+    trust_remote_code: bool = False
 
 
-def load(folder: Path, load_export: Callable[[Path], Any] | None = None) -> Loaded:
+def load(
+    folder: Path,
+    load_export: Callable[..., Any] | None = None,
+    device: torch.device | str = "cpu",
+    moved: str | None = None,
+) -> Loaded:
     """Find out what `folder` is and load it.
 
     Args:
         folder: a run, an exported checkpoint or a model.
-        load_export: how to load an export; None unpacks its weights into a dense model.
+        load_export: how to load an export, called with the folder and `device`; None unpacks its weights into a dense
+            model.
+        device: where to put it.
+        moved: where the model that a run was made from is now, if its path changed.
 
     Raises:
         CheckpointError: it is none of a run, an exported checkpoint and a model.
+        ConfigError: `moved` is given for something that is complete by itself.
     """
     if (folder / "job.yaml").is_file():
         job = load_yaml(folder / "job.yaml")
-        model, source, _ = load_student(folder)
-        made_from = validate(ModelConfig, job.get("teacher") or job["model"], str(folder / "job.yaml"))
-        return Loaded(model.eval(), source, made_from, "run")
+        own, teacher = (_named(job, key, folder) for key in ("model", "teacher"))
+        found, source, _ = load_student(folder, moved=moved)
+        model: Any = found
+        if own is not None and moved is not None:
+            own = own.model_copy(update={"id": moved, "revision": None})
+        trusted = own is not None and own.trust_remote_code
+        return Loaded(model.to(device).eval(), source, teacher or own, "run", trusted)
+    if moved is not None:
+        raise ConfigError(f"--model says where the model of a run is; {folder} is no run")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is neither a run (job.yaml) nor a model or an export (config.json)")
     if "quantization_config" in read_json(folder / "config.json"):
@@ -50,25 +76,53 @@ def load(folder: Path, load_export: Callable[[Path], Any] | None = None) -> Load
 
         record = read_json(folder / "qat.json") if (folder / "qat.json").is_file() else {}
         origin = record.get("run", {}).get("model")
-        return Loaded(
-            (load_export or load_exported)(folder).eval(), folder, ModelConfig(id=origin) if origin else None, "export"
-        )
-    return Loaded(load_model(folder).eval(), folder, None, "model")
+        exported: Any = load_export(folder, device=str(device)) if load_export else load_exported(folder)
+        return Loaded(exported.to(device).eval(), folder, ModelConfig(id=origin) if origin else None, "export")
+    plain: torch.nn.Module = load_model(folder)
+    return Loaded(plain.to(device).eval(), folder, None, "model")
+
+
+def _named(job: dict[str, Any], key: str, folder: Path) -> ModelConfig | None:
+    return validate(ModelConfig, job[key], str(folder / "job.yaml")) if job.get(key) else None
 
 
 def evaluate_folder(
-    folder: Path, teacher: str | None, texts: list[str], tokens: int, tasks: list[str]
+    folder: Path,
+    teacher: str | None,
+    texts: list[str],
+    tokens: int,
+    tasks: list[str],
+    moved: str | None = None,
+    device: str = "auto",
 ) -> dict[str, Any]:
-    """Scores of `folder` (and of its teacher) on held-out text; `--json` of `qat eval`."""
-    loaded = load(folder)
+    """Scores of `folder` (and of its teacher) on held-out text; `--json` of `qat eval`. `moved` as in `load`.
+
+    Raises:
+        ConfigError: no such device, no tokens, or a teacher that does not fit.
+    """
+    if tokens < 1:
+        raise ConfigError(f"--tokens {tokens} must be positive")
+    place = chosen(device)
+    loaded = load(folder, device=place, moved=moved)
     reference = ModelConfig(id=teacher) if teacher else loaded.made_from
-    teacher_model = load_model(resolve(reference)).eval() if reference is not None else None
-    tokenizer = load_tokenizer(loaded.tokenizer_folder)
+    if reference is None and loaded.kind == "export":
+        warnings.warn(
+            f"{folder} does not say where its BF16 model is, so KL and agreement are left out: give it with --teacher",
+            stacklevel=2,
+        )
+    hint = f"say where the teacher of {folder} is now: --teacher DIR"
+    teacher_model = _teacher(loaded, reference, place, hint) if reference is not None else None
+    tokenizer = load_tokenizer(loaded.tokenizer_folder, loaded.trust_remote_code)
     rows: list[dict[str, Any]] = []
     hashes = []
+    both = [model for model in (loaded.model, teacher_model) if model is not None]
+    length = limits.fitting(DataConfig().seq_len, *both)
+    packed = all(leakage(model) <= LEAKS for model in both)
     for source in texts or ["heldout"]:
-        blocks = load_blocks(DataConfig(source=source), tokenizer, num_tokens=tokens)
-        judge = Judge(teacher_model, blocks)
+        config = validate(DataConfig, {"source": source, "seq_len": length, "pack": packed}, "--text")
+        blocks = load_blocks(config, tokenizer, num_tokens=tokens)
+        limits.check_rows(tokenizer, {"--text": blocks}, *both)
+        judge = Judge(teacher_model, blocks, device=place)
         label = "" if not texts else f" on {source}"
         if teacher_model is not None:
             rows.append(_plain(judge.score(teacher_model, "the teacher reads").row(f"teacher{label}")))
@@ -80,9 +134,20 @@ def evaluate_folder(
     return result
 
 
+def _teacher(loaded: Loaded, reference: ModelConfig, device: torch.device, hint: str) -> Any:
+    """The teacher, after seeing from its config and tokenizer that it fits."""
+    folder = locate(reference, hint=hint)
+    source, found = describe(reference)
+    empty = empty_model(found, reference.id, reference.attn_implementation, reference.trust_remote_code)
+    trusted = (loaded.trust_remote_code, reference.trust_remote_code)
+    for note in compare(loaded.tokenizer_folder, source, loaded.model, empty, *trusted):
+        warnings.warn(note, UserWarning, stacklevel=2)
+    return load_configured(reference, folder).eval().to(device)
+
+
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    """NaN (no teacher) as None, which JSON can say."""
-    return {key: None if isinstance(value, float) and value != value else value for key, value in row.items()}
+    """NaN (no teacher) and infinity (a perplexity beyond floats) as None, which JSON can say."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
 
 
 def _tasks(model: Any, tokenizer: Any, tasks: list[str]) -> dict[str, dict[str, float]]:
@@ -99,6 +164,26 @@ def _tasks(model: Any, tokenizer: Any, tasks: list[str]) -> dict[str, dict[str, 
     }
 
 
+# --- text ---------------------------------------------------------------------------------------------
+
+
+class _Printer:
+    """Prints tokens as `generate` makes them, first those of the prompt."""
+
+    def __init__(self, tokenizer: Any, skip_prompt: bool) -> None:
+        self._stream, self._skip = TextStream(tokenizer), skip_prompt
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt, then one token at a time."""
+        if not self._skip:
+            print("".join(map(self._stream.push, value.flatten().tolist())), end="", flush=True)
+        self._skip = False
+
+    def end(self) -> None:
+        """No more tokens."""
+        print(self._stream.rest(), flush=True)
+
+
 @torch.no_grad()
 def generate(
     folder: Path,
@@ -108,29 +193,87 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     chat: bool = False,
-    load_export: Callable[[Path], Any] | None = None,
+    device: str = "cpu",
+    load_export: Callable[..., Any] | None = None,
+    moved: str | None = None,
 ) -> None:
-    """Stream a continuation of `prompt` to stdout and the speed to stderr; `load_export` as in `load`."""
-    from transformers import TextStreamer
+    """Stream a continuation of `prompt` to stdout and the speed to stderr; `load_export` and `moved` as in `load`.
 
-    loaded = load(folder, load_export)
-    tokenizer: Any = load_tokenizer(loaded.tokenizer_folder)
-    if chat:
-        if not tokenizer.chat_template:
-            raise ConfigError(f"{folder} has no chat template, so --chat cannot wrap the prompt; leave it out")
-        messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
+    Raises:
+        ConfigError: no such device, or a prompt that this model cannot read.
+    """
+    loaded = load(folder, load_export, chosen(device), moved)
+    tokenizer: Any = load_tokenizer(loaded.tokenizer_folder, loaded.trust_remote_code)
+    inputs = _prompt(loaded.model, tokenizer, prompt, chat)
+    length = inputs["input_ids"].shape[1]
     torch.manual_seed(seed)
-    sampling: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        sampling["temperature"] = temperature
-    streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
+    room = _room(loaded.model, length, tokens)
+    loaded.model.generation_config = _generation(loaded.model, tokenizer, room, temperature)
+    streamer = _Printer(tokenizer, skip_prompt=chat)
     with served(loaded.model):
         began = time.monotonic()
-        output = loaded.model.generate(
-            **inputs, max_new_tokens=tokens, streamer=streamer, pad_token_id=tokenizer.pad_token_id, **sampling
-        )
-    made = output.shape[1] - inputs["input_ids"].shape[1]
+        output = loaded.model.generate(**{k: v.to(loaded.model.device) for k, v in inputs.items()}, streamer=streamer)
+    made = output.shape[1] - length
     seconds = time.monotonic() - began
     print(f"{made} tokens in {seconds:.1f} s: {made / seconds:.1f} tokens/s", file=sys.stderr)
+
+
+def _prompt(model: Any, tokenizer: Any, prompt: str, chat: bool) -> dict[str, torch.Tensor]:
+    """Ids and mask, both (1, tokens)."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the prompt is not Unicode text ({error.reason} at character {error.start})") from error
+    if chat:
+        prompt = _as_chat(tokenizer, prompt)
+    ids = tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
+    if not ids:
+        raise ConfigError(f"the prompt {prompt!r} holds no token for this model's tokenizer; give a text to continue")
+    limits.check_ids(model, tokenizer, max(ids), "the prompt")
+    return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.int64)}
+
+
+def _as_chat(tokenizer: Any, prompt: str) -> str:
+    if not tokenizer.chat_template:
+        raise ConfigError("the model has no chat template, so --chat cannot wrap the prompt; leave it out")
+    messages = [{"role": "user", "content": prompt}]
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of the checkpoint's: it may fail in any way
+        raise ConfigError(f"the model's chat template cannot wrap the prompt: {error}") from error
+    return text
+
+
+def _room(model: Any, used: int, tokens: int) -> int:
+    """How many of `tokens` fit behind the prompt."""
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(known, int) or known < 1 or used + tokens <= known:
+        return tokens
+    if used >= known:
+        raise ConfigError(f"the prompt has {used} tokens, but the model knows only {known} positions; shorten it")
+    print(f"note: the model knows {known} positions, so at most {known - used} tokens follow", file=sys.stderr)
+    return known - used
+
+
+def _generation(model: Any, tokenizer: Any, tokens: int, temperature: float) -> Any:
+    """Plain sampling or greedy search; of the checkpoint's own settings only what ends a text or limits the choice.
+
+    The rest (beams, stored lengths, ...) would change what is measured, and a file with a mistake need not stop us.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    settings: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": tokens, "use_cache": True}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        found = getattr(own, name, None)
+        ids = found if isinstance(found, list) else [found]
+        usable = bool(ids) and all(type(i) is int for i in ids)
+        settings[name] = found if usable else getattr(tokenizer, name, None)
+    if settings["pad_token_id"] is None:
+        end = settings["eos_token_id"]
+        settings["pad_token_id"] = end[0] if isinstance(end, list) and end else end
+    if temperature > 0:
+        settings["temperature"] = temperature
+        limits = {"top_k": lambda k: isinstance(k, int) and k > 0, "top_p": lambda p: 0 < float(p) <= 1}
+        settings |= {n: v for n, ok in limits.items() if (v := getattr(own, n, None)) is not None and ok(v)}
+    return GenerationConfig(**settings)

@@ -13,6 +13,7 @@ from qat.trainers.data import DataConfig
 from qat.trainers.evaluate import EvalConfig
 from qat.trainers.optim import OptimConfig
 
+JOB = "job.yaml"  # of a run's folder
 Precision = Literal["auto", "fp32", "bf16-mixed"]
 Strategy = Literal["auto", "ddp", "fsdp", "deepspeed"]
 
@@ -112,10 +113,14 @@ class Job(Strict):
 
 
 def load_job(path: str | Path, overrides: list[str] | None = None) -> Job:
-    """Read and check a job file.
+    """Read and check a job file. The job.yaml of a run means the run it lies in, wherever that was moved.
 
     Raises:
         ConfigError: with the path of the key, the value, and what is allowed.
     """
     path = Path(path)
-    return validate(Job, override(load_yaml(path), overrides or []), str(path))
+    data = load_yaml(path)
+    if path.name == JOB and (path.parent / "checkpoints").is_dir():
+        folder = path.parent.absolute()
+        data = {**data, "name": folder.name, "runs": str(folder.parent)}
+    return validate(Job, override(data, overrides or []), str(path))

@@ -4,6 +4,7 @@ The step counter, the order of the data and the learning rate are pure functions
 resumed run repeats the interrupted one exactly; Lightning's own loop state is not needed.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from qat.errors import TrainingError
 from qat.losses import IGNORE, chunked
 from qat.trainers import optim
 from qat.trainers.data import Batches
-from qat.trainers.forward import Head, hidden_states, split
+from qat.trainers.forward import Head, heads, hidden_states
 from qat.trainers.job import Job
 from qat.trainers.packing import Batch
 
@@ -56,6 +57,7 @@ class QatModule(lit.LightningModule):
         self.student, self.job, self.batches, self.start_step = student, job, batches, start_step
         self._teacher = (teacher,)
         self._heads: tuple[Head, Head | None] | None = None
+        self._losses: list[Tensor] = []  # of the step's micro-batches; read once, so that a GPU need not wait for each
         self.step_loss = 0.0
         self.step_tokens = 0
         self.grad_norm = 0.0
@@ -76,7 +78,7 @@ class QatModule(lit.LightningModule):
         if self.teacher is not None:
             self.teacher.to(self.device).eval().requires_grad_(False)
         with torch.autocast(self.device.type, enabled=False):
-            self._heads = (split(self.student), split(self.teacher) if self.teacher is not None else None)
+            self._heads = heads(self.student, self.teacher)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Micro-batches from the current step to the last."""
@@ -94,22 +96,25 @@ class QatModule(lit.LightningModule):
             with torch.no_grad():
                 teacher_hidden = hidden_states(self.teacher, batch)
         hidden = hidden_states(self.student, batch)
-        heads = (hidden, student_head, teacher_hidden, teacher_head)
-        total = chunked(self.job.objective, *heads, batch["targets"], self.job.loss_chunk)
-        value = total / batch["step_tokens"]
-        self._account(value, batch)
+        models = (hidden, student_head, teacher_hidden, teacher_head)
+        total = chunked(self.job.objective, *models, batch["targets"], self.job.loss_chunk)
+        value = total / batch["step_tokens"].clamp(min=1)
+        self._losses.append(value.detach())
+        self.step_tokens += batch["input_ids"].numel() * self.trainer.world_size
         # Lightning divides by the accumulation count and averages over processes; the sum over the step is wanted.
         return value * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
-    def _account(self, value: Tensor, batch: Batch) -> None:
-        loss = float(value.detach())
-        if loss != loss or loss in (float("inf"), float("-inf")):
-            raise TrainingError(
-                f"the loss became {loss} at step {self.step + 1}; the last good checkpoint is kept. Lower optim.lr "
-                f"(now {self.job.optim.lr:g}), or look for bad rows in {self.job.data.source!r}"
-            )
-        self.step_loss += loss
-        self.step_tokens += batch["input_ids"].numel() * self.trainer.world_size
+    def _finite(self) -> None:
+        """Stop before the optimizer writes NaN into the weights."""
+        for value in self._losses:
+            self.step_loss += float(value)
+        self._losses.clear()
+        for what, found in (("loss", self.step_loss), ("norm of the gradients", self.grad_norm)):
+            if not math.isfinite(found):
+                raise TrainingError(
+                    f"the {what} became {found} at step {self.step + 1}; the last good checkpoint is kept. Lower "
+                    f"optim.lr (now {self.job.optim.lr:g}), or look for bad rows in {self.job.data.source!r}"
+                )
 
     def configure_optimizers(self) -> Any:
         """AdamW; rates follow `optim.schedule` from the true step."""
@@ -122,8 +127,13 @@ class QatModule(lit.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        """Clip by the norm over all trained parameters, and remember the norm and the rates in force for the log."""
+        """Clip by the norm over all trained parameters, and remember loss, norm and the rates in force for the log.
+
+        Raises:
+            TrainingError: the loss or the norm is not finite.
+        """
         groups = optimizer.param_groups
         parameters = [p for group in groups for p in group["params"]]
         self.grad_norm = float(nn.utils.clip_grad_norm_(parameters, self.job.optim.clip))
+        self._finite()
         self.rates = {group["kind"]: group["lr"] for group in groups}

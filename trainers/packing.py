@@ -30,6 +30,7 @@ Row = npt.NDArray[np.int32]
 Batch = dict[str, torch.Tensor]
 
 PROBE_TOKENS = 16
+LEAKS = 0.1  # of `leakage`, above which documents are not packed
 
 
 def targets(document: Tokens) -> Row:
@@ -127,7 +128,7 @@ def leakage(model: "nn.Module") -> float:
 
     Two rows hold two documents each. The first document's tokens are changed, and the change in the second
     one's logits is divided by the change when both are one document. The measure needs no tolerance for the
-    model's precision. Above 0.1 the model must be trained with `pack: false`.
+    model's precision. Above LEAKS the model must be trained with `pack: false`.
     """
     device = next(model.parameters()).device
     config: Any = model.config

@@ -6,9 +6,8 @@ too, and one model has one colour everywhere. matplotlib is imported when someth
 
 import csv
 import math
-import os
 import re
-import tempfile
+import secrets
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,14 +85,13 @@ def read_metrics(path: Path) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]
 def _save(figure: "Figure", path: Path) -> Path:
     """Write the picture so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # not by tempfile, which ignores the umask
     try:
-        with os.fdopen(handle, "wb") as file:
+        with partial.open("xb") as file:
             figure.savefig(file, format="png", facecolor="white")
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
+        partial.replace(path)
     finally:
-        Path(name).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
     return path
 
 

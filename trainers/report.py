@@ -45,6 +45,7 @@ class RunReport:
         machine: accelerator, or CPU and threads.
         finished_at: ISO 8601, UTC.
         qsnr: (layer, dB at the start, dB after training), each against the weights that were quantized.
+        texts: what was read of the training and the held-out text, and what of it was left out.
     """
 
     name: str
@@ -71,6 +72,7 @@ class RunReport:
     precision: str
     finished_at: str
     qsnr: list[tuple[str, float, float]] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `report.json`: plain JSON values, with None for what is not a finite number."""
@@ -244,6 +246,7 @@ def _provenance(report: dict[str, Any]) -> list[str]:
         "student": f"step {report['best_step']:,}, the one with the lowest held-out KL (chosen on this text)",
         "machine": f"{report['machine']}; peak memory {_size(report['peak_memory_bytes'])}",
         "versions": versions,
+        **{f"{name} text": said for name, said in report.get("texts", {}).items()},
         "held-out rows": f"sha256 `{report['eval_hash']}`",
         "training rows": f"sha256 `{report['data_hash']}`; held-out 13-grams found there: {overlap}",
         "finished": report["finished_at"],

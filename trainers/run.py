@@ -1,56 +1,40 @@
 """A run from job to report: load, calibrate, judge the baselines, train with Lightning, judge the best, report."""
 
-import json
-import logging
-import platform
-import warnings
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import lightning as lit
 import torch
-import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
 from qat.calibration import begin, observe, prepare
 from qat.checkpoints import resume
-from qat.checkpoints.hf import load_model, load_tokenizer, resolve
-from qat.config import load_yaml, validate, write_text_atomic
-from qat.errors import CheckpointError, ConfigError, UnsupportedError
+from qat.checkpoints.hf import load_configured, load_tokenizer
+from qat.checkpoints.progress import counted
+from qat.errors import ConfigError, Interrupted, UnsupportedError
 from qat.numerics import qsnr
 from qat.surgery import Coverage, apply, dense, layers, report
-from qat.trainers.callbacks import Average, Keeper, StepLoop
-from qat.trainers.data import Batches, Blocks, load_blocks
+from qat.trainers import claim, limits
+from qat.trainers.callbacks import Keeper
+from qat.trainers.data import Batches, load_blocks
 from qat.trainers.evaluate import Judge, gap_closed
+from qat.trainers.exportable import export_notes, student_without_numbers
+from qat.trainers.fit import fit, quiet_lightning
+from qat.trainers.interrupts import Interruptions
 from qat.trainers.job import Job
+from qat.trainers.machine import machine, repeatable, versions
 from qat.trainers.memory import keep_freed_blocks, peak_bytes
-from qat.trainers.module import QatModule
 from qat.trainers.overlap import overlap
-from qat.trainers.packing import leakage, model_inputs
+from qat.trainers.packing import LEAKS, leakage, model_inputs
+from qat.trainers.parts import Parts
 from qat.trainers.report import RunReport, print_table, write_report
+from qat.trainers.teacher import settled
 
-LEAKS = 0.1  # see `packing.leakage`
 CONTAMINATED = 0.01  # share of held-out 13-grams seen in training above which a warning is due
-
-
-@dataclass
-class Parts:
-    """Everything a run holds in memory."""
-
-    student: Any
-    teacher: Any
-    train: Blocks
-    heldout: Blocks
-    calibration: Blocks
-    coverage: Coverage
-    device: torch.device
-    dtype: torch.dtype | None
-    parameters: int  # of the model that is trained, without learned scales
-    qsnr_start: dict[str, float] = field(default_factory=dict)
 
 
 def train(job: Job, *, resume_run: bool = False, console: Console | None = None, table: bool = True) -> dict[str, Any]:
@@ -61,15 +45,45 @@ def train(job: Job, *, resume_run: bool = False, console: Console | None = None,
         ConfigError: `--resume` with a job that differs from the one on disk.
     """
     console = console or Console(stderr=True)
-    _quiet_lightning()
+    quiet_lightning()
     keep_freed_blocks()
     if job.unproven:
         raise UnsupportedError(job.unproven)
+    claim.check_there(job)
+    job, notes = settled(job)
+    for note in notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
     run = job.folder
-    saved = _claim(run, job, resume_run)
+    if resume_run:
+        resume.last_state(run)  # before a folder is made for the lock
+    with claim.locked(run), Interruptions() as interruptions:
+        try:
+            return _train(job, resume_run, console, table, interruptions)
+        except Interrupted:
+            asked = interruptions.asked
+            by = asked.name if asked is not None else "a signal"
+            console.print(f"stopped by {by}; {claim.how_to_go_on(run)}", highlight=False, soft_wrap=True)
+            raise
+        except OSError:
+            console.print(f"the run ended early; {claim.how_to_go_on(run)}", highlight=False, soft_wrap=True)
+            raise
+
+
+def _train(job: Job, resume_run: bool, console: Console, table: bool, interruptions: Interruptions) -> dict[str, Any]:
+    """`train` in a locked folder, with the signals handled."""
+    run = job.folder
+    if not resume_run:
+        claim.refuse_restart(run)
+    job, source, reference = claim.located(job)
+    saved: dict[str, Any] = {}
+    if resume_run:
+        saved = claim.take_up(run, job, console)
+    else:
+        claim.start(run, job, console)
     lit.seed_everything(job.seed, verbose=False)
-    parts = _load(job, console)
+    parts = _load(job, source, reference, console)
     _print_coverage(parts.coverage, console)
+    text = {"data": parts.train.digest, "eval.data": parts.heldout.digest}
     judge = Judge(parts.teacher, parts.heldout, job.eval.batch, parts.device, parts.dtype)
     if not resume_run:
         saved = {"rows": _baselines(job, parts, judge, console)}
@@ -77,61 +91,44 @@ def train(job: Job, *, resume_run: bool = False, console: Console | None = None,
         keeper.best = {"step": 0, "kl": saved["rows"][-1]["kl"], "since": 0}
         resume.save_best(run, resume.student_tensors(parts.student), {**saved["rows"][-1], "step": 0})
     else:
+        claim.check_text(saved, text, job.steps, console)
         keeper = Keeper(run, job, judge, saved["best"])
-    loop = _fit(job, parts, keeper, saved, resume_run)
-    if loop.stopped_by == "SIGTERM":
-        console.print(f"stopped by SIGTERM; continue with: qat train ... --resume (state in {run / 'checkpoints'})")
-        raise SystemExit(143)
+    saved.update(text=text, steps=job.steps)
+    loop = fit(job, parts, keeper, saved, resume.last_state(run) if resume_run else None, interruptions)
+    if interruptions.asked is not None:
+        raise interruptions.stop()
     if loop.stopped_by:
         console.print(f"stopped early: {loop.stopped_by}")
     return _finish(job, parts, keeper, saved, console, table)
 
 
-def _claim(run: Path, job: Job, resume_run: bool) -> dict[str, Any]:
-    """Create the run folder, or check that the one on disk is this job; returns the saved state when resuming."""
-    text = yaml.safe_dump(json.loads(job.model_dump_json()), sort_keys=False)
-    path = run / "job.yaml"
-    if resume_run:
-        state = resume.read_state(resume.last_state(run))
-        old = validate(Job, load_yaml(path), str(path))
-        changed = _differences(json.loads(old.model_dump_json()), json.loads(job.model_dump_json()))
-        if changed:
-            raise ConfigError(f"{run} was started with another job; resume with the same one. Differs: {changed}")
-        return state
-    if (run / "checkpoints").exists():  # without it, an earlier start failed before anything was worth keeping
-        raise CheckpointError(f"{run} exists already; continue it with --resume, or choose another name=...")
-    run.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(path, text)
-    return {}
-
-
-def _differences(old: Any, new: Any, path: str = "") -> str:
-    """'key: was x, now y' for every leaf that differs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = [_differences(old.get(k), new.get(k), f"{path}.{k}" if path else k) for k in {**old, **new}]
-        return "; ".join(part for part in found if part)
-    return "" if old == new else f"{path} was {old!r}, now {new!r}"
-
-
-def _load(job: Job, console: Console) -> Parts:
+def _load(job: Job, source: Path, reference: Path, console: Console) -> Parts:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    repeatable(device)
     mixed = job.precision == "bf16-mixed" or (job.precision == "auto" and device.type == "cuda")
-    source = resolve(job.model)
-    reference = resolve(job.teacher) if job.teacher is not None else source
     tokenizer = load_tokenizer(source, job.model.trust_remote_code)
-    settings = (job.model.attn_implementation, job.model.trust_remote_code)
+    for note in export_notes(job, source, student_without_numbers(job, source)):
+        console.print(note, highlight=False, soft_wrap=True, markup=False)
     teacher_dtype = torch.bfloat16 if mixed and device.type == "cuda" else torch.float32
-    teacher: nn.Module = load_model(reference, teacher_dtype, *settings)
-    student: nn.Module = load_model(source, torch.float32, *settings)
+    # On the device at once: it may write the text of `source: teacher`.
+    teacher: nn.Module = load_configured(job.teacher or job.model, reference, teacher_dtype)
+    teacher.to(device)
+    student: nn.Module = load_configured(job.model, source)
     coverage = report(student, job.scheme)
+    _check_packing(job, student, *([teacher] if job.teacher is not None else []))
     parameters = sum(p.numel() for p in student.parameters())
+    limits.warn(limits.check_lengths(job, student, teacher))
     train_rows = load_blocks(job.data, tokenizer, num_tokens=job.steps * job.rows * job.data.seq_len, teacher=teacher)
     heldout = load_blocks(job.eval.data, tokenizer, num_tokens=job.eval.tokens)
     calibration = train_rows
     if job.calibration is not None:
         tokens = job.calibration_rows * job.calibration.seq_len
         calibration = load_blocks(job.calibration, tokenizer, num_tokens=tokens, teacher=teacher)
-    _check_packing(job, student)
+    limits.check_rows(
+        tokenizer, {"data": train_rows, "eval.data": heldout, "calibration": calibration}, student, teacher
+    )
+    console.print(f"training text: {train_rows.summary}", highlight=False, soft_wrap=True)
+    console.print(f"held-out text: {heldout.summary}", highlight=False, soft_wrap=True)
     shared = overlap(train_rows, heldout)
     if shared > CONTAMINATED:
         console.print(f"[yellow]warning: {shared:.1%} of the held-out 13-grams also occur in the training text")
@@ -143,16 +140,19 @@ def _load(job: Job, console: Console) -> Parts:
     _freeze(student, job)
     dtype = torch.bfloat16 if mixed else None
     rows = (train_rows, heldout, calibration)
-    return Parts(student.to(device), teacher.to(device), *rows, coverage, device, dtype, parameters)
+    return Parts(student.to(device), teacher, *rows, coverage, device, dtype, parameters)
 
 
-def _check_packing(job: Job, student: nn.Module) -> None:
-    leak = leakage(student) if job.data.pack or job.eval.data.pack else 0.0
-    if leak > LEAKS:
-        raise UnsupportedError(
-            f"{type(student).__name__} with {job.model.attn_implementation} attention lets packed documents see each "
-            f"other (leakage {leak:.2f}); set data.pack and eval.data.pack to false"
-        )
+def _check_packing(job: Job, *models: Any) -> None:
+    texts = {"data": job.data, "eval.data": job.eval.data, "calibration": job.calibration}
+    packed = [name for name, text in texts.items() if text is not None and text.pack]
+    for model in models if packed else ():
+        leak = leakage(model)
+        if leak > LEAKS:
+            raise UnsupportedError(
+                f"{type(model).__name__} with {model.config._attn_implementation} attention lets packed documents see "
+                f"each other (leakage {leak:.2f}); set {' and '.join(f'{name}.pack' for name in packed)} to false"
+            )
 
 
 def _freeze(student: nn.Module, job: Job) -> None:
@@ -164,6 +164,8 @@ def _freeze(student: nn.Module, job: Job) -> None:
             raise ConfigError(f"optim.freeze pattern {pattern!r} matches no parameter")
         for parameter in matched:
             parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in student.parameters()):
+        raise ConfigError(f"optim.freeze {', '.join(job.optim.freeze)} leaves no parameter to train")
 
 
 def _print_coverage(coverage: Coverage, console: Console) -> None:
@@ -202,13 +204,13 @@ def _baselines(job: Job, parts: Parts, judge: Judge, console: Console) -> list[d
         mean_square = observe(parts.student, batches)
     without = {"start": "amax", "weighted_start": False, "smooth": 0.0, "compensate": "none"}
     plain = job.scheme.model_copy(update=without)
-    begin(parts.student, plain, mean_square)
+    begin(parts.student, plain, mean_square, track=_tracked)
     judged(parts.student, "ptq")
     if plain == job.scheme:
         rows.append({**rows[-1], "name": "best_ptq"})
     else:
         with autocast:
-            folds = prepare(parts.student, batches, job.scheme, mean_square)
+            folds = prepare(parts.student, batches, job.scheme, mean_square, _tracked)
         if job.scheme.smooth:
             smoothed, count = len({path for fold in folds for path in fold.readers}), len(layers(parts.student))
             console.print(f"smoothed the inputs of {smoothed} of {count} layers", highlight=False)
@@ -221,82 +223,33 @@ def _calibration(job: Job, parts: Parts) -> list[dict[str, Any]]:
     batches = Batches(parts.calibration, job.micro_rows, job.seed)
     count = -(-job.calibration_rows // job.micro_rows)
     found = ({k: v.to(parts.device) for k, v in batches.batch(index).items()} for index in range(count))
-    return [model_inputs(batch) for batch in found]
+    return _Counted(model_inputs(batch) for batch in found)
 
 
-def _fit(job: Job, parts: Parts, keeper: Keeper, saved: dict[str, Any], resume_run: bool) -> StepLoop:
-    folder = resume.last_state(job.folder) if resume_run else None
-    start = 0
-    if folder is not None:
-        start = int(resume.read_state(folder)["step"])
-        resume.restore_student(parts.student, load_file(folder / resume.STUDENT))
-    teacher = parts.teacher if job.objective.needs_teacher else None
-    module = QatModule(parts.student, teacher, job, Batches(parts.train, job.rows, job.seed), start)
-    average = Average(parts.student, job.optim.ema) if job.optim.ema else None
-    loop = StepLoop(job.folder, job, keeper, average, saved)
-    if start >= job.steps:
-        return loop
-    restore = _Restore(folder, average)
-    trainer = lit.Trainer(
-        max_steps=job.steps - start,
-        accumulate_grad_batches=job.rows // (job.micro_rows * job.devices),
-        precision="bf16-mixed" if parts.dtype is torch.bfloat16 else "32-true",
-        accelerator=parts.device.type,
-        devices=job.devices,
-        strategy=job.strategy,
-        callbacks=[restore, loop],
-        logger=_loggers(job),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-    parts.student.train()
-    trainer.fit(module)
-    return loop
+class _Counted(list[dict[str, Any]]):
+    """Batches that show how far each pass over them has come."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return counted(super().__iter__(), "calibrating", len(self), "batches")
 
 
-class _Restore(lit.Callback):
-    """Loads the saved state once the optimizer exists."""
-
-    def __init__(self, folder: Path | None, average: Average | None) -> None:
-        self.folder, self.average = folder, average
-
-    def on_train_start(self, trainer: lit.Trainer, pl_module: lit.LightningModule) -> None:
-        """Bring back parameters, moments, averages and random state."""
-        if self.folder is None:
-            return
-        assert isinstance(pl_module, QatModule)
-        optimizer: Any = pl_module.optimizers()
-        _, values = resume.restore_state(self.folder, pl_module.student, optimizer.optimizer)
-        if self.average is not None and values is not None:
-            self.average.values = {n: t.to(self.average.values[n].device) for n, t in values.items()}
-
-
-def _loggers(job: Job) -> Any:
-    if job.wandb is None:
-        return False
-    try:
-        from lightning.pytorch.loggers import WandbLogger
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"the job asks for wandb, which is not installed: pip install wandb ({error})") from error
-    return WandbLogger(
-        project=job.wandb.project, name=job.name, offline=job.wandb.offline, save_dir=job.folder, log_model=False
-    )
+def _tracked(layers: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    return counted(layers.items(), "finding start scales", len(layers), "layers")
 
 
 def _finish(
     job: Job, parts: Parts, keeper: Keeper, saved: dict[str, Any], console: Console, table: bool
 ) -> dict[str, Any]:
     """Judge the best student again, from disk, and write the report."""
-    best = job.folder / "checkpoints" / resume.BEST
+    run = job.folder
+    best = run / "checkpoints" / resume.BEST
     resume.restore_student(parts.student, load_file(best / resume.STUDENT))
     rows = [*saved["rows"], keeper.judge.score(parts.student, "the student reads held-out text").row("student")]
     built = _report(job, parts, keeper, saved, rows)
-    write_report(job.folder, built)
+    write_report(run, built)
     if table:
         print_table(built, Console())
-    console.print(f"report: {job.folder / 'report.md'}", highlight=False)
+    console.print(f"report: {run / 'report.md'}", highlight=False, soft_wrap=True)
     return built.to_dict()
 
 
@@ -324,10 +277,11 @@ def _report(job: Job, parts: Parts, keeper: Keeper, saved: dict[str, Any], rows:
         best_step=keeper.best["step"],
         eval_hash=parts.heldout.digest,
         data_hash=parts.train.digest,
+        texts={"training": parts.train.summary, "held-out": parts.heldout.summary},
         overlap=overlap(parts.train, parts.heldout),
         scheme=parts.coverage.by_format(),
-        machine=_machine(parts.device),
-        versions=_versions(),
+        machine=machine(parts.device),
+        versions=versions(),
         precision="bf16-mixed" if parts.dtype is torch.bfloat16 else "fp32",
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         qsnr=_qsnr(parts),
@@ -343,32 +297,3 @@ def _qsnr(parts: Parts) -> list[tuple[str, float, float]]:
 
 def _layer_qsnr(layer: Any) -> float:
     return qsnr(layer.weight, layer.weight_quantizer(layer.weight))
-
-
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
-
-
-def _cpu_name() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        return next(line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    names = {"torch": "torch", "transformers": "transformers", "lightning": "lightning", "qat": "qat-native"}
-    return {"python": platform.python_version(), **{key: version(name) for key, name in names.items()}}
-
-
-def _quiet_lightning() -> None:
-    """Lightning's tips and warnings about things this trainer does on purpose."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning.*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")

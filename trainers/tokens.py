@@ -2,39 +2,37 @@
 
 A text is learnt whole. Of a chat every assistant turn is learnt, and nothing else; where a turn begins and
 ends comes from the tokenizer's own template, and a template for which that cannot be known for certain is
-refused.
+refused (see `chats`). Of a prompt with its completion only the completion is learnt.
 """
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from qat.errors import DataError
-from qat.trainers.sources import Document, Message
+from qat.trainers import chats
+from qat.trainers.records import Document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH_CHARACTERS = 1 << 18  # texts handed to the tokenizer at once; it works on them in parallel
 
-_GENERATION_MARK = re.compile(r"\{%-?\s*generation\b")
-_SPLIT_ADVICE = (
-    "give one sample per assistant turn, so that each ends with the turn to learn, or a template that marks "
-    "assistant turns with {% generation %}"
-)
+Ids = npt.NDArray[np.int32]
+Learn = npt.NDArray[np.bool_]
 
 
 class Tokens(NamedTuple):
-    """Token ids of one document, int32 of shape (n,), and which of them are to be learnt, bool of shape
-    (n,)."""
+    """Token ids of one document, int32 of shape (n,), which of them are to be learnt, bool of shape (n,), and the
+    kind of record it was."""
 
-    ids: npt.NDArray[np.int32]
-    learn: npt.NDArray[np.bool_]
+    ids: Ids
+    learn: Learn
+    shape: str = "text"
 
 
 def encode(documents: Iterator[Document], tokenizer: "PreTrainedTokenizerBase") -> Iterator[Tokens]:
@@ -48,10 +46,12 @@ def encode(documents: Iterator[Document], tokenizer: "PreTrainedTokenizerBase") 
     waiting: list[Document] = []
     size = 0
     for document in documents:
-        if document.messages:
+        # What can be either is a chat where there is a template.
+        chat = document.messages and (tokenizer.chat_template or not (document.prompt or document.text))
+        if chat or document.prompt:
             yield from _encode_texts(waiting, tokenizer)
             waiting, size = [], 0
-            yield _encode_chat(document, tokenizer)
+            yield _encode_chat(document, tokenizer) if chat else _encode_completion(document, tokenizer)
         else:
             waiting.append(document)
             size += len(document.text)
@@ -86,106 +86,64 @@ def _encode_texts(documents: list[Document], tokenizer: "PreTrainedTokenizerBase
 
 
 def _encode_chat(document: Document, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{document.where} is a chat, but the tokenizer has no chat template; use the tokenizer of an "
-            "instruct model, or set chat: never and name a text_field"
-        )
-    if _GENERATION_MARK.search(tokenizer.get_chat_template()):
-        return _encode_marked(document, tokenizer)
-    text, turns = _assistant_turns(document, tokenizer)
+    given = chats.chat(document, tokenizer)
+    if given.marked:
+        return Tokens(*_marked(given), _shown(document, chat=True))
+    text, spans = chats.turns(given)
+    ids, offsets = _offsets(text, tokenizer, document.where, special=False)
+    return Tokens(ids, _inside(offsets, spans), _shown(document, chat=True))
+
+
+def _encode_completion(document: Document, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
+    """A prompt and its text as one text, of which what follows the prompt is learnt, the EOS token included."""
+    text = document.prompt + document.text
+    ids, offsets = _offsets(text, tokenizer, document.where, special=True)
+    learn = _inside(offsets, [chats.Span(len(document.prompt), len(text))])
+    end = tokenizer.eos_token_id
+    if end is not None and (not len(ids) or ids[-1] != end):
+        ids, learn = np.append(ids, np.int32(end)), np.append(learn, True)
+    elif end is not None:
+        learn[-1] = True
+    return Tokens(ids, learn, _shown(document, chat=False))
+
+
+def _marked(given: chats.Chat) -> tuple[Ids, Learn]:
+    """Ids and what the template's own marks say is the assistant's, apart from the context."""
+    encoded = given.render(tokenize=True)
+    ids, learn = np.asarray(encoded["input_ids"], np.int32), np.asarray(encoded["assistant_masks"], np.bool_)
+    if any(message["role"] == "assistant" for message in given.messages[: given.context]):
+        before = given.render(given.messages[: given.context], tokenize=True)["assistant_masks"]
+        learn[np.flatnonzero(learn)[: sum(before)]] = False
+    if given.learnt and not learn.any():
+        raise DataError(f"{given.where}: the template's generation marks cover no token; repair the template")
+    return ids, learn
+
+
+def _offsets(
+    text: str, tokenizer: "PreTrainedTokenizerBase", where: str, *, special: bool
+) -> tuple[Ids, npt.NDArray[np.int64]]:
+    """Ids of a text, and the characters that each stands for: int64 of shape (n, 2)."""
     if not tokenizer.is_fast:
         kind = type(tokenizer).__name__
-        raise DataError(f"{document.where}: {kind} cannot map tokens to characters; use a fast tokenizer")
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids = np.asarray(encoded["input_ids"], np.int32)
-    starts = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)[:, 0]
-    learn = np.zeros(len(ids), np.bool_)
-    for begin, end in turns:
-        learn |= (starts >= begin) & (starts < end)
-    return Tokens(ids, learn)
+        raise DataError(f"{where}: {kind} cannot map tokens to characters; use a fast tokenizer")
+    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+    offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+    return np.asarray(encoded["input_ids"], np.int32), offsets
 
 
-def _encode_marked(document: Document, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
-    encoded = _render(document, document.messages, tokenizer, tokenize=True)
-    ids, learn = np.asarray(encoded["input_ids"], np.int32), np.asarray(encoded["assistant_masks"], np.bool_)
-    if _speaks(document.messages) and not learn.any():
-        raise DataError(f"{document.where}: the template's generation marks cover no token; repair the template")
-    return Tokens(ids, learn)
+def _inside(offsets: npt.NDArray[np.int64], spans: list[chats.Span]) -> Learn:
+    """Which tokens begin inside one of the spans; some tokenizers leave white space with an empty offset at its end,
+    and so a token without characters is inside only after the first place."""
+    starts, ends = offsets.T
+    learn = np.zeros(len(starts), np.bool_)
+    for span in spans:
+        begins = (starts > span.begin) | ((starts == span.begin) & (ends > starts))
+        learn |= begins & ((starts < span.end) if span.whole else (ends <= span.end))
+    return learn
 
 
-def _speaks(messages: tuple[Message, ...]) -> bool:
-    return any(message["role"] == "assistant" for message in messages)
-
-
-def _assistant_turns(document: Document, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, list[tuple[int, int]]]:
-    """The rendered chat and the character span of every assistant turn in it, end-of-turn mark included.
-
-    A turn begins where the messages before it, rendered with the generation prompt, end; both renderings
-    must agree up to there. It ends where the messages up to and including it end, if that too is a prefix.
-    Templates that drop the reasoning of earlier turns (Qwen3) render a turn differently when it is the
-    last; such a turn is accepted if its content, followed by what closes it when last, stands right at its
-    beginning.
-    """
-    messages = document.messages
-    full = _render(document, messages, tokenizer)
-    turns = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        if index == 0:
-            raise DataError(
-                f"{document.where}: the chat begins with the assistant, so nothing says where its turn begins"
-                "; put a user or system message first, or remove that turn"
-            )
-        before = _render(document, messages[:index], tokenizer, prompt=True)
-        through = _render(document, messages[: index + 1], tokenizer)
-        begin = len(before)
-        if not full.startswith(before) or not through.startswith(before):
-            raise DataError(
-                f"{document.where}: the chat template renders what precedes message {index} differently once "
-                f"more messages follow, so its assistant turns cannot be found; {_SPLIT_ADVICE}"
-            )
-        if full.startswith(through):
-            turns.append((begin, begin + len(_closed(through[begin:], tokenizer))))
-            continue
-        content = message["content"].strip()
-        turn = content + through[begin:].rpartition(content)[2] if content else ""
-        if not turn or not full.startswith(turn, begin):
-            raise DataError(
-                f"{document.where}: the chat template rewrites message {index} once more messages follow (it "
-                f"may drop reasoning), so this assistant turn cannot be found; {_SPLIT_ADVICE}"
-            )
-        turns.append((begin, begin + len(_closed(turn, tokenizer))))
-    return full, turns
-
-
-def _closed(turn: str, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The turn without white space after its closing special token: generation stops before writing that."""
-    marks = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
-    return turn.rstrip() if turn.rstrip().endswith(marks) else turn
-
-
-def _render(
-    document: Document,
-    messages: tuple[Message, ...],
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    prompt: bool = False,
-    tokenize: bool = False,
-) -> Any:
-    """The template's text, or with `tokenize` its ids and assistant mask."""
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages),
-            tokenize=tokenize,
-            add_generation_prompt=prompt,
-            return_dict=tokenize,
-            return_assistant_tokens_mask=tokenize,
-        )
-    except Exception as error:  # templates raise whatever their author, or Jinja, chose
-        roles = ", ".join(message["role"] for message in messages) or "none"
-        raise DataError(
-            f"{document.where}: the chat template refuses messages with the roles {roles}: "
-            f"{str(error)[:200]}; reorder or merge them as the model's template expects"
-        ) from None
+def _shown(document: Document, *, chat: bool) -> str:
+    """The kind of record, and what was made of one that can be a chat or a text."""
+    if not document.prompt and not document.text:
+        return document.shape
+    return f"{document.shape} as chats" if chat else f"{document.shape} as plain text"

@@ -270,10 +270,10 @@ def quantization_config(layers: list[TargetLayer], ignored: list[str]) -> dict[s
     groups: dict[str, tuple[Layout, list[str]]] = {}
     for layer in layers:
         how = layout(layer.weight, layer.input)
-        groups.setdefault(repr(how), (how, []))[1].append(layer.path)
-    everything = [layer.path for layer in layers] + ignored
+        groups.setdefault(repr(how), (how, []))[1].extend(layer.names)
+    everything = [name for layer in layers for name in layer.names] + ignored
     # vLLM knows the output head by its name only, so "Linear" would miss it.
-    inside = all("." in layer.path for layer in layers)
+    inside = all("." in name for layer in layers for name in layer.names)
     uniform = len(groups) == 1 and inside
     formats = {how.format for how, _ in groups.values()}
     return {

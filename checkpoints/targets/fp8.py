@@ -31,7 +31,7 @@ def check(layer: TargetLayer) -> None:
                 f"{layer.path}: {size} {what} are no multiple of {block}, and transformers would read other blocks; "
                 "skip the layer, or use the target compressed-tensors"
             )
-    if "." not in layer.path:
+    if any("." not in name for name in layer.names):
         raise UnsupportedError(
             f"{layer.path}: engines keep the output layer of {METHOD} checkpoints dense; skip it, or use the target "
             "compressed-tensors"

@@ -125,7 +125,7 @@ def quantization_config(layers: list[TargetLayer], ignored: list[str]) -> dict[s
             f"{METHOD} checkpoints hold one algorithm here, but {found}; give all layers one scheme, "
             "or use the target compressed-tensors"
         )
-    excluded = exclusions(ignored, [layer.path for layer in layers])
+    excluded = exclusions(ignored, [name for layer in layers for name in layer.names])
     ((name, layer),) = algorithms.items()
     weights, inputs = _arguments(layer.weight), layer.input and _arguments(layer.input)
     return {

@@ -263,6 +263,11 @@ def find(target: str, weight: Format, input: Format | None) -> Row | None:
     return next((row for row in ROWS if row.target == target and row.applies(weight, input)), None)
 
 
+def held_anywhere(weight: Format, input: Format | None) -> bool:
+    """Whether any target holds the pair."""
+    return any(row.applies(weight, input) for row in ROWS)
+
+
 def pairs(target: str) -> list[tuple[str, str | None]]:
     """Every (weight, input) pair of catalogue names that `target` holds."""
     inputs = [None, *CATALOG.values()]

@@ -13,12 +13,19 @@ from qat.numerics import QTensor
 
 @dataclass(frozen=True)
 class TargetLayer:
-    """One quantized linear layer: its name in the checkpoint, its shape (rows, columns) and its formats."""
+    """One quantized linear layer: its name in the checkpoint, its shape (rows, columns) and its formats; `module` is
+    its path in transformers' model, where that differs."""
 
     path: str
     shape: tuple[int, int]
     weight: Format
     input: Format | None
+    module: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that a loader may ask for: engines go by the checkpoint, plain transformers by its modules."""
+        return (self.path, self.module) if self.module and self.module != self.path else (self.path,)
 
 
 class Target(Protocol):

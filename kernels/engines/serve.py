@@ -1,32 +1,38 @@
 """`qat serve`: an exported folder behind an OpenAI-compatible HTTP server, through an engine that already exists.
 
-transformers' own server runs anywhere, here with packed weights; vLLM's is started where it is installed. In front of
-transformers' server stands `Front` (front.py).
+vLLM's server is started where vLLM is installed. Elsewhere transformers' `generate` writes the answers, from packed
+weights: requests.py says what may be asked, answers.py has it written, replies.py shapes it, front.py speaks HTTP.
 """
 
-import asyncio
 import importlib.util
 import socket
 import sys
-import threading
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from qat.checkpoints.hf import load_tokenizer, read_json
 from qat.errors import CheckpointError, ConfigError
 from qat.kernels.compiler import end_idle_threads
-from qat.kernels.engines.front import Front
-from qat.kernels.engines.transformers import METHODS, compute_dtype, installed, loading
+from qat.kernels.engines.transformers import METHODS, load_packed
 
 Engine = Literal["auto", "transformers", "vllm"]
 _PATIENCE = 2  # seconds that running answers have left after Ctrl-C
-_LAST_TOKEN = 60  # seconds that a step of a cancelled answer may take
-_NEEDED = ("fastapi", "uvicorn", "openai", "starlette")
 
 
-def serve(folder: Path, engine: Engine, host: str, port: int, device: str, dtype: str) -> None:
+def serve(
+    folder: Path, engine: Engine, host: str, port: int, device: str, dtype: str, names: Sequence[str] = ()
+) -> None:
     """Serve until interrupted.
+
+    Args:
+        folder: of an exported checkpoint or a plain model.
+        engine: what computes; auto takes vLLM where it is installed.
+        host: address to listen on.
+        port: to listen on.
+        device: where the model runs.
+        dtype: of the activations.
+        names: of the model in requests, the first in answers too; the folder as it is given by default.
 
     Raises:
         CheckpointError: no folder of a model.
@@ -34,6 +40,8 @@ def serve(folder: Path, engine: Engine, host: str, port: int, device: str, dtype
     """
     if not 1 <= port <= 65535:
         raise ConfigError(f"--port {port}: ports are 1 to 65535")
+    if not all(names):
+        raise ConfigError("--served-model-name is empty; give a name, or leave it out")
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}")
     if (folder / "job.yaml").is_file():
@@ -46,85 +54,51 @@ def serve(folder: Path, engine: Engine, host: str, port: int, device: str, dtype
     if engine == "vllm":
         if device != "auto":
             raise ConfigError(f"--device {device} is for --engine transformers; vLLM runs on the device of its build")
-        return _serve_vllm(folder, host, port, dtype)
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"serving needs {', '.join(missing)}: pip install 'qat-native[serve]'")
+        return _serve_vllm(folder, names or [str(folder)], host, port, dtype)
+    if importlib.util.find_spec("uvicorn") is None:
+        raise ConfigError("serving needs uvicorn: pip install 'qat-native[serve]'")
     _check_device(device)
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method is not None and method not in METHODS:
         print(f"qat serve: {method} checkpoints are left to transformers itself", file=sys.stderr)
     _check_port(host, port)
-    with installed(), loading(folder):
-        server = transformers_server(folder, host, port, device, dtype)
-    bind = server.startup
-
-    async def announced(sockets: Any = None) -> None:
-        await bind(sockets)  # ends the process where the port is taken
-        name = folder.resolve().name
-        print(f"qat serve: {name} on http://{host}:{port}/v1 (stop with Ctrl-C)", file=sys.stderr, flush=True)
-
-    server.startup = announced
-    server.run()
+    print(f"qat serve: loading {folder}", file=sys.stderr, flush=True)
+    transformers_server(folder, names or [str(folder)], host, port, device, dtype).run()
 
 
-def transformers_server(folder: Path, host: str, port: int, device: str = "cpu", dtype: str = "auto") -> Any:
-    """transformers' server (a uvicorn.Server that is not running yet) with the model loaded."""
-    from transformers.cli.serve import Serve
-
-    class Prepared(Serve):
-        def start_server(self) -> None:
-            """The caller does."""
-
-    context, tokenizer, name = _context(folder), load_tokenizer(folder), folder.resolve().name
-    if dtype == "auto":
-        dtype = str(compute_dtype(device)).removeprefix("torch.")
-    prepared: Any = Prepared(
-        force_model=str(folder.resolve()), host=host, port=port, device=device, dtype=dtype, non_blocking=True
-    )
-    models, generations = prepared._model_manager, prepared._generation_state
-    (loaded,) = models.loaded_models.values()
-    models.loaded_models = {name: loaded}  # answers give this name; where the folder lies is nobody's business
-    models.process_model_name, models.force_model = str, name
-    manager = _stoppable()
-    generations.get_manager = lambda model, use_cb=False: manager
-    prepared.server.config.timeout_graceful_shutdown = _PATIENCE
-    prepared.server.config.app.add_middleware(Front, tokenizer=tokenizer, context=context, name=name)
-    run = prepared.server.run
-
-    def to_the_end(sockets: Any = None) -> None:
-        try:
-            run(sockets)
-        finally:  # Python must not end under a thread that computes
-            manager.submit(lambda: None).result(timeout=_LAST_TOKEN)
-
-    prepared.server.run = to_the_end
-    end_idle_threads()  # from here on, only the generating thread computes
-    return prepared.server
-
-
-def _stoppable() -> Any:
-    """transformers' thread for one generation after the other, which stops writing an answer that nobody waits for."""
+def transformers_server(
+    folder: Path, names: Sequence[str], host: str, port: int, device: str = "cpu", dtype: str = "auto"
+) -> Any:
+    """The server of `--engine transformers` (a uvicorn.Server that is not running yet), the model loaded."""
     import torch
-    from transformers import StoppingCriteria, StoppingCriteriaList
-    from transformers.cli.serving.utils import GenerateManager
+    import uvicorn
 
-    class Left(StoppingCriteria):
-        def __init__(self) -> None:
-            self.left = threading.Event()
+    from qat.kernels.engines.answers import Writer
+    from qat.kernels.engines.front import Front
+    from qat.kernels.engines.requests import Reader
 
-        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-            return torch.full((len(input_ids),), self.left.is_set(), dtype=torch.bool, device=input_ids.device)
+    context, tokenizer = _context(folder), load_tokenizer(folder)
+    model = load_packed(folder, None if dtype == "auto" else getattr(torch, dtype), device)
+    writer = Writer(model, tokenizer, context)
+    reader = Reader(tokenizer, context, model.config.get_text_config().vocab_size, names)
 
-    class Stoppable(GenerateManager):
-        def async_submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            client = Left()
-            made = super().async_submit(fn, *args, **kwargs, stopping_criteria=StoppingCriteriaList([client]))
-            answer = asyncio.shield(made)  # the thread sets `made` when it stops, cancelled or not
-            answer.add_done_callback(lambda done: client.left.set() if done.cancelled() else None)
-            return answer
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)  # ends the process where the port is taken
+            told = f"{' or '.join(names)} on http://{host}:{port}/v1"
+            print(f"qat serve: {told} (stop with Ctrl-C)", file=sys.stderr, flush=True)
 
-    return Stoppable()
+        def run(self, sockets: Any = None) -> None:
+            try:
+                super().run(sockets)
+            finally:
+                writer.close()
+
+    end_idle_threads()  # from here on, only the writer's thread computes
+    config = uvicorn.Config(
+        Front(reader, writer), host=host, port=port, lifespan="off", timeout_graceful_shutdown=_PATIENCE
+    )
+    return Server(config)
 
 
 def _context(folder: Path) -> int:
@@ -157,14 +131,13 @@ def _check_device(device: str) -> None:
         raise ConfigError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def _serve_vllm(folder: Path, host: str, port: int, dtype: str) -> None:
+def _serve_vllm(folder: Path, names: Sequence[str], host: str, port: int, dtype: str) -> None:
     """Becomes vLLM's server, so that signals reach it; our plugin is found through its entry point."""
     import os
 
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError("--engine vllm needs vLLM: pip install vllm, or use --engine transformers")
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    command += ["--served-model-name", folder.resolve().name, "--host", host, "--port", str(port)]
-    command += ["--dtype", dtype]
+    command += ["--served-model-name", *names, "--host", host, "--port", str(port), "--dtype", dtype]
     print(f"qat serve: {' '.join(command[1:])}", file=sys.stderr, flush=True)
     os.execv(sys.executable, command)

@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qat.checkpoints.codes import input_format
 from qat.checkpoints.exported import hook_inputs
 from qat.checkpoints.hf import check_loading, quiet
-from qat.checkpoints.names import stored_paths, stored_tensors
+from qat.checkpoints.names import missing_names, stored_names
 from qat.checkpoints.progress import progress
 from qat.checkpoints.readers import READERS, open_export
 from qat.checkpoints.targets import unpack_layer
@@ -76,7 +76,7 @@ class PackedQuantizer(HfQuantizer):
             raise UnsupportedError("packed checkpoints are read from a folder or the hub, not from a state dict")
         self.exported = open_export(Path(files[0]).parent)
         self.exported.reader.verify_complete()
-        own = {stored: path for path, stored in stored_paths(model).items()}
+        own = stored_names(model, self.exported.dense_names).modules
         self.layers = {own[path]: module for path, module in self.exported.modules.items() if path in own}
         unknown = sorted(self.exported.modules.keys() - own.keys())
         if unknown:
@@ -89,7 +89,7 @@ class PackedQuantizer(HfQuantizer):
             names = [name for name in self.exported.quantized_names if name.startswith(f"{module.path}.")]
             stored = {name[len(module.path) + 1 :]: self.exported.reader.empty(name) for name in names}
             linear = model.get_submodule(path)
-            assert isinstance(linear, nn.Linear)  # stored_paths lists no others that can be quantized
+            assert isinstance(linear, nn.Linear)  # stored_names lists no others that can be quantized
             shape, wanted = self.exported.shape(module.path), (linear.out_features, linear.in_features)
             if shape != wanted:
                 raise CheckpointError(f"{module.path}.weight is stored as {[*shape]}, config.json asks for {[*wanted]}")
@@ -142,14 +142,13 @@ class PackedQuantizer(HfQuantizer):
 
 def _check_names(model: "PreTrainedModel", exported: ExportedFolder) -> None:
     """Refuse what transformers would make up (missing tensors) or drop (of quantized layers, what nothing reads)."""
-    wanted = set(stored_tensors(model)) - {f"{path}.weight" for path in exported.modules}
+    wanted: set[str] = set()
     for path, module in exported.modules.items():
         wanted |= {f"{path}.{key}" for key in exported.expected_tensors(module, *exported.shape(path))}
-    head = next((p for p, m in model.named_modules() if m is model.get_output_embeddings()), None)
-    if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
-        wanted.discard(f"{stored_paths(model).get(head or '')}.weight")
-    missing = sorted(wanted - exported.names)
-    surplus = sorted(n for n in exported.names - wanted if n.rpartition(".")[0] in exported.modules)
+    stored = stored_names(model, exported.dense_names)
+    missing = sorted({*missing_names(model, stored, exported.dense_names), *(wanted - exported.names)})
+    kept = wanted | (stored.tensors.keys() - {f"{path}.weight" for path in exported.modules})
+    surplus = sorted(n for n in exported.names - kept if n.rpartition(".")[0] in exported.modules)
     for names, what in ((missing, "is missing"), (surplus, "belongs to a quantized layer, but nothing reads it")):
         if names:
             more = f" (and {len(names) - 1} more tensors)" if len(names) > 1 else ""

@@ -197,7 +197,7 @@ def fake_quantize_backward_kernel(
     result_at = (first_row + row).to(tl.int64) * segments + segment
     if NEEDS_DIVISOR:
         total = moved if ONE_TILE else tl.sum(moved, axis=1)
-        total = tl.div_rn(-total * m, d * d) if WHOLE else total
+        total = tl.div_rn(-total, d) * tl.div_rn(m, d) if WHOLE else total
         tl.store(of_divisor + result_at, total, mask=in_row)
     if NEEDS_MULTIPLIER:
         total = held if ONE_TILE else tl.sum(held, axis=1)
@@ -338,7 +338,7 @@ def fake_quantize_backward(
     )  # fmt: skip
     moved, held = (None if t is None else _added(t, cut, one.shape) for t in sums)
     if not whole:
-        moved = None if moved is None else -moved * one / two.square()
+        moved = None if moved is None else -(moved / two) * (one / two)
         held = None if held is None else held / one
     return [t for t in (grad_x, moved, held) if t is not None]
 

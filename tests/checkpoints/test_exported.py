@@ -81,6 +81,10 @@ class Folder:
     modules: dict[str, PackedModule]
     statics: dict[str, float]
 
+    @property
+    def fused(self) -> list[list[str]]:
+        return [[*self.modules]]
+
     def static_input(self, path: str) -> Tensor | None:
         return torch.tensor([self.statics[path]]) if path in self.statics else None
 

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from qat.checkpoints.folders import atomic_folder
 from qat.errors import CheckpointError
@@ -198,3 +200,106 @@ def test_file_size_limit_is_named(tmp_path: Path) -> None:
     )
     assert "file size limit" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+# --- places that nothing can be renamed over --------------------------------------------------------------
+
+
+def write_model(out: Path, value: str, overwrite: bool = False) -> None:
+    with atomic_folder(out, overwrite=overwrite) as folder:
+        (folder / "config.json").write_text(value)
+        (folder / "model.safetensors").write_text(value)
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a").write_text(value)
+
+
+def test_a_mount_point_is_filled_in_place(small_disk: Path) -> None:
+    (small_disk / "lost+found").mkdir()  # what a new disk has
+    write_model(small_disk, "one")
+    names = ["config.json", "lost+found", "model.safetensors", "sub"]
+    assert sorted(path.name for path in small_disk.iterdir()) == names
+    with pytest.raises(CheckpointError, match="not empty"):
+        write_model(small_disk, "two")
+    write_model(small_disk, "two", overwrite=True)
+    assert sorted(path.name for path in small_disk.iterdir()) == names
+    assert (small_disk / "sub" / "a").read_text() == "two"
+    with pytest.raises(CheckpointError, match="disk became full"), atomic_folder(small_disk, overwrite=True) as folder:
+        (folder / "big").write_bytes(bytes(5 << 20))
+    assert (small_disk / "config.json").read_text() == "two" and leftovers(small_disk) == []
+
+
+def test_a_mount_of_the_same_disk_is_filled_in_place(tmp_path: Path) -> None:
+    """It has the device number of its parent, so only the rename finds out."""
+    real, out = tmp_path / "real", tmp_path / "out"
+    real.mkdir()
+    out.mkdir()
+    tool = shutil.which("mount")
+    if tool is None or subprocess.run([tool, "--bind", real, out], capture_output=True, check=False).returncode:
+        pytest.skip("bind mounts are not permitted here")
+    try:
+        for value in ("one", "two"):
+            write_model(out, value, overwrite=True)
+            assert sorted(path.name for path in real.iterdir()) == ["config.json", "model.safetensors", "sub"]
+            assert (real / "sub" / "a").read_text() == value
+    finally:
+        subprocess.run(["umount", out], check=True)
+    assert leftovers(tmp_path) == []
+
+
+FILL = """
+import os, signal, sys
+from pathlib import Path
+from qat.checkpoints import folders
+moved = []
+def counting(source, target, real=os.replace):
+    real(source, target)
+    moved.append(target)
+    if len(moved) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+folders.os.replace = counting
+with folders.atomic_folder(Path(sys.argv[1])) as folder:
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (folder / name).write_text(name)
+"""
+
+
+@pytest.mark.parametrize("moves", [1, 2])
+def test_a_kill_while_a_mount_point_is_filled_leaves_no_model_and_nothing_in_the_way(
+    moves: int, small_disk: Path
+) -> None:
+    done = subprocess.run([sys.executable, "-c", FILL, str(small_disk), str(moves)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not (small_disk / "config.json").exists(), "nothing takes it for a model"
+    write_model(small_disk, "whole")
+    assert sorted(path.name for path in small_disk.iterdir()) == ["config.json", "model.safetensors", "sub"]
+
+
+SWAP = """
+import sys
+from pathlib import Path
+out, seconds = Path(sys.argv[1]), float(sys.argv[2])
+import time
+end = time.monotonic() + seconds
+print("looking", flush=True)
+while time.monotonic() < end:
+    (out / "model.safetensors").read_text()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux swaps two folders in one step")
+def test_there_is_no_moment_without_the_old_or_the_new_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_model(out, "first")
+    reader = subprocess.Popen([sys.executable, "-c", SWAP, str(out), "1.5"], stdout=subprocess.PIPE, text=True)
+    assert reader.stdout is not None and reader.stdout.readline() == "looking\n"
+    while reader.poll() is None:
+        write_model(out, "next", overwrite=True)
+    reader.stdout.close()
+    assert reader.returncode == 0, "a reader met a moment without the folder"
+
+
+def test_an_error_of_a_library_in_rust_is_a_full_disk_too(small_disk: Path) -> None:
+    """safetensors does not raise OSError."""
+    with pytest.raises(CheckpointError, match="disk became full"), atomic_folder(small_disk / "out") as folder:
+        save_file({"w": torch.zeros(5 << 20, dtype=torch.uint8)}, folder / "model.safetensors")
+    assert list(small_disk.iterdir()) == []

@@ -18,7 +18,6 @@ from transformers.utils import logging
 
 from qat.checkpoints.hf import (
     ModelConfig,
-    cache_root,
     load_model,
     load_tokenizer,
     quiet,
@@ -27,6 +26,7 @@ from qat.checkpoints.hf import (
     unquantizable,
 )
 from qat.checkpoints.shards import INDEX, SINGLE, ShardReader
+from qat.cli import main
 from qat.config import validate
 from qat.errors import CheckpointError, ConfigError, UnsupportedError
 from tests.tiny import KINDS, tiny_model
@@ -181,6 +181,53 @@ def test_two_different_tied_weights_are_refused(llama: Path) -> None:
         load_model(llama)
 
 
+def test_numbers_that_are_not_finite_are_named_before_training(llama: Path, tmp_path: Path, capsys: Any) -> None:
+    """Through the command line: nothing is calibrated or trained, and no traceback is shown."""
+    job = tmp_path / "job.yaml"
+    rules = [{"match": "*proj", "weight": "int8_channel"}, {"match": "*", "skip": "dense"}]
+    job.write_text(yaml.safe_dump({"name": "x", "model": {"id": str(llama)}, "scheme": {"rules": rules}, "steps": 1,
+                                   "runs": str(tmp_path / "runs")}))  # fmt: skip
+    for name, value in (("model.layers.1.mlp.up_proj.weight", float("nan")), ("model.norm.weight", float("-inf"))):
+        edit_weights(llama, lambda t, n=name, v=value: t[n].view(-1)[5:6].fill_(v))  # type: ignore[misc]  # bound now
+        assert main(["train", str(job)]) == 2
+        error = capsys.readouterr().err
+        assert "holds NaN or infinity in" in error and name in error
+        edit_weights(llama, lambda t, n=name: t[n].nan_to_num_(0.5, 0.5, 0.5))  # type: ignore[misc]  # bound now
+
+
+@pytest.mark.parametrize("metadata", ["absent", None, [1]])
+def test_an_index_without_metadata_loads(llama: Path, tmp_path: Path, metadata: Any) -> None:
+    """transformers needs it; the weights do not."""
+    whole = load_model(llama)
+    with quiet():
+        whole.save_pretrained(tmp_path / "shards", max_shard_size="200KB")
+    index = json.loads((tmp_path / "shards" / INDEX).read_text())
+    index.pop("metadata")
+    (tmp_path / "shards" / INDEX).write_text(
+        json.dumps(index if metadata == "absent" else index | {"metadata": metadata})
+    )
+    parts = load_model(tmp_path / "shards")
+    assert all(torch.equal(parts.state_dict()[name], tensor) for name, tensor in whole.state_dict().items())
+    assert parts.name_or_path == str(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int32, torch.int8])
+def test_codes_without_a_quantization_config_are_refused(llama: Path, dtype: torch.dtype) -> None:
+    """transformers would take them for the weights themselves."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit_weights(llama, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    with pytest.raises(UnsupportedError, match=f"quantized already, although config.json does not say so: {name}"):
+        load_model(llama)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"max_new_tokens": -3}', '{"cache_implementation": "nope"}'])
+def test_generation_configs_that_cannot_be_used_are_refused(llama: Path, text: str) -> None:
+    """They would travel into the export, and stop whoever loads it."""
+    (llama / "generation_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        load_model(llama)
+
+
 def test_truncated_weights_are_refused(llama: Path) -> None:
     with (llama / SINGLE).open("r+b") as file:
         file.truncate((llama / SINGLE).stat().st_size - 1)
@@ -212,64 +259,6 @@ def test_missing_parts_are_named(llama: Path, tmp_path: Path) -> None:
     (llama / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"no config.json"):
         load_model(llama)
-
-
-@pytest.mark.parametrize("place", ["top", "nested", "old"])
-def test_quantized_checkpoints_are_refused(llama: Path, place: str) -> None:
-    method = {"quant_method": "compressed-tensors"}
-    changes: dict[str, dict[str, Any]] = {
-        "top": {"quantization_config": method},
-        "nested": {"text_config": {"quantization_config": method}},
-        "old": {"compression_config": method},
-    }
-    edit_config(llama, **changes[place])
-    with pytest.raises(UnsupportedError, match=r"quantized already \(compressed-tensors\)"):
-        load_model(llama)
-
-
-def test_other_architectures_are_refused(llama: Path) -> None:
-    edit_config(llama, architectures=["LlamaForSequenceClassification"])
-    with pytest.raises(UnsupportedError, match=r"not a causal language model.*nearest: .*Llama"):
-        load_model(llama)
-    edit_config(
-        llama,
-        architectures=["NewForCausalLM"],
-        model_type="new",
-        auto_map={"AutoModelForCausalLM": "new.New"},
-    )
-    with pytest.raises(UnsupportedError, match="trust_remote_code"):
-        load_model(llama)
-    edit_config(llama, architectures=None, model_type="llama")
-    with pytest.raises(CheckpointError, match="cannot load"):  # transformers trips over the null
-        edit_config(llama, auto_map=None)
-        load_model(llama)
-    edit_config(llama, auto_map={})
-    assert type(load_model(llama)).__name__ == "LlamaForCausalLM"
-
-
-@pytest.mark.parametrize("trust", ["false", "true"])
-def test_remote_code_runs_only_when_the_config_trusts_it(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trust: str
-) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr("sys.path", [*sys.path])
-    (llama / f"code_{trust}.py").write_text(
-        "from transformers import LlamaConfig, LlamaForCausalLM\n"
-        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
-        "class MyConfig(LlamaConfig):\n    model_type = 'mine'\n"
-        "class MyModel(LlamaForCausalLM):\n    config_class = MyConfig\n"
-    )
-    auto_map = {"AutoConfig": f"code_{trust}.MyConfig", "AutoModelForCausalLM": f"code_{trust}.MyModel"}
-    edit_config(llama, architectures=["MyModel"], model_type="mine", auto_map=auto_map)
-    given = yaml.safe_load(f"{{id: {llama}, trust_remote_code: {trust}}}")
-    config = validate(ModelConfig, given, "test")
-    if config.trust_remote_code:
-        model = load_model(llama, trust_remote_code=config.trust_remote_code)
-        assert type(model).__name__ == "MyModel"
-    else:
-        with pytest.raises(UnsupportedError, match="trust_remote_code"):
-            load_model(llama, trust_remote_code=config.trust_remote_code)
-    assert (tmp_path / "ran").exists() == config.trust_remote_code
 
 
 def test_adapters_and_other_types_are_refused(llama: Path) -> None:
@@ -339,7 +328,7 @@ def test_config_refuses_what_cannot_be_a_model() -> None:
         validate(ModelConfig, {"id": "a/b", "revison": "main"}, "test")
 
 
-def test_local_names_resolve_or_explain(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_names_resolve_or_explain(llama: Path, tmp_path: Path) -> None:
     assert resolve(ModelConfig(id=str(llama))) == llama
     with pytest.raises(ConfigError, match="only hub models have one"):
         resolve(ModelConfig(id=str(llama), revision="main"))
@@ -355,8 +344,6 @@ def test_local_names_resolve_or_explain(llama: Path, tmp_path: Path, monkeypatch
     (tmp_path / "adapter" / "adapter_config.json").touch()
     with pytest.raises(CheckpointError, match="merge it"):
         resolve(ModelConfig(id=str(tmp_path / "adapter")))
-    monkeypatch.setenv("QAT_CACHE", str(tmp_path / "cache"))
-    assert cache_root() == tmp_path / "cache"
 
 
 HUB = """

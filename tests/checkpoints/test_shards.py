@@ -315,13 +315,58 @@ def test_folders_that_hold_no_checkpoint_are_refused(tmp_path: Path, sharded: Pa
     with pytest.raises(CheckpointError, match="both"):
         ShardReader(sharded)
     (sharded / SINGLE).unlink()
-    for text in ("", "[]", "{}", '{"weight_map": 3}'):
+    unreadable = ("", "[]", "{}", '{"weight_map": 3}', '{"weight_map": [["a", "b"]]}', '{"weight_map": {"a": 3}}')
+    for text in (*unreadable, '{"weight_map": {"a": "x", "a": "y"}}'):
         (sharded / INDEX).write_text(text)
         with pytest.raises(CheckpointError, match="weight_map"):
             ShardReader(sharded)
     (sharded / INDEX).write_text('{"weight_map": {"a": "../sharded/model-00001-of-00002.safetensors"}}')
     with pytest.raises(CheckpointError, match="outside"):
         ShardReader(sharded)
+
+
+def test_tensors_that_the_index_does_not_know_are_named(sharded: Path) -> None:
+    """transformers would load them, and of a tensor in two shards the last; others go by the index."""
+    first, second = ShardReader(sharded).shards
+    save_file({"c": torch.zeros(50), "d": torch.zeros(50), "a": torch.ones(50)}, second)
+    with pytest.raises(CheckpointError, match=rf"{second.name} holds 1 tensors that .* does not list there: a"):
+        ShardReader(sharded).verify_complete()
+    save_file({"c": torch.zeros(50), "d": torch.zeros(50), "e": torch.ones(50)}, second)
+    with pytest.raises(CheckpointError, match=rf"{second.name} holds 1 tensors that .* does not list there: e"):
+        ShardReader(sharded).verify_complete()
+    assert ShardReader(sharded).names() == ["a", "b", "c", "d"] and first.is_file()
+    (sharded / INDEX).write_text('{"weight_map": {}}')
+    with pytest.raises(CheckpointError, match="lists no tensor"):
+        ShardReader(sharded)
+
+
+GOOD = '{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        '{"dtype": "F32", "shape": [1], "data_offsets": ["0", "4"]}',
+        '{"dtype": "F32", "shape": null, "data_offsets": [0, 4]}',
+        '{"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}',
+        '{"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}',
+        '{"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 5]}',
+        '{"dtype": 7, "shape": [1], "data_offsets": [0, 4]}',
+        '{"dtype": "F32", "shape": [1]}',
+        '{"dtype": "F32", "shape": [1], "data_offsets": [0, 4], "more": 1}',
+        f'{GOOD}, "a": {GOOD}',
+        "[1]",
+    ],
+)
+def test_headers_with_wrong_types_are_no_safetensors(tmp_path: Path, entry: str) -> None:
+    file = tmp_path / SINGLE
+    header = f'{{"a": {GOOD}}}'.encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert list(read_header(file)[0]) == ["a"]
+    header = f'{{"a": {entry}}}'.encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        read_header(file)
 
 
 def test_header_length_of_a_damaged_file_is_not_trusted(tmp_path: Path) -> None:

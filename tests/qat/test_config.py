@@ -1,5 +1,6 @@
 """Configuration files and overrides: what is accepted, and what a person is told when something is wrong."""
 
+import errno
 import math
 import os
 import stat
@@ -122,6 +123,7 @@ def test_overrides_reach_nested_keys_lists_and_missing_parents() -> None:
     [
         ("name", "override 'name' is not of the form key.subkey=value"),
         ("=3", "override '=3' is not of the form"),
+        ("layers.2.bits=3", "override layers.2.bits: '2' must be an index from 0 to 1"),
         ("layers.7.bits=3", "override layers.7.bits: '7' must be an index from 0 to 1"),
         ("layers.first=3", "override layers.first: 'first' must be an index from 0 to 1"),
         ("name.sub=3", "override name.sub: 'name' holds the value 'run', which has no keys below it"),
@@ -204,12 +206,17 @@ def test_nearest_names_come_best_first() -> None:
 def test_small_files_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "deep" / "report.json"
     write_text_atomic(path, "old ±")
-    write_text_atomic(path, "new ±")
-    assert path.read_text(encoding="utf-8") == "new ±"
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    for umask in (0o022, 0o002, 0o077):
+        before = os.umask(umask)
+        try:
+            write_text_atomic(path, "new ±")
+        finally:
+            os.umask(before)
+        assert path.read_text(encoding="utf-8") == "new ±"
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
 
     def full(_fd: int) -> None:
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space"):

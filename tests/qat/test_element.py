@@ -179,4 +179,5 @@ def test_tables_are_read_by_position_in_any_order() -> None:
     shuffled = table("shuffled", (2.0, -1.0, 0.0, 5.0))
     assert shuffled.encode(shuffled.round(torch.tensor([4.0, -9.0, 0.4, 1.7]))).tolist() == [3, 1, 2, 0]
     assert shuffled.bits == 2 and HALVES.bits == 3
+    assert shuffled.max == 5.0 and table("below", (-3.0, 0.0, 1.0)).max == 3.0  # the largest magnitude of either sign
     assert shuffled.round(torch.tensor([1.0, 3.5])).tolist() == [0.0, 2.0]  # ties go down

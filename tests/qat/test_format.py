@@ -239,10 +239,10 @@ def test_strided_inputs_give_contiguous_outputs(fmt: Format) -> None:
 @with_formats(lambda fmt: fmt.group is not None)
 def test_a_group_that_does_not_divide_the_row_is_an_error(fmt: Format) -> None:
     assert fmt.group is not None
-    x = torch.ones(2, fmt.group + 8)
-    for call in (fake_quantize, quantize, find_scales):
-        with pytest.raises(FormatError, match=rf"{fmt.name}.*groups of {fmt.group}.*width of {fmt.group + 8}"):
-            call(x, fmt)
+    for width in (fmt.group - 1, fmt.group + 1, fmt.group + 8):
+        for call in (fake_quantize, quantize, find_scales):
+            with pytest.raises(FormatError, match=rf"{fmt.name}.*groups of {fmt.group}.*width of {width}"):
+                call(torch.ones(2, width), fmt)
 
 
 @pytest.mark.parametrize(("width", "nearest"), [(576, 64), (96, 32), (80, 16), (384 + 64, 64)])

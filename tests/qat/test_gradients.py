@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat.catalog import lookup
+from qat.catalog import CATALOG, lookup
 from qat.format import Format
 from qat.gradients import Estimator, backward
 from qat.numerics import Scales, find_scales, from_blocks, per_block, rounded, to_blocks
@@ -114,6 +114,19 @@ def test_straight_through_passes_everything_and_clipped_what_is_inside(name: str
         (found,) = torch.autograd.grad((y * weight).sum(), leaf)
         assert torch.equal(found, expected)
     assert not inside.all() and inside.any()
+
+
+@pytest.mark.parametrize("name", [name for name, fmt in CATALOG.items() if len(fmt.elements) == 1])
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])
+def test_blocks_of_zeros_or_of_extreme_numbers_have_finite_gradients(name: str, size: float) -> None:
+    """An embedding's padding row is all zeros: its scale is the smallest float32, whose square is 0."""
+    fmt = lookup(name)
+    x = normal(4, 256)
+    x[2] *= size
+    scales = find_scales(x, fmt)
+    one = scales.effective()
+    for found in gradients(fmt, x, one * 0.9, one, scales, torch.full_like(x, 1e-3), "ste"):
+        assert bool(found.isfinite().all())
 
 
 def test_values_rounded_to_the_end_are_not_clipped() -> None:

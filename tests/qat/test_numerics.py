@@ -77,6 +77,12 @@ def test_ceil_never_saturates_and_is_smallest(fmt: Format) -> None:
     assert (amax / (scale / 2) > fmt.element.max).all()
 
 
+@pytest.mark.parametrize("fmt", MX, ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("rule", ["floor", "even", "ceil"])
+def test_a_block_of_zeros_has_the_smallest_scale(fmt: Format, rule: str) -> None:
+    assert scale_from_amax(torch.zeros(2), dataclasses.replace(fmt, scale_rule=rule), None).tolist() == [0, 0]
+
+
 @pytest.mark.parametrize(("name", "bits"), [("mxfp4", 4), ("mxfp6", 6)])
 def test_the_even_rule_is_that_of_compressed_tensors(name: str, bits: int) -> None:
     amax = torch.tensor(float32_amaxes()).clamp(1e-30, 1e30)

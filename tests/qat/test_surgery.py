@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from qat.calibration import calibrate
 from qat.catalog import lookup
@@ -172,6 +173,22 @@ def test_mixture_of_experts_is_refused_loudly_until_skipped() -> None:
     experts = rules(("*.experts", None), ("lm_head", None), ("*.embed_tokens", None), ("*", "int4_g64"))
     message = refused(experts, build("qwen3_moe", **MOE), UnsupportedError)  # the router is no nn.Linear either
     assert message.startswith("model.layers.0.mlp.gate (Qwen3MoeTopKRouter, weights [(4, 128)]): this kind of module")
+
+
+@pytest.mark.parametrize(
+    ("module", "what"),
+    [
+        (nn.Conv1d(4, 8, 3), "convolutions"),
+        (nn.Conv2d(4, 8, 3), "convolutions"),
+        (Conv1D(8, 4), r"linear layers that store their weight transposed (GPT-2's Conv1D)"),
+    ],
+    ids=["conv1d", "conv2d", "gpt2"],
+)
+def test_other_modules_are_called_what_they_are(module: nn.Module, what: str) -> None:
+    message = refused(rules(("*", "int4_g64")), nn.ModuleDict({"mixer": module}), UnsupportedError)
+    assert (
+        message.startswith(f"mixer ({type(module).__name__}, weights ") and f": {what} cannot be quantized" in message
+    )
 
 
 def test_experts_and_routers_are_covered_although_they_are_no_linear_layers() -> None:

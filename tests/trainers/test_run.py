@@ -1,6 +1,5 @@
 """The whole road on a tiny model: train, resume exactly after a kill, stop on bad input, keep the best."""
 
-import csv
 import io
 import json
 import math
@@ -11,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,48 +21,15 @@ from qat.checkpoints.export import export
 from qat.checkpoints.resume import load_student
 from qat.checkpoints.verify import verify
 from qat.errors import CheckpointError, ConfigError, DataError, TrainingError, UnsupportedError
-from qat.trainers.job import Job, load_job
+from qat.trainers.job import load_job
 from qat.trainers.run import train
 from tests.tiny import tiny_model
+from tests.trainers.jobs import curve, metrics, saved_steps, write
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model("llama", tmp_path_factory.mktemp("model") / "llama")
-
-
-def write(folder: Path, model: Path, **changes: Any) -> Path:
-    job: dict[str, Any] = {
-        "name": "tiny",
-        "model": {"id": str(model)},
-        "scheme": {
-            "rules": [
-                {"match": "lm_head", "skip": "kept in BF16"},
-                {"match": "model.embed_tokens", "skip": "kept in BF16"},
-                {"match": "*_proj", "weight": "nvfp4", "input": "nvfp4"},
-            ]
-        },
-        "data": {"source": "embedded", "seq_len": 32, "max_tokens": 8192},
-        "eval": {"data": {"source": "heldout", "seq_len": 32, "max_tokens": 2048}, "tokens": 256, "every": 2},
-        "optim": {"lr": 1e-3, "ema": 0.9},
-        "steps": 6,
-        "rows": 4,
-        "micro_rows": 2,
-        "checkpoint_every": 2,
-        "runs": str(folder / "runs"),
-    }
-    path = folder / f"{changes.get('name', 'tiny')}.yaml"
-    path.write_text(yaml.safe_dump({**job, **changes}))
-    return path
-
-
-def metrics(job: Job) -> list[dict[str, str]]:
-    with (job.folder / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def curve(job: Job) -> list[tuple[str, str, str, str]]:
-    return [(row["step"], row["loss"], row["grad_norm"], row["heldout_kl"]) for row in metrics(job)]
 
 
 def command(path: Path, *more: str) -> subprocess.Popen[str]:
@@ -131,10 +96,6 @@ def poll(seconds: float) -> Iterator[None]:
         yield
         time.sleep(0.01)
     pytest.fail(f"nothing happened within {seconds} s")
-
-
-def saved_steps(job: Job) -> list[Path]:
-    return [p for p in (job.folder / "checkpoints").glob("step-*") if (p / "state.json").is_file()]
 
 
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path: Path, model: Path) -> None:

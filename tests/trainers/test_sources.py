@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from qat.errors import DataError
-from qat.trainers import sources
+from qat.trainers import files, sources
 from qat.trainers.data import DataConfig
 from qat.trainers.sources import HELDOUT, documents, fingerprint, pinned
 
@@ -78,13 +78,13 @@ def test_a_folder_is_read_in_order_without_hidden_files(tmp_path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_text(name)
     assert read(tmp_path) == ["a/1.md", "b/2.txt", "c.txt"]
-    (tmp_path / "d.csv").touch()
-    with pytest.warns(UserWarning, match=r"\.csv are not read"):
+    (tmp_path / "d.pdf").touch()
+    with pytest.warns(UserWarning, match=r"\.pdf are not read"):
         read(tmp_path)
 
 
 def test_long_texts_are_cut_at_lines_and_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(files, "PIECE_CHARACTERS", 100)
     text = "".join(f"line {i} is here\n" * (i % 3) for i in range(99)) + "x" * 250 + "\nend"
     (tmp_path / "long.txt").write_text(text)
     found = read(tmp_path / "long.txt")
@@ -102,7 +102,7 @@ def test_the_fingerprint_follows_the_content(tmp_path: Path, monkeypatch: pytest
 
     assert of("abc") == of("abc") != of("abd")
     monkeypatch.setattr(sources, "WHOLE_FILE_BYTES", 10)
-    monkeypatch.setattr(sources, "PIECE_CHARACTERS", 10)
+    monkeypatch.setattr(sources, "END_BYTES", 10)
     large = "x" * 100
     found = {of(large), of(large + "x"), of("y" + large[1:]), of(large[1:] + "y")}
     os.utime(path, ns=(1, 1))
@@ -121,7 +121,7 @@ def test_broken_sources_say_what_to_do(tmp_path: Path) -> None:
     assert "NUL" in refusal(file("nul.txt", b"text\0text"))
     assert "UTF-8" in refusal(file("latin.txt", "naïve".encode("latin-1")))
     assert "UTF-8" in refusal(file("latin.jsonl", '{"text": "naïve"}'.encode("latin-1")))
-    assert "unknown suffix '.csv'" in refusal(file("a.csv", "a,b")) and ".parquet" in refusal(tmp_path / "a.csv")
+    assert "unknown suffix '.xls'" in refusal(file("a.xls", "a,b")) and ".parquet" in refusal(tmp_path / "a.xls")
     assert "line 3 is not JSON" in refusal(file("bad.jsonl", '{"text": "a"}\n\n{"text": }\n'))
     assert "line 2 is not JSON" in refusal(file("bad.json", '[{"text": "a"},\n}]'))
     assert "list" in refusal(file("rows.jsonl", "[1, 2]"))
@@ -129,15 +129,28 @@ def test_broken_sources_say_what_to_do(tmp_path: Path) -> None:
     assert "line 1" in message and "contents, id" in message and "nearest: contents" in message
     assert "messages_field" not in refusal(file("id.jsonl", '{"id": 1}'), chat="never").split(";")[0]
     assert "int" in refusal(file("number.jsonl", '{"text": 5}'))
-    assert "role and content" in refusal(file("gpt.jsonl", '{"messages": [{"from": "human", "value": "x"}]}'))
+    assert "role and content" in refusal(file("gpt.jsonl", '{"messages": [{"speaker": "human", "value": "x"}]}'))
     assert "non-empty list" in refusal(file("chat.jsonl", '{"messages": "hello"}'))
     assert "content is a list" in refusal(file("image.jsonl", '{"messages": [{"role": "user", "content": []}]}'))
     assert "Parquet" in refusal(file("bad.parquet", "PAR1 not really"))
-    assert "holds only .csv" in refusal(_folder(tmp_path / "f", "a.csv"))
+    assert "holds only .xls" in refusal(_folder(tmp_path / "f", "a.xls"))
     assert "it is empty" in refusal(_folder(tmp_path / "g"))
     assert "nearest: embedded" in refusal("embeded")
     assert "no effect" in refusal("embedded", split="test") and "no effect" in refusal(good, config_name="en")
     assert "no effect" in refusal(file("t.txt", "x"), text_field="content")
+
+
+def test_linked_folders_and_files_are_read(tmp_path: Path) -> None:
+    elsewhere = _folder(tmp_path / "elsewhere", "1.txt", "2.txt")
+    data = _folder(tmp_path / "data")
+    (data / "a").symlink_to(elsewhere)
+    (data / "b.txt").symlink_to(elsewhere / "2.txt")
+    (elsewhere / "back").symlink_to(data)  # a link to what is around it is not followed again
+    assert read(data) == ["x", "x", "x"]
+    (tmp_path / "link").symlink_to(data)
+    assert read(tmp_path / "link") == ["x", "x", "x"]
+    (data / "c.txt").symlink_to(tmp_path / "gone.txt")
+    assert "c.txt is a link to" in refusal(data) and "not there" in refusal(data / "c.txt")
 
 
 def _folder(path: Path, *names: str) -> Path:
@@ -163,7 +176,8 @@ def test_hub_records_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
     def stream() -> Iterator[dict[str, Any]]:
-        yield from ({"text": "one"}, {"text": "two", "messages": MESSAGES})
+        padded = [{**message, "tool_calls": None} for message in MESSAGES]  # as a table fills rows in
+        yield from ({"text": "one", "messages": None}, {"text": "two", "messages": padded, "tools": None})
         raise ConnectionError("the line went dead\nand more")
 
     def load_dataset(*args: Any, **options: Any) -> Iterator[dict[str, Any]]:

@@ -1,5 +1,6 @@
-"""What tests of checkpoints share: a disk small enough to fill."""
+"""What tests share: a disk small enough to fill."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -25,4 +26,5 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     try:
         yield mount
     finally:
+        gc.collect()  # tensors that were loaded from there still map their file
         subprocess.run(["umount", mount], check=True)

@@ -1,0 +1,382 @@
+"""What an export will write, decided and checked before the first byte: every tensor of the source by its fate, which
+layers are packed, and whether the architecture loads exactly that. Training asks the same questions before its first
+step, of a model without weights.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.checkpoints.hf import quiet, read_json, unquantizable
+from qat.checkpoints.names import (
+    StoredNames,
+    fused_groups,
+    lost_when_packed,
+    missing_names,
+    skeleton,
+    stored_names,
+    surplus_names,
+)
+from qat.checkpoints.shards import ShardReader, TensorInfo
+from qat.checkpoints.targets import TARGETS, Target, TargetLayer
+from qat.errors import CheckpointError, UnsupportedError
+from qat.kept import kept_in_float32, own_tensors
+from qat.modules import QatEmbedding, QatLinear
+from qat.numerics import decode_scale
+from qat.surgery import layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DEFAULT_TARGET = "compressed-tensors"
+_WIDE = {"F32": "float32", "F16": "FP16", "F64": "float64"}
+_SHOWN = 3
+
+
+@dataclass
+class ExportPlan:
+    """What the export of one model needs to know, gathered before the first byte is written.
+
+    Everything is by checkpoint name or path: `linears` and `embeddings` are quantized layers, `dense` every other
+    tensor, `wide` those of them that stay in float32, `copied` what the model never loaded (with shapes), `left_out`
+    names of the source that are not written (with the reason), `order` all names to write, `head` the output layer,
+    `fused` the sets that were trained as one, `quantization` what config.json will say of all this.
+    """
+
+    model: "PreTrainedModel"
+    target: Target
+    names: StoredNames
+    linears: dict[str, QatLinear]
+    embeddings: dict[str, QatEmbedding]
+    dense: dict[str, Tensor]
+    wide: frozenset[str]
+    copied: dict[str, tuple[int, ...]]
+    left_out: dict[str, str]
+    order: list[str]
+    head: str
+    fused: list[list[str]]
+    quantization: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def layer(self, path: str) -> TargetLayer:
+        """The target's view of one linear layer."""
+        module = self.linears[path]
+        input = module.input_quantizer.format if module.input_quantizer is not None else None
+        shape = (module.out_features, module.in_features)
+        return TargetLayer(path, shape, module.weight_quantizer.format, input, self.names.modules[path])
+
+
+def plan_export(model: "PreTrainedModel", source: Path | None, target: Target) -> ExportPlan:
+    """Everything that can be said of an export without the numbers; `model` may have none (torch's meta device).
+
+    Args:
+        source: folder of the unquantized model; None where only its config is known.
+        target: the layout.
+
+    Raises:
+        UnsupportedError: a format, or pair of formats, that the target cannot hold, or a layer that no file can hold.
+        CheckpointError: tensors that do not fit the source, or would not be loaded again.
+    """
+    plan = _sort_tensors(model, source, target)
+    for path in plan.linears:
+        target.check(plan.layer(path))
+    plan.quantization = target.quantization_config([plan.layer(path) for path in plan.linears], _ignored(plan))
+    if source is not None:
+        _check_loads(plan, source)
+    plan.notes = _notes(plan, source)
+    return plan
+
+
+def check_values(plan: ExportPlan) -> None:
+    """What only a trained model can violate: calibrated ranges, and one value where engines keep one.
+
+    Raises:
+        CheckpointError, UnsupportedError: names the layers.
+    """
+    for path, module in plan.linears.items():
+        quantizer = module.input_quantizer
+        if quantizer is not None and quantizer.needs_calibration and not 0 < float(quantizer.amax) < math.inf:
+            raise CheckpointError(f"{path}: the range of its input is {float(quantizer.amax)}; run qat.calibrate first")
+    for members in plan.fused:
+        if what := _differ(plan, members):
+            raise CheckpointError(f"engines fuse {', '.join(members)}, but their {what}")
+        if only := _rounded_again(plan, members):
+            raise UnsupportedError(
+                f"engines fuse {', '.join(members)} under one scale, but theirs are {only}, and rounding again "
+                "would change trained weights; use one scale per row, or the target compressed-tensors"
+            )
+    trained = {frozenset(members) for members in plan.fused}
+    usual = [members for members in fused_groups(list(plan.linears)) if frozenset(members) not in trained]
+    apart = [members for members in usual if _differ(plan, members) or _rounded_again(plan, members)]
+    if apart:
+        what = _differ(plan, apart[0]) or f"scales differ: {_rounded_again(plan, apart[0])}"
+        plan.notes.append(
+            f"engines usually fuse {', '.join(apart[0])}, which this scheme trained apart ({len(apart)} such sets), "
+            f"and their {what}: serve it only where they stay apart"
+        )
+
+
+def _differ(plan: ExportPlan, members: list[str]) -> str:
+    """What of layers that are merged has only one value, and more here; "" if nothing."""
+    modules = [plan.linears[path] for path in members]
+    scales = [module.weight_quantizer.scales() for module in modules]
+    above = {float(s.global_scale) for s in scales if s.global_scale is not None}
+    ranges = {float(q.amax) for m in modules if (q := m.input_quantizer) is not None and q.needs_calibration}
+    found = (("global scales", above), ("input ranges", ranges))
+    return next((f"{what} differ: {sorted(values)}" for what, values in found if len(values) > 1), "")
+
+
+def _rounded_again(plan: ExportPlan, members: list[str]) -> list[float]:
+    """Per-tensor scales of layers that the target's engines merge under one, where they differ."""
+    scales = [plan.linears[path].weight_quantizer.scales() for path in members]
+    only = {float(decode_scale(s.stored)) for s in scales if s.stored.numel() == 1}
+    return sorted(only) if plan.target.FUSES_TENSOR_SCALES and len(only) > 1 else []
+
+
+def refusals(model: "PreTrainedModel", source: Path | None) -> tuple[ExportPlan | None, dict[str, str]]:
+    """The plan of the default target, None where it refuses; and by target why it refuses.
+
+    Raises:
+        CheckpointError, UnsupportedError: what has nothing to do with formats, so that every target would refuse.
+    """
+    base = _sort_tensors(model, source, TARGETS[DEFAULT_TARGET])
+    surplus = surplus_names(model, base.names)
+    if surplus:
+        raise CheckpointError(
+            f"{source} does not fit {type(model).__name__}: {len(surplus)} tensors belong to no module (they would be "
+            f"ignored): {_some(surplus)}"
+        )
+    layered = [base.layer(path) for path in base.linears]
+    refused = {}
+    for name, target in TARGETS.items():
+        try:
+            for layer in layered:
+                target.check(layer)
+            target.quantization_config(layered, _ignored(base))
+        except UnsupportedError as error:
+            refused[name] = str(error)
+    if DEFAULT_TARGET in refused:
+        return None, refused
+    return plan_export(model, source, TARGETS[DEFAULT_TARGET]), refused
+
+
+# --- the fate of every tensor ---------------------------------------------------------------------
+
+
+def _sort_tensors(model: "PreTrainedModel", source: Path | None, target: Target) -> ExportPlan:
+    found = layers(model)
+    if not any(isinstance(module, QatLinear) for module in found.values()):
+        raise UnsupportedError("no linear layer of this model is quantized; apply a scheme first (qat.apply)")
+    given: dict[str, TensorInfo] = {}
+    if source is not None:
+        with ShardReader(source) as reader:
+            given = {name: reader.info(name) for name in reader.names()}
+    names = stored_names(model, given)
+    _check_own_tensors(model, names, [path for path, module in found.items() if isinstance(module, QatLinear)])
+    linears = {names.paths[path]: module for path, module in found.items() if isinstance(module, QatLinear)}
+    embeddings = {names.paths[path]: module for path, module in found.items() if isinstance(module, QatEmbedding)}
+    quantized = {f"{path}.weight" for path in linears}
+    rest = {name: tensor for name, tensor in names.tensors.items() if name not in quantized}
+    aliases = _aliases(model, names, rest)
+    dense = {name: tensor for name, tensor in rest.items() if name not in aliases}
+    left_out = {name: f"a second name of {other}" for name, other in names.shadowed.items()}
+    left_out |= {name: f"the same tensor as {other}" for name, other in aliases.items() if name in given}
+    if source is not None:
+        _check_source(model, names, source, {**names.shadowed, **aliases}, dense.keys() | quantized)
+    order = [name for name in given if name not in left_out]
+    order += sorted((dense.keys() | quantized) - set(given))
+    kept = kept_in_float32(model)
+    wide = frozenset(name for name in dense if names.origins.get(name) in kept)
+    fused = dict.fromkeys(m.fused for m in found.values() if isinstance(m, QatLinear) and len(m.fused) > 1)
+    sets = [[names.paths[path] for path in members] for members in fused]
+    copied, head = {name: given[name].shape for name in sorted(names.unread)}, _head(model, names.paths)
+    return ExportPlan(model, target, names, linears, embeddings, dense, wide, copied, left_out, order, head, sets)
+
+
+def _check_own_tensors(model: "PreTrainedModel", names: StoredNames, paths: list[str]) -> None:
+    """Packed weights need a name of their own that transformers finds again."""
+    merged = [path for path in paths if path not in names.paths]
+    if merged:
+        raise UnsupportedError(
+            f"{_some(merged)}: {type(model).__name__} stores these weights merged with others, or under a name that "
+            "does not end in `.weight`, which no packed layout can say; give them a rule with `skip:` and a reason"
+        )
+    lost = lost_when_packed(model, {names.paths[path]: path for path in paths})
+    if lost:
+        raise UnsupportedError(
+            f"{_some(lost)}: transformers renames the dense weight of {type(model).__name__} while it loads, but not "
+            "packed ones, which would be lost; give them a rule with `skip:` and a reason"
+        )
+
+
+def _aliases(model: "PreTrainedModel", names: StoredNames, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """The other names of tied tensors, and the one that is written: what the tie starts from (the embedding)."""
+    sources = set((getattr(model, "all_tied_weights_keys", None) or {}).values())
+    order = {place: number for number, place in enumerate(own_tensors(model))}
+    groups: dict[int, list[str]] = {}
+    for name in tensors:
+        if name in names.origins:
+            groups.setdefault(id(tensors[name]), []).append(name)
+    found = {}
+    for members in groups.values():
+        members.sort(key=lambda name: (names.origins[name] not in sources, order[names.origins[name]]))
+        found.update(dict.fromkeys(members[1:], members[0]))
+    return found
+
+
+def _check_source(
+    model: "PreTrainedModel", names: StoredNames, source: Path, doubled: dict[str, str], written: Iterable[str]
+) -> None:
+    """The source holds what the model was loaded from, and names that are left out hold nothing of their own."""
+    with ShardReader(source) as reader:
+        given = set(reader.names())
+        for name, other in doubled.items():
+            if name in given and other in given and not torch.equal(reader.get(name), reader.get(other)):
+                raise CheckpointError(
+                    f"{source} holds {name} and {other}, which are one tensor of {type(model).__name__} as config.json "
+                    "describes it, but two different ones in the file: remove the wrong one, or set "
+                    "tie_word_embeddings to false if both are meant"
+                )
+    missing = sorted(set(missing_names(model, names, given)) & set(written))
+    if missing:
+        raise CheckpointError(
+            f"{source} has no {_some(missing)}, which {type(model).__name__} needs: is it the folder this model was "
+            f"loaded from? It holds {_some(sorted(given))}"
+        )
+
+
+def _head(model: "PreTrainedModel", paths: dict[str, str]) -> str:
+    """Checkpoint path of the output layer, or ""."""
+    head = model.get_output_embeddings()
+    return next((paths[path] for path, module in model.named_modules() if module is head and path in paths), "")
+
+
+def _ignored(plan: ExportPlan) -> list[str]:
+    """Matrices that stay dense, under every name that a loader may ask for: the file's, which engines go by, and the
+    module's, which plain transformers goes by."""
+    tables = {plan.names.paths.get(path) for path, m in plan.model.named_modules() if isinstance(m, nn.Embedding)}
+    matrices = [name.removesuffix(".weight") for name in plan.order if name.endswith(".weight")]
+    matrices = [path for path in matrices if path not in plan.linears and path not in tables and _is_matrix(plan, path)]
+    if plan.head and plan.head not in plan.linears and plan.head not in matrices:
+        matrices.append(plan.head)
+    modules = plan.names.modules
+    return list(dict.fromkeys([*matrices, *(modules[path] for path in matrices if path in modules)]))
+
+
+def _is_matrix(plan: ExportPlan, path: str) -> bool:
+    name = f"{path}.weight"
+    return len(plan.copied[name] if name in plan.copied else plan.dense[name].shape) == 2
+
+
+# --- would it be loaded ---------------------------------------------------------------------------
+
+
+def exported_config(plan: ExportPlan, source: Path) -> dict[str, Any]:
+    """The source's config.json with the quantization, the BF16 type, and the truth about tied embeddings."""
+    config = read_json(source / "config.json")
+    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
+        part.update({key: "bfloat16" for key in ("dtype", "torch_dtype") if key in part})
+    config["dtype"] = "bfloat16"
+    tied = plan.head not in plan.linears and f"{plan.head}.weight" not in plan.dense
+    nested = config.get("text_config") or {}
+    for part in [config, nested] if "tie_word_embeddings" in nested else [config]:
+        part["tie_word_embeddings"] = bool(plan.head) and tied
+    config["quantization_config"] = plan.quantization
+    return config
+
+
+def _check_loads(plan: ExportPlan, source: Path) -> None:
+    """The architecture that the exported config.json describes loads every tensor to be written, and needs no other.
+
+    Raises:
+        CheckpointError: names what would be lost or made up.
+    """
+    config = exported_config(plan, source)
+    del config["quantization_config"]
+    model = _bare(plan.model, config)
+    found = stored_names(model, plan.order)
+    problems = [f"{name} would be missing" for name in missing_names(model, found, plan.order)]
+    for name in plan.order:
+        if name not in plan.copied and name in found.tensors:
+            written, wanted = list(plan.names.tensors[name].shape), list(found.tensors[name].shape)
+            problems += [f"{name} would be {written}, not {wanted}"] if written != wanted else []
+    lost = (found.unread.keys() | found.shadowed.keys()) - plan.copied.keys()
+    problems += [f"{name} would not be loaded" for name in sorted(lost)]
+    if problems:
+        raise CheckpointError(
+            f"{type(model).__name__}, as the exported config.json describes it, does not fit the tensors to be "
+            f"written: {_some(problems, '; ')}; nothing was written"
+        )
+
+
+def _bare(model: "PreTrainedModel", config: dict[str, Any]) -> "PreTrainedModel":
+    """The class that loaders make of a config.json, without memory."""
+    from transformers import CONFIG_MAPPING
+
+    own: Any = type(model)
+    with quiet():
+        if own.__module__.startswith("transformers."):
+            return skeleton(CONFIG_MAPPING[config.get("model_type", model.config.model_type)].from_dict(config))
+        with torch.device("meta"):  # code that came with the model
+            bare: PreTrainedModel = own._from_config(type(model.config).from_dict(config), dtype=torch.bfloat16)
+            return bare
+
+
+# --- what is said ---------------------------------------------------------------------------------
+
+
+def _notes(plan: ExportPlan, source: Path | None) -> list[str]:
+    found: dict[str, None] = {}
+    for path in plan.linears:
+        layer = plan.layer(path)
+        pair = layer.weight.name + (f" with {layer.input.name} inputs" if layer.input else "")
+        found.update(dict.fromkeys(f"{pair}: {note}" for note in plan.target.notes(layer.weight, layer.input)))
+    for path, module in plan.embeddings.items():
+        name = module.weight_quantizer.format.name
+        found[f"{path} is quantized to {name} in training; this target stores its values as dense BF16"] = None
+    elements = [module.weight_quantizer.format.element for module in plan.linears.values()]
+    if (plan.names.parts or unquantizable(plan.model)) and not all(
+        e.kind == "minifloat" and e.bits == 8 for e in elements
+    ):
+        found[
+            "plain transformers (5.23) cannot load dense fused experts, or other tensors that it merges, beside packed "
+            "layers; vLLM can"
+        ] = None
+    if not all(module.weight_quantizer.round_bf16 for module in plan.linears.values()):
+        found["trained with round_bf16: false, so BF16 servers round the exported weights once more"] = None
+    found.update(dict.fromkeys(_of_the_source(plan, source)))
+    return list(found)
+
+
+def _of_the_source(plan: ExportPlan, source: Path | None) -> list[str]:
+    """What is not quantized and not simply kept, of the source's tensors."""
+    notes = [f"{name} is left out: {reason}" for name, reason in plan.left_out.items()]
+    kind = type(plan.model).__name__
+    if plan.copied:
+        families = list(dict.fromkeys(re.sub(r"\d+", "N", name) for name in plan.copied))
+        notes.append(f"{len(plan.copied)} tensors that {kind} does not load are copied unread: {_some(families)}")
+    if source is None:
+        return notes
+    narrowed: dict[str, list[int]] = {}
+    with ShardReader(source) as reader:
+        for name in set(reader.names()) & plan.dense.keys() - plan.wide:
+            if (code := reader.info(name).code) in _WIDE:
+                narrowed.setdefault(_WIDE[code], []).append(math.prod(reader.info(name).shape))
+    for code, sizes in sorted(narrowed.items()):
+        notes.append(
+            f"{len(sizes)} tensors ({sum(sizes)} numbers) that are not quantized are {code} in the source and become "
+            "BF16, as BF16 servers hold them"
+        )
+    return notes
+
+
+def _some(names: Iterable[str], joint: str = ", ") -> str:
+    listed = list(names)
+    more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+    return joint.join(listed[:_SHOWN]) + more

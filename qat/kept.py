@@ -1,0 +1,43 @@
+"""Which of a model's numbers stay in float32 when it is served in BF16: what its class keeps so, such as the correction
+biases of routers. Evaluation, export and verify ask here, so that they round the same tensors."""
+
+import copy
+import re
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+QUANTIZERS = ("weight_quantizer", "input_quantizer")
+_known: "weakref.WeakKeyDictionary[nn.Module, frozenset[str]]" = weakref.WeakKeyDictionary()
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer by its name in the model, without quantizer state; tied ones twice."""
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    return {name: t for name, t in state.items() if not any(part in QUANTIZERS for part in name.split("."))}
+
+
+def kept_in_float32(model: nn.Module) -> frozenset[str]:
+    """Names of the tensors that the model's class makes in float32 whatever type is asked for, or asks loaders to keep
+    (`_keep_in_fp32_modules`, `_keep_in_fp32_modules_strict`); none where the class is not transformers'."""
+    if model not in _known:
+        _known[model] = frozenset(_made_in_float32(model) | _asked_for(model))
+    return _known[model]
+
+
+def _made_in_float32(model: nn.Module) -> set[str]:
+    make: Any = getattr(type(model), "_from_config", None)
+    if make is None:
+        return set()
+    with torch.device("meta"):
+        bare: nn.Module = make(copy.deepcopy(model.config), dtype=torch.bfloat16)
+    return {name for name, tensor in own_tensors(bare).items() if tensor.dtype == torch.float32}
+
+
+def _asked_for(model: nn.Module) -> set[str]:
+    given = (getattr(model, name, None) or () for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
+    patterns = [part.replace("*", ".*") for parts in given for part in parts]  # as transformers reads them
+    names = own_tensors(model) if patterns else {}
+    return {name for name in names if any(re.search(pattern, name) for pattern in patterns)}

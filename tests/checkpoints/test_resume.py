@@ -1,0 +1,60 @@
+"""The resumable state: what a run goes on from is what it had, random numbers included."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from qat.checkpoints import resume
+from qat.errors import CheckpointError
+
+
+def _trained(seed: int) -> tuple[nn.Module, torch.optim.AdamW]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(2, 4)).square().sum().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def test_everything_comes_back_and_the_next_random_numbers_are_the_same(tmp_path: Path) -> None:
+    model, optimizer = _trained(0)
+    average = {"0.weight": torch.full((4, 4), 3.0)}
+    folder = resume.save_state(tmp_path, 3, model, optimizer, average, {"tokens": 30})
+    expected = torch.randn(8)
+    other, fresh = _trained(1)
+    state, restored = resume.restore_state(folder, other, fresh)
+    assert torch.equal(torch.randn(8), expected)
+    assert state == {"tokens": 30, "step": 3}
+    assert restored is not None and torch.equal(restored["0.weight"], average["0.weight"])
+    for own, back in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(own, back)
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(optimizer.state[own][key], fresh.state[back][key]), key
+
+
+def test_only_the_newest_state_is_kept_and_found(tmp_path: Path) -> None:
+    model, optimizer = _trained(0)
+    for step in (9, 10, 100):
+        folder = resume.save_state(tmp_path, step, model, optimizer, None, {})
+    assert resume.last_state(tmp_path) == folder
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000100"]
+
+
+def test_of_several_complete_states_the_newest_is_taken(tmp_path: Path) -> None:
+    """A process killed between writing a state and deleting the one before leaves both."""
+    for step in (8, 12, 16):
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        if step < 16:  # the newest is not complete
+            (folder / "state.json").write_text("{}")
+    assert resume.last_state(tmp_path).name == "step-00000012"
+
+
+def test_no_state_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no resumable state"):
+        resume.last_state(tmp_path)

@@ -1,0 +1,44 @@
+"""What a class keeps in float32 is what transformers leaves there when it loads BF16."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qat.kept import kept_in_float32, own_tensors
+from qat.surgery import served
+from tests.tiny import tiny_model
+
+ODD = {
+    "llama": {},
+    "glm4_moe": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 1},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "moe_layer_start_index": 0},
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_the_class_and_we_agree(kind: str, tmp_path: Path) -> None:
+    more = {"topk_group": 1, "first_k_dense_replace": 0} if kind == "glm4_moe" else {}
+    source = tiny_model(kind, tmp_path / "model", num_hidden_layers=1, **ODD[kind], **more)
+    loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    truth = {name for name, tensor in own_tensors(loaded).items() if tensor.dtype == torch.float32}
+    assert kept_in_float32(loaded) == truth and bool(truth) == (kind != "llama")
+
+
+def test_what_a_class_asks_for_is_kept(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama", tmp_path / "model", num_hidden_layers=1))
+    model._keep_in_fp32_modules = {"mlp.*_proj"}
+    model._keep_in_fp32_modules_strict = {"q_proj"}
+    leaves = {name.split(".")[-2] for name in kept_in_float32(model)}
+    assert leaves == {"gate_proj", "up_proj", "down_proj", "q_proj"}
+
+
+def test_served_rounds_the_rest_and_persistent_buffers_too() -> None:
+    model = torch.nn.Module()
+    model.weight = torch.nn.Parameter(torch.tensor([1.001]))
+    model.register_buffer("bias", torch.tensor([1.001]))
+    model.register_buffer("table", torch.tensor([1.001]), persistent=False)
+    with served(model):
+        assert float(model.weight.detach()) == float(model.bias) == 1.0 and float(model.table) != 1.0
+    assert float(model.weight.detach()) == float(model.bias) == float(torch.tensor(1.001))

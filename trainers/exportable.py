@@ -1,0 +1,36 @@
+"""What an export of a job's student will refuse, asked before a weight is loaded: a run that cannot be exported should
+say so in seconds, not after its last step."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from qat.checkpoints.architecture import empty_model, read_config
+from qat.checkpoints.export import check_export
+from qat.checkpoints.shards import INDEX, SINGLE, ShardReader
+from qat.surgery import apply
+from qat.trainers.job import Job
+
+
+def export_notes(job: Job, folder: Path | None, model: Any) -> list[str]:
+    """What `qat.checkpoints.export.check_export` says of the job's student, one sentence each.
+
+    Args:
+        job: gives the scheme.
+        folder: the student's, resolved; None where only its config is known.
+        model: the student without numbers, on the meta device; it is left as it is.
+
+    Raises:
+        CheckpointError, UnsupportedError: no target can hold it, or its tensors do not fit.
+    """
+    weights = folder if folder is not None and any((folder / name).is_file() for name in (SINGLE, INDEX)) else None
+    if weights is not None:
+        ShardReader(weights).verify_complete()
+    bare: Any = apply(copy.deepcopy(model), job.scheme, defer_start=True)
+    return [f"export: {note}" for note in check_export(bare, weights)]
+
+
+def student_without_numbers(job: Job, folder: Path) -> Any:
+    """The architecture in the student's folder, as it would be loaded, on the meta device."""
+    trusted = job.model.trust_remote_code
+    return empty_model(read_config(folder, trusted), folder, job.model.attn_implementation, trusted)

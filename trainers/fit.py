@@ -1,0 +1,110 @@
+"""The optimizer steps of a run, driven by Lightning: one process on one device, from a saved state or the start."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as lit
+import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from safetensors.torch import load_file
+
+from qat.checkpoints import resume
+from qat.errors import ConfigError
+from qat.trainers.callbacks import Average, Keeper, StepLoop
+from qat.trainers.data import Batches
+from qat.trainers.interrupts import Interruptions
+from qat.trainers.job import Job
+from qat.trainers.module import QatModule
+from qat.trainers.parts import Parts
+
+
+def fit(
+    job: Job, parts: Parts, keeper: Keeper, saved: dict[str, Any], folder: Path | None, interruptions: Interruptions
+) -> StepLoop:
+    """Run the steps that are left, from the state in `folder` or from the start; says in the loop why it ended."""
+    start = 0
+    if folder is not None:
+        start = int(resume.read_state(folder)["step"])
+        resume.restore_student(parts.student, load_file(folder / resume.STUDENT))
+    teacher = parts.teacher if job.objective.needs_teacher else None
+    module = QatModule(parts.student, teacher, job, Batches(parts.train, job.rows, job.seed), start)
+    average = Average(parts.student, job.optim.ema) if job.optim.ema else None
+    loop = StepLoop(job.folder, job, keeper, average, saved, interruptions)
+    if start >= job.steps or loop.give_up():
+        return loop
+    restore = _Restore(folder, average)
+    rank_zero_only.rank = 0  # type: ignore[attr-defined]  # Lightning read a launcher's variables on import
+    trainer = lit.Trainer(
+        max_steps=job.steps - start,
+        accumulate_grad_batches=job.rows // (job.micro_rows * job.devices),
+        precision="bf16-mixed" if parts.dtype is torch.bfloat16 else "32-true",
+        accelerator=parts.device.type,
+        devices=job.devices,
+        strategy=job.strategy,
+        callbacks=[restore, loop],
+        plugins=[_Alone()],
+        logger=_loggers(job),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    parts.student.train()
+    trainer.fit(module)
+    return loop
+
+
+class _Alone(LightningEnvironment):
+    """One process is the whole run, whatever SLURM, torchrun or MPI left in the environment.
+
+    Lightning would take ranks and sizes from their variables, and under SLURM put handlers of its own on signals. More
+    than one device is refused by `Job.unproven`; where that is proven, the launcher's environment belongs here.
+    """
+
+    def local_rank(self) -> int:
+        """0."""
+        return 0
+
+    def node_rank(self) -> int:
+        """0."""
+        return 0
+
+
+class _Restore(lit.Callback):
+    """Loads the saved state once the optimizer exists."""
+
+    def __init__(self, folder: Path | None, average: Average | None) -> None:
+        self.folder, self.average = folder, average
+
+    def on_train_start(self, trainer: lit.Trainer, pl_module: lit.LightningModule) -> None:
+        """Bring back parameters, moments, averages and random state."""
+        if self.folder is None:
+            return
+        assert isinstance(pl_module, QatModule)
+        optimizer: Any = pl_module.optimizers()
+        _, values = resume.restore_state(self.folder, pl_module.student, optimizer.optimizer)
+        if self.average is not None and values is not None:
+            self.average.values = {n: t.to(self.average.values[n].device) for n, t in values.items()}
+
+
+def _loggers(job: Job) -> Any:
+    if job.wandb is None:
+        return False
+    try:
+        from lightning.pytorch.loggers import WandbLogger
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"the job asks for wandb, which is not installed: pip install wandb ({error})") from error
+    return WandbLogger(
+        project=job.wandb.project, name=job.name, offline=job.wandb.offline, save_dir=job.folder, log_model=False
+    )
+
+
+def quiet_lightning() -> None:
+    """Lightning's tips and warnings about things this trainer does on purpose."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")

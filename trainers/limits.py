@@ -1,0 +1,194 @@
+"""What a model can take: positions and token ids, compared with the data before anything is trained or judged.
+
+A position beyond a learned table is an index error deep inside a model, and a rotary one is a number the model has
+never seen, about which nothing complains. A token added to a tokenizer alone has no row in the embedding.
+"""
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from qat.checkpoints.hf import load_tokenizer, resolve
+from qat.errors import CheckpointError, ConfigError, DataError
+from qat.trainers import rows, sources, tokens
+from qat.trainers.data import Blocks, DataConfig, planned
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qat.trainers.job import Job
+
+SAMPLE_TOKENS = 1 << 15  # of each text, which `--dry-run` looks at
+_SCALED = ("linear", "dynamic", "yarn")  # kinds of rotary scaling whose configs state the length before it
+
+
+# ---- positions
+
+
+def check_positions(model: nn.Module, lengths: dict[str, int]) -> list[str]:
+    """Compare text lengths with the positions that `model` has.
+
+    Args:
+        model: a Hugging Face causal LM; without storage (meta) is enough.
+        lengths: what to call each length, for example `data.seq_len`, and how many tokens it is.
+
+    Returns:
+        A note for each length that exceeds what the model was trained on but can be computed.
+
+    Raises:
+        ConfigError: a length exceeds a table of positions, so that it cannot be computed.
+    """
+    table, known = table_positions(model), known_positions(model)
+    name = type(model).__name__
+    notes = []
+    for what, length in lengths.items():
+        if table is not None and length > table:
+            raise ConfigError(f"{what} {length} exceeds the {table} positions that {name} has; at most {table} will do")
+        if known is not None and length > known:
+            notes.append(f"{what} {length} exceeds the {known} positions that {name} was made for (config.json); "
+                         "beyond them it computes but was not trained")  # fmt: skip
+    return notes
+
+
+def table_positions(model: nn.Module) -> int | None:
+    """How many positions a model can compute at most; None where nothing limits it.
+
+    Positions are limited by tables: learned ones (an embedding, which OPT begins at row 2) and precomputed ones.
+    """
+    config: Any = model.config
+    tokens_in: Any = model.get_input_embeddings()  # type: ignore[operator]  # a transformers method
+    text = _around(model, tokens_in)
+    found = [
+        module.num_embeddings - int(getattr(module, "offset", 0))
+        for name, module in text.named_modules()
+        if isinstance(module, nn.Embedding) and module is not tokens_in and _of_positions(name)
+    ]
+    for path, module in text.named_modules():
+        if not hasattr(module, "make_weights"):  # a table that grows (XGLM)
+            tables = {name: table for name, table in module.named_buffers(path, recurse=False) if table.ndim == 2}
+            found += [table.shape[0] for name, table in tables.items() if _of_positions(name) and table.shape[0] > 1]
+    if config.model_type == "mpt":  # builds its ALiBi table for this many
+        found.append(int(config.max_seq_len))
+    return min(found, default=None)
+
+
+def _around(model: nn.Module, embedding: nn.Module) -> nn.Module:
+    """What reads text: the module that holds the embedding; the towers beside it have positions of their own."""
+    path = next((path for path, module in model.named_modules() if module is embedding), "")
+    return model.get_submodule(path.rpartition(".")[0])
+
+
+def _of_positions(path: str) -> bool:
+    """Whether a module or buffer of this path holds positions, by the names that transformers gives such tables."""
+    return any(part in path.rpartition(".")[2] for part in ("pos", "wpe"))
+
+
+def known_positions(model: nn.Module) -> int | None:
+    """How many positions a model was made for; None where it does not say, or uses none (ALiBi, recurrence)."""
+    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]  # a transformers config
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    if not isinstance(limit, int) or getattr(config, "alibi", False):
+        return None
+    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rotary.get("rope_type") in _SCALED:
+        before = rotary.get("original_max_position_embeddings") or limit
+        return max(limit, int(before * float(rotary.get("factor") or 1)))
+    return limit
+
+
+# ---- token ids
+
+
+def check_ids(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", largest: int, what: str) -> None:
+    """Compare the largest token id of a text (`what`) with the rows of the model's embedding.
+
+    Raises:
+        DataError: it has no row.
+    """
+    known = _embedded(model)
+    if largest < known:
+        return
+    token = tokenizer.convert_ids_to_tokens(largest)
+    raise DataError(
+        f"{what} holds token {token!r} with id {largest}, but the embedding of {type(model).__name__} has {known} rows "
+        f"(ids 0 to {known - 1}); use the tokenizer that the model was trained with, or enlarge the embedding "
+        "(resize_token_embeddings) and save the model first"
+    )
+
+
+def _embedded(model: nn.Module) -> int:
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]  # a transformers method
+    config: Any = model.config
+    weight = getattr(embedding, "weight", None)
+    return int(config.get_text_config().vocab_size if weight is None else weight.shape[0])
+
+
+def check_rows(tokenizer: "PreTrainedTokenizerBase", texts: dict[str, Blocks], *models: nn.Module) -> None:
+    """`check_ids` of rows, each named by the key of the configuration that gave them."""
+    for name, blocks in texts.items():
+        for model in models:
+            check_ids(model, tokenizer, blocks.largest_id, f"the text of {name} ({blocks.source.split(' ')[0]})")
+
+
+# ---- a job, and a command without one
+
+
+def check_lengths(job: "Job", *models: nn.Module) -> list[str]:
+    """`check_positions` of every text of a job."""
+    lengths = {f"{name}.seq_len": config.seq_len for name, (config, _) in _texts(job).items()}
+    return list(dict.fromkeys(note for model in models for note in check_positions(model, lengths)))
+
+
+def fitting(length: int, *models: nn.Module | None) -> int:
+    """`length`, or less where one of the models knows fewer positions."""
+    known = [limit(model) for model in models if model is not None for limit in (table_positions, known_positions)]
+    return min([length, *(positions for positions in known if positions is not None)])
+
+
+def dry_run(job: "Job", *models: nn.Module) -> list[str]:
+    """Check lengths, and the ids in the beginning of every text that is at hand; returns what there is to note.
+
+    Raises:
+        ConfigError, DataError: as a run would, before its first step.
+    """
+    notes = check_lengths(job, *models)
+    if not (job.model.id.startswith("embedded:") or Path(job.model.id).expanduser().exists()):
+        return [*notes, f"texts were not looked at: the tokenizer of {job.model.id} is not on this machine"]
+    try:
+        tokenizer = load_tokenizer(resolve(job.model), job.model.trust_remote_code)
+    except CheckpointError as error:
+        return [*notes, f"texts were not looked at: {error}"]
+    for name, (config, wanted) in _texts(job).items():
+        if sources.is_hub(config):
+            notes.append(f"{name} was not looked at: {config.source} is on the hub")
+        elif config.source != "teacher":
+            largest = _largest_id(sources.pinned(config), wanted, tokenizer)
+            for model in models:
+                check_ids(model, tokenizer, largest, f"the text of {name} ({config.source})")
+    return notes
+
+
+def _largest_id(config: DataConfig, wanted: int, tokenizer: "PreTrainedTokenizerBase") -> int:
+    """In the rows for the `wanted` tokens, or for the first SAMPLE_TOKENS of them."""
+    tally = rows.Tally()
+    plan = planned(config, min(wanted, SAMPLE_TOKENS))
+    documents = tokens.encode(sources.documents(config), tokenizer)
+    count = sum(1 for _ in rows.made(documents, config, plan, tokenizer, tally))
+    rows.refuse_nothing(config, tally, count)
+    return tally.largest
+
+
+def _texts(job: "Job") -> dict[str, tuple[DataConfig, int]]:
+    """The texts of a job by the keys that configure them, and how many tokens of each are wanted."""
+    found = {"data": (job.data, job.steps * job.tokens_per_step), "eval.data": (job.eval.data, job.eval.tokens)}
+    if job.calibration is not None:
+        found["calibration"] = (job.calibration, job.calibration_rows * job.calibration.seq_len)
+    return found
+
+
+def warn(notes: list[str]) -> None:
+    """Say each note once, as a warning."""
+    for note in notes:
+        warnings.warn(note, stacklevel=2)

@@ -1,0 +1,34 @@
+"""Everything a run holds in memory, between loading and the report."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from qat.surgery import Coverage
+from qat.trainers.data import Blocks
+
+
+@dataclass
+class Parts:
+    """Models, rows and where they are.
+
+    Attributes:
+        student, teacher: both on `device`.
+        train, heldout, calibration: rows of text.
+        coverage: which weights got which format.
+        dtype: of autocast; None computes in float32.
+        parameters: of the model that is trained, without learned scales.
+        qsnr_start: dB by layer before training.
+    """
+
+    student: Any
+    teacher: Any
+    train: Blocks
+    heldout: Blocks
+    calibration: Blocks
+    coverage: Coverage
+    device: torch.device
+    dtype: torch.dtype | None
+    parameters: int
+    qsnr_start: dict[str, float] = field(default_factory=dict)
