@@ -3,8 +3,10 @@ layers are packed, and whether the architecture loads exactly that. Training ask
 step, of a model without weights.
 """
 
+import json
 import math
 import re
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qat.checkpoints.hf import quiet, read_json, unquantizable
+from qat.checkpoints.architecture import quiet, read_config, read_json
+from qat.checkpoints.hf import unquantizable
 from qat.checkpoints.names import (
     StoredNames,
     fused_groups,
@@ -317,14 +320,14 @@ def _check_loads(plan: ExportPlan, source: Path) -> None:
 
 def _bare(model: "PreTrainedModel", config: dict[str, Any]) -> "PreTrainedModel":
     """The class that loaders make of a config.json, without memory."""
-    from transformers import CONFIG_MAPPING
-
     own: Any = type(model)
-    with quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        config = {"model_type": model.config.model_type, **config}
+        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         if own.__module__.startswith("transformers."):
-            return skeleton(CONFIG_MAPPING[config.get("model_type", model.config.model_type)].from_dict(config))
+            return skeleton(read_config(Path(folder)))
         with torch.device("meta"):  # code that came with the model
-            bare: PreTrainedModel = own._from_config(type(model.config).from_dict(config), dtype=torch.bfloat16)
+            bare: PreTrainedModel = own._from_config(type(model.config).from_pretrained(folder), dtype=torch.bfloat16)
             return bare
 
 
