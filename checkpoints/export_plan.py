@@ -25,6 +25,7 @@ from qat.checkpoints.names import (
     skeleton,
     stored_names,
     surplus_names,
+    wanted_while_loading,
 )
 from qat.checkpoints.shards import ShardReader, TensorInfo
 from qat.checkpoints.targets import TARGETS, Target, TargetLayer
@@ -351,6 +352,10 @@ def _notes(plan: ExportPlan, source: Path | None) -> list[str]:
             "plain transformers (5.23) cannot load dense fused experts, or other tensors that it merges, beside packed "
             "layers; vLLM can"
         ] = None
+    if "pack-quantized" in json.dumps(plan.quantization):
+        wanted = wanted_while_loading(plan.model, [plan.names.modules[path] for path in plan.linears])
+        found.update(dict.fromkeys(f"plain transformers (5.23) cannot load packed layers of {name}, whose weights it "
+                                   "initialises; vLLM can" for name in wanted))  # fmt: skip
     if not all(module.weight_quantizer.round_bf16 for module in plan.linears.values()):
         found["trained with round_bf16: false, so BF16 servers round the exported weights once more"] = None
     found.update(dict.fromkeys(_of_the_source(plan, source)))
