@@ -19,6 +19,7 @@ from qat.errors import ConfigError, Interrupted, UnsupportedError
 from qat.numerics import qsnr
 from qat.surgery import Coverage, apply, dense, layers, report
 from qat.trainers import claim, limits
+from qat.trainers.called import check_called
 from qat.trainers.callbacks import Keeper
 from qat.trainers.data import Batches, load_blocks
 from qat.trainers.evaluate import Judge, gap_closed
@@ -115,6 +116,7 @@ def _load(job: Job, source: Path, reference: Path, console: Console) -> Parts:
     teacher.to(device)
     student: nn.Module = load_configured(job.model, source)
     coverage = report(student, job.scheme)
+    check_called(student.to(device), coverage)
     _check_packing(job, student, *([teacher] if job.teacher is not None else []))
     parameters = sum(p.numel() for p in student.parameters())
     limits.warn(limits.check_lengths(job, student, teacher))

@@ -55,10 +55,17 @@ class PackedConfig(QuantizationConfigMixin):
 
 
 class StoredLinear(nn.Module):
-    """A linear layer while its checkpoint is being read: parameters named, typed and shaped as they are stored."""
+    """A linear layer while its checkpoint is being read: parameters named, typed and shaped as they are stored.
+
+    Some classes initialise layers through their parents, by the name `weight` (GPTBigCode's `c_proj`): where no such
+    tensor is stored there is an empty one, which counts as read.
+    """
 
     def __init__(self, linear: nn.Linear, tensors: dict[str, torch.Tensor]) -> None:
         super().__init__()
+        if "weight" not in tensors:
+            self.weight = torch.empty(0)
+            self.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' own mark
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         if linear.bias is not None:
