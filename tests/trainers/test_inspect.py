@@ -93,7 +93,7 @@ def test_tokens_that_the_embedding_lacks_are_named(model: Path, capsys: Any) -> 
     added = [{"id": 376 + i, "content": f"<tool{i}>", **plain} for i in range(10)]
     edit(path, added_tokens=[*json.loads(path.read_text())["added_tokens"], *added])
     assert main(["generate", str(model), "a <tool9>", "--tokens", "2"]) == 2
-    assert "'<tool9>' (id 385)" in capsys.readouterr().err
+    assert "the prompt holds token '<tool9>' with id 385" in capsys.readouterr().err
 
 
 def test_no_more_is_written_than_the_model_has_positions(model: Path, capfd: Any) -> None:
