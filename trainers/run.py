@@ -116,8 +116,9 @@ def _load(job: Job, source: Path, reference: Path, console: Console) -> Parts:
     teacher.to(device)
     student: nn.Module = load_configured(job.model, source)
     coverage = report(student, job.scheme)
-    check_called(student.to(device), coverage)
-    _check_packing(job, student, *([teacher] if job.teacher is not None else []))
+    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):  # flash attention takes nothing wider
+        check_called(student.to(device), coverage)
+        _check_packing(job, student, *([teacher] if job.teacher is not None else []))
     parameters = sum(p.numel() for p in student.parameters())
     limits.warn(limits.check_lengths(job, student, teacher))
     train_rows = load_blocks(job.data, tokenizer, num_tokens=job.steps * job.rows * job.data.seq_len, teacher=teacher)
