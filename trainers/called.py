@@ -50,8 +50,8 @@ def check_called(model: nn.Module, coverage: Coverage) -> None:
         paths, kind = list(uses.found), type(model.get_submodule(next(iter(uses.found)).rpartition(".")[0])).__name__
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
         raise UnsupportedError(
-            f"{kind} uses the weight of {paths[0]}{more} without calling the layer, so it would be neither quantized in "
-            "training nor served packed; give these layers a rule with `skip:` and a reason"
+            f"{kind} uses the weight of {paths[0]}{more} without calling the layer, so it would be neither quantized "
+            "in training nor served packed; give these layers a rule with `skip:` and a reason"
         )
 
 

@@ -19,8 +19,8 @@ from qat.errors import ConfigError, Interrupted, UnsupportedError
 from qat.numerics import qsnr
 from qat.surgery import Coverage, apply, dense, layers, report
 from qat.trainers import claim, limits
-from qat.trainers.called import check_called
 from qat.trainers.callbacks import Keeper
+from qat.trainers.called import check_called
 from qat.trainers.data import Batches, load_blocks
 from qat.trainers.evaluate import Judge, gap_closed
 from qat.trainers.exportable import export_notes, student_without_numbers

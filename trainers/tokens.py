@@ -48,7 +48,9 @@ def encode(documents: Iterator[Document], tokenizer: "PreTrainedTokenizerBase") 
     size = 0
     for document in documents:
         # What can be either is a chat where there is a template.
-        chat = document.shape in CHATS or document.messages and (tokenizer.chat_template or not (document.prompt or document.text))
+        chat = document.shape in CHATS or (
+            document.messages and (tokenizer.chat_template or not (document.prompt or document.text))
+        )
         if chat or document.prompt:
             yield from _encode_texts(waiting, tokenizer)
             waiting, size = [], 0
