@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from qat.cache import cache_folder
@@ -83,10 +83,18 @@ class DataConfig(Strict):
     seed: int = Field(default=0, ge=0)
     generate: Generate = Generate()
 
+    @field_validator("generate", mode="before")
+    @classmethod
+    def _left_out(cls, value: Any) -> Any:
+        return Generate() if value is None else value  # the only way in which an override can remove a recipe's
+
     @model_validator(mode="after")
     def _consistent(self) -> "DataConfig":
         if self.source != "teacher" and self.generate != Generate():
-            raise ValueError(f"generate only works with source: teacher, but source is {self.source!r}")
+            raise ValueError(
+                f"generate only works with source: teacher, but source is {self.source!r}; leave it out "
+                "(as an override: generate=null)"
+            )
         if self.chat == "never" and self.records in CHATS:
             raise ValueError(f"records: {self.records} are chats, but chat is 'never'; remove one of the two")
         if self.pack and self.max_tokens is not None and self.max_tokens < self.seq_len:

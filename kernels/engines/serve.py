@@ -78,6 +78,7 @@ def transformers_server(
     from qat.kernels.engines.requests import Reader
 
     context, tokenizer = _context(folder), load_tokenizer(folder)
+    tokenizer.model_max_length = sys.maxsize  # the reader refuses what is too long, and no library warns of it
     model = load_packed(folder, None if dtype == "auto" else getattr(torch, dtype), device)
     writer = Writer(model, tokenizer, context)
     reader = Reader(tokenizer, context, model.config.get_text_config().vocab_size, names)

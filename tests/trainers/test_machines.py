@@ -132,5 +132,7 @@ def test_training_scales_alone(tmp_path: Path, model: Path, capsys: pytest.Captu
     assert main(["train", str(tmp_path / "tiny.yaml")]) == 0
     rows = metrics(job)
     assert [row["lr"] for row in rows] == ["", ""] and all(float(row["scale_lr"]) > 0 for row in rows)
-    assert main(["train", str(tmp_path / "tiny.yaml"), "name=none", "optim.freeze=['*']"]) == 2
-    assert "leaves no parameter to train" in capsys.readouterr().err
+    for more, said in (([], "leaves no parameter to train"), (["optim.freeze=[nothing]"], "matches no parameter")):
+        for asked in ([], ["--dry-run"]):
+            assert main(["train", str(tmp_path / "tiny.yaml"), "name=none", "optim.freeze=['*']", *more, *asked]) == 2
+            assert said in capsys.readouterr().err

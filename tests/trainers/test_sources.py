@@ -65,8 +65,11 @@ def test_each_file_kind(tmp_path: Path) -> None:
     assert read(tmp_path / "d.txt") == ["a text\n---\nin one piece\n"]
 
 
+CALL = {"name": "f", "arguments": {"a": 1}}
+
+
 def test_parquet_chats_lose_the_keys_a_table_fills_in(tmp_path: Path) -> None:
-    chat = [MESSAGES[0], {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}, MESSAGES[1]]
+    chat = [MESSAGES[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}, MESSAGES[1]]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"talk": chat}]), tmp_path / "c.parquet")
     (found,) = read(tmp_path / "c.parquet", messages_field="talk")
     assert found == [MESSAGES[0], {**chat[1], "content": ""}, MESSAGES[1]]
