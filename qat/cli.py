@@ -237,8 +237,10 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     if arguments.tokens < 1:
         raise ConfigError(f"--tokens {arguments.tokens} must be positive")
-    if not 0 <= arguments.temperature < float("inf"):
-        raise ConfigError(f"--temperature {arguments.temperature}: 0 (greedy) or a positive number")
+    if arguments.temperature != 0 and not 0.01 <= arguments.temperature <= 100:
+        raise ConfigError(f"--temperature {arguments.temperature}: 0 (greedy), or a number from 0.01 to 100")
+    if not 0 <= arguments.seed < 1 << 63:
+        raise ConfigError(f"--seed {arguments.seed}: a whole number from 0, of 63 bits")
     if not arguments.prompt:
         raise ConfigError("the prompt is empty; give a text to continue")
     from qat.kernels.engines.transformers import load_packed

@@ -39,7 +39,7 @@ _META = "meta.json"
 class Generate(Strict):
     """How the teacher writes its own text (`source: teacher`)."""
 
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=0.01, le=100)
     greedy_tokens: int = Field(default=4, ge=0)
     tokens: int | None = Field(default=None, ge=1)
     batch: int = Field(default=16, ge=1)
@@ -80,7 +80,7 @@ class DataConfig(Strict):
     pack: bool = True
     chat: Literal["auto", "never"] = "auto"
     max_tokens: int | None = Field(default=None, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     generate: Generate = Generate()
 
     @field_validator("generate", mode="before")
@@ -93,7 +93,7 @@ class DataConfig(Strict):
         if self.source != "teacher" and self.generate != Generate():
             raise ValueError(
                 f"generate only works with source: teacher, but source is {self.source!r}; leave it out "
-                "(as an override: generate=null)"
+                "(calibration.generate=null where a recipe has it for its calibration)"
             )
         if self.chat == "never" and self.records in CHATS:
             raise ValueError(f"records: {self.records} are chats, but chat is 'never'; remove one of the two")

@@ -58,10 +58,9 @@ def _fits(plan: Plan) -> str:
 
 def scaled(count: float) -> str:
     """A count of bytes or operations with the prefix of its unit, for example "1.21 G"."""
-    for size, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= 0.1 * size or size == 1e3:
-            return f"{count / size:,.2f} {prefix}"
-    raise AssertionError("the last prefix takes everything")
+    prefixes = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+    size, prefix = next(((size, prefix) for size, prefix in prefixes if count >= 0.1 * size), prefixes[-1])
+    return f"{count / size:,.2f} {prefix}"
 
 
 def duration(seconds: float) -> str:

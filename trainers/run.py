@@ -23,7 +23,7 @@ from qat.trainers.callbacks import Keeper
 from qat.trainers.data import Batches, load_blocks
 from qat.trainers.evaluate import Judge, gap_closed
 from qat.trainers.exportable import export_notes, student_without_numbers
-from qat.trainers.fit import fit, quiet_lightning
+from qat.trainers.fit import fit, quiet_lightning, start_loggers
 from qat.trainers.interrupts import Interruptions
 from qat.trainers.job import Job
 from qat.trainers.machine import machine, repeatable, versions
@@ -84,6 +84,7 @@ def _train(job: Job, resume_run: bool, console: Console, interruptions: Interrup
         saved = claim.take_up(run, job, console)
     else:
         claim.start(run, job, console)
+    loggers = start_loggers(job)
     lit.seed_everything(job.seed, verbose=False)
     parts = _load(job, source, reference, console)
     _print_coverage(parts.coverage, console)
@@ -98,7 +99,7 @@ def _train(job: Job, resume_run: bool, console: Console, interruptions: Interrup
         claim.check_text(saved, text, job.steps, console)
         keeper = Keeper(run, job, judge, saved["best"])
     saved.update(text=text, steps=job.steps)
-    loop = fit(job, parts, keeper, saved, resume.last_state(run) if resume_run else None, interruptions)
+    loop = fit(job, parts, keeper, saved, resume.last_state(run) if resume_run else None, interruptions, loggers)
     if interruptions.asked is not None:
         raise interruptions.stop()
     if loop.stopped_by:

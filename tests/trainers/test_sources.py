@@ -75,6 +75,20 @@ def test_parquet_chats_lose_the_keys_a_table_fills_in(tmp_path: Path) -> None:
     assert found == [MESSAGES[0], {**chat[1], "content": ""}, MESSAGES[1]]
 
 
+def test_a_map_of_parquet_is_an_object(tmp_path: Path) -> None:
+    """Spark writes JSON objects with free keys so; pyarrow's own reading of them is a list of pairs."""
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.string())
+    call = pyarrow.struct([("name", pyarrow.string()), ("arguments", kind)])
+    message = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string()),
+                              ("tool_calls", pyarrow.list_(call))])  # fmt: skip
+    calls = [{"name": "f", "arguments": [("a", "1")]}]
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+    column = pyarrow.array([chat], pyarrow.list_(message))
+    pyarrow.parquet.write_table(pyarrow.table({"messages": column}), tmp_path / "c.parquet")
+    (found,) = read(tmp_path / "c.parquet")
+    assert found[1]["tool_calls"] == [{"name": "f", "arguments": {"a": "1"}}]
+
+
 def test_a_folder_is_read_in_order_without_hidden_files(tmp_path: Path) -> None:
     for name in ("b/2.txt", "a/1.md", ".git/x.txt", "c.txt"):
         path = tmp_path / name
@@ -82,8 +96,11 @@ def test_a_folder_is_read_in_order_without_hidden_files(tmp_path: Path) -> None:
         path.write_text(name)
     assert read(tmp_path) == ["a/1.md", "b/2.txt", "c.txt"]
     (tmp_path / "d.pdf").touch()
-    with pytest.warns(UserWarning, match=r"\.pdf are not read"):
+    with pytest.warns(UserWarning, match=r"\.pdf are not read") as notes:
         read(tmp_path)
+        fingerprint(DataConfig(source=str(tmp_path)))
+    assert len(notes) == 1
+    assert "patterns and variables are not expanded" in refusal(tmp_path / "*.txt")
 
 
 def test_long_texts_are_cut_at_lines_and_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
