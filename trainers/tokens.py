@@ -120,6 +120,11 @@ def _marked(given: chats.Chat) -> tuple[Ids, Learn]:
     if any(message["role"] == "assistant" for message in given.messages[: given.context]):
         before = given.render(given.messages[: given.context], tokenize=True)["assistant_masks"]
         learn[np.flatnonzero(learn)[: sum(before)]] = False
+    if any(m["role"] == "assistant" and m.get("weight") == 0 for m in given.messages[given.context :]):
+        raise DataError(
+            f"{given.where}: turns of weight 0 cannot be told apart where the template itself marks what is learnt; "
+            "end the chat before them, or put them into the prompt"
+        )
     if given.learnt and not learn.any():
         raise DataError(f"{given.where}: the template's generation marks cover no token; repair the template")
     return ids, learn
