@@ -137,7 +137,7 @@ def verify(folder: Path, logits: bool = True, tokens: int = 64) -> VerifyReport:
     tests: list[tuple[str, Callable[[_Subject], str]]] = [*CHECKS.items()]
     if logits:
         tests.append(("transformers", lambda subject: _logits(subject, tokens)))
-    with progress(f"verifying {folder.name}", len(tests)) as advance:
+    with progress(f"verifying {folder.name}", len(tests), "checks") as advance:
         for name, test in tests:
             try:
                 checks.append(Check(name, True, test(subject)))
@@ -205,7 +205,7 @@ def _weights(subject: _Subject) -> str:
         return f"skipped: there is no {RECORD}, so the trained weights are not known"
     exported, modules, others = subject.exported, subject.record["modules"], subject.record["tensors"]
     problems = [f"{path} is not quantized as recorded" for path in sorted(modules.keys() ^ exported.modules.keys())]
-    with progress("comparing weights", len(modules)) as advance:
+    with progress("comparing weights", len(modules), "layers") as advance:
         for path in sorted(modules.keys() & exported.modules.keys()):
             weight = exported.dense(path)
             if list(weight.shape) != modules[path]["shape"] or digest(weight) != modules[path]["sha256"]:

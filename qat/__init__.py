@@ -7,23 +7,22 @@
     qat.train(qat.load_job("configs/quickstart.yaml"))
     qat.export(run, out, "compressed-tensors")
 
-Only torch is imported here; training and export load their libraries when called.
+Nothing is imported until it is used, not even torch: the command imports this package before it can say that it is
+starting, or be interrupted.
 """
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from qat import numerics
-from qat.calibration import calibrate
-from qat.catalog import CATALOG, lookup
-from qat.format import Format
-from qat.numerics import QTensor
-from qat.scheme import Rule, Scheme
-from qat.surgery import Coverage, apply, report
-
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qat.calibration import calibrate
+    from qat.format import Format
+    from qat.numerics import QTensor
+    from qat.scheme import Rule, Scheme
+    from qat.surgery import Coverage, apply, report
     from qat.trainers.job import Job
 
 __all__ = [
@@ -43,23 +42,49 @@ __all__ = [
     "train",
 ]
 
+_HOMES = {
+    "calibrate": "calibration",
+    "Format": "format",
+    "QTensor": "numerics",
+    "Rule": "scheme",
+    "Scheme": "scheme",
+    "Coverage": "surgery",
+    "apply": "surgery",
+    "report": "surgery",
+}
 
-def formats() -> dict[str, Format]:
+
+def __getattr__(name: str) -> Any:
+    """What other files define, when it is asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def formats() -> "dict[str, Format]":
     """Every number format by name."""
+    from qat.catalog import CATALOG
+
     return dict(CATALOG)
 
 
-def quantize(x: Tensor, format: str) -> QTensor:
+def quantize(x: "Tensor", format: str) -> "QTensor":
     """Codes and scales of x (..., columns) by the format's own scale rule.
 
     Raises:
         FormatError: unknown format, or its groups do not divide the last dimension.
     """
+    from qat import numerics
+    from qat.catalog import lookup
+
     return numerics.quantize(x, lookup(format))
 
 
-def fake_quantize(x: Tensor, format: str) -> Tensor:
+def fake_quantize(x: "Tensor", format: str) -> "Tensor":
     """float32 values of `quantize(x, format).dequantize()`, bit for bit, without making codes."""
+    from qat import numerics
+    from qat.catalog import lookup
+
     return numerics.fake_quantize(x, lookup(format))
 
 

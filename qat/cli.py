@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from qat.errors import ConfigError, Interrupted, QatError
-from qat.terminal import os_error, print_anything, quiet_libraries, refuse_bytes, warned
+from qat.terminal import (
+    import_library,
+    os_error,
+    print_anything,
+    quiet_libraries,
+    refuse_bytes,
+    unbreakable_stderr,
+    warned,
+)
 
 DESCRIPTION = """Train a model in the numbers it will be served in.
 
@@ -30,6 +38,11 @@ DESCRIPTION = """Train a model in the numbers it will be served in.
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     print_anything()
+    with unbreakable_stderr():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(arguments, "overrides") or any(text.startswith("-") for text in rest)):
@@ -41,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.formatwarning = lambda message, category, *_: f"qat {arguments.command}: {warned(message, category)}\n"
     try:
         refuse_bytes(sys.argv[1:] if argv is None else argv)
+        import_library("torch")  # which every command needs
         run: Callable[[argparse.Namespace], int | None] = arguments.run
         return run(arguments) or 0
     except QatError as error:
@@ -222,8 +236,10 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     if arguments.tokens < 1:
         raise ConfigError(f"--tokens {arguments.tokens} must be positive")
-    if not 0 <= arguments.temperature < float("inf"):
-        raise ConfigError(f"--temperature {arguments.temperature}: 0 (greedy) or a positive number")
+    if arguments.temperature != 0 and not 0.01 <= arguments.temperature <= 100:
+        raise ConfigError(f"--temperature {arguments.temperature}: 0 (greedy), or a number from 0.01 to 100")
+    if not 0 <= arguments.seed < 1 << 63:
+        raise ConfigError(f"--seed {arguments.seed}: a whole number from 0, of 63 bits")
     if not arguments.prompt:
         raise ConfigError("the prompt is empty; give a text to continue")
     from qat.kernels.engines.transformers import load_packed

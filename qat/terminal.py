@@ -1,9 +1,14 @@
 """What stands between the `qat` command and a terminal, a pipe or a log: text that can be read and written anywhere."""
 
+import contextlib
+import importlib
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TextIO
 
 from qat.errors import ConfigError
 
@@ -13,6 +18,61 @@ def print_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+class Unbreakable:
+    """A stderr whose reader may leave and whose disk may fill up: what it cannot take is lost, and the work goes on.
+
+    Ctrl-C reaches everything in `qat train 2>&1 | tee log`: tee ends at once, and the run still has a step to save.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Characters that count as written."""
+        self._attempt(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Hand over what is buffered."""
+        self._attempt(self._stream.flush)
+
+    def close_up(self) -> None:
+        """Before Python ends, which reports what it cannot flush as a failure."""
+        try:
+            self._stream.flush()
+        except OSError:
+            self._to_nobody()
+
+    def _attempt(self, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except BrokenPipeError:
+            self._to_nobody()
+        except OSError:  # a full disk may have room again later
+            pass
+
+    def _to_nobody(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def unbreakable_stderr() -> Iterator[None]:
+    """`sys.stderr` is `Unbreakable` inside the block."""
+    before = sys.stderr
+    if before is None:  # closed by whoever started us
+        yield
+        return
+    sys.stderr = unbreakable = Unbreakable(before)
+    try:
+        yield
+    finally:
+        unbreakable.close_up()
+        sys.stderr = before
 
 
 def os_error(error: OSError) -> str:
@@ -42,3 +102,19 @@ def quiet_libraries() -> None:
     """No advertisements or advice from libraries; their errors still show."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+def import_library(name: str) -> None:
+    """Import what takes seconds while Ctrl-C ends the process at once, as the system does it.
+
+    Python's KeyboardInterrupt may be swallowed inside such an import, and the command then go on with half a library.
+    """
+    ours = threading.current_thread() is threading.main_thread()
+    ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        importlib.import_module(name)
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

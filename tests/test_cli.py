@@ -86,6 +86,14 @@ def test_formats_lists_the_catalogue(capsys: pytest.CaptureFixture[str]) -> None
         (["eval", "runs/nowhere"], "neither a run"),
         (["generate", "runs/nowhere", "hello"], "neither a run"),
         (["generate", "runs/nowhere", "hello", "--tokens", "0"], "must be positive"),
+        (["generate", "runs/nowhere", "hello", "--seed", "9" * 30], "a whole number from 0, of 63 bits"),
+        (["generate", "runs/nowhere", "hello", "--temperature", "1e-300"], "a number from 0.01 to 100"),
+        (["train", "configs"], "configs is a folder, not a config file"),
+        (["train", "configs/quickstart.yaml", "seed=99999999999"], "less than 4294967296"),
+        (
+            ["train", "configs/qad/smollm2-135m-nvfp4.yaml", "calibration.source=embedded", "--dry-run"],
+            "calibration.generate=null",
+        ),
     ],
 )
 def test_errors_are_one_sentence_and_status_2(

@@ -13,6 +13,7 @@ import re
 import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qat.errors import DataError
@@ -29,6 +30,8 @@ _SPLIT_ADVICE = (
     "give one sample per assistant turn, so that each ends with the turn to learn, or a template that marks "
     "assistant turns with {% generation %}"
 )
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of a message, of which transformers fills in others
+_ASKING = ("system", "developer", "user")  # roles whose text templates show as it is
 _NAME, _KEY = "probe_name", "probe_key"  # stand in for a tool's name and an argument, to see how they are rendered
 
 
@@ -85,8 +88,9 @@ class Chat:
 
     @property
     def learnt(self) -> list[int]:
-        """Indices of the messages to learn."""
-        return [i for i, m in enumerate(self.messages) if i >= self.context and m["role"] == "assistant"]
+        """Indices of the messages to learn; OpenAI's data says `weight: 0` where it is not meant to be."""
+        from_here = enumerate(self.messages[self.context :], self.context)
+        return [i for i, m in from_here if m["role"] == "assistant" and m.get("weight") != 0]
 
     @cached_property
     def marks(self) -> tuple[str, ...]:
@@ -155,7 +159,7 @@ def _with_calls(given: Chat) -> Chat:
     templates need the text of the arguments instead, or an empty content.
     """
     refusals, problems = [], []
-    for arguments, content in ((dict, None), (dict, ""), (str, None), (str, "")):
+    for arguments, content in product((dict, str), (None, "")):
         formed = replace(given, messages=tuple(_formed(m, arguments, content) for m in given.messages))
         try:
             problem = _hidden(formed)
@@ -166,7 +170,7 @@ def _with_calls(given: Chat) -> Chat:
             return formed
         problems.append(problem)
     if not problems:
-        raise refusals[0]
+        raise refusals[-1]  # not one about the content that was not there
     raise DataError(
         f"{given.where}: the chat template {problems[0]}, so they cannot be learnt; use the tokenizer of a model that "
         "calls tools, or remove the calls"
@@ -223,17 +227,22 @@ def turns(given: Chat) -> tuple[str, list[Span]]:
     """
     full: str = given.render()
     spans = [_turn(given, index, full) for index in given.learnt]
-    written = [given.messages[index].get("content", "") for index in given.learnt]
     # A tag that begins the content may be the generation prompt's, and so stand before the turn.
     shown = [full[max(0, span.begin - LONGEST_TAG) : span.end] for span in spans]
-    if any(_lost(*pair) for pair in zip(written, shown, strict=True)):
+    if any(_lost(given.messages[index], turn) for index, turn in zip(given.learnt, shown, strict=True)):
         warnings.warn("the chat template leaves out a part of what assistants wrote in this data (reasoning, as a "
                       "rule); what it leaves out is not learnt", stacklevel=2)  # fmt: skip
+    for role in sorted({m["role"] for m in given.messages if m["role"] in _ASKING and _lost(m, full)}):
+        warnings.warn(f"the chat template does not show messages of the role {role} in this data, so the model learns "
+                      "its answers without them; write them into a message that it shows", stacklevel=2)  # fmt: skip
     return full, spans
 
 
-def _lost(text: str, rendered: str) -> bool:
-    return text.strip() not in rendered and "".join(text.split()) not in "".join(rendered.split())
+def _lost(message: Message, rendered: str) -> bool:
+    """Whether a rendering lacks what a message holds, white space apart."""
+    texts = [message.get("content"), next((message[key] for key in _REASONING if message.get(key)), None)]
+    squeezed = "".join(rendered.split())
+    return any("".join(text.split()) not in squeezed for text in texts if isinstance(text, str))
 
 
 def _turn(given: Chat, index: int, full: str) -> Span:
@@ -298,6 +307,12 @@ def _parting(given: Chat, index: int, before: str, full: str, through: str) -> i
     content_begin = _shared(*others) if len(set(others)) == 2 else -1
     prompt_begin = given.whole_tokens(before, _shared(plain, before))
     if begin < prompt_begin or not (begin == content_begin or given.only_tags(before[begin:])):
+        moved = [m["role"] for m in given.messages[:index] if _lost(m, full) and not _lost(m, before)]
+        if moved:
+            raise DataError(
+                f"{given.where}: the chat template shows the message of the role {moved[0]} only while it is the "
+                "model's turn, and not in the chat that is learnt; write its text into the first message of the user"
+            )
         raise DataError(
             f"{given.where}: the chat template renders what precedes message {index} differently once "
             f"more messages follow, so its assistant turns cannot be found; {_SPLIT_ADVICE}"

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from qat.cache import cache_folder
@@ -39,7 +39,7 @@ _META = "meta.json"
 class Generate(Strict):
     """How the teacher writes its own text (`source: teacher`)."""
 
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=0.01, le=100)
     greedy_tokens: int = Field(default=4, ge=0)
     tokens: int | None = Field(default=None, ge=1)
     batch: int = Field(default=16, ge=1)
@@ -80,13 +80,21 @@ class DataConfig(Strict):
     pack: bool = True
     chat: Literal["auto", "never"] = "auto"
     max_tokens: int | None = Field(default=None, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     generate: Generate = Generate()
+
+    @field_validator("generate", mode="before")
+    @classmethod
+    def _left_out(cls, value: Any) -> Any:
+        return Generate() if value is None else value  # the only way in which an override can remove a recipe's
 
     @model_validator(mode="after")
     def _consistent(self) -> "DataConfig":
         if self.source != "teacher" and self.generate != Generate():
-            raise ValueError(f"generate only works with source: teacher, but source is {self.source!r}")
+            raise ValueError(
+                f"generate only works with source: teacher, but source is {self.source!r}; leave it out "
+                "(calibration.generate=null where a recipe has it for its calibration)"
+            )
         if self.chat == "never" and self.records in CHATS:
             raise ValueError(f"records: {self.records} are chats, but chat is 'never'; remove one of the two")
         if self.pack and self.max_tokens is not None and self.max_tokens < self.seq_len:

@@ -37,11 +37,11 @@ def _summary(estimate: Estimate) -> list[str]:
     scheme = ", ".join(f"{count / 1e6:,.1f} M {weight}" for weight, _, _, count, _ in estimate.scheme)
     return [
         f"{estimate.name}: {estimate.parameters:,} parameters, {share} quantized, {bits}, "
-        f"{estimate.model_bytes / 1e9:,.2f} GB stored instead of {estimate.dense_bytes / 1e9:,.2f} GB",
+        f"{scaled(estimate.model_bytes)}B stored instead of {scaled(estimate.dense_bytes)}B",
         f"weights: {scheme}",
         f"architecture: {estimate.origin}",
         f"work: {estimate.tokens:,} tokens in {estimate.steps:,} steps, "
-        f"{estimate.flops_per_token / 1e9:,.2f} GFLOP per token",
+        f"{scaled(estimate.flops_per_token)}FLOP per token",
     ]
 
 
@@ -54,6 +54,13 @@ def _fits(plan: Plan) -> str:
         others = [f"{size} {'yes' if plan.fits(size * GIB) else 'no'}" for size in COMMON_GPUS]
         answers.append("GPUs of " + ", ".join(others))
     return f"{plan.device}: " + ("; ".join(answers) or "its memory is unknown")
+
+
+def scaled(count: float) -> str:
+    """A count of bytes or operations with the prefix of its unit, for example "1.21 G"."""
+    prefixes = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+    size, prefix = next(((size, prefix) for size, prefix in prefixes if count >= 0.1 * size), prefixes[-1])
+    return f"{count / size:,.2f} {prefix}"
 
 
 def duration(seconds: float) -> str:

@@ -1,5 +1,5 @@
-"""What an export of a job's student will refuse, asked before a weight is loaded: a run that cannot be exported should
-say so in seconds, not after its last step."""
+"""What an export of a job's student, or its optimizer, will refuse, asked before a weight is loaded: a run that cannot
+be exported should say so in seconds, not after its last step."""
 
 import copy
 from pathlib import Path
@@ -11,6 +11,7 @@ from qat.checkpoints.shards import INDEX, SINGLE, ShardReader
 from qat.surgery import apply, report
 from qat.trainers.called import check_called
 from qat.trainers.job import Job
+from qat.trainers.optim import freeze
 
 
 def export_notes(job: Job, folder: Path | None, model: Any) -> list[str]:
@@ -23,12 +24,14 @@ def export_notes(job: Job, folder: Path | None, model: Any) -> list[str]:
 
     Raises:
         CheckpointError, UnsupportedError: no target can hold it, its tensors do not fit, or layers are never called.
+        ConfigError: `optim.freeze` matches nothing, or everything.
     """
     weights = folder if folder is not None and any((folder / name).is_file() for name in (SINGLE, INDEX)) else None
     if weights is not None:
         ShardReader(weights).verify_complete()
     check_called(model, report(model, job.scheme))
     bare: Any = apply(copy.deepcopy(model), job.scheme, defer_start=True)
+    freeze(bare, job.optim.freeze)
     return [f"export: {note}" for note in check_export(bare, weights)]
 
 

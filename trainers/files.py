@@ -196,7 +196,7 @@ def _rows(batch: Any, path: Path, before: int) -> list[Any]:
         DataError: a column of text holds bytes that are no UTF-8, which Parquet does not check.
     """
     try:
-        found: list[Any] = batch.to_pylist()
+        found: list[Any] = batch.to_pylist(maps_as_pydicts="strict")
         return found
     except UnicodeDecodeError:
         for index in range(batch.num_rows):

@@ -22,7 +22,13 @@ from qat.trainers.parts import Parts
 
 
 def fit(
-    job: Job, parts: Parts, keeper: Keeper, saved: dict[str, Any], folder: Path | None, interruptions: Interruptions
+    job: Job,
+    parts: Parts,
+    keeper: Keeper,
+    saved: dict[str, Any],
+    folder: Path | None,
+    interruptions: Interruptions,
+    loggers: list[Any],
 ) -> StepLoop:
     """Run the steps that are left, from the state in `folder` or from the start; says in the loop why it ended."""
     start = 0
@@ -46,7 +52,7 @@ def fit(
         strategy=job.strategy,
         callbacks=[restore, loop],
         plugins=[_Alone()],
-        logger=_loggers(job),
+        logger=loggers or False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -90,16 +96,30 @@ class _Restore(lit.Callback):
             self.average.values = {n: t.to(self.average.values[n].device) for n, t in values.items()}
 
 
-def _loggers(job: Job) -> Any:
+def start_loggers(job: Job) -> list[Any]:
+    """Who else is told the metrics, connected: a run should not learn after its baselines that it cannot log in.
+
+    Raises:
+        ConfigError: wandb is not installed, or does not start.
+    """
     if job.wandb is None:
-        return False
+        return []
     try:
+        import wandb
         from lightning.pytorch.loggers import WandbLogger
     except ModuleNotFoundError as error:
         raise ConfigError(f"the job asks for wandb, which is not installed: pip install wandb ({error})") from error
-    return WandbLogger(
+    logger = WandbLogger(
         project=job.wandb.project, name=job.name, offline=job.wandb.offline, save_dir=job.folder, log_model=False
     )
+    try:
+        _ = logger.experiment
+    except (wandb.Error, OSError) as error:
+        raise ConfigError(
+            f"wandb does not start ({str(error).strip() or type(error).__name__}); log in with `wandb login`, set "
+            "wandb.offline=true, or leave wandb out"
+        ) from error
+    return [logger]
 
 
 def quiet_lightning() -> None:

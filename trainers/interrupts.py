@@ -31,8 +31,8 @@ class Interruptions:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            # nohup starts a program with SIGHUP ignored, and that must stay.
-            numbers = [n for n in STATUS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+            # nohup starts a program with SIGHUP ignored, a script's `&` with SIGINT, and that must stay.
+            numbers = [n for n in STATUS if signal.getsignal(n) != signal.SIG_IGN]
             self._previous = {number: signal.getsignal(number) for number in numbers}
             self._register()
         return self

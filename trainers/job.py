@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from qat.checkpoints.hf import ModelConfig
 from qat.config import Strict, load_yaml, override, validate
+from qat.errors import ConfigError
 from qat.losses import CrossEntropy, ForwardKL, Loss
 from qat.scheme import Scheme
 from qat.trainers.data import DataConfig
@@ -63,7 +64,7 @@ class Job(Strict):
     calibration: DataConfig | None = None
     calibration_rows: int = Field(default=8, ge=1)
     checkpoint_every: int = Field(default=0, ge=0)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=1 << 32)
     precision: Precision = "auto"
     strategy: Strategy = "auto"
     devices: int = Field(default=1, ge=1)
@@ -124,6 +125,9 @@ def load_job(path: str | Path, overrides: list[str] | None = None) -> Job:
         ConfigError: with the path of the key, the value, and what is allowed.
     """
     path = Path(path).expanduser()
+    if path.is_dir():
+        held = f"; give {path / JOB}" if (path / JOB).is_file() else "; give a YAML file in it"
+        raise ConfigError(f"{path} is a folder, not a config file{held}")
     data = load_yaml(path)
     if path.name == JOB and (path.parent / "checkpoints").is_dir():
         folder = path.parent.absolute()

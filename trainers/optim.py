@@ -5,6 +5,8 @@ they and the norms are never decayed.
 """
 
 import math
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from pydantic import Field
 from torch import nn
 
 from qat.config import Strict
+from qat.errors import ConfigError
 from qat.modules import WeightQuantizer
 
 
@@ -37,6 +40,22 @@ class OptimConfig(Strict):
     clip: float = Field(default=1.0, gt=0)
     ema: float = Field(default=0.0, ge=0, lt=1)
     freeze: tuple[str, ...] = ()
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Take the parameters that match a pattern out of training.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or nothing is left.
+    """
+    for pattern in patterns:
+        matched = [p for name, p in model.named_parameters() if fnmatchcase(name, pattern)]
+        if not matched:
+            raise ConfigError(f"optim.freeze pattern {pattern!r} matches no parameter")
+        for parameter in matched:
+            parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(f"optim.freeze {', '.join(patterns)} leaves no parameter to train")
 
 
 def schedule(config: OptimConfig, step: int, steps: int) -> float:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Record = Mapping[str, Any]
 Message = dict[str, Any]
 
-# Who speaks in a ShareGPT record, as a role of chat templates.
+# Who speaks in a ShareGPT record, as a role of chat templates. Some data sets write these names as roles.
 SPEAKERS = {
     "human": "user",
     "user": "user",
@@ -42,6 +42,7 @@ KEYS = {
     "alpaca": "Alpaca fields",
 }
 PARTS = ("text", "input_text", "output_text")
+ARGUMENTS = ("arguments", "parameters", "args")  # how data sets spell those of a call
 
 
 @dataclass(frozen=True)
@@ -267,6 +268,8 @@ def _message(message: Any, at: str) -> Message:
     kept = {key: item for key, item in message.items() if item is not None} if isinstance(message, Mapping) else {}
     if "role" not in kept and isinstance(kept.get("from"), str):
         kept = _from_sharegpt(kept, at)
+    elif isinstance(kept.get("role"), str) and kept["role"] != SPEAKERS.get(kept["role"].lower(), kept["role"]):
+        kept = _from_sharegpt({**kept, "from": kept.pop("role"), "value": kept.pop("content", "")}, at)
     if not isinstance(kept.get("role"), str):
         shown = ", ".join(map(str, message)) if isinstance(message, Mapping) else type(message).__name__
         raise DataError(f"{at} needs the keys role and content, but has {shown or 'none'}")
@@ -304,7 +307,8 @@ def _content(content: Any, at: str) -> str:
         kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
         text = part.get("text") if isinstance(part, Mapping) else part
         if kind not in (*PARTS, "str") or not isinstance(text, str):
-            raise DataError(f"{at}.content[{number}] is a part of type {kind!r}; only text can be trained on")
+            raise DataError(f"{at}.content[{number}] is no part of type 'text' with a text, but {part!r:.80}; "
+                            "only text can be trained on")  # fmt: skip
         texts.append(text)
     return "\n".join(texts)
 
@@ -314,13 +318,13 @@ def _call(call: Any, at: str) -> Message:
     inner = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
         raise DataError(f"{at} must be an object with a name and arguments, but is {call!r:.80}")
-    inner = dict(inner)
-    if "arguments" in inner:
-        arguments = _json(inner["arguments"] or "{}")
-        if not isinstance(arguments, Mapping):
-            given = f"{inner['arguments']!r:.80}"
-            raise DataError(f"{at}: arguments must be a JSON object, or the text of one, but are {given}")
-        inner["arguments"] = dict(arguments)
+    spelt = next((key for key in ARGUMENTS if key in inner), ARGUMENTS[0])
+    inner = {"arguments" if key == spelt else key: value for key, value in inner.items()}
+    arguments = _json(inner.get("arguments") or "{}")
+    if not isinstance(arguments, Mapping):
+        given = f"{inner['arguments']!r:.80}"
+        raise DataError(f"{at}: {spelt} must be a JSON object, or the text of one, but are {given}")
+    inner["arguments"] = dict(arguments)
     return {**call, "function": inner} if "function" in call else inner
 
 
@@ -331,7 +335,7 @@ def _tools(record: Record, config: "DataConfig", where: str) -> tuple[Message, .
     field = config.tools_field
     if field == "tools" and not record.get(field) and record.get("functions"):
         field = "functions"  # the older name, which is not wrapped either
-    given = _json(record.get(field) or [])
+    given = _json(record.get(field)) or []
     if not isinstance(given, list | tuple):
         raise DataError(f"{where}: field {field!r} must be a list of tools, but is {given!r:.80}")
     tools = [_json(tool) for tool in given]

@@ -15,7 +15,7 @@ from qat.calibration import begin, observe, prepare
 from qat.checkpoints import resume
 from qat.checkpoints.hf import load_configured, load_tokenizer
 from qat.checkpoints.progress import counted
-from qat.errors import ConfigError, Interrupted, UnsupportedError
+from qat.errors import Interrupted, UnsupportedError
 from qat.numerics import qsnr
 from qat.surgery import Coverage, apply, dense, layers, report
 from qat.trainers import claim, limits
@@ -24,11 +24,12 @@ from qat.trainers.called import check_called
 from qat.trainers.data import Batches, load_blocks
 from qat.trainers.evaluate import Judge, gap_closed
 from qat.trainers.exportable import export_notes, student_without_numbers
-from qat.trainers.fit import fit, quiet_lightning
+from qat.trainers.fit import fit, quiet_lightning, start_loggers
 from qat.trainers.interrupts import Interruptions
 from qat.trainers.job import Job
 from qat.trainers.machine import machine, repeatable, versions
 from qat.trainers.memory import keep_freed_blocks, peak_bytes
+from qat.trainers.optim import freeze
 from qat.trainers.overlap import overlap
 from qat.trainers.packing import LEAKS, leakage, model_inputs
 from qat.trainers.parts import Parts
@@ -59,7 +60,7 @@ def train(job: Job, *, resume_run: bool = False, console: Console | None = None,
         resume.last_state(run)  # before a folder is made for the lock
     with claim.locked(run), Interruptions() as interruptions:
         try:
-            return _train(job, resume_run, console, table, interruptions)
+            built = _train(job, resume_run, console, interruptions)
         except Interrupted:
             asked = interruptions.asked
             by = asked.name if asked is not None else "a signal"
@@ -68,9 +69,13 @@ def train(job: Job, *, resume_run: bool = False, console: Console | None = None,
         except OSError:
             console.print(f"the run ended early; {claim.how_to_go_on(run)}", highlight=False, soft_wrap=True)
             raise
+    console.print(f"report: {run / 'report.md'}", highlight=False, soft_wrap=True)
+    if table:
+        print_table(built, Console())
+    return built.to_dict()
 
 
-def _train(job: Job, resume_run: bool, console: Console, table: bool, interruptions: Interruptions) -> dict[str, Any]:
+def _train(job: Job, resume_run: bool, console: Console, interruptions: Interruptions) -> RunReport:
     """`train` in a locked folder, with the signals handled."""
     run = job.folder
     if not resume_run:
@@ -81,6 +86,7 @@ def _train(job: Job, resume_run: bool, console: Console, table: bool, interrupti
         saved = claim.take_up(run, job, console)
     else:
         claim.start(run, job, console)
+    loggers = start_loggers(job)
     lit.seed_everything(job.seed, verbose=False)
     parts = _load(job, source, reference, console)
     _print_coverage(parts.coverage, console)
@@ -95,12 +101,12 @@ def _train(job: Job, resume_run: bool, console: Console, table: bool, interrupti
         claim.check_text(saved, text, job.steps, console)
         keeper = Keeper(run, job, judge, saved["best"])
     saved.update(text=text, steps=job.steps)
-    loop = fit(job, parts, keeper, saved, resume.last_state(run) if resume_run else None, interruptions)
+    loop = fit(job, parts, keeper, saved, resume.last_state(run) if resume_run else None, interruptions, loggers)
     if interruptions.asked is not None:
         raise interruptions.stop()
     if loop.stopped_by:
         console.print(f"stopped early: {loop.stopped_by}")
-    return _finish(job, parts, keeper, saved, console, table)
+    return _finish(job, parts, keeper, saved)
 
 
 def _load(job: Job, source: Path, reference: Path, console: Console) -> Parts:
@@ -140,7 +146,7 @@ def _load(job: Job, source: Path, reference: Path, console: Console) -> Parts:
         name = "activation_checkpointing_enable"
         getattr(student, name if hasattr(student, name) else "gradient_checkpointing_enable")({"use_reentrant": False})
     apply(student, job.scheme, defer_start=True)
-    _freeze(student, job)
+    freeze(student, job.optim.freeze)
     dtype = torch.bfloat16 if mixed else None
     rows = (train_rows, heldout, calibration)
     return Parts(student.to(device), teacher, *rows, coverage, device, dtype, parameters)
@@ -158,30 +164,21 @@ def _check_packing(job: Job, *models: Any) -> None:
             )
 
 
-def _freeze(student: nn.Module, job: Job) -> None:
-    from fnmatch import fnmatchcase
-
-    for pattern in job.optim.freeze:
-        matched = [p for name, p in student.named_parameters() if fnmatchcase(name, pattern)]
-        if not matched:
-            raise ConfigError(f"optim.freeze pattern {pattern!r} matches no parameter")
-        for parameter in matched:
-            parameter.requires_grad_(False)
-    if not any(p.requires_grad for p in student.parameters()):
-        raise ConfigError(f"optim.freeze {', '.join(job.optim.freeze)} leaves no parameter to train")
-
-
 def _print_coverage(coverage: Coverage, console: Console) -> None:
     console.print(
         f"{coverage.quantized_share:.1%} of the weights are quantized, {coverage.bits_per_weight:.2f} bits per weight:",
         highlight=False,
         soft_wrap=True,
     )
-    for weight, input, modules, parameters, bits in coverage.by_format():
+    rows = coverage.by_format()
+    widest, widest_input = max(len(row[0].partition(": ")[0]) for row in rows), max(len(row[1]) for row in rows)
+    for named, input, modules, parameters, bits in rows:
+        weight, _, reason = named.partition(": ")
         console.print(
-            f"  {weight:<40} inputs {input:<10} {modules:>5} modules {parameters / 1e6:>9.2f} M weights"
-            f" {bits:>6.2f} bits",
+            f"  {weight:<{widest}}  inputs {input:<{widest_input}} {modules:>5} modules"
+            f" {parameters / 1e6:>9.2f} M weights {bits:>6.2f} bits  {reason}".rstrip(),
             highlight=False,
+            markup=False,
             soft_wrap=True,
         )
 
@@ -240,9 +237,7 @@ def _tracked(layers: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     return counted(layers.items(), "finding start scales", len(layers), "layers")
 
 
-def _finish(
-    job: Job, parts: Parts, keeper: Keeper, saved: dict[str, Any], console: Console, table: bool
-) -> dict[str, Any]:
+def _finish(job: Job, parts: Parts, keeper: Keeper, saved: dict[str, Any]) -> RunReport:
     """Judge the best student again, from disk, and write the report."""
     run = job.folder
     best = run / "checkpoints" / resume.BEST
@@ -250,10 +245,7 @@ def _finish(
     rows = [*saved["rows"], keeper.judge.score(parts.student, "the student reads held-out text").row("student")]
     built = _report(job, parts, keeper, saved, rows)
     write_report(run, built)
-    if table:
-        print_table(built, Console())
-    console.print(f"report: {run / 'report.md'}", highlight=False, soft_wrap=True)
-    return built.to_dict()
+    return built
 
 
 def _report(job: Job, parts: Parts, keeper: Keeper, saved: dict[str, Any], rows: list[dict[str, Any]]) -> RunReport:

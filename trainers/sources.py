@@ -13,6 +13,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +116,7 @@ def _kind(source: str) -> str:
     if _suffix(path) is not None or source.startswith(("/", ".", "~")) or source.endswith("/"):
         beside = nearest(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
         hint = f"; nearest in {path.parent}: {beside}" if beside else ""
+        hint += "; patterns and variables are not expanded: give the folder" if set("*?[$") & set(source) else ""
         raise DataError(f"no file or folder at {path}{hint}; give a path that exists, or a hub id owner/name")
     if not _HUB_ID.fullmatch(source):
         raise DataError(
@@ -167,8 +169,14 @@ def _files(source: str) -> list[Path]:
         holds = f"it holds only {', '.join(others)}" if others else "it is empty"
         raise DataError(f"folder {path} has no file ending in {files.ALLOWED}; {holds}")
     if others:
-        warnings.warn(f"folder {path}: files ending in {', '.join(others)} are not read", stacklevel=2)
+        _say_once(f"folder {path}: files ending in {', '.join(others)} are not read")
     return found
+
+
+@cache
+def _say_once(note: str) -> None:
+    """A folder is looked through for its fingerprint and again for its documents."""
+    warnings.warn(note, stacklevel=3)
 
 
 def _inside(folder: Path, around: tuple[Path, ...]) -> Iterator[Path]:

@@ -48,8 +48,9 @@ def encode(documents: Iterator[Document], tokenizer: "PreTrainedTokenizerBase") 
     size = 0
     for document in documents:
         # What can be either is a chat where there is a template.
-        either = document.prompt or document.text
-        chat = document.shape in CHATS or (document.messages and (tokenizer.chat_template or not either))
+        chat = document.shape in CHATS or (
+            document.messages and (tokenizer.chat_template or not (document.prompt or document.text))
+        )
         if chat or document.prompt:
             yield from _encode_texts(waiting, tokenizer)
             waiting, size = [], 0
@@ -119,6 +120,11 @@ def _marked(given: chats.Chat) -> tuple[Ids, Learn]:
     if any(message["role"] == "assistant" for message in given.messages[: given.context]):
         before = given.render(given.messages[: given.context], tokenize=True)["assistant_masks"]
         learn[np.flatnonzero(learn)[: sum(before)]] = False
+    if any(m["role"] == "assistant" and m.get("weight") == 0 for m in given.messages[given.context :]):
+        raise DataError(
+            f"{given.where}: turns of weight 0 cannot be told apart where the template itself marks what is learnt; "
+            "end the chat before them, or put them into the prompt"
+        )
     if given.learnt and not learn.any():
         raise DataError(f"{given.where}: the template's generation marks cover no token; repair the template")
     return ids, learn

@@ -182,9 +182,12 @@ def generation_config(defaults: GenerationConfig, request: Request, limit: int) 
     temperature = _first(request.temperature, defaults.temperature, 1.0)
     asked = bool(request.temperature) or (request.top_p is not None and request.top_p < 1)
     config.do_sample = temperature > 0 and (asked or (request.temperature is None and bool(defaults.do_sample)))
-    config.temperature = temperature if config.do_sample else 1.0
-    config.top_p = _first(request.top_p, defaults.top_p, 1.0) if config.do_sample else 1.0
-    config.top_k = _first(defaults.top_k, 0) if config.do_sample else 50  # `generate` fills in 50, and takes no other
+    config.temperature = float(temperature) if config.do_sample else 1.0  # `generate` refuses whole numbers
+    config.top_p = float(_first(request.top_p, defaults.top_p, 1.0)) if config.do_sample else 1.0
+    top_k = max(0, _first(request.top_k, defaults.top_k, 0))
+    config.top_k = top_k if config.do_sample else 50  # `generate` fills in 50, and takes no other
+    config.min_p = _first(request.min_p, defaults.min_p, 0.0) if config.do_sample else None
+    config.repetition_penalty = float(_first(request.repetition_penalty, defaults.repetition_penalty, 1.0))
     config.max_new_tokens, config.max_length = limit, None
     for other in ("num_beams", "num_return_sequences", "early_stopping", "penalty_alpha", "prompt_lookup_num_tokens"):
         setattr(config, other, None)  # one token at a time

@@ -70,7 +70,7 @@ class Front:
         """What is not a POST."""
         cards = [{"id": name, "object": "model", "created": 0, "owned_by": "qat"} for name in self.reader.names]
         asked = path.removeprefix("/v1/models/")
-        if method != "GET":
+        if method not in ("GET", "HEAD"):
             pass
         elif path == "/health":
             return await _json(send, 200, {"status": "ok"})

@@ -33,6 +33,9 @@ class Request:
     limit: int | None = None  # tokens to write for each prompt
     temperature: float | None = None
     top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     seed: int | None = None
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
@@ -95,6 +98,9 @@ _SERVED: dict[str, Rule] = {
     "max_tokens": _TOKENS,
     "temperature": (lambda value: _number(0.01, 100)(value) or _number(0, 0)(value), "0, or a number from 0.01 to 100"),
     "top_p": (lambda value: _number(0, 1)(value) and value > 0, "a number above 0, up to 1"),
+    "top_k": (_whole(-1, 1 << 31), "a whole number from 1, or 0 or -1 for all tokens"),
+    "min_p": (_number(0, 1), "a number from 0 to 1"),
+    "repetition_penalty": (_number(0.01, 100), "a number from 0.01 to 100"),
     "frequency_penalty": (_number(-2, 2), "a number from -2 to 2"),
     "presence_penalty": (_number(-2, 2), "a number from -2 to 2"),
     "seed": (_whole(0, (1 << 63) - 1), "a whole number from 0, of 63 bits"),
@@ -115,11 +121,19 @@ _NEUTRAL: dict[str, Rule] = {  # clients send these with every request; they are
     "modalities": (_one_of(["text"]), '["text"]'),
     "verbosity": (_one_of("medium"), '"medium" (others are not served)'),
     "chat_template_kwargs": (_one_of({}), "{} (others are not served)"),
+    "ignore_eos": (_one_of(False), "false (a text ends where the model ends it)"),
+    "skip_special_tokens": (_one_of(True), "true (special tokens are not shown)"),
+    "min_tokens": (_one_of(0), "0 (a text ends where the model ends it)"),
+    "stop_token_ids": (_one_of([]), "[] (give texts in stop)"),
+    "include_stop_str_in_output": (_one_of(False), "false (a stop text is left out)"),
+    "add_generation_prompt": (_one_of(True), "true"),
     "store": (_one_of(False), "false (answers are not stored)"),
     "service_tier": (_one_of("auto", "default"), '"auto" or "default"'),
     "metadata": (lambda value: isinstance(value, dict), "an object"),
     **dict.fromkeys(("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"), (_text, "a text")),
 }
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+_PASSED = (*_SAMPLING, "seed", "stream")  # to the Request as they are
 _MOST = 20  # alternatives to a token
 _PROMPT = f"a text, a list of token ids, or a list of up to {_PROMPTS} of either, none of them empty"
 ENDPOINTS: dict[str, dict[str, Rule]] = {  # the first key is needed
@@ -182,11 +196,7 @@ class Reader:
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             alternatives=_alternatives(given, chat),
             usage=given.get("stream_options", {}).get("include_usage", False),
-            **{
-                key: given[key]
-                for key in ("temperature", "top_p", "seed", "frequency_penalty", "presence_penalty", "stream")
-                if key in given
-            },
+            **{key: given[key] for key in _PASSED if key in given},
         )
 
     def knows(self, name: str) -> bool:

@@ -80,6 +80,7 @@ def transformers_server(
     from qat.kernels.engines.requests import Reader
 
     tokenizer = load_tokenizer(folder)
+    tokenizer.model_max_length = sys.maxsize  # the reader refuses what is too long, and no library warns of it
     model = load_packed(folder, None if dtype == "auto" else getattr(torch, dtype), device)
     context = most_positions(model) or _ENDLESS
     writer = Writer(model, tokenizer, context)

@@ -148,7 +148,8 @@ class PackedQuantizer(HfQuantizer):
 
 
 def _check_names(model: "PreTrainedModel", exported: ExportedFolder) -> None:
-    """Refuse what transformers would make up (missing tensors) or drop (of quantized layers, what nothing reads)."""
+    """Refuse what transformers would make up (missing tensors, other shapes, which some versions do not report) or drop
+    (of quantized layers, what nothing reads)."""
     wanted: set[str] = set()
     for path, module in exported.modules.items():
         wanted |= {f"{path}.{key}" for key in exported.expected_tensors(module, *exported.shape(path))}
@@ -160,6 +161,10 @@ def _check_names(model: "PreTrainedModel", exported: ExportedFolder) -> None:
         if names:
             more = f" (and {len(names) - 1} more tensors)" if len(names) > 1 else ""
             raise CheckpointError(f"{exported.folder}: {names[0]} {what}{more}")
+    for name in sorted(kept & stored.tensors.keys() & exported.names):
+        found, own = exported.reader.info(name).shape, stored.tensors[name].shape
+        if tuple(found) != tuple(own):
+            raise CheckpointError(f"{exported.folder}: {name} is {[*found]}, config.json asks for {[*own]}")
 
 
 def multiplies_codes(input: Format, weight: QTensor) -> bool:

@@ -91,10 +91,12 @@ def error(found: Tensor, truth: Tensor) -> float:
 
 
 def same(found: Any, truth: Any) -> bool:
-    """Equal bits of tensors or tuples of them."""
+    """Equal tensors, or tuples of them: codes in every bit, numbers but for the sign of a zero."""
     if isinstance(found, Tensor):
         a, b = found.cpu(), truth.cpu()
-        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return False
+        return torch.equal(*(t.view(torch.uint8) if t.element_size() == 1 else t for t in (a, b)))
     return len(found) == len(truth) and all(same(a, b) for a, b in zip(found, truth, strict=True))
 
 

@@ -114,6 +114,9 @@ SAMPLES = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20}
         ({**SAMPLES, "do_sample": False}, {"top_p": 0.5}, True, 0.6, 0.5, 20),
         ({**SAMPLES, "do_sample": False}, {}, False, 1.0, 1.0, 50),
         ({"temperature": 0.0}, {"top_p": 0.5}, False, 1.0, 1.0, 50),
+        ({}, {"temperature": 2, "top_p": 1}, True, 2.0, 1.0, 0),
+        (SAMPLES, {"top_k": -1}, True, 0.6, 0.9, 0),
+        (SAMPLES, {"top_k": 3}, True, 0.6, 0.9, 3),
     ],
 )
 def test_what_a_request_leaves_open_the_generation_config_decides(
@@ -121,7 +124,24 @@ def test_what_a_request_leaves_open_the_generation_config_decides(
 ) -> None:
     found = generation_config(GenerationConfig(**config), Request(False, ([1],), **request_says), 5)
     assert (found.do_sample, found.temperature, found.top_p, found.top_k) == (sample, temperature, top_p, top_k)
-    assert found.max_new_tokens == 5
+    assert found.max_new_tokens == 5 and isinstance(found.temperature, float)  # `generate` refuses whole numbers
+
+
+def test_whole_numbers_and_neutral_values_of_vllm_s_clients(client: Any) -> None:
+    """A temperature of 2, not 2.0, is what JSON makes of it in many clients."""
+    for says in ({"temperature": 2}, {"temperature": 2, "top_p": 1, "top_k": 5, "min_p": 0, "repetition_penalty": 1}):
+        for extra in ({}, {"ignore_eos": False, "skip_special_tokens": True, "stop_token_ids": [], "top_k": -1}):
+            body = {"prompt": "The fox", "max_tokens": 3, "seed": 1, **says, **extra}
+            assert client.post("/v1/completions", json=body).status_code == 200
+
+
+def test_a_repetition_penalty_keeps_text_from_repeating(client: Any) -> None:
+    texts = [
+        client.post("/v1/completions", json={"prompt": "The fox", "max_tokens": 24, "repetition_penalty": penalty})
+        for penalty in (0.01, 100)
+    ]
+    repeating, other = (text.json()["choices"][0]["text"] for text in texts)
+    assert repeating != other
 
 
 @pytest.fixture(scope="module")

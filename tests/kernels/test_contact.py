@@ -1,6 +1,10 @@
 """The checks of first contact with a device: on a GPU, where no kernel may fail one, and on the CPU, where references
 (and C kernels) must pass all, a broken operator is found, and no operator goes unchecked."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +13,7 @@ import torch
 from qat.kernels.load import KERNELS
 from qat.rows import KINDS
 from tests.kernels.contact import SMALL, TINY, Check, checks
+from tests.kernels.processes import ROOT
 
 pytest.importorskip("triton")
 CHECKS = list(checks("cpu", TINY))
@@ -72,3 +77,39 @@ def test_on_a_gpu(check: Check) -> None:
     assert "cuda" in load()
     good, found = check.holds()
     assert good, f"{found} (at most {check.limit})"
+
+
+HIDE = """
+import sys
+from importlib.machinery import PathFinder
+
+class Hidden(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        absent = ("gguf", "datasets", "wandb", "deepspeed", "compressed_tensors", "openai", "ml_dtypes")
+        return None if name.split(".")[0] in absent else PathFinder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Hidden if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+
+
+@pytest.mark.slow
+def test_gpu_tests_are_found_without_optional_packages(tmp_path: Path) -> None:
+    """A GPU machine that was lent bare has neither gguf nor compressed-tensors: their absence hid every test."""
+    (tmp_path / "sitecustomize.py").write_text(HIDE)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--collect-only",
+        "-m",
+        "gpu",
+        "tests/kernels",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert {line.split(" ")[0] for line in done.stdout.split("test_on_a_gpu[")[1:]} >= KERNELS.keys()

@@ -161,6 +161,38 @@ def test_a_thought_that_the_template_drops_is_said_and_not_learnt() -> None:
     assert found == "long\n</think>\n\nShort.<|im_end|>"
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_in_a_key_of_its_own_is_learnt_or_said_to_be_lost(key: str) -> None:
+    thought = {**said("Short."), key: "long"}
+    shown = LLAMA.replace("m.content | trim", "(m.reasoning_content or '') + m.content")
+    assert spans(shown, (ONE, thought)) == ["longShort.<|eot|>"]
+    with pytest.warns(UserWarning, match="leaves out a part of what assistants wrote"):
+        assert spans(LLAMA, (ONE, thought)) == ["Short.<|eot|>"]
+
+
+def test_messages_that_the_template_does_not_show_are_said() -> None:
+    developer = {"role": "developer", "content": "Speak like a pirate."}
+    without = LLAMA.replace("for m in messages", "for m in messages if m.role != 'developer'")
+    with pytest.warns(UserWarning, match="does not show messages of the role developer"):
+        assert spans(without, (developer, ONE, said("Aye."))) == ["Aye.<|eot|>"]
+    # Mistral 7B v0.3: the system's text stands before the user's last message, and only while that is the last one.
+    system = {"role": "system", "content": "Speak like a pirate."}
+    last = MISTRAL.replace("'[INST] ' +", "'[INST] ' + (messages[0].content if loop.last else '') +").replace(
+        "{% else %}", "{% elif m.role == 'assistant' %}"
+    )
+    with pytest.raises(DataError, match=r"the message of the role system only while .* the first message of the user"):
+        spans(last, (system, ONE, said("Aye.")))
+
+
+def test_turns_of_weight_0_are_not_learnt() -> None:
+    """OpenAI's and Mistral's data say so where an answer is only context."""
+    messages = (ONE, {**said("Answer one."), "weight": 0}, TWO, {**said("Answer two."), "weight": 1})
+    assert spans(LLAMA, messages) == ["Answer two.<|eot|>"]
+    marked = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    with pytest.raises(DataError, match="weight 0 cannot be told apart"):
+        spans(marked, messages)
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "says"),
     [
@@ -224,6 +256,12 @@ def test_a_call_in_the_middle_of_a_chat_is_found_where_only_the_last_turn_gets_a
 def test_arguments_never_come_out_in_pythons_notation() -> None:
     printed = R1.replace("+ c.function.arguments +", "~ c.function.arguments ~")
     assert spans(printed, CALLING)[0] == '<|call|>weather\n{"city": "Rome"}<|call_end|><|end|>'
+
+
+def test_a_template_without_tools_refuses_for_its_own_reason() -> None:
+    """Not because of the form in which calls were tried first."""
+    with pytest.raises(DataError, match="roles must alternate"):
+        spans(GEMMA, CALLING)
 
 
 def test_calls_that_a_template_drops_are_refused_and_tools_are_noted() -> None:

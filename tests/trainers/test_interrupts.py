@@ -1,5 +1,6 @@
 """Every early end: signals while training and before, loss of the terminal, and a fresh start afterwards."""
 
+import contextlib
 import csv
 import os
 import signal
@@ -137,13 +138,42 @@ def test_after_a_loss_that_is_not_finite_the_run_starts_afresh_and_keeps_what_wa
     assert "continue it with --resume" in capsys.readouterr().err
 
 
-def test_nohup_stays_deaf_to_a_lost_terminal() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT], ids=["nohup", "a script's &"])
+def test_what_the_shell_ignores_stays_ignored(number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
     try:
-        with Interruptions():
-            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        with Interruptions() as interruptions:
+            interruptions.finish_steps()
+            os.kill(os.getpid(), number)
+            assert signal.getsignal(number) == signal.SIG_IGN and interruptions.asked is None
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
+
+
+def test_ctrl_c_saves_although_the_log_s_reader_ended_with_it(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`qat train ... 2>&1 | tee log`: the whole pipeline gets the signal, and tee is gone first."""
+    reading, writing = os.pipe()
+    path = write(tmp_path, model, **{**FOREVER, "eval": {**FOREVER["eval"], "every": 1}})
+    thread = send_when_training(path, signal.SIGINT)
+    os.close(reading)
+    with open(writing, "w") as nobody, monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", nobody)
+        assert main(["train", str(path)]) == 130
+    thread.join()
+    assert len(saved_steps(load_job(path))) == 1
+
+
+def test_a_report_that_cannot_be_printed_is_no_early_end(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, model, steps=1)
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", full)
+        assert main(["train", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert f"report: {load_job(path).folder / 'report.md'}" in said and "ended early" not in said
 
 
 LAUNCHERS = {

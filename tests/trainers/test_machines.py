@@ -155,5 +155,20 @@ def test_training_scales_alone(tmp_path: Path, model: Path, capsys: pytest.Captu
     assert main(["train", str(tmp_path / "tiny.yaml")]) == 0
     rows = metrics(job)
     assert [row["lr"] for row in rows] == ["", ""] and all(float(row["scale_lr"]) > 0 for row in rows)
-    assert main(["train", str(tmp_path / "tiny.yaml"), "name=none", "optim.freeze=['*']"]) == 2
-    assert "leaves no parameter to train" in capsys.readouterr().err
+    for more, said in (([], "leaves no parameter to train"), (["optim.freeze=[nothing]"], "matches no parameter")):
+        for asked in ([], ["--dry-run"]):
+            assert main(["train", str(tmp_path / "tiny.yaml"), "name=none", "optim.freeze=['*']", *more, *asked]) == 2
+            assert said in capsys.readouterr().err
+
+
+def test_wandb_without_a_login_is_said_before_the_baselines(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    path = write(tmp_path, model, steps=1, wandb={"project": "x"})
+    assert main(["train", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "wandb does not start" in said and "wandb.offline=true" in said and "held-out KL" not in said

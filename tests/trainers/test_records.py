@@ -43,6 +43,8 @@ def refusal(record: Any, **options: Any) -> str:
         ({"conversations": SHAREGPT}, (USER, ANSWER), 0),
         ({"conversations": [USER, ANSWER]}, (USER, ANSWER), 0),
         ({"messages": SHAREGPT}, (USER, ANSWER), 0),
+        ({"messages": [{**USER, "role": "human"}, {**ANSWER, "role": "gpt"}]}, (USER, ANSWER), 0),
+        ({"messages": [{**USER, "role": "User"}, {**ANSWER, "role": "model"}]}, (USER, ANSWER), 0),
         ({"conversations": SHAREGPT, "system": "Be"}, ({"role": "system", "content": "Be"}, USER, ANSWER), 0),
         ({"prompt": "Hi", "completion": "Hello"}, (USER, ANSWER), 1),
         ({"prompt": [USER], "completion": [ANSWER]}, (USER, ANSWER), 1),
@@ -111,9 +113,9 @@ def test_content_may_come_in_parts_of_text_which_are_lines_as_in_serving() -> No
     assert read == "Hel\nl\no"
     served = _message({"role": "user", "content": [{"type": "text", "text": text} for text in ("Hel", "l", "o")]})
     assert served["content"] == read  # vLLM joins the same way for templates that take a text
-    for part, kind in (({"type": "image_url", "image_url": {"url": "u"}}, "image_url"), (5, "int")):
+    for part in ({"type": "image_url", "image_url": {"url": "u"}}, 5, {"temperature": 21}):
         said = refusal({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, part]}]})
-        assert f"messages[0].content[1] is a part of type '{kind}'; only text" in said
+        assert f"messages[0].content[1] is no part of type 'text' with a text, but {part!r:.80}; only text" in said
 
 
 # ---- tools
@@ -131,6 +133,13 @@ def test_arguments_and_tools_are_taken_as_objects_or_as_text() -> None:
             found = made({"messages": [USER, answer], "tools": tools})
             assert found.messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
             assert found.tools == tuple(TOOLS)
+    assert made({"messages": [USER, ANSWER], "tools": "null"}).tools == ()
+    for spelt in ({"parameters": {"city": "Rome"}}, {"args": '{"city": "Rome"}'}, {"arguments": {"city": "Rome"}}):
+        answer = {"role": "assistant", "content": "", "tool_calls": [{"name": "weather", **spelt}]}
+        (call,) = made({"messages": [USER, answer]}).messages[1]["tool_calls"]
+        assert call == {"name": "weather", "arguments": {"city": "Rome"}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [{"name": "now"}]}
+    assert made({"messages": [USER, answer]}).messages[1]["tool_calls"] == [{"name": "now", "arguments": {}}]
     answer = {**ANSWER, "function_call": {"name": "f", "arguments": ""}}
     old = made({"messages": [USER, answer], "functions": [{"name": "f"}]})
     assert old.messages[1]["tool_calls"] == [{"name": "f", "arguments": {}}] and old.tools == ({"name": "f"},)

@@ -65,11 +65,28 @@ def test_each_file_kind(tmp_path: Path) -> None:
     assert read(tmp_path / "d.txt") == ["a text\n---\nin one piece\n"]
 
 
+CALL = {"name": "f", "arguments": {"a": 1}}
+
+
 def test_parquet_chats_lose_the_keys_a_table_fills_in(tmp_path: Path) -> None:
-    chat = [MESSAGES[0], {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}, MESSAGES[1]]
+    chat = [MESSAGES[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}, MESSAGES[1]]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"talk": chat}]), tmp_path / "c.parquet")
     (found,) = read(tmp_path / "c.parquet", messages_field="talk")
     assert found == [MESSAGES[0], {**chat[1], "content": ""}, MESSAGES[1]]
+
+
+def test_a_map_of_parquet_is_an_object(tmp_path: Path) -> None:
+    """Spark writes JSON objects with free keys so; pyarrow's own reading of them is a list of pairs."""
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.string())
+    call = pyarrow.struct([("name", pyarrow.string()), ("arguments", kind)])
+    message = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string()),
+                              ("tool_calls", pyarrow.list_(call))])  # fmt: skip
+    calls = [{"name": "f", "arguments": [("a", "1")]}]
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+    column = pyarrow.array([chat], pyarrow.list_(message))
+    pyarrow.parquet.write_table(pyarrow.table({"messages": column}), tmp_path / "c.parquet")
+    (found,) = read(tmp_path / "c.parquet")
+    assert found[1]["tool_calls"] == [{"name": "f", "arguments": {"a": "1"}}]
 
 
 def test_a_folder_is_read_in_order_without_hidden_files(tmp_path: Path) -> None:
@@ -79,8 +96,11 @@ def test_a_folder_is_read_in_order_without_hidden_files(tmp_path: Path) -> None:
         path.write_text(name)
     assert read(tmp_path) == ["a/1.md", "b/2.txt", "c.txt"]
     (tmp_path / "d.pdf").touch()
-    with pytest.warns(UserWarning, match=r"\.pdf are not read"):
+    with pytest.warns(UserWarning, match=r"\.pdf are not read") as notes:
         read(tmp_path)
+        fingerprint(DataConfig(source=str(tmp_path)))
+    assert len(notes) == 1
+    assert "patterns and variables are not expanded" in refusal(tmp_path / "*.txt")
 
 
 def test_long_texts_are_cut_at_lines_and_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

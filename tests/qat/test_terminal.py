@@ -1,0 +1,66 @@
+"""Starting, being interrupted, and writing to somebody who no longer reads."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qat.cli import main
+from qat.terminal import Unbreakable, unbreakable_stderr
+
+# numpy, which torch imports, clears errors of what it imports: an interrupt there is lost, and half of numpy is there.
+SWALLOWS = """
+import sys, time
+print("importing", flush=True)
+try:
+    time.sleep(60)
+except BaseException:
+    pass
+"""
+
+
+def test_ctrl_c_ends_an_import_that_would_swallow_it(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SWALLOWS)
+    code = "from qat.terminal import import_library; import_library('slow'); print('went on')"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
+    command = [sys.executable, "-c", f"import signal; signal.signal(2, signal.default_int_handler); {code}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == -signal.SIGINT
+        assert process.stdout.read() == ""
+
+
+def test_the_command_starts_before_torch_is_there() -> None:
+    """Otherwise an interrupt of its first seconds is a traceback, or lost."""
+    code = "import sys, qat.cli; sys.exit('torch' in sys.modules)"
+    began = time.monotonic()
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert time.monotonic() - began < 5
+
+
+def test_the_package_gives_what_it_promises() -> None:
+    import qat
+
+    assert all(getattr(qat, name) is not None for name in qat.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = qat.nothing
+
+
+def test_what_nobody_can_read_is_lost_without_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    for stream in (open(writing, "w"), open("/dev/full", "w")):  # noqa: SIM115  # closed below, as a shell would
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", stream)
+            with unbreakable_stderr():
+                assert isinstance(sys.stderr, Unbreakable)
+                print("x" * 100_000, file=sys.stderr, flush=True)
+                assert not sys.stderr.isatty()
+            assert main(["train", "/nowhere.yaml"]) == 2
+        stream.close()
