@@ -1,5 +1,5 @@
-"""The closed-form rules for tiles at the edges of their conditions: numbers by hand for an H100, so that a wrong sign,
-axis or off-by-one in them is seen without one."""
+"""The closed-form rules for tiles at the edges of their conditions: numbers by hand for an H100, so that a sign, an
+axis or an off-by-one in them is seen without one."""
 
 import pytest
 
