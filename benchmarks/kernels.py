@@ -17,14 +17,16 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from layers import LAYERS
+from measurements import Row, plot, table, write
 from peers import PACKAGES, Peers, choose
 from rich.progress import track
 from torch import Tensor
@@ -56,41 +58,37 @@ PAIRS = (  # input, weight
 COLD_BYTES = 64 << 20  # of operands that rotate on a CPU
 
 
-@dataclass
-class Row:
-    """One timing: microseconds of the median call, and bytes that it cannot avoid to read and write."""
-
-    family: str
-    what: str
-    shape: str
-    tokens: int
-    contender: str
-    us: float
-    bytes: int
-    note: str = ""
-    version: str = ""
-
-
 def timed(device: str, calls: dict[str, list[Call]], repeats: int) -> dict[str, float]:
-    """Median microseconds per contender; each brings several calls on different memory, used in turn."""
+    """Median microseconds per contender; each brings several calls on different memory, used in turn. One that fails is
+    left out and said: what the others answered is not lost."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for index in range(1 if device == "cuda" else repeats + 2):
+        for name in list(times):
+            try:
+                us = once(device, calls[name][index % len(calls[name])])
+            except Exception as error:  # whatever a kernel raises: it has no time
+                print(f"{name} fails: {type(error).__name__}: {str(error)[-300:]}", file=sys.stderr, flush=True)
+                del times[name]
+                continue
+            if device == "cuda" or index >= 2:  # a CPU's first calls warm up
+                times[name].append(us)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def once(device: str, call: Call) -> float:
+    """Microseconds: of one call on a CPU, the median of many on a GPU. Raises what the call raises."""
     if device == "cuda":
         from triton.testing import do_bench
 
-        return {name: 1000 * float(do_bench(many[0], return_mode="median")) for name, many in calls.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for index in range(repeats + 2):
-        for name, many in calls.items():
-            call = many[index % len(many)]
-            began = time.perf_counter()
-            call()
-            if index >= 2:
-                times[name].append(1e6 * (time.perf_counter() - began))
-    return {name: statistics.median(values) for name, values in times.items()}
+        return 1000 * float(do_bench(call, return_mode="median"))
+    began = time.perf_counter()
+    call()
+    return 1e6 * (time.perf_counter() - began)
 
 
 def packed(device: str, layers: dict[str, tuple[int, int]], repeats: int, peers: Peers) -> Iterator[Row]:
     """x times a weight that stays packed, against the BF16 weight and the 4-bit products that torch has."""
-    for layer, (rows, columns) in track(layers.items(), description="packed weights"):
+    for layer, (rows, columns) in layers.items():
         weight = torch.randn(rows, columns, device=device).bfloat16()
         dense = copies(device, weight.nbytes, weight.clone)
         quantized = {(name,): quantize(weight, lookup(name)) for name in WEIGHTS if lookup(name).divides(columns)}
@@ -155,7 +153,7 @@ def _torch_int4(rows: int, columns: int, device: str) -> Callable[[Tensor], Tens
 
 def matmul(device: str, layers: dict[str, tuple[int, int]], repeats: int, peers: Peers) -> Iterator[Row]:
     """Codes times codes, against BF16, torch's 8-bit products, and inputs rounded before a packed weight."""
-    for layer, (rows, columns) in track(layers.items(), description="quantized inputs"):
+    for layer, (rows, columns) in layers.items():
         weight = torch.randn(rows, columns, device=device)
         pairs = [p for p in PAIRS if all(lookup(name).divides(columns) for name in p)]
         quantized = {pair: quantize(weight, lookup(pair[1])) for pair in pairs}
@@ -222,7 +220,7 @@ def rows(device: str, layers: dict[str, tuple[int, int]], repeats: int, peers: P
         return torch.randn(*shape, generator=generator).to(device).bfloat16()
 
     x, gain = normal(2 * side, side), normal(side)
-    for name in track(("int4_g128", "nvfp4", "mxfp4", "fp8_channel"), description="fake quantization"):
+    for name in ("int4_g128", "nvfp4", "mxfp4", "fp8_channel"):
         fmt = lookup(name)
         weight = normal(side, side)
         scale = find_scales(weight, fmt).effective()
@@ -277,67 +275,11 @@ def _gradient(student: Tensor, given: tuple[Any, ...], _: tuple[str, ...]) -> Te
 FAMILIES = {"packed": packed, "matmul": matmul, "rows": rows}
 
 
-def table(rows: list[Row]) -> str:
-    """Markdown: one line per layer and token count, BF16 in microseconds, the others as speed-up over it."""
-    lines = []
-    for family in dict.fromkeys(row.family for row in rows):
-        own = [row for row in rows if row.family == family]
-        names = list(dict.fromkeys(row.contender for row in own))
-        lines += [f"| {family} | tokens | {names[0]}, us | " + " | ".join(names[1:]) + " |"]
-        lines += ["|---|---:|" + "---:|" * len(names)]
-        for what, shape, tokens in dict.fromkeys((row.what, row.shape, row.tokens) for row in own):
-            at = {row.contender: row.us for row in own if (row.what, row.shape, row.tokens) == (what, shape, tokens)}
-            base = at[names[0]]
-            cells = [f"{base / at[name]:.2f}x" if name in at else "-" for name in names[1:]]
-            lines.append(f"| {what} {shape} | {tokens} | {base:,.0f} | " + " | ".join(cells) + " |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def plot(rows: list[Row], bandwidth: float, path: Path, about: str) -> None:
-    """Over tokens, one column per layer: speed against BF16, and the share of the memory bandwidth (a roofline)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    own = [row for row in rows if row.family == "packed"]
-    if not own:
-        return
-    layers = list(dict.fromkeys((row.what, row.shape) for row in own))
-    wide = 3.4 * len(layers) + 1.6
-    figure, axes = plt.subplots(2, len(layers), figsize=(wide, 6.2), sharex=True, sharey="row", squeeze=False)
-    base = {(row.what, row.tokens): row.us for row in own if row.contender == "BF16"}
-    markers = dict(zip(dict.fromkeys(row.contender for row in own), "osv^D*<>pPXhd8" * 4, strict=False))
-    for (speed, share), (what, shape) in zip(axes.T, layers, strict=True):
-        for name, marker in markers.items():
-            line = [row for row in own if (row.what, row.contender) == (what, name)]
-            tokens, style = [row.tokens for row in line], {"marker": marker, "markersize": 4, "label": name}
-            speed.plot(tokens, [base[what, row.tokens] / row.us for row in line], **style)
-            share.plot(tokens, [row.bytes / row.us * 1e6 / bandwidth for row in line], **style)
-        share.axhline(1.0, color="black", linewidth=0.8, linestyle="--", label="a copy")
-        for axis in (speed, share):
-            axis.set(xscale="log", yscale="log")
-            axis.grid(alpha=0.3)
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("{x:g}" if axis is speed else "")
-        share.set_xticks(tokens, [str(count) for count in tokens])
-        share.minorticks_off()
-        share.set_xlabel("tokens")
-        speed.set_title(f"{what}\n{shape}" if what not in shape else shape, fontsize=10)
-    axes[0][0].set_ylabel("times as fast as BF16")
-    axes[1][0].set_ylabel(f"share of a copy's {bandwidth / 1e9:,.0f} GB/s")
-    figure.legend(*axes[1][0].get_legend_handles_labels(), loc="center right", fontsize=8)
-    figure.suptitle(about, fontsize=8, y=0.995)
-    figure.tight_layout(rect=(0, 0, 1 - 1.5 / wide, 1))
-    figure.savefig(path, dpi=140)
-
-
 def copy_rate(device: str) -> float:
     """Bytes per second, read and written, of a large copy."""
     source = torch.empty(256 << 20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    us = timed(device, {"copy": [lambda: target.copy_(source)]}, 9)["copy"]
+    us = statistics.median(once(device, lambda: target.copy_(source)) for _ in range(1 if device == "cuda" else 9))
     return 2 * source.numel() / us * 1e6
 
 
@@ -378,22 +320,38 @@ def main() -> None:
     if unknown:
         parser.error(f"--only {', '.join(sorted(unknown))}: there are {', '.join(FAMILIES)}")
     device, repeats = arguments.device, arguments.repeats
-    peers = Peers(device, lambda call: timed(device, {"": [call]}, repeats)[""], arguments.peers)
+    turns = 1 if device == "cuda" else repeats + 2
+    peers = Peers(
+        device, lambda call: statistics.median([once(device, call) for _ in range(turns)][-repeats:]), arguments.peers
+    )
     if device not in load():
         print(f"no kernels for {device}: the references are timed", file=sys.stderr)
     bandwidth = copy_rate(device)
     about = {**machine(device, peers), "copy_bytes_per_s": bandwidth}
     layers = LAYERS[arguments.layers or ("large" if device == "cuda" else "small")]
-    rows = [row for name in wanted.split(",") for row in FAMILIES[name](device, layers, repeats, peers)]
+    found = measured(wanted.split(","), device, layers, repeats, peers)
+    rows: list[Row] = []
+    for row in track(found, description="timing", disable=not sys.stderr.isatty()):
+        rows.append(row)
+        write(arguments.out, about, peers.report(), rows)
     print(json.dumps(about))
     print(table(rows))
     print("\n".join(peers.report()))
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        report = {**about, "peers": peers.report(), "rows": [asdict(row) for row in rows]}
-        (arguments.out / "kernels.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    if arguments.out and rows:
         told = f"{about['device']}, torch {about['torch']}, commit {about['commit']}"
         plot(rows, bandwidth, arguments.out / "kernels.png", told)
+
+
+def measured(
+    families: list[str], device: str, layers: dict[str, tuple[int, int]], repeats: int, peers: Peers
+) -> Iterator[Row]:
+    """Rows of every family, layer by layer; one that fails outside of a contender is said and left out."""
+    for family in families:
+        for some in [{name: shape} for name, shape in layers.items()] if family != "rows" else [{}]:
+            try:
+                yield from FAMILIES[family](device, some, repeats, peers)
+            except Exception:  # the next layer may do
+                print(f"{family} {', '.join(some)}: {traceback.format_exc(limit=-3)}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -36,9 +36,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", type=Path, default=Path("runs/recovery"))
     arguments = parser.parse_args()
+    from qat.checkpoints.resume import has_state
+    from qat.kernels.load import load_for_training
     from qat.trainers.job import load_job
     from qat.trainers.run import train
 
+    load_for_training()  # as the command line does
     console = Console(stderr=True)
     reports = {}
     for row, recipe, changes in cases(arguments.seeds):
@@ -47,7 +50,7 @@ def main() -> None:
         path = job.folder / "report.json"
         if not path.is_file():
             console.rule(row)
-            train(job, resume_run=(job.folder / "job.yaml").is_file(), console=console, table=False)
+            train(job, resume_run=has_state(job.folder), console=console, table=False)
         reports[row] = json.loads(path.read_text())
     print("| run | KL plain PTQ | KL best PTQ | KL student | KL gap closed | NLL gap closed | step |")
     print("|---|---|---|---|---|---|---|")

@@ -84,9 +84,9 @@ def step(model: Any, optimizer: Any, ids: Any) -> float:
 
 def peak(case: str | None, options: argparse.Namespace) -> int:
     """Peak bytes of three steps in a fresh process; `case` None is the unquantized model."""
-    command = [sys.executable, __file__, "--peak", case or "none", "--tokens", str(options.tokens)]
+    command = [sys.executable, "-P", __file__, "--peak", case or "none", "--tokens", str(options.tokens)]
     command += ["--learn", options.learn, "--device", options.device, "--model", options.model]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 
 def main() -> None:

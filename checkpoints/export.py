@@ -289,7 +289,7 @@ def _record(plan: ExportPlan, source: Path, target: str, written: dict[str, Any]
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> str:
-    """Write it; returns the sha256."""
-    text = (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+    """Write it; returns the sha256. Infinity stays as in the source's config.json (Mamba's `time_step_limit`)."""
+    text = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
     path.write_bytes(text)
     return hashlib.sha256(text).hexdigest()

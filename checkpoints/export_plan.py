@@ -3,8 +3,10 @@ layers are packed, and whether the architecture loads exactly that. Training ask
 step, of a model without weights.
 """
 
+import json
 import math
 import re
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qat.checkpoints.hf import quiet, read_json, unquantizable
+from qat.checkpoints.architecture import quiet, read_config, read_json
+from qat.checkpoints.hf import unquantizable
 from qat.checkpoints.names import (
     StoredNames,
     fused_groups,
@@ -22,6 +25,7 @@ from qat.checkpoints.names import (
     skeleton,
     stored_names,
     surplus_names,
+    wanted_while_loading,
 )
 from qat.checkpoints.shards import ShardReader, TensorInfo
 from qat.checkpoints.targets import TARGETS, Target, TargetLayer
@@ -317,14 +321,14 @@ def _check_loads(plan: ExportPlan, source: Path) -> None:
 
 def _bare(model: "PreTrainedModel", config: dict[str, Any]) -> "PreTrainedModel":
     """The class that loaders make of a config.json, without memory."""
-    from transformers import CONFIG_MAPPING
-
     own: Any = type(model)
-    with quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        config = {"model_type": model.config.model_type, **config}
+        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         if own.__module__.startswith("transformers."):
-            return skeleton(CONFIG_MAPPING[config.get("model_type", model.config.model_type)].from_dict(config))
+            return skeleton(read_config(Path(folder)))
         with torch.device("meta"):  # code that came with the model
-            bare: PreTrainedModel = own._from_config(type(model.config).from_dict(config), dtype=torch.bfloat16)
+            bare: PreTrainedModel = own._from_config(type(model.config).from_pretrained(folder), dtype=torch.bfloat16)
             return bare
 
 
@@ -348,6 +352,10 @@ def _notes(plan: ExportPlan, source: Path | None) -> list[str]:
             "plain transformers (5.23) cannot load dense fused experts, or other tensors that it merges, beside packed "
             "layers; vLLM can"
         ] = None
+    if "pack-quantized" in json.dumps(plan.quantization):
+        wanted = wanted_while_loading(plan.model, [plan.names.modules[path] for path in plan.linears])
+        found.update(dict.fromkeys(f"plain transformers (5.23) cannot load packed layers of {name}, whose weights it "
+                                   "initialises; vLLM can" for name in wanted))  # fmt: skip
     if not all(module.weight_quantizer.round_bf16 for module in plan.linears.values()):
         found["trained with round_bf16: false, so BF16 servers round the exported weights once more"] = None
     found.update(dict.fromkeys(_of_the_source(plan, source)))

@@ -5,6 +5,7 @@ Names are read forwards, as transformers does when it loads: from each name in t
 what the file does not hold, or holds in parts, is named backwards, as transformers does when it saves.
 """
 
+import copy
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable
@@ -161,6 +162,24 @@ def lost_when_packed(model: "PreTrainedModel", layers: dict[str, str]) -> list[s
     own |= dict.fromkeys(probes.values(), torch.empty(0, device="meta"))
     places = _places(model, probes, own)
     return sorted({name.rpartition(".")[0] for name, wanted in probes.items() if places[name][0] != wanted})
+
+
+def wanted_while_loading(model: "PreTrainedModel", paths: Collection[str]) -> list[str]:
+    """Classes of `model` whose initialisation, which plain transformers runs while it loads, takes the weight of one of
+    the layers at `paths`: packed layers have none, and it stops."""
+    with torch.device("meta"):
+        bare: PreTrainedModel = type(model)._from_config(copy.deepcopy(model.config), dtype=torch.bfloat16)
+        for path in paths:
+            bare.set_submodule(path, nn.Identity())
+    found: dict[str, None] = {}
+    for module in bare.modules():
+        try:
+            if not isinstance(module, nn.Identity):
+                bare._init_weights(module)
+        except AttributeError as error:
+            if "Identity" in str(error):
+                found[type(module).__name__] = None
+    return list(found)
 
 
 def missing_names(model: "PreTrainedModel", names: StoredNames, held: Collection[str]) -> list[str]:

@@ -57,6 +57,19 @@ def anchored(config: ModelConfig) -> ModelConfig:
     return config.model_copy(update={"id": str(Path(config.id).expanduser().absolute())})
 
 
+def check_there(config: ModelConfig, hint: str = "") -> None:
+    """Refuse a path of this machine that leads nowhere, before anything takes it for something else.
+
+    Raises:
+        CheckpointError: names the path and says `hint`.
+    """
+    if is_path(config) and not Path(config.id).expanduser().exists():
+        gone = (
+            f"the model {config.id} is no longer there" if config.fingerprint else f"there is no model at {config.id}"
+        )
+        raise CheckpointError(gone + (f"; {hint}" if hint else ""))
+
+
 def locate(config: ModelConfig, moved: Path | str | None = None, hint: str = "") -> Path:
     """The folder of a recorded model, after checking that it is still the same.
 
@@ -72,8 +85,8 @@ def locate(config: ModelConfig, moved: Path | str | None = None, hint: str = "")
         if not Path(moved).expanduser().exists():
             raise CheckpointError(f"there is no model at {moved}" + (f"; {hint}" if hint else ""))
         config = config.model_copy(update={"id": str(moved), "revision": None})
-    elif is_path(config) and not Path(config.id).expanduser().exists():
-        raise CheckpointError(f"the model {config.id} is no longer there" + (f"; {hint}" if hint else ""))
+    else:
+        check_there(config, hint)
     folder = resolve(config)
     if config.fingerprint is not None and fingerprint(folder) != config.fingerprint:
         raise CheckpointError(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qat.checkpoints.exported import load_exported
 from qat.checkpoints.hf import quiet, unquantizable
-from qat.checkpoints.names import StoredNames, missing_names, skeleton, stored_names
+from qat.checkpoints.names import StoredNames, missing_names, skeleton, stored_names, wanted_while_loading
 from qat.checkpoints.progress import progress
 from qat.checkpoints.readers import ExportedFolder, open_export
 from qat.checkpoints.record import RECORD, read_record
@@ -345,6 +345,9 @@ def _logits_compressed_tensors(subject: _Subject, tokens: int) -> str:
     fp8 = all(group["weights"]["type"] == "float" and group["weights"]["num_bits"] == 8 for group in groups)
     if (subject.stored.parts or unquantizable(subject.model)) and not fp8:
         return "skipped: transformers cannot load dense tensors that it merges (fused experts) beside this format"
+    packed = [path for path, module in exported.modules.items() if module.packed]
+    if wanted := wanted_while_loading(subject.model, [subject.stored.modules[path] for path in packed]):
+        return f"skipped: transformers cannot load packed layers of {', '.join(wanted)}, whose weights it initialises"
     if not affine:
         return _compare(subject, tokens, {})
     from transformers import CompressedTensorsConfig

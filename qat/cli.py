@@ -90,10 +90,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True)
+def _path(text: str) -> Path:
+    """A path as typed; shells leave `~` alone in quotes and behind `=`."""
+    return Path(text).expanduser()
 
 
 def _print_json(value: Any) -> None:
@@ -141,8 +140,8 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("trained", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist, or be empty")
+    parser.add_argument("trained", type=_path, metavar="RUN", help="folder of a run")
+    parser.add_argument("out", type=_path, metavar="OUT", help="folder to write; must not exist, or be empty")
     layouts = "file layout: compressed-tensors, modelopt or fp8 (default: %(default)s); see docs/export.md"
     parser.add_argument("--target", default="compressed-tensors", help=layouts)
     parser.add_argument("--checkpoint", default="best", help="which of the run's checkpoints (default: %(default)s)")
@@ -170,7 +169,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="DIR", help="an exported checkpoint")
+    parser.add_argument("folder", type=_path, metavar="DIR", help="an exported checkpoint")
     parser.add_argument("--no-logits", action="store_true", help="skip loading it in plain transformers")
     parser.add_argument("--json", action="store_true", help="print the checks as JSON")
 
@@ -192,7 +191,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a run, an exported checkpoint, or a plain model")
+    parser.add_argument("folder", type=_path, metavar="DIR", help="a run, an exported checkpoint, or a plain model")
     parser.add_argument("--teacher", help="model to compare with (default: what DIR was made from)")
     parser.add_argument(
         "--text", nargs="+", metavar="FILE", help="text, as data.source (default: the shipped held-out text)"
@@ -223,7 +222,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a run, an exported checkpoint, or a plain model")
+    parser.add_argument("folder", type=_path, metavar="DIR", help="a run, an exported checkpoint, or a plain model")
     parser.add_argument("prompt", help="text to continue")
     parser.add_argument("--tokens", type=int, default=64, help="most tokens to write (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default), else 0.01 to 100")
@@ -284,7 +283,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 
     keep_freed_blocks()
     serve(
-        Path(arguments.folder),
+        _path(arguments.folder),
         arguments.engine,
         arguments.host,
         arguments.port,

@@ -22,7 +22,18 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 300  # seconds for one mutant; tests that run into it did notice something
-_LEFT_OUT = (".git", ".venv*", ".triton*", "runs", "*cache*", "__pycache__", ".hypothesis", "build", "dist")
+_LEFT_OUT = (
+    ".git",
+    ".venv*",
+    ".triton*",
+    ".versions*",
+    "runs",
+    ".*_cache",
+    "__pycache__",
+    ".hypothesis",
+    "build",
+    "dist",
+)
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ def _script(name: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def peers() -> Iterator[ModuleType]:
-    names = ("layers", "peer_calls", "peers", "benchmark_kernels")
-    for name in names[:3]:
+    names = ("layers", "peer_calls", "peers", "measurements", "benchmark_kernels")
+    for name in names[:4]:
         _script(name)
     yield sys.modules["peers"]
     for name in names:
@@ -174,6 +174,41 @@ def test_packed_weights_of_peers(peers: ModuleType) -> None:
             assert torch.equal(codes.to(torch.uint8), weight.codes)
 
 
+def test_a_kernel_that_fails_loses_its_own_times_only(
+    peers: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One contender raises on one layer, and another layer cannot be set up at all."""
+    kernels = _script("benchmark_kernels")
+    monkeypatch.setitem(kernels.LAYERS, "small", {"broken": (60, 128), "tiny": (64, 128)})
+    monkeypatch.setitem(kernels.TOKENS, "cpu", (1, 2))
+    monkeypatch.setattr(kernels, "COLD_BYTES", 1 << 14)
+    monkeypatch.setattr(kernels, "copy_rate", lambda device: 1e9)
+    monkeypatch.setattr(kernels, "plot", lambda *_: None)
+    product, torch_int4 = kernels.packed_linear, kernels._torch_int4
+
+    def no_mxfp4(x: Tensor, weight: Any) -> Tensor:
+        if weight.format == "mxfp4" and len(x) == 1:
+            raise AttributeError("'int' object has no attribute 'to'")
+        return product(x, weight)
+
+    def not_broken(rows: int, *rest: Any) -> Any:
+        if rows == 60:
+            raise RuntimeError("out of memory")
+        return torch_int4(rows, *rest)
+
+    monkeypatch.setattr(kernels, "packed_linear", no_mxfp4)
+    monkeypatch.setattr(kernels, "_torch_int4", not_broken)
+    flags = ["--device", "cpu", "--only", "packed", "--layers", "small", "--repeats", "1", "--peers", "none"]
+    monkeypatch.setattr(sys, "argv", ["kernels.py", *flags, "--out", str(tmp_path)])
+    kernels.main()
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert {row["what"] for row in rows} == {"tiny"}
+    assert {(row["contender"], row["tokens"]) for row in rows} >= {("BF16", 1), ("nvfp4", 1), ("mxfp4", 2)}
+    assert not any(row["contender"] == "mxfp4" and row["tokens"] == 1 for row in rows)
+    told = capsys.readouterr()
+    assert "mxfp4 fails: AttributeError" in told.err and "out of memory" in told.err and "| tiny 64x128" in told.out
+
+
 def test_benchmark_on_a_cpu(
     peers: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -216,3 +251,23 @@ def test_kills_lose_nothing() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(": ok\n") == 8 and "all of 8 kills passed" in done.stdout
+
+
+def test_the_recovery_table_trains_with_kernels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recovery = _script("recovery")
+    loaded = []
+
+    def train(job: Any, **_: Any) -> None:
+        loaded.append(capsys.readouterr().err)
+        job.folder.mkdir(parents=True)
+        rows = [{"name": name, "kl": 1.0} for name in ("ptq", "best_ptq", "student")]
+        report = {"rows": rows, "gap_closed": {"kl": 0.5, "nll": 0.5}, "best_step": 1}
+        (job.folder / "report.json").write_text(json.dumps(report))
+
+    monkeypatch.setattr("qat.trainers.run.train", train)
+    monkeypatch.setattr(sys, "argv", ["recovery.py", "--seeds", "1", "--runs", str(tmp_path)])
+    recovery.main()
+    assert "kernels for " in loaded[0] or "no kernels (" in loaded[0]
+    assert capsys.readouterr().out.count("50.0%") == 8

@@ -253,11 +253,6 @@ def _turn(given: Chat, index: int, full: str) -> Span:
     puts a thought before it, gpt-oss closes it with another token. Then all that the assistant wrote and what closes
     it must follow there, or both renderings may differ in closing tokens only, which are not learnt.
     """
-    if index == 0:
-        raise DataError(
-            f"{given.where}: the chat begins with the assistant, so nothing says where its turn begins"
-            "; put a user or system message first, or remove that turn"
-        )
     before = given.render(given.messages[:index], prompt=True)
     through = given.render(given.messages[: index + 1])
     begin = len(before)

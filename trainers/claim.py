@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from qat.checkpoints import resume
+from qat.checkpoints import origin, resume
 from qat.checkpoints.folders import settle
 from qat.checkpoints.origin import anchored, fingerprint, locate
 from qat.config import load_yaml, validate, write_text_atomic
@@ -91,6 +91,17 @@ def _anchored_text(config: DataConfig) -> DataConfig:
     if config.source in BUILT_IN or not path.exists():
         return config
     return config.model_copy(update={"source": str(path.absolute())})
+
+
+def check_there(job: Job) -> None:
+    """Refuse models whose recorded path leads nowhere.
+
+    Raises:
+        CheckpointError: says which, and how to name its new place.
+    """
+    for key, config in (("model", job.model), ("teacher", job.teacher)):
+        if config is not None:
+            origin.check_there(config, f"say where it is: {key}.id=PATH")
 
 
 def _plain(job: Job) -> dict[str, Any]:

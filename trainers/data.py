@@ -32,7 +32,7 @@ from qat.trainers.records import CHATS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CACHE_VERSION = 2  # raise it when the same key would give other rows
+CACHE_VERSION = 3  # raise it when the same key would give other rows
 _META = "meta.json"
 
 
@@ -121,6 +121,7 @@ class Blocks:
         skipped_documents: chats without an assistant turn.
         digest: sha256 of the rows: ids, targets and document numbers.
         empty_rows: rows without a target, which were left out.
+        leading_turns: assistant turns that were left out because chats began with them.
         largest_id: the largest token id, padding included.
         shapes: documents of each kind of record.
     """
@@ -136,6 +137,7 @@ class Blocks:
     skipped_documents: int
     digest: str
     empty_rows: int = 0
+    leading_turns: int = 0
     largest_id: int = -1
     shapes: dict[str, int] = field(default_factory=dict)
 
@@ -146,9 +148,11 @@ class Blocks:
         said = f"{self.documents:,} documents ({', '.join(kinds)}) in {self.num_rows:,} rows of {self.seq_len} tokens"
         said += f", {self.loss_tokens:,} tokens to learn"
         if self.skipped_documents:
-            said += f"; {self.skipped_documents:,} without an assistant turn left out"
+            said += f"; {self.skipped_documents:,} without an assistant turn to learn left out"
         if self.empty_rows:
             said += f"; {self.empty_rows:,} rows without a token to learn left out (prompts longer than a row)"
+        if self.leading_turns:
+            said += f"; {self.leading_turns:,} assistant turns that chats began with left out"
         return said
 
     def __len__(self) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 from qat.checkpoints.architecture import empty_model, read_config
 from qat.checkpoints.export import check_export
 from qat.checkpoints.shards import INDEX, SINGLE, ShardReader
-from qat.surgery import apply
+from qat.surgery import apply, report
+from qat.trainers.called import check_called
 from qat.trainers.job import Job
 from qat.trainers.optim import freeze
 
@@ -22,12 +23,13 @@ def export_notes(job: Job, folder: Path | None, model: Any) -> list[str]:
         model: the student without numbers, on the meta device; it is left as it is.
 
     Raises:
-        CheckpointError, UnsupportedError: no target can hold it, or its tensors do not fit.
+        CheckpointError, UnsupportedError: no target can hold it, its tensors do not fit, or layers are never called.
         ConfigError: `optim.freeze` matches nothing, or everything.
     """
     weights = folder if folder is not None and any((folder / name).is_file() for name in (SINGLE, INDEX)) else None
     if weights is not None:
         ShardReader(weights).verify_complete()
+    check_called(model, report(model, job.scheme))
     bare: Any = apply(copy.deepcopy(model), job.scheme, defer_start=True)
     freeze(bare, job.optim.freeze)
     return [f"export: {note}" for note in check_export(bare, weights)]

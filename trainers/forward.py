@@ -71,11 +71,21 @@ _STEPS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 def hidden_states(model: Any, batch: Batch) -> Tensor:
     """Final hidden states (rows, sequence, hidden) of a batch from `Blocks.rows`; documents do not see each other."""
-    output = model.base_model(**model_inputs(arrange(batch, model)))
+    output = body(model)(**model_inputs(arrange(batch, model)))
     hidden: Tensor | None = getattr(output, "last_hidden_state", None)
     if hidden is None:
         raise UnsupportedError(f"{type(model).__name__} does not give its final hidden states; report the architecture")
     return hidden.reshape(*batch["input_ids"].shape, -1)
+
+
+def body(model: Any) -> Any:
+    """What computes hidden states; some classes name it otherwise than their prefix says (Llama 4's text model)."""
+    found = model.base_model
+    if found is not model:
+        return found
+    embedding = model.get_input_embeddings()
+    children = [child for child in model.children() if any(module is embedding for module in child.modules())]
+    return children[0] if children and children[0] is not embedding else model
 
 
 def heads(student: Any, teacher: Any | None) -> tuple[Head, Head | None]:

@@ -15,6 +15,7 @@ from qat.checkpoints.architecture import empty_model
 from qat.checkpoints.decoding import TextStream
 from qat.checkpoints.hf import ModelConfig, describe, load_configured, load_model, load_tokenizer, read_json
 from qat.checkpoints.origin import locate
+from qat.checkpoints.positions import most_positions
 from qat.checkpoints.resume import load_student
 from qat.config import load_yaml, validate
 from qat.errors import CheckpointError, ConfigError
@@ -246,8 +247,8 @@ def _as_chat(tokenizer: Any, prompt: str) -> str:
 
 def _room(model: Any, used: int, tokens: int) -> int:
     """How many of `tokens` fit behind the prompt."""
-    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(known, int) or known < 1 or used + tokens <= known:
+    known = most_positions(model)
+    if known is None or used + tokens <= known:
         return tokens
     if used >= known:
         raise ConfigError(f"the prompt has {used} tokens, but the model knows only {known} positions; shorten it")
@@ -256,7 +257,8 @@ def _room(model: Any, used: int, tokens: int) -> int:
 
 
 def _generation(model: Any, tokenizer: Any, tokens: int, temperature: float) -> Any:
-    """Plain sampling or greedy search; of the checkpoint's own settings only what ends a text or limits the choice.
+    """Plain sampling or greedy search; of the checkpoint's own settings only what ends a text or limits the choice, as
+    in `qat serve`.
 
     The rest (beams, stored lengths, ...) would change what is measured, and a file with a mistake need not stop us.
     """
@@ -272,8 +274,19 @@ def _generation(model: Any, tokenizer: Any, tokens: int, temperature: float) -> 
     if settings["pad_token_id"] is None:
         end = settings["eos_token_id"]
         settings["pad_token_id"] = end[0] if isinstance(end, list) and end else end
+    penalty = getattr(own, "repetition_penalty", None)
+    if isinstance(penalty, int | float) and penalty > 0:
+        settings["repetition_penalty"] = penalty
     if temperature > 0:
-        settings["temperature"] = temperature
-        limits = {"top_k": lambda k: isinstance(k, int) and k > 0, "top_p": lambda p: 0 < float(p) <= 1}
-        settings |= {n: v for n, ok in limits.items() if (v := getattr(own, n, None)) is not None and ok(v)}
+        settings |= {"temperature": temperature, "top_k": 0}  # none: left out, `generate` would fill in 50
+        known = {"top_k": _is_count, "top_p": _is_share, "min_p": _is_share}
+        settings |= {name: value for name, fits in known.items() if fits(value := getattr(own, name, None))}
     return GenerationConfig(**settings)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value <= 1

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from qat.checkpoints.hf import ModelConfig
 from qat.config import Strict, load_yaml, override, validate
@@ -73,6 +73,11 @@ class Job(Strict):
     wandb: Wandb | None = None
     runs: Path = Path("runs")
 
+    @field_validator("runs")
+    @classmethod
+    def _home(cls, value: Path) -> Path:
+        return value.expanduser()  # `~` in a YAML file, which no shell has seen
+
     @model_validator(mode="after")
     def _consistent(self) -> "Job":
         if self.method == "qat" and self.loss is not None and self.loss.needs_teacher:
@@ -119,7 +124,7 @@ def load_job(path: str | Path, overrides: list[str] | None = None) -> Job:
     Raises:
         ConfigError: with the path of the key, the value, and what is allowed.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
         held = f"; give {path / JOB}" if (path / JOB).is_file() else "; give a YAML file in it"
         raise ConfigError(f"{path} is a folder, not a config file{held}")

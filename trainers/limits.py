@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from qat.checkpoints.hf import load_tokenizer, resolve
+from qat.checkpoints.positions import known_positions, most_positions, table_positions
 from qat.errors import CheckpointError, ConfigError, DataError
 from qat.trainers import rows, sources, tokens
 from qat.trainers.data import Blocks, DataConfig, planned
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from qat.trainers.job import Job
 
 SAMPLE_TOKENS = 1 << 15  # of each text, which `--dry-run` looks at
-_SCALED = ("linear", "dynamic", "yarn")  # kinds of rotary scaling whose configs state the length before it
 
 
 # ---- positions
@@ -50,52 +50,6 @@ def check_positions(model: nn.Module, lengths: dict[str, int]) -> list[str]:
             notes.append(f"{what} {length} exceeds the {known} positions that {name} was made for (config.json); "
                          "beyond them it computes but was not trained")  # fmt: skip
     return notes
-
-
-def table_positions(model: nn.Module) -> int | None:
-    """How many positions a model can compute at most; None where nothing limits it.
-
-    Positions are limited by tables: learned ones (an embedding, which OPT begins at row 2) and precomputed ones.
-    """
-    config: Any = model.config
-    tokens_in: Any = model.get_input_embeddings()  # type: ignore[operator]  # a transformers method
-    text = _around(model, tokens_in)
-    found = [
-        module.num_embeddings - int(getattr(module, "offset", 0))
-        for name, module in text.named_modules()
-        if isinstance(module, nn.Embedding) and module is not tokens_in and _of_positions(name)
-    ]
-    for path, module in text.named_modules():
-        if not hasattr(module, "make_weights"):  # a table that grows (XGLM)
-            tables = {name: table for name, table in module.named_buffers(path, recurse=False) if table.ndim == 2}
-            found += [table.shape[0] for name, table in tables.items() if _of_positions(name) and table.shape[0] > 1]
-    if config.model_type == "mpt":  # builds its ALiBi table for this many
-        found.append(int(config.max_seq_len))
-    return min(found, default=None)
-
-
-def _around(model: nn.Module, embedding: nn.Module) -> nn.Module:
-    """What reads text: the module that holds the embedding; the towers beside it have positions of their own."""
-    path = next((path for path, module in model.named_modules() if module is embedding), "")
-    return model.get_submodule(path.rpartition(".")[0])
-
-
-def _of_positions(path: str) -> bool:
-    """Whether a module or buffer of this path holds positions, by the names that transformers gives such tables."""
-    return any(part in path.rpartition(".")[2] for part in ("pos", "wpe"))
-
-
-def known_positions(model: nn.Module) -> int | None:
-    """How many positions a model was made for; None where it does not say, or uses none (ALiBi, recurrence)."""
-    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]  # a transformers config
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
-    if not isinstance(limit, int) or getattr(config, "alibi", False):
-        return None
-    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if rotary.get("rope_type") in _SCALED:
-        before = rotary.get("original_max_position_embeddings") or limit
-        return max(limit, int(before * float(rotary.get("factor") or 1)))
-    return limit
 
 
 # ---- token ids
@@ -143,7 +97,7 @@ def check_lengths(job: "Job", *models: nn.Module) -> list[str]:
 
 def fitting(length: int, *models: nn.Module | None) -> int:
     """`length`, or less where one of the models knows fewer positions."""
-    known = [limit(model) for model in models if model is not None for limit in (table_positions, known_positions)]
+    known = [most_positions(model) for model in models if model is not None]
     return min([length, *(positions for positions in known if positions is not None)])
 
 

@@ -8,7 +8,7 @@ null is what somebody wrote.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qat.errors import DataError, nearest
@@ -56,6 +56,7 @@ class Document:
         messages: of {role, content}; assistant turns are learnt, apart from the first `context` messages.
         tools: what the chat's model may call, as JSON schemas.
         shape: the kind of record it was, a key of SHAPES.
+        leading: assistant turns that were left out because the chat began with them.
     """
 
     where: str
@@ -65,6 +66,7 @@ class Document:
     tools: tuple[Message, ...] = ()
     context: int = 0
     shape: str = "text"
+    leading: int = 0
 
 
 def document(record: Any, config: "DataConfig", where: str, *, table: bool = False) -> Document:
@@ -77,7 +79,7 @@ def document(record: Any, config: "DataConfig", where: str, *, table: bool = Fal
         given = type(record).__name__
         raise DataError(f"{where} is a {given}; it must be an object with a field {config.text_field!r}")
     shape = _shape(record, config, where)
-    found = SHAPES[shape].build(_unpadded(record) if table else record, config, where)
+    found = _begun(SHAPES[shape].build(_unpadded(record) if table else record, config, where))
     for name in ("prompt", "text", "messages", "tools"):
         _check_unicode(getattr(found, name), f"{where}: {name}")
     return found
@@ -220,6 +222,15 @@ def _system(record: Record, where: str) -> tuple[Message, ...]:
     return (_spoken("system", text),) if text.strip() else ()
 
 
+def _begun(found: Document) -> Document:
+    """Without the assistant turns that a chat begins with, as ShareGPT dumps do that were cut into pieces: nothing says
+    what they answer, or where they begin in the template's text."""
+    if found.context:
+        return found
+    first = next((i for i, m in enumerate(found.messages) if m["role"] != "assistant"), len(found.messages))
+    return replace(found, messages=found.messages[first:], leading=first)
+
+
 def _spoken(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
@@ -286,7 +297,7 @@ def _from_sharegpt(message: Message, at: str) -> Message:
 
 
 def _content(content: Any, at: str) -> str:
-    """A text, or parts of type text, which follow each other without anything between them."""
+    """A text, or parts of type text, each on a line of its own, as vLLM and `qat serve` put them before a model."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list | tuple) or not content:
@@ -299,7 +310,7 @@ def _content(content: Any, at: str) -> str:
             raise DataError(f"{at}.content[{number}] is no part of type 'text' with a text, but {part!r:.80}; "
                             "only text can be trained on")  # fmt: skip
         texts.append(text)
-    return "".join(texts)
+    return "\n".join(texts)
 
 
 def _call(call: Any, at: str) -> Message:

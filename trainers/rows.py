@@ -66,6 +66,7 @@ def write(
         "skipped_documents": tally.skipped,
         "digest": digest.hexdigest(),
         "empty_rows": tally.empty_rows,
+        "leading_turns": tally.leading,
         "largest_id": tally.largest,
         "shapes": dict(tally.shapes),
     }
@@ -94,6 +95,7 @@ class Tally:
         exhausted: whether the source ended.
         shapes: documents of each kind of record.
         empty_rows, left_out: rows without a target, and the tokens in them.
+        leading: assistant turns that were left out because chats began with them.
         largest: token id.
     """
 
@@ -104,12 +106,14 @@ class Tally:
     shapes: Counter[str] = field(default_factory=Counter)
     empty_rows: int = 0
     left_out: int = 0
+    leading: int = 0
     largest: int = -1
 
 
 def _counted(documents: Iterator[Tokens], tally: Tally, limit: int | None) -> Iterator[Tokens]:
     """The documents with something to learn, up to `limit` tokens; the last one is cut there."""
     for document in documents:
+        tally.leading += document.leading
         if not document.learn.any():
             tally.skipped += 1
             continue

@@ -20,6 +20,7 @@ from qat.numerics import qsnr
 from qat.surgery import Coverage, apply, dense, layers, report
 from qat.trainers import claim, limits
 from qat.trainers.callbacks import Keeper
+from qat.trainers.called import check_called
 from qat.trainers.data import Batches, load_blocks
 from qat.trainers.evaluate import Judge, gap_closed
 from qat.trainers.exportable import export_notes, student_without_numbers
@@ -50,6 +51,7 @@ def train(job: Job, *, resume_run: bool = False, console: Console | None = None,
     keep_freed_blocks()
     if job.unproven:
         raise UnsupportedError(job.unproven)
+    claim.check_there(job)
     job, notes = settled(job)
     for note in notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
@@ -120,6 +122,7 @@ def _load(job: Job, source: Path, reference: Path, console: Console) -> Parts:
     teacher.to(device)
     student: nn.Module = load_configured(job.model, source)
     coverage = report(student, job.scheme)
+    check_called(student.to(device), coverage)
     _check_packing(job, student, *([teacher] if job.teacher is not None else []))
     parameters = sum(p.numel() for p in student.parameters())
     limits.warn(limits.check_lengths(job, student, teacher))

@@ -96,7 +96,7 @@ def documents(config: "DataConfig") -> Iterator[Document]:
         found = _hub_documents(config)
     else:
         found = (each for path in _files(config.source) for each in _file_documents(path, config))
-    return (each for each in found if each.messages or each.prompt or each.text.strip())
+    return (each for each in found if each.messages or each.leading or each.prompt or each.text.strip())
 
 
 def _kind(source: str) -> str:

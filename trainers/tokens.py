@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from qat.errors import DataError
 from qat.trainers import chats
-from qat.trainers.records import Document
+from qat.trainers.records import CHATS, Document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,12 +27,13 @@ Learn = npt.NDArray[np.bool_]
 
 
 class Tokens(NamedTuple):
-    """Token ids of one document, int32 of shape (n,), which of them are to be learnt, bool of shape (n,), and the
-    kind of record it was."""
+    """Token ids of one document, int32 of shape (n,), which of them are to be learnt, bool of shape (n,), the
+    kind of record it was, and how many assistant turns at its beginning were left out."""
 
     ids: Ids
     learn: Learn
     shape: str = "text"
+    leading: int = 0
 
 
 def encode(documents: Iterator[Document], tokenizer: "PreTrainedTokenizerBase") -> Iterator[Tokens]:
@@ -47,7 +48,9 @@ def encode(documents: Iterator[Document], tokenizer: "PreTrainedTokenizerBase") 
     size = 0
     for document in documents:
         # What can be either is a chat where there is a template.
-        chat = document.messages and (tokenizer.chat_template or not (document.prompt or document.text))
+        chat = document.shape in CHATS or (
+            document.messages and (tokenizer.chat_template or not (document.prompt or document.text))
+        )
         if chat or document.prompt:
             yield from _encode_texts(waiting, tokenizer)
             waiting, size = [], 0
@@ -86,12 +89,15 @@ def _encode_texts(documents: list[Document], tokenizer: "PreTrainedTokenizerBase
 
 
 def _encode_chat(document: Document, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
+    shape, leading = _shown(document, chat=True), document.leading
+    if not document.messages:
+        return Tokens(np.empty(0, np.int32), np.empty(0, np.bool_), shape, leading)
     given = chats.chat(document, tokenizer)
     if given.marked:
-        return Tokens(*_marked(given), _shown(document, chat=True))
+        return Tokens(*_marked(given), shape, leading)
     text, spans = chats.turns(given)
     ids, offsets = _offsets(text, tokenizer, document.where, special=False)
-    return Tokens(ids, _inside(offsets, spans), _shown(document, chat=True))
+    return Tokens(ids, _inside(offsets, spans), shape, leading)
 
 
 def _encode_completion(document: Document, tokenizer: "PreTrainedTokenizerBase") -> Tokens:

@@ -263,7 +263,7 @@ def _message(message: dict[str, Any]) -> dict[str, str]:
     texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
     if not all(isinstance(text, str) for text in texts):
         raise Refused(400, "content other than {type: text, text} is not served")
-    return {"role": role, "content": " ".join(str(text) for text in texts)}
+    return {"role": role, "content": "\n".join(str(text) for text in texts)}
 
 
 def _alternatives(given: dict[str, Any], chat: bool) -> int | None:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qat.checkpoints.hf import load_tokenizer, read_json
+from qat.checkpoints.positions import most_positions
 from qat.errors import CheckpointError, ConfigError
 from qat.kernels.compiler import end_idle_threads
 from qat.kernels.engines.transformers import METHODS, load_packed
 
 Engine = Literal["auto", "transformers", "vllm"]
+_ENDLESS = 1 << 20  # tokens of a text, where the model does not limit it (ALiBi, recurrence)
 _PATIENCE = 2  # seconds that running answers have left after Ctrl-C
 
 
@@ -77,9 +79,10 @@ def transformers_server(
     from qat.kernels.engines.front import Front
     from qat.kernels.engines.requests import Reader
 
-    context, tokenizer = _context(folder), load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     tokenizer.model_max_length = sys.maxsize  # the reader refuses what is too long, and no library warns of it
     model = load_packed(folder, None if dtype == "auto" else getattr(torch, dtype), device)
+    context = most_positions(model) or _ENDLESS
     writer = Writer(model, tokenizer, context)
     reader = Reader(tokenizer, context, model.config.get_text_config().vocab_size, names)
 
@@ -100,16 +103,6 @@ def transformers_server(
         Front(reader, writer), host=host, port=port, lifespan="off", timeout_graceful_shutdown=_PATIENCE
     )
     return Server(config)
-
-
-def _context(folder: Path) -> int:
-    config = read_json(folder / "config.json")
-    keys = ("max_position_embeddings", "n_positions")
-    found = [part.get(key) for part in (config, config.get("text_config") or {}) for key in keys]
-    for value in found:
-        if isinstance(value, int):
-            return value
-    raise CheckpointError(f"{folder / 'config.json'} says neither {' nor '.join(keys)}, the longest text")
 
 
 def _check_port(host: str, port: int) -> None:

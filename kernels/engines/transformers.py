@@ -55,10 +55,17 @@ class PackedConfig(QuantizationConfigMixin):
 
 
 class StoredLinear(nn.Module):
-    """A linear layer while its checkpoint is being read: parameters named, typed and shaped as they are stored."""
+    """A linear layer while its checkpoint is being read: parameters named, typed and shaped as they are stored.
+
+    Some classes initialise layers through their parents, by the name `weight` (GPTBigCode's `c_proj`): where no such
+    tensor is stored there is an empty one, which counts as read.
+    """
 
     def __init__(self, linear: nn.Linear, tensors: dict[str, torch.Tensor]) -> None:
         super().__init__()
+        if "weight" not in tensors:
+            self.weight = torch.empty(0)
+            self.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' own mark
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         if linear.bias is not None:
@@ -141,7 +148,8 @@ class PackedQuantizer(HfQuantizer):
 
 
 def _check_names(model: "PreTrainedModel", exported: ExportedFolder) -> None:
-    """Refuse what transformers would make up (missing tensors) or drop (of quantized layers, what nothing reads)."""
+    """Refuse what transformers would make up (missing tensors, other shapes, which some versions do not report) or drop
+    (of quantized layers, what nothing reads)."""
     wanted: set[str] = set()
     for path, module in exported.modules.items():
         wanted |= {f"{path}.{key}" for key in exported.expected_tensors(module, *exported.shape(path))}
@@ -153,6 +161,10 @@ def _check_names(model: "PreTrainedModel", exported: ExportedFolder) -> None:
         if names:
             more = f" (and {len(names) - 1} more tensors)" if len(names) > 1 else ""
             raise CheckpointError(f"{exported.folder}: {names[0]} {what}{more}")
+    for name in sorted(kept & stored.tensors.keys() & exported.names):
+        found, own = exported.reader.info(name).shape, stored.tensors[name].shape
+        if tuple(found) != tuple(own):
+            raise CheckpointError(f"{exported.folder}: {name} is {[*found]}, config.json asks for {[*own]}")
 
 
 def multiplies_codes(input: Format, weight: QTensor) -> bool:

@@ -327,3 +327,19 @@ def test_inputs_of_the_served_model_are_those_of_the_export(tmp_path: Path) -> N
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
     with torch.no_grad(), served(model):
         assert torch.equal(load_exported(tmp_path / "out")(ids()).logits, model(ids()).logits)
+
+
+@pytest.mark.parametrize("written", [[0.0, float("inf")], [0.0, {"__float__": "Infinity"}]], ids=["bare", "tagged"])
+def test_infinity_in_a_config_stays_and_packed_layers_of_parents_that_initialise_them_load_here(
+    tmp_path: Path, written: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Mamba-2: transformers writes one form, older checkpoints hold the other; its mixer initialises out_proj, so that
+    plain transformers cannot load it packed: this is said, and neither we nor vLLM are concerned."""
+    sizes = {"num_heads": 8, "head_dim": 32, "state_size": 16, "n_groups": 1, "num_hidden_layers": 1}
+    source = tiny_model("mamba2", tmp_path / "model", tie_word_embeddings=True, **sizes)
+    edit(source, lambda found: found.update(time_step_limit=written))
+    out, record = exported(source, [pair_rules("int8_channel", None, "*_proj"), REST])
+    assert config(out)["time_step_limit"] == written
+    assert "skipped: transformers cannot load packed layers of Mamba2Mixer" in capsys.readouterr().out
+    assert any("cannot load packed layers of Mamba2Mixer" in note for note in record["notes"])
+    assert main(["generate", str(out), "The fox", "--tokens", "2"]) == 0

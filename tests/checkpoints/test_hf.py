@@ -332,8 +332,10 @@ def test_local_names_resolve_or_explain(llama: Path, tmp_path: Path) -> None:
     assert resolve(ModelConfig(id=str(llama))) == llama
     with pytest.raises(ConfigError, match="only hub models have one"):
         resolve(ModelConfig(id=str(llama), revision="main"))
-    with pytest.raises(CheckpointError, match=r"no folder .*not a hub id"):
+    with pytest.raises(CheckpointError, match=r"no folder .*nowhere; if the model moved"):
         resolve(ModelConfig(id=str(tmp_path / "nowhere")))
+    with pytest.raises(CheckpointError, match=r"no folder .*not a hub id"):
+        resolve(ModelConfig(id="./nowhere/at/all"))
     with pytest.raises(CheckpointError, match="is a file"):
         resolve(ModelConfig(id=str(llama / SINGLE)))
     (tmp_path / "ggufs").mkdir()

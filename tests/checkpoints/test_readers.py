@@ -54,6 +54,21 @@ def test_every_target_has_a_reader(exports: Path) -> None:
         assert verify(exports / target, logits=False).ok
 
 
+def test_a_name_goes_before_a_pattern_and_a_pattern_before_the_class(copy: Callable[[str], Path]) -> None:
+    """The order of compressed-tensors and vLLM, whatever the order of the groups."""
+    folder = copy("int4")
+
+    def change(config: dict[str, Any]) -> None:
+        groups = config["quantization_config"]["config_groups"]
+        group = groups.pop("group_0")
+        targets = {"a": ["Linear"], "b": [Q], "c": [r"re:.*q_proj$"], "d": ["re:.*k_proj$"]}
+        groups.update({name: {**group, "targets": target} for name, target in targets.items()})
+
+    edit(folder, change)
+    assert open_export(folder).matching_groups(Q) == ["b", "c", "a"]
+    assert open_export(folder).matching_groups(Q, linear=False) == ["b", "c"]
+
+
 @pytest.mark.parametrize("target", PAIRS)
 def test_packed_layers_are_those_that_the_reader_decodes(target: str, exports: Path) -> None:
     folder = open_export(exports / target)

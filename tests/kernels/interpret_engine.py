@@ -32,8 +32,10 @@ def check(folder: Path) -> None:
     for tokens in (1, 5):
         with torch.inference_mode():
             found, expected = (model(input_ids=ids(tokens)).logits for model in (served, dense))
-        # FP32 sums in another order, and codes of unrounded scales against weights rounded to BF16.
-        torch.testing.assert_close(found, expected, rtol=2**-6, atol=2**-6 * float(expected.abs().max()))
+        # FP32 sums in another order, and codes of unrounded scales against weights rounded to BF16: a few inputs get
+        # the neighbouring code. Twice the error seen; a wrong scale or axis gives .5 and more.
+        error = float((found - expected).norm() / expected.norm())
+        assert error <= 2**-5, f"{folder.name}: {tokens} tokens are off by {error}"
     print(f"{folder.name}: {kinds[0]} packed, {kinds[1]} multiplied by codes")
 
 

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import shutil
 import socket
 import subprocess
 import sys
@@ -23,10 +22,11 @@ from qat.checkpoints.hf import load_tokenizer  # noqa: E402  # the optional pack
 from qat.cli import main  # noqa: E402  # as above
 from qat.kernels.engines.front import Front  # noqa: E402  # as above
 from qat.kernels.engines.requests import Reader  # noqa: E402  # as above
-from qat.kernels.engines.serve import _context, serve  # noqa: E402  # as above
+from qat.kernels.engines.serve import serve, transformers_server  # noqa: E402  # as above
 from qat.kernels.engines.transformers import load_packed  # noqa: E402  # as above
 from qat.packed import PackedLinear  # noqa: E402  # as above
-from tests.kernels.served import NAMES, free_port  # noqa: E402  # as above
+from tests.kernels.served import NAMES, free_port, running  # noqa: E402  # as above
+from tests.tiny import tiny_model  # noqa: E402  # as above
 
 PROMPT = "The quick brown fox"
 
@@ -256,15 +256,34 @@ def test_what_cannot_run_is_named_before_the_model_loads(
         assert main(["serve", str(folder), "--engine=transformers", option]) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1
-    config = json.loads((folder / "config.json").read_text())
-    shutil.copytree(folder, tmp_path / "endless")
-    del config["max_position_embeddings"]
-    (tmp_path / "endless" / "config.json").write_text(json.dumps(config))
-    assert main(["serve", str(tmp_path / "endless"), "--engine=transformers", "--device=cpu"]) == 2
-    assert "says neither max_position_embeddings nor n_positions" in capsys.readouterr().err
-    for known in ({"n_positions": 64}, {"text_config": {"max_position_embeddings": 64}}):
-        (tmp_path / "endless" / "config.json").write_text(json.dumps(config | known))
-        assert _context(tmp_path / "endless") == 64
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_the_longest_text_is_what_the_model_takes(tmp_path: Path, scaled: bool) -> None:
+    if scaled:
+        rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 128}
+        model, most = tiny_model("llama", tmp_path, max_position_embeddings=128, rope_parameters=rope), 512
+    else:
+        model, most = tiny_model("bloom", tmp_path), 1 << 20  # ALiBi: nothing limits it
+        config = json.loads((model / "config.json").read_text())
+        del config["max_position_embeddings"]  # which Bloom does not know
+        (model / "config.json").write_text(json.dumps(config))
+    server = transformers_server(model, NAMES, "127.0.0.1", free_port(), "cpu", "float32")
+    assert server.config.app.reader.context == most
+
+
+def test_generate_samples_as_the_server_does(tmp_path: Path, capfd: Any) -> None:
+    model = tiny_model("llama", tmp_path, num_hidden_layers=1, initializer_range=0.02)
+    ask = {"prompt": PROMPT, "max_tokens": 24, "seed": 5, "temperature": 0.9}
+    own = json.loads((model / "generation_config.json").read_text())
+    for more in ({}, {"top_k": 3, "min_p": 0.01}, {"repetition_penalty": 1.4, "top_p": 0.5}):
+        (model / "generation_config.json").write_text(json.dumps(own | more))
+        with running(model) as client:
+            answer = client.post(TEXT, json=ask).json()["choices"][0]["text"]
+        capfd.readouterr()
+        options = ["--tokens=24", "--seed=5", "--temperature=0.9", "--device=cpu"]
+        assert main(["generate", str(model), PROMPT, *options]) == 0
+        assert capfd.readouterr().out.rstrip("\n") == (PROMPT + answer).rstrip("\n")
 
 
 def test_a_taken_port_is_said_before_anything_is_loaded(folder: Path, capsys: Any) -> None:

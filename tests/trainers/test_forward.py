@@ -57,6 +57,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[tuple[str, float], ...]]] = {
     "gemma3": ("gemma3", {"text_config": {**SIZES, "final_logit_softcapping": 2.0}, "vision_config": VISION}, ()),
     "opt-projected": ("opt", {**SIZES, "ffn_dim": 64, "word_embed_proj_dim": 16}, ()),
     "bloom": ("bloom", {"vocab_size": 96, "hidden_size": 32, "n_layer": 1, "n_head": 2}, ()),
+    "llama4": ("llama4_text", {**SIZES, "num_local_experts": 2, "intermediate_size_mlp": 64, "head_dim": 16}, ()),
 }
 MODELS = {name: model for name, model in MODELS.items() if model[0] in CONFIG_MAPPING}  # older releases have fewer
 

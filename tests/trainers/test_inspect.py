@@ -93,7 +93,7 @@ def test_tokens_that_the_embedding_lacks_are_named(model: Path, capsys: Any) -> 
     added = [{"id": 376 + i, "content": f"<tool{i}>", **plain} for i in range(10)]
     edit(path, added_tokens=[*json.loads(path.read_text())["added_tokens"], *added])
     assert main(["generate", str(model), "a <tool9>", "--tokens", "2"]) == 2
-    assert "'<tool9>' (id 385)" in capsys.readouterr().err
+    assert "the prompt holds token '<tool9>' with id 385" in capsys.readouterr().err
 
 
 def test_no_more_is_written_than_the_model_has_positions(model: Path, capfd: Any) -> None:
@@ -104,6 +104,16 @@ def test_no_more_is_written_than_the_model_has_positions(model: Path, capfd: Any
     assert main(["generate", str(model), "The fox", "--tokens", "1000"]) == 0
     error = capfd.readouterr().err
     assert "knows 16 positions" in error and "14 tokens in" in error
+
+
+def test_scaled_positions_can_all_be_written(model: Path, capfd: Any) -> None:
+    edit(model / "generation_config.json", eos_token_id=None)
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    edit(model / "config.json", eos_token_id=None, max_position_embeddings=16, rope_parameters=rope)
+    edit(model / "tokenizer_config.json", eos_token=None)
+    assert main(["generate", str(model), "The fox", "--tokens", "1000"]) == 0
+    error = capfd.readouterr().err
+    assert "knows 64 positions" in error and "62 tokens in" in error
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ import torch
 import yaml
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from qat.checkpoints.positions import known_positions, table_positions
 from qat.cli import main
 from qat.errors import ConfigError
 from qat.trainers import estimate as estimating
 from qat.trainers import limits
-from qat.trainers.limits import check_positions, fitting, known_positions, table_positions
+from qat.trainers.limits import check_positions, fitting
 from tests.tiny import tiny_model, tiny_tokenizer
 
 

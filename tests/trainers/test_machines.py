@@ -1,6 +1,7 @@
 """Machines that users have: full disks, homes and folders that cannot be written, terminals that know only ASCII."""
 
 import io
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,28 @@ def test_a_home_that_cannot_be_written(tmp_path: Path, model: Path, monkeypatch:
     with pytest.warns(UserWarning, match="set QAT_CACHE"):
         assert main(["train", str(write(tmp_path, model, steps=1))]) == 0
     assert list(tmp_path.glob("qat-cache-*/data/*/rows.bin"))
+
+
+def test_a_tilde_is_home_where_no_shell_has_seen_it(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In YAML files, in quotes and behind `=`: what is written and what is read must be one place."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir(), here.mkdir()
+    monkeypatch.setenv("QAT_CACHE", str(cache.cache_folder("data").parent))  # compiled kernels, too
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    shutil.copytree(model, home / "model")
+    (home / "text.txt").write_text("The fox jumps over the dog. " * 300)
+    data = {"source": "~/text.txt", "seq_len": 32}
+    write(home, Path("~/model"), runs="~/runs", steps=2, checkpoint_every=0, data=data)
+    assert main(["train", "~/tiny.yaml"]) == 0
+    assert main(["export", "~/runs/tiny", "~/out", "--model", "~/model"]) == 0
+    assert f"{home}/out: 0.1 MB of weights" in capsys.readouterr().out
+    assert main(["verify", "~/out", "--no-logits"]) == 0
+    assert main(["eval", "~/out", "--teacher", "~/model", "--text", "~/text.txt", "--tokens", "64"]) == 0
+    assert main(["generate", "~/out", "The", "--tokens", "2"]) == 0
+    assert not [*here.iterdir()] and (home / "runs" / "tiny" / "report.json").is_file()
 
 
 def test_qat_cache_is_where_rows_of_tokens_lie(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,18 +155,23 @@ def test_gradients_beyond_floats_stop_too(folders: list[Path], batches: Batches)
     assert all(torch.equal(p.detach(), before[n]) for n, p in student.named_parameters())
 
 
-def test_a_step_without_targets_has_no_loss(folders: list[Path]) -> None:
-    class Empty(Rows):
+@pytest.mark.parametrize("targets", [0, 1])
+def test_a_step_with_one_target_or_none(folders: list[Path], batches: Batches, targets: int) -> None:
+    class Few(Rows):
         def array(self) -> Any:
             rows = super().array()
             rows[:, 1] = IGNORE
+            rows[batches.indices(0)[0], 1, 4] = 7 if targets else IGNORE
             return rows
 
     values = {field.name: None for field in dataclasses.fields(Blocks)} | {"num_rows": ROWS, "seq_len": SEQ_LEN}
+    few = Batches(Few(**values), 4, seed=7)  # type: ignore[arg-type]  # as above
     student, teacher = models(folders)
+    expected = float(definition(student, teacher, few.batch(0), "qad").detach()) if targets else 0.0
     wanted, seen = job(), Gradients()
-    fit(QatModule(student, teacher, wanted, Batches(Empty(**values), 4), 0), wanted, 1, seen)  # type: ignore[arg-type]  # as above
-    assert seen.losses == [0.0] and all(bool((g == 0).all()) for g in seen.seen[0].values())
+    fit(QatModule(student, teacher, wanted, few, 0), wanted, 1, seen)
+    assert seen.losses == [pytest.approx(expected, rel=1e-4)]
+    assert targets or all(bool((g == 0).all()) for g in seen.seen[0].values())
 
 
 def test_every_row_of_a_step_is_read_once(batches: Batches) -> None:

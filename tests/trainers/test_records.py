@@ -10,6 +10,7 @@ import pytest
 
 from qat.config import validate
 from qat.errors import ConfigError, DataError
+from qat.kernels.engines.requests import _message
 from qat.trainers.data import DataConfig, load_blocks
 from qat.trainers.records import SHAPES, SPEAKERS, Document, document
 from qat.trainers.sources import documents, pinned
@@ -106,9 +107,12 @@ def test_what_is_wrong_with_a_record_is_named() -> None:
     assert all(name in message for name in known)
 
 
-def test_content_may_come_in_parts_of_text() -> None:
+def test_content_may_come_in_parts_of_text_which_are_lines_as_in_serving() -> None:
     parts = [{"type": "text", "text": "Hel", "image_url": None}, {"text": "l"}, "o"]
-    assert made({"messages": [USER, {"role": "assistant", "content": parts}]}).messages == (USER, ANSWER)
+    read = made({"messages": [{"role": "user", "content": parts}, ANSWER]}).messages[0]["content"]
+    assert read == "Hel\nl\no"
+    served = _message({"role": "user", "content": [{"type": "text", "text": text} for text in ("Hel", "l", "o")]})
+    assert served["content"] == read  # vLLM joins the same way for templates that take a text
     for part in ({"type": "image_url", "image_url": {"url": "u"}}, 5, {"temperature": 21}):
         said = refusal({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, part]}]})
         assert f"messages[0].content[1] is no part of type 'text' with a text, but {part!r:.80}; only text" in said

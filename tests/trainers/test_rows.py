@@ -60,6 +60,27 @@ def test_packed_rows_without_a_target_are_left_out_and_counted(tmp_path: Path) -
     assert len(two) == 2 and (two.array() == rows[:2]).all() and two.dropped_tokens == 32 * two.empty_rows
 
 
+@pytest.mark.parametrize("shape", ["sharegpt", "messages"])
+def test_turns_that_chats_begin_with_are_left_out_and_counted(tmp_path: Path, shape: str) -> None:
+    turns = [("gpt", "Left over"), ("human", "Why?"), ("gpt", "So."), ("gpt", "Left over")]
+    spoken = {"gpt": "assistant", "human": "user"}
+    form = {
+        "sharegpt": lambda said: {"conversations": [{"from": who, "value": text} for who, text in said]},
+        "messages": lambda said: {"messages": [{"role": spoken[who], "content": text} for who, text in said]},
+    }[shape]
+    path, cut = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    path.write_text("\n".join(json.dumps(form(said)) for said in (turns[:3], [turns[3], *turns[:3]], turns[:1])))
+    cut.write_text("\n".join(json.dumps(form(turns[1:3])) for _ in range(2)))
+    found, other = blocks_of(path, pack=False), blocks_of(cut, pack=False)
+    assert (found.array() == other.array()).all() and found.loss_tokens > 0
+    assert (found.documents, found.skipped_documents, found.leading_turns) == (2, 1, 4)
+    assert "4 assistant turns that chats began with left out" in found.summary
+    assert "left out" not in other.summary
+    path.write_text(json.dumps(form(turns[:1])))
+    with pytest.raises(DataError, match="only 1 documents without an assistant turn to learn"):
+        blocks_of(path, pack=False)
+
+
 def test_a_text_of_such_rows_alone_is_refused(tmp_path: Path) -> None:
     for pack in (True, False):
         with pytest.raises(DataError, match=r"none of \d+ rows has a token to learn, since prompts are longer"):

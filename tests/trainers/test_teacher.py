@@ -79,9 +79,14 @@ def test_another_tokenizer_is_refused_by_its_tokens(student: Path, tmp_path: Pat
     assert "2 tokens have another id" in capsys.readouterr().err
 
 
-def test_other_rules_for_splitting_are_refused(student: Path, tmp_path: Path, capsys: Any) -> None:
-    """Equal vocabularies, but one lower-cases what it reads."""
-    other = teacher(student, tmp_path / "other", normalizer={"type": "Lowercase"})
+@pytest.mark.parametrize(
+    "normalizer", [{"type": "Lowercase"}, {"type": "Replace", "pattern": {"String": "Q"}, "content": "Z"}]
+)
+def test_other_rules_for_splitting_are_refused(
+    student: Path, tmp_path: Path, capsys: Any, normalizer: dict[str, Any]
+) -> None:
+    """Equal vocabularies, but one changes what it reads, the second time without changing its length."""
+    other = teacher(student, tmp_path / "other", normalizer=normalizer)
     assert main(["train", job(tmp_path, student, other)]) == 2
     assert "is split differently" in capsys.readouterr().err
 

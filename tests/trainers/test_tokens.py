@@ -122,9 +122,8 @@ REASONED = (CHAT[1], {"role": "assistant", "content": "<think>long</think>short"
         (REASONED, REASONING, ["rewrites message 1", "one sample per assistant turn"]),
         (CHAT, STRICT, ["System role not supported", "system, user"]),
         (CHAT, MARKED.replace("== 'assistant'", "== 'nobody'"), ["generation marks cover no token"]),
-        (CHAT[2:], DEFAULT_SYSTEM, ["begins with the assistant", "put a user"]),
     ],
-    ids=["no template", "moving", "reasoning dropped", "refusing", "empty marks", "assistant first"],
+    ids=["no template", "moving", "reasoning dropped", "refusing", "empty marks"],
 )
 def test_uncertain_chats_are_refused(messages: Any, template: str, says: list[str]) -> None:
     with pytest.raises(DataError) as caught:

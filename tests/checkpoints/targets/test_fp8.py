@@ -138,7 +138,8 @@ def invert(tensors: dict[str, Tensor]) -> None:
 
 
 def shift(tensors: dict[str, Tensor]) -> None:
-    tensors[f"{DOWN}.weight_scale_inv"] = tensors[f"{DOWN}.weight_scale_inv"].roll(1, 1)
+    for path, dim in ((DOWN, 1), (UP, 0)):  # two blocks each, whose scales may be equal by chance
+        tensors[f"{path}.weight_scale_inv"] = tensors[f"{path}.weight_scale_inv"].roll(1, dim)
 
 
 def transpose(tensors: dict[str, Tensor]) -> None:

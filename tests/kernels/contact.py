@@ -1,0 +1,271 @@
+"""What every operator has to give on a device, as a list of checks: for the tests marked `gpu`, which take a few, and
+for benchmarks/contact.py, which runs them all and goes on after a failure.
+
+Each compares with arithmetic on the CPU, in float64 or by the reference: codes, scales and rounded values to the bit,
+products and sums by the norm of their error. Nothing is computed before a check runs.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.activations import fake_quantize_input_reference, static_part
+from qat.catalog import CATALOG, lookup
+from qat.format import Format
+from qat.inputs import problem as input_problem
+from qat.kernels.fake_quantize.choose import input_problem as dynamic_problem
+from qat.losses import ForwardKL, chunked
+from qat.matmul import MatmulWeight, dequantize_input, hold, quantized_matmul
+from qat.numerics import find_scales, quantize
+from qat.ops import (
+    fake_quantize_backward_reference,
+    fake_quantize_reference,
+    quantize_pack_reference,
+    quantized_linear_reference,
+)
+from qat.packed import pack, packed_linear
+from qat.packed import problem as packing_problem
+from qat.rows import KINDS, reference
+
+PAIRS = (("int8_token", "int8_channel"), ("fp8_token", "fp8_channel"), ("int8_token", "int4_g128"),
+         ("fp8_token", "int4_g128"), ("fp8_token", "mxfp4"), ("mxfp4", "mxfp4"), ("nvfp4", "nvfp4"),
+         ("mxfp8", "mxfp8"), ("fp8_g128", "fp8_b128"), ("fp8_tensor", "fp8_channel"))  # fmt: skip
+WIDE = ("int4_g128", "nvfp4", "mxfp4", "int8_channel", "int4_g64_asym")  # every way through `packed_linear`
+ROUNDED, NEIGHBOURS = 4e-3, 2e-3  # error of a result in BF16; share of codes that may be the neighbouring one
+ops = torch.ops.qat
+
+
+@dataclass(frozen=True)
+class Check:
+    """A name, "operator what size", and what must hold: True, or an error of at most `limit`."""
+
+    name: str
+    limit: float | None
+    run: Callable[[], float | bool]
+
+    def holds(self) -> tuple[bool, float]:
+        """Whether it does, and what was found."""
+        found = self.run()
+        return (bool(found), float(found)) if self.limit is None else (found <= self.limit, float(found))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large: weights (rows, columns), tokens, columns of inputs, a vocabulary."""
+
+    weights: tuple[tuple[int, int], ...]
+    tokens: tuple[int, ...]
+    columns: int
+    vocabulary: int
+
+
+# Segments of K and one token; a tall weight; odd rows. 300 tokens are several tiles.
+LARGE = Sizes(((4096, 4096), (8448, 1024), (1000, 2048)), (1, 3, 16, 33, 64, 300), 2048, 32001)
+SMALL = Sizes(((4096, 4096), (100, 640)), (1, 33), 640, 5003)
+TINY = Sizes(((64, 256),), (1, 3), 128, 501)
+
+
+def checks(device: str, sizes: Sizes) -> Iterator[Check]:
+    """All of them; those that differ in the number of tokens follow each other."""
+    yield from _packed(device, sizes)
+    yield from _products(device, sizes)
+    for tokens in (1, 33):
+        yield from _codes(device, tokens, sizes.columns)
+    yield from _training(device, sizes.columns)
+    yield from _losses(device, sizes.vocabulary)
+
+
+def normal(device: str, *shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    """Relative, by norms; NaN where either holds one."""
+    found, truth = found.detach().double().cpu(), truth.detach().double().cpu()
+    assert found.shape == truth.shape, f"{tuple(found.shape)} instead of {tuple(truth.shape)}"
+    return float((found - truth).norm() / truth.norm().clamp_min(1e-30))
+
+
+def same(found: Any, truth: Any) -> bool:
+    """Equal tensors, or tuples of them: codes in every bit, numbers but for the sign of a zero."""
+    if isinstance(found, Tensor):
+        a, b = found.cpu(), truth.cpu()
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return False
+        return torch.equal(*(t.view(torch.uint8) if t.element_size() == 1 else t for t in (a, b)))
+    return len(found) == len(truth) and all(same(a, b) for a, b in zip(found, truth, strict=True))
+
+
+def there(device: str, *given: Any) -> tuple[Any, ...]:
+    """The same arguments on the device."""
+    return tuple(value.to(device) if isinstance(value, Tensor) else value for value in given)
+
+
+# --- linear layers ------------------------------------------------------------------------------------------------
+
+
+def _packed(device: str, sizes: Sizes) -> Iterator[Check]:
+    for name, fmt in CATALOG.items():
+        if packing_problem(fmt) is not None:
+            continue
+        for rows, columns in sizes.weights if name in WIDE else sizes.weights[-1:]:
+            weight = cache(lambda fmt=fmt, rows=rows, columns=columns: quantize(normal("cpu", rows, columns), fmt))
+            held = cache(lambda weight=weight: pack(weight()).to(device))
+
+            def run(tokens: int, dtype: torch.dtype, weight: Any = weight, held: Any = held) -> float:
+                dense = weight().dequantize().double()
+                x, bias = normal(device, tokens, dense.shape[1], dtype=dtype), normal(device, len(dense), dtype=dtype)
+                truth = x.cpu().double() @ dense.T + bias.cpu().double()
+                return error(packed_linear(x, held(), bias), truth)
+
+            what = f"packed_linear {name} {rows}x{columns}"
+            for tokens in sizes.tokens:
+                yield Check(f"{what} M={tokens}", ROUNDED, lambda t=tokens, run=run: run(t, torch.bfloat16))
+            if name in WIDE:
+                yield Check(f"{what} float32", 1e-5, lambda run=run: run(3, torch.float32))
+
+
+def _products(device: str, sizes: Sizes) -> Iterator[Check]:
+    for x_name, w_name in PAIRS:
+        for rows, columns in sizes.weights:
+            weight = cache(lambda w=w_name, r=rows, c=columns: quantize(normal("cpu", r, c), lookup(w)))
+
+            def run(tokens: int, x_name: str = x_name, weight: Any = weight) -> float:
+                dense, held, fmt = weight().dequantize(), hold(weight()), lookup(x_name)
+                x = normal("cpu", tokens, dense.shape[1])
+                static = static_part(fmt, x.abs().amax().float())
+                codes, scales = ops.quantize_input(x, static, x_name)
+                truth = dequantize_input(codes, scales, fmt).double() @ dense.double().T
+                moved = MatmulWeight(
+                    held.format, held.columns, held.codes.to(device), held.scales.to(device), held.global_scale
+                )
+                given = there(device, codes, scales)
+                return error(quantized_matmul(*given, moved, input_format=x_name, dtype=torch.bfloat16), truth)
+
+            for tokens in sizes.tokens:
+                name = f"quantized_matmul {x_name} x {w_name} {rows}x{columns} M={tokens}"
+                yield Check(name, ROUNDED, lambda t=tokens, run=run: run(t))
+
+
+# --- inputs -------------------------------------------------------------------------------------------------------
+
+
+def _codes(device: str, tokens: int, columns: int) -> Iterator[Check]:
+    for name, fmt in CATALOG.items():
+        if input_problem(fmt) is not None:
+            continue
+        x, up = 3 * normal("cpu", tokens, columns), normal("cpu", tokens, columns, seed=1)
+        gain = 1 + 0.1 * normal("cpu", columns, seed=2)
+        static = static_part(fmt, torch.tensor(12.0))
+        given = {
+            "quantize_input": (x, static, name),
+            "rms_norm_quantize": (x, up, gain, static, 1e-5, name),
+            "silu_mul_quantize": (x, up, static, name),
+        }
+        for operator, arguments in given.items():
+
+            def run(operator: str = operator, arguments: Any = arguments) -> float | bool:
+                found, truth = getattr(ops, operator)(*there(device, *arguments)), getattr(ops, operator)(*arguments)
+                if operator == "quantize_input":
+                    return same(found, truth)
+                codes = [result[0].cpu().view(torch.uint8) for result in (found, truth)]
+                assert len(found) < 3 or same(found[2], truth[2]), "another residual"
+                return float((codes[0] != codes[1]).double().mean())
+
+            limit = None if operator == "quantize_input" else NEIGHBOURS
+            yield Check(f"{operator} {name} M={tokens}", limit, run)
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def _training(device: str, columns: int) -> Iterator[Check]:
+    for name, fmt in CATALOG.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            yield from _fake(device, name, fmt, columns, dtype)
+        if fmt.block[0] in (0, 1) and dynamic_problem(fmt) is None:
+            x, static = normal("cpu", 65, columns), static_part(fmt, torch.tensor(4.0))
+
+            def dynamic(x: Tensor = x, static: Tensor | None = static, name: str = name) -> bool:
+                given = (x, static, name, "clipped")
+                return same(ops.fake_quantize_input(*there(device, *given)), fake_quantize_input_reference(*given))
+
+            yield Check(f"fake_quantize_input {name}", None, dynamic)
+
+
+def _fake(device: str, name: str, fmt: Format, columns: int, dtype: torch.dtype) -> Iterator[Check]:
+    @cache
+    def given() -> tuple[Any, ...]:
+        weight = normal("cpu", 130, columns, dtype=dtype)
+        scales = find_scales(weight, fmt)
+        one = scales.effective()
+        return weight, one * 1.01, one, scales.zero_point, scales.choice
+
+    def forward() -> bool:
+        arguments = (*given(), name, "ste", True)
+        return same(ops.fake_quantize(*there(device, *arguments)), fake_quantize_reference(*arguments))
+
+    def backward() -> float:
+        weight, divisor, one, zeros, choice = given()
+        grad = normal("cpu", *weight.shape, dtype=dtype, seed=1)
+        y = fake_quantize_reference(weight, divisor, one, zeros, choice, name, "ste", True)
+        arguments = (grad, weight, y, divisor, one, zeros, name, "clipped", [True, True, True])
+        found = ops.fake_quantize_backward(*there(device, *arguments))
+        return max(map(error, found, fake_quantize_backward_reference(*arguments)))
+
+    def linear() -> float:
+        weight, divisor, one, zeros, choice = given()
+        x = normal("cpu", 5, columns, dtype=dtype, seed=2)
+        arguments = (x, weight, None, divisor, one, zeros, choice, name, True)
+        found, kept = ops.quantized_linear(*there(device, *arguments))
+        truth, expected = quantized_linear_reference(*arguments)
+        assert kept is None or expected is None or same(kept, expected), "another weight"
+        return error(found, truth)
+
+    def packing() -> bool:
+        weight, divisor, _, zeros, _ = given()
+        arguments = (weight, divisor, zeros, name)
+        return same(ops.quantize_pack(*there(device, *arguments)), quantize_pack_reference(*arguments))
+
+    kind = str(dtype).removeprefix("torch.")
+    yield Check(f"fake_quantize {name} {kind}", None, forward)
+    yield Check(f"fake_quantize_backward {name} {kind}", 2e-5 if dtype == torch.float32 else ROUNDED, backward)
+    yield Check(f"quantized_linear {name} {kind}", 2e-3 if dtype == torch.float32 else 2 * ROUNDED, linear)
+    if packing_problem(fmt) is None:
+        yield Check(f"quantize_pack {name} {kind}", None, packing)
+
+
+def _losses(device: str, vocabulary: int) -> Iterator[Check]:
+    for kind in KINDS:
+
+        def rows(kind: str = kind) -> float:
+            student, teacher = (3 * normal("cpu", 65, vocabulary, seed=seed) for seed in (0, 1))
+            targets = torch.arange(65) if kind == "cross_entropy" else None
+            other = None if kind == "cross_entropy" else teacher
+            exact, work = student.double(), student.to(device)
+            truth = reference(exact, None if other is None else other.double(), targets, kind, 1.5, 0.3, 1.0)
+            found = ops.distill_rows(work, *there(device, other, targets), kind, 1.5, 0.3, 1.0)
+            return max(error(found, truth), error(work, exact) / 2)
+
+        yield Check(f"distill_rows {kind}", 3e-3, rows)
+
+    def head() -> float:
+        """The loss over a whole batch: chunks of logits in BF16, their products summed in float32."""
+        torch.manual_seed(0)
+        student, teacher = (torch.nn.Linear(128, 2003, bias=False).to(device) for _ in range(2))
+        teacher = teacher.bfloat16()
+        x, targets = normal(device, 1, 700, 128, dtype=torch.float32), torch.zeros(1, 700, dtype=torch.long).to(device)
+        gradients = []
+        for chunk in (128, 700):
+            student.weight.grad, given = None, x.clone().requires_grad_()
+            with torch.autocast(device, torch.bfloat16):
+                loss = chunked(ForwardKL(), given, student, x.bfloat16(), teacher, targets, chunk)
+            loss.backward()
+            gradients.append(torch.cat((student.weight.grad.flatten(), given.grad.flatten())))
+        return error(*gradients)
+
+    yield Check("distill_rows in chunks", 1e-2, head)

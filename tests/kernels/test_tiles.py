@@ -1,0 +1,84 @@
+"""The closed-form rules for tiles at the edges of their conditions: numbers by hand for an H100, so that a wrong sign,
+axis or off-by-one in them is seen without one."""
+
+import pytest
+
+from qat.catalog import lookup
+from qat.kernels.device import Device
+from qat.kernels.fake_quantize.choose import plan
+from qat.kernels.packed_linear import choose as packed
+from qat.kernels.quantized_matmul import choose as matmul
+
+H100 = Device(capability=90, processors=132, shared=227 * 1024)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "columns", "block_n", "block_m", "splits", "warps", "stages"),
+    [
+        (1, 4096, 4096, 64, 16, 2, 4, 4),  # 64 blocks on 132 processors: twice
+        (16, 4096, 4096, 64, 16, 2, 4, 4),
+        (17, 4096, 4096, 64, 32, 2, 4, 4),
+        (33, 8448, 4096, 128, 64, 2, 8, 3),  # 8448 = 128 * 132 / 2 rows are tall, and 66 blocks
+        (64, 8447, 4096, 64, 64, 1, 4, 3),
+        (65, 28672, 4096, 128, 64, 1, 8, 3),
+        (1, 64, 65536, 64, 16, 8, 4, 4),  # never more than 8 pieces
+        (1, 64, 1024, 64, 16, 2, 4, 4),  # each of four steps of 128 columns
+        (1, 64, 1023, 64, 16, 2, 4, 4),
+        (1, 64, 512, 64, 16, 1, 4, 4),
+    ],
+)
+def test_tiles_of_packed_weights(
+    tokens: int, rows: int, columns: int, block_n: int, block_m: int, splits: int, warps: int, stages: int
+) -> None:
+    tiles = packed.choose(tokens, rows, columns, 128, H100.processors)
+    assert (tiles.block_n, tiles.block_m, tiles.splits) == (block_n, block_m, splits)
+    assert (tiles.warps, tiles.stages) == (warps, stages)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "x", "w", "operands", "block_n", "block_m", "segments", "parallel"),
+    [
+        (1, 4096, "int8_token", "int8_channel", ("int8", 128, 1, 0), 64, 16, 2, True),
+        (1, 4096, "nvfp4", "nvfp4", ("float16", 32, 4, 0), 64, 16, 2, True),
+        (64, 8448, "fp8_token", "fp8_channel", ("float8", 128, 1, 128), 128, 64, 2, True),
+        (64, 8447, "fp8_token", "fp8_channel", ("float8", 128, 1, 128), 64, 64, 1, False),
+        (65, 4096, "fp8_g128", "fp8_b128", ("float8", 128, 1, 128), 64, 64, 2, True),
+        (129, 4096, "fp8_g128", "fp8_b128", ("float8", 128, 1, 128), 64, 64, 2, False),  # 2 * 192 programs are too many
+        (4096, 16384, "mxfp4", "mxfp4", ("float8", 32, 4, 32), 128, 32, 1, False),
+        (128, 64, "int8_token", "int4_g128", ("int8", 32, 4, 128), 64, 128, 8, True),
+        (256, 8192, "int8_token", "int8_channel", ("int8", 128, 1, 0), 128, 256, 1, False),
+    ],
+)
+def test_tiles_of_products(tokens: int, rows: int, x: str, w: str, operands: tuple[str, int, int, int], block_n: int,
+                           block_m: int, segments: int, parallel: bool) -> None:  # fmt: skip
+    tiles = matmul.choose(tokens, rows, 4096, lookup(x), lookup(w), H100)
+    assert (tiles.operand, tiles.part, tiles.parts, tiles.flush) == operands
+    assert (tiles.block_n, tiles.block_m, tiles.segments, tiles.parallel) == (block_n, block_m, segments, parallel)
+
+
+def test_two_stages_always_fit() -> None:
+    """Into the shared memory of every GPU; fewer tokens per tile where they would not."""
+    for shared in (227, 163, 99):
+        device = Device(89, 142, shared * 1024)
+        tiles = matmul.choose(4096, 16384, 4096, lookup("int8_token"), lookup("int8_channel"), device)
+        assert tiles.stages * 128 * (tiles.block_n + tiles.block_m) <= device.shared and tiles.stages >= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "columns", "values", "programs", "matrix", "tile", "segment", "tiles", "segments"),
+    [
+        ("nvfp4", 100, 640, 4096, 0, (4000, 16, 1), (256, 16), 16, 16, 1),  # groups are rows
+        ("int8_channel", 100, 640, 4096, 0, (100, 640, 1), (32, 128), 128, 20, 5),
+        ("int8_channel", 4096, 4096, 2048, 1024, (4096, 4096, 1), (1, 2048), 4096, 8192, 1),
+        ("int8_channel", 512, 4096, 2048, 1024, (512, 4096, 1), (1, 2048), 2048, 1024, 2),  # rows are cut in two
+        ("fp8_tensor", 64, 4096, 2048, 1024, (1, 262144, 1), (1, 2048), 2048, 128, 128),  # a tensor is one row
+        ("fp8_b128", 300, 520, 4096, 0, (300, 520, 5), (32, 128), 128, 50, 5),  # 10 tiles of 32 rows, 5 of 128 columns
+        ("int8_channel", 1, 1, 4096, 0, (1, 1, 1), (1, 1), 1, 1, 1),
+    ],
+)
+def test_plans_of_fake_quantization(name: str, rows: int, columns: int, values: int, programs: int,
+                                    matrix: tuple[int, int, int], tile: tuple[int, int], segment: int, tiles: int,
+                                    segments: int) -> None:  # fmt: skip
+    cut = plan(lookup(name), rows, columns, values, programs)
+    assert (cut.rows, cut.columns, cut.scale_columns) == matrix and (cut.tile_rows, cut.tile_columns) == tile
+    assert (cut.segment, cut.tiles, cut.segments) == (segment, tiles, segments)
