@@ -141,7 +141,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("trained", type=_path, metavar="RUN", help="folder of a run")
-    parser.add_argument("out", type=_path, metavar="OUT", help="folder to write; must not exist")
+    parser.add_argument("out", type=_path, metavar="OUT", help="folder to write; must not exist, or be empty")
     layouts = "file layout: compressed-tensors, modelopt or fp8 (default: %(default)s); see docs/export.md"
     parser.add_argument("--target", default="compressed-tensors", help=layouts)
     parser.add_argument("--checkpoint", default="best", help="which of the run's checkpoints (default: %(default)s)")
@@ -193,10 +193,12 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=_path, metavar="DIR", help="a run, an exported checkpoint, or a plain model")
     parser.add_argument("--teacher", help="model to compare with (default: what DIR was made from)")
-    parser.add_argument("--text", nargs="+", metavar="FILE", help="text files (default: the shipped held-out text)")
+    parser.add_argument(
+        "--text", nargs="+", metavar="FILE", help="text, as data.source (default: the shipped held-out text)"
+    )
     _add_moved(parser)
     parser.add_argument("--tokens", type=int, default=8192, help="how much text to read (default: %(default)s)")
-    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="lm-eval tasks (needs: pip install lm-eval)")
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="lm-eval tasks (pip install 'qat-native[eval]')")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
 
@@ -223,7 +225,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=_path, metavar="DIR", help="a run, an exported checkpoint, or a plain model")
     parser.add_argument("prompt", help="text to continue")
     parser.add_argument("--tokens", type=int, default=64, help="most tokens to write (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default), else 0.01 to 100")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")

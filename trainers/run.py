@@ -56,8 +56,8 @@ def train(job: Job, *, resume_run: bool = False, console: Console | None = None,
     for note in notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     run = job.folder
-    if resume_run:
-        resume.last_state(run)  # before a folder is made for the lock
+    if resume_run and not run.exists():
+        resume.last_state(run)  # refused before a folder is made for the lock
     with claim.locked(run), Interruptions() as interruptions:
         try:
             built = _train(job, resume_run, console, interruptions)

@@ -46,6 +46,8 @@ def test_the_second_process_is_told_who_holds_the_run_and_a_dead_one_holds_nothi
         said = capsys.readouterr().err
         assert f"process {holder.pid} on {os.uname().nodename}" in said and "name=" in said
         assert not (run / "job.yaml").exists()
+        assert main(["train", str(path), "--resume"]) == 2
+        assert f"process {holder.pid}" in capsys.readouterr().err, "not: start it without --resume"
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()

@@ -111,6 +111,16 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path: Path, model: Path) -> Non
     assert json.loads((saved_steps(job)[-1] / "state.json").read_text())["step"] == len(metrics(job))
 
 
+def test_what_is_quantized_is_printed_in_columns(tmp_path: Path, model: Path) -> None:
+    text = io.StringIO()
+    console = Console(file=text, width=60)
+    job = load_job(write(tmp_path, model, steps=1), ["scheme.rules.0.skip=a reason, in [brackets], of any length " * 3])
+    train(job, console=console, table=False)
+    lines = [line for line in text.getvalue().splitlines() if " modules " in line]
+    assert len(lines) == 3 and len({line.index(" modules ") for line in lines}) == 1
+    assert any("a reason, in [brackets], of any length" in line for line in lines)
+
+
 def test_resume_with_another_job_says_what_differs(tmp_path: Path, model: Path) -> None:
     train(load_job(write(tmp_path, model)), table=False)
     with pytest.raises(ConfigError, match=r"optim\.lr was 0\.001, now 0\.002"):
