@@ -145,7 +145,7 @@ def test_a_run_is_resumed_from_anywhere_and_after_it_moved(
     shutil.move(model, tmp_path / "elsewhere" / "model2")
     assert main(["train", "moved/job.yaml", "--resume", "steps=3"]) == 2
     said = capsys.readouterr().err
-    assert f"there is no folder {model}; if the model moved" in said and "hub" not in said
+    assert f"the model {model} is no longer there; say where it is: model.id=PATH" in said and "hub" not in said
     assert main(["train", "moved/job.yaml", "--resume", "steps=3", "model.id=model2"]) == 0
     assert len((tmp_path / "elsewhere" / "moved" / "metrics.csv").read_text().splitlines()) == 4
 
