@@ -109,8 +109,14 @@ def start_loggers(job: Job) -> list[Any]:
         from lightning.pytorch.loggers import WandbLogger
     except ModuleNotFoundError as error:
         raise ConfigError(f"the job asks for wandb, which is not installed: pip install wandb ({error})") from error
+    mode = {"mode": "offline"} if job.wandb.offline else {}  # said to the run: wandb reads its variables only once
     logger = WandbLogger(
-        project=job.wandb.project, name=job.name, offline=job.wandb.offline, save_dir=job.folder, log_model=False
+        project=job.wandb.project,
+        name=job.name,
+        offline=job.wandb.offline,
+        save_dir=job.folder,
+        log_model=False,
+        **mode,
     )
     try:
         _ = logger.experiment
