@@ -109,7 +109,8 @@ def start_loggers(job: Job) -> list[Any]:
         from lightning.pytorch.loggers import WandbLogger
     except ModuleNotFoundError as error:
         raise ConfigError(f"the job asks for wandb, which is not installed: pip install wandb ({error})") from error
-    mode = {"mode": "offline"} if job.wandb.offline else {}  # said to the run: wandb reads its variables only once
+    # Said to the run, too: wandb reads its variables only once per process.
+    mode: dict[str, Any] = {"mode": "offline"} if job.wandb.offline else {}
     logger = WandbLogger(
         project=job.wandb.project,
         name=job.name,
