@@ -1,6 +1,6 @@
 """Do the tests notice when the arithmetic is wrong? Each mutant changes one line; the tests named with it must fail.
 
-    python tests/mutants.py                     all of them, in copies of this checkout (about 20 minutes on two cores)
+    python tests/mutants.py                     all of them, in copies of this checkout (about ten seconds each)
     python tests/mutants.py losses evaluate     those whose file or line holds one of these words
 
 `mutants.txt` is the table. Changes that no input can tell apart do not belong there. A survivor is a hole in the tests:
