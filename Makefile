@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install -qq --only-binary :all: -c constraints.txt
 RUN := runs/quickstart
 OUT := $(RUN)/export/compressed-tensors
 VLLM := .venv-vllm
-VLLM_NEEDS := tests/kernels/vllm-requirements.txt
+VLLM_NEEDS := tests/engines/vllm-requirements.txt
 
 # What has to pass besides constraints.txt, each in an environment of its own: the lower bounds of pyproject.toml, what an
 # index without CPU builds gives (=== leaves out builds such as 2.13.0+cpu), and the newest. `FOLLOWS` are packages whose
@@ -91,7 +91,7 @@ $(VLLM)/.ready: pyproject.toml constraints.txt $(VLLM_NEEDS)
 test-vllm: setup $(VLLM)/.ready
 	@echo "test-vllm: pytest, with layers compared inside vLLM"
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 QAT_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python \
-		$(BIN)/python -m pytest -q tests/kernels/test_vllm_engine.py
+		$(BIN)/python -m pytest -q tests/engines/test_vllm.py
 
 $(VERSIONS:%=.versions/%/.ready): .versions/%/.ready: pyproject.toml constraints.txt Makefile
 	@echo "setup versions: create $(@D) with $($*)"

@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     arguments = parser.parse_args()
     from qat.checkpoints.hf import ModelConfig, load_model, load_tokenizer, read_json, resolve
-    from qat.kernels.engines.transformers import compute_dtype, load_packed
+    from qat.engines.transformers import compute_dtype, load_packed
 
     models = {}
     for given in arguments.folders:

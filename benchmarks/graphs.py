@@ -27,15 +27,15 @@ sys.path[:] = [str(ROOT), *(place for place in sys.path if Path(place).resolve()
 import torch  # noqa: E402  # after the path
 from torch.nn import functional  # noqa: E402  # as above
 
-from qat.activations import static_part  # noqa: E402  # as above
-from qat.catalog import lookup  # noqa: E402  # as above
-from qat.inputs import quantize_input, rms_norm_quantize  # noqa: E402  # as above
 from qat.kernels.load import load  # noqa: E402  # as above
-from qat.matmul import hold, quantized_matmul  # noqa: E402  # as above
-from qat.numerics import find_scales, quantize  # noqa: E402  # as above
-from qat.ops import fake_quantize_reference  # noqa: E402, F401  # as above; defines the operators of training
-from qat.packed import pack, packed_linear  # noqa: E402  # as above
-from qat.rows import distill_rows  # noqa: E402  # as above
+from qat.numbers.catalog import lookup  # noqa: E402  # as above
+from qat.numbers.numerics import find_scales, quantize  # noqa: E402  # as above
+from qat.serving.inputs import quantize_input, rms_norm_quantize  # noqa: E402  # as above
+from qat.serving.matmul import hold, quantized_matmul  # noqa: E402  # as above
+from qat.serving.packed import pack, packed_linear  # noqa: E402  # as above
+from qat.training.activations import static_part  # noqa: E402  # as above
+from qat.training.ops import fake_quantize_reference  # noqa: E402, F401  # as above; defines the operators of training
+from qat.training.rows import distill_rows  # noqa: E402  # as above
 
 Call = Callable[[], Any]
 Case = tuple[str, int, Callable[[], Call]]  # name, bytes that a call has to move, and what makes a call on its own copy

@@ -32,16 +32,16 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional
 
-from qat.activations import static_part
-from qat.catalog import lookup
-from qat.inputs import dequantize_input, quantize_input
 from qat.kernels.explain import explain
 from qat.kernels.load import load
-from qat.matmul import hold, quantized_matmul
-from qat.numerics import QTensor, find_scales, quantize
-from qat.ops import fake_quantize_reference
-from qat.packed import PackedWeight, pack, packed_linear
-from qat.rows import reference as reference_rows
+from qat.numbers.catalog import lookup
+from qat.numbers.numerics import QTensor, find_scales, quantize
+from qat.serving.inputs import dequantize_input, quantize_input
+from qat.serving.matmul import hold, quantized_matmul
+from qat.serving.packed import PackedWeight, pack, packed_linear
+from qat.training.activations import static_part
+from qat.training.ops import fake_quantize_reference
+from qat.training.rows import reference as reference_rows
 
 Call = Callable[[], Any]
 TOKENS = {"cuda": (1, 4, 16, 64, 128, 256, 1024, 4096), "cpu": (1, 4, 16, 64)}

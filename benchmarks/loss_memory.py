@@ -17,8 +17,8 @@ def measure(kind: str, tokens: int, vocabulary: int, hidden: int, chunk: int) ->
     import torch
     from torch import nn
 
-    from qat.losses import ForwardKL, chunked
     from qat.trainers.memory import peak_bytes
+    from qat.training.losses import ForwardKL, chunked
 
     torch.manual_seed(0)
     heads = [nn.Linear(hidden, vocabulary, bias=False) for _ in range(2)]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qat.numerics import QTensor
+from qat.numbers.numerics import QTensor
 
 Product = Callable[..., Any]
 

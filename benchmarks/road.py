@@ -124,9 +124,9 @@ def generated(road: Road, export: Path) -> dict[str, Any]:
     import torch
 
     from qat.checkpoints.exported import load_exported
-    from qat.kernels.engines.transformers import load_packed
-    from qat.matmul import QuantizedLinear
-    from qat.packed import PackedLinear
+    from qat.engines.transformers import load_packed
+    from qat.serving.matmul import QuantizedLinear
+    from qat.serving.packed import PackedLinear
 
     model, dense = load_packed(export, torch.float32, road.device), load_exported(export)
     found: dict[str, Any] = {

@@ -160,7 +160,7 @@ def main() -> None:
     if arguments.json:
         import torch
 
-        from qat.kernels.engines.transformers import compute_dtype
+        from qat.engines.transformers import compute_dtype
 
         about = {
             "commit": commit(),

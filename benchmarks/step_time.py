@@ -67,8 +67,8 @@ def step(model: Any, optimizer: Any, ids: Any) -> float:
     """Seconds of one optimizer step with the chunked cross-entropy loss."""
     import torch
 
-    from qat.losses import CrossEntropy, chunked
     from qat.trainers.forward import Head
+    from qat.training.losses import CrossEntropy, chunked
 
     began = time.perf_counter()
     with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):

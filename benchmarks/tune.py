@@ -24,14 +24,14 @@ from rich.progress import Progress
 from torch import Tensor
 from triton.testing import do_bench
 
-from qat.activations import static_part
-from qat.catalog import lookup
-from qat.inputs import quantize_input
 from qat.kernels import tuned
 from qat.kernels.load import load
-from qat.matmul import hold, quantized_matmul
-from qat.numerics import quantize
-from qat.packed import pack, packed_linear
+from qat.numbers.catalog import lookup
+from qat.numbers.numerics import quantize
+from qat.serving.inputs import quantize_input
+from qat.serving.matmul import hold, quantized_matmul
+from qat.serving.packed import pack, packed_linear
+from qat.training.activations import static_part
 
 CLOSE = 2.0**-6  # of the largest result: BF16 sums in another order
 CANDIDATES = [

@@ -77,7 +77,7 @@ def score(model: Any, rows: Answers) -> tuple[torch.Tensor, torch.Tensor]:
 
 def compare(folder: Path, alone: dict[str, Any], plugin: dict[str, Any]) -> str:
     """Two lines of the table."""
-    from qat.kernels.engines.transformers import load_packed
+    from qat.engines.transformers import load_packed
 
     models = [load_packed(folder, dtype) for dtype in (torch.bfloat16, torch.float32)]
     lines = []

@@ -26,16 +26,16 @@ from qat.checkpoints.export_plan import (
     refusals,
 )
 from qat.checkpoints.hf import source_files
+from qat.checkpoints.layouts import TARGETS, find_target
+from qat.checkpoints.layouts.reader import SCALES, digest
+from qat.checkpoints.layouts.support import held_anywhere
 from qat.checkpoints.progress import progress
 from qat.checkpoints.record import RECORD, RECORD_VERSION, is_export
 from qat.checkpoints.shards import DEFAULT_SHARD_BYTES, ShardReader, ShardWriter
-from qat.checkpoints.targets import TARGETS, find_target
-from qat.checkpoints.targets.support import held_anywhere
-from qat.checkpoints.unpack import SCALES, digest
 from qat.errors import CheckpointError, UnsupportedError
-from qat.format import Format
-from qat.modules import QatLinear
-from qat.numerics import decode_scale
+from qat.numbers.format import Format
+from qat.numbers.numerics import decode_scale
+from qat.quantizer import QatLinear
 from qat.surgery import layers
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def export_model(
         model: a Hugging Face model with fake-quantized layers (`qat.apply`), on any device, in any float type.
         source: folder of the unquantized model; gives tensor names, config.json and all other files.
         out: folder to create.
-        target: name of the file layout, see `qat.checkpoints.targets`.
+        target: name of the file layout, see `qat.checkpoints.layouts`.
         overwrite: replace `out` if an export wrote it.
         max_shard_bytes: size at which a new shard starts.
         extra: recorded as "run" in qat.json.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qat.checkpoints.architecture import quiet, read_config, read_json
 from qat.checkpoints.hf import unquantizable
+from qat.checkpoints.layouts import TARGETS, Target, TargetLayer
 from qat.checkpoints.names import (
     StoredNames,
     fused_groups,
@@ -28,11 +29,10 @@ from qat.checkpoints.names import (
     wanted_while_loading,
 )
 from qat.checkpoints.shards import ShardReader, TensorInfo
-from qat.checkpoints.targets import TARGETS, Target, TargetLayer
 from qat.errors import CheckpointError, UnsupportedError
 from qat.kept import kept_in_float32, own_tensors
-from qat.modules import QatEmbedding, QatLinear
-from qat.numerics import decode_scale
+from qat.numbers.numerics import decode_scale
+from qat.quantizer import QatEmbedding, QatLinear
 from qat.surgery import layers
 
 if TYPE_CHECKING:

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qat.activations import fake_quantize_input
-from qat.checkpoints.codes import input_format
 from qat.checkpoints.hf import check_generation, check_loading, quiet
+from qat.checkpoints.layouts.compressed_tensors.codes import input_format
+from qat.checkpoints.layouts.readers import ExportedFolder, open_export
 from qat.checkpoints.names import stored_names
 from qat.checkpoints.progress import progress
-from qat.checkpoints.readers import ExportedFolder, open_export
 from qat.errors import CheckpointError, UnsupportedError
-from qat.format import Format
-from qat.inputs import quantize_input
-from qat.matmul import QuantizedLinear
+from qat.numbers.format import Format
+from qat.serving.inputs import quantize_input
+from qat.serving.matmul import QuantizedLinear
+from qat.training.activations import fake_quantize_input
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,10 +34,10 @@ class ServedInput:
 
     Args:
         fmt: the input's format.
-        rule: whose arithmetic, see `qat.activations`.
+        rule: whose arithmetic, see `qat.training.activations`.
         static: stored scale or divisor, float32 [1], where the format has one.
         consumers: how many layers read the same tensor.
-        codes: give codes and scales (`qat.inputs`) to a layer that multiplies those, instead of rounded values.
+        codes: give codes and scales (`qat.serving.inputs`) to a layer that multiplies those, instead of rounded values.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ def hook_inputs(model: nn.Module, exported: ExportedFolder, rule: str, own: dict
     Args:
         model: has the layers, of any class.
         exported: says how.
-        rule: whose arithmetic, see `qat.activations`.
+        rule: whose arithmetic, see `qat.training.activations`.
         own: path in the model by checkpoint path.
 
     Raises:

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from qat.checkpoints.exported import load_exported
 from qat.checkpoints.hf import quiet, unquantizable
+from qat.checkpoints.layouts.reader import SCALES, bad_scales, digest
+from qat.checkpoints.layouts.readers import ExportedFolder, open_export
+from qat.checkpoints.layouts.support import NO_MODELOPT
 from qat.checkpoints.names import StoredNames, missing_names, skeleton, stored_names, wanted_while_loading
 from qat.checkpoints.progress import progress
-from qat.checkpoints.readers import ExportedFolder, open_export
 from qat.checkpoints.record import RECORD, read_record
-from qat.checkpoints.targets.support import NO_MODELOPT
-from qat.checkpoints.unpack import SCALES, bad_scales, digest
 from qat.errors import CheckpointError
 from qat.kept import kept_in_float32
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 
-from qat.catalog import CATALOG, lookup
 from qat.kernels.device import device_of
 from qat.kernels.fake_quantize.choose import input_problem
 from qat.kernels.fake_quantize.choose import problem as training_problem
@@ -12,9 +11,10 @@ from qat.kernels.load import available, cpu_problem
 from qat.kernels.packed_linear.choose import choose
 from qat.kernels.quantized_matmul import choose as matmul
 from qat.kernels.tuned import case, override
-from qat.layouts import tile
-from qat.matmul import problem as matmul_problem
-from qat.packed import problem
+from qat.numbers.catalog import CATALOG, lookup
+from qat.serving.matmul import problem as matmul_problem
+from qat.serving.packed import problem
+from qat.serving.words import tile
 
 
 def explain(format: str, tokens: int, rows: int, columns: int, input_format: str | None = None) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qat.calibration import calibrate
-    from qat.format import Format
-    from qat.numerics import QTensor
+    from qat.init.calibration import calibrate
+    from qat.numbers.format import Format
+    from qat.numbers.numerics import QTensor
     from qat.scheme import Rule, Scheme
     from qat.surgery import Coverage, apply, report
     from qat.trainers.job import Job
@@ -63,7 +63,7 @@ def __getattr__(name: str) -> Any:
 
 def formats() -> "dict[str, Format]":
     """Every number format by name."""
-    from qat.catalog import CATALOG
+    from qat.numbers.catalog import CATALOG
 
     return dict(CATALOG)
 
@@ -74,16 +74,16 @@ def quantize(x: "Tensor", format: str) -> "QTensor":
     Raises:
         FormatError: unknown format, or its groups do not divide the last dimension.
     """
-    from qat import numerics
-    from qat.catalog import lookup
+    from qat.numbers import numerics
+    from qat.numbers.catalog import lookup
 
     return numerics.quantize(x, lookup(format))
 
 
 def fake_quantize(x: "Tensor", format: str) -> "Tensor":
     """float32 values of `quantize(x, format).dequantize()`, bit for bit, without making codes."""
-    from qat import numerics
-    from qat.catalog import lookup
+    from qat.numbers import numerics
+    from qat.numbers.catalog import lookup
 
     return numerics.fake_quantize(x, lookup(format))
 

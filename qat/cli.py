@@ -244,7 +244,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--seed {arguments.seed}: a whole number from 0, of 63 bits")
     if not arguments.prompt:
         raise ConfigError("the prompt is empty; give a text to continue")
-    from qat.kernels.engines.transformers import load_packed
+    from qat.engines.transformers import load_packed
     from qat.trainers.memory import keep_freed_blocks
 
     keep_freed_blocks()
@@ -278,7 +278,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    from qat.kernels.engines.serve import serve
+    from qat.engines.serve import serve
     from qat.trainers.memory import keep_freed_blocks
 
     keep_freed_blocks()
@@ -301,7 +301,7 @@ def _add_formats(parser: argparse.ArgumentParser) -> None:
 
 
 def _formats(arguments: argparse.Namespace) -> None:
-    from qat.catalog import CATALOG
+    from qat.numbers.catalog import CATALOG
 
     rows = [
         {
@@ -368,8 +368,8 @@ def _kernels(arguments: argparse.Namespace) -> None:
 
 
 def _training_kernels(as_json: bool) -> None:
-    from qat.catalog import CATALOG
     from qat.kernels.explain import explain_training
+    from qat.numbers.catalog import CATALOG
 
     answers = {name: explain_training(name) for name in CATALOG}
     if as_json:

@@ -11,10 +11,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from qat.catalog import lookup
 from qat.config import Strict
-from qat.gradients import Estimator
-from qat.ranges import Observer, Start
+from qat.init.ranges import Observer, Start
+from qat.numbers.catalog import lookup
+from qat.training.gradients import Estimator
 
 ActivationRule = Literal["vllm", "compressed_tensors"]
 Compensation = Literal["none", "gptq"]
@@ -70,10 +70,10 @@ class Scheme(Strict):
     """Rules plus how scales start, whether they are learned, and whose activation arithmetic is trained.
 
     Attributes:
-        start: weight scales at the start; see `qat.ranges.start_scales`.
+        start: weight scales at the start; see `qat.init.ranges.start_scales`.
         weighted_start: weigh the start's error by the mean square of each input channel (one calibration pass).
         smooth: above 0, moves magnitude between input channels and weight columns before anything is quantized, without
-            changing what the model computes (see `qat.transforms`); 0.5 balances them. Needs calibration.
+            changing what the model computes (see `qat.init.smooth`); 0.5 balances them. Needs calibration.
         compensate: "gptq" also moves the weights, so that each column makes up for what earlier ones lost in rounding.
             Calibration then keeps a float32 matrix of in_features^2 per distinct input.
         learn: "none" keeps the start; "lsq" learns one scale per block; "dual_lsq" learns separate scales for

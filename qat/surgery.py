@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qat.catalog import lookup
 from qat.errors import ConfigError, FormatError, UnsupportedError
+from qat.init.ranges import shared_global_scale, start_scales
 from qat.kept import kept_in_float32, own_tensors
-from qat.modules import InputQuantizer, QatEmbedding, QatLayer, QatLinear, WeightQuantizer
-from qat.numerics import width_problem
-from qat.ranges import shared_global_scale, start_scales
+from qat.numbers.catalog import lookup
+from qat.numbers.numerics import width_problem
+from qat.quantizer import InputQuantizer, QatEmbedding, QatLayer, QatLinear, WeightQuantizer
 from qat.scheme import Rule, Scheme
 
 DENSE_BITS = 16.0  # what an unquantized weight costs in a BF16 checkpoint

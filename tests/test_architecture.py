@@ -16,18 +16,18 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from qat.catalog import CATALOG
+from qat.numbers.catalog import CATALOG
 
 ROOT = Path(__file__).resolve().parent.parent
-LINKED = ("kernels", "trainers", "checkpoints", "configs")
+LINKED = ("kernels", "trainers", "checkpoints", "engines", "configs")
 FOLDERS = ("qat", *LINKED, "tests")
 
 # A layer may import itself and these. The composition roots may import every layer, inside functions only.
 MAY_IMPORT = {
     "qat": {"qat"},
     "kernels": {"qat", "kernels"},
-    "kernels/engines": {"qat", "kernels", "checkpoints"},  # engines call these, which join checkpoints with kernels
     "checkpoints": {"qat", "checkpoints"},
+    "engines": {"qat", "kernels", "checkpoints", "engines"},
     "trainers": {"qat", "checkpoints", "trainers"},
     "configs": set(),
 }
@@ -35,7 +35,7 @@ COMPOSITION_ROOTS = ("qat/__init__.py", "qat/cli.py")
 OPTIONAL = {"wandb", "deepspeed", "lm_eval"}
 CORE_BANS = {"transformers", "lightning", "pytorch_lightning", "datasets", "peft", "triton", *OPTIONAL}
 
-CONSTANT_HOMES = ("qat/catalog.py", "qat/element.py")
+CONSTANT_HOMES = ("qat/numbers/catalog.py", "qat/numbers/element.py")
 FORMAT_NUMBERS = {448, 2688, 127, 127.5, 240, 57344, 7.5}
 FORMAT_NAMES = frozenset(CATALOG)
 
@@ -135,7 +135,8 @@ def _docstrings(tree: ast.Module) -> set[int]:
 
 
 def import_arrows(source: Source) -> list[str]:
-    """trainers -> checkpoints -> qat <- kernels; trainers are imported by the composition roots only."""
+    """trainers -> checkpoints -> qat <- kernels, engines -> checkpoints, kernels; trainers and engines are imported by
+    the composition roots only."""
     if source.layer == "tests":
         return []
     found = []
@@ -146,7 +147,7 @@ def import_arrows(source: Source) -> list[str]:
         elif item.layer and source.path in COMPOSITION_ROOTS:
             if item.layer != "qat" and item.eager:
                 found.append(f"{item.line}: import {item.name} inside the function that needs it")
-        elif item.layer and item.layer not in MAY_IMPORT.get(source.path.rpartition("/")[0], MAY_IMPORT[source.layer]):
+        elif item.layer and item.layer not in MAY_IMPORT[source.layer]:
             found.append(f"{item.line}: {source.layer} must not import {item.name}")
     return found
 
@@ -262,7 +263,7 @@ def _trusts(node: ast.AST) -> Iterator[int]:
 
 
 def linked_folders(root: Path) -> list[str]:
-    """The four folders are real, are no packages of their own, and reach `qat` through relative links."""
+    """The linked folders are real, are no packages of their own, and reach `qat` through relative links."""
     found = []
     for name in LINKED:
         link, folder = root / "qat" / name, root / name
@@ -288,7 +289,7 @@ def test_every_file_obeys(rule: Rule) -> None:
 
 def test_the_walk_sees_real_files_once() -> None:
     paths = [source.path for source in sources()]
-    assert {"qat/catalog.py", "tests/test_architecture.py"} <= set(paths)
+    assert {"qat/numbers/catalog.py", "tests/test_architecture.py"} <= set(paths)
     assert len(paths) == len({(ROOT / path).resolve() for path in paths})
     for name in LINKED:
         expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / name).rglob("*.py")}
@@ -301,11 +302,11 @@ def test_folders_are_linked() -> None:
 
 A_NAME = "nvfp4"
 BROKEN: list[tuple[Rule, str, str]] = [
-    (import_arrows, "qat/modules.py", "from qat.checkpoints.hf import load"),
-    (import_arrows, "qat/modules.py", "def f():\n    from qat import trainers"),
-    (import_arrows, "qat/modules.py", "from .kernels import load"),
+    (import_arrows, "qat/quantizer.py", "from qat.checkpoints.hf import load"),
+    (import_arrows, "qat/quantizer.py", "def f():\n    from qat import trainers"),
+    (import_arrows, "qat/quantizer.py", "from .kernels import load"),
     (import_arrows, "kernels/load.py", "import qat.checkpoints.hf"),
-    (import_arrows, "kernels/engines/vllm.py", "from ...trainers.job import Job"),
+    (import_arrows, "engines/vllm.py", "from ...trainers.job import Job"),
     (import_arrows, "checkpoints/export.py", "import importlib\nimportlib.import_module('qat.trainers.job')"),
     (import_arrows, "checkpoints/export.py", "def f():\n    import qat.trainers.job"),
     (import_arrows, "trainers/job.py", "from qat.kernels.load import load"),
@@ -314,31 +315,31 @@ BROKEN: list[tuple[Rule, str, str]] = [
     (import_arrows, "qat/__init__.py", "from qat import checkpoints"),
     (import_arrows, "checkpoints/hf.py", "import kernels"),
     (import_arrows, "trainers/data.py", "def f():\n    from checkpoints.hf import load"),
-    (light_core, "qat/modules.py", "def f():\n    import transformers"),
-    (light_core, "qat/ops.py", "import triton.language as tl"),
+    (light_core, "qat/quantizer.py", "def f():\n    import transformers"),
+    (light_core, "qat/training/ops.py", "import triton.language as tl"),
     (light_core, "qat/__init__.py", "def f():\n    from datasets import load_dataset"),
     (light_core, "trainers/callbacks.py", "import wandb"),
     (light_core, "trainers/strategy.py", "try:\n    import deepspeed\nexcept ImportError:\n    pass"),
     (light_core, "trainers/evaluate.py", "class A:\n    from lm_eval import tasks"),
     (light_core, "qat/cli.py", "import wandb"),
     *[(one_home_for_constants, "kernels/a/triton.py", f"x = -{number}") for number in sorted(FORMAT_NUMBERS)],
-    (one_home_for_constants, "qat/numerics.py", "limit = 448.0"),
+    (one_home_for_constants, "qat/numbers/numerics.py", "limit = 448.0"),
     (one_home_for_constants, "qat/scheme.py", f"def f(format: str = {A_NAME!r}):\n    return format"),
     (one_home_for_constants, "checkpoints/export.py", f"table = {{{A_NAME!r}: 1}}"),
     (clear_names, "qat/utils.py", ""),
     (clear_names, "trainers/_helpers.py", ""),
     (clear_names, "checkpoints/common/shards.py", ""),
-    (fits_on_a_screen, "qat/modules.py", "x = 1"),
-    (fits_on_a_screen, "qat/modules.py", '"""Doc."""\n' * (MAX_FILE_LINES + 1)),
-    (fits_on_a_screen, "qat/modules.py", '"""Doc."""\ndef f():\n' + "    x = 1\n" * MAX_FUNCTION_LINES),
-    (reasoned_silence, "qat/modules.py", "x = 1  # noqa"),
-    (reasoned_silence, "qat/modules.py", "x = 1  # noqa: E501"),
-    (reasoned_silence, "qat/modules.py", "x = 1  # type: ignore  # the stub is out of date"),
-    (reasoned_silence, "qat/modules.py", "x = 1  # type: ignore[assignment]"),
-    (reasoned_silence, "qat/modules.py", "x = 1  # type: ignore[assignment]  # noqa: E501"),
-    (reasoned_silence, "qat/modules.py", "x = 1  # type: ignore  # noqa: E501  the stub is out of date"),
-    (reasoned_silence, "qat/modules.py", "# ruff: noqa"),
-    (reasoned_silence, "qat/modules.py", "# mypy: ignore-errors"),
+    (fits_on_a_screen, "qat/quantizer.py", "x = 1"),
+    (fits_on_a_screen, "qat/quantizer.py", '"""Doc."""\n' * (MAX_FILE_LINES + 1)),
+    (fits_on_a_screen, "qat/quantizer.py", '"""Doc."""\ndef f():\n' + "    x = 1\n" * MAX_FUNCTION_LINES),
+    (reasoned_silence, "qat/quantizer.py", "x = 1  # noqa"),
+    (reasoned_silence, "qat/quantizer.py", "x = 1  # noqa: E501"),
+    (reasoned_silence, "qat/quantizer.py", "x = 1  # type: ignore  # the stub is out of date"),
+    (reasoned_silence, "qat/quantizer.py", "x = 1  # type: ignore[assignment]"),
+    (reasoned_silence, "qat/quantizer.py", "x = 1  # type: ignore[assignment]  # noqa: E501"),
+    (reasoned_silence, "qat/quantizer.py", "x = 1  # type: ignore  # noqa: E501  the stub is out of date"),
+    (reasoned_silence, "qat/quantizer.py", "# ruff: noqa"),
+    (reasoned_silence, "qat/quantizer.py", "# mypy: ignore-errors"),
     (safe_loading, "checkpoints/resume.py", "import pickle"),
     (safe_loading, "checkpoints/resume.py", "def f():\n    from dill import loads"),
     (safe_loading, "checkpoints/resume.py", "from torch import load"),
@@ -355,19 +356,19 @@ BROKEN: list[tuple[Rule, str, str]] = [
     (safe_loading, "checkpoints/hf.py", "def f(*, trust_remote_code=True): ..."),
 ]
 ALLOWED: list[tuple[Rule, str, str]] = [
-    (import_arrows, "trainers/job.py", "from qat.checkpoints.hf import load\nfrom qat.losses import Loss"),
-    (import_arrows, "kernels/matmul/triton.py", "from qat.kernels.device import round_to\nimport qat.ops"),
+    (import_arrows, "trainers/job.py", "from qat.checkpoints.hf import load\nfrom qat.training.losses import Loss"),
+    (import_arrows, "kernels/matmul/triton.py", "from qat.kernels.device import round_to\nimport qat.training.ops"),
     (import_arrows, "qat/cli.py", "def f():\n    from qat.trainers import job\n    import qat.kernels.load"),
     (import_arrows, "qat/__init__.py", "if TYPE_CHECKING:\n    from qat.trainers.job import Job"),
     (light_core, "checkpoints/hf.py", "import transformers"),
     (light_core, "qat/cli.py", "def f():\n    import wandb"),
     (light_core, "trainers/callbacks.py", "def f():\n    import wandb"),
-    (one_home_for_constants, "qat/catalog.py", f"limit, name = 448, {A_NAME!r}"),
-    (one_home_for_constants, "qat/numerics.py", f'"""{A_NAME}"""\naddress = "127.0.0.1"\nwidth = 128'),
+    (one_home_for_constants, "qat/numbers/catalog.py", f"limit, name = 448, {A_NAME!r}"),
+    (one_home_for_constants, "qat/numbers/numerics.py", f'"""{A_NAME}"""\naddress = "127.0.0.1"\nwidth = 128'),
     (fits_on_a_screen, "kernels/a/triton.py", '"""Doc."""\ndef f():\n' + "    x = 1\n" * MAX_FUNCTION_LINES),
-    (reasoned_silence, "qat/modules.py", "x = 1  # type: ignore[assignment]  # torch returns a float"),
-    (reasoned_silence, "qat/modules.py", "x = 1  # noqa: E501, B006  # the address cannot be broken"),
-    (reasoned_silence, "qat/modules.py", "x = '# noqa'"),
+    (reasoned_silence, "qat/quantizer.py", "x = 1  # type: ignore[assignment]  # torch returns a float"),
+    (reasoned_silence, "qat/quantizer.py", "x = 1  # noqa: E501, B006  # the address cannot be broken"),
+    (reasoned_silence, "qat/quantizer.py", "x = '# noqa'"),
     (safe_loading, "checkpoints/resume.py", "model.eval()\ntorch.load(path, weights_only=True)"),
     (safe_loading, "checkpoints/hf.py", "f(trust_remote_code=config.trust)\nf(trust_remote_code=False)"),
 ]

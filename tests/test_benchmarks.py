@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qat.catalog import CATALOG, lookup
-from qat.numerics import QTensor, quantize
+from qat.numbers.catalog import CATALOG, lookup
+from qat.numbers.numerics import QTensor, quantize
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 import yaml
 
-from qat.catalog import CATALOG
-from qat.checkpoints.targets import TARGETS
+from qat.checkpoints.layouts import TARGETS
 from qat.cli import main
 from qat.kernels.load import cpu_problem
+from qat.numbers.catalog import CATALOG
 from tests.tiny import tiny_model
 
 

@@ -13,19 +13,19 @@ from typing import Any
 
 import torch
 
-from qat.calibration import PRODUCTS
-from qat.catalog import CATALOG, lookup
 from qat.checkpoints.hf import is_local, resolve
-from qat.losses import chunk_tokens
-from qat.modules import InputQuantizer, WeightQuantizer
-from qat.numerics import find_scales
-from qat.ranges import start_scales
+from qat.init.calibration import PRODUCTS
+from qat.init.ranges import start_scales
+from qat.numbers.catalog import CATALOG, lookup
+from qat.numbers.numerics import find_scales
+from qat.quantizer import InputQuantizer, WeightQuantizer
 from qat.scheme import Scheme
 from qat.trainers import limits
 from qat.trainers.exportable import export_notes
 from qat.trainers.footprint import BF16, FP32, GIB, Facts, facts, flops_per_token, forward_flops, memory, shards
 from qat.trainers.job import Job
 from qat.trainers.memory import keep_freed_blocks
+from qat.training.losses import chunk_tokens
 
 HEADROOM = 0.95  # share of a device's memory that may be planned for
 # Part of the name -> (dense BF16 FLOP/s, memory bytes/s, GiB), from the makers' data sheets; the first match wins.

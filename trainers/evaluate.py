@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from qat.checkpoints.progress import progress
 from qat.config import Strict
 from qat.errors import DataError, TrainingError
-from qat.losses import IGNORE
 from qat.surgery import served
 from qat.trainers.data import Blocks, DataConfig
 from qat.trainers.forward import Head, hidden_states, split
 from qat.trainers.packing import evaluating
+from qat.training.losses import IGNORE
 
 CHUNK = 512  # tokens whose logits exist at once
 MOST_NLL = 700.0  # e to the power of more overflows

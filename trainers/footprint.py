@@ -13,16 +13,16 @@ from typing import Any
 
 from torch import nn
 
-from qat.calibration import PRODUCTS
-from qat.catalog import lookup
 from qat.checkpoints.architecture import check_config, empty_model, quiet
 from qat.checkpoints.hf import ModelConfig, describe, is_local, resolve
 from qat.errors import CheckpointError
-from qat.losses import LOGIT_BYTES, chunk_tokens
+from qat.init.calibration import PRODUCTS
+from qat.numbers.catalog import lookup
 from qat.surgery import Coverage, fused_sets, report
 from qat.trainers.evaluate import CHUNK
 from qat.trainers.job import Job
 from qat.trainers.teacher import compare
+from qat.training.losses import LOGIT_BYTES, chunk_tokens
 
 ARCHITECTURES = Path(__file__).parent.parent / "configs" / "architectures"
 FP32, BF16 = 4, 2

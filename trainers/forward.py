@@ -49,7 +49,7 @@ class Head(nn.Module):
         return self if rows == self.vocabulary else Head(self.linear, self.steps, rows)
 
     def as_linear(self) -> nn.Module | None:
-        """The layer, where the logits are its output and nothing more; see `qat.losses.as_linear`."""
+        """The layer, where the logits are its output and nothing more; see `qat.training.losses.as_linear`."""
         return self.linear if not self.steps and self.rows is None else None
 
     def forward(self, hidden: Tensor) -> Tensor:

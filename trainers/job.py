@@ -8,11 +8,11 @@ from pydantic import Field, field_validator, model_validator
 from qat.checkpoints.hf import ModelConfig
 from qat.config import Strict, load_yaml, override, validate
 from qat.errors import ConfigError
-from qat.losses import CrossEntropy, ForwardKL, Loss
 from qat.scheme import Scheme
 from qat.trainers.data import DataConfig
 from qat.trainers.evaluate import EvalConfig
 from qat.trainers.optim import OptimConfig
+from qat.training.losses import CrossEntropy, ForwardKL, Loss
 
 JOB = "job.yaml"  # of a run's folder
 Precision = Literal["auto", "fp32", "bf16-mixed"]
@@ -45,7 +45,7 @@ class Job(Strict):
         checkpoint_every: steps between resumable checkpoints, 0 for only at the end.
         precision: "auto" is bf16-mixed on GPUs and fp32 on CPUs. Master weights are always fp32.
         strategy: how several devices share the work; only "auto" (one device) can be trained so far.
-        loss_chunk: tokens whose logits exist at once; by default `qat.losses.chunk_tokens`.
+        loss_chunk: tokens whose logits exist at once; by default `qat.training.losses.chunk_tokens`.
         activation_checkpointing: recompute activations in the backward pass to save memory.
     """
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from qat.errors import TrainingError
-from qat.losses import IGNORE, chunked
 from qat.trainers import optim
 from qat.trainers.data import Batches
 from qat.trainers.forward import Head, heads, hidden_states
 from qat.trainers.job import Job
 from qat.trainers.packing import Batch
+from qat.training.losses import IGNORE, chunked
 
 
 class MicroBatches(IterableDataset[Batch]):

@@ -15,7 +15,7 @@ from torch import nn
 
 from qat.config import Strict
 from qat.errors import ConfigError
-from qat.modules import WeightQuantizer
+from qat.quantizer import WeightQuantizer
 
 
 class OptimConfig(Strict):

@@ -11,12 +11,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
-from qat.calibration import begin, observe, prepare
 from qat.checkpoints import resume
 from qat.checkpoints.hf import load_configured, load_tokenizer
 from qat.checkpoints.progress import counted
 from qat.errors import Interrupted, UnsupportedError
-from qat.numerics import qsnr
+from qat.init.calibration import begin, observe, prepare
+from qat.numbers.numerics import qsnr
 from qat.surgery import Coverage, apply, dense, layers, report
 from qat.trainers import claim, limits
 from qat.trainers.callbacks import Keeper

@@ -1,4 +1,4 @@
-"""Losses between rows of logits in Triton: `qat::distill_rows`, whose meaning is in `qat/rows.py`.
+"""Losses between rows of logits in Triton: `qat::distill_rows`, whose meaning is in `qat/training/rows.py`.
 
 One program per row, which walks over the vocabulary in tiles: once for the largest logit and the sum of exponentials of
 both models, once more where the gradient needs the loss (or part of it) before its first element, and once to write the
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qat.rows import IGNORE, reference
+from qat.training.rows import IGNORE, reference
 
 TILE, PER_THREAD = 2048, 8  # logits of one model per step: 16 bytes of BF16 per thread
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

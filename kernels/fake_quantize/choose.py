@@ -6,7 +6,7 @@ the other in memory, so (rows, columns) becomes (rows x groups, group); a tensor
 
 from dataclasses import dataclass
 
-from qat.format import Format
+from qat.numbers.format import Format
 
 SMALLEST = 64  # columns of a tile, where a row has as many
 

@@ -1,8 +1,8 @@
 """Fake quantization and its gradients in Triton: one pass over memory each, numbers equal to the reference's.
 
 Rounding is float32 arithmetic that IEEE 754 fixes to the last bit (a correctly rounded division, additions that drop
-bits, no casts to small floats), so a GPU, the interpreter and `qat.numerics` give the same bits. What the kernels do
-not take runs the reference; `qat.kernels.load.explain_training` says so by name.
+bits, no casts to small floats), so a GPU, the interpreter and `qat.numbers.numerics` give the same bits. What the
+kernels do not take runs the reference; `qat.kernels.load.explain_training` says so by name.
 
 Sums over large blocks are made in two steps, each in a fixed order: no atomics, so a run repeats itself exactly.
 """
@@ -18,10 +18,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from qat.catalog import lookup
-from qat.format import Format
 from qat.kernels.fake_quantize.choose import Plan, plan, problem
-from qat.ops import fake_quantize_backward_reference, fake_quantize_reference, quantized_linear_reference
+from qat.numbers.catalog import lookup
+from qat.numbers.format import Format
+from qat.training.ops import fake_quantize_backward_reference, fake_quantize_reference, quantized_linear_reference
 
 ALL = tl.constexpr(tl.PropagateNan.ALL)
 ROUNDER = tl.constexpr(1.5 * 2.0**23)  # adding it drops the fraction, ties to even
@@ -155,7 +155,7 @@ def fake_quantize_backward_kernel(
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ):
-    """Gradients as `qat.gradients.backward` defines them.
+    """Gradients as `qat.training.gradients.backward` defines them.
 
     grad_x (R, C). The two others are finished, (R,), where a program sees WHOLE rows of one scale each, else the sums
     per row and segment, (R, segments), which the host adds up. ONE_TILE: a segment is no longer than a tile.

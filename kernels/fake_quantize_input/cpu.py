@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.activations import fake_quantize_input_reference, floors
-from qat.catalog import SCALE_ELEMENT, lookup
-from qat.format import Format
 from qat.kernels.compiler import load_library
-from qat.numerics import TINY
+from qat.numbers.catalog import SCALE_ELEMENT, lookup
+from qat.numbers.format import Format
+from qat.numbers.numerics import TINY
+from qat.training.activations import fake_quantize_input_reference, floors
 
 LANES = 16  # values that cpu.c takes at a time
 _SCALES = ("f32", "bf16", "e4m3", "e8m0")

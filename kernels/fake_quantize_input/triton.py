@@ -1,8 +1,8 @@
 """Dynamic fake quantization of a layer's input in Triton: maximum, scale and rounding in one pass over memory.
 
-The arithmetic is `qat.activations`' rule "vllm", operation by operation: scales and values have the reference's bits.
-A program holds whole blocks: many groups, or one token, whose row is read again (from cache) where it is longer than
-fits into registers.
+The arithmetic is `qat.training.activations`' rule "vllm", operation by operation: scales and values have the
+reference's bits. A program holds whole blocks: many groups, or one token, whose row is read again (from cache) where
+it is longer than fits into registers.
 """
 
 from typing import Any
@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qat.activations import fake_quantize_input_reference, floors
-from qat.catalog import SCALE_ELEMENT, lookup
-from qat.element import EXPONENT_BIAS
-from qat.format import Format
 from qat.kernels.fake_quantize.choose import input_problem
 from qat.kernels.fake_quantize.triton import ALL, constants, rounded, size, to_bf16_grid
-from qat.numerics import TINY
+from qat.numbers.catalog import SCALE_ELEMENT, lookup
+from qat.numbers.element import EXPONENT_BIAS
+from qat.numbers.format import Format
+from qat.numbers.numerics import TINY
+from qat.training.activations import fake_quantize_input_reference, floors
 
 WIDEST = 16384  # columns of a row that stays in registers, 32 per thread of 16 warps
 VALUES = 4096  # of a program over groups

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qat.catalog import SCALE_ELEMENT, lookup
 from qat.errors import FormatError, UnsupportedError
-from qat.format import Format
 from qat.kernels.compiler import load_library
-from qat.layouts import PART, tile
-from qat.numerics import decode_scale
-from qat.packed import reference
+from qat.numbers.catalog import SCALE_ELEMENT, lookup
+from qat.numbers.format import Format
+from qat.numbers.numerics import decode_scale
+from qat.serving.packed import reference
+from qat.serving.words import PART, tile
 
 FEW = 8  # tokens up to which decoding in registers beats a dense slice
 SLICE_BYTES = 4 << 20  # of dense weights at a time: they should stay in the cache
@@ -187,7 +187,7 @@ def packed_linear(
 
     Raises:
         FormatError: words, scales, zeros or bias of another shape or dtype than the format and x ask for.
-        UnsupportedError: a gradient is wanted; `qat.packed.packed_linear` refuses it in the backward pass only.
+        UnsupportedError: a gradient is wanted; `qat.serving.packed.packed_linear` refuses it in the backward pass only.
     """
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         raise UnsupportedError("qat::packed_linear has no gradient: packed weights are for inference")

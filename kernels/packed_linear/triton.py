@@ -2,7 +2,7 @@
 
 Operands are swapped: the weight is the left operand of the matrix product, the tokens the right one. On sm_90 the
 decoded weight then goes to the tensor cores from registers, also for a handful of tokens. A tile of K is unpacked part
-by part (see `qat.layouts`), each part multiplying its own contiguous piece of the activations.
+by part (see `qat.serving.words`), each part multiplying its own contiguous piece of the activations.
 
 Decoding is exact: integers by placing the code in the mantissa of a power of two, minifloats by shifting the code into
 the fields of the compute dtype and one multiplication that corrects the exponent's bias. Scales of 32 values and more
@@ -17,13 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qat.catalog import SCALE_ELEMENT, lookup
-from qat.element import EXPONENT_BIAS
-from qat.format import Format
 from qat.kernels.device import device_of
 from qat.kernels.packed_linear.choose import Tiles, choose
 from qat.kernels.tuned import case, gpu_of, override
-from qat.layouts import PART, tile
+from qat.numbers.catalog import SCALE_ELEMENT, lookup
+from qat.numbers.element import EXPONENT_BIAS
+from qat.numbers.format import Format
+from qat.serving.words import PART, tile
 
 FLOAT32_BIAS = tl.constexpr(EXPONENT_BIAS)  # and BF16's
 FLOAT16_BIAS = tl.constexpr(15)

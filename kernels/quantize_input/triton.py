@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qat.activations import floors
 from qat.errors import UnsupportedError
-from qat.format import Format
-from qat.inputs import check, empty, nan_code
 from qat.kernels.device import device_of
 from qat.kernels.quantize_input.choose import Tiles, choose
 from qat.kernels.quantize_input.codes.triton import MAGNITUDE, block_scale, divisor, encode, float_bits, quotient
+from qat.numbers.format import Format
+from qat.serving.inputs import check, empty, nan_code
+from qat.training.activations import floors
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Codes straight into words (see `qat.layouts`): reads the weight once, writes 2 to 8 bits per value.
+"""Codes straight into words (see `qat.serving.words`): reads the weight once, writes 2 to 8 bits per value.
 
 One program makes whole words: the columns that share a word are `PART` apart, so each part is a contiguous load, and
 its codes are shifted into place and merged in registers. Rounding is that of fake quantization, by the same function.
@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qat.catalog import lookup
-from qat.format import Format
 from qat.kernels.fake_quantize.triton import constants, rounded, takes
-from qat.layouts import PART, tile
-from qat.ops import quantize_pack_reference
+from qat.numbers.catalog import lookup
+from qat.numbers.format import Format
+from qat.serving.words import PART, tile
+from qat.training.ops import quantize_pack_reference
 
 VALUES = 4096  # in the registers of one program
 

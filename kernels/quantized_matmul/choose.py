@@ -8,11 +8,11 @@ that a row's result need not depend on its batch. Proven for equal tiles only: n
 import os
 from dataclasses import dataclass
 
-from qat.catalog import SCALE_ELEMENT
-from qat.format import Format
 from qat.kernels.device import Device
-from qat.layouts import PART, tile
-from qat.matmul import PLAIN_BITS
+from qat.numbers.catalog import SCALE_ELEMENT
+from qat.numbers.format import Format
+from qat.serving.matmul import PLAIN_BITS
+from qat.serving.words import PART, tile
 
 SPAN = 128  # columns of one step over 8-bit weights, and between two promotions of an 8-bit float sum
 INTEGER, FLOAT8, FLOAT16 = "int8", "float8", "float16"

@@ -20,16 +20,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qat.catalog import SCALE_ELEMENT, lookup
-from qat.element import EXPONENT_BIAS
 from qat.errors import UnsupportedError
-from qat.format import Format
 from qat.kernels.device import device_of
 from qat.kernels.packed_linear.triton import decode, exp2_const
 from qat.kernels.quantized_matmul.block_scaled.triton import block_scaled_matmul
 from qat.kernels.quantized_matmul.choose import FLOAT16, INTEGER, Tiles, block_scaled, choose, group
 from qat.kernels.tuned import case, gpu_of, override
-from qat.matmul import PLAIN_BITS, is_paired
+from qat.numbers.catalog import SCALE_ELEMENT, lookup
+from qat.numbers.element import EXPONENT_BIAS
+from qat.numbers.format import Format
+from qat.serving.matmul import PLAIN_BITS, is_paired
 
 MOST_COLUMNS = 2**17  # int32 sums of products of two bytes stay below 2^31
 FLOAT32_BIAS = tl.constexpr(EXPONENT_BIAS)

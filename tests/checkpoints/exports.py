@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qat.calibration import calibrate
 from qat.checkpoints.export import RECORD, export_model
 from qat.checkpoints.hf import load_model
+from qat.checkpoints.layouts.compressed_tensors.write import pairs
 from qat.checkpoints.shards import SINGLE
-from qat.checkpoints.targets.compressed_tensors import pairs
 from qat.checkpoints.verify import verify
-from qat.modules import QatLinear
+from qat.init.calibration import calibrate
+from qat.quantizer import QatLinear
 from qat.scheme import Scheme
 from qat.surgery import apply, layers
 

@@ -11,18 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qat.catalog import lookup
 from qat.checkpoints.export import RECORD, export, export_model
 from qat.checkpoints.exported import load_exported
 from qat.checkpoints.hf import load_model
-from qat.checkpoints.readers import open_export
+from qat.checkpoints.layouts import TARGETS
+from qat.checkpoints.layouts.compressed_tensors import write as target
+from qat.checkpoints.layouts.reader import digest
+from qat.checkpoints.layouts.readers import open_export
 from qat.checkpoints.resume import save_best, student_tensors
 from qat.checkpoints.shards import ShardReader, ShardWriter
-from qat.checkpoints.targets import TARGETS
-from qat.checkpoints.targets import compressed_tensors as target
-from qat.checkpoints.unpack import digest
 from qat.checkpoints.verify import verify
 from qat.errors import CheckpointError, ConfigError, UnsupportedError
+from qat.numbers.catalog import lookup
 from qat.surgery import served
 from tests.checkpoints.exports import (
     AFFINE,

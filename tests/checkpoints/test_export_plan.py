@@ -16,9 +16,9 @@ from torch import Tensor
 from qat.checkpoints.export import RECORD, check_export
 from qat.checkpoints.exported import load_exported
 from qat.checkpoints.hf import load_model
+from qat.checkpoints.layouts import TARGETS
 from qat.checkpoints.names import stored_names
 from qat.checkpoints.resume import save_best, student_tensors
-from qat.checkpoints.targets import TARGETS
 from qat.cli import main
 from qat.errors import UnsupportedError
 from qat.scheme import Scheme

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qat.activations import dynamic_fake_quantize, fake_quantize_input
-from qat.catalog import lookup
-from qat.checkpoints.codes import input_format
 from qat.checkpoints.exported import ServedInput, hook_inputs
-from qat.checkpoints.targets.compressed_tensors import input_args, pairs
-from qat.checkpoints.unpack import PackedModule
+from qat.checkpoints.layouts.compressed_tensors.codes import input_format
+from qat.checkpoints.layouts.compressed_tensors.write import input_args, pairs
+from qat.checkpoints.layouts.reader import PackedModule
 from qat.errors import UnsupportedError
+from qat.numbers.catalog import lookup
+from qat.training.activations import dynamic_fake_quantize, fake_quantize_input
 
 
 @pytest.mark.parametrize("name", sorted({name for _, name in pairs() if name}))

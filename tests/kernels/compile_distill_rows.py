@@ -10,7 +10,7 @@ import sys
 from triton.compiler import CompiledKernel
 
 from qat.kernels.distill_rows.triton import constants, distill_rows_kernel, warps
-from qat.rows import KINDS
+from qat.training.rows import KINDS
 from tests.kernels.ahead import build, resources
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from triton.compiler import CompiledKernel
 
-from qat.catalog import lookup
 from qat.kernels.fake_quantize import triton as kernels
 from qat.kernels.fake_quantize.choose import Plan, plan
 from qat.kernels.fake_quantize_input import triton as dynamic
 from qat.kernels.quantize_pack import triton as pack
-from qat.packed import problem
+from qat.numbers.catalog import lookup
+from qat.serving.packed import problem
 from tests.kernels.ahead import build, resources
 
 FLOATS = ("divisor", "multiplier", "of_divisor", "of_multiplier", "static", "scales")

@@ -17,9 +17,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qat.activations import static_part
-from qat.catalog import lookup
-from qat.inputs import quantize_input
 from qat.kernels import device
 from qat.kernels.distill_rows import triton as rows_kernels
 from qat.kernels.fake_quantize import triton as fake_kernels
@@ -29,10 +26,13 @@ from qat.kernels.quantize_input import triton as code_kernels
 from qat.kernels.quantize_pack import triton as pack_kernels
 from qat.kernels.quantized_matmul import triton as matmul_kernels
 from qat.kernels.quantized_matmul.block_scaled import triton as block_scaled_kernels
-from qat.matmul import hold
-from qat.numerics import find_scales, quantize
-from qat.packed import pack
-from qat.rows import KINDS
+from qat.numbers.catalog import lookup
+from qat.numbers.numerics import find_scales, quantize
+from qat.serving.inputs import quantize_input
+from qat.serving.matmul import hold
+from qat.serving.packed import pack
+from qat.training.activations import static_part
+from qat.training.rows import KINDS
 
 MODULES = (rows_kernels, fake_kernels, input_kernels, packed_kernels, code_kernels, pack_kernels, matmul_kernels,
            block_scaled_kernels)  # fmt: skip

@@ -9,10 +9,10 @@ import sys
 import triton.language as tl
 from triton.compiler import CompiledKernel
 
-from qat.catalog import lookup
 from qat.kernels.packed_linear.choose import Tiles, choose
 from qat.kernels.packed_linear.triton import constants, packed_linear_kernel
-from qat.layouts import tile
+from qat.numbers.catalog import lookup
+from qat.serving.words import tile
 from tests.kernels.ahead import build, resources
 
 POINTERS = {"bf16": "*bf16", "e4m3": "*u8", "e8m0": "*u8", "f32": "*fp32"}

@@ -9,9 +9,9 @@ import sys
 import triton.language as tl
 from triton.compiler import CompiledKernel
 
-from qat.catalog import lookup
 from qat.kernels.quantize_input.choose import Tiles, choose
 from qat.kernels.quantize_input.triton import constants, quantize_input_kernel, shares_rows
+from qat.numbers.catalog import lookup
 from tests.kernels.ahead import build, resources
 
 

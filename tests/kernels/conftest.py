@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.checkpoints.exports import export_pair
-from tests.kernels.served import running
+from tests.engines.served import running
 from tests.tiny import tiny_model
 
 

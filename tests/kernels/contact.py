@@ -13,23 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.activations import fake_quantize_input_reference, static_part
-from qat.catalog import CATALOG, lookup
-from qat.format import Format
-from qat.inputs import problem as input_problem
 from qat.kernels.fake_quantize.choose import input_problem as dynamic_problem
-from qat.losses import ForwardKL, chunked
-from qat.matmul import MatmulWeight, dequantize_input, hold, quantized_matmul
-from qat.numerics import find_scales, quantize
-from qat.ops import (
+from qat.numbers.catalog import CATALOG, lookup
+from qat.numbers.format import Format
+from qat.numbers.numerics import find_scales, quantize
+from qat.serving.inputs import problem as input_problem
+from qat.serving.matmul import MatmulWeight, dequantize_input, hold, quantized_matmul
+from qat.serving.packed import pack, packed_linear
+from qat.serving.packed import problem as packing_problem
+from qat.training.activations import fake_quantize_input_reference, static_part
+from qat.training.losses import ForwardKL, chunked
+from qat.training.ops import (
     fake_quantize_backward_reference,
     fake_quantize_reference,
     quantize_pack_reference,
     quantized_linear_reference,
 )
-from qat.packed import pack, packed_linear
-from qat.packed import problem as packing_problem
-from qat.rows import KINDS, reference
+from qat.training.rows import KINDS, reference
 
 PAIRS = (("int8_token", "int8_channel"), ("fp8_token", "fp8_channel"), ("int8_token", "int4_g128"),
          ("fp8_token", "int4_g128"), ("fp8_token", "mxfp4"), ("mxfp4", "mxfp4"), ("nvfp4", "nvfp4"),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qat.kernels.distill_rows import triton as kernel
-from qat.rows import IGNORE, KINDS
+from qat.training.rows import IGNORE, KINDS
 from tests.kernels.interpreted import mend
 
 GENERATOR = torch.Generator().manual_seed(0)

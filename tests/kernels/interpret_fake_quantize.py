@@ -10,22 +10,22 @@ import warnings
 import torch
 from torch import Tensor
 
-from qat.activations import fake_quantize_input_reference, static_part
-from qat.catalog import CATALOG, lookup
-from qat.format import Format
-from qat.gradients import backward
 from qat.kernels.fake_quantize import triton as kernels
 from qat.kernels.fake_quantize.choose import input_problem, plan, problem
 from qat.kernels.fake_quantize_input import triton as dynamic
 from qat.kernels.quantize_pack.triton import quantize_pack
-from qat.numerics import Scales, find_scales
-from qat.ops import (
+from qat.numbers.catalog import CATALOG, lookup
+from qat.numbers.format import Format
+from qat.numbers.numerics import Scales, find_scales
+from qat.serving.packed import problem as packing_problem
+from qat.training.activations import fake_quantize_input_reference, static_part
+from qat.training.gradients import backward
+from qat.training.ops import (
     fake_quantize_backward_reference,
     fake_quantize_reference,
     quantize_pack_reference,
     quantized_linear_reference,
 )
-from qat.packed import problem as packing_problem
 from tests.kernels.interpreted import mend
 
 GENERATOR = torch.Generator().manual_seed(0)

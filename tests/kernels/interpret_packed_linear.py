@@ -5,12 +5,12 @@ import sys
 
 import torch
 
-from qat.catalog import CATALOG, lookup
 from qat.kernels import tuned
 from qat.kernels.packed_linear import triton as kernel
 from qat.kernels.packed_linear.choose import Tiles
-from qat.numerics import QTensor, Scales, quantize
-from qat.packed import PackedWeight, pack, problem
+from qat.numbers.catalog import CATALOG, lookup
+from qat.numbers.numerics import QTensor, Scales, quantize
+from qat.serving.packed import PackedWeight, pack, problem
 from tests.kernels.interpreted import mend
 
 MATMULS = (

@@ -8,12 +8,12 @@ import torch
 import triton
 import triton.language as tl
 
-from qat.activations import static_part
-from qat.catalog import CATALOG, lookup
-from qat.inputs import QuantizedInput, problem
 from qat.kernels.quantize_input import choose
 from qat.kernels.quantize_input import triton as kernel
 from qat.kernels.quantize_input.codes import triton as codes
+from qat.numbers.catalog import CATALOG, lookup
+from qat.serving.inputs import QuantizedInput, problem
+from qat.training.activations import static_part
 from tests.kernels.interpreted import mend
 
 NAMES = [name for name, fmt in CATALOG.items() if problem(fmt) is None]

@@ -10,12 +10,12 @@ import sys
 
 import torch
 
-from qat.catalog import CATALOG, lookup
-from qat.format import Format
 from qat.kernels.quantized_matmul import choose as rules
 from qat.kernels.quantized_matmul import triton as kernel
-from qat.matmul import MatmulWeight, code_dtype, dequantize_input, hold, is_paired, problem
-from qat.numerics import QTensor, Scales, quantize
+from qat.numbers.catalog import CATALOG, lookup
+from qat.numbers.format import Format
+from qat.numbers.numerics import QTensor, Scales, quantize
+from qat.serving.matmul import MatmulWeight, code_dtype, dequantize_input, hold, is_paired, problem
 from tests.kernels.interpreted import mend
 
 GENERATOR = torch.Generator().manual_seed(0)

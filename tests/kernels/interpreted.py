@@ -14,10 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from qat.catalog import SCALE_ELEMENT, lookup
 from qat.kernels.load import KERNELS
 from qat.kernels.packed_linear.triton import decode
 from qat.kernels.quantized_matmul.triton import scale_value
+from qat.numbers.catalog import SCALE_ELEMENT, lookup
 
 E2M1 = lookup("mxfp4").element
 SCALE_MANTISSA, SCALE_BIAS = (

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qat.kernels.load import KERNELS
-from qat.rows import KINDS
+from qat.training.rows import KINDS
 from tests.kernels.contact import SMALL, TINY, Check, checks
 from tests.kernels.processes import ROOT
 
@@ -51,7 +51,7 @@ def test_a_broken_operator_is_found(operator: str, monkeypatch: pytest.MonkeyPat
         return result
 
     if operator == "packed_linear":
-        monkeypatch.setattr("qat.packed._OPERATOR", broken)
+        monkeypatch.setattr("qat.serving.packed._OPERATOR", broken)
     else:
         monkeypatch.setattr(torch.ops.qat, operator, broken)
     own = [check for check in CHECKS if check.name.split(" ")[0] == operator and "in chunks" not in check.name]

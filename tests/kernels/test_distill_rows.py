@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import UnsupportedError
-from qat.rows import IGNORE, KINDS, distill_rows
+from qat.training.rows import IGNORE, KINDS, distill_rows
 from tests.kernels.processes import in_a_process
 
 pytest.importorskip("triton")

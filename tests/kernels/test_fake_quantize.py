@@ -7,18 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat.activations import fake_quantize_input, static_part, vllm_scales
-from qat.catalog import CATALOG, lookup
 from qat.errors import FormatError, UnsupportedError
-from qat.gradients import Estimator
 from qat.kernels.explain import explain_training
 from qat.kernels.fake_quantize.choose import plan, problem
 from qat.kernels.load import cpu_problem, load, load_for_training
-from qat.layouts import from_words
-from qat.numerics import find_scales, quantize
-from qat.ops import quantize_pack
-from qat.packed import pack
-from qat.packed import problem as packing_problem
+from qat.numbers.catalog import CATALOG, lookup
+from qat.numbers.numerics import find_scales, quantize
+from qat.serving.packed import pack
+from qat.serving.packed import problem as packing_problem
+from qat.serving.words import from_words
+from qat.training.activations import fake_quantize_input, static_part, vllm_scales
+from qat.training.gradients import Estimator
+from qat.training.ops import quantize_pack
 from tests.kernels.processes import in_a_process
 
 triton = pytest.importorskip("triton")

@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat.catalog import CATALOG, lookup
 from qat.errors import FormatError, UnsupportedError
-from qat.layouts import from_words, tile, to_words
-from qat.matmul import QuantizedLinear, hold
-from qat.numerics import Scales, quantize
-from qat.packed import PackedLinear, PackedWeight, pack, packed_linear, problem, unpack
+from qat.numbers.catalog import CATALOG, lookup
+from qat.numbers.numerics import Scales, quantize
+from qat.serving.matmul import QuantizedLinear, hold
+from qat.serving.packed import PackedLinear, PackedWeight, pack, packed_linear, problem, unpack
+from qat.serving.words import from_words, tile, to_words
 from tests.kernels.processes import in_a_process
 
 triton = pytest.importorskip("triton")

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat.catalog import CATALOG, lookup
 from qat.errors import FormatError, UnsupportedError
 from qat.kernels import compiler
 from qat.kernels.explain import explain
 from qat.kernels.load import cpu_problem, load
 from qat.kernels.packed_linear.cpu import FEW, _held, decodes, packed_linear
-from qat.numerics import QTensor, quantize
-from qat.packed import PackedLinear, PackedWeight, pack, problem, unpack
+from qat.numbers.catalog import CATALOG, lookup
+from qat.numbers.numerics import QTensor, quantize
+from qat.serving.packed import PackedLinear, PackedWeight, pack, problem, unpack
 
 PACKED = [name for name, fmt in CATALOG.items() if problem(fmt) is None]
 pytestmark = pytest.mark.skipif(cpu_problem() is not None, reason=str(cpu_problem()))

@@ -6,9 +6,9 @@ import inspect
 import pytest
 import torch
 
-from qat.catalog import CATALOG
-from qat.inputs import problem
 from qat.kernels.quantize_input.choose import PER_THREAD, WIDEST, choose
+from qat.numbers.catalog import CATALOG
+from qat.serving.inputs import problem
 from tests.kernels.processes import in_a_process
 
 pytest.importorskip("triton")

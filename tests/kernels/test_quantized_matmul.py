@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat.catalog import CATALOG, lookup
 from qat.errors import FormatError, UnsupportedError
 from qat.kernels.explain import explain, explain_all
 from qat.kernels.load import cpu_problem
@@ -17,8 +16,17 @@ from qat.kernels.quantized_matmul.choose import (
     choose,
     operand,
 )
-from qat.matmul import code_dtype, dequantize_input, dequantize_weight, hold, is_paired, problem, quantized_matmul
-from qat.numerics import QTensor, Scales, quantize
+from qat.numbers.catalog import CATALOG, lookup
+from qat.numbers.numerics import QTensor, Scales, quantize
+from qat.serving.matmul import (
+    code_dtype,
+    dequantize_input,
+    dequantize_weight,
+    hold,
+    is_paired,
+    problem,
+    quantized_matmul,
+)
 from tests.kernels.processes import in_a_process
 
 pytest.importorskip("triton")

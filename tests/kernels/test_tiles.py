@@ -3,11 +3,11 @@ axis or an off-by-one in them is seen without one."""
 
 import pytest
 
-from qat.catalog import lookup
 from qat.kernels.device import Device
 from qat.kernels.fake_quantize.choose import plan
 from qat.kernels.packed_linear import choose as packed
 from qat.kernels.quantized_matmul import choose as matmul
+from qat.numbers.catalog import lookup
 
 H100 = Device(capability=90, processors=132, shared=227 * 1024)
 

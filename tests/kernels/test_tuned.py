@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from qat.catalog import lookup
 from qat.errors import ConfigError
 from qat.kernels import tuned
 from qat.kernels.packed_linear.choose import choose
 from qat.kernels.quantized_matmul import choose as matmul
 from qat.kernels.tuned import Launch, case, override
+from qat.numbers.catalog import lookup
 
 GPU = "NVIDIA Nothing 1000 (80GB)"
 NAME = case("packed_linear", "int4_g128", 4096, 4096)

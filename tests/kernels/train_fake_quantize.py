@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qat.kernels.load import KERNELS, register
-from qat.modules import InputQuantizer
+from qat.quantizer import InputQuantizer
 from qat.scheme import Rule, Scheme
 from qat.surgery import apply
 

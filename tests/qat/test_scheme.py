@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from qat.catalog import CATALOG
 from qat.config import validate
 from qat.errors import ConfigError
+from qat.numbers.catalog import CATALOG
 from qat.scheme import FUSED_DEFAULT, Rule, Scheme
 
 

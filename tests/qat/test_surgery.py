@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from qat.calibration import calibrate
-from qat.catalog import lookup
 from qat.errors import ConfigError, FormatError, UnsupportedError
-from qat.modules import InputQuantizer, QatEmbedding, QatLinear, WeightQuantizer
-from qat.numerics import find_scales
+from qat.init.calibration import calibrate
+from qat.numbers.catalog import lookup
+from qat.numbers.numerics import find_scales
+from qat.quantizer import InputQuantizer, QatEmbedding, QatLinear, WeightQuantizer
 from qat.scheme import Rule, Scheme
 from qat.surgery import apply, dense, fused_sets, layers, plan, report, served, weight_modules
 

@@ -14,8 +14,8 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qat.calibration import calibrate
 from qat.errors import CheckpointError, ConfigError
+from qat.init.calibration import calibrate
 from qat.surgery import apply, report
 from qat.trainers import estimate as estimating
 from qat.trainers import footprint
@@ -225,8 +225,8 @@ STEPS = """
 import re, sys, torch
 torch.set_num_threads(1)
 from transformers import AutoConfig, AutoModelForCausalLM
-from qat.losses import chunked
-from qat.calibration import calibrate
+from qat.training.losses import chunked
+from qat.init.calibration import calibrate
 from qat.surgery import apply
 from qat.trainers import optim
 from qat.trainers.forward import hidden_states, split

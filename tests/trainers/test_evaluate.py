@@ -12,10 +12,10 @@ import torch
 
 from qat.cli import main
 from qat.errors import DataError, TrainingError
-from qat.losses import IGNORE
 from qat.trainers.data import Blocks
 from qat.trainers.evaluate import Judge, Scores, gap_closed
 from qat.trainers.packing import collate
+from qat.training.losses import IGNORE
 from tests.tiny import VOCABULARY, tiny_model
 
 ROWS, SEQ_LEN = 5, 12

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from qat.errors import TrainingError
-from qat.losses import IGNORE
 from qat.trainers.data import Batches, Blocks
 from qat.trainers.job import Job
 from qat.trainers.module import MicroBatches, QatModule
+from qat.training.losses import IGNORE
 from tests.tiny import VOCABULARY, tiny_model
 
 ROWS, SEQ_LEN = 8, 10

@@ -9,8 +9,8 @@ import pyarrow.parquet
 import pytest
 
 from qat.config import validate
+from qat.engines.requests import _message
 from qat.errors import ConfigError, DataError
-from qat.kernels.engines.requests import _message
 from qat.trainers.data import DataConfig, load_blocks
 from qat.trainers.records import SHAPES, SPEAKERS, Document, document
 from qat.trainers.sources import documents, pinned

@@ -10,9 +10,9 @@ import struct
 import triton
 import triton.language as tl
 
-from qat.catalog import SCALE_ELEMENT
-from qat.element import EXPONENT_BIAS
-from qat.inputs import nan_code
+from qat.numbers.catalog import SCALE_ELEMENT
+from qat.numbers.element import EXPONENT_BIAS
+from qat.serving.inputs import nan_code
 
 
 def float_bits(value: float) -> int:

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qat.format import Format
 from qat.kernels.quantized_matmul.choose import SPAN
+from qat.numbers.format import Format
 
 DOT_NAME = {4: "e2m1", 8: "e4m3"}  # what tl.dot_scaled calls the elements, by bits
 

@@ -1,0 +1,149 @@
+"""Stored tensors of one layer -> its codes and scales: what a server holds, nothing dequantized.
+
+The inverse of a target's `pack`. The independent reader (`unpack.py`) decodes the same bytes to dense weights with
+arithmetic of its own; tests hold the two against each other.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.checkpoints.layouts.compressed_tensors.write import input_args, weight_args
+from qat.checkpoints.layouts.reader import PackedModule
+from qat.errors import CheckpointError, UnsupportedError
+from qat.numbers.catalog import CATALOG
+from qat.numbers.format import Format
+from qat.numbers.numerics import QTensor, Scales, decode_scale
+
+
+def weight_format(args: Mapping[str, Any]) -> Format:
+    """The catalogue's format for QuantizationArgs of a weight; one scale per tensor is held once per row.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
+    if args.get("strategy") == "tensor":
+        args = {**args, "strategy": "channel"}
+    return _matching(args, ((fmt, weight_args(fmt)) for fmt in CATALOG.values() if fmt.block != (0, 0)), "weights")
+
+
+def input_format(args: Mapping[str, Any]) -> Format:
+    """The catalogue's format for QuantizationArgs of an input.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
+    return _matching(args, ((fmt, input_args(fmt)) for fmt in CATALOG.values()), "inputs")
+
+
+def _matching(args: Mapping[str, Any], known: Iterable[tuple[Format, dict[str, Any] | None]], what: str) -> Format:
+    wanted = _essence(args)
+    for fmt, own in known:
+        if own is not None and _essence(own) == wanted:
+            return fmt
+    raise UnsupportedError(f"{what} quantized as {dict(args)} are not in the catalogue (see `qat formats`)")
+
+
+def _essence(args: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The part of QuantizationArgs that decides values; other tools write defaults out, or leave some away."""
+    strategy = args["strategy"]
+    scale = args.get("scale_dtype") if strategy == "group" else None
+    size = args.get("group_size") if strategy in ("group", "tensor_group") else args.get("block_structure")
+    keys = ("num_bits", "type", "symmetric", "strategy")
+    return (*(args.get(key) for key in keys), args.get("dynamic") or False, repr(size), scale)
+
+
+def read_layer(module: PackedModule, tensors: Mapping[str, Tensor]) -> QTensor:
+    """Codes and stored scales of a layer, on the tensors' device.
+
+    Args:
+        module: the layer as config.json describes it.
+        tensors: its stored tensors by their name below the layer's path.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape, or a scale has another type or is zero, negative
+            or not finite; named.
+        UnsupportedError: a format that the catalogue does not have.
+    """
+    fmt, bits = weight_format(module.weights), module.bits
+    stored = _tensor(module, tensors, "weight_packed" if module.packed else "weight")
+    if module.format == "pack-quantized":
+        rows, columns = map(int, _tensor(module, tensors, "weight_shape").tolist())
+    else:
+        rows, columns = stored.shape[0], stored.shape[1] * 8 // bits if module.packed else stored.shape[1]
+    codes = _codes(module, stored, columns)
+    if codes.shape != (rows, columns):
+        raise CheckpointError(
+            f"{module.path}: its codes are {list(codes.shape)}, not the {[rows, columns]} of its shape"
+        )
+    zero = None
+    if fmt.zero_point:
+        zero = _zero_points(module, _tensor(module, tensors, "weight_zero_point"), rows)
+    scale = _scale(module, tensors, fmt)
+    scale = scale.expand(rows, 1).contiguous() if scale.numel() == 1 and fmt.block == (1, 0) else scale
+    divisor = _tensor(module, tensors, "weight_global_scale") if fmt.global_scale else None
+    grid = fmt.grid_shape(rows, columns)
+    for name, tensor in (("weight_scale", scale), ("weight_zero_point", zero)):
+        if tensor is not None and tuple(tensor.shape) != grid:
+            raise CheckpointError(
+                f"{module.path}.{name} is {list(tensor.shape)}, but {rows} x {columns} needs {[*grid]}"
+            )
+    for name, tensor in (("weight_scale", scale), ("weight_global_scale", divisor)):
+        values = None if tensor is None else decode_scale(tensor)
+        if values is not None and not bool((torch.isfinite(values) & (values > 0)).all()):
+            raise CheckpointError(f"{module.path}.{name} must be finite and positive everywhere, but is not")
+    global_scale = None if divisor is None else divisor.to(torch.float32).reciprocal().reshape(())
+    return QTensor(fmt, codes, Scales(scale, global_scale, zero))
+
+
+def _tensor(module: PackedModule, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    try:
+        return tensors[name]
+    except KeyError:
+        raise CheckpointError(f"{module.path}.{name} is missing") from None
+
+
+def _scale(module: PackedModule, tensors: Mapping[str, Tensor], fmt: Format) -> Tensor:
+    """In a type that kernels read: the format's own, or float32 where that is a float of more than a byte."""
+    scale, own = _tensor(module, tensors, "weight_scale"), fmt.scale_storage
+    wide = [torch.float32] if own.itemsize > 1 else []
+    if wide and scale.dtype == torch.float16:  # of FP16 models; two bytes that a kernel would take for BF16
+        return scale.to(torch.float32)
+    if scale.dtype not in (own, *wide):
+        allowed = " or ".join(map(str, dict.fromkeys((own, *wide))))
+        raise CheckpointError(f"{module.path}.weight_scale is {scale.dtype}, but {fmt.name} scales are {allowed}")
+    return scale
+
+
+def _codes(module: PackedModule, stored: Tensor, columns: int) -> Tensor:
+    """uint8 (rows, columns): bit patterns of `bits` bits, integers in two's complement."""
+    bits, raw = module.bits, stored.contiguous().view(torch.uint8)
+    if not module.packed:
+        return raw & (2**bits - 1)
+    fields = _fields(raw, bits, columns)
+    return fields ^ (1 << (bits - 1)) if module.format == "pack-quantized" else fields
+
+
+def _zero_points(module: PackedModule, stored: Tensor, rows: int) -> Tensor:
+    """int8 (rows, groups); packed ones share words along the rows."""
+    if module.format != "pack-quantized":
+        return stored
+    half = 1 << (module.bits - 1)
+    fields = _fields(stored.t().contiguous().view(torch.uint8), module.bits, rows).t()
+    return (fields.to(torch.int16) - half).to(torch.int8).contiguous()
+
+
+def _fields(raw: Tensor, bits: int, count: int) -> Tensor:
+    """The first `count` fields of each row of bytes, least significant bit first: uint8 (rows, count)."""
+    if bits == 8:
+        return raw[:, :count].contiguous()
+    if 8 % bits == 0:
+        shifts = torch.arange(0, 8, bits, device=raw.device, dtype=torch.uint8)
+        split = (raw[:, :, None] >> shifts) & (2**bits - 1)
+        return split.flatten(1)[:, :count].contiguous()
+    first = torch.arange(count, device=raw.device) * bits
+    wide = torch.nn.functional.pad(raw, (0, 1)).to(torch.int32)
+    pair = wide[:, first // 8] | wide[:, first // 8 + 1] << 8
+    return ((pair >> (first % 8)) & (2**bits - 1)).to(torch.uint8)

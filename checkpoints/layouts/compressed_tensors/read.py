@@ -1,0 +1,208 @@
+"""The independent reader of compressed-tensors checkpoints: config groups, and the tensors of each format."""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.checkpoints.layouts.reader import (
+    Array,
+    ExportedFolder,
+    PackedModule,
+    Spec,
+    code_values,
+    fields,
+    float_values,
+    raw_rows,
+    scale_values,
+)
+from qat.errors import CheckpointError, UnsupportedError
+
+_PACKED = ("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized")
+_PLAIN = ("int-quantized", "float-quantized", "naive-quantized", "mxfp8-quantized")
+_VERSION = "0"  # major number of the releases whose checkpoints are read
+_DEFAULTS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}  # of the library's QuantizationArgs
+_GROUPED = ("group", "tensor_group")
+_OF_WEIGHTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
+
+
+class CompressedTensorsFolder(ExportedFolder):
+    """A compressed-tensors checkpoint on disk."""
+
+    METHOD = "compressed-tensors"
+    SUFFIXES = (*_OF_WEIGHTS, "input_scale", "input_global_scale", "input_zero_point")
+
+    def _check_configuration(self) -> None:
+        """Besides, `config_groups` get the defaults that other tools leave away: nobody else sees incomplete ones."""
+        if self.quantization.get("quantization_status") != "compressed":
+            raise CheckpointError(f"{self.where} must say quantization_status: compressed; else loaders read garbage")
+        version = self.quantization.get("version")
+        if version is not None and str(version).partition(".")[0] != _VERSION:
+            raise UnsupportedError(f"{self.where}: version {version!r} of the format; readable: {_VERSION}.x")
+        sparsity = self.quantization.get("sparsity_config") or {}
+        if sparsity.get("targets") and sparsity.get("format") != "dense":
+            raise UnsupportedError(
+                f"{self.where}: sparsity_config with format {sparsity.get('format')!r}; readable: 'dense' weights"
+            )
+        groups = self.quantization.get("config_groups")
+        if not isinstance(groups, dict) or not groups:
+            raise CheckpointError(f"{self.where}: config_groups is {groups!r}, not a table of at least one group")
+        complete = {name: _complete_group(group, f"{self.where}: {name}") for name, group in groups.items()}
+        self.quantization = {**self.quantization, "config_groups": complete}
+
+    def matching_groups(self, path: str, linear: bool = True) -> list[str]:
+        """Names of the config groups that target `path`, the one loaders choose first: exact names, then regular
+        expressions, then the class name (for linear layers)."""
+        ranked = []
+        for group, scheme in self.quantization["config_groups"].items():
+            hits = [rank for target in scheme["targets"] if (rank := _rank(path, target, linear)) is not None]
+            if hits:
+                ranked.append((min(hits), group))
+        return [group for _, group in sorted(ranked)]
+
+    def ignored(self, path: str, linear: bool = True) -> bool:
+        """Whether `ignore` names `path`."""
+        return any(_rank(path, target, linear) is not None for target in self.quantization.get("ignore") or [])
+
+    def _module(self, path: str, group: str) -> PackedModule:
+        scheme = self.quantization["config_groups"][group]
+        form = scheme.get("format") or self.quantization.get("format")
+        if form not in _PACKED + _PLAIN:
+            raise UnsupportedError(f"{path} has format {form!r}; readable: {', '.join(_PACKED + _PLAIN)}")
+        return PackedModule(path, form, scheme["weights"], scheme["input_activations"])
+
+    def expected_tensors(self, module: PackedModule, rows: int, columns: int) -> dict[str, Spec]:
+        """See the function."""
+        return expected_tensors(module, rows, columns)
+
+    def shape(self, path: str) -> tuple[int, int]:
+        """Rows and columns of a quantized layer; integers in words say them in `weight_shape`."""
+        module = self.modules[path]
+        if module.format != "pack-quantized":
+            return super().shape(path)
+        name = f"{path}.weight_shape"
+        if name not in self.names:
+            raise CheckpointError(f"{self.folder}: {name} is missing")
+        rows, columns = map(int, self.reader.get(name).tolist())
+        return rows, columns
+
+    def _codes_name(self, module: PackedModule) -> str:
+        return "weight_packed" if module.packed else "weight"
+
+    def _scale(self, module: PackedModule, tensors: dict[str, Tensor]) -> Array:
+        scale = scale_values(tensors["weight_scale"])
+        if module.weights["strategy"] == "tensor_group":
+            scale = scale / float_values(tensors["weight_global_scale"])
+        return scale
+
+    def _zero_points(self, module: PackedModule, tensors: dict[str, Tensor], rows: int) -> Array | None:
+        if module.weights["symmetric"]:
+            return None
+        stored = tensors["weight_zero_point"]
+        if module.format != "pack-quantized":
+            return float_values(stored.to(torch.float32))
+        codes = fields(raw_rows(stored.t().contiguous()), module.bits, rows)
+        points: Array = code_values(module)[codes].T.reshape(tuple(tensors["weight_scale"].shape))
+        return points
+
+
+def _complete_group(group: Any, where: str) -> dict[str, Any]:
+    """A config group whose arguments are complete and can be read.
+
+    Raises:
+        CheckpointError: something is missing, or is not what the format has there; names it.
+        UnsupportedError: something that is not implemented and changes results; names it.
+    """
+    if not isinstance(group, dict):
+        raise UnsupportedError(f"{where} is {group!r}, perhaps a preset's name; readable: groups written out")
+    targets = group.get("targets")
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise CheckpointError(f"{where}.targets is {targets!r}, not a list of names")
+    if group.get("output_activations"):
+        raise UnsupportedError(f"{where}.output_activations: quantized outputs are not implemented; readable: null")
+    weights, inputs = group.get("weights"), group.get("input_activations")
+    weights = _complete_args(weights, f"{where}.weights", ("tensor", "channel", "block", *_GROUPED))
+    if inputs is not None:
+        strategies = ("tensor", "token", *_GROUPED)
+        inputs = _complete_args(inputs, f"{where}.input_activations", strategies, (True, False, "local"))
+    return {**group, "weights": weights, "input_activations": inputs}
+
+
+def _complete_args(
+    given: Any, where: str, strategies: tuple[str, ...], dynamic: tuple[bool | str, ...] = (False,)
+) -> dict[str, Any]:
+    """QuantizationArgs with the library's defaults written out; raises as `_complete_group`."""
+    if not isinstance(given, dict):
+        raise CheckpointError(f"{where} is {given!r}, not a table that says how to quantize")
+    args = _DEFAULTS | given
+    size, block = args.get("group_size"), args.get("block_structure")
+    if args.get("strategy") is None:
+        args["strategy"] = "tensor" if size is None else "channel" if size == -1 else "group"
+    allowed: dict[str, tuple[Any, ...]] = {
+        "type": ("int", "float"),
+        "num_bits": (4, 6, 8) if args["type"] == "float" else tuple(range(2, 9)),
+        "symmetric": (True, False),
+        "strategy": strategies,
+        "dynamic": dynamic,
+        "actorder": (None, False, "weight", "static"),  # an order of calibrating, gone from what is stored
+    }
+    for key, options in allowed.items():
+        if (value := args.get(key)) not in options:
+            raise UnsupportedError(f"{where}.{key} is {value!r}; readable: {', '.join(map(repr, options))}")
+    if args["strategy"] in _GROUPED and not (isinstance(size, int) and size > 0):
+        raise CheckpointError(f"{where}.group_size is {size!r}, but strategy {args['strategy']!r} needs a positive one")
+    if args["strategy"] not in _GROUPED and size not in (None, -1):
+        raise CheckpointError(f"{where}.group_size is {size!r}, but strategy {args['strategy']!r} has no groups")
+    sides = isinstance(block, list) and len(block) == 2 and all(isinstance(side, int) and side > 0 for side in block)
+    if (args["strategy"] == "block") != (block is not None) or (block is not None and not sides):
+        raise CheckpointError(
+            f"{where}.block_structure is {block!r}, but strategy 'block' needs [rows, columns], and no other has one"
+        )
+    return args
+
+
+def _rank(path: str, target: str, linear: bool) -> tuple[int, str] | None:
+    if target.startswith("re:"):
+        return (1, target) if re.match(target[3:], path) else None
+    if target == path:
+        return (0, target)
+    return (2, target) if target == "Linear" and linear else None
+
+
+def expected_tensors(module: PackedModule, rows: int, columns: int) -> dict[str, Spec]:
+    """Type and shape of every tensor that a layer (rows, columns) must have, by its name below its path."""
+    bits, args = module.bits, module.weights
+    specs: dict[str, Spec] = {"weight_scale": (_scale_type(module), _scale_shape(args, rows, columns))}
+    if module.format == "pack-quantized":
+        specs["weight_packed"] = ("I32", (rows, -(-columns * bits // 32)))
+        specs["weight_shape"] = ("I64", (2,))
+    elif module.packed:
+        specs["weight_packed"] = ("U8", (rows, columns * bits // 8))
+    else:
+        specs["weight"] = ("I8" if args["type"] == "int" else "F8_E4M3", (rows, columns))
+    if not args["symmetric"]:
+        blocks = specs["weight_scale"][1]
+        packed = ("I32", (-(-rows * bits // 32), *blocks[1:]))
+        specs["weight_zero_point"] = packed if module.format == "pack-quantized" else ("I8", blocks)
+    if args["strategy"] == "tensor_group":
+        specs["weight_global_scale"] = ("F32", (1,))
+    if module.static_input:
+        specs[module.static_input] = ("F32" if module.static_input == "input_global_scale" else "BF16", (1,))
+    return specs
+
+
+def _scale_type(module: PackedModule) -> str:
+    if module.weights["strategy"] == "tensor_group":
+        return "F8_E4M3"
+    return "U8" if module.format.startswith("mxfp") else "BF16"
+
+
+def _scale_shape(args: dict[str, Any], rows: int, columns: int) -> tuple[int, ...]:
+    if args["strategy"] == "tensor":
+        return (1,)
+    if args["strategy"] == "block":
+        block_rows, block_columns = args["block_structure"]
+        return -(-rows // block_rows), -(-columns // block_columns)
+    group = args.get("group_size") or 0
+    return (rows, columns // group if group > 0 else 1)

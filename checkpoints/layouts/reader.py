@@ -1,0 +1,364 @@
+"""An independent reader of exported checkpoints: files in, dense BF16 weights out, by numpy bit operations.
+
+It is written from the layouts' descriptions and shares no arithmetic with the packers, the catalogue or the trained
+model, so that agreement between them means something. It also reads checkpoints that other tools wrote. Here is what
+all layouts share; `qat.checkpoints.layouts.readers` holds one file per layout and picks it.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qat.checkpoints.hf import read_json
+from qat.checkpoints.names import fused_groups
+from qat.checkpoints.record import RECORD, read_record
+from qat.checkpoints.shards import ShardReader
+from qat.errors import CheckpointError, UnsupportedError
+
+_OF_WEIGHTS = ("weight_scale", "weight_scale_2", "weight_scale_inv", "weight_global_scale")
+SCALES = (*_OF_WEIGHTS, "input_scale", "input_global_scale")  # in any layout
+_CHUNK = 1 << 22  # weights unpacked at a time
+_PACKED = ("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized")
+_READABLE = {"BF16": ("BF16", "F16", "F32")}  # other tools store some BF16 scales so, which is read exactly
+
+# What changes results and is not implemented, in any layout: keys of a configuration, and the last parts of names.
+_UNREAD_KEYS = {
+    "transform_config": "rotations of weights and inputs",
+    "kv_cache_scheme": "a quantized KV cache",
+    "kv_cache_quant_algo": "a quantized KV cache",
+}
+_UNREAD_TENSORS = {
+    "pre_quant_scale": "inputs scaled per channel (AWQ, SmoothQuant)",
+    **dict.fromkeys(("q_scale", "k_scale", "v_scale"), "a quantized KV cache or attention"),
+}
+
+Array = NDArray[Any]
+Spec = tuple[str, tuple[int, ...]]  # safetensors type and shape
+
+
+@dataclass(frozen=True)
+class PackedModule:
+    """One quantized layer in the words of compressed-tensors, whatever the layout: QuantizationArgs of weight and
+    input, and the format string."""
+
+    path: str
+    format: str
+    weights: dict[str, Any]
+    input: dict[str, Any] | None
+
+    @property
+    def bits(self) -> int:
+        """Width of a code."""
+        return int(self.weights["num_bits"])
+
+    @property
+    def packed(self) -> bool:
+        """Whether codes share bytes or words."""
+        return self.format in _PACKED
+
+    @property
+    def static_input(self) -> str | None:
+        """Name of the tensor that holds the calibrated part of the input's quantization, if it has one."""
+        if self.input is None or self.input.get("dynamic") is True:
+            return None
+        return "input_global_scale" if self.input["strategy"] == "tensor_group" else "input_scale"
+
+
+class ExportedFolder(ABC):
+    """An exported checkpoint on disk, whatever its layout; open one with `qat.checkpoints.layouts.readers.open_export`.
+
+    Raises:
+        CheckpointError: no config.json, no quantization_config of this method, or no safetensors.
+        UnsupportedError: something that changes results and is not implemented; names it.
+    """
+
+    METHOD: ClassVar[str]  # quant_method, which is also the name of the export target
+    SCALE: ClassVar[str] = "weight_scale"  # the tensor that marks a layer as quantized
+    SUFFIXES: ClassVar[tuple[str, ...]]  # every tensor a quantized layer may have, besides its bias
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = read_json(folder / "config.json")
+        self.quantization: dict[str, Any] = self.config.get("quantization_config") or {}
+        self.where = f"{folder / 'config.json'}: quantization_config"
+        method = self.quantization.get("quant_method")
+        if method != self.METHOD:
+            raise CheckpointError(f"{self.where} describes {method or 'nothing'}, not {self.METHOD}")
+        refuse_unread(self.quantization, self.where)
+        self._check_configuration()
+        self.reader = ShardReader(folder)
+        for name in sorted(self.names):
+            if what := _UNREAD_TENSORS.get(name.rpartition(".")[2]):
+                raise UnsupportedError(f"{folder}: {name} belongs to {what}, which is not implemented")
+
+    # What a layout has to say.
+
+    @abstractmethod
+    def _check_configuration(self) -> None:
+        """Raise where `quantization_config` is of a kind or version that this reader does not know."""
+
+    @abstractmethod
+    def matching_groups(self, path: str, linear: bool = True) -> list[str]:
+        """Names of the parts of the configuration that quantize `path`, the one loaders choose first."""
+
+    @abstractmethod
+    def ignored(self, path: str, linear: bool = True) -> bool:
+        """Whether the configuration excludes `path`."""
+
+    @abstractmethod
+    def _module(self, path: str, group: str) -> PackedModule:
+        """The layer `path` as `group` describes it."""
+
+    @abstractmethod
+    def expected_tensors(self, module: PackedModule, rows: int, columns: int) -> dict[str, Spec]:
+        """Type and shape of every tensor that a layer (rows, columns) must have, by its name below its path."""
+
+    @abstractmethod
+    def _scale(self, module: PackedModule, tensors: dict[str, Tensor]) -> Array:
+        """float32 multiplier of each block (block rows, block columns), from tensors that `layer` has checked."""
+
+    def _codes_name(self, module: PackedModule) -> str:
+        return "weight"
+
+    def _zero_points(self, module: PackedModule, tensors: dict[str, Tensor], rows: int) -> Array | None:
+        return None
+
+    # What follows for every layout.
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Every stored tensor."""
+        return frozenset(self.reader.names())
+
+    @cached_property
+    def modules(self) -> dict[str, PackedModule]:
+        """Quantized layers by path: those with a stored scale, described by the group that targets them."""
+        mark = f".{self.SCALE}"
+        return {p: self._describe(p) for p in sorted(n.removesuffix(mark) for n in self.names if n.endswith(mark))}
+
+    def _describe(self, path: str) -> PackedModule:
+        groups = self.matching_groups(path)
+        if not groups or self.ignored(path):
+            raise CheckpointError(f"{path} is stored quantized, but no config group targets it, or `ignore` names it")
+        return self._module(path, groups[0])
+
+    @cached_property
+    def quantized_names(self) -> frozenset[str]:
+        """Stored tensors that belong to quantized weights and inputs."""
+        return frozenset(f"{path}.{suffix}" for path in self.modules for suffix in self.SUFFIXES) & self.names
+
+    @cached_property
+    def dense_names(self) -> frozenset[str]:
+        """Names of the tensors of the dense model: `weight` in place of what is stored of quantized layers."""
+        return (self.names - self.quantized_names) | {f"{path}.weight" for path in self.modules}
+
+    @cached_property
+    def fused(self) -> list[list[str]]:
+        """Sets of layers that share one value where engines keep one: those that were trained so, as the record says;
+        without a record those that engines usually merge."""
+        recorded = (read_record(self.folder) or {}).get("fused")
+        if recorded is None:
+            return fused_groups(sorted(n.removesuffix(".weight") for n in self.dense_names if n.endswith(".weight")))
+        if not all(isinstance(group, list) and all(isinstance(path, str) for path in group) for group in recorded):
+            raise CheckpointError(f"{self.folder / RECORD}: `fused` must be lists of layers")
+        return [list(group) for group in recorded]
+
+    def shape(self, path: str) -> tuple[int, int]:
+        """Rows and columns of a quantized layer, as its codes are stored."""
+        module = self.modules[path]
+        name = f"{path}.{self._codes_name(module)}"
+        shape = self.reader.info(name).shape
+        if len(shape) != 2:
+            raise CheckpointError(f"{name} is {[*shape]}, not a matrix")
+        return shape[0], shape[1] * 8 // module.bits if module.packed else shape[1]
+
+    def layer(self, path: str) -> dict[str, Tensor]:
+        """Stored tensors of a quantized layer by their name below its path.
+
+        Raises:
+            CheckpointError: one is missing, has another type or shape than the configuration asks for, or is a scale
+                that is zero, negative or not finite; names it.
+        """
+        tensors = {}
+        for key, (code, shape) in self.expected_tensors(self.modules[path], *self.shape(path)).items():
+            name = f"{path}.{key}"
+            if name not in self.names:
+                raise CheckpointError(f"{self.folder}: {name} is missing")
+            info = self.reader.info(name)
+            if info.code not in _READABLE.get(code, (code,)) or info.shape != shape:
+                raise CheckpointError(f"{self.folder}: {name} is {info.code}{[*info.shape]}, not {code}{[*shape]}")
+            tensors[key] = self._sound(name) if key in SCALES else self.reader.get(name)
+        return tensors
+
+    def _sound(self, name: str) -> Tensor:
+        """A stored scale, if it can be one."""
+        scale = self.reader.get(name)
+        if count := bad_scales(scale):
+            raise CheckpointError(f"{self.folder}: {name} is zero, negative or not finite in {count} places")
+        return scale
+
+    def _sound_value(self, name: str) -> Tensor:
+        """A stored scale that is one number, float32 [1]."""
+        scale = self._sound(name)
+        if scale.numel() != 1:
+            raise CheckpointError(f"{self.folder}: {name} is {[*scale.shape]}, not one number")
+        return scale.to(torch.float32).reshape(1)
+
+    def dense(self, path: str) -> Tensor:
+        """The BF16 weight of a quantized layer, (rows, columns), as loaders dequantize it; raises as `layer`."""
+        module, tensors = self.modules[path], self.layer(path)
+        rows, columns = self.shape(path)
+        scale, zero = self._scale(module, tensors), self._zero_points(module, tensors, rows)
+        codes, table = raw_rows(tensors[self._codes_name(module)]), code_values(module)
+        out = np.empty((rows, columns), dtype=np.uint16)
+        step = max(1, _CHUNK // max(columns, 1))
+        for start in range(0, rows, step):
+            part = slice(start, min(start + step, rows))
+            chunk = fields(codes[part], module.bits, columns) if module.packed else codes[part]
+            per_weight = _expander(module.weights, part, columns)
+            value = table[chunk]
+            if zero is not None:
+                value = value - per_weight(zero)
+            out[part] = _bf16_bits(value * per_weight(scale))
+        return torch.from_numpy(out.view(np.int16)).view(torch.bfloat16)
+
+    def static_input(self, path: str) -> Tensor | None:
+        """The calibrated scale (or, above E4M3 block scales, the divisor) of a layer's input, float32 [1], or None."""
+        name = self.modules[path].static_input
+        return None if name is None else self._sound_value(f"{path}.{name}")
+
+    def dense_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the dense model, quantized layers unpacked, one at a time; raises as `layer`, and where a
+        scale belongs to no quantized layer."""
+        stray = sorted(n for n in self.names - self.quantized_names if n.rpartition(".")[2] in SCALES)
+        if stray:
+            raise CheckpointError(
+                f"{self.folder}: {stray[0]} belongs to no {self.METHOD} layer; was it made for another target?"
+            )
+        for path in self.modules:
+            yield f"{path}.weight", self.dense(path)
+        for name in sorted(self.names - self.quantized_names):
+            yield name, self.reader.get(name)
+
+    def theoretical_bits(self, module: PackedModule, rows: int, columns: int) -> float:
+        """Bits per weight that the configuration promises: code, and share of scale and zero point."""
+        code, shape = self.expected_tensors(module, rows, columns)[self.SCALE]
+        per_scale = {"F32": 32, "BF16": 16}.get(code, 8) + (0 if module.weights["symmetric"] else module.bits)
+        return module.bits + int(np.prod(shape)) * per_scale / (rows * columns)
+
+
+def refuse_unread(configuration: dict[str, Any], where: str) -> None:
+    """Raise UnsupportedError where a configuration asks for something that changes results and is not implemented."""
+    for key, what in _UNREAD_KEYS.items():
+        if not _says_nothing(configuration.get(key)):
+            raise UnsupportedError(f"{where}: {key} asks for {what}, which is not implemented; readable: null")
+
+
+def _says_nothing(value: Any) -> bool:
+    """null, or a table with nothing in it at any depth."""
+    return not value or (isinstance(value, dict) and all(map(_says_nothing, value.values())))
+
+
+def bad_scales(scale: Tensor) -> int:
+    """How many of a tensor's scales are zero, negative or not finite; uint8 is a biased exponent, 255 no number."""
+    if scale.dtype == torch.uint8:
+        return int((scale == torch.iinfo(scale.dtype).max).sum())
+    values = scale.to(torch.float32)
+    return int((~(torch.isfinite(values) & (values > 0))).sum())
+
+
+# --- bits -----------------------------------------------------------------------------------------
+
+
+def raw_rows(tensor: Tensor) -> Array:
+    """The bytes of a 2-D tensor, (rows, bytes per row)."""
+    flat = tensor.contiguous().view(torch.uint8).numpy()
+    return flat.reshape(tensor.shape[0], -1)
+
+
+def fields(rows: Array, bits: int, count: int) -> Array:
+    """The first `count` fields of `bits` bits of each row of bytes, least significant bit first."""
+    first = np.arange(count) * bits
+    padded = np.pad(rows, ((0, 0), (0, 1))).astype(np.uint16)
+    pair = padded[:, first // 8] | padded[:, first // 8 + 1] << 8
+    result: Array = (pair >> (first % 8).astype(np.uint16)) & (2**bits - 1)
+    return result
+
+
+def code_values(module: PackedModule) -> Array:
+    """float32 value of every code: offset binary where packed, two's complement where not, or a small float."""
+    count = 1 << (module.bits if module.packed else 8)
+    if module.weights["type"] == "int":
+        codes = np.arange(count, dtype=np.float32)
+        return codes - count // 2 if module.packed else np.where(codes < count // 2, codes, codes - count)
+    exponent, mantissa = {4: (2, 1), 6: (2, 3), 8: (4, 3)}[module.bits]
+    return _minifloat_values(exponent, mantissa)
+
+
+def _minifloat_values(exponent: int, mantissa: int) -> Array:
+    codes = np.arange(1 << (1 + exponent + mantissa))
+    field, fraction = (codes >> mantissa) & ((1 << exponent) - 1), codes & ((1 << mantissa) - 1)
+    lowest = 2 - (1 << (exponent - 1)) - mantissa  # exponent of one unit of a subnormal's fraction
+    whole = np.where(field == 0, fraction, fraction + (1 << mantissa))
+    value = np.ldexp(whole.astype(np.float32), lowest + np.maximum(field, 1) - 1)
+    value = np.where(codes >> (exponent + mantissa), -value, value)
+    if exponent == 4:  # E4M3: all ones is not a number
+        value[(codes & (codes.size // 2 - 1)) == codes.size // 2 - 1] = np.nan
+    return value.astype(np.float32)
+
+
+def float_values(tensor: Tensor) -> Array:
+    """float32 values of a stored float tensor, from its bits."""
+    if tensor.dtype in (torch.float32, torch.float16):
+        return tensor.numpy().astype(np.float32)
+    if tensor.dtype == torch.bfloat16:
+        return (tensor.view(torch.int16).numpy().view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    if tensor.dtype == torch.float8_e4m3fn:
+        return _minifloat_values(4, 3)[tensor.view(torch.uint8).numpy()]
+    raise UnsupportedError(f"scales of type {tensor.dtype} are not part of the layout")
+
+
+def scale_values(tensor: Tensor) -> Array:
+    """float32 values of stored scales; uint8 holds E8M0 exponents."""
+    if tensor.dtype != torch.uint8:
+        return float_values(tensor)
+    exponent = tensor.numpy().astype(np.uint32)
+    bits = np.where(exponent == 0, 1 << 22, exponent << 23).astype(np.uint32)  # 2^-127 is subnormal
+    return bits.view(np.float32)
+
+
+def _expander(args: dict[str, Any], part: slice, columns: int) -> Callable[[Array], Array]:
+    """A function from values per block to values that broadcast over the rows `part`."""
+    if args["strategy"] == "tensor":
+        return lambda values: values.reshape(1, 1)
+    if args["strategy"] == "block":
+        block_rows, block_columns = args["block_structure"]
+        rows = np.arange(part.start, part.stop) // block_rows
+        return lambda values: values[rows][:, np.arange(columns) // block_columns]
+    group = args.get("group_size") or 0
+    return lambda values: np.repeat(values[part], group, axis=1) if group > 0 else values[part]
+
+
+def _bf16_bits(values: Array) -> Array:
+    """Round float32 to BF16, half to even, as uint16."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    result: Array = np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+    return result
+
+
+def digest(tensor: Tensor) -> str:
+    """sha256 of a tensor's bytes; in float tensors -0 counts as +0, which no product can tell apart."""
+    plain = tensor.detach().to("cpu")
+    if plain.dtype.itemsize > 1 and plain.is_floating_point():
+        plain = plain + 0.0
+    return hashlib.sha256(plain.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()

@@ -1,0 +1,64 @@
+"""What every export target offers, and how it is told about the layers. A target decides names, bytes and config
+entries; it never sees a model, so it can be tested one tensor at a time."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from qat.numbers.format import Format
+from qat.numbers.numerics import QTensor
+
+
+@dataclass(frozen=True)
+class TargetLayer:
+    """One quantized linear layer: its name in the checkpoint, its shape (rows, columns) and its formats; `module` is
+    its path in transformers' model, where that differs."""
+
+    path: str
+    shape: tuple[int, int]
+    weight: Format
+    input: Format | None
+    module: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that a loader may ask for: engines go by the checkpoint, plain transformers by its modules."""
+        return (self.path, self.module) if self.module and self.module != self.path else (self.path,)
+
+
+class Target(Protocol):
+    """The module interface of a file in this folder."""
+
+    FUSES_TENSOR_SCALES: bool
+    """Whether a format with one scale per tensor is stored as that one number, so that layers which engines fuse must
+    agree in it. (Global scales above block scales must agree in every target.)"""
+
+    def check(self, layer: TargetLayer) -> None:
+        """Raise UnsupportedError, naming the nearest formats, where the target cannot hold the layer."""
+
+    def notes(self, weight: Format, input: Format | None) -> list[str]:
+        """Known surprises of engines with this pair of formats, one sentence each."""
+
+    def pairs(self) -> list[tuple[str, str | None]]:
+        """Every (weight, input) pair of catalogue names the target holds."""
+
+    def pack(self, q: QTensor, input: Format | None, amax: Tensor | None) -> dict[str, Tensor]:
+        """Stored tensors of one layer by their name below the layer's path."""
+
+    def unpack(self, tensors: Mapping[str, Tensor], fmt: Format, shape: tuple[int, int]) -> QTensor:
+        """The inverse of `pack`: codes and stored scales of a layer of `shape` in format `fmt`.
+
+        Raises CheckpointError, naming the tensor, where one is missing, does not fit, or is a scale that is zero,
+        negative or not finite.
+        """
+
+    def quantization_config(self, layers: list[TargetLayer], ignored: list[str]) -> dict[str, Any]:
+        """Value of config.json's `quantization_config`; `ignored` are the weights that stay dense.
+
+        Raises UnsupportedError where the target cannot hold the layers together.
+        """
+
+    def files(self, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Other JSON files to write, by name, given the `quantization_config`."""

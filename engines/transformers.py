@@ -1,0 +1,282 @@
+"""transformers on our kernels: exported checkpoints whose weights stay packed in memory, for `from_pretrained`,
+`pipeline`, `generate` and `transformers serve`.
+
+Opt-in and reversible: while `installed`, this quantizer takes the place of the one that transformers has for a
+checkpoint's `quant_method` (that one dequantizes everything on the first forward pass). Checkpoints stay as they are,
+and the packages that wrote them are not needed.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qat.checkpoints.exported import hook_inputs
+from qat.checkpoints.hf import check_loading, quiet
+from qat.checkpoints.layouts import unpack_layer
+from qat.checkpoints.layouts.compressed_tensors.codes import input_format
+from qat.checkpoints.layouts.reader import ExportedFolder, PackedModule
+from qat.checkpoints.layouts.readers import READERS, open_export
+from qat.checkpoints.names import missing_names, stored_names
+from qat.checkpoints.progress import progress
+from qat.errors import CheckpointError, FormatError, UnsupportedError
+from qat.kernels.load import cpu_problem, load
+from qat.numbers.format import Format
+from qat.numbers.numerics import QTensor
+from qat.serving.matmul import QuantizedLinear, hold
+from qat.serving.matmul import problem as pair_problem
+from qat.serving.packed import PackedLinear, pack, problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+METHODS = tuple(READERS)
+
+
+class PackedConfig(QuantizationConfigMixin):
+    """The checkpoint's `quantization_config` as it is."""
+
+    def __init__(self, quant_method: str, **given: Any) -> None:
+        self.quant_method = quant_method  # type: ignore[assignment]  # transformers takes any string
+        self.given = given
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds."""
+        return {"quant_method": self.quant_method, **self.given}
+
+
+class StoredLinear(nn.Module):
+    """A linear layer while its checkpoint is being read: parameters named, typed and shaped as they are stored.
+
+    Some classes initialise layers through their parents, by the name `weight` (GPTBigCode's `c_proj`): where no such
+    tensor is stored there is an empty one, which counts as read.
+    """
+
+    def __init__(self, linear: nn.Linear, tensors: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        if "weight" not in tensors:
+            self.weight = torch.empty(0)
+            self.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' own mark
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        if linear.bias is not None:
+            self.register_parameter("bias", linear.bias)
+
+
+class PackedQuantizer(HfQuantizer):
+    """Reads packed layers into `PackedLinear`, and quantizes their inputs as the checkpoint asks."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
+        files = kwargs.get("checkpoint_files")
+        if not files:
+            raise UnsupportedError("packed checkpoints are read from a folder or the hub, not from a state dict")
+        self.exported = open_export(Path(files[0]).parent)
+        self.exported.reader.verify_complete()
+        own = stored_names(model, self.exported.dense_names).modules
+        self.layers = {own[path]: module for path, module in self.exported.modules.items() if path in own}
+        unknown = sorted(self.exported.modules.keys() - own.keys())
+        if unknown:
+            raise UnsupportedError(
+                f"{len(unknown)} quantized layers are no linear layers of {type(model).__name__} ({unknown[0]}, ...): "
+                "fused experts cannot be served packed; qat.checkpoints.exported.load_exported reads them densely"
+            )
+        _check_names(model, self.exported)
+        for path, module in self.layers.items():
+            names = [name for name in self.exported.quantized_names if name.startswith(f"{module.path}.")]
+            stored = {name[len(module.path) + 1 :]: self.exported.reader.empty(name) for name in names}
+            linear = model.get_submodule(path)
+            assert isinstance(linear, nn.Linear)  # stored_names lists no others that can be quantized
+            shape, wanted = self.exported.shape(module.path), (linear.out_features, linear.in_features)
+            if shape != wanted:
+                raise CheckpointError(f"{module.path}.weight is stored as {[*shape]}, config.json asks for {[*wanted]}")
+            model.set_submodule(path, StoredLinear(linear, stored))
+
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
+        load()
+        dense: dict[str, list[str]] = {}
+        with progress("packing weights", len(self.layers)) as advance:
+            for path, module in self.layers.items():
+                stored = model.get_submodule(path)
+                tensors = {name: parameter.detach() for name, parameter in stored.named_parameters()}
+                bias, q = tensors.pop("bias", None), unpack_layer(self.exported.METHOD, module, tensors)
+                try:
+                    layer, reason = self._layer(module, q, bias, model.dtype)
+                except FormatError as error:
+                    raise CheckpointError(f"{module.path}: {error}") from error
+                if reason is not None:
+                    what = f"{q.format.name} weights are held dense, no faster than BF16: {reason}"
+                    dense.setdefault(what, []).append(path)
+                model.set_submodule(path, layer.train(stored.training))
+                advance(1)
+        hook_inputs(model, self.exported, "vllm", {module.path: path for path, module in self.layers.items()})
+        for reason, paths in dense.items():
+            warnings.warn(f"{paths[0]} and {len(paths) - 1} more: {reason}", stacklevel=2)
+        _warn_of_slow_paths(model)
+        del self.exported, self.layers  # open files: they would keep the model from being copied
+        return model
+
+    def _layer(
+        self, module: PackedModule, q: QTensor, bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> tuple[nn.Module, str | None]:
+        """The layer to serve with, and why it has to be a dense one, if it has."""
+        input, reason = None if module.input is None else input_format(module.input), problem(q.format)
+        if input is not None and multiplies_codes(input, q):
+            static = self.exported.static_input(module.path) if input.global_scale else None
+            scale = 1.0 if static is None else 1.0 / float(static)
+            return QuantizedLinear(hold(q), input.name, scale, dtype, bias), None
+        return (PackedLinear(pack(q), bias), None) if reason is None else (_dense(q.dequantize(dtype), bias), reason)
+
+    def is_serializable(self) -> bool:
+        """No: the checkpoint on disk is the thing to keep."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """No: packed weights have no gradient."""
+        return False
+
+
+def _check_names(model: "PreTrainedModel", exported: ExportedFolder) -> None:
+    """Refuse what transformers would make up (missing tensors, other shapes, which some versions do not report) or drop
+    (of quantized layers, what nothing reads)."""
+    wanted: set[str] = set()
+    for path, module in exported.modules.items():
+        wanted |= {f"{path}.{key}" for key in exported.expected_tensors(module, *exported.shape(path))}
+    stored = stored_names(model, exported.dense_names)
+    missing = sorted({*missing_names(model, stored, exported.dense_names), *(wanted - exported.names)})
+    kept = wanted | (stored.tensors.keys() - {f"{path}.weight" for path in exported.modules})
+    surplus = sorted(n for n in exported.names - kept if n.rpartition(".")[0] in exported.modules)
+    for names, what in ((missing, "is missing"), (surplus, "belongs to a quantized layer, but nothing reads it")):
+        if names:
+            more = f" (and {len(names) - 1} more tensors)" if len(names) > 1 else ""
+            raise CheckpointError(f"{exported.folder}: {names[0]} {what}{more}")
+    for name in sorted(kept & stored.tensors.keys() & exported.names):
+        found, own = exported.reader.info(name).shape, stored.tensors[name].shape
+        if tuple(found) != tuple(own):
+            raise CheckpointError(f"{exported.folder}: {name} is {[*found]}, config.json asks for {[*own]}")
+
+
+def multiplies_codes(input: Format, weight: QTensor) -> bool:
+    """Whether a layer with quantized inputs multiplies codes here: where `qat::quantized_matmul` has a kernel.
+
+    Elsewhere inputs are rounded and the weight stays packed, which is the same product in wider arithmetic.
+    """
+    return weight.codes.is_cuda and "cuda" in load() and pair_problem(input, weight.format) is None
+
+
+def _dense(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    with torch.device("meta"):
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]  # as in torch
+    return layer
+
+
+def _warn_of_slow_paths(model: nn.Module) -> None:
+    kinds = {layer.words.device.type for layer in model.modules() if isinstance(layer, PackedLinear)}
+    for kind in kinds - set(load()):
+        reason = cpu_problem() if kind == "cpu" else "no Triton kernel for this device"
+        warnings.warn(f"on {kind}, weights are dequantized at every call, slower than BF16: {reason}", stacklevel=3)
+
+
+# --- in and out of transformers -------------------------------------------------------------------
+
+_Entry = tuple[Any, Any]
+_before: dict[str, _Entry] = {}
+
+
+def install() -> None:
+    """Let transformers load checkpoints of `METHODS` packed, in this process, until `uninstall`."""
+    for method in METHODS:
+        if method not in _before:
+            quantizers, configs = _tables()
+            _before[method] = quantizers.get(method), configs.get(method)
+            quantizers[method], configs[method] = partial(_quantizer, quantizers.get(method)), PackedConfig
+
+
+def _quantizer(before: Any, config: Any, **options: Any) -> HfQuantizer:
+    """Ours for a checkpoint, transformers' own where the user quantizes with a config of its class."""
+    made: HfQuantizer = (
+        PackedQuantizer(config, **options) if isinstance(config, PackedConfig) else before(config, **options)
+    )
+    return made
+
+
+def uninstall() -> None:
+    """Give transformers its own quantizers back; models that are loaded stay as they are."""
+    for method, entries in _before.items():
+        for table, entry in zip(_tables(), entries, strict=True):
+            if entry is None:
+                del table[method]
+            else:
+                table[method] = entry
+    _before.clear()
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """`install` for a block."""
+    was = bool(_before)
+    install()
+    try:
+        yield
+    finally:
+        if not was:
+            uninstall()
+
+
+def _tables() -> tuple[dict[str, Any], dict[str, Any]]:
+    return auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+
+
+def compute_dtype(device: str) -> torch.dtype:
+    """BF16 where it is fast. CPUs without BF16 units emulate its products, several times slower than float32."""
+    fast = device not in ("cpu", "auto") or torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+@contextmanager
+def loading(folder: Path) -> Iterator[None]:
+    """One line instead of transformers' tracebacks: no weights, or another tool's format whose package is missing."""
+    try:
+        yield
+    except (OSError, ImportError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+
+
+def load_packed(folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> "PreTrainedModel":
+    """The model in an exported folder, in eval mode, its weights packed.
+
+    Args:
+        folder: a checkpoint of one of `METHODS`.
+        dtype: of the activations; None takes `compute_dtype`.
+        device: where to put it.
+
+    Raises:
+        CheckpointError: tensors are missing, surplus or damaged; named.
+        UnsupportedError: layers that cannot be served packed.
+    """
+    with installed(), quiet(), loading(folder):
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or compute_dtype(device),
+            device_map=device,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # check_loading refuses them by name
+        )
+    model, info = found
+    check_loading(model, info, folder)
+    loaded: PreTrainedModel = model.eval()
+    return loaded

@@ -1,0 +1,104 @@
+"""Every number format the project knows, one literal each. Adding a format here is all that adding a format takes.
+
+Names: `int4_g64` is element, underscore, block. Blocks run along the last dimension (the reduction axis of a linear
+layer). Tests, the export targets, `qat formats` and the README table read this catalogue; nothing else may hold an
+element's constants. Sources: OCP Microscaling v1.0; NVIDIA's NVFP4; bitsandbytes' NF4; DeepSeek-V3 for 128x128 blocks.
+"""
+
+from qat.errors import FormatError, nearest
+from qat.numbers.element import integer, minifloat, table
+from qat.numbers.format import Format
+
+E2M1 = minifloat(2, 1)
+E2M3 = minifloat(2, 3)
+E4M3 = minifloat(4, 3, nan=True)
+INT8, INT4, INT3, INT2 = integer(8), integer(4), integer(3), integer(2)
+INT4_SIX_SEVENTHS = integer(4, step=6 / 7)  # the int4 grid stretched to E2M1's largest value, for IF4
+NF4 = table(
+    "nf4",
+    (
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ),
+)
+
+SCALE_ELEMENT = E4M3  # what an "e4m3" block scale is rounded with
+
+_BLOCKS = {"tensor": (0, 0), "channel": (1, 0), "g32": (1, 32), "g64": (1, 64), "g128": (1, 128)}
+_TOKEN = (1, 0)
+_BITNET = "BitNet b1.58, arXiv 2402.17764"
+_OCP = "OCP Microscaling Formats v1.0"
+
+
+def _integers() -> list[Format]:
+    formats = []
+    for element in (INT8, INT4, INT3, INT2):
+        for suffix, block in _BLOCKS.items():
+            name = f"{element.name}_{suffix}"
+            formats.append(Format(name=name, elements=(element,), block=block, scale="bf16"))
+            formats.append(Format(name=f"{name}_asym", elements=(element,), block=block, scale="bf16", zero_point=True))
+        formats.append(Format(name=f"{element.name}_token", elements=(element,), block=_TOKEN, scale="f32"))
+    return formats
+
+
+_FORMATS: list[Format] = [
+    *_integers(),
+    Format(name="ternary_channel", elements=(INT2,), block=(1, 0), scale="bf16", scale_rule="mean", source=_BITNET),
+    Format(name="ternary_g64", elements=(INT2,), block=(1, 64), scale="bf16", scale_rule="mean", source=_BITNET),
+    Format(name="fp8_tensor", elements=(E4M3,), block=(0, 0), scale="bf16", source="OCP FP8"),
+    Format(name="fp8_channel", elements=(E4M3,), block=(1, 0), scale="bf16", source="OCP FP8"),
+    Format(name="fp8_token", elements=(E4M3,), block=_TOKEN, scale="f32", source="OCP FP8"),
+    Format(name="fp8_g128", elements=(E4M3,), block=(1, 128), scale="f32", source="DeepSeek-V3, activations"),
+    Format(name="fp8_b128", elements=(E4M3,), block=(128, 128), scale="bf16", source="DeepSeek-V3, weights"),
+    Format(name="mxfp8", elements=(E4M3,), block=(1, 32), scale="e8m0", scale_rule="ceil", source=_OCP),
+    Format(name="mxfp6", elements=(E2M3,), block=(1, 32), scale="e8m0", scale_rule="even", source=_OCP),
+    Format(name="mxfp4", elements=(E2M1,), block=(1, 32), scale="e8m0", scale_rule="even", source=_OCP),
+    Format(name="mxint8", elements=(INT8,), block=(1, 32), scale="e8m0", scale_rule="ceil", source="arXiv 2510.25602"),
+    Format(name="mxint4", elements=(INT4,), block=(1, 32), scale="e8m0", scale_rule="ceil", source="arXiv 2510.25602"),
+    Format(name="nvfp4", elements=(E2M1,), block=(1, 16), scale="e4m3", global_scale=True, source="NVIDIA NVFP4"),
+    Format(name="nvint4", elements=(INT4,), block=(1, 16), scale="e4m3", global_scale=True, source="arXiv 2510.25602"),
+    Format(name="nf4_g64", elements=(NF4,), block=(1, 64), scale="bf16", source="QLoRA, arXiv 2305.14314"),
+    Format(
+        name="if4",
+        elements=(E2M1, INT4_SIX_SEVENTHS),
+        block=(1, 16),
+        scale="e4m3",
+        global_scale=True,
+        source="IF4: E2M1 or INT4 per block, the choice in the scale's sign bit",
+    ),
+]
+
+CATALOG: dict[str, Format] = {fmt.name: fmt for fmt in _FORMATS}
+
+
+def lookup(name: str) -> Format:
+    """The Format called `name`.
+
+    Raises:
+        FormatError: no such format; names the three nearest.
+    """
+    try:
+        return CATALOG[name]
+    except KeyError:
+        raise FormatError(f"no format called {name!r}; nearest: {nearest(name, CATALOG)} (all: qat formats)") from None
+
+
+def register(fmt: Format) -> Format:
+    """Add a format for this process only (research variants, tests); the name must be new or mean the same."""
+    if CATALOG.setdefault(fmt.name, fmt) != fmt:
+        raise FormatError(f"a different format called {fmt.name!r} is in the catalogue already; choose another name")
+    return fmt

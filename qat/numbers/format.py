@@ -1,0 +1,99 @@
+"""How a tensor becomes codes and scales. A Format is an Element, a block, and the dtype and rule of the block's scale.
+
+It is data: packers, kernels, exporters and tests derive what they need (bits per weight, storage shapes, grids) from
+these fields, and only the name crosses an op boundary. `scale` always multiplies when dequantizing:
+
+    value = (element_value - zero_point) * scale * global_scale
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from qat.numbers.element import Element
+
+ScaleDtype = Literal["f32", "bf16", "e4m3", "e8m0"]
+ScaleRule = Literal["amax", "mean", "floor", "even", "ceil"]
+
+SCALE_STORAGE: dict[str, torch.dtype] = {
+    "f32": torch.float32,
+    "bf16": torch.bfloat16,
+    "e4m3": torch.float8_e4m3fn,
+    "e8m0": torch.uint8,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """One number format for a 2-D tensor (rows, columns); tensors of more dimensions are flattened to rows.
+
+    Attributes:
+        elements: the allowed element types; with more than one, each block stores which it uses.
+        block: rows and columns that share a scale; 0 means the whole axis. (1, 16): sixteen neighbours of a row.
+        scale: dtype the scale is stored in, and therefore rounded to during training.
+        scale_rule: how the scale follows from the block. "amax" maps the largest magnitude to the element's largest;
+            "mean" is the mean magnitude (BitNet b1.58); "floor", "even" and "ceil" are the three power-of-two rules
+            in use for E8M0 (OCP MX v1.0; compressed-tensors and vLLM; modelopt).
+        global_scale: a second, per-tensor scale above the block scales, so that E4M3 block scales fit. It is rounded
+            up to a power of two: multiplier and divisor conventions then agree exactly, and code x scale fits BF16.
+        zero_point: asymmetric integers, value = (code - zero_point) * scale.
+        source: where the definition comes from.
+    """
+
+    name: str
+    elements: tuple[Element, ...]
+    block: tuple[int, int]
+    scale: ScaleDtype
+    scale_rule: ScaleRule = "amax"
+    global_scale: bool = False
+    zero_point: bool = False
+    source: str = ""
+
+    @property
+    def element(self) -> Element:
+        """The only (or the first) element."""
+        return self.elements[0]
+
+    @property
+    def scale_storage(self) -> torch.dtype:
+        """torch dtype of the stored scales; E8M0 is the raw exponent byte."""
+        return SCALE_STORAGE[self.scale]
+
+    @property
+    def group(self) -> int | None:
+        """Columns per block where a block is a part of one row, else None."""
+        return self.block[1] if self.block[0] == 1 and self.block[1] > 0 else None
+
+    def block_for(self, rows: int, columns: int) -> tuple[int, int]:
+        """The block with "whole axis" filled in (1 where the axis is empty)."""
+        return self.block[0] or rows or 1, self.block[1] or columns or 1
+
+    def grid_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        """Shape of the scale tensor."""
+        block_rows, block_columns = self.block_for(rows, columns)
+        return math.ceil(rows / block_rows), math.ceil(columns / block_columns)
+
+    def divides(self, columns: int) -> bool:
+        """Whether rows of this width can be held. Groups inside a row must divide it; 2-D blocks may overhang."""
+        return self.group is None or columns % self.group == 0
+
+    @property
+    def exact_in_bf16(self) -> bool:
+        """Whether every element x scale product is a BF16 number, so that serving in BF16 rounds nothing.
+
+        A product of a- and b-bit significands has a+b bits (b where a is one bit); BF16 holds 8. A zero point widens
+        the element by its sign bit. Holds above BF16's smallest numbers, about 1e-38, where it loses bits of its own.
+        """
+        scale_bits = {"f32": 24, "bf16": 8, "e4m3": 4, "e8m0": 1}[self.scale]
+        widest = max(element.bits if self.zero_point else element.significant_bits for element in self.elements)
+        narrow, wide = sorted((widest, scale_bits))
+        return (wide if narrow == 1 else narrow + wide) <= 8
+
+    def bits_per_weight(self, rows: int, columns: int) -> float:
+        """Stored bits per element, with scales, zero points and the global scale."""
+        scales = math.prod(self.grid_shape(rows, columns))
+        per_scale = self.scale_storage.itemsize * 8 + (self.element.bits if self.zero_point else 0)
+        total = rows * columns * self.element.bits + scales * per_scale + (32 if self.global_scale else 0)
+        return total / (rows * columns)

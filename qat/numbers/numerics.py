@@ -1,0 +1,317 @@
+"""The reference arithmetic of every Format: scales, codes, and back. Training, packing and kernels derive from here.
+
+The contract that tests prove bit by bit: `fake_quantize(x, f) == quantize(x, f).dequantize()`. Everything is computed
+in float32 whatever the input dtype, the scale is rounded to its stored dtype *before* it divides, and rounding is half
+to even. A NaN or infinity makes its own block NaN (never a silent finite number) and leaves other blocks alone.
+
+Shapes: x is (..., columns), flattened to (rows, columns). Blocked tensors are (block rows, rows per block, block
+columns, columns per block); scale tensors are (block rows, block columns).
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qat.errors import FormatError
+from qat.numbers.catalog import SCALE_ELEMENT
+from qat.numbers.element import EXPONENT_BIAS
+from qat.numbers.format import Format
+
+TINY = torch.finfo(torch.float32).tiny  # smallest scale, so that an all-zero block still has a finite positive one
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The scales of one tensor.
+
+    Attributes:
+        stored: (block rows, block columns) in `Format.scale_storage`; what a checkpoint holds.
+        global_scale: float32 scalar power of two that multiplies `stored`, or None.
+        zero_point: int8, same shape as `stored`, or None.
+        choice: uint8, index of the element type per block, or None where the format has one.
+        divisor: float32, same shape: divides before rounding where it differs from the stored scale (Dual-LSQ).
+    """
+
+    stored: Tensor
+    global_scale: Tensor | None = None
+    zero_point: Tensor | None = None
+    choice: Tensor | None = None
+    divisor: Tensor | None = None
+
+    def effective(self) -> Tensor:
+        """float32 multiplier per block: the stored scale decoded, times the global scale."""
+        scale = decode_scale(self.stored)
+        return scale if self.global_scale is None else scale * self.global_scale
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """A quantized tensor: codes (uint8 bit patterns, one per element, unpacked) and scales."""
+
+    format: Format
+    codes: Tensor
+    scales: Scales
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the tensor this stands for."""
+        return self.codes.shape
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Values (shape of the original); computed in float32 and rounded once to `dtype`."""
+        blocked = to_blocks(self.codes, self.format)
+        values = _decode(blocked, self.format, self.scales)
+        return from_blocks(_times_scale(values, self.scales), self.shape, self.format).to(dtype)
+
+
+def to_blocks(x: Tensor, fmt: Format) -> Tensor:
+    """View x (..., columns) as (block rows, rows per block, block columns, columns per block), zero-padded where a
+    2-D block overhangs.
+
+    Raises:
+        FormatError: a group inside the row does not divide the width, or x has no dimension at all.
+    """
+    if x.dim() == 0:
+        raise FormatError(f"{fmt.name}: a number without dimensions has no row to quantize; give it as shape (1,)")
+    columns = x.shape[-1]
+    if not fmt.divides(columns):
+        raise FormatError(width_problem(fmt, columns))
+    rows = x.numel() // columns if columns else 0
+    block_rows, block_columns = fmt.block_for(rows, columns)
+    grid_rows, grid_columns = fmt.grid_shape(rows, columns)
+    flat = x.reshape(rows, columns)
+    pad = (grid_columns * block_columns - columns, grid_rows * block_rows - rows)
+    if any(pad):
+        flat = torch.nn.functional.pad(flat, (0, pad[0], 0, pad[1]))
+    return flat.view(grid_rows, block_rows, grid_columns, block_columns)
+
+
+def from_blocks(blocked: Tensor, shape: torch.Size, fmt: Format) -> Tensor:
+    """Undo `to_blocks`."""
+    grid_rows, block_rows, grid_columns, block_columns = blocked.shape
+    flat = blocked.reshape(grid_rows * block_rows, grid_columns * block_columns)
+    rows = math.prod(shape[:-1])
+    return flat[:rows, : shape[-1]].reshape(shape).contiguous()
+
+
+def width_problem(fmt: Format, columns: int) -> str:
+    """Why a row of `columns` cannot be split into this format's groups, and which group would work."""
+    group = fmt.group or columns
+    works = [g for g in (16, 32, 64, 128, 256) if columns % g == 0]
+    best = min(works, key=lambda g: (abs(math.log2(g / group)), -g)) if works else None
+    advice = f"the nearest group that divides {columns} is {best}" if best else "no group of 16 to 256 divides it"
+    return f"{fmt.name}: groups of {group} do not divide a width of {columns}; {advice}, or use a channel scale"
+
+
+def decode_scale(stored: Tensor) -> Tensor:
+    """float32 value of stored scales; uint8 is read as E8M0 (2^(byte-127), 255 is NaN)."""
+    if stored.dtype != torch.uint8:
+        return stored.to(torch.float32)
+    bits = stored.to(torch.int32)
+    value = (bits << 23).view(torch.float32)
+    value = torch.where(bits == 0, 2.0**-EXPONENT_BIAS, value)
+    return torch.where(bits == 255, torch.nan, value)
+
+
+def store_scale(scale: Tensor, fmt: Format, global_scale: Tensor | None = None) -> Tensor:
+    """Round a float32 effective scale (any shape) to the format's stored dtype. Non-finite scales become NaN.
+
+    E8M0 takes the nearest power of two in the exponent; the block rules of OCP act on the maximum instead, see
+    `find_scales`.
+    """
+    scale = torch.where(torch.isfinite(scale), scale, torch.nan)
+    if fmt.scale == "e4m3":
+        smallest = SCALE_ELEMENT.min_normal / 2**SCALE_ELEMENT.mantissa_bits
+        relative = scale if global_scale is None else scale / global_scale
+        rounded = SCALE_ELEMENT.round(relative.clamp(smallest, SCALE_ELEMENT.max))
+        return rounded.to(fmt.scale_storage)
+    if fmt.scale == "e8m0":
+        return _exponent_byte(torch.log2(scale.clamp_min(2.0**-EXPONENT_BIAS)).round())
+    return scale.clamp_min(TINY).to(fmt.scale_storage)
+
+
+def _exponent_byte(exponent: Tensor) -> Tensor:
+    byte = exponent.clamp(-EXPONENT_BIAS, EXPONENT_BIAS) + EXPONENT_BIAS
+    return torch.where(torch.isnan(byte), 255.0, byte).to(torch.uint8)
+
+
+def global_scale_for(amax: Tensor, fmt: Format) -> Tensor:
+    """Power of two (float32 scalar) above which `amax` (scalar) fits block scales of at most the scale's maximum."""
+    ratio = over(amax.to(torch.float32), fmt.element.max * SCALE_ELEMENT.max)
+    field = (_ceil_log2(ratio) + EXPONENT_BIAS).clamp(0, 2 * EXPONENT_BIAS)  # no pow: devices round it differently
+    return (field.to(torch.int32) << 23).view(torch.float32).clamp_min(TINY)
+
+
+def _ceil_log2(x: Tensor) -> Tensor:
+    mantissa, exponent = torch.frexp(x)
+    return torch.where(x > 0, exponent - (mantissa == 0.5).to(exponent.dtype), torch.zeros_like(exponent))
+
+
+def block_amax(blocked: Tensor) -> Tensor:
+    """Largest magnitude per block; NaN where the block holds one."""
+    return blocked.abs().amax(dim=(1, 3))
+
+
+def finite_amax(x: Tensor) -> Tensor:
+    """Largest finite magnitude (scalar), 0 for an empty tensor."""
+    if not x.numel():
+        return torch.zeros((), device=x.device)
+    low, high = torch.aminmax(x.detach())
+    amax = torch.maximum(-low, high).to(torch.float32)
+    if amax.is_meta or torch.isfinite(amax):
+        return amax
+    magnitude = x.detach().to(torch.float32).abs()
+    return torch.where(torch.isfinite(magnitude), magnitude, 0.0).amax()
+
+
+def find_scales(x: Tensor, fmt: Format, global_scale: Tensor | None = None) -> Scales:
+    """The format's own rule: one stored scale per block of x (..., columns).
+
+    `global_scale` fixes the per-tensor scale (fused layers share one); by default it follows from x.
+    """
+    blocked = to_blocks(x.detach().to(torch.float32), fmt)
+    if fmt.zero_point:
+        return _affine_scales(blocked, fmt)
+    amax = block_amax(blocked)
+    if fmt.global_scale and global_scale is None:
+        global_scale = global_scale_for(finite_amax(amax), fmt)
+    scales = Scales(scale_from_amax(amax, fmt, global_scale, blocked), global_scale)
+    return choose_elements(blocked, fmt, scales) if len(fmt.elements) > 1 else scales
+
+
+def over(x: Tensor, divisor: float) -> Tensor:
+    """x / divisor, correctly rounded on every device: by a plain number, torch on CUDA multiplies with 1 / divisor."""
+    return x / torch.full_like(x, divisor)
+
+
+def scale_from_amax(amax: Tensor, fmt: Format, global_scale: Tensor | None, blocked: Tensor | None = None) -> Tensor:
+    """Stored scale from the block maxima by `fmt.scale_rule`; "mean" also needs the blocks themselves."""
+    if fmt.scale == "e8m0":
+        return _exponent_byte(_block_exponent(amax, fmt))
+    if fmt.scale_rule == "mean":
+        if blocked is None:
+            raise FormatError(f"{fmt.name} needs the values, not only their maximum, to find its scale")
+        return store_scale(blocked.abs().mean(dim=(1, 3)), fmt, global_scale)
+    return store_scale(over(amax, fmt.element.max), fmt, global_scale)
+
+
+def _block_exponent(amax: Tensor, fmt: Format) -> Tensor:
+    """Exponent of the E8M0 scale. floor: OCP v1.0 section 6.3. even: amax is first rounded to the element's mantissa.
+    ceil: the smallest power of two that never saturates."""
+    element = fmt.element
+    if fmt.scale_rule == "ceil":
+        exponent = _ceil_log2(over(amax, element.max)).to(torch.float32)
+    else:
+        bits = amax.contiguous().view(torch.int32)
+        if fmt.scale_rule == "even":
+            bits = bits + (1 << (22 - element.mantissa_bits))
+        exponent = ((bits >> 23) - EXPONENT_BIAS - element.max_exponent).to(torch.float32)
+    exponent = torch.where(amax > 0, exponent, -EXPONENT_BIAS)
+    return torch.where(torch.isfinite(amax), exponent, torch.nan)
+
+
+def _affine_scales(blocked: Tensor, fmt: Format) -> Scales:
+    """Asymmetric integers: the range, widened to hold 0, is cut into 2^bits - 1 steps; the zero point is an integer."""
+    low = blocked.amin(dim=(1, 3)).clamp_max(0.0)
+    high = blocked.amax(dim=(1, 3)).clamp_min(0.0)
+    stored = store_scale((high - low) / (2**fmt.element.bits - 1), fmt)
+    bottom = -(2 ** (fmt.element.bits - 1))
+    zero = torch.nan_to_num(bottom - low / decode_scale(stored)).round().clamp(bottom, -bottom - 1)
+    return Scales(stored, zero_point=zero.to(torch.int8))
+
+
+def choose_elements(blocked: Tensor, fmt: Format, scales: Scales, error_weight: Tensor | None = None) -> Scales:
+    """Per block, the element type with the smaller (weighted) squared error, in units of the scale, so that nothing
+    under- or overflows when squared."""
+    errors, unit = [], per_block(scales.effective())
+    for index in range(len(fmt.elements)):
+        trial = replace(scales, choice=torch.full_like(scales.stored, index, dtype=torch.uint8))
+        values = _times_scale(rounded(blocked, fmt, trial), trial)
+        squares = values.sub_(blocked).div_(unit).square_()
+        errors.append((squares if error_weight is None else squares.mul_(error_weight)).sum(dim=(1, 3)))
+    return replace(scales, choice=torch.stack(errors).argmin(dim=0).to(torch.uint8))
+
+
+def per_block(per_block: Tensor) -> Tensor:
+    """(block rows, block columns) -> broadcastable against a blocked tensor."""
+    return per_block[:, None, :, None]
+
+
+def rounded(blocked: Tensor, fmt: Format, scales: Scales) -> Tensor:
+    """Element values (zero point already subtracted) of a blocked float32 tensor; a new tensor."""
+    divisor = scales.effective() if scales.divisor is None else scales.divisor
+    x = blocked / per_block(divisor)
+    if scales.zero_point is not None:
+        zero = per_block(scales.zero_point).to(torch.float32)
+        half = 2 ** (fmt.element.bits - 1)
+        return x.round_().add_(zero).clamp_(-half, half - 1).sub_(zero)
+    if scales.choice is None:
+        return fmt.element.round_(x)
+    options = [element.round(x) for element in fmt.elements]
+    return _pick(options, scales.choice)
+
+
+def _pick(options: list[Tensor], choice: Tensor) -> Tensor:
+    result = options[0]
+    for index, option in enumerate(options[1:], start=1):
+        result = torch.where(per_block(choice) == index, option, result)
+    return result
+
+
+def _times_scale(values: Tensor, scales: Scales) -> Tensor:
+    return values * per_block(scales.effective())
+
+
+def _encode(values: Tensor, fmt: Format, scales: Scales) -> Tensor:
+    if scales.zero_point is not None:
+        return fmt.element.encode(values + per_block(scales.zero_point).to(torch.float32))
+    if scales.choice is None:
+        return fmt.element.encode(values)
+    return _pick([element.encode(values) for element in fmt.elements], scales.choice)
+
+
+def _decode(codes: Tensor, fmt: Format, scales: Scales) -> Tensor:
+    if scales.choice is not None:
+        return _pick([element.decode(codes) for element in fmt.elements], scales.choice)
+    values = fmt.element.decode(codes)
+    return values if scales.zero_point is None else values - per_block(scales.zero_point).to(torch.float32)
+
+
+def _poisoned(blocked: Tensor, scales: Scales) -> Scales:
+    """Given scales with NaN for blocks that hold a NaN or infinity, as `find_scales` would have made them: few codes
+    can say NaN, so without this a diverged weight would be stored as zeros."""
+    finite = torch.isfinite(block_amax(blocked))
+    if bool(finite.all()):
+        return scales
+    stored = scales.stored
+    if stored.dtype == torch.uint8:
+        return replace(scales, stored=stored.masked_fill(~finite, 255))
+    return replace(scales, stored=torch.where(finite, stored.to(torch.float32), torch.nan).to(stored.dtype))
+
+
+def quantize(x: Tensor, fmt: Format, scales: Scales | None = None) -> QTensor:
+    """Codes and scales of x (..., columns), by the format's own rule or with given `scales`.
+
+    Raises:
+        FormatError: the format's groups do not divide the last dimension.
+    """
+    blocked = to_blocks(x.detach().to(torch.float32), fmt)
+    scales = find_scales(x, fmt) if scales is None else _poisoned(blocked, scales)
+    codes = _encode(rounded(blocked, fmt, scales), fmt, scales)
+    return QTensor(fmt, from_blocks(codes, x.shape, fmt), scales)
+
+
+def fake_quantize(x: Tensor, fmt: Format, scales: Scales | None = None) -> Tensor:
+    """`quantize(x).dequantize()` without the codes: float32 values on the format's grid, without a gradient."""
+    blocked = to_blocks(x.detach().to(torch.float32), fmt)
+    scales = find_scales(x, fmt) if scales is None else _poisoned(blocked, scales)
+    values = rounded(blocked, fmt, scales).mul_(per_block(scales.effective()))
+    return from_blocks(values, x.shape, fmt)
+
+
+def qsnr(x: Tensor, quantized: Tensor) -> float:
+    """Quantization signal-to-noise ratio in dB: -10 log10(|x - q|^2 / |x|^2)."""
+    x64, q64 = x.detach().to(torch.float64), quantized.detach().to(torch.float64)
+    return float(-10 * torch.log10((x64 - q64).square().sum() / x64.square().sum()))

@@ -1,0 +1,252 @@
+"""Linear layers as a server holds them: codes in words, scales in their stored dtype, nothing dequantized in memory.
+
+`qat::packed_linear` is the operator that device kernels register on; this file is its meaning and what runs where no
+kernel does.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import FormatError, UnsupportedError
+from qat.numbers.catalog import lookup
+from qat.numbers.format import Format
+from qat.numbers.numerics import QTensor, Scales, decode_scale
+from qat.serving.words import PART, from_words, to_words
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """The weight of a linear layer, (rows, columns) when dequantized.
+
+    Attributes:
+        format: catalogue name.
+        columns: of the weight; words hold whole tiles.
+        words: int16 (rows, words), see `qat.serving.words`.
+        scales: (block columns, rows), in the stored dtype, E4M3 as bytes.
+        zeros: int8, same shape, or None.
+        global_scale: multiplies the scales.
+    """
+
+    format: str
+    columns: int
+    words: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    global_scale: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return sum(t.numel() * t.element_size() for t in (self.words, self.scales, self.zeros) if t is not None)
+
+    def to(self, device: torch.device | str) -> "PackedWeight":
+        """The same on another device."""
+        zeros = None if self.zeros is None else _ordered(self.zeros.to(device))
+        return replace(self, words=self.words.to(device), scales=_ordered(self.scales.to(device)), zeros=zeros)
+
+
+def _ordered(scales: Tensor) -> Tensor:
+    """Scales (block columns, rows) in the order the device reads: a CPU walks along a row, a GPU across rows."""
+    return scales.t().contiguous().t() if scales.device.type == "cpu" else scales.contiguous()
+
+
+def problem(fmt: Format) -> str | None:
+    """Why weights of this format cannot be held packed yet, or None."""
+    if len(fmt.elements) > 1 or fmt.element.kind == "table":
+        return "its codes need a table per block"
+    if fmt.element.bits not in (2, 4, 8) or (fmt.element.kind == "integer" and fmt.element.step != 1.0):
+        return f"codes of {fmt.element.bits} bits or fractional steps do not fit the words"
+    if fmt.block == (0, 0):
+        return "one scale for the whole tensor"
+    if fmt.block[0] != 1 or fmt.block[1] not in (0, 16, 32, 64, 128):
+        return f"blocks of {fmt.block[0]} x {fmt.block[1]} are not groups within one row"
+    if fmt.group and fmt.group < PART and fmt.zero_point:
+        return f"zero points of groups of {fmt.group}"
+    return None
+
+
+def positive_scales(weight: QTensor) -> Tensor:
+    """The stored scales (block rows, block columns), E4M3 as bytes.
+
+    Raises:
+        FormatError: one is zero, negative or not finite.
+    """
+    fmt, stored = weight.format, weight.scales.stored
+    values = decode_scale(stored)
+    bad = int((~(torch.isfinite(values) & (values > 0))).sum())
+    if bad:
+        raise FormatError(f"{fmt.name}: {bad} scales are zero, negative or not finite")
+    return stored.view(torch.uint8) if fmt.scale == "e4m3" else stored
+
+
+def finite_codes(weight: QTensor) -> Tensor:
+    """The codes, none of them a NaN: kernels decode by arithmetic that does not look for it.
+
+    Raises:
+        FormatError: there is one.
+    """
+    element = weight.format.element
+    nan = torch.tensor([code for code, value in enumerate(element.values) if value != value], dtype=torch.uint8)
+    bad = int(torch.isin(weight.codes, nan.to(weight.codes.device)).sum()) if len(nan) else 0
+    if bad:
+        raise FormatError(f"{weight.format.name}: {bad} codes are NaN")
+    return weight.codes
+
+
+def pack(weight: QTensor) -> PackedWeight:
+    """Codes and scales in the order that kernels read.
+
+    Raises:
+        UnsupportedError: a format that cannot be held packed.
+        FormatError: a scale that is zero, negative or not finite, or a code that is NaN.
+    """
+    fmt, scales = weight.format, weight.scales
+    reason = problem(fmt)
+    if reason is not None:
+        raise UnsupportedError(f"{fmt.name} weights cannot be held packed: {reason}")
+    return PackedWeight(
+        format=fmt.name,
+        columns=weight.codes.shape[1],
+        words=to_words(finite_codes(weight), fmt.element.bits, offset=fmt.element.kind == "integer"),
+        scales=_ordered(positive_scales(weight).t()),
+        zeros=None if scales.zero_point is None else _ordered(scales.zero_point.t()),
+        global_scale=1.0 if scales.global_scale is None else float(scales.global_scale),
+    )
+
+
+def unpack(weight: PackedWeight) -> QTensor:
+    """Undo `pack`."""
+    fmt = lookup(weight.format)
+    codes = from_words(weight.words, fmt.element.bits, weight.columns, offset=fmt.element.kind == "integer")
+    scales = weight.scales.t().contiguous()
+    return QTensor(
+        fmt,
+        codes,
+        Scales(
+            scales.view(fmt.scale_storage) if fmt.scale == "e4m3" else scales,
+            torch.tensor(weight.global_scale, device=scales.device) if fmt.global_scale else None,
+            None if weight.zeros is None else weight.zeros.t().contiguous(),
+        ),
+    )
+
+
+def reference(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    global_scale: float,
+    format: str,
+) -> Tensor:
+    """What `qat::packed_linear` means: x times the dequantized weight, in float32, rounded once to x's dtype."""
+    weight = unpack(PackedWeight(format, x.shape[-1], words, scales, zeros, global_scale)).dequantize()
+    y = x.to(torch.float32) @ weight.t()
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+# Defined without `custom_op`, whose autograd wrapper costs as much as the product of a small layer.
+torch.library.define("qat::packed_linear", torch.library.infer_schema(reference, mutates_args=()))
+torch.library.impl("qat::packed_linear", "CompositeExplicitAutograd", reference)
+
+
+@torch.library.register_fake("qat::packed_linear")
+def _(x: Tensor, words: Tensor, *args: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], words.shape[0])
+
+
+def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """x (..., columns) times the weight, (..., rows) in x's dtype; products are summed in float32.
+
+    Raises:
+        FormatError: x has another width than the weight.
+        UnsupportedError: in the backward pass, packed weights are for inference.
+    """
+    return _checked(
+        x, weight.columns, weight.words, weight.scales, weight.zeros, bias, weight.global_scale, weight.format
+    )
+
+
+_OPERATOR = torch.ops.qat.packed_linear.default
+
+
+def _checked(x: Tensor, columns: int, *weight: Any) -> Tensor:
+    if x.shape[-1] != columns:
+        raise FormatError(f"an input of width {x.shape[-1]} meets a weight of {columns} columns")
+    bias = weight[3]
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        through: Tensor = _ForInference.apply(x, *weight)
+        return through
+    y: Tensor = _OPERATOR(x, *weight)
+    return y
+
+
+class _ForInference(torch.autograd.Function):
+    """A forward pass needs no `torch.no_grad()`; a backward pass is refused instead of losing gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weight: Any) -> Tensor:
+        y: Tensor = _OPERATOR(x, *weight)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        raise UnsupportedError("packed weights are for inference: they pass no gradient on; train with qat train")
+
+
+class Stored(nn.Module):
+    """A module some of whose buffers are stored numbers: `model.half()` and the like must not convert those."""
+
+    KEPT: ClassVar[tuple[str, ...]] = ()
+    _INTEGERS: ClassVar[dict[int, torch.dtype]] = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        held = {name: buffer for name in self.KEPT if (buffer := getattr(self, name)) is not None}
+        for name, buffer in held.items():  # integers are moved, never converted
+            setattr(self, name, buffer.view(self._INTEGERS[buffer.element_size()]))
+        super()._apply(fn, recurse)
+        for name, buffer in held.items():
+            setattr(self, name, getattr(self, name).view(buffer.dtype))
+        return self
+
+
+class PackedLinear(Stored):
+    """A linear layer with a packed weight, for inference."""
+
+    KEPT = ("words", "scales", "zeros")
+
+    words: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("words", weight.words)
+        self.register_buffer("scales", weight.scales)
+        self.register_buffer("zeros", weight.zeros)
+        self.register_buffer("bias", bias)
+        self.format, self.global_scale = weight.format, weight.global_scale
+        self.in_features, self.out_features = weight.columns, weight.words.shape[0]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.scales, self.zeros = _ordered(self.scales), None if self.zeros is None else _ordered(self.zeros)
+        return self
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight."""
+        return PackedWeight(self.format, self.in_features, self.words, self.scales, self.zeros, self.global_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) -> (..., out_features)."""
+        weight = (self.words, self.scales, self.zeros, self.bias, self.global_scale, self.format)
+        return _checked(x, self.in_features, *weight)
+
+    def extra_repr(self) -> str:
+        """Shape and format, for `print(model)`."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.format}"

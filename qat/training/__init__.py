@@ -1,0 +1,1 @@
+"""How a gradient passes: the differentiable operators, the engines' activation arithmetic, and the losses."""

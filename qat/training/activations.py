@@ -1,0 +1,239 @@
+"""How activations are quantized on the fly, by the arithmetic of the engine that will do it.
+
+The rule is named after who runs it. "vllm" computes in float32, as vLLM's reference functions do (equal up to exact
+ties, which its kernels break by multiplying with an approximate reciprocal). "compressed_tensors" is what plain
+transformers simulates, mostly in BF16; it is reproduced bit for bit (the sign of a zero aside), so that an exported
+checkpoint can be compared with an exact difference of zero. For a float32 input it computes what the BF16 model would.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.errors import UnsupportedError
+from qat.numbers.catalog import E2M1, SCALE_ELEMENT, lookup
+from qat.numbers.element import EXPONENT_BIAS, Element
+from qat.numbers.format import Format
+from qat.numbers.numerics import (
+    TINY,
+    Scales,
+    block_amax,
+    decode_scale,
+    find_scales,
+    global_scale_for,
+    over,
+    store_scale,
+    to_blocks,
+)
+from qat.training.gradients import Estimator
+from qat.training.ops import fake_quantize, fake_quantize_reference
+
+BF16 = torch.bfloat16
+_VLLM_TOKEN_FLOOR = 512  # scaled_fp8_quant: a token's scale is at least 1 / (element max x 512)
+_VLLM_GROUP_FLOOR = 1e-10  # per_token_group_quant_fp8: a group's maximum counts at least this
+_MANTISSA = 7  # of BF16
+
+_Rule = Callable[[Tensor, Format, Tensor | None, Estimator], Tensor]
+
+
+def dynamic_fake_quantize(x: Tensor, fmt: Format, rule: str, estimator: Estimator, amax: Tensor) -> Tensor:
+    """x (..., columns) on the grid of `fmt`, in x's dtype; scales follow x (or `amax`, where the format is static)."""
+    return fake_quantize_input(x, fmt, rule, estimator, static_part(fmt, amax))
+
+
+def static_part(fmt: Format, amax: Tensor) -> Tensor | None:
+    """What a checkpoint stores of an input quantizer, float32 [1]: the scale of a static format, the divisor above E4M3
+    block scales (the reciprocal of our power-of-two multiplier), or None where everything follows the data."""
+    if fmt.block == (0, 0):
+        return decode_scale(store_scale(over(amax.detach(), fmt.element.max).reshape(1), fmt))
+    if fmt.global_scale:
+        return global_scale_for(amax.detach(), fmt).reciprocal().reshape(1)
+    return None
+
+
+def fake_quantize_input(x: Tensor, fmt: Format, rule: str, estimator: Estimator, static: Tensor | None) -> Tensor:
+    """`dynamic_fake_quantize` from the stored scale or divisor (see `static_part`) instead of a range.
+
+    Raises:
+        UnsupportedError: no such rule, or one that has no arithmetic for this format.
+    """
+    if rule not in RULES:
+        raise UnsupportedError(f"no activation rule {rule!r}; there are {', '.join(RULES)}")
+    return RULES[rule](x, fmt, static, estimator)
+
+
+# --- vLLM -------------------------------------------------------------------------------------------------------------
+
+
+def _vllm(x: Tensor, fmt: Format, static: Tensor | None, estimator: Estimator) -> Tensor:
+    if fmt.block[0] == 1 and not fmt.zero_point and len(fmt.elements) == 1:
+        if x.requires_grad and torch.is_grad_enabled():
+            through: Tensor = _FakeQuantizeInput.apply(x, static, fmt.name, estimator)
+            return through
+        y: Tensor = _OPERATOR(x, static, fmt.name, "ste")[0]
+        return y
+    with torch.no_grad():
+        scales = vllm_scales(x.detach(), fmt, static)
+    return fake_quantize(x, fmt.name, scales, estimator=estimator)
+
+
+def fake_quantize_input_reference(
+    x: Tensor, static: Tensor | None, format: str, estimator: str
+) -> tuple[Tensor, Tensor]:
+    """What `qat::fake_quantize_input` means: (x on its grid, the scales for clipping in the backward pass, or nothing).
+    For formats whose blocks are tokens or groups, of one element type and without zero points."""
+    scale = vllm_scales(x.detach(), lookup(format), static).effective()
+    y = fake_quantize_reference(x, scale, scale, None, None, format, estimator, False)
+    return y, scale if estimator == "clipped" else scale.new_empty(0)
+
+
+# Defined without `custom_op`, whose autograd wrapper takes longer than the numbers of one token.
+torch.library.define(
+    "qat::fake_quantize_input", torch.library.infer_schema(fake_quantize_input_reference, mutates_args=())
+)
+torch.library.impl("qat::fake_quantize_input", "CompositeExplicitAutograd", fake_quantize_input_reference)
+_OPERATOR = torch.ops.qat.fake_quantize_input.default
+
+
+@torch.library.register_fake("qat::fake_quantize_input")
+def _(x: Tensor, static: Tensor | None, format: str, estimator: str) -> tuple[Tensor, Tensor]:
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    shape = lookup(format).grid_shape(rows, x.shape[-1]) if estimator == "clipped" else (0,)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, x.new_empty(shape, dtype=torch.float32)
+
+
+class _FakeQuantizeInput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, static: Tensor | None, format: str, estimator: str) -> Tensor:
+        y, scale = _OPERATOR(x.detach(), static, format, estimator)
+        ctx.format, ctx.estimator = format, estimator
+        if estimator == "clipped":
+            ctx.save_for_backward(x, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
+        if ctx.estimator == "clipped":
+            x, scale = ctx.saved_tensors
+            needs = [True, False, False]
+            (grad,) = torch.ops.qat.fake_quantize_backward(
+                grad, x, None, None, scale, None, ctx.format, ctx.estimator, needs
+            )
+        return grad, None, None, None
+
+
+def floors(fmt: Format) -> tuple[float, float]:
+    """What a block's maximum and its scale count at least, in vLLM's rule (scales of E4M3 and E8M0 have their own)."""
+    if fmt.element.kind != "minifloat" or fmt.scale != "f32":
+        return 0.0, TINY
+    return (_VLLM_GROUP_FLOOR, TINY) if fmt.group else (0.0, 1 / (fmt.element.max * _VLLM_TOKEN_FLOOR))
+
+
+def vllm_scales(x: Tensor, fmt: Format, static: Tensor | None) -> Scales:
+    """The scales of x (..., columns) by the "vllm" rule; `static` as `static_part` returns it."""
+    element = fmt.element
+    if fmt.block == (0, 0):
+        assert static is not None
+        return Scales(static.view(1, 1).to(torch.float32))  # ours are BF16 numbers; other tools' need not be
+    if fmt.scale == "e4m3" and len(fmt.elements) == 1:
+        assert static is not None
+        amax = block_amax(to_blocks(x.to(torch.float32), fmt))
+        relative = static * (amax * (1 / element.max))
+        stored = SCALE_ELEMENT.round(relative)
+        # A block whose scale rounds to zero comes out as zero; under the largest scale, such small values do.
+        stored = torch.where(stored == 0, SCALE_ELEMENT.max, stored)
+        return Scales(stored.to(fmt.scale_storage), static.reciprocal().view(()))
+    if element.kind == "minifloat" and fmt.scale == "f32":
+        amax_floor, scale_floor = floors(fmt)
+        amax = block_amax(to_blocks(x.to(torch.float32), fmt)).clamp_min(amax_floor)
+        return Scales(store_scale(over(amax, element.max).clamp_min(scale_floor), fmt))
+    return find_scales(x, fmt, static.reciprocal().view(()) if static is not None else None)
+
+
+# --- compressed-tensors -----------------------------------------------------------------------------------------------
+
+
+def _compressed_tensors(x: Tensor, fmt: Format, static: Tensor | None, estimator: Estimator) -> Tensor:
+    with torch.no_grad():
+        y, inside = _ct_values(x.detach().to(BF16), fmt, static)
+    y = y.to(x.dtype)
+    if not x.requires_grad:
+        return y
+    through = x if estimator == "ste" else torch.where(inside, x, 0.0)
+    return y + (through - through.detach())  # adds an exact zero that carries the gradient
+
+
+def _ct_values(x: Tensor, fmt: Format, static: Tensor | None) -> tuple[Tensor, Tensor]:
+    """BF16 result for BF16 `x`, and where x is not clipped. Every operator rounds once to its dtype, on purpose."""
+    _check_ct(fmt)
+    xg = x.unflatten(-1, (-1, fmt.group)) if fmt.group else x
+    if fmt.scale == "e4m3":
+        assert static is not None
+        scale = _ct_e4m3_scale(xg, fmt, static)
+        xg = xg.to(torch.float32)
+    elif fmt.scale == "e8m0":
+        scale = _ct_e8m0_scale(_amax(xg, -1), fmt)
+    elif fmt.block == (0, 0):
+        assert static is not None
+        scale = static.to(BF16)
+    else:
+        amax = _amax(xg, -1) if fmt.group else _amax(x, _ct_token_dims(x))
+        scale = amax / _ct_half_range(fmt.element)
+        scale = torch.where(scale == 0, torch.finfo(BF16).eps, scale)
+    relative = xg / scale
+    y = (_ct_round(relative, fmt.element) * scale).to(BF16)
+    inside = relative.abs() <= fmt.element.max
+    return (y.flatten(-2), inside.flatten(-2)) if fmt.group else (y, inside)
+
+
+def _check_ct(fmt: Format) -> None:
+    element = fmt.element
+    plain = len(fmt.elements) == 1 and not fmt.zero_point and fmt.scale_rule != "mean" and fmt.block[0] in (0, 1)
+    known = element.kind == "minifloat" or (element.kind == "integer" and element.step == 1.0 and fmt.scale != "e8m0")
+    if not plain or not known or (fmt.scale == "e4m3" and element.kind != "minifloat"):
+        raise UnsupportedError(
+            f"compressed-tensors does not simulate {fmt.name} inputs; use activation_rule: vllm, or an integer or "
+            "float input format per token, per tensor, or of the MX or NV family"
+        )
+
+
+def _amax(x: Tensor, dims: int | tuple[int, ...]) -> Tensor:
+    return x.abs().amax(dim=dims, keepdim=True)
+
+
+def _ct_token_dims(x: Tensor) -> tuple[int, ...]:
+    """A "token" is one index of the first two dimensions; a 2-D input is therefore one token as a whole."""
+    return tuple(range(2, x.ndim)) or tuple(range(x.ndim))
+
+
+def _ct_half_range(element: Element) -> float:
+    """What the maximum maps to: half of the 2^b - 1 steps of an integer, so 0.5 beyond our symmetric range."""
+    return element.max + 0.5 if element.kind == "integer" else element.max
+
+
+def _ct_round(t: Tensor, element: Element) -> Tensor:
+    if element.kind == "integer":
+        return t.clamp(-element.max - 1, element.max).round()
+    return element.round(t.to(torch.float32)).to(t.dtype)
+
+
+def _ct_e4m3_scale(xg: Tensor, fmt: Format, divisor: Tensor) -> Tensor:
+    """float32 scale per block: only the quotient of the block's maximum is rounded to BF16."""
+    stored = SCALE_ELEMENT.round(divisor * (_amax(xg, -1) / fmt.element.max).to(torch.float32))
+    return torch.where(stored == 0, 2.0**-SCALE_ELEMENT.mantissa_bits, stored) / divisor
+
+
+def _ct_e8m0_scale(amax: Tensor, fmt: Format) -> Tensor:
+    """BF16 power of two: E2M1's rounding threshold (mantissa 1.75) moves the exponent up, whatever the element."""
+    field = (amax.view(torch.int16).to(torch.int32) + (1 << (_MANTISSA - E2M1.mantissa_bits - 1))) >> _MANTISSA
+    infinite = 2 * EXPONENT_BIAS + 1
+    byte = torch.where(field < infinite, (field - fmt.element.max_exponent).clamp_min(0), infinite)
+    bits = torch.where(byte == 0, 1 << (_MANTISSA - 1), byte << _MANTISSA)  # 2^-127 is subnormal
+    return bits.to(torch.int16).view(BF16)
+
+
+RULES: dict[str, _Rule] = {"vllm": _vllm, "compressed_tensors": _compressed_tensors}

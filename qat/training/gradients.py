@@ -1,0 +1,77 @@
+"""Gradients through rounding. Rounding itself counts as the identity (straight-through); everything else is exact.
+
+With v = x / divisor, forward y = round(clip(v)) * multiplier, the estimators are
+
+    dy/dx          = multiplier / divisor      ("ste": everywhere; "clipped": only where v is not clipped)
+    dy/dmultiplier = round(clip(v))
+    dy/ddivisor    = -v * multiplier / divisor where v is not clipped, else 0
+
+and with multiplier == divisor == s their sum is LSQ's rule (arXiv 1902.08153): round(v) - v inside, the bound outside.
+Learning the two separately is Dual-LSQ. Activation scales follow the data and get no gradient.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qat.numbers.format import Format
+from qat.numbers.numerics import from_blocks, per_block, to_blocks
+
+Estimator = Literal["ste", "clipped"]
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    divisor: Tensor,
+    multiplier: Tensor,
+    zero_point: Tensor | None,
+    fmt: Format,
+    estimator: Estimator,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients for (x, divisor, multiplier).
+
+    Args:
+        grad: d loss / d y, shape of x.
+        x, y: input and output of the fake quantization, (..., columns).
+        divisor, multiplier: (block rows, block columns), float32; the same object where they are one scale.
+        zero_point: (block rows, block columns) or None.
+        estimator: "ste" or "clipped".
+        needs: which of the three to compute.
+    """
+    needs_x, needs_divisor, needs_multiplier = needs
+    grad_x = grad_divisor = grad_multiplier = None
+    blocked_grad = to_blocks(grad, fmt)
+    if needs_divisor or needs_multiplier:  # for one scale the two nearly cancel: no products or sums in BF16
+        blocked_grad = blocked_grad.to(torch.promote_types(grad.dtype, torch.float32))
+    clipped = torch.zeros(())  # made only when someone asks
+    if needs_divisor or (needs_x and estimator == "clipped"):
+        clipped = _clipped(to_blocks(x, fmt), divisor, zero_point, fmt)
+    if needs_multiplier:
+        grad_multiplier = (blocked_grad * to_blocks(y, fmt)).sum(dim=(1, 3)) / multiplier
+    if needs_divisor:
+        moved = (blocked_grad * to_blocks(x, fmt)).masked_fill_(clipped, 0.0)
+        # Divided twice: the square of a tiny divisor (of a block of zeros) would be 0, of a huge one infinity.
+        grad_divisor = -(moved.sum(dim=(1, 3)) / divisor) * (multiplier / divisor)
+    if needs_x:
+        passed = blocked_grad
+        if divisor is not multiplier:
+            passed = passed * per_block(multiplier / divisor)
+        if estimator == "clipped":
+            passed = passed.masked_fill(clipped, 0.0)
+        grad_x = from_blocks(passed, x.shape, fmt).to(grad.dtype)
+    return grad_x, grad_divisor, grad_multiplier
+
+
+def _clipped(blocked: Tensor, divisor: Tensor, zero_point: Tensor | None, fmt: Format) -> Tensor:
+    """True where x lies beyond the representable range (not merely rounded to its end)."""
+    if zero_point is None and fmt.element.high == -fmt.element.low:
+        return blocked.abs() > per_block(divisor * fmt.element.max)
+    low, high = torch.full_like(divisor, fmt.element.low), torch.full_like(divisor, fmt.element.high)
+    if zero_point is not None:
+        half = 2 ** (fmt.element.bits - 1)
+        low, high = -half - zero_point.to(divisor.dtype), half - 1 - zero_point.to(divisor.dtype)
+    return (blocked < per_block(low * divisor)) | (blocked > per_block(high * divisor))

@@ -1,0 +1,153 @@
+"""Block-scaled FP8 as transformers stores it: plain transformers itself must load the trained weights, bit for bit."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qat.checkpoints.exported import load_exported
+from qat.checkpoints.hf import quiet
+from qat.checkpoints.layouts import TargetLayer
+from qat.checkpoints.layouts.fp8 import write as target
+from qat.checkpoints.layouts.readers import open_export
+from qat.checkpoints.verify import verify
+from qat.errors import CheckpointError, UnsupportedError
+from qat.numbers.catalog import lookup
+from qat.numbers.numerics import quantize
+from qat.surgery import served
+from tests.checkpoints.exports import (
+    SKIP_TABLE,
+    broken,
+    export_pair,
+    forward_weights,
+    ids,
+    quantized,
+    quiet_export,
+    rewrite,
+)
+from tests.tiny import tiny_model
+
+PAIR = ("fp8_b128", "fp8_g128")
+UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("llama", tmp_path_factory.mktemp("source") / "model", num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def exported(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    out = tmp_path_factory.mktemp("exported") / "out"
+    return export_pair(source, out, PAIR, "fp8"), out
+
+
+def test_plain_transformers_loads_the_trained_weights(exported: tuple[Any, Path]) -> None:
+    pytest.importorskip("accelerate")
+    from transformers import AutoModelForCausalLM
+
+    trained, folder = exported
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    weights = forward_weights(trained)
+    assert len(weights) == 7
+    for path, weight in weights.items():
+        found = model.get_submodule(path).weight
+        assert found.dtype == torch.bfloat16 and torch.equal(found, weight)
+    ours = load_exported(folder, dtype=torch.bfloat16, quantize_inputs=False)
+    with torch.no_grad():
+        assert torch.equal(model(ids()).logits, ours(ids()).logits)
+
+
+def test_an_export_is_the_trained_model(exported: tuple[Any, Path]) -> None:
+    trained, out = exported
+    report = verify(out)
+    assert report.ok, report.checks
+    assert report.checks[-1].detail.startswith("weights only, largest logit difference 0.0")
+    folder = open_export(out)
+    assert all(torch.equal(folder.dense(path), weight) for path, weight in forward_weights(trained).items())
+    with torch.no_grad(), served(trained):
+        assert torch.equal(load_exported(out)(ids()).logits, trained(ids()).logits)
+    assert folder.quantization == {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["lm_head"],
+    }
+    stored = {name: (folder.reader.info(name).code, folder.reader.info(name).shape) for name in folder.quantized_names}
+    assert stored[f"{DOWN}.weight"] == ("F8_E4M3", (128, 256))
+    assert stored[f"{DOWN}.weight_scale_inv"] == ("F32", (1, 2)) and len(stored) == 14
+
+
+@pytest.mark.parametrize("kind", ["gemma", "qwen3_moe"])
+def test_architectures(kind: str, tmp_path: Path) -> None:
+    """Tied embeddings; and experts that stay dense."""
+    source = tiny_model(kind, tmp_path / "source", num_hidden_layers=1)
+    rules = [{"match": "*.self_attn.*_proj", "weight": PAIR[0], "input": PAIR[1]}, {"match": "*", "skip": "x"}]
+    quiet_export(quantized(source, rules), source, tmp_path / "out", "fp8")
+    report = verify(tmp_path / "out")
+    assert report.ok, report.checks
+    assert "difference 0.0" in report.checks[-1].detail
+
+
+def test_unpacking_undoes_packing() -> None:
+    q = quantize(torch.randn(256, 384, generator=torch.Generator().manual_seed(1)), lookup(PAIR[0]))
+    tensors = target.pack(q)
+    found = target.unpack(tensors, q.format, (256, 384))
+    assert torch.equal(found.codes, q.codes) and torch.equal(found.scales.stored, q.scales.stored)
+    for name, tensor, message in [
+        ("weight_scale_inv", tensors["weight_scale_inv"].bfloat16(), "weight_scale_inv is torch.bfloat16"),
+        ("weight_scale_inv", tensors["weight_scale_inv"][:, :2], r"weight_scale_inv is torch.float32 \[2, 2\]"),
+        ("weight_scale_inv", -tensors["weight_scale_inv"], "weight_scale_inv must be finite and positive"),
+        ("weight_scale_inv", tensors["weight_scale_inv"] * 1.01, "not exact in bf16"),
+        ("weight", tensors["weight"].view(torch.uint8), "weight is torch.uint8"),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            target.unpack({**tensors, name: tensor}, q.format, (256, 384))
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "weight", "input", "message"),
+    [
+        ("a.b", (576, 128), *PAIR, r"a\.b: 576 rows are no multiple of 128.*compressed-tensors"),
+        ("a.b", (128, 192), *PAIR, r"a\.b: 192 columns are no multiple"),
+        ("lm_head", (384, 128), *PAIR, "lm_head: engines keep the output layer"),
+        ("a.b", (128, 128), "fp8_b128", None, r"without quantized inputs \(compressed-tensors can\); .*: fp8_g128"),
+        ("a.b", (128, 128), "fp8_channel", "fp8_token", r"fp8_channel weights \(compressed-tensors, modelopt can\)"),
+    ],
+)
+def test_refusals(path: str, shape: tuple[int, int], weight: str, input: str | None, message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        target.check(TargetLayer(path, shape, lookup(weight), lookup(input) if input else None))
+    target.check(TargetLayer("a.b", (64, 256), lookup(PAIR[0]), lookup(PAIR[1])))
+
+
+def test_a_quantized_head_is_refused_before_anything_is_written(source: Path, tmp_path: Path) -> None:
+    model = quantized(source, [*SKIP_TABLE, {"match": "*", "weight": PAIR[0], "input": PAIR[1]}])
+    with pytest.raises(UnsupportedError, match="lm_head"):
+        quiet_export(model, source, tmp_path / "out", "fp8")
+    assert not (tmp_path / "out").exists()
+
+
+def invert(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{DOWN}.weight_scale_inv"] = tensors[f"{DOWN}.weight_scale_inv"].reciprocal()
+
+
+def shift(tensors: dict[str, Tensor]) -> None:
+    for path, dim in ((DOWN, 1), (UP, 0)):  # two blocks each, whose scales may be equal by chance
+        tensors[f"{path}.weight_scale_inv"] = tensors[f"{path}.weight_scale_inv"].roll(1, dim)
+
+
+def transpose(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{UP}.weight_scale_inv"] = tensors[f"{UP}.weight_scale_inv"].t()
+
+
+@pytest.mark.parametrize(("damage", "check"), [(invert, "weights"), (shift, "weights"), (transpose, "tensors")])
+def test_mutations_are_found(damage: Any, check: str, exported: tuple[Any, Path], tmp_path: Path) -> None:
+    shutil.copytree(exported[1], tmp_path / "out")
+    rewrite(tmp_path / "out", damage)
+    assert check in broken(tmp_path / "out")

@@ -1,0 +1,158 @@
+"""Calibration: ranges, weighted and compensated starts, and the inputs they are fitted to."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qat.errors import FormatError
+from qat.init import calibration
+from qat.init.calibration import begin, calibrate, input_products, observe
+from qat.init.ranges import start_scales
+from qat.numbers.catalog import lookup
+from qat.numbers.numerics import fake_quantize
+from qat.scheme import Rule
+from qat.surgery import apply, layers
+from tests.qat.test_surgery import LAYERS, batches, build, logits, rules, usual
+
+
+def inputs_of(model: nn.Module, path: str) -> Tensor:
+    """Everything the layer at `path` reads over the calibration batches."""
+    seen: list[Tensor] = []
+    handle = model.get_submodule(path).register_forward_pre_hook(lambda _m, args: seen.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        for batch in batches():
+            model(**batch)
+    handle.remove()
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_calibration_sees_the_unquantized_model_and_weighs_by_it(weighted: bool) -> None:
+    scheme = usual("nvfp4", "nvfp4", weighted_start=weighted)
+    model, original = apply(build(), scheme), build()
+    global_scales = {path: layer.weight_quantizer.global_scale.clone() for path, layer in layers(model).items()}
+    calibrate(model, batches(), scheme)
+    for path in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
+        layer, seen = layers(model)[path], inputs_of(original, path)
+        assert layer.input_quantizer.amax == seen.abs().amax()
+        importance = seen.square().mean(dim=0) if weighted else None
+        expected = start_scales(layer.weight.detach(), lookup("nvfp4"), "sweep", global_scales[path], importance)
+        agree = layer.weight_quantizer.start == expected.effective()
+        assert agree.float().mean() > 0.99  # sums in another order may flip a tie
+        assert torch.equal(layer.weight_quantizer.global_scale, global_scales[path])
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert logits(model).isfinite().all()
+
+
+def test_weighted_starts_lower_the_error_of_the_outputs() -> None:
+    errors = []
+    for weighted in (False, True):
+        scheme = usual("int3_g64", weighted_start=weighted)
+        model, original = apply(build(), scheme), build()
+        with torch.no_grad():
+            for m in (model, original):  # norms that excite some channels ten times more than others
+                m.model.layers[0].input_layernorm.weight[::16] = 10.0
+        calibrate(model, batches(), scheme)
+        layer, x = (
+            layers(model)["model.layers.0.self_attn.q_proj"],
+            inputs_of(original, "model.layers.0.self_attn.q_proj"),
+        )
+        errors.append(((layer.weight_quantizer(layer.weight) - layer.weight) @ x.T).square().mean().item())
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_deferred_starts_are_found_by_calibration_for_linears_and_embeddings() -> None:
+    scheme = rules(("*.embed_tokens", "int4_g64"), (LAYERS, "int4_g64"), ("*", None), weighted_start=False)
+    searched, deferred = apply(build(), scheme), apply(build(), scheme, defer_start=True)
+    paths = ("model.embed_tokens", "model.layers.0.mlp.up_proj")
+    starts = [[layers(m)[path].weight_quantizer.start for path in paths] for m in (searched, deferred)]
+    assert not any(torch.equal(a, b) for a, b in zip(*starts, strict=True))
+    calibrate(deferred, batches(), scheme)
+    assert all(
+        torch.equal(layers(deferred)[p].weight_quantizer.start, s) for p, s in zip(paths, starts[0], strict=True)
+    )
+
+
+def test_calibration_that_fails_leaves_no_hooks_and_dead_layers_are_named() -> None:
+    scheme = usual("nvfp4", "nvfp4")
+    model = apply(build(), scheme)
+    with pytest.raises(ValueError, match="tokenizer"):
+        calibrate(model, (_raise() for _ in range(1)), scheme)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight.zero_()
+    with pytest.raises(FormatError, match=r"input of model\.layers\.1\.mlp\.(gate|up)_proj: no non-zero activations"):
+        calibrate(model, batches(), scheme)
+
+
+def test_starts_are_found_in_float32_whatever_the_caller_computes_in() -> None:
+    scheme = usual("int4_g64", compensate="gptq")
+    starts = []
+    for autocast in (False, True):
+        model = apply(build(), scheme)
+        mean_square, products = observe(model, batches()), input_products(model, batches())
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            begin(model, scheme, mean_square, products)
+        starts.append({path: layer.weight.detach() for path, layer in layers(model).items()})
+    assert all(torch.equal(starts[0][path], starts[1][path]) for path in starts[0])
+
+
+def test_compensation_meets_the_inputs_that_are_served() -> None:
+    """The products are those of the quantized inputs; the layers before are not quantized."""
+    scheme = usual("nvfp4", "nvfp4", compensate="gptq")
+    model, original = apply(build(), scheme), build()
+    observe(model, batches())
+    found = input_products(model, batches())
+    for path in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
+        seen = layers(model)[path].input_quantizer.quantize(inputs_of(original, path))
+        torch.testing.assert_close(found[path], seen.T @ seen / len(seen))
+    assert found["model.layers.0.self_attn.q_proj"] is found["model.layers.0.self_attn.v_proj"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_compensation_in_parts_is_compensation_at_once(monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
+    """All products of a large model do not fit beside it: a block's at a time give the same bits."""
+    scheme = usual("int4_g64", "int8_token", compensate="gptq")
+    if tied:
+        scheme = scheme.model_copy(update={"rules": (Rule(match="*", weight="int4_g64"),), "tied": "share"})
+    starts, sizes = [], []
+
+    def counted(*arguments: object) -> dict[str, Tensor]:
+        found = input_products(*arguments)  # type: ignore[arg-type]  # passed on as given
+        sizes[-1].append(4 * sum(gram.numel() for gram in {id(gram): gram for gram in found.values()}.values()))
+        return found
+
+    monkeypatch.setattr(calibration, "input_products", counted)
+    for limit in (None, 1 << 40, 1):
+        sizes.append([])
+        model = build()
+        if tied:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        apply(model, scheme)
+        if limit is None:
+            squares, products = observe(model, batches()), counted(model, batches())
+            begin(model, scheme, {**squares, **{path: gram.diagonal() for path, gram in products.items()}}, products)
+            whole = {id(square): 4 * len(square) ** 2 for square in squares.values()}
+        else:
+            monkeypatch.setattr(calibration, "PRODUCTS", limit)
+            calibrate(model, batches(), scheme)
+        starts.append({path: (layer.weight, layer.weight_quantizer.start) for path, layer in layers(model).items()})
+    assert sizes[0] == sizes[1] == [sum(whole.values())]
+    assert len(sizes[2]) == 2 + tied and max(sizes[2]) < sizes[0][0] and sum(sizes[2]) == sizes[0][0]
+    for other in starts[1:]:
+        for path, pair in starts[0].items():
+            assert all(torch.equal(a, b) for a, b in zip(pair, other[path], strict=True)), path
+
+
+def _raise() -> dict[str, Tensor]:
+    raise ValueError("tokenizer")
+
+
+def test_starts_follow_the_scheme() -> None:
+    for start in ("amax", "mse", "auto"):
+        layer = layers(apply(build(), usual("int4_g64", start=start)))["model.layers.0.mlp.up_proj"]
+        expected = start_scales(layer.weight.detach(), lookup("int4_g64"), start).effective()
+        assert torch.equal(layer.weight_quantizer.start, expected)
+    plain = layers(apply(build(), usual("int4_g64", start="amax", learn="none", round_bf16=False)))
+    layer = plain["model.layers.0.mlp.up_proj"]
+    assert torch.equal(layer.weight_quantizer(layer.weight), fake_quantize(layer.weight, lookup("int4_g64")))

@@ -1,0 +1,290 @@
+"""Scale starts against brute force over every scale that can be stored, and observers against slow or foreign ones."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.ao.quantization.observer import MovingAverageMinMaxObserver
+
+from qat.errors import FormatError
+from qat.init.ranges import Histogram, Observer, RangeObserver, shared_global_scale, start_scales
+from qat.numbers.catalog import CATALOG, lookup
+from qat.numbers.format import Format
+from qat.numbers.numerics import Scales, find_scales, from_blocks, global_scale_for, per_block, rounded, to_blocks
+
+every_format = pytest.mark.parametrize("fmt", CATALOG.values(), ids=lambda fmt: fmt.name)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def importance(columns: int) -> Tensor:
+    """A few strongly excited channels, one that is never used."""
+    weights = torch.rand(columns, generator=torch.Generator().manual_seed(9)) ** 4
+    weights[3] = 0.0
+    return weights
+
+
+def error(x: Tensor, fmt: Format, scales: Scales, weights: Tensor | None = None) -> Tensor:
+    """Weighted squared error per block in float64."""
+    blocked = to_blocks(x, fmt)
+    difference = rounded(blocked, fmt, scales).double() * per_block(scales.effective().double()) - blocked.double()
+    if weights is not None:
+        difference *= to_blocks(weights.expand_as(x), fmt).double().sqrt()
+    return difference.square().sum(dim=(1, 3))
+
+
+def all_scales(fmt: Format, base: Scales) -> list[Tensor]:
+    """Every stored scale of an 8-bit scale type: the 126 positive finite E4M3 codes, or 80 powers of two."""
+    codes = range(1, 127) if fmt.scale == "e4m3" else range(87, 167)
+    return [torch.full_like(base.stored.view(torch.uint8), c).view(fmt.scale_storage) for c in codes]
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "nvint4", "if4", "mxfp4", "mxfp6", "mxfp8", "mxint8", "mxint4"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sweep_finds_the_best_of_all_scales(name: str, weighted: bool) -> None:
+    fmt, x = lookup(name), normal(16, 128)
+    weights = importance(128) if weighted else None
+    base = find_scales(x, fmt)
+    found = start_scales(x, fmt, "sweep", importance=weights)
+    best = torch.full(base.stored.shape, math.inf, dtype=torch.float64)
+    for stored in all_scales(fmt, base):
+        for choice in range(len(fmt.elements)):
+            chosen = torch.full(base.stored.shape, choice, dtype=torch.uint8) if base.choice is not None else None
+            best = torch.minimum(best, error(x, fmt, Scales(stored, base.global_scale, choice=chosen), weights))
+    reached = (error(x, fmt, found, weights) - best).abs() <= best * 1e-5
+    # An important value far below its block's maximum can want a scale beyond the window of codes that are tried.
+    assert reached.double().mean() >= (0.98 if weighted else 1.0)
+    assert (error(x, fmt, found, weights) <= error(x, fmt, base, weights) * (1 + 1e-5)).all()
+    plain_is_worse = error(x, fmt, base, weights) > best * 1.0001
+    assert plain_is_worse.any() or name == "mxfp8"  # which has exponents to spare
+
+
+@every_format
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_searched_start_is_never_worse_than_amax_in_any_block(fmt: Format, weighted: bool) -> None:
+    width = 200 if fmt.block[0] > 1 else 256
+    x = normal(12, width) * torch.logspace(-1, 1, 12)[:, None]
+    weights = importance(width) if weighted else None
+    plain = error(x, fmt, start_scales(x, fmt, "amax"), weights)
+    for start in ("mse", "auto"):
+        searched = error(x, fmt, start_scales(x, fmt, start, importance=weights), weights)
+        assert (searched <= plain * (1 + 1e-5)).all()
+    if fmt.element.bits <= 4 and fmt.block != (0, 0):
+        assert (searched < plain).any()
+
+
+@every_format
+def test_starts_follow_the_size_of_the_weight(fmt: Format) -> None:
+    """Errors of 1e-30 and 1e30 must not vanish or overflow when squared."""
+    x = normal(4, 256)
+    weights = importance(256)
+    for start in ("mse", "auto"):
+        expected = start_scales(x, fmt, start, importance=weights)
+        for exponent in (-90, 90):
+            found = start_scales(x * 2.0**exponent, fmt, start, importance=weights)
+            assert torch.equal(found.effective(), expected.effective() * 2.0**exponent)
+
+
+def test_start_names() -> None:
+    x = normal(4, 128)
+    for name, same_as in (("nvfp4", "sweep"), ("mxfp4", "sweep"), ("int4_g64", "mse"), ("nf4_g64", "mse")):
+        assert torch.equal(
+            start_scales(x, lookup(name), "auto").effective(), start_scales(x, lookup(name), same_as).effective()
+        )
+        assert torch.equal(start_scales(x, lookup(name), "amax").effective(), find_scales(x, lookup(name)).effective())
+    with pytest.raises(FormatError, match=r"int4_g64 stores bf16 scales, too many to sweep; use start: mse"):
+        start_scales(x, lookup("int4_g64"), "sweep")
+
+
+def test_importance_moves_the_scale_to_what_matters() -> None:
+    """With all weight on one small value, clipping the outlier beside it is right; without, it is not."""
+    fmt = lookup("int4_g32")
+    x = torch.full((1, 32), 0.02)
+    x[0, 0], x[0, 5] = 1.0, 0.33
+    weights = torch.zeros(32)
+    weights[5] = 1.0
+    plain, weighted = start_scales(x, fmt, "mse"), start_scales(x, fmt, "mse", importance=weights)
+    assert error(x, fmt, weighted, weights).item() < error(x, fmt, plain, weights).item()
+    assert error(x, fmt, plain).item() < error(x, fmt, weighted).item()
+    again = start_scales(x, fmt, "mse", importance=weights * 1e6)
+    assert torch.equal(again.stored, weighted.stored)
+    unchanged = start_scales(x, fmt, "mse", importance=torch.zeros(32))  # nothing is known: the format's own rule
+    assert torch.equal(unchanged.stored, find_scales(x, fmt).stored)
+
+
+def test_mse_equals_a_search_over_eighty_ratios() -> None:
+    fmt, x = dataclasses.replace(lookup("int4_g64"), scale="f32"), normal(8, 128)
+    found = error(x, fmt, start_scales(x, fmt, "mse"))
+    amax = to_blocks(x, fmt).abs().amax(dim=(1, 3))
+    trials = [error(x, fmt, Scales(amax / 7 * (0.3 + 0.7 * (i + 1) / 80))) for i in range(80)]
+    torch.testing.assert_close(found, torch.stack(trials).amin(dim=0), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "int4_g32", "mxfp4", "int4_g32_asym"])
+def test_a_block_with_nan_keeps_its_nan_scale(name: str) -> None:
+    fmt, x = lookup(name), normal(2, 64)
+    x[1, 3] = math.nan
+    found, clean = start_scales(x, fmt, "auto"), start_scales(torch.cat([x[:1], x[:1]]), fmt, "auto")
+    assert found.effective()[1, 0].isnan() and found.effective().isnan().sum() == 1
+    if not fmt.global_scale:
+        assert torch.equal(found.effective()[0], clean.effective()[0])
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "nvint4", "if4"])
+def test_fused_layers_share_the_larger_global_scale(name: str) -> None:
+    fmt = lookup(name)
+    small, large = normal(4, 64), normal(8, 64) * 100
+    shared = shared_global_scale([small, large], fmt)
+    assert shared is not None and torch.equal(shared, global_scale_for(large.abs().amax(), fmt))
+    assert torch.equal(shared, shared_global_scale([large, small], fmt))
+    for weight in (small, large):
+        for start in ("amax", "auto"):
+            assert torch.equal(start_scales(weight, fmt, start, shared).global_scale, shared)
+    assert shared_global_scale([small, large], lookup("int4_g64")) is None
+
+
+def observed(kind: Observer, batches: list[Tensor], name: str = "int8_tensor") -> float:
+    observer = RangeObserver(kind, lookup(name))
+    for batch in batches:
+        observer.add(batch)
+    return observer.amax()
+
+
+def batches(count: int = 5) -> list[Tensor]:
+    return [normal(40, 64, seed=seed) * (1 + seed) for seed in range(count)]
+
+
+def with_outliers() -> list[Tensor]:
+    """Gaussian, and one value in ten thousand at 40 sigma."""
+    found = []
+    for seed in range(4):
+        x = normal(200, 100, seed=seed)
+        x[0, :2] = 40.0
+        found.append(x)
+    return found
+
+
+def test_minmax_is_the_largest_magnitude() -> None:
+    assert observed("minmax", [*batches(), torch.tensor([-77.0, 3.0])]) == 77.0
+
+
+def test_moving_average_equals_pytorch() -> None:
+    reference = MovingAverageMinMaxObserver(averaging_constant=0.01)
+    for batch in batches():
+        reference(batch.abs())  # of one sign, so that its maximum is our magnitude
+    assert observed("moving_average", batches()) == pytest.approx(reference.max_val.item(), rel=1e-6)
+
+
+def test_percentile_equals_that_of_all_the_data() -> None:
+    data = torch.cat([b.abs().flatten() for b in batches()]).numpy()
+    width = 2 * float(data.max()) / 2048  # the histogram's limit is less than twice the maximum
+    for percentile in (50.0, 99.0, 99.9):
+        observer = RangeObserver("percentile", lookup("int8_tensor"), percentile)
+        for batch in batches():
+            observer.add(batch)
+        assert observer.amax() == pytest.approx(
+            np.percentile(data, percentile, method="inverted_cdf"), abs=1.01 * width
+        )
+
+
+@pytest.mark.parametrize("name", ["int4_tensor", "int8_tensor", "fp8_tensor"])
+def test_mse_clip_is_the_best_on_the_data_itself(name: str) -> None:
+    element, data = lookup(name).element, torch.cat(with_outliers()).abs().double()
+
+    def cost(limit: float) -> float:
+        scale = limit / element.max
+        return float((element.round((data / scale).float()).double() * scale - data).square().mean())
+
+    found = observed("mse", with_outliers(), name)
+    assert cost(found) <= 1.02 * min(cost(40.0 * ratio / 100) for ratio in range(2, 101))
+    assert found <= 40.0 and (element.bits > 4 or found < 20.0)
+
+
+def slow_kl(counts: np.ndarray, width: float, levels: int) -> float:
+    """TensorRT's calibration written as its slides describe it, one bin and one level at a time."""
+    best, best_kl = len(counts), math.inf
+    for keep in range(levels, len(counts) + 1, max(1, levels // 16)):
+        p = counts[:keep].astype(float)
+        p[-1] += counts[keep:].sum()
+        q = np.zeros(keep)
+        for level in range(levels):
+            first, last = math.ceil(level * keep / levels), math.ceil((level + 1) * keep / levels)
+            full = counts[first:last] > 0
+            if full.any():
+                q[first:last][full] = counts[first:last].sum() / full.sum()
+        p, q = p / p.sum(), q / q.sum()
+        kl = sum(a * math.log(max(a, 1e-30) / max(b, 1e-30)) for a, b in zip(p, q, strict=True) if a > 0)
+        if kl < best_kl - 1e-12:
+            best, best_kl = keep, kl
+    return (best + 0.5) * width
+
+
+def test_kl_equals_a_slow_second_implementation() -> None:
+    for data in (with_outliers(), batches()):
+        histogram = Histogram()
+        for batch in data:
+            histogram.add(batch)
+        expected = slow_kl(histogram.counts.numpy(), histogram.limit / 2048, 128)
+        assert observed("kl", data) == pytest.approx(expected, rel=1e-9)
+
+
+def test_kl_and_percentile_clip_outliers_and_minmax_does_not() -> None:
+    data = with_outliers()
+    assert observed("minmax", data) == 40.0
+    assert 2.5 < observed("kl", data) < 10.0
+    assert 3.0 < observed("percentile", [*data, *[normal(200, 100, seed=9) for _ in range(8)]]) < 6.0
+
+
+def test_the_histogram_equals_numpy_after_any_number_of_doublings() -> None:
+    histogram = Histogram()
+    parts = [normal(1000, seed=seed) * scale for seed, scale in enumerate((1e-3, 0.5, 0.1, 30.0, 4.0))]
+    for part in parts:
+        histogram.add(part)
+    data = torch.cat(parts).abs()
+    assert histogram.limit >= data.max() > histogram.limit / 2
+    assert math.log2(histogram.limit / parts[0].abs().max().item()) == pytest.approx(15, abs=2)
+    expected, _ = np.histogram(data.numpy().astype(np.float64), 2048, (0, histogram.limit))
+    assert histogram.counts.sum() == 5000
+    assert np.abs(histogram.counts.numpy() - expected).sum() <= 4  # values on an edge may fall to either side
+    assert histogram.centres[0] == histogram.limit / 4096 and histogram.centres[-1] < histogram.limit
+
+
+@pytest.mark.parametrize("kind", ["minmax", "moving_average", "percentile", "mse", "kl"])
+def test_nan_infinity_and_empty_batches_do_not_spoil_a_range(kind: Observer) -> None:
+    bad = normal(40, 64, seed=0)
+    bad[0, 0], bad[1, 1], bad[2, 2] = math.nan, math.inf, -math.inf
+    clean = torch.where(bad.isfinite(), bad, 0.0)
+    assert observed(kind, [bad, normal(4, 4)]) == pytest.approx(observed(kind, [clean, normal(4, 4)]), rel=1e-3)
+    if kind != "moving_average":
+        assert observed(kind, [clean, torch.zeros(0, 4)]) == observed(kind, [clean])
+
+
+@pytest.mark.parametrize("kind", ["minmax", "moving_average", "percentile", "mse", "kl"])
+@pytest.mark.parametrize("data", [[], [torch.zeros(3, 3)]])
+def test_nothing_observed_is_an_error(kind: Observer, data: list[Tensor]) -> None:
+    with pytest.raises(FormatError, match="no non-zero activations were observed"):
+        observed(kind, data)
+
+
+def test_observers_take_any_shape_and_dtype_and_keep_no_data() -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        assert observed("minmax", [torch.ones(2, 3, 4, dtype=dtype)]) == 1.0
+    observer = RangeObserver("kl", lookup("int8_tensor"))
+    x = normal(8, 8).requires_grad_()
+    observer.add(x * 2)
+    held = [v for v in vars(observer).values() if isinstance(v, Tensor)]
+    assert not held and not observer._histogram.counts.requires_grad
+
+
+def test_blocks_of_an_overhang_ignore_the_padding() -> None:
+    fmt = lookup("fp8_b128")
+    x = normal(130, 200) + 3
+    scales = start_scales(x, fmt, "mse")
+    assert scales.stored.shape == (2, 2)
+    back = from_blocks(to_blocks(x, fmt), x.shape, fmt)
+    assert torch.equal(back, x)
