@@ -135,8 +135,7 @@ def _docstrings(tree: ast.Module) -> set[int]:
 
 
 def import_arrows(source: Source) -> list[str]:
-    """trainers -> checkpoints -> qat <- kernels, engines -> checkpoints, kernels; trainers and engines are imported by
-    the composition roots only."""
+    """trainers -> checkpoints -> qat <- kernels, engines -> checkpoints, kernels; trainers, engines: composition roots only."""
     if source.layer == "tests":
         return []
     found = []

@@ -3,7 +3,8 @@
 Three operators that device kernels register on; this file is their meaning and what runs where no kernel does. The
 arithmetic is the "vllm" rule of `qat.training.activations`: `dequantize_input` gives back exactly what training
 simulated (the sign of a zero aside, and a NaN under a static scale where the codes cannot say NaN: it becomes 0). The
-two fused operators round between their steps where transformers' modules do, so their codes are those of the separate steps.
+two fused operators round between their steps where transformers' modules do, so their codes are those of the separate
+steps.
 """
 
 from typing import NamedTuple
