@@ -135,7 +135,7 @@ def _docstrings(tree: ast.Module) -> set[int]:
 
 
 def import_arrows(source: Source) -> list[str]:
-    """trainers -> checkpoints -> qat <- kernels, engines -> checkpoints, kernels; trainers, engines: composition roots only."""
+    """trainers -> checkpoints -> qat <- kernels, and engines -> checkpoints, kernels; nothing points at those two."""
     if source.layer == "tests":
         return []
     found = []

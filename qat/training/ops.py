@@ -191,7 +191,8 @@ _quantized_linear.register_autograd(_backward_linear, setup_context=_setup_linea
 
 
 def quantize_pack_reference(weight: Tensor, divisor: Tensor, zero_point: Tensor | None, format: str) -> Tensor:
-    """What `qat::quantize_pack` means: the codes of weight (rows, columns) under these scales, as `packed` holds them. A value that is NaN gets the code of zero; `qat.serving.packed.pack` is what refuses broken scales."""
+    """What `qat::quantize_pack` means: the codes of weight (rows, columns) under these scales, as `qat.serving.packed`
+    holds them. A value that is NaN gets the code of zero; `pack` there is what refuses broken scales."""
     fmt = lookup(format)
     reason = problem(fmt)
     if reason is not None:
