@@ -21,7 +21,8 @@ import torch
 from safetensors import safe_open
 
 import qat
-from qat.checkpoints.targets import TARGETS
+from qat.checkpoints.layouts import TARGETS
+from qat.errors import UnsupportedError
 from tests.checkpoints.exports import export_pair
 from tests.tiny import tiny_model
 from tests.trainers import jobs
