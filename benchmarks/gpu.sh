@@ -59,7 +59,7 @@ train() {
     local size=(rows=32 micro_rows=32 steps=150 eval.every=75 eval.batch=16) timing=(--steps 10 --tokens 4096)
     if [ "$DEVICE" != cuda ]; then
         size=(rows=1 micro_rows=1 steps=1 eval.every=1 eval.tokens=64 data.seq_len=32 eval.data.seq_len=32
-            calibration_rows=1 scheme.compensate=none data.max_tokens=2048)
+            calibration_rows=1 scheme.init=[scales] data.max_tokens=2048)
         timing=(--steps 1 --tokens 64)
     fi
     rm -rf "$run"

@@ -10,11 +10,11 @@ import time
 from typing import Any
 
 STARTS: dict[str, dict[str, Any]] = {
-    "plain rounding": {"start": "amax", "weighted_start": False},
+    "plain rounding": {"init": ()},
     "input-weighted scales": {},
-    "+ GPTQ": {"compensate": "gptq"},
-    "+ smoothing": {"smooth": 0.5},
-    "+ smoothing + GPTQ": {"smooth": 0.5, "compensate": "gptq"},
+    "+ GPTQ": {"init": ("gptq",)},
+    "+ smoothing": {"init": ("smooth", "scales")},
+    "+ smoothing + GPTQ": {"init": ("smooth", "gptq")},
 }
 
 
@@ -56,7 +56,7 @@ def main() -> None:
                 Rule(match="*_proj", weight=name, input=name),
             )
             scheme = Scheme(rules=rules, **changes)
-            student = apply(load_model(source, torch.float32), scheme, defer_start=True)
+            student = apply(load_model(source, torch.float32), scheme, defer_init=True)
             with torch.autocast("cpu", torch.bfloat16):
                 calibrate(student, text, scheme)
             cells.append(f"{judge.score(student).kl:.4f} ({time.perf_counter() - began:.0f} s)")

@@ -56,7 +56,7 @@ def build(weight: str | None, input: str | None, learn: str, name: str, device: 
             Rule(match="model.embed_tokens", skip="tied"),
             Rule(match="*_proj", weight=weight, input=input),
         )
-        scheme = Scheme(rules=rules, start="amax", weighted_start=False, learn=learn)
+        scheme = Scheme(rules=rules, init=(), learn=learn)
         apply(model, scheme)
         calibrate(model, [{"input_ids": torch.arange(64).view(1, -1)}], scheme)
     model = model.to(device)

@@ -35,8 +35,7 @@ from qat.checkpoints.shards import DEFAULT_SHARD_BYTES, ShardReader, ShardWriter
 from qat.errors import CheckpointError, UnsupportedError
 from qat.numbers.format import Format
 from qat.numbers.numerics import decode_scale
-from qat.quantizer import QatLinear
-from qat.surgery import layers
+from qat.sites import sites
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,11 +74,10 @@ def check_export(model: "PreTrainedModel", source: Path | None) -> list[str]:
 def _pairs(model: "PreTrainedModel") -> list[tuple[Format, Format | None]]:
     """Every (weight, input) pair of formats of the linear layers."""
     found: dict[tuple[str, str], tuple[Format, Format | None]] = {}
-    for layer in layers(model).values():
-        if isinstance(layer, QatLinear):
-            input = layer.input_quantizer.format if layer.input_quantizer is not None else None
-            weight = layer.weight_quantizer.format
-            found[weight.name, input.name if input else ""] = weight, input
+    for site in sites(model, "weight"):
+        if not site.is_table:
+            input = site.input.format if site.input is not None else None
+            found[site.format.name, input.name if input else ""] = site.format, input
     return list(found.values())
 
 
@@ -202,7 +200,7 @@ def _tensors_of(plan: ExportPlan, name: str, reader: ShardReader, record: dict[s
     if name in plan.dense:
         tensor = plan.dense[name]
         if path in plan.embeddings:
-            tensor = plan.embeddings[path].weight_quantizer(tensor)
+            tensor = plan.embeddings[path].quantizer(tensor)
         if tensor.is_floating_point():
             tensor = tensor.to(torch.float32 if name in plan.wide else torch.bfloat16)
     else:
@@ -214,14 +212,14 @@ def _tensors_of(plan: ExportPlan, name: str, reader: ShardReader, record: dict[s
 
 
 def _packed(plan: ExportPlan, path: str, record: dict[str, Any]) -> dict[str, Tensor]:
-    layer, module = plan.layer(path), plan.linears[path]
-    q = module.weight_quantizer.quantize(module.weight)
-    trained = module.weight_quantizer(module.weight).to(torch.bfloat16)
+    layer, site = plan.layer(path), plan.linears[path]
+    q = site.quantizer.quantize(site.weight)
+    trained = site.value().to(torch.bfloat16)
     if not bool(torch.isfinite(trained).all()):
         raise CheckpointError(f"{path}.weight holds NaN or infinity; nothing was written")
     if not torch.equal(q.dequantize(torch.bfloat16), trained):
         raise CheckpointError(f"{path}.weight: its codes do not decode to the weight of the forward pass")
-    amax = module.input_quantizer.amax if module.input_quantizer is not None else None
+    amax = site.input.amax if site.input is not None else None
     tensors = {f"{path}.{key}": value for key, value in plan.target.pack(q, layer.input, amax).items()}
     for name, tensor in tensors.items():
         key = name.rpartition(".")[2]
@@ -264,9 +262,9 @@ def _copy_files(source: Path, folder: Path) -> dict[str, str]:
 
 def _record(plan: ExportPlan, source: Path, target: str, written: dict[str, Any]) -> dict[str, Any]:
     """What qat.json says; `written` are the entries of modules and tensors."""
-    weights = sum(module.weight.numel() for module in plan.linears.values())
+    weights = sum(site.weight.numel() for site in plan.linears.values())
     packed = sum(entry["bytes"] for entry in written["modules"].values())
-    rules = {m.input_quantizer.rule for m in plan.linears.values() if m.input_quantizer is not None}
+    rules = {site.input.rule for site in plan.linears.values() if site.input is not None}
     try:
         release = version("qat-native")
     except PackageNotFoundError:
@@ -281,7 +279,7 @@ def _record(plan: ExportPlan, source: Path, target: str, written: dict[str, Any]
         "fused": plan.fused,
         "copied": list(plan.copied),
         "left_out": plan.left_out,
-        "embeddings_on_grid": {path: m.weight_quantizer.format.name for path, m in plan.embeddings.items()},
+        "embeddings_on_grid": {path: site.format.name for path, site in plan.embeddings.items()},
         "notes": plan.notes,
         "bits_per_weight": 8 * packed / weights,
         **written,

@@ -32,8 +32,7 @@ from qat.checkpoints.shards import ShardReader, TensorInfo
 from qat.errors import CheckpointError, UnsupportedError
 from qat.kept import kept_in_float32, own_tensors
 from qat.numbers.numerics import decode_scale
-from qat.quantizer import QatEmbedding, QatLinear
-from qat.surgery import layers
+from qat.sites import Site, sites
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,8 +55,8 @@ class ExportPlan:
     model: "PreTrainedModel"
     target: Target
     names: StoredNames
-    linears: dict[str, QatLinear]
-    embeddings: dict[str, QatEmbedding]
+    linears: dict[str, Site]
+    embeddings: dict[str, Site]
     dense: dict[str, Tensor]
     wide: frozenset[str]
     copied: dict[str, tuple[int, ...]]
@@ -70,10 +69,10 @@ class ExportPlan:
 
     def layer(self, path: str) -> TargetLayer:
         """The target's view of one linear layer."""
-        module = self.linears[path]
-        input = module.input_quantizer.format if module.input_quantizer is not None else None
-        shape = (module.out_features, module.in_features)
-        return TargetLayer(path, shape, module.weight_quantizer.format, input, self.names.modules[path])
+        site = self.linears[path]
+        input = site.input.format if site.input is not None else None
+        rows, columns = site.weight.shape
+        return TargetLayer(path, (rows, columns), site.format, input, self.names.modules[path])
 
 
 def plan_export(model: "PreTrainedModel", source: Path | None, target: Target) -> ExportPlan:
@@ -103,8 +102,8 @@ def check_values(plan: ExportPlan) -> None:
     Raises:
         CheckpointError, UnsupportedError: names the layers.
     """
-    for path, module in plan.linears.items():
-        quantizer = module.input_quantizer
+    for path, site in plan.linears.items():
+        quantizer = site.input
         if quantizer is not None and quantizer.needs_calibration and not 0 < float(quantizer.amax) < math.inf:
             raise CheckpointError(f"{path}: the range of its input is {float(quantizer.amax)}; run qat.calibrate first")
     for members in plan.fused:
@@ -128,17 +127,17 @@ def check_values(plan: ExportPlan) -> None:
 
 def _differ(plan: ExportPlan, members: list[str]) -> str:
     """What of layers that are merged has only one value, and more here; "" if nothing."""
-    modules = [plan.linears[path] for path in members]
-    scales = [module.weight_quantizer.scales() for module in modules]
+    sites = [plan.linears[path] for path in members]
+    scales = [site.quantizer.scales() for site in sites]
     above = {float(s.global_scale) for s in scales if s.global_scale is not None}
-    ranges = {float(q.amax) for m in modules if (q := m.input_quantizer) is not None and q.needs_calibration}
+    ranges = {float(q.amax) for site in sites if (q := site.input) is not None and q.needs_calibration}
     found = (("global scales", above), ("input ranges", ranges))
     return next((f"{what} differ: {sorted(values)}" for what, values in found if len(values) > 1), "")
 
 
 def _rounded_again(plan: ExportPlan, members: list[str]) -> list[float]:
     """Per-tensor scales of layers that the target's engines merge under one, where they differ."""
-    scales = [plan.linears[path].weight_quantizer.scales() for path in members]
+    scales = [plan.linears[path].quantizer.scales() for path in members]
     only = {float(decode_scale(s.stored)) for s in scales if s.stored.numel() == 1}
     return sorted(only) if plan.target.FUSES_TENSOR_SCALES and len(only) > 1 else []
 
@@ -174,33 +173,34 @@ def refusals(model: "PreTrainedModel", source: Path | None) -> tuple[ExportPlan 
 
 
 def _sort_tensors(model: "PreTrainedModel", source: Path | None, target: Target) -> ExportPlan:
-    found = layers(model)
-    if not any(isinstance(module, QatLinear) for module in found.values()):
+    quantized = sites(model, "weight")
+    linears = [site for site in quantized if not site.is_table]
+    if not linears:
         raise UnsupportedError("no linear layer of this model is quantized; apply a scheme first (qat.apply)")
     given: dict[str, TensorInfo] = {}
     if source is not None:
         with ShardReader(source) as reader:
             given = {name: reader.info(name) for name in reader.names()}
     names = stored_names(model, given)
-    _check_own_tensors(model, names, [path for path, module in found.items() if isinstance(module, QatLinear)])
-    linears = {names.paths[path]: module for path, module in found.items() if isinstance(module, QatLinear)}
-    embeddings = {names.paths[path]: module for path, module in found.items() if isinstance(module, QatEmbedding)}
-    quantized = {f"{path}.weight" for path in linears}
-    rest = {name: tensor for name, tensor in names.tensors.items() if name not in quantized}
+    _check_own_tensors(model, names, [site.path for site in linears])
+    packed = {names.paths[site.path]: site for site in linears}
+    tables = {names.paths[site.path]: site for site in quantized if site.is_table}
+    own = {f"{path}.weight" for path in packed}
+    rest = {name: tensor for name, tensor in names.tensors.items() if name not in own}
     aliases = _aliases(model, names, rest)
     dense = {name: tensor for name, tensor in rest.items() if name not in aliases}
     left_out = {name: f"a second name of {other}" for name, other in names.shadowed.items()}
     left_out |= {name: f"the same tensor as {other}" for name, other in aliases.items() if name in given}
     if source is not None:
-        _check_source(model, names, source, {**names.shadowed, **aliases}, dense.keys() | quantized)
+        _check_source(model, names, source, {**names.shadowed, **aliases}, dense.keys() | own)
     order = [name for name in given if name not in left_out]
-    order += sorted((dense.keys() | quantized) - set(given))
+    order += sorted((dense.keys() | own) - set(given))
     kept = kept_in_float32(model)
     wide = frozenset(name for name in dense if names.origins.get(name) in kept)
-    fused = dict.fromkeys(m.fused for m in found.values() if isinstance(m, QatLinear) and len(m.fused) > 1)
+    fused = dict.fromkeys(site.fused for site in linears if len(site.fused) > 1)
     sets = [[names.paths[path] for path in members] for members in fused]
     copied, head = {name: given[name].shape for name in sorted(names.unread)}, _head(model, names.paths)
-    return ExportPlan(model, target, names, linears, embeddings, dense, wide, copied, left_out, order, head, sets)
+    return ExportPlan(model, target, names, packed, tables, dense, wide, copied, left_out, order, head, sets)
 
 
 def _check_own_tensors(model: "PreTrainedModel", names: StoredNames, paths: list[str]) -> None:
@@ -341,10 +341,10 @@ def _notes(plan: ExportPlan, source: Path | None) -> list[str]:
         layer = plan.layer(path)
         pair = layer.weight.name + (f" with {layer.input.name} inputs" if layer.input else "")
         found.update(dict.fromkeys(f"{pair}: {note}" for note in plan.target.notes(layer.weight, layer.input)))
-    for path, module in plan.embeddings.items():
-        name = module.weight_quantizer.format.name
+    for path, site in plan.embeddings.items():
+        name = site.format.name
         found[f"{path} is quantized to {name} in training; this target stores its values as dense BF16"] = None
-    elements = [module.weight_quantizer.format.element for module in plan.linears.values()]
+    elements = [site.format.element for site in plan.linears.values()]
     if (plan.names.parts or unquantizable(plan.model)) and not all(
         e.kind == "minifloat" and e.bits == 8 for e in elements
     ):
@@ -356,7 +356,7 @@ def _notes(plan: ExportPlan, source: Path | None) -> list[str]:
         wanted = wanted_while_loading(plan.model, [plan.names.modules[path] for path in plan.linears])
         found.update(dict.fromkeys(f"plain transformers (5.23) cannot load packed layers of {name}, whose weights it "
                                    "initialises; vLLM can" for name in wanted))  # fmt: skip
-    if not all(module.weight_quantizer.round_bf16 for module in plan.linears.values()):
+    if not all(site.quantizer.round_bf16 for site in plan.linears.values()):
         found["trained with round_bf16: false, so BF16 servers round the exported weights once more"] = None
     found.update(dict.fromkeys(_of_the_source(plan, source)))
     return list(found)

@@ -21,7 +21,7 @@ from qat.checkpoints.hf import ModelConfig, load_configured
 from qat.checkpoints.origin import is_path, locate
 from qat.config import load_yaml, validate
 from qat.errors import CheckpointError
-from qat.scheme import Scheme
+from qat.scheme import Scheme, upgraded
 from qat.surgery import apply
 
 BEST = "best"
@@ -195,10 +195,10 @@ def load_student(
         have = sorted(p.name for p in (run / "checkpoints").glob("[!.]*") if (p / STUDENT).is_file())
         raise CheckpointError(f"{run} has no checkpoint {checkpoint!r}; it has: {', '.join(have) or 'none yet'}")
     config = validate(ModelConfig, job["model"], str(run / "job.yaml"))
-    scheme = validate(Scheme, job["scheme"], str(run / "job.yaml"))
+    scheme = validate(Scheme, upgraded(job["scheme"]), str(run / "job.yaml"))
     source = locate(config, moved, f"say where the model that {run} was made from is now: --model PATH")
     model = load_configured(config, source)
-    apply(model, scheme, defer_start=True)
+    apply(model, scheme, defer_init=True)
     restore_student(model, load_file(folder / STUDENT))
     # A path of this machine means nothing elsewhere, so only names that others can resolve are passed on.
     portable = None if is_path(config) else config.id

@@ -1,33 +1,81 @@
-"""The modules a quantized model is made of: quantizers that own scales, and the layers that use them.
+"""The module that stands on a site: fake quantization by one format, in one of three modes.
 
-A `WeightQuantizer` holds a start scale and, where scales are learned, its logarithmic correction: the parameter is then
-free of units, so one learning rate fits every layer. An `InputQuantizer` follows the data; layers that read the same
-tensor share one instance, which also computes it once.
+A `WeightQuantizer` owns scales: where they begin and, where they are learned, their logarithmic correction; the
+parameter is then free of units, so one learning rate fits every layer. An `InputQuantizer` follows what passes through
+it (layer inputs, keys, values); layers that read the same tensor share one instance, which also computes it once.
 """
 
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from qat.errors import TrainingError
-from qat.init.ranges import Observer, RangeObserver
+from qat.init.observers import Observer, RangeObserver
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales, quantize, store_scale
-from qat.scheme import ActivationRule, Learn
-from qat.training.activations import dynamic_fake_quantize
+from qat.training.activations import ActivationRule, dynamic_fake_quantize
 from qat.training.gradients import Estimator
 from qat.training.ops import fake_quantize, quantized_linear
 
+Learn = Literal["none", "lsq", "dual_lsq"]
+Mode = Literal["quantized", "dense", "frozen"]
+Transform = Callable[[Tensor], Tensor]
 
-class WeightQuantizer(nn.Module):
-    """Scales of one weight, and the weight's trip onto the grid.
+
+class Quantizer(nn.Module):
+    """What every quantizer has.
+
+    Attributes:
+        format: of the codes.
+        mode: "quantized" rounds at every call; "dense" leaves the rounding out; "frozen" rounds a weight once and
+            gives the result again, for evaluation (inputs differ at every call, so to them it means "quantized").
+        transforms: applied in order before rounding, in every mode, since the other side of the product expects it.
+    """
+
+    def __init__(self, fmt: Format) -> None:
+        super().__init__()
+        self.format = fmt
+        self.mode: Mode = "quantized"
+        self.transforms: tuple[Transform, ...] = ()
+
+    def transformed(self, x: Tensor) -> Tensor:
+        """x (..., columns) after the chain."""
+        for transform in self.transforms:
+            x = transform(x)
+        return x
+
+
+class SameTensor:
+    """Whether a tensor is the very one that was seen last, and what was made of it; holds no tensor alive but that."""
+
+    def __init__(self) -> None:
+        self._seen: weakref.ref[Tensor] | None = None
+        self.made: Any = None
+
+    def __call__(self, x: Tensor) -> bool:
+        """Whether it is x."""
+        return self._seen is not None and self._seen() is x
+
+    def remember(self, x: Tensor, made: Any = None) -> None:
+        """x is the one seen last."""
+        self._seen, self.made = weakref.ref(x), made
+
+    def forget(self) -> None:
+        """None was seen."""
+        self._seen = self.made = None
+
+
+class WeightQuantizer(Quantizer):
+    """Scales of one weight (rows, columns), or of a stack of them (experts, rows, columns), and its trip onto the grid.
 
     Args:
         fmt: the weight's format.
-        scales: where to start.
+        scales: where to start; those of a stack have its matrices one below the other.
         learn: which corrections are parameters.
         round_bf16: see `Scheme.round_bf16`.
     """
@@ -38,13 +86,14 @@ class WeightQuantizer(nn.Module):
     choice: Tensor | None
 
     def __init__(self, fmt: Format, scales: Scales, learn: Learn, round_bf16: bool = True) -> None:
-        super().__init__()
-        self.format, self.learn, self.round_bf16 = fmt, learn, round_bf16
+        super().__init__(fmt)
+        self.learn, self.round_bf16 = learn, round_bf16
         for name in ("start", "global_scale", "zero_point", "choice"):
             self.register_buffer(name, None)
         zeros = torch.zeros(scales.stored.shape, device=scales.stored.device)
         self.log_scale = nn.Parameter(zeros) if learn != "none" else None
         self.log_divisor = nn.Parameter(zeros.clone()) if learn == "dual_lsq" else None
+        self._value: Tensor | None = None
         self.set_scales(scales)
 
     def set_scales(self, scales: Scales) -> None:
@@ -78,12 +127,24 @@ class WeightQuantizer(nn.Module):
 
     def quantize(self, weight: Tensor) -> QTensor:
         """Codes and stored scales of `weight`: exactly the numbers that `forward` multiplies with."""
-        return quantize(weight, self.format, self.scales())
+        return quantize(self.transformed(weight), self.format, self.scales())
 
     def forward(self, weight: Tensor) -> Tensor:
-        """`weight` (rows, columns) on its grid, in its dtype."""
+        """`weight` (..., rows, columns) on its grid, in its dtype."""
+        if self.mode == "frozen":
+            if self._value is None:
+                with torch.no_grad():
+                    self._value = self._rounded(weight)
+            return self._value
+        return self.transformed(weight) if self.mode == "dense" else self._rounded(weight)
+
+    def forget(self) -> None:
+        """Drop the value that "frozen" remembers."""
+        self._value = None
+
+    def _rounded(self, weight: Tensor) -> Tensor:
         return fake_quantize(
-            weight,
+            self.transformed(weight),
             self.format.name,
             self._given(),
             multiplier=self.multiplier(),
@@ -95,10 +156,14 @@ class WeightQuantizer(nn.Module):
         return Scales(self.start, self.global_scale, self.zero_point, self.choice)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`linear(x, self(weight), bias)` in the dtype of x, keeping less for the backward pass."""
+        """`linear(x, self(weight), bias)`; where gradients are wanted, keeping less for the backward pass."""
+        if self.mode != "quantized" or not torch.is_grad_enabled():
+            return functional.linear(x, self(weight), bias)
+        if torch.is_autocast_enabled(x.device.type):  # which would cast the scales too, inside the operator
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         return quantized_linear(
             x,
-            weight,
+            self.transformed(weight),
             bias,
             self.format.name,
             self._given(),
@@ -112,8 +177,8 @@ class WeightQuantizer(nn.Module):
         return f"{self.format.name}, learn={self.learn}"
 
 
-class InputQuantizer(nn.Module):
-    """Fake quantization of a layer's input by the serving engine's rule.
+class InputQuantizer(Quantizer):
+    """Fake quantization of a tensor that follows the data, by the serving engine's rule.
 
     `amax` is the calibrated range (a float32 scalar, NaN until `calibrate`): static formats derive their scale from it,
     NVFP4-like formats their per-tensor scale; dynamic formats ignore it.
@@ -122,13 +187,12 @@ class InputQuantizer(nn.Module):
     amax: Tensor
 
     def __init__(self, fmt: Format, rule: ActivationRule, estimator: Estimator, observer: Observer) -> None:
-        super().__init__()
-        self.format, self.rule, self.estimator, self.observer_kind = fmt, rule, estimator, observer
+        super().__init__(fmt)
+        self.rule, self.estimator, self.observer_kind = rule, estimator, observer
         self.register_buffer("amax", torch.tensor(float("nan")))
         self.consumers = 1
         self._observer: RangeObserver | None = None
-        self._input: weakref.ref[Tensor] | None = None
-        self._output: Tensor | None = None
+        self._last = SameTensor()
         self._uses = 0
         self._ready = False
 
@@ -153,24 +217,29 @@ class InputQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., columns) on its grid. The second and later consumers of the same tensor get the first's result."""
+        if self.mode == "dense":
+            return self.transformed(x)
         if self._observer is not None:
-            if self._input is None or self._input() is not x:  # once, however many layers read it
+            seen = self._last(x)  # observed once, however many layers read it
+            if not seen:
+                self._last.remember(x)
+            x = self.transformed(x)
+            if not seen:
                 self._observer.add(x)
-                self._input = weakref.ref(x)
             return x
-        if self._output is None or self._input is None or self._input() is not x:
-            self._output = self.quantize(x)
-            self._input, self._uses = weakref.ref(x), 0
-        output = self._output
+        if not self._last(x) or self._last.made is None:
+            self._last.remember(x, self.quantize(x))
+            self._uses = 0
+        output: Tensor = self._last.made
         self._uses += 1
         if self._uses >= self.consumers:
-            self._input = self._output = None
+            self._last.forget()
         return output
 
     def quantize(self, x: Tensor) -> Tensor:
         """x (..., columns) on its grid."""
         self._check_calibrated()
-        return dynamic_fake_quantize(x, self.format, self.rule, self.estimator, self.amax)
+        return dynamic_fake_quantize(self.transformed(x), self.format, self.rule, self.estimator, self.amax)
 
     def _check_calibrated(self) -> None:
         if self._ready or not self.needs_calibration:
@@ -184,59 +253,3 @@ class InputQuantizer(nn.Module):
     def extra_repr(self) -> str:
         """Format and rule, for `print(model)`."""
         return f"{self.format.name}, rule={self.rule}"
-
-
-class QatLinear(nn.Linear):
-    """A linear layer whose weight, and optionally input, is fake-quantized. Parameter names stay those of nn.Linear.
-
-    `fused` are the paths of the set that is trained as one, this layer's among them.
-    """
-
-    weight_quantizer: WeightQuantizer
-    input_quantizer: InputQuantizer | None
-    fused: tuple[str, ...] = ()
-
-    @classmethod
-    def wrap(cls, linear: nn.Linear, weight: WeightQuantizer, input: InputQuantizer | None) -> "QatLinear":
-        """A QatLinear that takes over the parameters of `linear`."""
-        with torch.device("meta"):
-            layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        layer.weight, layer.bias = linear.weight, linear.bias
-        layer.weight_quantizer, layer.input_quantizer = weight, input
-        layer.train(linear.training)
-        return layer
-
-    def forward(self, input: Tensor) -> Tensor:
-        """input (..., in_features) -> (..., out_features)."""
-        if self.input_quantizer is not None:
-            input = self.input_quantizer(input)
-        quantizer = self.weight_quantizer
-        if "forward" in vars(quantizer) or not torch.is_grad_enabled():  # `dense` and `served` override the weight
-            return functional.linear(input, quantizer(self.weight), self.bias)
-        if torch.is_autocast_enabled(input.device.type):  # which would cast the scales too, inside the operator
-            input = input.to(torch.get_autocast_dtype(input.device.type))
-        return quantizer.linear(input, self.weight, self.bias)
-
-
-class QatEmbedding(nn.Embedding):
-    """An embedding whose table is fake-quantized."""
-
-    weight_quantizer: WeightQuantizer
-    fused: tuple[str, ...] = ()
-
-    @classmethod
-    def wrap(cls, embedding: nn.Embedding, weight: WeightQuantizer) -> "QatEmbedding":
-        """A QatEmbedding that takes over the table of `embedding`."""
-        with torch.device("meta"):
-            layer = cls(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx)
-        layer.weight, layer.weight_quantizer = embedding.weight, weight
-        layer.train(embedding.training)
-        return layer
-
-    def forward(self, input: Tensor) -> Tensor:
-        """input: token ids, any shape -> (..., embedding_dim)."""
-        table = self.weight_quantizer(self.weight)
-        return functional.embedding(input, table, self.padding_idx)
-
-
-QatLayer = QatLinear | QatEmbedding

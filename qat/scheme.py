@@ -1,25 +1,39 @@
-"""Which tensors get which Format: ordered rules over module paths, first match wins, nothing is left unsaid.
+"""Which tensors get which Format: ordered rules over paths, first match wins, nothing is left unsaid.
 
-Every module that owns a 2-D (or larger) weight must be matched by a rule, either with formats or with a reason to
-skip it; a rule that matches nothing is an error. `fused` names the layers that serving engines merge into one matrix:
-their members share the per-tensor scale, and the quantized input, while training.
+Every weight of two or more dimensions must be matched by a rule, either with formats or with a reason to skip it; a
+rule that matches nothing is an error. `fused` names the layers that serving engines merge into one matrix: their
+members share the per-tensor scale, and the quantized input, while training.
 """
 
 import fnmatch
 import re
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from qat.config import Strict
-from qat.init.ranges import Observer, Start
+from qat.init.calibration import InitStep
+from qat.init.gptq import Gptq
+from qat.init.observers import Observer
+from qat.init.scales import ScaleSearch, Search
+from qat.init.smooth import Smooth
 from qat.numbers.catalog import lookup
+from qat.quantizer import Learn
+from qat.sites import Role
+from qat.training.activations import ActivationRule
 from qat.training.gradients import Estimator
 
-ActivationRule = Literal["vllm", "compressed_tensors"]
-Compensation = Literal["none", "gptq"]
-Learn = Literal["none", "lsq", "dual_lsq"]
 TiedPolicy = Literal["error", "share", "untie"]
+_Step = Annotated[ScaleSearch | Gptq | Smooth, Field(discriminator="kind")]
+
+
+def _by_name(step: Any) -> Any:
+    """`scales` is short for `{kind: scales}`."""
+    return {"kind": step} if isinstance(step, str) else step
+
+
+Step = Annotated[_Step, BeforeValidator(_by_name)]
+Init = tuple[Step, ...]
 
 FUSED_DEFAULT = (
     ("q_proj", "k_proj", "v_proj"),
@@ -32,64 +46,82 @@ FUSED_DEFAULT = (
 class Rule(Strict):
     """One line of a scheme.
 
-    `match` is a shell pattern on the module path (`*.self_attn.*_proj`), or a regular expression after `re:`. Give
-    `weight` (and optionally `input`) formats, or `skip` with the reason, which the coverage report repeats.
+    Attributes:
+        match: a shell pattern on the path (`*.self_attn.*_proj`), or a regular expression after `re:`. A weight's path
+            is that of its module, followed by the parameter's name where that is not `weight` (`*.experts.*`).
+        weight: format of the weight.
+        input: format of what the weight is multiplied with.
+        key, value: formats of the cached keys and values of attention modules.
+        skip: the reason why nothing is quantized; the coverage report repeats it.
+        init, learn: instead of the scheme's, for these weights; `smooth` concerns whole models and stands there only.
     """
 
     match: str
     weight: str | None = None
     input: str | None = None
+    key: str | None = None
+    value: str | None = None
     skip: str | None = None
+    init: Init | None = None
+    learn: Learn | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "Rule":
-        if (self.weight is None) == (self.skip is None):
-            raise ValueError(f"rule {self.match!r} needs exactly one of `weight: FORMAT` and `skip: REASON`")
+        if (self.skip is None) == all(name is None for name in (self.weight, self.key, self.value)):
+            raise ValueError(
+                f"rule {self.match!r} needs exactly one of formats (`weight: FORMAT`, or `key` and `value`) and "
+                "`skip: REASON`"
+            )
         if self.input is not None and self.weight is None:
-            raise ValueError(f"rule {self.match!r} skips its modules, so it cannot give them an `input` format")
+            raise ValueError(
+                f"rule {self.match!r} has no `weight` format, so it cannot give what meets it an `input` one"
+            )
+        if (self.key is None) != (self.value is None):
+            raise ValueError(f"rule {self.match!r} must give both `key` and `value` a format: caches hold both")
+        if any(isinstance(step, Smooth) for step in self.init or ()):
+            raise ValueError(f"rule {self.match!r}: smooth concerns the whole model; put it into scheme.init")
         if self.match.startswith("re:"):
             try:
                 re.compile(self.match[3:])
             except re.error as error:
                 raise ValueError(f"rule {self.match!r} is not a valid regular expression: {error}") from error
-        for name in (self.weight, self.input):
-            if name is not None:
-                lookup(name)
-        if self.input is not None and lookup(self.input).block[0] > 1:
-            raise ValueError(f"rule {self.match!r}: {self.input} has 2-D blocks, which only weights can have")
+        for role in ("weight", "input", "key", "value"):
+            name = getattr(self, role)
+            if name is not None and lookup(name).block[0] > 1 and role != "weight":
+                raise ValueError(f"rule {self.match!r}: {name} has 2-D blocks, which only weights can have")
         return self
 
     def matches(self, path: str) -> bool:
-        """Whether this rule speaks of the module at `path`."""
+        """Whether this rule speaks of `path`."""
         if self.match.startswith("re:"):
             return re.fullmatch(self.match[3:], path) is not None
         return fnmatch.fnmatchcase(path, self.match)
 
+    def speaks_of(self, role: Role) -> bool:
+        """Whether it says anything about tensors of this role: a format, or that they are skipped."""
+        return self.skip is not None or getattr(self, role) is not None
+
 
 class Scheme(Strict):
-    """Rules plus how scales start, whether they are learned, and whose activation arithmetic is trained.
+    """Rules plus how weights and scales are initialised, whether scales are learned, and whose activation arithmetic is
+    trained.
 
     Attributes:
-        start: weight scales at the start; see `qat.init.ranges.start_scales`.
-        weighted_start: weigh the start's error by the mean square of each input channel (one calibration pass).
-        smooth: above 0, moves magnitude between input channels and weight columns before anything is quantized, without
-            changing what the model computes (see `qat.init.smooth`); 0.5 balances them. Needs calibration.
-        compensate: "gptq" also moves the weights, so that each column makes up for what earlier ones lost in rounding.
-            Calibration then keeps a float32 matrix of in_features^2 per distinct input.
-        learn: "none" keeps the start; "lsq" learns one scale per block; "dual_lsq" learns separate scales for
+        init: steps before the first one of training, in order: `smooth` (see `qat.init.smooth`), `scales` (a search for
+            block scales) or `gptq` (that, and error-compensated rounding); each by its name, or as a table with
+            `kind`. An empty list leaves scales at the format's own rule (RTN). All but that need calibration.
+        learn: "none" keeps the scales; "lsq" learns one scale per block; "dual_lsq" learns separate scales for
             rounding and for dequantizing (only the second is stored).
         observer: how static activation ranges are found.
         activation_rule: whose arithmetic dynamic activations follow.
         estimator: gradient of rounding for inputs; weights always pass straight through.
+        fused: sets of layer names that engines merge.
         tied: what to do when one tensor serves as embedding and head and the rules treat the two differently.
         round_bf16: round dequantized weights to BF16 in the forward pass, as a BF16 server does.
     """
 
     rules: tuple[Rule, ...]
-    start: Start = "auto"
-    weighted_start: bool = True
-    smooth: float = Field(default=0.0, ge=0.0, le=1.0)
-    compensate: Compensation = "none"
+    init: Init = (ScaleSearch(),)
     learn: Learn = "dual_lsq"
     observer: Observer = "minmax"
     activation_rule: ActivationRule = "vllm"
@@ -98,6 +130,61 @@ class Scheme(Strict):
     tied: TiedPolicy = "error"
     round_bf16: bool = True
 
-    def rule_for(self, path: str) -> Rule | None:
-        """The first rule that matches, or None."""
-        return next((rule for rule in self.rules if rule.matches(path)), None)
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_old_keys(cls, data: Any) -> Any:
+        given = sorted(OLD_KEYS & data.keys()) if isinstance(data, dict) else []
+        if given:
+            steps = upgraded(data)["init"]
+            raise ValueError(f"{', '.join(given)} became `init`, a list of steps; write init: {_as_yaml(steps)}")
+        return data
+
+    def rule_for(self, path: str, module: str = "", role: Role = "weight") -> Rule | None:
+        """The first rule that speaks of a tensor, by its own path or its module's; or None."""
+        matching = (rule for rule in self.rules if rule.matches(path) or (module and rule.matches(module)))
+        return next((rule for rule in matching if rule.speaks_of(role)), None)
+
+    def init_of(self, path: str, module: str) -> tuple[InitStep, ...]:
+        """The steps for one weight."""
+        rule = self.rule_for(path, module)
+        return self.init if rule is None or rule.init is None else rule.init
+
+    def search_of(self, rule: Rule) -> Search:
+        """How the scales of a rule's weights are searched; "amax" where they follow the format's own rule."""
+        steps = self.init if rule.init is None else rule.init
+        return next((step.search for step in steps if not isinstance(step, Smooth)), "amax")
+
+    def rtn(self) -> "Scheme":
+        """The same formats without any initialisation: plain rounding to nearest."""
+        rules = tuple(rule.model_copy(update={"init": None}) for rule in self.rules)
+        return self.model_copy(update={"init": (), "rules": rules})
+
+
+# --- schemes of earlier releases ------------------------------------------------------------------
+
+OLD_KEYS = frozenset({"start", "weighted_start", "smooth", "compensate"})
+
+
+def upgraded(scheme: dict[str, Any]) -> dict[str, Any]:
+    """A scheme as earlier releases wrote it (in a run's job.yaml), with `init` for what went before it."""
+    if not OLD_KEYS & scheme.keys():
+        return scheme
+    search, weighted = scheme.get("start", "auto"), scheme.get("weighted_start", True)
+    steps: list[dict[str, Any]] = []
+    if scheme.get("smooth"):
+        steps.append({"kind": "smooth", "strength": scheme["smooth"]})
+    if scheme.get("compensate", "none") != "none":
+        steps.append({"kind": scheme["compensate"], "search": search, "weighted": weighted})
+    elif search != "amax":
+        steps.append({"kind": "scales", "search": search, "weighted": weighted})
+    return {**{key: value for key, value in scheme.items() if key not in OLD_KEYS}, "init": steps}
+
+
+def _as_yaml(steps: list[dict[str, Any]]) -> str:
+    usual = {"smooth": Smooth(), "scales": ScaleSearch(), "gptq": Gptq()}
+    shown = []
+    for step in steps:
+        changed = {key: value for key, value in step.items() if value != getattr(usual[step["kind"]], key)}
+        pairs = ", ".join(f"{key}: {str(value).lower()}" for key, value in {"kind": step["kind"], **changed}.items())
+        shown.append(f"{{{pairs}}}" if changed else step["kind"])
+    return f"[{', '.join(shown)}]"

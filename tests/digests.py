@@ -34,8 +34,7 @@ NV, MX = "nvfp4", "mxfp4"
 SCHEMES: dict[str, dict[str, Any]] = {
     "nv-smooth-gptq": {
         "rules": [{"match": "*_proj", "weight": NV, "input": NV}, *SKIP],
-        "smooth": 0.5,
-        "compensate": "gptq",
+        "init": ["smooth", "gptq"],
     },
     "int4-asym": {"rules": [{"match": "*_proj", "weight": "int4_g32_asym"}, *SKIP], "learn": "lsq"},
     "mx": {
@@ -75,7 +74,7 @@ def of_exports(root: Path) -> dict[str, str]:
             out = root / target / f"{weight}-{input}"
             label = f"export {target} {weight} {input}"
             try:
-                export_pair(source, out, (weight, input), target, **({} if input else {"start": "auto"}))
+                export_pair(source, out, (weight, input), target, **({} if input else {"init": ("scales",)}))
                 found[label] = _joined(folder_digests(out))
             except UnsupportedError:  # fused layers under one scale per tensor, which only trained ones share
                 found[label] = "refused"

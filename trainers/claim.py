@@ -27,7 +27,7 @@ from qat.config import load_yaml, validate, write_text_atomic
 from qat.errors import CheckpointError, ConfigError
 from qat.trainers import report
 from qat.trainers.data import DataConfig
-from qat.trainers.job import JOB, Job
+from qat.trainers.job import JOB, Job, recorded
 from qat.trainers.optim import schedule
 from qat.trainers.sources import BUILT_IN
 
@@ -177,7 +177,7 @@ def take_up(run: Path, job: Job, console: Console) -> dict[str, Any]:
         ConfigError: the job differs in anything else; names every key.
     """
     state = resume.read_state(resume.last_state(run))
-    old = _anchored(validate(Job, load_yaml(run / JOB), str(run / JOB)))
+    old = _anchored(validate(Job, recorded(load_yaml(run / JOB)), str(run / JOB)))
     for name, one, other in (("model", old.model, job.model), ("teacher", old.teacher, job.teacher)):
         if one and other and one.fingerprint and one.fingerprint != other.fingerprint:
             raise ConfigError(

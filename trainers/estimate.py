@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from qat.checkpoints.hf import is_local, resolve
-from qat.init.calibration import PRODUCTS
-from qat.init.ranges import start_scales
+from qat.init.gptq import PRODUCTS
+from qat.init.scales import start_scales
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.numerics import find_scales
 from qat.quantizer import InputQuantizer, WeightQuantizer
-from qat.scheme import Scheme
+from qat.scheme import Rule, Scheme
 from qat.trainers import limits
 from qat.trainers.exportable import export_notes
 from qat.trainers.footprint import BF16, FP32, GIB, Facts, facts, flops_per_token, forward_flops, memory, shards
@@ -271,8 +271,8 @@ def _input_seconds(scheme: Scheme, name: str) -> float:
 
 
 def _search_seconds(scheme: Scheme, name: str) -> float:
-    fmt, part = lookup(name), torch.randn(SIDE // 8, SIDE)
-    return _seconds(lambda: start_scales(part, fmt, scheme.start)) / part.numel()
+    fmt, part, search = lookup(name), torch.randn(SIDE // 8, SIDE), scheme.search_of(Rule(match="*", weight=name))
+    return _seconds(lambda: start_scales(part, fmt, search)) / part.numel()
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -343,7 +343,9 @@ def _other_seconds(job: Job, known: Facts, machine: Machine) -> float:
     passes = (3 + during) * job.eval.tokens / (job.eval.batch * job.eval.data.seq_len)
     values = (3 + during) * job.eval.tokens * known.input_values
     text, products = job.calibration or job.data, known.input_products(job)
-    reads = 1 + bool(job.scheme.smooth) + -(-FP32 * products // PRODUCTS)  # of the calibration text
+    reads = (
+        1 + sum(step.WHOLE_MODEL for step in job.scheme.init) + -(-FP32 * products // PRODUCTS)
+    )  # of the calibration text
     per_token = reads * forward_flops(known.student, text.seq_len) + 2.0 * products
     calibrated = job.calibration_rows * text.seq_len * per_token
     if products:

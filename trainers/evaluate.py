@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qat.checkpoints.progress import progress
 from qat.config import Strict
 from qat.errors import DataError, TrainingError
-from qat.surgery import served
+from qat.modes import served
 from qat.trainers.data import Blocks, DataConfig
 from qat.trainers.forward import Head, hidden_states, split
 from qat.trainers.packing import evaluating

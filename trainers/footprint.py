@@ -16,7 +16,7 @@ from torch import nn
 from qat.checkpoints.architecture import check_config, empty_model, quiet
 from qat.checkpoints.hf import ModelConfig, describe, is_local, resolve
 from qat.errors import CheckpointError
-from qat.init.calibration import PRODUCTS
+from qat.init.gptq import PRODUCTS, Gptq
 from qat.numbers.catalog import lookup
 from qat.surgery import Coverage, fused_sets, report
 from qat.trainers.evaluate import CHUNK
@@ -100,7 +100,7 @@ class Facts:
 
     def input_products(self, job: Job) -> int:
         """Values of the input product matrices that a compensated start needs; layers reading one tensor share one."""
-        if job.scheme.compensate == "none":
+        if not any(isinstance(step, Gptq) for step in job.scheme.init):
             return 0
         shapes = {
             m.path: m.shape for m in self.coverage.modules if m.weight and m.shape[0] != self.student.shape.vocabulary

@@ -19,7 +19,7 @@ from qat.checkpoints.positions import most_positions
 from qat.checkpoints.resume import load_student
 from qat.config import load_yaml, validate
 from qat.errors import CheckpointError, ConfigError
-from qat.surgery import served
+from qat.modes import served
 from qat.trainers import limits
 from qat.trainers.data import DataConfig, load_blocks
 from qat.trainers.device import chosen

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from qat.checkpoints.hf import ModelConfig
 from qat.config import Strict, load_yaml, override, validate
 from qat.errors import ConfigError
-from qat.scheme import Scheme
+from qat.scheme import Scheme, upgraded
 from qat.trainers.data import DataConfig
 from qat.trainers.evaluate import EvalConfig
 from qat.trainers.optim import OptimConfig
@@ -118,6 +118,11 @@ class Job(Strict):
         return self.rows * self.data.seq_len
 
 
+def recorded(data: dict[str, Any]) -> dict[str, Any]:
+    """A job as a run of this or an earlier release recorded it, in today's keys."""
+    return {**data, "scheme": upgraded(data["scheme"])} if isinstance(data.get("scheme"), dict) else data
+
+
 def load_job(path: str | Path, overrides: list[str] | None = None) -> Job:
     """Read and check a job file. The job.yaml of a run means the run it lies in, wherever that was moved.
 
@@ -131,5 +136,5 @@ def load_job(path: str | Path, overrides: list[str] | None = None) -> Job:
     data = load_yaml(path)
     if path.name == JOB and (path.parent / "checkpoints").is_dir():
         folder = path.parent.absolute()
-        data = {**data, "name": folder.name, "runs": str(folder.parent)}
+        data = {**recorded(data), "name": folder.name, "runs": str(folder.parent)}
     return validate(Job, override(data, overrides or []), str(path))

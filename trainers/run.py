@@ -15,9 +15,11 @@ from qat.checkpoints import resume
 from qat.checkpoints.hf import load_configured, load_tokenizer
 from qat.checkpoints.progress import counted
 from qat.errors import Interrupted, UnsupportedError
-from qat.init.calibration import begin, observe, prepare
+from qat.init.calibration import initialise, observe
+from qat.modes import dense
 from qat.numbers.numerics import qsnr
-from qat.surgery import Coverage, apply, dense, layers, report
+from qat.sites import Site, weights
+from qat.surgery import Coverage, apply, report
 from qat.trainers import claim, limits
 from qat.trainers.callbacks import Keeper
 from qat.trainers.called import check_called
@@ -145,7 +147,7 @@ def _load(job: Job, source: Path, reference: Path, console: Console) -> Parts:
         # transformers 5.23 renamed the method; 5.17 only knows the old name.
         name = "activation_checkpointing_enable"
         getattr(student, name if hasattr(student, name) else "gradient_checkpointing_enable")({"use_reentrant": False})
-    apply(student, job.scheme, defer_start=True)
+    apply(student, job.scheme, defer_init=True)
     freeze(student, job.optim.freeze)
     dtype = torch.bfloat16 if mixed else None
     rows = (train_rows, heldout, calibration)
@@ -202,20 +204,18 @@ def _baselines(job: Job, parts: Parts, judge: Judge, console: Console) -> list[d
     autocast = torch.autocast(parts.device.type, parts.dtype or torch.bfloat16, enabled=parts.dtype is not None)
     with autocast:
         mean_square = observe(parts.student, batches)
-    without = {"start": "amax", "weighted_start": False, "smooth": 0.0, "compensate": "none"}
-    plain = job.scheme.model_copy(update=without)
-    begin(parts.student, plain, mean_square, track=_tracked)
+    rtn = job.scheme.rtn()
+    initialise(parts.student, batches, rtn, mean_square, _tracked)
     judged(parts.student, "ptq")
-    if plain == job.scheme:
+    if rtn == job.scheme:
         rows.append({**rows[-1], "name": "best_ptq"})
     else:
         with autocast:
-            folds = prepare(parts.student, batches, job.scheme, mean_square, _tracked)
-        if job.scheme.smooth:
-            smoothed, count = len({path for fold in folds for path in fold.readers}), len(layers(parts.student))
-            console.print(f"smoothed the inputs of {smoothed} of {count} layers", highlight=False)
+            sentences = initialise(parts.student, batches, job.scheme, mean_square, _tracked)
+        for sentence in sentences:
+            console.print(sentence, highlight=False)
         judged(parts.student, "best_ptq")
-    parts.qsnr_start = {path: _layer_qsnr(layer) for path, layer in layers(parts.student).items()}
+    parts.qsnr_start = {path: _site_qsnr(site) for path, site in weights(parts.student).items()}
     return rows
 
 
@@ -233,8 +233,8 @@ class _Counted(list[dict[str, Any]]):
         return counted(super().__iter__(), "calibrating", len(self), "batches")
 
 
-def _tracked(layers: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    return counted(layers.items(), "finding start scales", len(layers), "layers")
+def _tracked(sites: dict[str, Site]) -> Iterator[tuple[str, Site]]:
+    return counted(sites.items(), "initialising weights", len(sites), "layers")
 
 
 def _finish(job: Job, parts: Parts, keeper: Keeper, saved: dict[str, Any]) -> RunReport:
@@ -286,9 +286,9 @@ def _report(job: Job, parts: Parts, keeper: Keeper, saved: dict[str, Any], rows:
 @torch.no_grad()
 def _qsnr(parts: Parts) -> list[tuple[str, float, float]]:
     """(layer, QSNR at the start, QSNR after training) in dB, both against the weights being quantized."""
-    after = {path: _layer_qsnr(layer) for path, layer in layers(parts.student).items()}
+    after = {path: _site_qsnr(site) for path, site in weights(parts.student).items()}
     return [(path, parts.qsnr_start.get(path, value), value) for path, value in after.items()]
 
 
-def _layer_qsnr(layer: Any) -> float:
-    return qsnr(layer.weight, layer.weight_quantizer(layer.weight))
+def _site_qsnr(site: Site) -> float:
+    return qsnr(site.weight, site.value())

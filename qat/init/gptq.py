@@ -1,16 +1,23 @@
-"""Error-compensated rounding: GPTQ (arXiv 2210.17323) as a start for training.
+"""The initialisation step `gptq`: error-compensated rounding (arXiv 2210.17323).
 
 Columns are rounded one after another; what a column loses is made up for by the columns still to come, as far as the
 inputs seen in calibration are correlated. The result is not codes but *latent* weights that round to them, so that
-everything else (fake quantization, learned scales, export) goes on as from any other start.
+everything else (fake quantization, learned scales, export) goes on as from any other.
 """
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from qat.errors import FormatError
+from qat.init.calibration import Calibration, InitStep, input_products
+from qat.init.scales import Search, restart, share_global_scales
 from qat.numbers.format import Format
 from qat.numbers.numerics import Scales, rounded
+from qat.sites import Site
 
 # Share of the mean diagonal added to it. Ten times the paper's: directions that calibration hardly excites are not
 # free,
@@ -23,7 +30,7 @@ def compensate(weight: Tensor, fmt: Format, scales: Scales, gram: Tensor) -> Ten
     """Latent weights whose nearest rounding is the GPTQ solution.
 
     Args:
-        weight: (rows, columns).
+        weight: (rows, columns), or a stack (experts, rows, columns).
         fmt: a format whose blocks lie within one row.
         scales: fixed scales of `weight`.
         gram: (columns, columns) mean of x x^T over the layer's inputs x.
@@ -31,9 +38,11 @@ def compensate(weight: Tensor, fmt: Format, scales: Scales, gram: Tensor) -> Ten
     Raises:
         FormatError: the format's blocks span several rows.
     """
+    stacked = weight.shape
+    weight = weight.flatten(0, -2)  # rows are independent, so a stack of experts is one tall matrix
     rows, columns = weight.shape
     if fmt.block[0] != 1:
-        raise FormatError(f"{fmt.name}: error compensation needs blocks within one row; use compensate: none")
+        raise FormatError(f"{fmt.name}: error compensation needs blocks within one row; use init: scales")
     upper = _inverse_factor(gram)
     width = fmt.block_for(rows, columns)[1]
     work = weight.detach().to(torch.float32).t().contiguous()  # (columns, rows): one column is contiguous
@@ -46,7 +55,7 @@ def compensate(weight: Tensor, fmt: Format, scales: Scales, gram: Tensor) -> Ten
             errors[column - start] = lost
             work[column + 1 : stop] -= torch.outer(upper[column, column + 1 : stop], lost)
         work[stop:] -= upper[start:stop, stop:].t() @ errors
-    return work.t().contiguous().to(weight.dtype)
+    return work.t().contiguous().to(weight.dtype).view(stacked)
 
 
 def _round_column(values: Tensor, fmt: Format, scales: Scales, block: int) -> Tensor:
@@ -74,3 +83,85 @@ def _inverse_factor(gram: Tensor) -> Tensor:
             return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).to(torch.float32)
         damping = damping * 10
     raise FormatError("the inputs' second moments are not positive definite; calibrate on more, or other, text")
+
+
+PRODUCTS = 4 << 30  # bytes of input products at a time: Llama 8B has 33 GB of them in all, 1 GB per block
+
+
+class Gptq(InitStep):
+    """Scales by search, then weights moved so that each column makes up for what earlier ones lost in rounding.
+
+    The inputs' second moments are taken as the inputs will be quantized when served. Weights that multiply nothing
+    (embeddings), or were never reached, get their scales only.
+
+    Attributes:
+        search, weighted: see `qat.init.scales.ScaleSearch`.
+    """
+
+    MAKES_SCALES = True
+
+    kind: Literal["gptq"] = "gptq"
+    search: Search = "auto"
+    weighted: bool = True
+
+    def run(self, calibration: Calibration) -> str | None:
+        """Go through the model in parts, of which there are never more products than PRODUCTS bytes, or one block's.
+
+        The text is read once per part, and the last blocks come first: what a compensated weight changes comes after
+        it, so that all parts see the inputs of the same model. A weight that another module shares is written last,
+        therefore.
+        """
+        share_global_scales(calibration)
+        sites, mean_square = calibration.sites, calibration.mean_square
+        for path, site in sites.items():
+            if path not in mean_square:
+                restart(site, self.search)
+        postponed: list[tuple[Tensor, Tensor]] = []
+        counted = Counter(id(weight) for _, weight in calibration.model.named_parameters(remove_duplicate=False))
+        for paths in _parts({path: square for path, square in mean_square.items() if path in sites}):
+            part = {path: sites[path] for path in paths}
+            products = input_products(calibration.model, calibration.batches, paths)
+            shared = [site.parameter for site in part.values() if counted[id(site.parameter)] > 1]
+            before = [weight.clone() for weight in shared]
+            for path, site in calibration.track(part):
+                gram = products[path]
+                restart(site, self.search, gram.diagonal() if self.weighted else None)
+                _compensate(site, gram)
+            for weight, original in zip(shared, before, strict=True):
+                postponed.append((weight, weight.clone()))
+                weight.copy_(original)
+            torch.clear_autocast_cache()  # it holds BF16 copies of the weights as they were
+        for parameter, compensated in postponed:
+            parameter.copy_(compensated)
+        return None
+
+
+def _compensate(site: Site, gram: Tensor) -> None:
+    quantizer = site.quantizer
+    with torch.autocast(site.weight.device.type, enabled=False):
+        site.weight.copy_(compensate(site.weight, quantizer.format, quantizer.scales(), gram))
+
+
+def _parts(mean_square: dict[str, Tensor]) -> Iterator[list[str]]:
+    """The layers that have seen inputs (in that order), from the last to the first: whole decoder
+    blocks, as many at a time as PRODUCTS allows. Layers that read one tensor share a mean square and their products."""
+    blocks: dict[str, list[str]] = defaultdict(list)
+    for path in mean_square:
+        blocks[_block(path)].append(path)
+    part: list[str] = []
+    size = 0
+    for paths in reversed(blocks.values()):
+        more = sum(4 * len(square) ** 2 for square in {id(s): s for s in (mean_square[p] for p in paths)}.values())
+        if part and size + more > PRODUCTS:
+            yield part
+            part, size = [], 0
+        part, size = [*part, *paths], size + more
+    if part:
+        yield part
+
+
+def _block(path: str) -> str:
+    """ "model.layers.3" of everything below it; a layer outside of numbered blocks is one by itself."""
+    names = path.split(".")
+    number = next((index for index, name in enumerate(names) if name.isdecimal()), len(names))
+    return ".".join(names[: number + 1])

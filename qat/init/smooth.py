@@ -1,6 +1,6 @@
-"""Changes to a model's weights that leave what it computes alone, so that quantization loses less.
+"""The initialisation step `smooth`: it leaves what the model computes alone, so that quantization loses less.
 
-`smooth` moves magnitude between a linear layer's input channels and the columns of its weight (SmoothQuant, arXiv
+It moves magnitude between a linear layer's input channels and the columns of its weight (SmoothQuant, arXiv
 2211.10438): whatever produced the channel is divided by s, the columns that read it are multiplied by s. The factors
 are powers of two, so BF16 weights stay exact and the unquantized model computes bit for bit what it did (norms that
 multiply by 1 + w are rounded once more), and nothing is added to the checkpoint.
@@ -8,13 +8,16 @@ multiply by 1 + w are rounded once more), and nothing is added to the checkpoint
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from qat.errors import UnsupportedError
-from qat.surgery import dense, layers
+from qat.init.calibration import Calibration, InitStep, observe
+from qat.modes import dense
+from qat.sites import weights
 
 # A layer whose rows can be divided because what follows is linear in them, and the layer that reads the result.
 LINEAR_PAIRS = (("up_proj", "down_proj"), ("v_proj", "o_proj"))
@@ -67,20 +70,42 @@ def smooth(model: nn.Module, mean_square: dict[str, Tensor], strength: float, in
         after = model(input_ids=probe).logits.float()
     if not folds:
         raise UnsupportedError(
-            f"nothing to smooth in {type(model).__name__}: no norm feeds a quantized linear layer; use scheme.smooth=0"
+            f"nothing to smooth in {type(model).__name__}: no norm feeds a quantized linear layer; leave "
+            "`smooth` out of scheme.init"
         )
     change = float((after - before).abs().max() / before.abs().max())
     if not change <= _TOLERANCE:
         raise UnsupportedError(
             f"smoothing changed the outputs of {type(model).__name__} by {change:.1%}: more than the linear "
-            "layers found reads a smoothed tensor; use scheme.smooth=0 for this model"
+            "layers found reads a smoothed tensor; leave `smooth` out of scheme.init for this model"
         )
     return folds
 
 
+class Smooth(InitStep):
+    """Move magnitude between input channels and weight columns before anything is quantized.
+
+    Attributes:
+        strength: 0.5 balances them; 1 moves everything into the weights.
+    """
+
+    WHOLE_MODEL = True
+
+    kind: Literal["smooth"] = "smooth"
+    strength: float = Field(default=0.5, gt=0.0, le=1.0)
+
+    def run(self, calibration: Calibration) -> str | None:
+        """Smooth, and observe again what the model's layers read."""
+        model, batches = calibration.model, calibration.batches
+        folds = smooth(model, calibration.mean_square, self.strength, batches[0]["input_ids"])
+        calibration.mean_square = observe(model, batches)
+        smoothed = len({path for fold in folds for path in fold.readers})
+        return f"smoothed the inputs of {smoothed} of {len(weights(model))} layers"
+
+
 def find_folds(model: nn.Module, probe: Tensor) -> list[Fold]:
     """Norms whose output is read by quantized linear layers, and the pairs of `LINEAR_PAIRS`, in the model's order."""
-    quantized = set(layers(model))
+    quantized = set(weights(model))
     linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
     folds = []
     for source, readers in _read_by(model, linears, probe).items():

@@ -7,7 +7,7 @@ checkpoint can be compared with an exact difference of zero. For a float32 input
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ _VLLM_TOKEN_FLOOR = 512  # scaled_fp8_quant: a token's scale is at least 1 / (el
 _VLLM_GROUP_FLOOR = 1e-10  # per_token_group_quant_fp8: a group's maximum counts at least this
 _MANTISSA = 7  # of BF16
 
+ActivationRule = Literal["vllm", "compressed_tensors"]
 _Rule = Callable[[Tensor, Format, Tensor | None, Estimator], Tensor]
 
 

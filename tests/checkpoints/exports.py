@@ -16,9 +16,9 @@ from qat.checkpoints.layouts.compressed_tensors.write import pairs
 from qat.checkpoints.shards import SINGLE
 from qat.checkpoints.verify import verify
 from qat.init.calibration import calibrate
-from qat.quantizer import QatLinear
 from qat.scheme import Scheme
-from qat.surgery import apply, layers
+from qat.sites import weights
+from qat.surgery import apply
 
 TARGET = "compressed-tensors"
 Pair = tuple[str, str | None]
@@ -55,7 +55,7 @@ def ids(tokens: int = 48) -> torch.Tensor:
 def quantized(source: Path, rules: list[dict[str, Any]], **options: Any) -> nn.Module:
     """The model in `source` under a scheme of `rules`, calibrated, and moved a little as training would."""
     model = load_model(source)
-    scheme = Scheme(rules=rules, **{"learn": "none", "start": "amax", "weighted_start": False, **options})
+    scheme = Scheme(rules=rules, **{"learn": "none", "init": (), **options})
     apply(model, scheme)
     calibrate(model, [{"input_ids": ids()}], scheme)
     generator = torch.Generator().manual_seed(7)
@@ -112,11 +112,7 @@ def broken(folder: Path, logits: bool = False) -> set[str]:
 def forward_weights(model: nn.Module) -> dict[str, Tensor]:
     """BF16 weight of every quantized linear layer, as the forward pass multiplies with it."""
     with torch.no_grad():
-        return {
-            path: layer.weight_quantizer(layer.weight).to(torch.bfloat16)
-            for path, layer in layers(model).items()
-            if isinstance(layer, QatLinear)
-        }
+        return {path: layer.value().to(torch.bfloat16) for path, layer in weights(model).items() if not layer.is_table}
 
 
 def mixed_rules(chunk: list[Pair]) -> list[dict[str, Any]]:

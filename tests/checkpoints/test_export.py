@@ -22,8 +22,8 @@ from qat.checkpoints.resume import save_best, student_tensors
 from qat.checkpoints.shards import ShardReader, ShardWriter
 from qat.checkpoints.verify import verify
 from qat.errors import CheckpointError, ConfigError, UnsupportedError
+from qat.modes import served
 from qat.numbers.catalog import lookup
-from qat.surgery import served
 from tests.checkpoints.exports import (
     AFFINE,
     SKIP_HEAD,

@@ -21,8 +21,9 @@ from qat.checkpoints.names import stored_names
 from qat.checkpoints.resume import save_best, student_tensors
 from qat.cli import main
 from qat.errors import UnsupportedError
+from qat.modes import served
 from qat.scheme import Scheme
-from qat.surgery import apply, served
+from qat.surgery import apply
 from tests.checkpoints.exports import SKIP_TABLE, broken, edit, ids, pair_rules, quantized, rewrite
 from tests.tiny import tiny_model
 
@@ -43,7 +44,7 @@ EXPERTS = {
 
 def make_run(source: Path, rules: list[dict[str, Any]], **scheme: Any) -> Path:
     """What `qat train` leaves of a student that was trained a little."""
-    settings = {"learn": "none", "start": "amax", "weighted_start": False, **scheme}
+    settings = {"learn": "none", "init": (), **scheme}
     model = quantized(source, rules, **settings)
     run = source.parent / "run"
     run.mkdir()

@@ -36,7 +36,7 @@ class Model(nn.Module):
 def train(weight: str, input: str, device: str) -> tuple[list[float], dict[str, Tensor]]:
     torch.manual_seed(0)
     rules = (Rule(match="embed", weight=weight), Rule(match="*", weight=weight, input=input))
-    scheme = Scheme(rules=rules, start="amax", weighted_start=False)
+    scheme = Scheme(rules=rules, init=())
     model = apply(Model(), scheme)
     for module in model.modules():
         if isinstance(module, InputQuantizer):

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qat.kept import kept_in_float32, own_tensors
-from qat.surgery import served
+from qat.modes import served
 from tests.tiny import tiny_model
 
 ODD = {

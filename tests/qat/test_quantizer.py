@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from qat.adapters.embedding import QatEmbedding
+from qat.adapters.linear import QatLinear
 from qat.errors import TrainingError
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.numerics import find_scales, per_block, to_blocks
-from qat.quantizer import InputQuantizer, QatEmbedding, QatLinear, WeightQuantizer
+from qat.quantizer import InputQuantizer, WeightQuantizer
 from qat.scheme import Learn
 from qat.training.ops import fake_quantize
 
@@ -136,7 +138,7 @@ def test_consumers_of_one_tensor_share_one_result() -> None:
         x = normal(4, 64)
         results = [quantizer(x) for _ in range(3)]
         assert results[1] is results[0] and results[2] is results[0]
-        assert quantizer._output is None and quantizer._input is None  # nothing is kept alive afterwards
+        assert quantizer._last.made is None and not quantizer._last(x)  # nothing is kept alive afterwards
         assert torch.equal(results[0], input_quantizer()(x))
     assert quantizer(x) is not results[0]
 

@@ -3,11 +3,14 @@
 from typing import Any
 
 import pytest
+import yaml
 
 from qat.config import validate
 from qat.errors import ConfigError
+from qat.init.gptq import Gptq
+from qat.init.scales import ScaleSearch
 from qat.numbers.catalog import CATALOG
-from qat.scheme import FUSED_DEFAULT, Rule, Scheme
+from qat.scheme import FUSED_DEFAULT, Rule, Scheme, upgraded
 
 
 def scheme(*rules: dict[str, Any], **fields: Any) -> Scheme:
@@ -66,9 +69,20 @@ def test_every_format_can_be_a_weight_and_all_but_2d_blocks_an_input(name: str) 
 @pytest.mark.parametrize(
     ("rule", "told"),
     [
-        ({"match": "*"}, "rule '*' needs exactly one of `weight: FORMAT` and `skip: REASON`"),
+        (
+            {"match": "*"},
+            "rule '*' needs exactly one of formats (`weight: FORMAT`, or `key` and `value`) and `skip:",
+        ),
         ({"match": "*", "weight": "int4_g32", "skip": "both"}, "needs exactly one of"),
-        ({"match": "*", "skip": "why", "input": "int8_token"}, "skips its modules, so it cannot give them an `input`"),
+        (
+            {"match": "*", "skip": "why", "input": "int8_token"},
+            "has no `weight` format, so it takes no `input`",
+        ),
+        ({"match": "*", "key": "fp8_tensor"}, "must give both `key` and `value` a format"),
+        (
+            {"match": "*", "weight": "nvfp4", "init": ["smooth"]},
+            "smooth concerns the whole model; put it into scheme.init",
+        ),
         ({"match": "*", "weight": "nvpf4"}, "no format called 'nvpf4'; nearest: nvfp4, nvint4, nf4_g64"),
         ({"match": "*", "weight": "nvfp4", "input": "int8"}, "no format called 'int8'; nearest: "),
         ({"match": "re:(", "weight": "nvfp4"}, "rule 're:(' is not a valid regular expression"),
@@ -89,7 +103,6 @@ def test_unknown_formats_are_answered_with_three_names() -> None:
 @pytest.mark.parametrize(
     ("field", "bad", "allowed"),
     [
-        ("start", "best", "'auto', 'amax', 'mse' or 'sweep'"),
         ("learn", "yes", "'none', 'lsq' or 'dual_lsq'"),
         ("observer", "max", "'minmax', 'moving_average', 'percentile', 'mse' or 'kl'"),
         ("estimator", "dge", "'ste' or 'clipped'"),
@@ -106,3 +119,27 @@ def test_what_engines_fuse_is_fused_by_default() -> None:
     assert scheme({"match": "*", "skip": "x"}).fused == FUSED_DEFAULT
     assert ("q_proj", "k_proj", "v_proj") in FUSED_DEFAULT and ("gate_proj", "up_proj") in FUSED_DEFAULT
     assert scheme({"match": "*", "skip": "x"}, fused=[["a", "b"]]).fused == (("a", "b"),)
+
+
+@pytest.mark.parametrize(
+    ("old", "steps"),
+    [
+        ({"start": "mse"}, "[{kind: scales, search: mse}]"),
+        ({"start": "amax"}, "[]"),
+        ({"weighted_start": False}, "[{kind: scales, weighted: false}]"),
+        ({"smooth": 0.5}, "[smooth, scales]"),
+        ({"smooth": 0.25, "compensate": "gptq"}, "[{kind: smooth, strength: 0.25}, gptq]"),
+    ],
+)
+def test_old_keys_are_answered_with_the_steps_that_replace_them(old: dict[str, Any], steps: str) -> None:
+    rule = {"match": "*", "weight": "int4_g32"}
+    message = refused(rule, **old)
+    assert message == f"job.yaml: {', '.join(sorted(old))} became `init`, a list of steps; write init: {steps}"
+    written = yaml.safe_load(message.rpartition("init: ")[2])
+    assert scheme(rule, init=written) == Scheme(**upgraded({"rules": (rule,), **old}))
+
+
+def test_rules_may_have_an_initialisation_and_learning_of_their_own() -> None:
+    own = scheme({"match": "a", "weight": "int4_g32", "init": ["gptq"]}, {"match": "*", "weight": "int4_g32"})
+    assert own.init_of("a", "") == (Gptq(),) and own.init_of("b", "") == (ScaleSearch(),)
+    assert own.rtn().init_of("a", "") == ()

@@ -7,15 +7,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
+from qat.adapters.embedding import QatEmbedding
+from qat.adapters.linear import QatLinear
 from qat.errors import ConfigError, FormatError, UnsupportedError
 from qat.init.calibration import calibrate
+from qat.modes import dense, served
 from qat.numbers.catalog import lookup
 from qat.numbers.numerics import find_scales
-from qat.quantizer import InputQuantizer, QatEmbedding, QatLinear, WeightQuantizer
-from qat.scheme import Rule, Scheme
-from qat.surgery import apply, dense, fused_sets, layers, plan, report, served, weight_modules
+from qat.quantizer import InputQuantizer, WeightQuantizer
+from qat.scheme import Rule, Scheme, upgraded
+from qat.sites import candidates, weights
+from qat.surgery import apply, fused_sets, plan, report
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -44,7 +47,7 @@ def rules(*given: tuple[str, str | None] | tuple[str, str, str], **fields: Any) 
     for pattern, weight, *rest in given:
         skip = "not quantized here" if weight is None else None
         made.append(Rule(match=pattern, weight=weight, input=rest[0] if rest else None, skip=skip))
-    return Scheme(rules=tuple(made), **fields)
+    return Scheme(**upgraded({"rules": tuple(made), **fields}))
 
 
 def usual(weight: str = "int4_g64", input: str | None = None, **fields: Any) -> Scheme:
@@ -78,11 +81,11 @@ def refused(scheme: Scheme, model: nn.Module | None = None, error: type[Exceptio
 def test_the_quantized_model_equals_one_with_the_stored_weights(name: str) -> None:
     model, stored = build(), build()
     apply(model, usual(name))
-    found = layers(model)
+    found = weights(model)
     assert len(found) == 14
     with torch.no_grad():
         for path, layer in found.items():
-            weight = layer.weight_quantizer.quantize(layer.weight).dequantize(torch.bfloat16)
+            weight = layer.quantizer.quantize(layer.weight).dequantize(torch.bfloat16)
             stored.get_submodule(path).weight.copy_(weight)
     assert torch.equal(logits(model), logits(stored))
     assert not torch.equal(logits(model), logits(build()))
@@ -102,8 +105,8 @@ def test_every_quantized_layer_learns() -> None:
     model = apply(build(), usual("nvfp4", "nvfp4"))
     calibrate(model, batches(), usual("nvfp4", "nvfp4"))
     model(input_ids=ids(), labels=ids()).loss.backward()
-    for path, layer in layers(model).items():
-        for name, parameter in layer.named_parameters():
+    for path, layer in weights(model).items():
+        for name, parameter in layer.owner.named_parameters():
             assert parameter.grad is not None and parameter.grad.any(), f"{path}.{name}"
 
 
@@ -139,7 +142,7 @@ def test_fused_layers_need_one_treatment() -> None:
     message = refused(rules(("*.k_proj", "int4_g64", "int8_token"), (LAYERS, "int4_g64"), ("*", None)))
     assert "k_proj: int4_g64/int8_token" in message
     loose = rules(("*.up_proj", None), (LAYERS, "int4_g64"), ("*", None), fused=())
-    assert len(layers(apply(build(), loose))) == 12
+    assert len(weights(apply(build(), loose))) == 12
 
 
 def test_fused_sets_share_the_global_scale_and_the_input_quantizer() -> None:
@@ -147,32 +150,28 @@ def test_fused_sets_share_the_global_scale_and_the_input_quantizer() -> None:
     with torch.no_grad():
         model.get_submodule("model.layers.0.self_attn.v_proj").weight.mul_(30)
     apply(model, usual("nvfp4", "nvfp4"))
-    found = layers(model)
+    found = weights(model)
     alone = {path: find_scales(layer.weight, lookup("nvfp4")).global_scale for path, layer in found.items()}
     sets = fused_sets(list(found), usual())
     assert [len(s) for s in sets] == [3, 2, 3, 2]
     for members in sets:
-        scales = {found[m].weight_quantizer.global_scale.item() for m in members}
+        scales = {found[m].quantizer.global_scale.item() for m in members}
         assert scales == {max(alone[m].item() for m in members)}
-        assert len({id(found[m].input_quantizer) for m in members}) == 1
-        assert len({id(found[m].weight_quantizer) for m in members}) == len(members)
-        assert found[members[0]].input_quantizer.consumers == len(members)
+        assert len({id(found[m].input) for m in members}) == 1
+        assert len({id(found[m].quantizer) for m in members}) == len(members)
+        assert found[members[0]].input.consumers == len(members)
     first = found["model.layers.0.self_attn.q_proj"]
-    assert first.weight_quantizer.global_scale > alone["model.layers.0.self_attn.q_proj"]
+    assert first.quantizer.global_scale > alone["model.layers.0.self_attn.q_proj"]
     singles = [path for path in found if path.endswith(("o_proj", "down_proj"))]
-    assert all(found[path].input_quantizer.consumers == 1 for path in singles)
-    assert len({id(layer.input_quantizer) for layer in found.values()}) == len(sets) + len(singles)
+    assert all(found[path].input.consumers == 1 for path in singles)
+    assert len({id(layer.input) for layer in found.values()}) == len(sets) + len(singles)
 
 
-def test_mixture_of_experts_is_refused_loudly_until_skipped() -> None:
+def test_routers_are_refused_loudly_until_skipped() -> None:
     everything = rules(("lm_head", None), ("*.embed_tokens", None), ("*", "int4_g64"))
-    message = refused(everything, build("qwen3_moe", **MOE), UnsupportedError)
-    assert message.startswith("model.layers.0.mlp.experts (Qwen3MoeExperts, weights [(4, 256, 128), (4, 128, 128)])")
-    assert "fused mixture-of-experts weights cannot be quantized yet" in message
-    assert "add a rule `match: model.layers.0.mlp.experts` with `skip:`" in message
-    experts = rules(("*.experts", None), ("lm_head", None), ("*.embed_tokens", None), ("*", "int4_g64"))
-    message = refused(experts, build("qwen3_moe", **MOE), UnsupportedError)  # the router is no nn.Linear either
+    message = refused(everything, build("qwen3_moe", **MOE), UnsupportedError)  # the router is no nn.Linear
     assert message.startswith("model.layers.0.mlp.gate (Qwen3MoeTopKRouter, weights [(4, 128)]): this kind of module")
+    assert "add a rule `match: model.layers.0.mlp.gate` with `skip:`" in message
 
 
 @pytest.mark.parametrize(
@@ -180,9 +179,8 @@ def test_mixture_of_experts_is_refused_loudly_until_skipped() -> None:
     [
         (nn.Conv1d(4, 8, 3), "convolutions"),
         (nn.Conv2d(4, 8, 3), "convolutions"),
-        (Conv1D(8, 4), r"linear layers that store their weight transposed (GPT-2's Conv1D)"),
     ],
-    ids=["conv1d", "conv2d", "gpt2"],
+    ids=["conv1d", "conv2d"],
 )
 def test_other_modules_are_called_what_they_are(module: nn.Module, what: str) -> None:
     message = refused(rules(("*", "int4_g64")), nn.ModuleDict({"mixer": module}), UnsupportedError)
@@ -193,9 +191,9 @@ def test_other_modules_are_called_what_they_are(module: nn.Module, what: str) ->
 
 def test_experts_and_routers_are_covered_although_they_are_no_linear_layers() -> None:
     model = build("qwen3_moe", **MOE)
-    assert {"model.layers.0.mlp.experts", "model.layers.0.mlp.gate"} <= set(weight_modules(model))
-    message = refused(rules((LAYERS, "int4_g64"), ("lm_head", None), ("*.embed_tokens", None)), model)
-    assert "no rule of the scheme matches model.layers.0.mlp.experts, model.layers.0.mlp.gate;" in message
+    assert {"model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.gate"} <= {c.path for c in candidates(model)}
+    message = refused(rules(("*.self_attn.*", "int4_g64"), ("lm_head", None), ("*.embed_tokens", None)), model)
+    assert "matches model.layers.0.mlp.experts.gate_up_proj, model.layers.0.mlp.experts.down_proj, " in message
     coverage = report(model, usual())
     rows = {row.path: row for row in coverage.modules}
     assert rows["model.layers.0.mlp.experts.gate_up_proj"].shape == (4, 256, 128)
@@ -222,7 +220,7 @@ def test_the_report_counts_every_matrix_once(tied: bool) -> None:
     model = build(tie_word_embeddings=tied)
     total = matrix_parameters(model)
     planned = report(model, scheme)
-    assert not layers(model), "reporting changes nothing"
+    assert not weights(model), "reporting changes nothing"
     applied = report(apply(model, scheme))
     for coverage in (planned, applied):
         assert sum(row.parameters for row in coverage.modules) == total == matrix_parameters(model)
@@ -323,9 +321,9 @@ def test_served_rounds_what_is_stored_in_bf16_and_restores_it() -> None:
 
 def test_plans_and_paths_of_an_applied_model_are_those_of_the_original() -> None:
     model, scheme = build(), usual("nvfp4", "nvfp4")
-    paths = list(weight_modules(model))
+    paths = [candidate.path for candidate in candidates(model)]
     planned = {path: rule.weight for path, rule in plan(model, scheme).items()}
     apply(model, scheme)
-    assert list(weight_modules(model)) == paths
+    assert [candidate.path for candidate in candidates(model)] == paths
     assert {path: rule.weight for path, rule in plan(model, scheme).items()} == planned
     assert {type(m) for m in model.modules()} & {WeightQuantizer, InputQuantizer, QatLinear}

@@ -241,7 +241,7 @@ config = AutoConfig.from_pretrained(job.model.id)
 base = resident("VmRSS")
 teacher = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
 student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-apply(student, job.scheme, defer_start=True)
+apply(student, job.scheme, defer_init=True)
 length = job.data.seq_len
 ids = torch.randint(0, config.vocab_size, (job.micro_rows, length))
 positions = (torch.arange(length) % 97).expand(job.micro_rows, -1)
@@ -354,10 +354,10 @@ def test_printed_estimate_answers_what_fits(tiny: Path) -> None:
 
 def test_compensated_starts_need_a_matrix_per_distinct_input(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hidden 128 is read by {q,k,v}, by o and by {gate,up}, 256 by down; and attention is as wide as hidden."""
-    plain, compensated = job(tiny), job(tiny, scheme={"compensate": "gptq"})
+    plain, compensated = job(tiny), job(tiny, scheme={"init": ["gptq"]})
     assert facts(plain).input_products(plain) == 0
     assert facts(compensated).input_products(compensated) == 2 * (3 * 128**2 + 256**2)
-    large = job("meta-llama/Llama-3.1-8B", scheme={"compensate": "gptq"}, devices=8, strategy="fsdp", rows=16)
+    large = job("meta-llama/Llama-3.1-8B", scheme={"init": ["gptq"]}, devices=8, strategy="fsdp", rows=16)
     large = large.model_copy(update={"activation_checkpointing": True, "loss_chunk": 64})
     assert memory(large, facts(large), "cuda", True)["input products of calibration"] == 0
     monkeypatch.setattr(footprint, "PRODUCTS", 1 << 40)  # all at once

@@ -179,7 +179,7 @@ def test_a_smoothed_student_of_a_larger_teacher_is_exported_as_it_was_trained(tm
     """Smoothing changes norms, which an export must carry; sizes and the first row are the trained model's own."""
     larger = tiny_model("llama", tmp_path / "teacher", seed=1, num_hidden_layers=3)
     scheme = yaml.safe_load(write(tmp_path, model).read_text())["scheme"]
-    changes = {"scheme": {**scheme, "smooth": 0.5, "compensate": "gptq"}, "teacher": {"id": str(larger)}, "steps": 2}
+    changes = {"scheme": {**scheme, "init": ["smooth", "gptq"]}, "teacher": {"id": str(larger)}, "steps": 2}
     job = load_job(write(tmp_path, model, **changes))
     said = io.StringIO()
     report = train(job, table=False, console=Console(file=said, width=200))

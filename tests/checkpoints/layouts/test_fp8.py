@@ -15,9 +15,9 @@ from qat.checkpoints.layouts.fp8 import write as target
 from qat.checkpoints.layouts.readers import open_export
 from qat.checkpoints.verify import verify
 from qat.errors import CheckpointError, UnsupportedError
+from qat.modes import served
 from qat.numbers.catalog import lookup
 from qat.numbers.numerics import quantize
-from qat.surgery import served
 from tests.checkpoints.exports import (
     SKIP_TABLE,
     broken,

@@ -19,9 +19,10 @@ from qat.checkpoints.names import fused_groups
 from qat.checkpoints.shards import ShardReader, ShardWriter
 from qat.checkpoints.verify import verify
 from qat.errors import CheckpointError, UnsupportedError
+from qat.modes import served
 from qat.numbers.catalog import lookup
 from qat.numbers.numerics import QTensor, quantize
-from qat.surgery import layers, served
+from qat.sites import weights
 from tests.checkpoints.exports import (
     Pair,
     broken,
@@ -155,7 +156,7 @@ def trained(source: Path, name: str) -> nn.Module:
     """Fused layers agree in their scale where there is one per tensor, as the layout needs."""
     model = projections(source, ALGORITHMS[name])
     if name == "FP8":
-        modules = layers(model)
+        modules = weights(model)
         for members in fused_groups(list(modules)):
             largest = max(float(modules[path].weight_quantizer.start) for path in members)
             for path in members:

@@ -5,13 +5,14 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import FormatError
-from qat.init import calibration
-from qat.init.calibration import begin, calibrate, input_products, observe
-from qat.init.ranges import start_scales
+from qat.init import gptq
+from qat.init.calibration import calibrate, initialise, input_products, observe
+from qat.init.scales import start_scales
 from qat.numbers.catalog import lookup
 from qat.numbers.numerics import fake_quantize
 from qat.scheme import Rule
-from qat.surgery import apply, layers
+from qat.sites import weights
+from qat.surgery import apply
 from tests.qat.test_surgery import LAYERS, batches, build, logits, rules, usual
 
 
@@ -30,16 +31,16 @@ def inputs_of(model: nn.Module, path: str) -> Tensor:
 def test_calibration_sees_the_unquantized_model_and_weighs_by_it(weighted: bool) -> None:
     scheme = usual("nvfp4", "nvfp4", weighted_start=weighted)
     model, original = apply(build(), scheme), build()
-    global_scales = {path: layer.weight_quantizer.global_scale.clone() for path, layer in layers(model).items()}
+    global_scales = {path: layer.quantizer.global_scale.clone() for path, layer in weights(model).items()}
     calibrate(model, batches(), scheme)
     for path in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
-        layer, seen = layers(model)[path], inputs_of(original, path)
-        assert layer.input_quantizer.amax == seen.abs().amax()
+        layer, seen = weights(model)[path], inputs_of(original, path)
+        assert layer.input.amax == seen.abs().amax()
         importance = seen.square().mean(dim=0) if weighted else None
         expected = start_scales(layer.weight.detach(), lookup("nvfp4"), "sweep", global_scales[path], importance)
-        agree = layer.weight_quantizer.start == expected.effective()
+        agree = layer.quantizer.start == expected.effective()
         assert agree.float().mean() > 0.99  # sums in another order may flip a tie
-        assert torch.equal(layer.weight_quantizer.global_scale, global_scales[path])
+        assert torch.equal(layer.quantizer.global_scale, global_scales[path])
     assert not any(m._forward_pre_hooks for m in model.modules())
     assert logits(model).isfinite().all()
 
@@ -54,23 +55,21 @@ def test_weighted_starts_lower_the_error_of_the_outputs() -> None:
                 m.model.layers[0].input_layernorm.weight[::16] = 10.0
         calibrate(model, batches(), scheme)
         layer, x = (
-            layers(model)["model.layers.0.self_attn.q_proj"],
+            weights(model)["model.layers.0.self_attn.q_proj"],
             inputs_of(original, "model.layers.0.self_attn.q_proj"),
         )
-        errors.append(((layer.weight_quantizer(layer.weight) - layer.weight) @ x.T).square().mean().item())
+        errors.append(((layer.value() - layer.weight) @ x.T).square().mean().item())
     assert errors[1] < 0.8 * errors[0]
 
 
 def test_deferred_starts_are_found_by_calibration_for_linears_and_embeddings() -> None:
     scheme = rules(("*.embed_tokens", "int4_g64"), (LAYERS, "int4_g64"), ("*", None), weighted_start=False)
-    searched, deferred = apply(build(), scheme), apply(build(), scheme, defer_start=True)
+    searched, deferred = apply(build(), scheme), apply(build(), scheme, defer_init=True)
     paths = ("model.embed_tokens", "model.layers.0.mlp.up_proj")
-    starts = [[layers(m)[path].weight_quantizer.start for path in paths] for m in (searched, deferred)]
+    starts = [[weights(m)[path].quantizer.start for path in paths] for m in (searched, deferred)]
     assert not any(torch.equal(a, b) for a, b in zip(*starts, strict=True))
     calibrate(deferred, batches(), scheme)
-    assert all(
-        torch.equal(layers(deferred)[p].weight_quantizer.start, s) for p, s in zip(paths, starts[0], strict=True)
-    )
+    assert all(torch.equal(weights(deferred)[p].quantizer.start, s) for p, s in zip(paths, starts[0], strict=True))
 
 
 def test_calibration_that_fails_leaves_no_hooks_and_dead_layers_are_named() -> None:
@@ -85,15 +84,17 @@ def test_calibration_that_fails_leaves_no_hooks_and_dead_layers_are_named() -> N
         calibrate(model, batches(), scheme)
 
 
-def test_starts_are_found_in_float32_whatever_the_caller_computes_in() -> None:
+def test_starts_are_found_in_float32_whatever_the_caller_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:
     scheme = usual("int4_g64", compensate="gptq")
     starts = []
     for autocast in (False, True):
         model = apply(build(), scheme)
-        mean_square, products = observe(model, batches()), input_products(model, batches())
+        text, mean_square = list(batches()), observe(model, batches())
+        products = input_products(model, text)
+        monkeypatch.setattr(gptq, "input_products", lambda *_, made=products: made)  # made before, in float32
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            begin(model, scheme, mean_square, products)
-        starts.append({path: layer.weight.detach() for path, layer in layers(model).items()})
+            initialise(model, text, scheme, mean_square)
+        starts.append({path: layer.weight.detach() for path, layer in weights(model).items()})
     assert all(torch.equal(starts[0][path], starts[1][path]) for path in starts[0])
 
 
@@ -104,7 +105,7 @@ def test_compensation_meets_the_inputs_that_are_served() -> None:
     observe(model, batches())
     found = input_products(model, batches())
     for path in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
-        seen = layers(model)[path].input_quantizer.quantize(inputs_of(original, path))
+        seen = weights(model)[path].input.quantize(inputs_of(original, path))
         torch.testing.assert_close(found[path], seen.T @ seen / len(seen))
     assert found["model.layers.0.self_attn.q_proj"] is found["model.layers.0.self_attn.v_proj"]
 
@@ -122,26 +123,22 @@ def test_compensation_in_parts_is_compensation_at_once(monkeypatch: pytest.Monke
         sizes[-1].append(4 * sum(gram.numel() for gram in {id(gram): gram for gram in found.values()}.values()))
         return found
 
-    monkeypatch.setattr(calibration, "input_products", counted)
-    for limit in (None, 1 << 40, 1):
+    monkeypatch.setattr(gptq, "input_products", counted)
+    for limit in (1 << 40, 1):
         sizes.append([])
         model = build()
         if tied:
             model.lm_head.weight = model.model.embed_tokens.weight
         apply(model, scheme)
-        if limit is None:
-            squares, products = observe(model, batches()), counted(model, batches())
-            begin(model, scheme, {**squares, **{path: gram.diagonal() for path, gram in products.items()}}, products)
-            whole = {id(square): 4 * len(square) ** 2 for square in squares.values()}
-        else:
-            monkeypatch.setattr(calibration, "PRODUCTS", limit)
-            calibrate(model, batches(), scheme)
-        starts.append({path: (layer.weight, layer.weight_quantizer.start) for path, layer in layers(model).items()})
-    assert sizes[0] == sizes[1] == [sum(whole.values())]
-    assert len(sizes[2]) == 2 + tied and max(sizes[2]) < sizes[0][0] and sum(sizes[2]) == sizes[0][0]
-    for other in starts[1:]:
-        for path, pair in starts[0].items():
-            assert all(torch.equal(a, b) for a, b in zip(pair, other[path], strict=True)), path
+        squares = observe(model, batches())
+        whole = {id(square): 4 * len(square) ** 2 for square in squares.values()}
+        monkeypatch.setattr(gptq, "PRODUCTS", limit)
+        calibrate(model, batches(), scheme)
+        starts.append({path: (layer.weight, layer.quantizer.start) for path, layer in weights(model).items()})
+    assert sizes[0] == [sum(whole.values())]
+    assert len(sizes[1]) == 2 + tied and max(sizes[1]) < sizes[0][0] and sum(sizes[1]) == sizes[0][0]
+    for path, pair in starts[0].items():
+        assert all(torch.equal(a, b) for a, b in zip(pair, starts[1][path], strict=True)), path
 
 
 def _raise() -> dict[str, Tensor]:
@@ -150,9 +147,9 @@ def _raise() -> dict[str, Tensor]:
 
 def test_starts_follow_the_scheme() -> None:
     for start in ("amax", "mse", "auto"):
-        layer = layers(apply(build(), usual("int4_g64", start=start)))["model.layers.0.mlp.up_proj"]
+        layer = weights(apply(build(), usual("int4_g64", start=start)))["model.layers.0.mlp.up_proj"]
         expected = start_scales(layer.weight.detach(), lookup("int4_g64"), start).effective()
-        assert torch.equal(layer.weight_quantizer.start, expected)
-    plain = layers(apply(build(), usual("int4_g64", start="amax", learn="none", round_bf16=False)))
+        assert torch.equal(layer.quantizer.start, expected)
+    plain = weights(apply(build(), usual("int4_g64", start="amax", learn="none", round_bf16=False)))
     layer = plain["model.layers.0.mlp.up_proj"]
-    assert torch.equal(layer.weight_quantizer(layer.weight), fake_quantize(layer.weight, lookup("int4_g64")))
+    assert torch.equal(layer.value(), fake_quantize(layer.weight, lookup("int4_g64")))

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from qat.errors import FormatError
 from qat.init.gptq import DAMPING, compensate
-from qat.init.ranges import start_scales
+from qat.init.scales import start_scales
 from qat.numbers.catalog import lookup
 from qat.numbers.format import Format
 from qat.numbers.numerics import Scales, fake_quantize
@@ -68,5 +68,5 @@ def test_inputs_that_are_always_zero_are_survived() -> None:
 def test_blocks_over_several_rows_are_refused() -> None:
     weight, inputs = layer()
     fmt = lookup("fp8_b128")
-    with pytest.raises(FormatError, match="compensate: none"):
+    with pytest.raises(FormatError, match="use init: scales"):
         compensate(weight, fmt, start_scales(weight, fmt, "amax"), inputs.T @ inputs)

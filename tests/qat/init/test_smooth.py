@@ -6,14 +6,17 @@ from torch import Tensor, nn
 
 from qat.errors import UnsupportedError
 from qat.init.calibration import calibrate, observe
-from qat.init.ranges import shared_global_scale
+from qat.init.scales import shared_global_scale
 from qat.init.smooth import smooth
+from qat.modes import dense
 from qat.numbers.catalog import lookup
 from qat.scheme import Rule, Scheme
-from qat.surgery import apply, dense, layers
+from qat.sites import weights
+from qat.surgery import apply
 from tests.qat.test_surgery import MOE, batches, build, ids, usual
 
 GEMMA3 = {"query_pre_attn_scalar": 32}
+STRENGTH = 0.5
 NEOX_RULES = (
     Rule(match="re:.*(query_key_value|dense.*)", weight="nvfp4", input="nvfp4"),
     Rule(match="*", skip="the rest"),
@@ -52,7 +55,7 @@ def uneven(kind: str, **overrides: object) -> nn.Module:
     return model
 
 
-def prepared(kind: str, **overrides: object) -> tuple[nn.Module, Scheme, Tensor]:
+def prepared(kind: str, **overrides: object) -> tuple[nn.Module, Tensor]:
     """An uneven model under a W4A4 scheme, and what it computed before."""
     model = uneven(kind, **overrides)
     scheme = usual("nvfp4", "nvfp4", smooth=0.5)
@@ -60,26 +63,26 @@ def prepared(kind: str, **overrides: object) -> tuple[nn.Module, Scheme, Tensor]
         scheme = scheme.model_copy(update={"rules": NEOX_RULES if kind == "gpt_neox" else MOE_RULES})
     with torch.no_grad():
         before = model(input_ids=ids()).logits
-    apply(model, scheme, defer_start=True)
-    return model, scheme, before
+    apply(model, scheme, defer_init=True)
+    return model, before
 
 
 @pytest.mark.parametrize(("kind", "config", "per_layer"), FAMILIES, ids=[f[0] for f in FAMILIES])
 def test_what_the_model_computes_stays(kind: str, config: dict[str, object], per_layer: int) -> None:
-    model, scheme, before = prepared(kind, **config)
-    weights = {path: layer.weight.detach().clone() for path, layer in layers(model).items()}
-    folds = smooth(model, observe(model, batches()), scheme.smooth, ids())
+    model, before = prepared(kind, **config)
+    before_weights = {path: layer.weight.detach().clone() for path, layer in weights(model).items()}
+    folds = smooth(model, observe(model, batches()), STRENGTH, ids())
     with dense(model, inputs=True), torch.no_grad():
         after = model(input_ids=ids()).logits
     assert len(folds) == per_layer * model.config.num_hidden_layers
     one_plus = kind.startswith("gemma")  # w + 1 is not always exact in float32
     torch.testing.assert_close(after, before, rtol=0, atol=1e-4 if one_plus else 0)
-    moved = [r for f in folds for r in f.readers if not torch.equal(layers(model)[r].weight, weights[r])]
-    assert len(moved) > len(weights) / 4
+    moved = [r for f in folds for r in f.readers if not torch.equal(weights(model)[r].weight, before_weights[r])]
+    assert len(moved) > len(before_weights) / 4
 
 
 def test_both_sides_come_out_balanced() -> None:
-    model, _, _ = prepared("llama")
+    model, _ = prepared("llama")
     attention = model.model.layers[1].self_attn
     path = "model.layers.1.self_attn.q_proj"
 
@@ -114,24 +117,24 @@ def test_a_caller_under_autocast_sees_the_moved_weights() -> None:
     """Autocast keeps BF16 copies of weights for as long as its context lasts."""
     seen = []
     for one_context in (True, False):
-        model, scheme, _ = prepared("llama")
+        model, _ = prepared("llama")
         with torch.autocast("cpu", torch.bfloat16):
             mean_square = observe(model, batches())
             if one_context:
-                smooth(model, mean_square, scheme.smooth, ids())
+                smooth(model, mean_square, STRENGTH, ids())
                 seen.append(observe(model, batches()))
         if not one_context:
-            smooth(model, mean_square, scheme.smooth, ids())
+            smooth(model, mean_square, STRENGTH, ids())
             with torch.autocast("cpu", torch.bfloat16):
                 seen.append(observe(model, batches()))
     assert all(torch.equal(seen[0][path], seen[1][path]) for path in seen[0])
 
 
 def test_fused_layers_share_the_scale_of_the_moved_weights() -> None:
-    model, scheme, _ = prepared("llama")
+    model, _ = prepared("llama")
     with torch.no_grad():
         model.model.layers[0].input_layernorm.weight[3] = 500.0  # moves much into q, k and v
-    calibrate(model, batches(), scheme)
+    calibrate(model, batches(), usual("nvfp4", "nvfp4", smooth=STRENGTH))
     attention = model.model.layers[0].self_attn
     members = [attention.q_proj, attention.k_proj, attention.v_proj]
     expected = shared_global_scale([m.weight for m in members], lookup("nvfp4"))
@@ -155,13 +158,14 @@ def test_a_reader_that_is_not_a_linear_layer_is_found_out() -> None:
         layer.mlp = Bypass(layer.mlp)
     scheme = usual("int4_g64", smooth=0.5)
     with pytest.raises(
-        UnsupportedError, match=r"smoothing changed the outputs of LlamaForCausalLM by .*scheme.smooth=0"
+        UnsupportedError,
+        match=r"smoothing changed the outputs of LlamaForCausalLM by .*leave `smooth` out of",
     ):
         calibrate(apply(model, scheme), batches(), scheme)
 
 
 def test_nothing_to_smooth_is_said() -> None:
     rules = (Rule(match="model.embed_tokens", weight="int8_channel"), Rule(match="*", skip="the rest"))
-    scheme = Scheme(rules=rules, smooth=0.5)
+    scheme = Scheme(rules=rules, init=("smooth",))
     with pytest.raises(UnsupportedError, match="nothing to smooth in LlamaForCausalLM"):
         calibrate(apply(build("llama"), scheme), batches(), scheme)

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qat.errors import FormatError
-from qat.init.ranges import start_scales
+from qat.init.scales import start_scales
 from qat.numbers.catalog import CATALOG
 from qat.numbers.format import Format
 from qat.numbers.numerics import Scales, fake_quantize, find_scales, quantize, to_blocks

@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat.init.ranges import Start, start_scales
+from qat.init.scales import Search, start_scales
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.format import Format
 from qat.numbers.numerics import fake_quantize, qsnr
 
 # (format, start, rule) -> dB on N(0,1), Laplace, t(4)
-TABLE: dict[tuple[str, Start, str], tuple[float, float, float]] = {
+TABLE: dict[tuple[str, Search, str], tuple[float, float, float]] = {
     ("int8_g32", "amax", "amax"): (45.43, 43.44, 42.72),
     ("mxint8", "amax", "ceil"): (41.61, 39.95, 39.25),
     ("mxfp8", "amax", "ceil"): (31.53, 31.55, 31.56),
@@ -49,12 +49,12 @@ def distributions() -> tuple[Tensor, ...]:
     return tuple(torch.from_numpy(x).float().view(2048, 512) for x in drawn)
 
 
-def measure(fmt: Format, start: Start = "amax", rows: int = 2048) -> list[float]:
+def measure(fmt: Format, start: Search = "amax", rows: int = 2048) -> list[float]:
     return [qsnr(x, fake_quantize(x, fmt, start_scales(x, fmt, start))) for x in (d[:rows] for d in distributions())]
 
 
 @pytest.mark.parametrize(("name", "start", "rule"), TABLE)
-def test_qsnr_equals_the_reference(name: str, start: Start, rule: str) -> None:
+def test_qsnr_equals_the_reference(name: str, start: Search, rule: str) -> None:
     fmt = dataclasses.replace(lookup(name), scale_rule=rule)
     if fmt.scale == "bf16":
         fmt = dataclasses.replace(fmt, scale="f32")

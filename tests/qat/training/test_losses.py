@@ -9,10 +9,11 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.distributions import Categorical, kl_divergence
 
+from qat.adapters.linear import QatLinear
 from qat.errors import UnsupportedError
 from qat.numbers.catalog import lookup
 from qat.numbers.numerics import find_scales
-from qat.quantizer import QatLinear, WeightQuantizer
+from qat.quantizer import WeightQuantizer
 from qat.training.losses import (
     IGNORE,
     CrossEntropy,

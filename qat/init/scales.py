@@ -1,19 +1,17 @@
-"""Where scales come from: the start of a weight's scales, and observers that turn calibration batches into a range.
+"""The initialisation step `scales`: the block scales that lose least, before anything is learned.
 
-Weight starts minimise what the block loses, optionally weighted by how strongly each input channel is excited
-(`importance`, the diagonal of the layer's Hessian). Observers are streaming: memory does not grow with the number of
-batches.
+The search minimises what the block loses, optionally weighted by how strongly each input channel is excited
+(`importance`, the diagonal of the layer's Hessian).
 """
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from qat.errors import FormatError
+from qat.init.calibration import Calibration, InitStep
 from qat.numbers.format import Format
 from qat.numbers.numerics import (
     Scales,
@@ -26,9 +24,9 @@ from qat.numbers.numerics import (
     store_scale,
     to_blocks,
 )
+from qat.sites import Site
 
-Start = Literal["auto", "amax", "mse", "sweep"]
-Observer = Literal["minmax", "moving_average", "percentile", "mse", "kl"]
+Search = Literal["auto", "amax", "mse", "sweep"]
 
 CLIP_STEPS = 80  # ratios tried by the MSE clip, evenly from CLIP_LOW to 1
 CLIP_LOW = 0.3
@@ -39,7 +37,7 @@ SWEEP_EXPONENTS = (-2, -1, 0, 1)
 def start_scales(
     weight: Tensor,
     fmt: Format,
-    start: Start = "auto",
+    start: Search = "auto",
     global_scale: Tensor | None = None,
     importance: Tensor | None = None,
 ) -> Scales:
@@ -67,7 +65,7 @@ def start_scales(
     return _search(blocked, fmt, base, _candidates(fmt, base, start), error_weight)
 
 
-def _candidates(fmt: Format, base: Scales, start: Start) -> Iterator[Tensor]:
+def _candidates(fmt: Format, base: Scales, start: Search) -> Iterator[Tensor]:
     """Stored scales to try, each of the shape of `base.stored`."""
     effective = base.effective()
     if start == "mse":
@@ -137,106 +135,55 @@ def _where_optional(condition: Tensor, a: Tensor | None, b: Tensor | None) -> Te
 
 
 def shared_global_scale(weights: list[Tensor], fmt: Format) -> Tensor | None:
-    """One per-tensor scale for layers that a serving engine fuses; None where the format has none."""
+    """One per-tensor scale for layers that a serving engine fuses, a scalar; None where the format has none.
+
+    Of a stack (experts, rows, columns) every matrix has its own: (experts x block rows, 1), as its block scales lie.
+    """
     if not fmt.global_scale:
         return None
+    if weights[0].dim() == 3:
+        (stack,) = weights
+        each = global_scale_for(torch.stack([finite_amax(weight) for weight in stack]), fmt)
+        return each.repeat_interleave(fmt.grid_shape(*stack.shape[1:])[0])[:, None]
     return global_scale_for(torch.stack([finite_amax(weight) for weight in weights]).amax(), fmt)
 
 
-@dataclass
-class Histogram:
-    """Counts of |x| in equal bins over [0, limit]; the limit doubles when larger values arrive, merging bin pairs."""
+class ScaleSearch(InitStep):
+    """Block scales by search.
 
-    bins: int = 2048
-    limit: float = 0.0
-    counts: Tensor = field(default_factory=lambda: torch.zeros(0))
-
-    def add(self, x: Tensor) -> None:
-        """Count the magnitudes of x (any shape); NaN and infinity are left out."""
-        magnitude = x.detach().to(torch.float32).abs().flatten()
-        magnitude = magnitude[torch.isfinite(magnitude)]
-        top = float(magnitude.amax()) if magnitude.numel() else 0.0
-        if top == 0.0:
-            return
-        if not self.limit:
-            self.limit, self.counts = top, torch.zeros(self.bins, dtype=torch.float64)
-        while top > self.limit:
-            self.counts = torch.cat([self.counts.view(-1, 2).sum(dim=1), torch.zeros(self.bins // 2)])
-            self.limit *= 2
-        self.counts += torch.histc(magnitude.cpu(), self.bins, 0, self.limit).to(torch.float64)
-
-    @property
-    def centres(self) -> Tensor:
-        """Middle of each bin."""
-        return (torch.arange(self.bins, dtype=torch.float64) + 0.5) * (self.limit / self.bins)
-
-
-class RangeObserver:
-    """Streaming estimate of the magnitude that a static activation scale should map to the element's maximum.
-
-    minmax: the largest seen. moving_average: m <- 0.99 m + 0.01 max(batch) (PyTorch's rule). percentile: the 99.99th.
-    mse: the clip with the least squared error under `fmt`. kl: TensorRT's search, 128 quantized bins against 2048.
+    Attributes:
+        search: see `start_scales`.
+        weighted: weigh the error by the mean square of each input channel.
     """
 
-    def __init__(self, kind: Observer, fmt: Format, percentile: float = 99.99, momentum: float = 0.01) -> None:
-        self.kind, self.fmt, self.percentile, self.momentum = kind, fmt, percentile, momentum
-        self._amax: float | None = None
-        self._histogram = Histogram()
+    MAKES_SCALES = True
 
-    def add(self, x: Tensor) -> None:
-        """Observe one batch of activations (any shape)."""
-        top = float(finite_amax(x))
-        if self._amax is None:
-            self._amax = top
-        elif self.kind == "moving_average":
-            self._amax += self.momentum * (top - self._amax)
-        else:
-            self._amax = max(self._amax, top)
-        if self.kind in ("percentile", "mse", "kl"):
-            self._histogram.add(x)
+    kind: Literal["scales"] = "scales"
+    search: Search = "auto"
+    weighted: bool = True
 
-    def amax(self) -> float:
-        """The range found so far.
-
-        Raises:
-            FormatError: nothing, or only zeros, was observed.
-        """
-        if not self._amax:
-            raise FormatError("no non-zero activations were observed; calibrate on text that reaches this layer")
-        if self.kind == "percentile":
-            share = self._histogram.counts.cumsum(0) / self._histogram.counts.sum()
-            return float(self._histogram.centres[int((share < self.percentile / 100).sum())])
-        if self.kind == "mse":
-            return self._least_squares()
-        if self.kind == "kl":
-            return _kl_threshold(self._histogram, 2 ** (self.fmt.element.bits - 1))
-        return self._amax
-
-    def _least_squares(self) -> float:
-        centres, counts = self._histogram.centres, self._histogram.counts
-        limits = [float(self._amax or 0.0) * ratio / 100 for ratio in range(2, 101)]
-        errors = []
-        for limit in limits:
-            scale = limit / self.fmt.element.max
-            value = self.fmt.element.round((centres / scale).to(torch.float32)).to(torch.float64) * scale
-            errors.append(float(((value - centres).square() * counts).sum()))
-        return limits[errors.index(min(errors))]
+    def run(self, calibration: Calibration) -> str | None:
+        """Put every weight at the scales found for it."""
+        share_global_scales(calibration)
+        for path, site in calibration.track(calibration.sites):
+            restart(site, self.search, calibration.mean_square.get(path) if self.weighted else None)
+        return None
 
 
-def _kl_threshold(histogram: Histogram, levels: int) -> float:
-    """Clip at which the clipped histogram, merged to `levels` bins, diverges least from the original."""
-    counts, width = histogram.counts, histogram.limit / histogram.bins
-    best, best_kl = histogram.bins, math.inf
-    for keep in range(levels, histogram.bins + 1, max(1, levels // 16)):
-        reference = counts[:keep].clone()
-        reference[-1] += counts[keep:].sum()
-        owner = torch.arange(keep) * levels // keep
-        used = (counts[:keep] > 0).to(torch.float64)
-        mass = torch.zeros(levels, dtype=torch.float64).index_add_(0, owner, counts[:keep])
-        cells = torch.zeros(levels, dtype=torch.float64).index_add_(0, owner, used)
-        merged = (mass / cells.clamp_min(1))[owner] * used
-        p, q = reference / reference.sum(), merged / merged.sum().clamp_min(1e-30)
-        kl = float((p * torch.log(p.clamp_min(1e-30) / q.clamp_min(1e-30)))[p > 0].sum())
-        if kl < best_kl:
-            best, best_kl = keep, kl
-    return (best + 0.5) * width
+def share_global_scales(calibration: Calibration) -> None:
+    """Per-tensor scales from the weights as they are now; fused layers share theirs."""
+    sites = calibration.sites
+    for members in {tuple(path for path in site.fused if path in sites) or (path,) for path, site in sites.items()}:
+        first = sites[members[0]].quantizer.format
+        shared = shared_global_scale([sites[path].weight.detach() for path in members], first)
+        for path in members:  # a tensor each: saved students hold one under every name
+            sites[path].quantizer.global_scale = None if shared is None else shared.clone()
+
+
+@torch.no_grad()
+def restart(site: Site, search: Search, importance: Tensor | None = None) -> None:
+    """Find the scales of one weight again; its per-tensor scale stays (it is shared)."""
+    quantizer = site.quantizer
+    with torch.autocast(site.weight.device.type, enabled=False):  # a caller's: this needs float32
+        weight = quantizer.transformed(site.weight)
+        quantizer.set_scales(start_scales(weight, quantizer.format, search, quantizer.global_scale, importance))

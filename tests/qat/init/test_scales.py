@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.ao.quantization.observer import MovingAverageMinMaxObserver
 
 from qat.errors import FormatError
-from qat.init.ranges import Histogram, Observer, RangeObserver, shared_global_scale, start_scales
+from qat.init.observers import Histogram, Observer, RangeObserver
+from qat.init.scales import shared_global_scale, start_scales
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.format import Format
 from qat.numbers.numerics import Scales, find_scales, from_blocks, global_scale_for, per_block, rounded, to_blocks

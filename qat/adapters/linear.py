@@ -1,0 +1,63 @@
+"""Linear layers: the weight, and what it is multiplied with."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from qat.quantizer import InputQuantizer, WeightQuantizer
+from qat.sites import Quantized, Quantizers, Slot
+
+
+class QatLinear(Quantized, nn.Linear):
+    """A linear layer whose weight, and optionally input, is fake-quantized. Parameter names stay those of nn.Linear.
+
+    `fused` are the paths of the set that is trained as one, this layer's among them.
+    """
+
+    weight_quantizer: WeightQuantizer
+    input_quantizer: InputQuantizer | None
+    fused: tuple[str, ...] = ()
+
+    @classmethod
+    def wrap(cls, linear: nn.Linear, weight: WeightQuantizer, input: InputQuantizer | None) -> "QatLinear":
+        """A QatLinear that takes over the parameters of `linear`."""
+        with torch.device("meta"):
+            layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.weight_quantizer, layer.input_quantizer = weight, input
+        layer.train(linear.training)
+        return layer
+
+    def quantizers(self) -> dict[str, Quantizers]:
+        """By slot."""
+        return {"weight": Quantizers(self.weight_quantizer, self.input_quantizer, self.fused)}
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., in_features) -> (..., out_features)."""
+        if self.input_quantizer is not None:
+            input = self.input_quantizer(input)
+        return self.weight_quantizer.linear(input, self.weight, self.bias)
+
+
+class LinearAdapter:
+    """See `qat.sites.Adapter`. Subclasses of nn.Linear may do anything, so they are not taken."""
+
+    def takes(self, module: nn.Module) -> bool:
+        """A plain linear layer."""
+        return type(module) in (nn.Linear, QatLinear)
+
+    def slots(self, module: nn.Module) -> list[Slot]:
+        """Its weight."""
+        return [Slot("weight", "weight", tuple(module.get_parameter("weight").shape))]
+
+    def attach(self, module: nn.Module, quantizers: Mapping[str, Quantizers]) -> nn.Module:
+        """A `QatLinear`."""
+        given = quantizers["weight"]
+        assert isinstance(module, nn.Linear) and isinstance(given.own, WeightQuantizer)
+        layer = QatLinear.wrap(module, given.own, given.input)
+        layer.fused = given.fused
+        return layer
+
+
+ADAPTER = LinearAdapter()

@@ -1,0 +1,116 @@
+"""Observers: calibration batches in, the magnitude that a static activation scale should map to the maximum out.
+
+They are streaming: memory does not grow with the number of batches.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qat.errors import FormatError
+from qat.numbers.format import Format
+from qat.numbers.numerics import finite_amax
+
+Observer = Literal["minmax", "moving_average", "percentile", "mse", "kl"]
+
+
+@dataclass
+class Histogram:
+    """Counts of |x| in equal bins over [0, limit]; the limit doubles when larger values arrive, merging bin pairs."""
+
+    bins: int = 2048
+    limit: float = 0.0
+    counts: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def add(self, x: Tensor) -> None:
+        """Count the magnitudes of x (any shape); NaN and infinity are left out."""
+        magnitude = x.detach().to(torch.float32).abs().flatten()
+        magnitude = magnitude[torch.isfinite(magnitude)]
+        top = float(magnitude.amax()) if magnitude.numel() else 0.0
+        if top == 0.0:
+            return
+        if not self.limit:
+            self.limit, self.counts = top, torch.zeros(self.bins, dtype=torch.float64)
+        while top > self.limit:
+            self.counts = torch.cat([self.counts.view(-1, 2).sum(dim=1), torch.zeros(self.bins // 2)])
+            self.limit *= 2
+        self.counts += torch.histc(magnitude.cpu(), self.bins, 0, self.limit).to(torch.float64)
+
+    @property
+    def centres(self) -> Tensor:
+        """Middle of each bin."""
+        return (torch.arange(self.bins, dtype=torch.float64) + 0.5) * (self.limit / self.bins)
+
+
+class RangeObserver:
+    """Streaming estimate of the magnitude that a static activation scale should map to the element's maximum.
+
+    minmax: the largest seen. moving_average: m <- 0.99 m + 0.01 max(batch) (PyTorch's rule). percentile: the 99.99th.
+    mse: the clip with the least squared error under `fmt`. kl: TensorRT's search, 128 quantized bins against 2048.
+    """
+
+    def __init__(self, kind: Observer, fmt: Format, percentile: float = 99.99, momentum: float = 0.01) -> None:
+        self.kind, self.fmt, self.percentile, self.momentum = kind, fmt, percentile, momentum
+        self._amax: float | None = None
+        self._histogram = Histogram()
+
+    def add(self, x: Tensor) -> None:
+        """Observe one batch of activations (any shape)."""
+        top = float(finite_amax(x))
+        if self._amax is None:
+            self._amax = top
+        elif self.kind == "moving_average":
+            self._amax += self.momentum * (top - self._amax)
+        else:
+            self._amax = max(self._amax, top)
+        if self.kind in ("percentile", "mse", "kl"):
+            self._histogram.add(x)
+
+    def amax(self) -> float:
+        """The range found so far.
+
+        Raises:
+            FormatError: nothing, or only zeros, was observed.
+        """
+        if not self._amax:
+            raise FormatError("no non-zero activations were observed; calibrate on text that reaches this layer")
+        if self.kind == "percentile":
+            share = self._histogram.counts.cumsum(0) / self._histogram.counts.sum()
+            return float(self._histogram.centres[int((share < self.percentile / 100).sum())])
+        if self.kind == "mse":
+            return self._least_squares()
+        if self.kind == "kl":
+            return _kl_threshold(self._histogram, 2 ** (self.fmt.element.bits - 1))
+        return self._amax
+
+    def _least_squares(self) -> float:
+        centres, counts = self._histogram.centres, self._histogram.counts
+        limits = [float(self._amax or 0.0) * ratio / 100 for ratio in range(2, 101)]
+        errors = []
+        for limit in limits:
+            scale = limit / self.fmt.element.max
+            value = self.fmt.element.round((centres / scale).to(torch.float32)).to(torch.float64) * scale
+            errors.append(float(((value - centres).square() * counts).sum()))
+        return limits[errors.index(min(errors))]
+
+
+def _kl_threshold(histogram: Histogram, levels: int) -> float:
+    """Clip at which the clipped histogram, merged to `levels` bins, diverges least from the original."""
+    counts, width = histogram.counts, histogram.limit / histogram.bins
+    best, best_kl = histogram.bins, math.inf
+    for keep in range(levels, histogram.bins + 1, max(1, levels // 16)):
+        reference = counts[:keep].clone()
+        reference[-1] += counts[keep:].sum()
+        owner = torch.arange(keep) * levels // keep
+        used = (counts[:keep] > 0).to(torch.float64)
+        mass = torch.zeros(levels, dtype=torch.float64).index_add_(0, owner, counts[:keep])
+        cells = torch.zeros(levels, dtype=torch.float64).index_add_(0, owner, used)
+        merged = (mass / cells.clamp_min(1))[owner] * used
+        p, q = reference / reference.sum(), merged / merged.sum().clamp_min(1e-30)
+        kl = float((p * torch.log(p.clamp_min(1e-30) / q.clamp_min(1e-30)))[p > 0].sum())
+        if kl < best_kl:
+            best, best_kl = keep, kl
+    return (best + 0.5) * width

@@ -1,0 +1,53 @@
+"""The modes of all quantizers of a model at once: unquantized for a comparison, or as a server holds it."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from qat.kept import kept_in_float32, own_tensors
+from qat.quantizer import Mode, Quantizer, WeightQuantizer
+from qat.sites import sites
+
+
+@contextlib.contextmanager
+def _in_mode(quantizers: Sequence[Quantizer], mode: Mode) -> Iterator[None]:
+    before = [quantizer.mode for quantizer in quantizers]
+    for quantizer in quantizers:
+        quantizer.mode = mode
+    try:
+        yield
+    finally:
+        for quantizer, previous in zip(quantizers, before, strict=True):
+            quantizer.mode = previous
+
+
+@contextlib.contextmanager
+def dense(model: nn.Module, inputs: bool = False) -> Iterator[None]:
+    """Weights, and with `inputs` everything else, pass through unquantized inside this context (inputs that are being
+    observed always do)."""
+    kinds = Quantizer if inputs else WeightQuantizer
+    with _in_mode([m for m in model.modules() if isinstance(m, kinds)], "dense"):
+        yield
+
+
+@contextlib.contextmanager
+def served(model: nn.Module) -> Iterator[None]:
+    """The model as an export stores it, inside this context: what is not quantized has its BF16 value, unless the
+    model keeps it in float32, and on a CPU each weight is quantized once instead of at every call. Nothing may be
+    trained inside."""
+    quantizers = [m for m in model.modules() if isinstance(m, WeightQuantizer) and m.start.device.type == "cpu"]
+    on_grid, kept = {id(site.parameter) for site in sites(model, "weight")}, kept_in_float32(model)
+    own = {id(t): t for name, t in own_tensors(model).items() if t.is_floating_point() and name not in kept}
+    originals = [(tensor, tensor.data) for key, tensor in own.items() if key not in on_grid]
+    try:
+        for tensor, data in originals:
+            tensor.data = data.to(torch.bfloat16).to(data.dtype)
+        with _in_mode(quantizers, "frozen"):
+            yield
+    finally:
+        for tensor, data in originals:
+            tensor.data = data
+        for quantizer in quantizers:
+            quantizer.forget()
