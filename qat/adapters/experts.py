@@ -143,8 +143,8 @@ class ExpertsAdapter:
 
     def attach(self, module: nn.Module, quantizers: Mapping[str, Quantizers]) -> nn.Module:
         """The module itself, which becomes an instance of a quantized subclass of its class."""
-        kind: Any = _quantized_class(type(module), tuple(quantizers))
-        module.__class__ = kind
+        quantized_class: Any = _quantized_class
+        module.__class__ = quantized_class(type(module), tuple(quantizers))
         assert isinstance(module, QatExperts)
         module.prepare(quantizers)
         return module
