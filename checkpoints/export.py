@@ -26,9 +26,8 @@ from qat.checkpoints.export_plan import (
     refusals,
 )
 from qat.checkpoints.hf import source_files
-from qat.checkpoints.layouts import TARGETS, find_target
-from qat.checkpoints.layouts.reader import SCALES, digest
-from qat.checkpoints.layouts.support import held_anywhere
+from qat.checkpoints.layouts import READERS, TARGETS, find_target, holders
+from qat.checkpoints.layouts.reader import digest
 from qat.checkpoints.progress import progress
 from qat.checkpoints.record import RECORD, RECORD_VERSION, is_export
 from qat.checkpoints.shards import DEFAULT_SHARD_BYTES, ShardReader, ShardWriter
@@ -65,7 +64,7 @@ def check_export(model: "PreTrainedModel", source: Path | None) -> list[str]:
     able = [name for name in TARGETS if name not in refused]
     if able:
         return [f"{refused[DEFAULT_TARGET]}. Export this run with --target {' or '.join(able)}"]
-    nowhere = [pair for pair in _pairs(model) if not held_anywhere(*pair)]
+    nowhere = [pair for pair in _pairs(model) if not holders(*pair)]
     if nowhere:
         names = ", ".join(weight.name + (f" with {input.name} inputs" if input else "") for weight, input in nowhere)
         return [f"no export target holds {names}: this can be trained and evaluated, but not exported"]
@@ -225,7 +224,7 @@ def _packed(plan: ExportPlan, path: str, record: dict[str, Any]) -> dict[str, Te
     tensors = {f"{path}.{key}": value for key, value in plan.target.pack(q, layer.input, amax).items()}
     for name, tensor in tensors.items():
         key = name.rpartition(".")[2]
-        if key in SCALES:
+        if key in READERS[plan.target.METHOD].SCALES:
             _check_scale(name, tensor)
         if key.startswith("input_"):
             record["tensors"][name] = digest(tensor)

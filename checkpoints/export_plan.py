@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qat.checkpoints.architecture import quiet, read_config, read_json
 from qat.checkpoints.hf import unquantizable
-from qat.checkpoints.layouts import TARGETS, Target, TargetLayer
+from qat.checkpoints.layouts import TARGETS, Target, TargetLayer, check_layer, support
 from qat.checkpoints.names import (
     StoredNames,
     fused_groups,
@@ -89,7 +89,7 @@ def plan_export(model: "PreTrainedModel", source: Path | None, target: Target) -
     """
     plan = _sort_tensors(model, source, target)
     for path in plan.linears:
-        target.check(plan.layer(path))
+        check_layer(target, plan.layer(path))
     plan.quantization = target.quantization_config([plan.layer(path) for path in plan.linears], _ignored(plan))
     if source is not None:
         _check_loads(plan, source)
@@ -161,7 +161,7 @@ def refusals(model: "PreTrainedModel", source: Path | None) -> tuple[ExportPlan 
     for name, target in TARGETS.items():
         try:
             for layer in layered:
-                target.check(layer)
+                check_layer(target, layer)
             target.quantization_config(layered, _ignored(base))
         except UnsupportedError as error:
             refused[name] = str(error)
@@ -340,7 +340,9 @@ def _notes(plan: ExportPlan, source: Path | None) -> list[str]:
     for path in plan.linears:
         layer = plan.layer(path)
         pair = layer.weight.name + (f" with {layer.input.name} inputs" if layer.input else "")
-        found.update(dict.fromkeys(f"{pair}: {note}" for note in plan.target.notes(layer.weight, layer.input)))
+        found.update(
+            dict.fromkeys(f"{pair}: {note}" for note in support.notes(plan.target.ROWS, layer.weight, layer.input))
+        )
     for path, module in plan.embeddings.items():
         name = module.weight_quantizer.format.name
         found[f"{path} is quantized to {name} in training; this target stores its values as dense BF16"] = None

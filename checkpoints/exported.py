@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from qat.checkpoints.hf import check_generation, check_loading, quiet
-from qat.checkpoints.layouts.compressed_tensors.codes import input_format
-from qat.checkpoints.layouts.readers import ExportedFolder, open_export
+from qat.checkpoints.layouts import ExportedFolder, open_export
+from qat.checkpoints.layouts.arguments import input_format
 from qat.checkpoints.names import stored_names
 from qat.checkpoints.progress import progress
 from qat.errors import CheckpointError, UnsupportedError

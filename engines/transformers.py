@@ -22,10 +22,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qat.checkpoints.exported import hook_inputs
 from qat.checkpoints.hf import check_loading, quiet
-from qat.checkpoints.layouts import unpack_layer
-from qat.checkpoints.layouts.compressed_tensors.codes import input_format
+from qat.checkpoints.layouts import READERS, TARGETS, open_export
+from qat.checkpoints.layouts.arguments import input_format
 from qat.checkpoints.layouts.reader import ExportedFolder, PackedModule
-from qat.checkpoints.layouts.readers import READERS, open_export
 from qat.checkpoints.names import missing_names, stored_names
 from qat.checkpoints.progress import progress
 from qat.errors import CheckpointError, FormatError, UnsupportedError
@@ -109,7 +108,7 @@ class PackedQuantizer(HfQuantizer):
             for path, module in self.layers.items():
                 stored = model.get_submodule(path)
                 tensors = {name: parameter.detach() for name, parameter in stored.named_parameters()}
-                bias, q = tensors.pop("bias", None), unpack_layer(self.exported.METHOD, module, tensors)
+                bias, q = tensors.pop("bias", None), TARGETS[self.exported.METHOD].unpack(module, tensors)
                 try:
                     layer, reason = self._layer(module, q, bias, model.dtype)
                 except FormatError as error:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qat.checkpoints.export import RECORD
-from qat.checkpoints.layouts.readers import open_export
+from qat.checkpoints.layouts import open_export
 from qat.checkpoints.shards import INDEX, SINGLE
 from qat.checkpoints.verify import CHECKS, verify
 from qat.errors import CheckpointError
