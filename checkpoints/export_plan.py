@@ -16,11 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from qat.checkpoints.architecture import quiet, read_config, read_json
-from qat.checkpoints.hf import unquantizable
 from qat.checkpoints.layouts import TARGETS, Target, TargetLayer, check_layer, support
 from qat.checkpoints.names import (
     StoredNames,
-    fused_groups,
     lost_when_packed,
     missing_names,
     skeleton,
@@ -30,6 +28,7 @@ from qat.checkpoints.names import (
 )
 from qat.checkpoints.shards import ShardReader, TensorInfo
 from qat.errors import CheckpointError, UnsupportedError
+from qat.families import find_family, fused_sets, unquantizable
 from qat.kept import kept_in_float32, own_tensors
 from qat.numbers.numerics import decode_scale
 from qat.quantizer import QatEmbedding, QatLinear
@@ -116,7 +115,8 @@ def check_values(plan: ExportPlan) -> None:
                 "would change trained weights; use one scale per row, or the target compressed-tensors"
             )
     trained = {frozenset(members) for members in plan.fused}
-    usual = [members for members in fused_groups(list(plan.linears)) if frozenset(members) not in trained]
+    sets = fused_sets(plan.linears, find_family(plan.model.config.model_type).fused)
+    usual = [members for members in sets if frozenset(members) not in trained]
     apart = [members for members in usual if _differ(plan, members) or _rounded_again(plan, members)]
     if apart:
         what = _differ(plan, apart[0]) or f"scales differ: {_rounded_again(plan, apart[0])}"

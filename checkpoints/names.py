@@ -1,5 +1,5 @@
 """Between a model in memory and the names of its tensors on disk, which transformers keeps apart (fused experts,
-renamed modules, a base model's prefix), and what the names say about layers that engines fuse.
+renamed modules, a base model's prefix).
 
 Names are read forwards, as transformers does when it loads: from each name in the file to its place in the model. Only
 what the file does not hold, or holds in parts, is named backwards, as transformers does when it saves.
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from qat.kept import own_tensors
-from qat.scheme import FUSED_DEFAULT
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -226,14 +225,3 @@ def skeleton(config: "PretrainedConfig") -> "PreTrainedModel":
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     return model
-
-
-def fused_groups(paths: list[str]) -> list[list[str]]:
-    """Sets of two or more sibling layers that serving engines usually merge into one matrix, by their names."""
-    groups: dict[tuple[str, int], list[str]] = {}
-    for path in paths:
-        parent, _, leaf = path.rpartition(".")
-        for index, leaves in enumerate(FUSED_DEFAULT):
-            if leaf in leaves:
-                groups.setdefault((parent, index), []).append(path)
-    return [members for members in groups.values() if len(members) > 1]

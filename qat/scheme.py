@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from qat.config import Strict
+from qat.families import DEFAULT
 from qat.init.ranges import Observer, Start
 from qat.numbers.catalog import lookup
 from qat.training.gradients import Estimator
@@ -20,13 +21,6 @@ ActivationRule = Literal["vllm", "compressed_tensors"]
 Compensation = Literal["none", "gptq"]
 Learn = Literal["none", "lsq", "dual_lsq"]
 TiedPolicy = Literal["error", "share", "untie"]
-
-FUSED_DEFAULT = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-    ("w1", "w3"),
-)
 
 
 class Rule(Strict):
@@ -94,7 +88,7 @@ class Scheme(Strict):
     observer: Observer = "minmax"
     activation_rule: ActivationRule = "vllm"
     estimator: Estimator = "clipped"
-    fused: tuple[tuple[str, ...], ...] = FUSED_DEFAULT
+    fused: tuple[tuple[str, ...], ...] = DEFAULT.fused
     tied: TiedPolicy = "error"
     round_bf16: bool = True
 

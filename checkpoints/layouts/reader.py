@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qat.checkpoints.hf import read_json
-from qat.checkpoints.names import StoredNames, fused_groups
+from qat.checkpoints.names import StoredNames
 from qat.checkpoints.record import RECORD, read_record
 from qat.checkpoints.shards import ShardReader
 from qat.errors import CheckpointError, UnsupportedError
+from qat.families import find_family, fused_sets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -189,10 +190,11 @@ class ExportedFolder(ABC):
     @cached_property
     def fused(self) -> list[list[str]]:
         """Sets of layers that share one value where engines keep one: those that were trained so, as the record says;
-        without a record those that engines usually merge."""
+        without a record those of the model's family."""
         recorded = (read_record(self.folder) or {}).get("fused")
         if recorded is None:
-            return fused_groups(sorted(n.removesuffix(".weight") for n in self.dense_names if n.endswith(".weight")))
+            paths = sorted(n.removesuffix(".weight") for n in self.dense_names if n.endswith(".weight"))
+            return fused_sets(paths, find_family(self.config.get("model_type")).fused)
         if not all(isinstance(group, list) and all(isinstance(path, str) for path in group) for group in recorded):
             raise CheckpointError(f"{self.folder / RECORD}: `fused` must be lists of layers")
         return [list(group) for group in recorded]

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qat.checkpoints.hf import unquantizable
 from qat.checkpoints.layouts.reader import (
     Array,
     ExportedFolder,
@@ -22,6 +21,7 @@ from qat.checkpoints.layouts.reader import (
 )
 from qat.checkpoints.names import StoredNames, wanted_while_loading
 from qat.errors import CheckpointError, UnsupportedError
+from qat.families import unquantizable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -29,6 +29,7 @@ from qat.checkpoints.layouts.reader import PackedModule
 from qat.checkpoints.layouts.stored import bit_stream
 from qat.checkpoints.layouts.target import TargetLayer
 from qat.errors import UnsupportedError
+from qat.families import is_outside
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor
 from qat.training.activations import static_part
@@ -154,8 +155,7 @@ def quantization_config(layers: list[TargetLayer], ignored: list[str]) -> dict[s
         groups.setdefault(repr(how), (how, []))[1].extend(layer.names)
     everything = [name for layer in layers for name in layer.names] + ignored
     # vLLM knows the output head by its name only, so "Linear" would miss it.
-    inside = all("." in name for layer in layers for name in layer.names)
-    uniform = len(groups) == 1 and inside
+    uniform = len(groups) == 1 and not any(is_outside(name) for layer in layers for name in layer.names)
     formats = {how.format for how, _ in groups.values()}
     return {
         "quant_method": METHOD,

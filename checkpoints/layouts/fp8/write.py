@@ -15,6 +15,7 @@ from qat.checkpoints.layouts.reader import PackedModule
 from qat.checkpoints.layouts.stored import shape, take, take_narrow
 from qat.checkpoints.layouts.target import TargetLayer
 from qat.errors import UnsupportedError
+from qat.families import is_outside
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales
 
@@ -31,7 +32,7 @@ def check(layer: TargetLayer) -> None:
                 f"{layer.path}: {size} {what} are no multiple of {block}, and transformers would read other blocks; "
                 "skip the layer, or use the target compressed-tensors"
             )
-    if any("." not in name for name in layer.names):
+    if any(is_outside(name) for name in layer.names):
         raise UnsupportedError(
             f"{layer.path}: engines keep the output layer of {METHOD} checkpoints dense; skip it, or use the target "
             "compressed-tensors"

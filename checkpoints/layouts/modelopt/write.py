@@ -6,7 +6,6 @@ covers all quantized layers of a checkpoint. What is not quantized is excluded b
 list of experts, because engines ask for the list as a whole.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from qat.checkpoints.layouts.reader import PackedModule
 from qat.checkpoints.layouts.stored import bit_stream, shape, take, take_narrow, take_scale
 from qat.checkpoints.layouts.target import TargetLayer
 from qat.errors import UnsupportedError
+from qat.families import expert_list
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales
 from qat.training.activations import static_part
@@ -29,8 +29,6 @@ METHOD = "modelopt"
 FUSES_TENSOR_SCALES = True
 LAYOUT_VERSION = "0.47.0"  # of the modelopt whose files these are like
 LEGACY = "hf_quant_config.json"
-
-_EXPERTS = re.compile(r"(.+\.experts)\.\d+\..+")
 
 
 def check(layer: TargetLayer) -> None:
@@ -158,16 +156,16 @@ def exclusions(ignored: list[str], quantized: list[str]) -> list[str]:
     Raises:
         UnsupportedError: an excluded name is a part of a quantized one, which vLLM would then exclude too.
     """
-    found: dict[str, None] = {}
+    excluded: dict[str, None] = {}
     for path in ignored:
-        experts = _EXPERTS.fullmatch(path)
-        whole = experts is not None and not any(other.startswith(f"{experts[1]}.") for other in quantized)
-        found[f"{experts[1]}*" if experts is not None and whole else path] = None
-    for name in found:
+        experts = expert_list(path)
+        whole = experts is not None and not any(other.startswith(f"{experts}.") for other in quantized)
+        excluded[f"{experts}*" if whole else path] = None
+    for name in excluded:
         for path in quantized:
             if name.removesuffix("*") in path:
                 raise UnsupportedError(
                     f"{METHOD}: {name} stays dense, but engines would leave out {path} too, which contains that name; "
                     "quantize both, neither, or use the target compressed-tensors"
                 )
-    return list(found)
+    return list(excluded)

@@ -16,10 +16,10 @@ from qat.checkpoints.layouts.compressed_tensors import write as twin
 from qat.checkpoints.layouts.modelopt import write as target
 from qat.checkpoints.layouts.reader import PackedModule
 from qat.checkpoints.layouts.support import pairs
-from qat.checkpoints.names import fused_groups
 from qat.checkpoints.shards import ShardReader, ShardWriter
 from qat.checkpoints.verify import verify
 from qat.errors import CheckpointError, UnsupportedError
+from qat.families import DEFAULT, fused_sets
 from qat.numbers.catalog import lookup
 from qat.numbers.numerics import QTensor, quantize
 from qat.surgery import layers, served
@@ -157,7 +157,7 @@ def trained(source: Path, name: str) -> nn.Module:
     model = projections(source, ALGORITHMS[name])
     if name == "FP8":
         modules = layers(model)
-        for members in fused_groups(list(modules)):
+        for members in fused_sets(modules, DEFAULT.fused):
             largest = max(float(modules[path].weight_quantizer.start) for path in members)
             for path in members:
                 modules[path].weight_quantizer.start.fill_(largest)
