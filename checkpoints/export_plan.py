@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.checkpoints.architecture import quiet, read_config, read_json
+from qat.checkpoints.fused import check_fused, scales_apart
 from qat.checkpoints.layouts import TARGETS, Target, TargetLayer, check_layer, support
 from qat.checkpoints.names import (
     StoredNames,
@@ -28,9 +29,8 @@ from qat.checkpoints.names import (
 )
 from qat.checkpoints.shards import ShardReader, TensorInfo
 from qat.errors import CheckpointError, UnsupportedError
-from qat.families import find_family, fused_sets, unquantizable
+from qat.families import unquantizable
 from qat.kept import kept_in_float32, own_tensors
-from qat.numbers.numerics import decode_scale
 from qat.quantizer import QatEmbedding, QatLinear
 from qat.surgery import layers
 
@@ -106,45 +106,12 @@ def check_values(plan: ExportPlan) -> None:
         quantizer = module.input_quantizer
         if quantizer is not None and quantizer.needs_calibration and not 0 < float(quantizer.amax) < math.inf:
             raise CheckpointError(f"{path}: the range of its input is {float(quantizer.amax)}; run qat.calibrate first")
-    for members in plan.fused:
-        if what := _differ(plan, members):
-            raise CheckpointError(f"engines fuse {', '.join(members)}, but their {what}")
-        if only := _rounded_again(plan, members):
-            raise UnsupportedError(
-                f"engines fuse {', '.join(members)} under one scale, but theirs are {only}, and rounding again "
-                "would change trained weights; use one scale per row, or the target compressed-tensors"
-            )
-    trained = {frozenset(members) for members in plan.fused}
-    sets = fused_sets(plan.linears, find_family(plan.model.config.model_type).fused)
-    usual = [members for members in sets if frozenset(members) not in trained]
-    apart = [members for members in usual if _differ(plan, members) or _rounded_again(plan, members)]
-    if apart:
-        what = _differ(plan, apart[0]) or f"scales differ: {_rounded_again(plan, apart[0])}"
-        plan.notes.append(
-            f"engines usually fuse {', '.join(apart[0])}, which this scheme trained apart ({len(apart)} such sets), "
-            f"and their {what}: serve it only where they stay apart"
-        )
-
-
-def _differ(plan: ExportPlan, members: list[str]) -> str:
-    """What of layers that are merged has only one value, and more here; "" if nothing."""
-    modules = [plan.linears[path] for path in members]
-    scales = [module.weight_quantizer.scales() for module in modules]
-    above = {float(s.global_scale) for s in scales if s.global_scale is not None}
-    ranges = {float(q.amax) for m in modules if (q := m.input_quantizer) is not None and q.needs_calibration}
-    found = (("global scales", above), ("input ranges", ranges))
-    return next((f"{what} differ: {sorted(values)}" for what, values in found if len(values) > 1), "")
-
-
-def _rounded_again(plan: ExportPlan, members: list[str]) -> list[float]:
-    """Per-tensor scales of layers that the target's engines merge under one, where they differ."""
-    scales = [plan.linears[path].weight_quantizer.scales() for path in members]
-    only = {float(decode_scale(s.stored)) for s in scales if s.stored.numel() == 1}
-    return sorted(only) if plan.target.FUSES_TENSOR_SCALES and len(only) > 1 else []
+    check_fused(plan)
 
 
 def refusals(model: "PreTrainedModel", source: Path | None) -> tuple[ExportPlan | None, dict[str, str]]:
-    """The plan of the default target, None where it refuses; and by target why it refuses.
+    """The plan of the default target, None where it refuses; and by target why it refuses. Where only the scales
+    of fused layers are in the way, the plan's notes say so.
 
     Raises:
         CheckpointError, UnsupportedError: what has nothing to do with formats, so that every target would refuse.
@@ -157,7 +124,8 @@ def refusals(model: "PreTrainedModel", source: Path | None) -> tuple[ExportPlan 
             f"ignored): {_some(surplus)}"
         )
     layered = [base.layer(path) for path in base.linears]
-    refused = {}
+    refused: dict[str, str] = {}
+    apart: dict[str, str] = {}
     for name, target in TARGETS.items():
         try:
             for layer in layered:
@@ -165,9 +133,13 @@ def refusals(model: "PreTrainedModel", source: Path | None) -> tuple[ExportPlan 
             target.quantization_config(layered, _ignored(base))
         except UnsupportedError as error:
             refused[name] = str(error)
+        else:
+            apart |= {name: reason} if (reason := scales_apart(base, target)) else {}
     if DEFAULT_TARGET in refused:
-        return None, refused
-    return plan_export(model, source, TARGETS[DEFAULT_TARGET]), refused
+        return None, refused | apart
+    plan = plan_export(model, source, TARGETS[DEFAULT_TARGET])
+    plan.notes += apart.values()
+    return plan, refused | apart
 
 
 # --- the fate of every tensor ---------------------------------------------------------------------
