@@ -73,13 +73,13 @@ def check_export(model: "PreTrainedModel", source: Path | None) -> list[str]:
 
 def _pairs(model: "PreTrainedModel") -> list[tuple[Format, Format | None]]:
     """Every (weight, input) pair of formats of the linear layers."""
-    found: dict[tuple[str, str], tuple[Format, Format | None]] = {}
+    pairs: dict[tuple[str, str], tuple[Format, Format | None]] = {}
     for layer in layers(model).values():
         if isinstance(layer, QatLinear):
             input = layer.input_quantizer.format if layer.input_quantizer is not None else None
             weight = layer.weight_quantizer.format
-            found[weight.name, input.name if input else ""] = weight, input
-    return list(found.values())
+            pairs[weight.name, input.name if input else ""] = weight, input
+    return list(pairs.values())
 
 
 def export_model(

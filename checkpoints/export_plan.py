@@ -167,8 +167,8 @@ def _sort_tensors(model: "PreTrainedModel", source: Path | None, target: Target)
         _check_source(model, names, source, {**names.shadowed, **aliases}, dense.keys() | quantized)
     order = [name for name in given if name not in left_out]
     order += sorted((dense.keys() | quantized) - set(given))
-    kept = kept_in_float32(model)
-    wide = frozenset(name for name in dense if names.origins.get(name) in kept)
+    in_float32 = kept_in_float32(model)
+    wide = frozenset(name for name in dense if names.origins.get(name) in in_float32)
     fused = dict.fromkeys(m.fused for m in found.values() if isinstance(m, QatLinear) and len(m.fused) > 1)
     sets = [[names.paths[path] for path in members] for members in fused]
     copied, head = {name: given[name].shape for name in sorted(names.unread)}, _head(model, names.paths)
@@ -199,11 +199,11 @@ def _aliases(model: "PreTrainedModel", names: StoredNames, tensors: dict[str, Te
     for name in tensors:
         if name in names.origins:
             groups.setdefault(id(tensors[name]), []).append(name)
-    found = {}
+    others = {}
     for members in groups.values():
         members.sort(key=lambda name: (names.origins[name] not in sources, order[names.origins[name]]))
-        found.update(dict.fromkeys(members[1:], members[0]))
-    return found
+        others.update(dict.fromkeys(members[1:], members[0]))
+    return others
 
 
 def _check_source(
@@ -276,13 +276,13 @@ def _check_loads(plan: ExportPlan, source: Path) -> None:
     config = exported_config(plan, source)
     del config["quantization_config"]
     model = _bare(plan.model, config)
-    found = stored_names(model, plan.order)
-    problems = [f"{name} would be missing" for name in missing_names(model, found, plan.order)]
+    loaded = stored_names(model, plan.order)
+    problems = [f"{name} would be missing" for name in missing_names(model, loaded, plan.order)]
     for name in plan.order:
-        if name not in plan.copied and name in found.tensors:
-            written, wanted = list(plan.names.tensors[name].shape), list(found.tensors[name].shape)
+        if name not in plan.copied and name in loaded.tensors:
+            written, wanted = list(plan.names.tensors[name].shape), list(loaded.tensors[name].shape)
             problems += [f"{name} would be {written}, not {wanted}"] if written != wanted else []
-    lost = (found.unread.keys() | found.shadowed.keys()) - plan.copied.keys()
+    lost = (loaded.unread.keys() | loaded.shadowed.keys()) - plan.copied.keys()
     problems += [f"{name} would not be loaded" for name in sorted(lost)]
     if problems:
         raise CheckpointError(
@@ -308,32 +308,32 @@ def _bare(model: "PreTrainedModel", config: dict[str, Any]) -> "PreTrainedModel"
 
 
 def _notes(plan: ExportPlan, source: Path | None) -> list[str]:
-    found: dict[str, None] = {}
+    notes: dict[str, None] = {}
     for path in plan.linears:
         layer = plan.layer(path)
         pair = layer.weight.name + (f" with {layer.input.name} inputs" if layer.input else "")
-        found.update(
+        notes.update(
             dict.fromkeys(f"{pair}: {note}" for note in support.notes(plan.target.ROWS, layer.weight, layer.input))
         )
     for path, module in plan.embeddings.items():
         name = module.weight_quantizer.format.name
-        found[f"{path} is quantized to {name} in training; this target stores its values as dense BF16"] = None
+        notes[f"{path} is quantized to {name} in training; this target stores its values as dense BF16"] = None
     elements = [module.weight_quantizer.format.element for module in plan.linears.values()]
     if (plan.names.parts or unquantizable(plan.model)) and not all(
         e.kind == "minifloat" and e.bits == 8 for e in elements
     ):
-        found[
+        notes[
             "plain transformers (5.23) cannot load dense fused experts, or other tensors that it merges, beside packed "
             "layers; vLLM can"
         ] = None
     if "pack-quantized" in json.dumps(plan.quantization):
         wanted = wanted_while_loading(plan.model, [plan.names.modules[path] for path in plan.linears])
-        found.update(dict.fromkeys(f"plain transformers (5.23) cannot load packed layers of {name}, whose weights it "
+        notes.update(dict.fromkeys(f"plain transformers (5.23) cannot load packed layers of {name}, whose weights it "
                                    "initialises; vLLM can" for name in wanted))  # fmt: skip
     if not all(module.weight_quantizer.round_bf16 for module in plan.linears.values()):
-        found["trained with round_bf16: false, so BF16 servers round the exported weights once more"] = None
-    found.update(dict.fromkeys(_of_the_source(plan, source)))
-    return list(found)
+        notes["trained with round_bf16: false, so BF16 servers round the exported weights once more"] = None
+    notes.update(dict.fromkeys(_of_the_source(plan, source)))
+    return list(notes)
 
 
 def _of_the_source(plan: ExportPlan, source: Path | None) -> list[str]:

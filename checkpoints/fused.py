@@ -27,8 +27,9 @@ def scales_apart(plan: "ExportPlan", target: Target) -> str:
     rows = {weight for weight, _ in support.pairs(target.ROWS) if CATALOG[weight].block == ROW}
     instead = sorted(weight for weight in rows if CATALOG[weight].elements == fmt.elements)
     return (
-        f"{target.METHOD} cannot hold {fmt.name} weights of layers that engines fuse ({', '.join(apart[0])}, {len(apart)} "
-        f"such sets), each of which learns a scale of its own; to export to it, train {' or '.join(instead)}"
+        f"{target.METHOD} cannot hold {fmt.name} weights of layers that engines fuse ({', '.join(apart[0])}; "
+        f"{len(apart)} such sets), each of which learns a scale of its own; to export to it, train "
+        + " or ".join(instead)
     )
 
 

@@ -93,7 +93,7 @@ class _Subject:
         return self.stored.tensors
 
     @cached_property
-    def kept(self) -> set[str]:
+    def in_float32(self) -> set[str]:
         """Checkpoint names of what the architecture keeps in float32."""
         own = kept_in_float32(self.model)
         return {name for name, place in self.stored.origins.items() if place in own}
@@ -178,9 +178,9 @@ def _tensors(subject: _Subject) -> str:
 
 def _type_of(subject: _Subject, name: str, tensor: Tensor) -> str | None:
     """The safetensors type that an unquantized tensor must have; None for any, where another tool chose."""
-    if not tensor.is_floating_point() or (name in subject.kept and subject.record is None):
+    if not tensor.is_floating_point() or (name in subject.in_float32 and subject.record is None):
         return None
-    return "F32" if name in subject.kept else "BF16"
+    return "F32" if name in subject.in_float32 else "BF16"
 
 
 def _scales(subject: _Subject) -> str:

@@ -192,7 +192,7 @@ def patterns(paths: list[str], everything: list[str]) -> list[str]:
     families: dict[str, list[str]] = {}
     for path in paths:
         families.setdefault(re.sub(r"(^|\.)\d+(?=\.|$)", r"\1#", path), []).append(path)
-    found = []
+    targets = []
     for family, members in families.items():
         numbers = sorted({number for member in members for number in _numbers(member)}, key=int)
         listed = "|".join(numbers) if len(numbers) == 1 else "(?:" + "|".join(numbers) + ")"
@@ -201,11 +201,11 @@ def patterns(paths: list[str], everything: list[str]) -> list[str]:
             pattern = ".*" + re.escape(dot + tail if dot else family).replace(r"\#", number) + "$"
             matched = {path for path in everything if re.match(pattern, path)}
             if matched.isdisjoint(rest) and matched.issuperset(members):
-                found.append("re:" + pattern)
+                targets.append("re:" + pattern)
                 break
         else:
-            found += [f"re:^{re.escape(member)}$" for member in members]
-    return found
+            targets += [f"re:^{re.escape(member)}$" for member in members]
+    return targets
 
 
 def _numbers(path: str) -> list[str]:

@@ -106,9 +106,9 @@ def quantization_config(layers: list[TargetLayer], ignored: list[str]) -> dict[s
     for layer in layers:
         algorithms.setdefault(algorithm(layer.weight, layer.input), layer)
     if len(algorithms) > 1:
-        found = ", ".join(f"{layer.path} is {name}" for name, layer in algorithms.items())
+        mixture = ", ".join(f"{layer.path} is {name}" for name, layer in algorithms.items())
         raise UnsupportedError(
-            f"{METHOD} checkpoints hold one algorithm here, but {found}; give all layers one scheme, "
+            f"{METHOD} checkpoints hold one algorithm here, but {mixture}; give all layers one scheme, "
             "or use the target compressed-tensors"
         )
     excluded = exclusions(ignored, [name for layer in layers for name in layer.names])
