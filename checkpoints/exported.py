@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from qat.adapters import adapter_for
 from qat.checkpoints.hf import check_generation, check_loading, quiet
-from qat.checkpoints.layouts.compressed_tensors.codes import input_format
-from qat.checkpoints.layouts.readers import ExportedFolder, open_export
+from qat.checkpoints.layouts import ExportedFolder, open_export
+from qat.checkpoints.layouts.arguments import input_format
 from qat.checkpoints.names import StoredNames, stored_names
 from qat.checkpoints.progress import progress
 from qat.errors import CheckpointError, UnsupportedError

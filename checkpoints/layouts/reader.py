@@ -2,16 +2,17 @@
 
 It is written from the layouts' descriptions and shares no arithmetic with the packers, the catalogue or the trained
 model, so that agreement between them means something. It also reads checkpoints that other tools wrote. Here is what
-all layouts share; `qat.checkpoints.layouts.readers` holds one file per layout and picks it.
+all layouts share; the rest is in each one's `read.py`.
 """
 
 import hashlib
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,13 +20,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qat.checkpoints.hf import read_json
-from qat.checkpoints.names import fused_groups
+from qat.checkpoints.names import StoredNames
 from qat.checkpoints.record import RECORD, read_record
 from qat.checkpoints.shards import ShardReader
 from qat.errors import CheckpointError, UnsupportedError
+from qat.families import find_family, fused_sets
 
-_OF_WEIGHTS = ("weight_scale", "weight_scale_2", "weight_scale_inv", "weight_global_scale")
-SCALES = (*_OF_WEIGHTS, "input_scale", "input_global_scale")  # in any layout
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_SCALE = re.compile(r"(weight|input)_(global_)?scale\w*")  # names of scales, in any layout
 _CHUNK = 1 << 22  # weights unpacked at a time
 _PACKED = ("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized")
 _READABLE = {"BF16": ("BF16", "F16", "F32")}  # other tools store some BF16 scales so, which is read exactly
@@ -73,8 +77,25 @@ class PackedModule:
         return "input_global_scale" if self.input["strategy"] == "tensor_group" else "input_scale"
 
 
+@dataclass(frozen=True)
+class PlainLoading:
+    """How plain transformers, without anything of ours, loads a checkpoint.
+
+    Attributes:
+        obstacle: why it does not, or "".
+        options: what `from_pretrained` needs besides the folder.
+        quantizes_inputs: whether it quantizes inputs as the checkpoint asks.
+        remark: what is special, for the report.
+    """
+
+    obstacle: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    quantizes_inputs: bool = True
+    remark: str = ""
+
+
 class ExportedFolder(ABC):
-    """An exported checkpoint on disk, whatever its layout; open one with `qat.checkpoints.layouts.readers.open_export`.
+    """An exported checkpoint on disk, whatever its layout; open one with `qat.checkpoints.layouts.open_export`.
 
     Raises:
         CheckpointError: no config.json, no quantization_config of this method, or no safetensors.
@@ -83,6 +104,7 @@ class ExportedFolder(ABC):
 
     METHOD: ClassVar[str]  # quant_method, which is also the name of the export target
     SCALE: ClassVar[str] = "weight_scale"  # the tensor that marks a layer as quantized
+    SCALES: ClassVar[tuple[str, ...]]  # every scale a quantized layer may have; but for SCALE, one number each
     SUFFIXES: ClassVar[tuple[str, ...]]  # every tensor a quantized layer may have, besides its bias
 
     def __init__(self, folder: Path) -> None:
@@ -126,6 +148,10 @@ class ExportedFolder(ABC):
     def _scale(self, module: PackedModule, tensors: dict[str, Tensor]) -> Array:
         """float32 multiplier of each block (block rows, block columns), from tensors that `layer` has checked."""
 
+    @abstractmethod
+    def plain_loading(self, model: "PreTrainedModel", names: StoredNames) -> PlainLoading:
+        """How plain transformers loads this checkpoint of `model`, whose tensors are called `names`."""
+
     def _codes_name(self, module: PackedModule) -> str:
         return "weight"
 
@@ -164,10 +190,11 @@ class ExportedFolder(ABC):
     @cached_property
     def fused(self) -> list[list[str]]:
         """Sets of layers that share one value where engines keep one: those that were trained so, as the record says;
-        without a record those that engines usually merge."""
+        without a record those of the model's family."""
         recorded = (read_record(self.folder) or {}).get("fused")
         if recorded is None:
-            return fused_groups(sorted(n.removesuffix(".weight") for n in self.dense_names if n.endswith(".weight")))
+            paths = sorted(n.removesuffix(".weight") for n in self.dense_names if n.endswith(".weight"))
+            return fused_sets(paths, find_family(self.config.get("model_type")).fused)
         if not all(isinstance(group, list) and all(isinstance(path, str) for path in group) for group in recorded):
             raise CheckpointError(f"{self.folder / RECORD}: `fused` must be lists of layers")
         return [list(group) for group in recorded]
@@ -196,7 +223,7 @@ class ExportedFolder(ABC):
             info = self.reader.info(name)
             if info.code not in _READABLE.get(code, (code,)) or info.shape != shape:
                 raise CheckpointError(f"{self.folder}: {name} is {info.code}{[*info.shape]}, not {code}{[*shape]}")
-            tensors[key] = self._sound(name) if key in SCALES else self.reader.get(name)
+            tensors[key] = self._sound(name) if key in self.SCALES else self.reader.get(name)
         return tensors
 
     def _sound(self, name: str) -> Tensor:
@@ -239,7 +266,7 @@ class ExportedFolder(ABC):
     def dense_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the dense model, quantized layers unpacked, one at a time; raises as `layer`, and where a
         scale belongs to no quantized layer."""
-        stray = sorted(n for n in self.names - self.quantized_names if n.rpartition(".")[2] in SCALES)
+        stray = sorted(n for n in self.names - self.quantized_names if _SCALE.fullmatch(n.rpartition(".")[2]))
         if stray:
             raise CheckpointError(
                 f"{self.folder}: {stray[0]} belongs to no {self.METHOD} layer; was it made for another target?"

@@ -5,21 +5,27 @@ is the reciprocal of compressed-tensors' `input_global_scale`. Written from mode
 """
 
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from qat.checkpoints.hf import read_json
+from qat.checkpoints.layouts.modelopt.engines import NO_PLAIN
 from qat.checkpoints.layouts.reader import (
     Array,
     ExportedFolder,
     PackedModule,
+    PlainLoading,
     Spec,
     float_values,
     refuse_unread,
     scale_values,
 )
+from qat.checkpoints.names import StoredNames
 from qat.errors import CheckpointError, UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LEGACY = "hf_quant_config.json"
 Args = dict[str, Any]
@@ -42,11 +48,12 @@ _ALGORITHMS: dict[str, tuple[str, Args, Args | None]] = {
 }
 
 
-class ModeloptFolder(ExportedFolder):
+class Reader(ExportedFolder):
     """A modelopt checkpoint on disk in which every quantized layer has the same algorithm."""
 
     METHOD = "modelopt"
-    SUFFIXES = ("weight", "weight_scale", "weight_scale_2", "input_scale")
+    SCALES = ("weight_scale", "weight_scale_2", "input_scale")
+    SUFFIXES = ("weight", *SCALES)
 
     def _check_configuration(self) -> None:
         algorithm = self.quantization.get("quant_algo")
@@ -102,6 +109,10 @@ class ModeloptFolder(ExportedFolder):
         if module.weights["strategy"] == "tensor_group":
             scale = scale * float_values(tensors["weight_scale_2"])
         return scale.reshape(-1, 1) if scale.ndim < 2 else scale
+
+    def plain_loading(self, model: "PreTrainedModel", names: StoredNames) -> PlainLoading:
+        """Not at all."""
+        return PlainLoading(NO_PLAIN)
 
     def static_input(self, path: str) -> Tensor | None:
         """The calibrated scale (or, above E4M3 block scales, the divisor) of a layer's input, float32 [1], or None."""
