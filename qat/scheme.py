@@ -67,9 +67,7 @@ class Rule(Strict):
                 "`skip: REASON`"
             )
         if self.input is not None and self.weight is None:
-            raise ValueError(
-                f"rule {self.match!r} has no `weight` format, so it cannot give what meets it an `input` one"
-            )
+            raise ValueError(f"rule {self.match!r} has no `weight` format, so it takes no `input` format either")
         if (self.key is None) != (self.value is None):
             raise ValueError(f"rule {self.match!r} must give both `key` and `value` a format: caches hold both")
         if any(isinstance(step, Smooth) for step in self.init or ()):

@@ -226,7 +226,7 @@ class _Makers:
     def _matrix(self, candidate: Candidate) -> Tensor:
         """The weight as it multiplies, without its history."""
         weight = self._parameter(candidate).detach()
-        return weight if weight.shape == candidate.slot.shape else weight.transpose(-1, -2)
+        return weight.transpose(-1, -2) if candidate.slot.transposed else weight
 
 
 def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:
