@@ -4,7 +4,7 @@
 #     OUT=results bash benchmarks/gpu.sh first       at most 4.5 minutes: does every kernel run, and is it right? Then a
 #                                                    whole road on a tiny model, and how long kernels take
 #     OUT=results bash benchmarks/gpu.sh train       at most 4 minutes: a distillation of the embedded model, its step time
-#     OUT=results bash benchmarks/gpu.sh kernels steps recovery peers tune      longer: tables, plots, other libraries
+#     OUT=results bash benchmarks/gpu.sh kernels steps recovery peers           longer: tables, plots, other libraries
 #
 # Every step has its own limit, the next one runs after a failure, and results are written to OUT as they come. A machine
 # without network needs what `bash benchmarks/wheels.sh` puts into .wheels/ on another one. DEVICE=cpu rehearses.
@@ -89,9 +89,8 @@ for part in "${@:-first}"; do
                     --out "$OUT/$peer"
             done
             ;;
-        tune) step tune tune 590 "$PYTHON" benchmarks/tune.py && cp -r kernels/tuned "$OUT/" ;;
         *)
-            echo "no part called $part; there are first, train, kernels, steps, recovery, peers and tune" >&2
+            echo "no part called $part; there are first, train, kernels, steps, recovery and peers" >&2
             exit 2
             ;;
     esac
