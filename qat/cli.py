@@ -24,6 +24,7 @@ from qat.terminal import (
     unbreakable_stderr,
     warned,
 )
+from qat.text import size
 
 DESCRIPTION = """Train a model in the numbers it will be served in.
 
@@ -164,8 +165,8 @@ def _export(arguments: argparse.Namespace) -> None:
         checkpoint=arguments.checkpoint,
         moved=arguments.model,
     )
-    size = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
-    print(f"{out}: {size / 1e6:.1f} MB of weights for {arguments.target}; check it with: qat verify {out}")
+    stored = size(sum(path.stat().st_size for path in out.rglob("*.safetensors")))
+    print(f"{out}: {stored} of weights for {arguments.target}; check it with: qat verify {out}")
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
