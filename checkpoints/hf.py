@@ -206,7 +206,7 @@ def load_model(
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}")
     check_config(read_json(local_folder(folder) / "config.json"), folder, trust_remote_code)
-    _check_weights(folder)
+    check_weights(folder)
     check_generation(folder)
     from transformers import AutoModelForCausalLM
 
@@ -277,7 +277,8 @@ def _check_finite(model: "PreTrainedModel", origin: Path) -> None:
         raise CheckpointError(f"{origin} holds NaN or infinity in {some(bad)}: the files are damaged; get them again")
 
 
-def _check_weights(folder: Path) -> None:
+def check_weights(folder: Path) -> None:
+    """Refuse files that are damaged, pickled or hold codes, by name."""
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickles and not any(folder.glob("*.safetensors")) and not (folder / INDEX).is_file():
         raise CheckpointError(

@@ -44,7 +44,7 @@ def started(*arguments: str) -> tuple[list[str], float]:
     return heavy, seconds
 
 
-@pytest.mark.parametrize("arguments", ["--help", "train --help"])
+@pytest.mark.parametrize("arguments", ["--help", "train --help", "analyze --help"])
 def test_help_imports_no_library(arguments: str) -> None:
     heavy, seconds = started(*arguments.split())
     assert heavy == [] and seconds < SECONDS

@@ -281,7 +281,7 @@ def test_words_of_the_loss_picture_do_not_collide(tmp_path: Path, steps: int, kl
     import matplotlib
 
     write_metrics(tmp_path, steps, max(1, steps // 10), kls[2])
-    with matplotlib.rc_context(plots._STYLE):
+    with matplotlib.rc_context(plots.STYLE):
         data = build(*kls, best_step=steps).to_dict()
         assert words_collide(plots._loss(data, plots.read_metrics(tmp_path / "metrics.csv"))) == []
 
@@ -291,7 +291,7 @@ def test_words_of_the_recovery_picture_do_not_collide(nll: float) -> None:
     import matplotlib
 
     rows = build().rows
-    with matplotlib.rc_context(plots._STYLE):
+    with matplotlib.rc_context(plots.STYLE):
         figure = plots._recovery(replace(build(), rows=[*rows[:3], {**rows[3], "nll": nll}]).to_dict())
     assert words_collide(figure) == []
     written = {text.get_text() for text in figure.findobj(Text) if isinstance(text, Text)}
@@ -303,7 +303,7 @@ def test_words_of_the_recovery_picture_do_not_collide(nll: float) -> None:
 def test_words_of_the_qsnr_picture_do_not_collide(count: int) -> None:
     import matplotlib
 
-    with matplotlib.rc_context(plots._STYLE):
+    with matplotlib.rc_context(plots.STYLE):
         figure = plots._qsnr(build().to_dict(), [*layers(count), ("lm_head", 20.0, 19.0)])
     assert words_collide(figure) == []
     assert sum(axes.get_visible() for axes in figure.axes) == 8
