@@ -60,6 +60,16 @@ def test_slabs_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert loss(x, fmt) == pytest.approx(whole, rel=1e-9)
 
 
+def test_slabs_share_the_global_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that is held exactly sets it so high that block scales of the others are too small to be stored."""
+    fmt, x = lookup("nvfp4"), normal(32, 64) * 1e-5
+    x[0] = fmt.element.max * lookup("fp8_channel").element.max
+    whole = loss(x, fmt)
+    assert whole[0] == pytest.approx(energy(x[1:]))  # all of them become zero
+    monkeypatch.setattr(analysis, "SLAB", 64)
+    assert loss(x, fmt) == pytest.approx(whole)
+
+
 def test_decibels() -> None:
     assert decibels(1.0, 100.0) == pytest.approx(20.0)
     assert decibels(0.0, 1.0) == math.inf and math.isnan(decibels(0.0, 0.0))
