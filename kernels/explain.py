@@ -10,7 +10,6 @@ from qat.kernels.fake_quantize.choose import problem as training_problem
 from qat.kernels.load import available, cpu_problem
 from qat.kernels.packed_linear.choose import choose
 from qat.kernels.quantized_matmul import choose as matmul
-from qat.kernels.tuned import case, override
 from qat.numbers.catalog import CATALOG, lookup
 from qat.serving.matmul import problem as matmul_problem
 from qat.serving.packed import problem
@@ -38,7 +37,6 @@ def explain(format: str, tokens: int, rows: int, columns: int, input_format: str
         return {**told, **_on_a_cpu(tokens)}
     processors = device_of(torch.empty(0, device="cuda")).processors
     tiles = choose(tokens, rows, columns, tile(fmt.element.bits), processors)
-    tiles = override(tiles, torch.cuda.get_device_name(0), case("packed_linear", format, rows, columns), tokens)
     return {**told, "kernel": "triton", "why": tiles.why}
 
 
@@ -69,9 +67,7 @@ def _explain_quantized(format: str, tokens: int, rows: int, columns: int, input_
     device = device_of(torch.empty(0, device="cuda"))
     if matmul.block_scaled(x, w, columns, device.capability):
         return {**told, "kernel": "triton", "why": f"block-scaled units, by {matmul.BLOCK_SCALED}=1; never measured"}
-    tiles = matmul.choose(tokens, rows, columns, x, w, device)
-    name = case("quantized_matmul", f"{input_format} x {format}", rows, columns)
-    return {**told, "kernel": "triton", "why": override(tiles, torch.cuda.get_device_name(0), name, tokens).why}
+    return {**told, "kernel": "triton", "why": matmul.choose(tokens, rows, columns, x, w, device).why}
 
 
 def explain_all(tokens: int, rows: int, columns: int, input_format: str | None = None) -> list[dict[str, Any]]:

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from qat.checkpoints.layouts import TARGETS
 from qat.cli import main
 from qat.kernels.load import cpu_problem
 from qat.numbers.catalog import CATALOG
 from tests.tiny import tiny_model
+from tests.trainers.jobs import write
 
 
 @pytest.fixture(scope="module")
@@ -19,24 +19,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on a tiny Qwen3 with a tied head, and its config beside it."""
     folder = tmp_path_factory.mktemp("cli")
     model = tiny_model("qwen3", folder / "model", tie_word_embeddings=True)
-    job = {
-        "name": "tiny",
-        "model": {"id": str(model)},
-        "scheme": {
-            "rules": [
-                {"match": "lm_head", "skip": "shares its tensor with the embedding"},
-                {"match": "model.embed_tokens", "skip": "kept in BF16"},
-                {"match": "*.down_proj", "weight": "int8_channel", "input": "int8_token"},
-                {"match": "*_proj", "weight": "nvfp4", "input": "nvfp4"},
-            ]
-        },
-        "data": {"source": "embedded", "seq_len": 32, "max_tokens": 4096},
-        "eval": {"data": {"source": "heldout", "seq_len": 32}, "tokens": 128},
-        "steps": 2,
-        "runs": str(folder / "runs"),
-    }
-    (folder / "job.yaml").write_text(yaml.safe_dump(job))
-    assert main(["train", str(folder / "job.yaml"), "--json"]) == 0
+    rules = [
+        {"match": "lm_head", "skip": "shares its tensor with the embedding"},
+        {"match": "model.embed_tokens", "skip": "kept in BF16"},
+        {"match": "*.down_proj", "weight": "int8_channel", "input": "int8_token"},
+        {"match": "*_proj", "weight": "nvfp4", "input": "nvfp4"},
+    ]
+    job = write(folder, model, scheme={"rules": rules}, steps=2)
+    assert main(["train", str(job), "--json"]) == 0
     return folder / "runs" / "tiny"
 
 

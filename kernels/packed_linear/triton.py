@@ -19,7 +19,6 @@ from torch import Tensor
 
 from qat.kernels.device import device_of
 from qat.kernels.packed_linear.choose import Tiles, choose
-from qat.kernels.tuned import case, gpu_of, override
 from qat.numbers.catalog import SCALE_ELEMENT, lookup
 from qat.numbers.element import EXPONENT_BIAS
 from qat.numbers.format import Format
@@ -205,7 +204,6 @@ def packed_linear(
         return out
     processors = device_of(x).processors
     tiles = choose(tokens, rows, columns, tile(fmt.element.bits), processors)
-    tiles = override(tiles, gpu_of(x), case("packed_linear", format, rows, columns), tokens)
     target = out if tiles.splits == 1 else x.new_empty(tiles.splits, tokens, rows, dtype=torch.float32)
     grid = (triton.cdiv(rows, tiles.block_n), triton.cdiv(tokens, tiles.block_m), tiles.splits)
     packed_linear_kernel[grid](

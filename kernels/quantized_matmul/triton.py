@@ -25,7 +25,6 @@ from qat.kernels.device import device_of
 from qat.kernels.packed_linear.triton import decode, exp2_const
 from qat.kernels.quantized_matmul.block_scaled.triton import block_scaled_matmul
 from qat.kernels.quantized_matmul.choose import FLOAT16, INTEGER, Tiles, block_scaled, choose, group
-from qat.kernels.tuned import case, gpu_of, override
 from qat.numbers.catalog import SCALE_ELEMENT, lookup
 from qat.numbers.element import EXPONENT_BIAS
 from qat.numbers.format import Format
@@ -362,8 +361,6 @@ def quantized_matmul(
         block_scaled_matmul(flat, x_scales, weight, weight_scales, bias, out, global_scale, (x, w), columns)
         return out
     tiles = choose(tokens, rows, columns, x, w, device)
-    name = case("quantized_matmul", f"{input_format} x {weight_format}", rows, columns)
-    tiles = override(tiles, gpu_of(codes), name, tokens)
     fixed = constants(x, w, columns, bias=bias is not None, tiles=tiles)
     if tiles.operand == INTEGER and columns > MOST_COLUMNS:
         raise UnsupportedError(f"{columns} columns of integers: the kernel's int32 sums hold at most {MOST_COLUMNS}")
