@@ -31,7 +31,7 @@ from qat.checkpoints.names import (
 from qat.checkpoints.shards import ShardReader, TensorInfo
 from qat.errors import CheckpointError, UnsupportedError
 from qat.kept import kept_in_float32, own_tensors
-from qat.numbers.numerics import decode_scale
+from qat.numbers.scale import type_of
 from qat.quantizer import QatEmbedding, QatLinear
 from qat.surgery import layers
 
@@ -139,7 +139,7 @@ def _differ(plan: ExportPlan, members: list[str]) -> str:
 def _rounded_again(plan: ExportPlan, members: list[str]) -> list[float]:
     """Per-tensor scales of layers that the target's engines merge under one, where they differ."""
     scales = [plan.linears[path].weight_quantizer.scales() for path in members]
-    only = {float(decode_scale(s.stored)) for s in scales if s.stored.numel() == 1}
+    only = {float(type_of(s.stored).decode(s.stored)) for s in scales if s.stored.numel() == 1}
     return sorted(only) if plan.target.FUSES_TENSOR_SCALES and len(only) > 1 else []
 
 

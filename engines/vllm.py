@@ -39,6 +39,7 @@ from qat.kernels.load import available, cpu_problem, load
 from qat.numbers.catalog import lookup
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales
+from qat.numbers.scale import E8M0
 from qat.serving.packed import PackedLinear, pack, packed_linear, problem
 from qat.training.activations import fake_quantize_input
 
@@ -141,7 +142,7 @@ def _fp4_before_sm100(weight: Format, input: Format | None, capability: int) -> 
 
 
 def _mxfp4_alone(weight: Format, input: Format | None, capability: int) -> bool:
-    return _fp4(weight) and weight.scale == "e8m0" and input is None and capability >= 100
+    return _fp4(weight) and weight.scale is E8M0 and input is None and capability >= 100
 
 
 # The first that fits decides; what none fits is vLLM's. Those for CUDA follow from vLLM's source and were never run.
@@ -334,7 +335,7 @@ class Packed(CompressedTensorsScheme):
                 found[name] = tensor[first // per_word : (first + rows) // per_word]
         scale = found["weight_scale"]
         if scale.dtype == torch.float32:
-            narrow = scale.to(self.weight.scale_storage)
+            narrow = scale.to(self.weight.scale.storage)
             found["weight_scale"] = narrow if torch.equal(narrow.to(torch.float32), scale) else scale
         return found
 
@@ -346,8 +347,7 @@ class Packed(CompressedTensorsScheme):
             values = torch.stack([s.global_scale for s in scales if s.global_scale is not None])
             shared = self._one(values, "weight_global_scale").reshape(())
         zeros = [s.zero_point for s in scales if s.zero_point is not None]
-        stored = torch.cat([s.stored.view(torch.uint8) if s.stored.itemsize == 1 else s.stored for s in scales])
-        stored = stored.view(scales[0].stored.dtype) if stored.itemsize == 1 else stored
+        stored = self.weight.scale.from_bytes(torch.cat([self.weight.scale.to_bytes(s.stored) for s in scales]))
         codes = torch.cat([layer.codes for layer in layers])
         return QTensor(self.weight, codes, Scales(stored, shared, torch.cat(zeros) if zeros else None))
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 from qat.errors import TrainingError
 from qat.init.ranges import Observer, RangeObserver
 from qat.numbers.format import Format
-from qat.numbers.numerics import QTensor, Scales, quantize, store_scale
+from qat.numbers.numerics import QTensor, Scales, quantize
 from qat.scheme import ActivationRule, Learn
 from qat.training.activations import dynamic_fake_quantize
 from qat.training.gradients import Estimator
@@ -64,8 +64,8 @@ class WeightQuantizer(nn.Module):
         return self._stored(latent.detach()).effective() + (latent - latent.detach())  # an exact zero with the gradient
 
     def _stored(self, latent: Tensor) -> Scales:
-        stored = store_scale(latent, self.format, self.global_scale)
-        return Scales(stored, self.global_scale, self.zero_point, self.choice)
+        stored = self.format.scale.store(latent, self.global_scale)
+        return Scales(stored, self.global_scale, self.zero_point, self.choice, type=self.format.scale)
 
     def divisor(self) -> Tensor | None:
         """The scale that divides before rounding, where it is learned separately."""
@@ -135,7 +135,7 @@ class InputQuantizer(nn.Module):
     @property
     def needs_calibration(self) -> bool:
         """Whether the format has a static part."""
-        return self.format.global_scale or self.format.block == (0, 0)
+        return self.format.global_scale or self.format.is_static
 
     def observe(self) -> None:
         """Pass inputs through unchanged and collect their range, until `freeze`."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qat.errors import CheckpointError
 from qat.numbers.format import Format
-from qat.numbers.numerics import decode_scale
+from qat.numbers.scale import broken
 
 
 def take(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, *shapes: tuple[int, ...]) -> Tensor:
@@ -28,8 +28,7 @@ def take(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, *shapes: 
 def take_scale(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, *shapes: tuple[int, ...]) -> Tensor:
     """`take` for scales, which must be finite and positive."""
     scale = take(tensors, name, dtype, *shapes)
-    values = decode_scale(scale)
-    if not bool((torch.isfinite(values) & (values > 0)).all()):
+    if broken(scale):
         raise CheckpointError(f"{name} must be finite and positive everywhere, but is not")
     return scale
 
@@ -40,7 +39,7 @@ def narrowed(scale: Tensor, name: str, fmt: Format) -> Tensor:
     Raises:
         CheckpointError: that would round it, as with scales that other tools trained in float32; names it.
     """
-    narrow = scale.to(fmt.scale_storage)
+    narrow = scale.to(fmt.scale.storage)
     if not torch.equal(narrow.to(scale.dtype), scale):
         raise CheckpointError(f"{name} holds scales that {fmt.name} cannot: they are not exact in {fmt.scale}")
     return narrow

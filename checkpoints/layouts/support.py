@@ -14,6 +14,7 @@ from typing import Literal
 from qat.numbers.catalog import CATALOG, E2M1, E2M3, E4M3
 from qat.numbers.element import Element
 from qat.numbers.format import Format
+from qat.numbers.scale import BF16, E8M0, F32, UE4M3
 
 ENGINES = {"transformers": "5.23", "vLLM": "0.33", "SGLang": "0.5.23", "TensorRT-LLM": "2026"}
 TENSOR, ROW, FP8_BLOCK = (0, 0), (1, 0), (128, 128)
@@ -59,31 +60,31 @@ def _integer(fmt: Format) -> bool:
 
 
 def _int_weight(fmt: Format, *bits: int, zero_point: bool = False) -> bool:
-    return _integer(fmt) and fmt.scale == "bf16" and fmt.element.bits in bits and fmt.zero_point == zero_point
+    return _integer(fmt) and fmt.scale is BF16 and fmt.element.bits in bits and fmt.zero_point == zero_point
 
 
 def _int_input(fmt: Format | None, block: tuple[int, int], *bits: int) -> bool:
-    scale = "bf16" if block == TENSOR else "f32"
+    scale = BF16 if block == TENSOR else F32
     plain = fmt is not None and _integer(fmt) and not fmt.zero_point
-    return fmt is not None and plain and fmt.scale == scale and fmt.block == block and fmt.element.bits in bits
+    return fmt is not None and plain and fmt.scale is scale and fmt.block == block and fmt.element.bits in bits
 
 
 def _fp8_weight(fmt: Format, *blocks: tuple[int, int]) -> bool:
-    return _is(fmt, E4M3) and fmt.scale == "bf16" and fmt.block in blocks
+    return _is(fmt, E4M3) and fmt.scale is BF16 and fmt.block in blocks
 
 
 def _fp8_input(fmt: Format | None, *blocks: tuple[int, int]) -> bool:
     """Dynamic ones have float32 scales, the static one is stored in BF16."""
-    scale = None if fmt is None else "bf16" if fmt.block == (0, 0) else "f32"
-    return fmt is not None and _is(fmt, E4M3) and fmt.scale == scale and fmt.block in blocks
+    scale = None if fmt is None else BF16 if fmt.is_static else F32
+    return fmt is not None and _is(fmt, E4M3) and fmt.scale is scale and fmt.block in blocks
 
 
 def _nv(fmt: Format | None) -> bool:
-    return fmt is not None and _is(fmt, E2M1) and fmt.scale == "e4m3" and fmt.global_scale and fmt.group == 16
+    return fmt is not None and _is(fmt, E2M1) and fmt.scale is UE4M3 and fmt.global_scale and fmt.group == 16
 
 
 def _mx(fmt: Format | None, *elements: Element) -> bool:
-    return fmt is not None and fmt.scale == "e8m0" and fmt.group == 32 and any(_is(fmt, e) for e in elements)
+    return fmt is not None and fmt.scale is E8M0 and fmt.group == 32 and any(_is(fmt, e) for e in elements)
 
 
 # --- the table ------------------------------------------------------------------------------------

@@ -17,9 +17,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from qat.errors import FormatError, UnsupportedError
 from qat.kernels.compiler import load_library
-from qat.numbers.catalog import SCALE_ELEMENT, lookup
+from qat.numbers.catalog import lookup
 from qat.numbers.format import Format
-from qat.numbers.numerics import decode_scale
+from qat.numbers.scale import BF16, F32
+from qat.serving.packed import problem as packing_problem
 from qat.serving.packed import reference
 from qat.serving.words import PART, tile
 
@@ -67,11 +68,12 @@ def _tables(name: str) -> tuple[Tensor, Tensor | None]:
     """
     fmt = lookup(name)
     codes = torch.arange(2**fmt.element.bits, dtype=torch.uint8)
-    if fmt.element.kind == "integer":  # words count from the lowest value
+    if fmt.element.is_integer:  # words count from the lowest value
         codes = codes ^ (1 << (fmt.element.bits - 1))
-    every = torch.arange(256, dtype=torch.uint8)
-    scales = {"e4m3": SCALE_ELEMENT.decode, "e8m0": decode_scale}.get(fmt.scale)
-    return fmt.element.decode(codes).contiguous(), None if scales is None else scales(every).contiguous()
+    values = fmt.element.decode(codes).contiguous()
+    if not fmt.scale.is_bytes:
+        return values, None
+    return values, fmt.scale.decode(fmt.scale.from_bytes(torch.arange(256, dtype=torch.uint8))).contiguous()
 
 
 def _weight(
@@ -79,7 +81,7 @@ def _weight(
 ) -> _Weight:
     """Pointers into tensors that the caller keeps alive; scales and zero points (rows, groups)."""
     table, scale_table = _tables(fmt.name)
-    minifloat = fmt.element.kind == "minifloat"
+    minifloat = fmt.element.is_minifloat
     return _Weight(
         words.data_ptr(),
         scales.data_ptr(),
@@ -167,7 +169,7 @@ def _check(fmt: Format, columns: int, words: Tensor, scales: Tensor, zeros: Tens
         raise FormatError(f"words must be int16 and zero points int8; given {given}")
     if (zeros is None) == fmt.zero_point:
         raise FormatError(f"{fmt.name} has {'' if fmt.zero_point else 'no '}zero points")
-    stored = torch.uint8 if fmt.scale_storage.itemsize == 1 else fmt.scale_storage
+    stored = torch.uint8 if fmt.scale.is_bytes else fmt.scale.storage
     if scales.dtype not in (stored, torch.float32):
         raise FormatError(f"{fmt.name} scales must be {stored} or float32, not {scales.dtype}")
     if (zeros is not None and zeros.shape != scales.shape) or (bias is not None and bias.shape != (rows,)):
@@ -192,7 +194,7 @@ def packed_linear(
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         raise UnsupportedError("qat::packed_linear has no gradient: packed weights are for inference")
     fmt, columns, rows = lookup(format), x.shape[-1], words.shape[0]
-    if not decodes(fmt):
+    if problem(fmt) is not None:
         return reference(x, words, scales, zeros, bias, global_scale, format)
     weight, kept = _describe(words, scales, zeros, bias, (format, columns, global_scale))
     given = x.dtype
@@ -240,10 +242,16 @@ def _done(status: int) -> None:
     if status == _NO_MEMORY:
         raise MemoryError("no memory for the input in float32")
     if status:
-        raise RuntimeError("cpu.c has no decoder for an element that `decodes` says it has")
+        raise RuntimeError("cpu.c has no decoder for an element that `problem` says it has")
 
 
-def decodes(fmt: Format) -> bool:
-    """Whether cpu.c has an instance for the format's element."""
-    element = fmt.element
-    return element.kind == "integer" or (element.bits, element.mantissa_bits) in ((4, 1), (8, 3))
+def problem(fmt: Format) -> str | None:
+    """Why cpu.c does not multiply weights of this format, or None."""
+    asked, element = packing_problem(fmt), fmt.element
+    if asked is not None:
+        return asked
+    if not (element.is_integer or (element.bits, element.mantissa_bits) in ((4, 1), (8, 3))):
+        return f"cpu.c has no instance for {element.name}"
+    if not (fmt.scale.is_bytes or fmt.scale.is_one_of(F32, BF16)):
+        return f"cpu.c does not decode {fmt.scale} scales"
+    return None

@@ -38,6 +38,21 @@ class Element:
     step: float = 1.0
 
     @property
+    def is_integer(self) -> bool:
+        """Whether values are whole numbers, their codes two's complement."""
+        return self.kind == "integer" and self.step == 1.0
+
+    @property
+    def is_minifloat(self) -> bool:
+        """Whether codes are sign, exponent and mantissa."""
+        return self.kind == "minifloat"
+
+    @property
+    def nan_codes(self) -> tuple[int, ...]:
+        """The codes that mean NaN."""
+        return tuple(code for code, value in enumerate(self.values) if value != value)
+
+    @property
     def max(self) -> float:
         """Largest magnitude that rounding returns; block scales map the largest element here."""
         return max(self.high, -self.low)

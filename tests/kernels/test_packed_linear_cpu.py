@@ -11,7 +11,8 @@ from qat.errors import FormatError, UnsupportedError
 from qat.kernels import compiler
 from qat.kernels.explain import explain
 from qat.kernels.load import cpu_problem, load
-from qat.kernels.packed_linear.cpu import FEW, _held, decodes, packed_linear
+from qat.kernels.packed_linear.cpu import FEW, _held, packed_linear
+from qat.kernels.packed_linear.cpu import problem as cpu_kernel_problem
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.numerics import QTensor, quantize
 from qat.serving.packed import PackedLinear, PackedWeight, pack, problem, unpack
@@ -47,7 +48,7 @@ def assert_close(x: Tensor, q: QTensor, bias: Tensor | None) -> None:
 @pytest.mark.parametrize("name", PACKED)
 def test_it_decodes_every_format(name: str) -> None:
     fmt = lookup(name)
-    assert decodes(fmt)
+    assert cpu_kernel_problem(fmt) is None
     columns = next(width for width in (352, 320, 384) if fmt.divides(width))  # the first two end inside a tile
     q = quantize(normal(37, columns) * torch.logspace(-4, 2, 37)[:, None], fmt)
     one_hot = torch.eye(columns)
@@ -190,7 +191,7 @@ def test_no_columns_are_a_sum_of_nothing() -> None:
 
 
 def test_a_format_without_a_decoder_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qat.kernels.packed_linear.cpu.decodes", lambda fmt: False)
+    monkeypatch.setattr("qat.kernels.packed_linear.cpu.problem", lambda fmt: "no instance")
     q, x = quantize(normal(24, 256), lookup("nvfp4")), normal(3, 256)
     assert_close(x, q, None)
 

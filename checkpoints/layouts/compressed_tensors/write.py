@@ -28,6 +28,7 @@ from qat.errors import CheckpointError, UnsupportedError
 from qat.numbers.catalog import CATALOG, E2M1, E2M3, E4M3
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor
+from qat.numbers.scale import BF16, E8M0, F32, UE4M3
 from qat.training.activations import static_part
 
 METHOD = "compressed-tensors"
@@ -35,7 +36,7 @@ FUSES_TENSOR_SCALES = False  # one scale per tensor is written once per row
 LAYOUT_VERSION = "0.18.0"  # the first release that packs every width as written here
 
 _FLOATS = {4: E2M1, 6: E2M3, 8: E4M3}  # what {"type": "float", "num_bits": n} means
-_SCALE_DTYPES = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
+_NV_SCALE, _MX_SCALE = str(UE4M3.storage), str(E8M0.storage)
 _CHUNK = 1 << 22  # codes turned into bits at a time: 32 MiB of scratch
 
 Args = dict[str, Any]
@@ -94,7 +95,7 @@ def weight_args(fmt: Format) -> Args | None:
     base = _base_args(fmt, dynamic=False)
     if base is None or (fmt.zero_point and base["type"] == "float"):
         return None
-    if fmt.scale == "bf16" and base["num_bits"] in (2, 3, 4, 8):
+    if fmt.scale is BF16 and base["num_bits"] in (2, 3, 4, 8):
         if fmt.block in ((0, 0), (1, 0)):
             plain = base["type"] == "int" or base["num_bits"] == E4M3.bits
             return {**base, "strategy": "channel"} if plain else None
@@ -110,11 +111,11 @@ def input_args(fmt: Format) -> Args | None:
     base = _base_args(fmt, dynamic=True)
     if base is None or fmt.zero_point:
         return None
-    if fmt.scale == "f32" and fmt.block == (1, 0) and base["num_bits"] in (4, 8):
+    if fmt.scale is F32 and fmt.block == (1, 0) and base["num_bits"] in (4, 8):
         return {**base, "strategy": "token"}
-    if fmt.scale == "f32" and fmt.group == FP8_BLOCK[1] and fmt.element == E4M3:
+    if fmt.scale is F32 and fmt.group == FP8_BLOCK[1] and fmt.element == E4M3:
         return {**base, "strategy": "group", "group_size": fmt.group}
-    if fmt.scale == "bf16" and fmt.block == (0, 0) and base["num_bits"] == E4M3.bits:
+    if fmt.scale is BF16 and fmt.block == (0, 0) and base["num_bits"] == E4M3.bits:
         return {**base, "strategy": "tensor", "dynamic": False}
     args = _small_float_args(fmt, base) if fmt.element != E2M3 else None
     return {**args, "dynamic": "local", "observer": "static_minmax"} if args and fmt.global_scale else args
@@ -131,12 +132,12 @@ def _base_args(fmt: Format, dynamic: bool) -> Args | None:
 
 def _small_float_args(fmt: Format, base: Args) -> Args | None:
     """NVFP4 and the MX floats: blocks inside a row with 8-bit scales."""
-    nv = fmt.scale == "e4m3" and fmt.global_scale and fmt.group == 16 and fmt.element == E2M1
-    mx = fmt.scale == "e8m0" and fmt.group == 32 and base["type"] == "float"
+    nv = fmt.scale is UE4M3 and fmt.global_scale and fmt.group == 16 and fmt.element == E2M1
+    mx = fmt.scale is E8M0 and fmt.group == 32 and base["type"] == "float"
     if not (nv or mx):
         return None
     strategy = "tensor_group" if nv else "group"
-    return {**base, "strategy": strategy, "group_size": fmt.group, "scale_dtype": _SCALE_DTYPES[fmt.scale]}
+    return {**base, "strategy": strategy, "group_size": fmt.group, "scale_dtype": str(fmt.scale.storage)}
 
 
 def _go_together(weights: Args, inputs: Args) -> bool:
@@ -144,10 +145,10 @@ def _go_together(weights: Args, inputs: Args) -> bool:
     family, other = weights.get("scale_dtype"), inputs.get("scale_dtype")
     if not weights["symmetric"]:
         return False
-    if family == _SCALE_DTYPES["e4m3"]:
+    if family == _NV_SCALE:
         return other == family
     fp8 = inputs["type"] == "float" and inputs["num_bits"] == E4M3.bits and other is None
-    if family == _SCALE_DTYPES["e8m0"]:
+    if family == _MX_SCALE:
         small = weights["num_bits"] == E2M1.bits
         return (other == family and inputs["num_bits"] >= weights["num_bits"]) or (fp8 and small and inputs["dynamic"])
     if other is not None:
@@ -163,9 +164,9 @@ def _go_together(weights: Args, inputs: Args) -> bool:
 
 def _format_string(weights: Args, inputs: Args | None) -> str:
     bits, family = weights["num_bits"], weights.get("scale_dtype")
-    if family == _SCALE_DTYPES["e4m3"]:
+    if family == _NV_SCALE:
         return "nvfp4-pack-quantized"
-    if family == _SCALE_DTYPES["e8m0"]:
+    if family == _MX_SCALE:
         return f"mxfp{bits}-quantized" if bits == 8 else f"mxfp{bits}-pack-quantized"
     if weights["type"] == "float":
         return "float-quantized" if inputs else "naive-quantized"
@@ -232,7 +233,7 @@ def _stored_scale(q: QTensor, rows: int) -> Tensor:
 def _static_input(fmt: Format, amax: Tensor) -> dict[str, Tensor]:
     static = static_part(fmt, amax)
     assert static is not None
-    return {"input_global_scale": static} if fmt.global_scale else {"input_scale": static.to(fmt.scale_storage)}
+    return {"input_global_scale": static} if fmt.global_scale else {"input_scale": static.to(fmt.scale.storage)}
 
 
 def _offset(codes: Tensor, bits: int) -> Tensor:

@@ -95,7 +95,7 @@ def unpack(tensors: Mapping[str, Tensor], fmt: Format, shape: tuple[int, int]) -
     else:
         codes = take(tensors, "weight", torch.float8_e4m3fn, shape).view(torch.uint8)
     if fmt.group:
-        stored = take_scale(tensors, "weight_scale", fmt.scale_storage, grid)
+        stored = take_scale(tensors, "weight_scale", fmt.scale.storage, grid)
     else:
         stored = take_scale(tensors, "weight_scale", torch.float32, (), grid[:1]).reshape(-1, 1).expand(grid)
         stored = narrowed(stored.contiguous(), "weight_scale", fmt)
