@@ -345,9 +345,7 @@ def _notes(plan: ExportPlan, source: Path | None) -> list[str]:
         name = module.weight_quantizer.format.name
         found[f"{path} is quantized to {name} in training; this target stores its values as dense BF16"] = None
     elements = [module.weight_quantizer.format.element for module in plan.linears.values()]
-    if (plan.names.parts or unquantizable(plan.model)) and not all(
-        e.kind == "minifloat" and e.bits == 8 for e in elements
-    ):
+    if (plan.names.parts or unquantizable(plan.model)) and not all(e.is_minifloat and e.bits == 8 for e in elements):
         found[
             "plain transformers (5.23) cannot load dense fused experts, or other tensors that it merges, beside packed "
             "layers; vLLM can"

@@ -101,18 +101,18 @@ class Rule:
 
 def _integer(fmt: Format | None, bits: int = 8) -> bool:
     """Integers of at most so many bits."""
-    return fmt is not None and fmt.element.kind == "integer" and fmt.element.bits <= bits
+    return fmt is not None and fmt.element.is_integer and fmt.element.bits <= bits
 
 
 def _fp4(fmt: Format | None) -> bool:
-    return fmt is not None and fmt.element.kind == "minifloat" and fmt.element.bits == 4
+    return fmt is not None and fmt.element.is_minifloat and fmt.element.bits == 4
 
 
 def _eight_bits(weight: Format, input: Format | None, capability: int) -> bool:
     """A scale per row and per token, or one for all integer inputs; its product fails with one for all FP8 inputs."""
     if input is None or weight.element.bits != 8 or input.element.bits != 8:
         return False
-    return weight.block == (1, 0) and (input.block == (1, 0) or (input.block == (0, 0) and _integer(input)))
+    return weight.block == (1, 0) and (input.block == (1, 0) or (input.is_static and _integer(input)))
 
 
 def _int4_alone(weight: Format, input: Format | None, capability: int) -> bool:
@@ -317,6 +317,7 @@ class Packed(CompressedTensorsScheme):
         layers = [read_layer(replace(self.module, path=m), self._part(stored, i)) for i, m in enumerate(self.members)]
         packed = pack(self._joined(layers))
         layer.packed = PackedLinear(packed)
+        layer.packed.prepare()
         static = self.module.static_input
         layer.register_buffer("static_input", None if static is None else self._one(stored[static], static))
         for name in stored:
@@ -365,7 +366,10 @@ class Packed(CompressedTensorsScheme):
         held: Any = layer  # with what process_weights_after_loading put there
         if self.input is not None:
             x = served_input(x, held.static_input, self.input.name)
-        return packed_linear(x, held.packed.packed, bias)
+        if bias is not None:
+            return packed_linear(x, held.packed.packed, bias)
+        y: Tensor = held.packed(x)
+        return y
 
 
 def _fill_padding(layer: Any) -> None:

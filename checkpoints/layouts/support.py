@@ -56,7 +56,7 @@ def _is(fmt: Format, element: Element) -> bool:
 
 
 def _integer(fmt: Format) -> bool:
-    return len(fmt.elements) == 1 and fmt.element.kind == "integer" and fmt.element.step == 1.0
+    return fmt.is_single and fmt.element.is_integer
 
 
 def _int_weight(fmt: Format, *bits: int, zero_point: bool = False) -> bool:

@@ -196,6 +196,7 @@ def packed_linear(
     bias: Tensor | None,
     global_scale: float,
     format: str,
+    prepared: Tensor | None = None,
 ) -> Tensor:
     """The operator `qat::packed_linear` on a device that runs Triton; computes in the dtype of x, sums in float32."""
     fmt, columns, rows = lookup(format), x.shape[-1], words.shape[0]

@@ -150,8 +150,12 @@ def reference(
     bias: Tensor | None,
     global_scale: float,
     format: str,
+    prepared: Tensor | None = None,
 ) -> Tensor:
-    """What `qat::packed_linear` means: x times the dequantized weight, in float32, rounded once to x's dtype."""
+    """What `qat::packed_linear` means: x times the dequantized weight, in float32, rounded once to x's dtype.
+
+    `prepared` is what `qat::prepare_packed` made of the same weight, for kernels that have something to prepare.
+    """
     weight = unpack(PackedWeight(format, x.shape[-1], words, scales, zeros, global_scale)).dequantize()
     y = x.to(torch.float32) @ weight.t()
     return (y if bias is None else y + bias).to(x.dtype)
@@ -160,6 +164,24 @@ def reference(
 # Defined without `custom_op`, whose autograd wrapper costs as much as the product of a small layer.
 torch.library.define("qat::packed_linear", torch.library.infer_schema(reference, mutates_args=()))
 torch.library.impl("qat::packed_linear", "CompositeExplicitAutograd", reference)
+
+
+def prepare_reference(
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    global_scale: float,
+    format: str,
+    columns: int,
+) -> Tensor:
+    """What a kernel wants to know of a weight before the first product; its layer keeps it. Nothing, unless a kernel
+    says so."""
+    return words.new_empty(0, dtype=torch.uint8)
+
+
+torch.library.define("qat::prepare_packed", torch.library.infer_schema(prepare_reference, mutates_args=()))
+torch.library.impl("qat::prepare_packed", "CompositeExplicitAutograd", prepare_reference)
 
 
 @torch.library.register_fake("qat::packed_linear")
@@ -223,7 +245,7 @@ class Stored(nn.Module):
 
 
 class PackedLinear(Stored):
-    """A linear layer with a packed weight, for inference."""
+    """A linear layer with a packed weight, for inference. It owns what the kernel prepared for its tensors."""
 
     KEPT = ("words", "scales", "zeros")
 
@@ -240,9 +262,14 @@ class PackedLinear(Stored):
         self.register_buffer("bias", bias)
         self.format, self.global_scale = weight.format, weight.global_scale
         self.in_features, self.out_features = weight.columns, weight.words.shape[0]
+        self._prepared: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}  # it speaks of this layer's tensors, not of a copy's
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
+        self._prepared = None
         self.scales, self.zeros = _ordered(self.scales), None if self.zeros is None else _ordered(self.zeros)
         return self
 
@@ -251,10 +278,17 @@ class PackedLinear(Stored):
         """The weight."""
         return PackedWeight(self.format, self.in_features, self.words, self.scales, self.zeros, self.global_scale)
 
+    def prepare(self) -> None:
+        """Let the kernel prepare what it wants; the first call does it, but a compiled one cannot."""
+        weight = (self.words, self.scales, self.zeros, self.bias, self.global_scale, self.format)
+        self._prepared = torch.ops.qat.prepare_packed(*weight, self.in_features)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
         weight = (self.words, self.scales, self.zeros, self.bias, self.global_scale, self.format)
-        return _checked(x, self.in_features, *weight)
+        if self._prepared is None and not torch.compiler.is_compiling():
+            self.prepare()
+        return _checked(x, self.in_features, *weight, self._prepared)
 
     def extra_repr(self) -> str:
         """Shape and format, for `print(model)`."""

@@ -115,7 +115,7 @@ def input_args(fmt: Format) -> Args | None:
         return {**base, "strategy": "token"}
     if fmt.scale is F32 and fmt.group == FP8_BLOCK[1] and fmt.element == E4M3:
         return {**base, "strategy": "group", "group_size": fmt.group}
-    if fmt.scale is BF16 and fmt.block == (0, 0) and base["num_bits"] == E4M3.bits:
+    if fmt.scale is BF16 and fmt.is_static and base["num_bits"] == E4M3.bits:
         return {**base, "strategy": "tensor", "dynamic": False}
     args = _small_float_args(fmt, base) if fmt.element != E2M3 else None
     return {**args, "dynamic": "local", "observer": "static_minmax"} if args and fmt.global_scale else args
@@ -123,8 +123,8 @@ def input_args(fmt: Format) -> Args | None:
 
 def _base_args(fmt: Format, dynamic: bool) -> Args | None:
     element = fmt.element
-    integer = element.kind == "integer" and element.step == 1.0
-    if len(fmt.elements) > 1 or not (integer or element == _FLOATS.get(element.bits)):
+    integer = element.is_integer
+    if not fmt.is_single or not (integer or element == _FLOATS.get(element.bits)):
         return None
     kind = "int" if integer else "float"
     return {"num_bits": element.bits, "type": kind, "symmetric": not fmt.zero_point, "dynamic": dynamic}
@@ -227,7 +227,7 @@ def unpack(tensors: Mapping[str, Tensor], fmt: Format, shape: tuple[int, int]) -
 
 def _stored_scale(q: QTensor, rows: int) -> Tensor:
     scale = q.scales.stored.to("cpu")
-    return (scale.expand(rows, 1) if q.format.block == (0, 0) else scale).contiguous()
+    return (scale.expand(rows, 1) if q.format.is_static else scale).contiguous()
 
 
 def _static_input(fmt: Format, amax: Tensor) -> dict[str, Tensor]:
