@@ -72,6 +72,9 @@ def _explain_quantized(format: str, tokens: int, rows: int, columns: int, input_
             return {**told, "kernel": "reference", "why": why}
         why = f"no product of codes here; inputs are rounded, then qat::packed_linear: {alone['why']}"
         return {**told, "kernel": alone["kernel"], "why": why}
+    reason = matmul.problem(x, w)
+    if reason is not None:
+        return {**told, "kernel": "reference", "why": reason}
     device = device_of(torch.empty(0, device="cuda"))
     if matmul.block_scaled_problem(x, w, columns, device.capability) is None:
         return {**told, "kernel": "triton", "why": "units that multiply block scales themselves; never measured"}

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from qat.kernels.device import Device
 from qat.numbers.catalog import E4M3
 from qat.numbers.format import Format
-from qat.numbers.scale import E8M0, UE4M3
+from qat.numbers.scale import BF16, E8M0, F16, F32, UE4M3
 from qat.serving.matmul import PLAIN_BITS
+from qat.serving.matmul import problem as matmul_problem
 from qat.serving.words import PART, tile
 
 SPAN = 128  # columns of one step over 8-bit weights, and between two promotions of an 8-bit float sum
@@ -45,6 +46,13 @@ class Tiles:
     warps: int
     stages: int
     why: str
+
+
+def problem(input_format: Format, weight_format: Format) -> str | None:
+    """Why the Triton kernel does not multiply weights of one format with inputs of the other, or None."""
+    known = weight_format.scale.is_one_of(F32, BF16, F16, UE4M3, E8M0)
+    unknown = None if known else f"the kernel does not decode {weight_format.scale} scales"
+    return matmul_problem(input_format, weight_format) or unknown
 
 
 def operand(input_format: Format, weight_format: Format, capability: int) -> str:

@@ -24,14 +24,14 @@ from qat.errors import UnsupportedError
 from qat.kernels.device import device_of
 from qat.kernels.packed_linear.triton import decode, exp2_const
 from qat.kernels.quantized_matmul.block_scaled.triton import block_scaled_matmul
-from qat.kernels.quantized_matmul.choose import FLOAT16, INTEGER, Tiles, block_scaled_problem, choose, group
+from qat.kernels.quantized_matmul.choose import FLOAT16, INTEGER, Tiles, block_scaled_problem, choose, group, problem
 from qat.kernels.tuned import case, gpu_of, override
 from qat.numbers.catalog import E4M3, lookup
 from qat.numbers.element import EXPONENT_BIAS
 from qat.numbers.format import Format
 from qat.numbers.scale import UE4M3
 from qat.serving.inputs import is_paired
-from qat.serving.matmul import PLAIN_BITS
+from qat.serving.matmul import PLAIN_BITS, reference
 
 MOST_COLUMNS = 2**17  # int32 sums of products of two bytes stay below 2^31
 FLOAT32_BIAS = tl.constexpr(EXPONENT_BIAS)
@@ -354,6 +354,9 @@ def quantized_matmul(
 ) -> Tensor:
     """The operator `qat::quantized_matmul` on a device that runs Triton."""
     x, w, rows = lookup(input_format), lookup(weight_format), weight.shape[0]
+    if problem(x, w) is not None:
+        given = (codes, scales, weight, weight_scales, bias, global_scale, input_format, weight_format, columns, dtype)
+        return reference(*given)
     flat, weight = _flat(codes), weight if weight.stride(-1) == 1 else weight.contiguous()
     tokens = flat.shape[0]
     out = torch.empty(*codes.shape[:-1], rows, dtype=dtype, device=codes.device)

@@ -21,7 +21,6 @@ from qat.errors import FormatError, UnsupportedError
 from qat.numbers.catalog import E4M3, lookup
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales
-from qat.numbers.scale import E8M0, F32, UE4M3
 from qat.serving import inputs
 from qat.serving.inputs import code_dtype, is_paired
 from qat.serving.packed import GROUPS, Stored, finite_codes, one_global_scale, positive_scales
@@ -56,16 +55,13 @@ class MatmulWeight:
 
 def problem(input_format: Format, weight_format: Format) -> str | None:
     """Why weights of one format cannot meet inputs of the other, or None."""
-    for side, fmt in (("inputs", input_format), ("weights", weight_format)):
-        reason = _side_problem(fmt)
-        if reason is not None:
-            return f"{fmt.name} {side}: {reason}"
-    dynamic = input_format.is_rowwise and input_format.scale.is_one_of(F32, UE4M3, E8M0)
-    if not (input_format.is_static or dynamic):
-        return f"{input_format.name} inputs: no activation rule finds their {input_format.scale} scales on the fly"
-    if input_format.element.bits not in (4, PLAIN_BITS):
-        return f"{input_format.name} inputs: codes of {input_format.element.bits} bits; 4 and {PLAIN_BITS} are packed"
-    return None
+    reason = inputs.problem(input_format) or _side_problem(input_format)
+    if reason is None and input_format.element.bits not in (4, PLAIN_BITS):
+        reason = f"codes of {input_format.element.bits} bits; 4 and {PLAIN_BITS} are packed"
+    if reason is not None:
+        return f"{input_format.name} inputs: {reason}"
+    reason = _side_problem(weight_format)
+    return None if reason is None else f"{weight_format.name} weights: {reason}"
 
 
 def _side_problem(fmt: Format) -> str | None:
@@ -120,8 +116,7 @@ def unhold(weight: MatmulWeight) -> QTensor:
     return QTensor(fmt, patterns, Scales(fmt.scale.from_bytes(weight.scales.t().contiguous()), above))
 
 
-@torch.library.custom_op("qat::quantized_matmul", mutates_args=())
-def _quantized_matmul(
+def reference(
     codes: Tensor,
     scales: Tensor,
     weight: Tensor,
@@ -133,10 +128,14 @@ def _quantized_matmul(
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    """What `qat::quantized_matmul` means: the product of the dequantized operands in float32, rounded once."""
     x = inputs.unpack(codes, scales, None, input_format).dequantize()
     w = unhold(MatmulWeight(weight_format, columns, weight, weight_scales, 1.0)).dequantize()
     y = (x @ w.t()) * global_scale
     return (y if bias is None else y + bias).to(dtype)
+
+
+_quantized_matmul = torch.library.custom_op("qat::quantized_matmul", reference, mutates_args=())
 
 
 @_quantized_matmul.register_fake

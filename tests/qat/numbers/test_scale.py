@@ -11,13 +11,17 @@ from torch import Tensor
 
 from qat.errors import FormatError
 from qat.init.ranges import start_scales
+from qat.kernels.fake_quantize.choose import input_problem
+from qat.kernels.packed_linear import choose as packed_choose
 from qat.kernels.packed_linear.cpu import problem as cpu_problem
+from qat.kernels.quantized_matmul import choose as matmul_choose
 from qat.numbers import scale as numbers
 from qat.numbers.catalog import CATALOG, E4M3, INT4, INT8, lookup, register
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales, fake_quantize, find_scales, quantize
 from qat.numbers.scale import BF16, E8M0, F16, F32, UE4M3, ScaleType, broken, select, type_of
 from qat.quantizer import WeightQuantizer
+from qat.serving.inputs import problem as inputs_problem
 from qat.serving.packed import pack, unpack
 
 TYPES = (F32, BF16, F16, UE4M3, E8M0)
@@ -205,6 +209,11 @@ def test_a_new_type_is_packed_and_refused_by_kernels_that_do_not_know_it(new_for
     q = quantize(normal(8, 128), new_format)
     packed = pack(q)
     assert same(unpack(packed).dequantize(), q.dequantize()) and unpack(packed).scales.type is new_format.scale
+    known = new_format.scale is F16  # only because a float is a float
+    int8 = lookup("int8_token")
+    assert (packed_choose.problem(new_format) is None) == (matmul_choose.problem(int8, new_format) is None) == known
+    assert str(new_format.scale) in str(input_problem(new_format))
+    assert "are for weights" in str(inputs_problem(new_format))
     reason = cpu_problem(new_format)
     assert (reason is None) == new_format.scale.is_bytes  # a byte has a table; two bytes would pass for BF16
     x = normal(3, 128)
