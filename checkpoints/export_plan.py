@@ -330,7 +330,7 @@ def _notes(plan: ExportPlan, source: Path | None) -> list[str]:
         notes[f"{path} is quantized to {name} in training; this target stores its values as dense BF16"] = None
     elements = [matrix.format.element for matrix in plan.linears.values()]
     parts = dense_parts(plan.model, plan.names, plan.linears)
-    if parts and not all(e.kind == "minifloat" and e.bits == 8 for e in elements):
+    if parts and not all(e.is_minifloat and e.bits == 8 for e in elements):
         notes[
             "plain transformers (5.23) cannot load dense fused experts, or other tensors that it merges, beside packed "
             "layers; vLLM can"

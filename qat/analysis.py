@@ -19,10 +19,10 @@ from torch import Tensor
 from qat.numbers.catalog import CATALOG
 from qat.numbers.element import Element
 from qat.numbers.format import Format
-from qat.numbers.numerics import TINY, block_amax, fake_quantize, find_scales, finite_amax, global_scale_for, to_blocks
+from qat.numbers.numerics import block_amax, fake_quantize, find_scales, finite_amax, global_scale_for, to_blocks
+from qat.numbers.scale import TINY
 
 SLAB = 1 << 24  # numbers that are in float32 at once, where blocks lie within rows
-_SCALE_BITS = {"f32": 24, "bf16": 8, "e4m3": 4, "e8m0": 1}
 _NORMAL = NormalDist()
 
 
@@ -97,14 +97,13 @@ def decibels(error: float, signal: float) -> float:
 def has_theory(fmt: Format) -> bool:
     """Whether `expected_qsnr` knows the format: one element type with evenly spaced or floating levels, scaled by the
     largest number of a block within a row."""
-    plain = len(fmt.elements) == 1 and fmt.element.kind in ("integer", "minifloat")
-    return plain and fmt.block[0] == 1 and not fmt.zero_point and fmt.scale_rule != "mean"
+    return fmt.is_rowwise and fmt.follows_amax and not fmt.needs_table and not fmt.zero_point
 
 
 def expected_qsnr(fmt: Format, crest: float) -> float:
     """QSNR in dB of normal numbers whose blocks have this crest factor; of formats that `has_theory`."""
     slack, exact = scale_slack(fmt), fmt.group if _scale_bits(fmt) > 1 else None
-    if fmt.element.kind == "integer":
+    if fmt.element.is_integer:
         return integer_qsnr(fmt.element.max / fmt.element.step, crest, slack, exact)
     return minifloat_qsnr(fmt.element, crest, slack, exact)
 
@@ -158,4 +157,4 @@ def crossover(integer: Format, minifloat: Format) -> float | None:
 
 
 def _scale_bits(fmt: Format) -> int:
-    return _SCALE_BITS[str(fmt.scale)]
+    return fmt.scale.significant_bits

@@ -252,7 +252,7 @@ def _formats(arguments: argparse.Namespace) -> None:
             "element": " or ".join(element.name for element in fmt.elements),
             "max": fmt.element.max,
             "block": list(fmt.block),
-            "scale": fmt.scale,
+            "scale": fmt.scale.name,
             "scale_rule": fmt.scale_rule,
             "global_scale": fmt.global_scale,
             "zero_point": fmt.zero_point,

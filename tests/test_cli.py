@@ -10,6 +10,7 @@ from qat.checkpoints.layouts import TARGETS
 from qat.cli import main
 from qat.kernels.load import cpu_problem
 from qat.numbers.catalog import CATALOG
+from qat.numbers.scale import F32
 from tests.tiny import tiny_model
 from tests.trainers.jobs import write
 
@@ -98,7 +99,7 @@ def test_errors_are_one_sentence_and_status_2(
 def test_kernels_say_what_runs_and_why(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["kernels", "--tokens", "16", "--json"]) == 0
     told = {row["format"]: row for row in json.loads(capsys.readouterr().out)}
-    assert told.keys() == {name for name, fmt in CATALOG.items() if fmt.scale != "f32"}
+    assert told.keys() == {name for name, fmt in CATALOG.items() if fmt.scale is not F32}
     assert told["nf4_g64"]["kernel"] == "none" and "table" in told["nf4_g64"]["why"]
     here = "triton" if torch.cuda.is_available() else "c" if cpu_problem() is None else "reference"
     assert told["nvfp4"]["kernel"] == here

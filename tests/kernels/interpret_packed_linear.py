@@ -9,6 +9,7 @@ from qat.kernels.packed_linear import triton as kernel
 from qat.kernels.packed_linear.choose import Tiles
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.numerics import QTensor, Scales, quantize
+from qat.numbers.scale import BF16, F32
 from qat.serving.packed import PackedWeight, pack, problem
 from tests.kernels.interpreted import mend
 
@@ -86,8 +87,8 @@ def main() -> None:
         single = run(x[-1:], pack(weight), bias)
         assert torch.equal(single, run(x, pack(weight), bias)[-1:]), f"{name}: the batch changes a row"
         whole = torch.randint(-8, 9, (tokens, columns), generator=GENERATOR).float()
-        ones = Scales(torch.ones_like(weight.scales.stored.float()).to(fmt.scale_storage), weight.scales.global_scale)
-        if fmt.scale in ("f32", "bf16") and not fmt.zero_point:
+        ones = Scales(torch.ones_like(weight.scales.stored.float()).to(fmt.scale.storage), weight.scales.global_scale)
+        if fmt.scale.is_one_of(F32, BF16) and not fmt.zero_point:
             integers = QTensor(fmt, weight.codes, ones)
             assert torch.equal(run(whole, pack(integers), None), whole @ integers.dequantize().T), f"{name}: integers"
     empty = run(torch.zeros(0, 64), pack(quantize(torch.randn(8, 64), lookup("int4_g32"))), None)
