@@ -27,12 +27,14 @@ class Slot:
         role: what the tensor is.
         shape: of a weight as it multiplies: (rows, columns), or (experts, rows, columns); of a cache (heads, width).
         no_input: why the weight takes no input format; "" where it does.
+        refused: why it cannot be quantized at all; "" where it can.
     """
 
     name: str
     role: Role
     shape: tuple[int, ...]
     no_input: str = ""
+    refused: str = ""
 
 
 @dataclass(frozen=True)
