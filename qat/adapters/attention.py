@@ -90,7 +90,7 @@ def _argument(kind: Any) -> tuple[int, str]:
 
 
 @cache
-def _quantized_class(kind: Any) -> type[nn.Module]:
+def _quantized_class(kind: Any) -> Any:
     return type(f"Qat{kind.__name__}", (QatAttention, kind), {"KIND": kind})
 
 
@@ -117,7 +117,7 @@ class AttentionAdapter:
 
     def takes(self, module: nn.Module) -> bool:
         """Attention of a decoder."""
-        kind = module.KIND if isinstance(module, QatAttention) else type(module)
+        kind: Any = module.KIND if isinstance(module, QatAttention) else type(module)
         known = any(name in module._modules for name in ("k_proj", *_FUSED, *_LATENT))
         return known and hasattr(module, "layer_idx") and bool(_argument(kind)[1])
 
@@ -135,7 +135,8 @@ class AttentionAdapter:
 
     def attach(self, module: nn.Module, quantizers: Mapping[str, Quantizers]) -> nn.Module:
         """The module itself, which becomes an instance of a quantized subclass of its class."""
-        module.__class__ = _quantized_class(type(module))
+        kind: Any = type(module)
+        module.__class__ = _quantized_class(kind)
         for role in CACHED:
             module.add_module(f"{role}_quantizer", quantizers[role].own)
         return module
