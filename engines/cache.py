@@ -106,18 +106,18 @@ class _ByRows:
         return self.key.decode(rows[0], key_states.dtype), self.value.decode(rows[1], value_states.dtype)
 
 
-class QuantizedLayer(_ByRows, DynamicLayer):  # type: ignore[misc]  # transformers has no types
+class QuantizedLayer(_ByRows, DynamicLayer):
     """A layer that grows."""
 
 
-class QuantizedSlidingLayer(_ByRows, DynamicSlidingWindowLayer):  # type: ignore[misc]  # as above
+class QuantizedSlidingLayer(_ByRows, DynamicSlidingWindowLayer):
     """A layer that keeps the last tokens."""
 
 
 _LAYERS: dict[Any, Any] = {DynamicLayer: QuantizedLayer, DynamicSlidingWindowLayer: QuantizedSlidingLayer}
 
 
-class QuantizedCache(DynamicCache):  # type: ignore[misc]  # as above
+class QuantizedCache(DynamicCache):
     """The cache of one model; layers that the scheme leaves alone stay transformers' own.
 
     Raises:
@@ -126,7 +126,7 @@ class QuantizedCache(DynamicCache):  # type: ignore[misc]  # as above
 
     QUANTIZES = True  # see `qat.adapters.attention`
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__(config=model.config)
         widths = {(c.path, c.role): c.slot.shape[1] for c in candidates(model) if c.role in CACHED}
         for site in sites(model, *CACHED):
