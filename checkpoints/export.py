@@ -213,7 +213,7 @@ def _tensors_of(plan: ExportPlan, name: str, reader: ShardReader, record: dict[s
 
 def _packed(plan: ExportPlan, path: str, record: dict[str, Any]) -> dict[str, Tensor]:
     layer, site = plan.layer(path), plan.linears[path]
-    q = site.quantizer.quantize(site.weight)
+    q = site.quantize()
     trained = site.value().to(torch.bfloat16)
     if not bool(torch.isfinite(trained).all()):
         raise CheckpointError(f"{path}.weight holds NaN or infinity; nothing was written")

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from qat.checkpoints.architecture import quiet, read_config, read_json
-from qat.checkpoints.hf import unquantizable
 from qat.checkpoints.layouts import TARGETS, Target, TargetLayer
+from qat.checkpoints.matrices import Matrix, dense_parts, stored_matrices
 from qat.checkpoints.names import (
     StoredNames,
     fused_groups,
@@ -55,7 +55,7 @@ class ExportPlan:
     model: "PreTrainedModel"
     target: Target
     names: StoredNames
-    linears: dict[str, Site]
+    linears: dict[str, Matrix]
     embeddings: dict[str, Site]
     dense: dict[str, Tensor]
     wide: frozenset[str]
@@ -72,7 +72,7 @@ class ExportPlan:
         site = self.linears[path]
         input = site.input.format if site.input is not None else None
         rows, columns = site.weight.shape
-        return TargetLayer(path, (rows, columns), site.format, input, self.names.modules[path])
+        return TargetLayer(path, (rows, columns), site.format, input, self.names.modules.get(path, ""))
 
 
 def plan_export(model: "PreTrainedModel", source: Path | None, target: Target) -> ExportPlan:
@@ -182,8 +182,8 @@ def _sort_tensors(model: "PreTrainedModel", source: Path | None, target: Target)
         with ShardReader(source) as reader:
             given = {name: reader.info(name) for name in reader.names()}
     names = stored_names(model, given)
-    _check_own_tensors(model, names, [site.path for site in linears])
-    packed = {names.paths[site.path]: site for site in linears}
+    packed, nameless = stored_matrices(linears, names)
+    _check_own_tensors(model, names, packed, nameless)
     tables = {names.paths[site.path]: site for site in quantized if site.is_table}
     own = {f"{path}.weight" for path in packed}
     rest = {name: tensor for name, tensor in names.tensors.items() if name not in own}
@@ -197,21 +197,31 @@ def _sort_tensors(model: "PreTrainedModel", source: Path | None, target: Target)
     order += sorted((dense.keys() | own) - set(given))
     kept = kept_in_float32(model)
     wide = frozenset(name for name in dense if names.origins.get(name) in kept)
-    fused = dict.fromkeys(site.fused for site in linears if len(site.fused) > 1)
-    sets = [[names.paths[path] for path in members] for members in fused]
     copied, head = {name: given[name].shape for name in sorted(names.unread)}, _head(model, names.paths)
-    return ExportPlan(model, target, names, packed, tables, dense, wide, copied, left_out, order, head, sets)
+    return ExportPlan(
+        model, target, names, packed, tables, dense, wide, copied, left_out, order, head, _trained_as_one(packed)
+    )
 
 
-def _check_own_tensors(model: "PreTrainedModel", names: StoredNames, paths: list[str]) -> None:
+def _trained_as_one(matrices: dict[str, Matrix]) -> list[list[str]]:
+    """Sets of checkpoint paths whose matrices share what engines keep once: fused layers, and those of one expert."""
+    sets: dict[tuple[str, ...], list[str]] = {}
+    for path, matrix in matrices.items():
+        sets.setdefault(matrix.group, []).append(path)
+    return [members for members in sets.values() if len(members) > 1]
+
+
+def _check_own_tensors(
+    model: "PreTrainedModel", names: StoredNames, packed: dict[str, Matrix], merged: list[str]
+) -> None:
     """Packed weights need a name of their own that transformers finds again."""
-    merged = [path for path in paths if path not in names.paths]
     if merged:
         raise UnsupportedError(
             f"{_some(merged)}: {type(model).__name__} stores these weights merged with others, or under a name that "
             "does not end in `.weight`, which no packed layout can say; give them a rule with `skip:` and a reason"
         )
-    lost = lost_when_packed(model, {names.paths[path]: path for path in paths})
+    single = {path: matrix.site.path for path, matrix in packed.items() if matrix.rows is None}
+    lost = lost_when_packed(model, single)
     if lost:
         raise UnsupportedError(
             f"{_some(lost)}: transformers renames the dense weight of {type(model).__name__} while it loads, but not "
@@ -344,20 +354,25 @@ def _notes(plan: ExportPlan, source: Path | None) -> list[str]:
     for path, site in plan.embeddings.items():
         name = site.format.name
         found[f"{path} is quantized to {name} in training; this target stores its values as dense BF16"] = None
-    elements = [site.format.element for site in plan.linears.values()]
-    if (plan.names.parts or unquantizable(plan.model)) and not all(
-        e.kind == "minifloat" and e.bits == 8 for e in elements
-    ):
+    elements = [matrix.format.element for matrix in plan.linears.values()]
+    parts = dense_parts(plan.model, plan.names, plan.linears)
+    if parts and not all(e.kind == "minifloat" and e.bits == 8 for e in elements):
         found[
             "plain transformers (5.23) cannot load dense fused experts, or other tensors that it merges, beside packed "
             "layers; vLLM can"
         ] = None
     if "pack-quantized" in json.dumps(plan.quantization):
-        wanted = wanted_while_loading(plan.model, [plan.names.modules[path] for path in plan.linears])
+        modules = plan.names.modules
+        wanted = wanted_while_loading(plan.model, [modules[path] for path in plan.linears if path in modules])
         found.update(dict.fromkeys(f"plain transformers (5.23) cannot load packed layers of {name}, whose weights it "
                                    "initialises; vLLM can" for name in wanted))  # fmt: skip
     if not all(site.quantizer.round_bf16 for site in plan.linears.values()):
         found["trained with round_bf16: false, so BF16 servers round the exported weights once more"] = None
+    if any(m.rows is not None and (m.format.global_scale or m.format.zero_point) for m in plan.linears.values()):
+        found[
+            "plain transformers (5.23) reads experts without global scales and without zero points, so it computes "
+            "garbage from these; vLLM does not"
+        ] = None
     found.update(dict.fromkeys(_of_the_source(plan, source)))
     return list(found)
 

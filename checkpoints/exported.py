@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qat.adapters import adapter_for
 from qat.checkpoints.hf import check_generation, check_loading, quiet
 from qat.checkpoints.layouts.compressed_tensors.codes import input_format
 from qat.checkpoints.layouts.readers import ExportedFolder, open_export
-from qat.checkpoints.names import stored_names
+from qat.checkpoints.names import StoredNames, stored_names
 from qat.checkpoints.progress import progress
 from qat.errors import CheckpointError, UnsupportedError
 from qat.numbers.format import Format
 from qat.serving.inputs import quantize_input
 from qat.serving.matmul import QuantizedLinear
+from qat.sites import Quantizers
 from qat.training.activations import fake_quantize_input
 
 if TYPE_CHECKING:
@@ -48,13 +50,16 @@ class ServedInput:
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Replace the first positional argument by its quantized self."""
-        x: Tensor = args[0]
+        return (*self.of(args[0]), *args[1:])
+
+    def of(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x quantized: its rounded values, or codes and scales."""
         state = self._state  # read once and written once
         if state is None or state[0]() is not x:
             state = (weakref.ref(x), self._quantized(x), 0)
         given, output, uses = state
         self._state = (given, output, uses + 1) if uses + 1 < self.consumers else None
-        return (*output, *args[1:])
+        return output
 
     def _quantized(self, x: Tensor) -> tuple[Tensor, ...]:
         static = self.static
@@ -71,6 +76,7 @@ def load_exported(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
     quantize_inputs: bool = True,
+    expert_inputs: bool = True,
 ) -> "PreTrainedModel":
     """The model in an exported folder, in eval mode, computing in `dtype` with the weights an engine dequantizes.
 
@@ -80,6 +86,7 @@ def load_exported(
         dtype: float32, or bfloat16 to compute as a BF16 server does.
         attn_implementation: as in transformers; by default what it chooses itself.
         quantize_inputs: False leaves the inputs alone (weights only).
+        expert_inputs: False leaves those of fused experts alone, as plain transformers does.
 
     Raises:
         CheckpointError: tensors are missing, surplus or damaged.
@@ -114,9 +121,19 @@ def load_exported(
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     if quantize_inputs:
-        hook_inputs(model, exported, activation_rule, stored_names(model, exported.dense_names).modules)
+        stored = stored_names(model, exported.dense_names)
+        _check_layers(exported, stored, type(model).__name__)
+        hook_inputs(model, exported, activation_rule, stored.modules)
+        if expert_inputs:
+            _quantize_stack_inputs(model, stack_inputs(exported, activation_rule, stored.rows))
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def _check_layers(exported: ExportedFolder, stored: StoredNames, kind: str) -> None:
+    for path in exported.modules:
+        if path not in stored.modules and f"{path}.weight" not in stored.rows:
+            raise CheckpointError(f"{path} is stored, but {kind} has no such layer")
 
 
 def hook_inputs(model: nn.Module, exported: ExportedFolder, rule: str, own: dict[str, str]) -> None:
@@ -128,22 +145,69 @@ def hook_inputs(model: nn.Module, exported: ExportedFolder, rule: str, own: dict
         model: has the layers, of any class.
         exported: says how.
         rule: whose arithmetic, see `qat.training.activations`.
-        own: path in the model by checkpoint path.
+        own: path in the model by checkpoint path; matrices of experts have none, see `stack_inputs`.
 
     Raises:
-        CheckpointError: the model lacks a layer.
         UnsupportedError: an input quantization that the catalogue does not know.
     """
     groups = {path: members for members in exported.fused for path in members}
     shared: dict[tuple[str, str, float | None, bool], ServedInput] = {}
     for path, module in exported.modules.items():
-        if module.input is None:
+        if module.input is None or path not in own:
             continue
-        if path not in own:
-            raise CheckpointError(f"{path} is stored, but {type(model).__name__} has no such layer")
         layer, first = model.get_submodule(own[path]), groups.get(path, [path])[0]
         fmt, static, codes = input_format(module.input), exported.static_input(path), isinstance(layer, QuantizedLinear)
         key = first, fmt.name, None if static is None else float(static), codes
         hook = shared.setdefault(key, ServedInput(fmt, rule, static, consumers=0, codes=codes))
         hook.consumers += 1
         layer.register_forward_pre_hook(hook)
+
+
+def stack_inputs(
+    exported: ExportedFolder, rule: str, rows: dict[str, tuple[str, slice]]
+) -> dict[str, dict[str, ServedInput]]:
+    """What quantizes the inputs of fused experts, by path of their module and by stack.
+
+    Args:
+        exported, rule: as in `hook_inputs`.
+        rows: `StoredNames.rows`.
+
+    Raises:
+        UnsupportedError: the experts of one layer, which read one tensor, ask for several scales.
+    """
+    stacks: dict[str, dict[str, ServedInput]] = {}
+    for path, module in exported.modules.items():
+        place = rows.get(f"{path}.weight")
+        if module.input is None or place is None:
+            continue
+        wanted = ServedInput(input_format(module.input), rule, exported.static_input(path))
+        owner, _, slot = place[0].rpartition(".")
+        known = stacks.setdefault(owner, {}).setdefault(slot, wanted)
+        scales = [None if each.static is None else float(each.static) for each in (known, wanted)]
+        if known.format != wanted.format or scales[0] != scales[1]:
+            raise UnsupportedError(
+                f"{path}: the experts of one layer ask for inputs of different scales ({scales}), but they read one "
+                "tensor; readable are checkpoints with one scale per layer"
+            )
+    return stacks
+
+
+def _quantize_stack_inputs(model: nn.Module, stacks: dict[str, dict[str, ServedInput]]) -> None:
+    for path, inputs in stacks.items():
+        fused = model.get_submodule(path)
+        adapter = adapter_for(fused)
+        assert adapter is not None  # it is how such names come about
+        adapter.attach(fused, {slot: Quantizers(None, _Applied(input)) for slot, input in inputs.items()})
+
+
+class _Applied(nn.Module):
+    """A `ServedInput` as a function of the tensor."""
+
+    def __init__(self, input: ServedInput) -> None:
+        super().__init__()
+        self.input = input
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x, rounded."""
+        (values,) = self.input.of(x)
+        return values

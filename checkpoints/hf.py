@@ -352,12 +352,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
 # --- what is in it -------------------------------------------------------------------------------
 
 
-def unquantizable(model: torch.nn.Module) -> list[str]:
-    """Names of parameters that hold stacks of matrices, such as fused MoE experts [expert, out, in].
-
-    They are no Linear modules, so no rule of a scheme can reach them. Convolutions, and vectors stored with
-    extra dimensions of one, are not listed.
-    """
+def stacks(model: torch.nn.Module) -> list[str]:
+    """Names of parameters that hold stacks of matrices, such as fused experts [expert, out, in]; without convolutions
+    and vectors stored with extra dimensions of one."""
     convolution = torch.nn.modules.conv._ConvNd
     return [
         f"{prefix}.{name}" if prefix else name

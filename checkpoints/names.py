@@ -33,6 +33,8 @@ class StoredNames:
         paths: checkpoint path of every linear layer and embedding by its path in the model; layers that are stored
             merged with others have none.
         parts: names of tensors that transformers puts together while it loads, such as fused experts.
+        rows: of those that are rows of one stack (experts, rows, columns): its name in the model, and which, its
+            matrices one below the other.
         shadowed: names in the file of which transformers loads another one instead, and that one.
         unread: names in the file that belong to nothing in the model, and what transformers takes them for.
     """
@@ -41,6 +43,7 @@ class StoredNames:
     origins: dict[str, str]
     paths: dict[str, str]
     parts: frozenset[str]
+    rows: dict[str, tuple[str, slice]]
     shadowed: dict[str, str]
     unread: dict[str, str]
 
@@ -80,7 +83,13 @@ def stored_names(model: "PreTrainedModel", names: Iterable[str] = ()) -> StoredN
         short = name.removeprefix(f"{model.base_model_prefix}.") if bare else name
         tensors[short], origins[short] = own[place], place
     apart = _in_parts(model, merged, parts, own)
-    return StoredNames({**tensors, **apart}, origins, _paths(model, origins), frozenset(apart), shadowed, unread)
+    numbers = _row_numbers(merged)
+    ends = {place: (int(each[0, 0]), int(each[-1, -1])) for place, each in numbers.items()}
+    rows = _in_parts(model, numbers, parts, own)
+    stacks = {name: rows_of for name, each in rows.items() if (rows_of := _rows_of(each, ends)) is not None}
+    return StoredNames(
+        {**tensors, **apart}, origins, _paths(model, origins), frozenset(apart), stacks, shadowed, unread
+    )
 
 
 def _places(
@@ -129,6 +138,29 @@ def _in_parts(
         for name, other in zip(sorted(saved, key=dot_natural_key), names, strict=True):
             tensors[other] = made[name]
     return tensors
+
+
+def _row_numbers(merged: dict[str, Tensor]) -> dict[str, Tensor]:
+    """For every stack the numbers of its rows, over all stacks; they go the way that the rows go."""
+    numbers: dict[str, Tensor] = {}
+    first = 0
+    for place, tensor in merged.items():
+        if tensor.dim() == 3:
+            count = tensor.shape[0] * tensor.shape[1]
+            numbers[place] = torch.arange(first, first + count, device="cpu").view(*tensor.shape[:2], 1)
+            first += count
+    return numbers
+
+
+def _rows_of(numbers: Tensor, ends: dict[str, tuple[int, int]]) -> tuple[str, slice] | None:
+    """The stack that consecutive row numbers belong to (`ends` are its first and last), and which of its rows."""
+    if numbers.shape[1:] != (1,) or not bool((numbers.diff(dim=0) == 1).all()):
+        return None
+    first, last = int(numbers[0]), int(numbers[-1])
+    return next(
+        ((place, slice(first - low, last - low + 1)) for place, (low, high) in ends.items() if low <= first <= high),
+        None,
+    )
 
 
 def _paths(model: nn.Module, origins: dict[str, str]) -> dict[str, str]:

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from qat.checkpoints.exported import load_exported
-from qat.checkpoints.hf import quiet, unquantizable
+from qat.checkpoints.hf import quiet
 from qat.checkpoints.layouts.reader import SCALES, bad_scales, digest
 from qat.checkpoints.layouts.readers import ExportedFolder, open_export
 from qat.checkpoints.layouts.support import NO_MODELOPT
+from qat.checkpoints.matrices import dense_parts
 from qat.checkpoints.names import StoredNames, missing_names, skeleton, stored_names, wanted_while_loading
 from qat.checkpoints.progress import progress
 from qat.checkpoints.record import RECORD, read_record
@@ -343,10 +344,16 @@ def _logits_compressed_tensors(subject: _Subject, tokens: int) -> str:
     if affine and len(groups) > 1:
         return "skipped: transformers loads asymmetric packed weights only where all layers have one format"
     fp8 = all(group["weights"]["type"] == "float" and group["weights"]["num_bits"] == 8 for group in groups)
-    if (subject.stored.parts or unquantizable(subject.model)) and not fp8:
+    of_experts = {path for path in exported.modules if f"{path}.weight" in subject.stored.parts}
+    if any(exported.modules[path].weights["strategy"] == "tensor_group" for path in of_experts):
+        return "skipped: transformers reads NVFP4 experts without their global scale (its issue 48371)"
+    if affine and of_experts:
+        return "skipped: transformers does not load asymmetric packed experts"
+    if dense_parts(subject.model, subject.stored, exported.modules) and not fp8:
         return "skipped: transformers cannot load dense tensors that it merges (fused experts) beside this format"
     packed = [path for path, module in exported.modules.items() if module.packed]
-    if wanted := wanted_while_loading(subject.model, [subject.stored.modules[path] for path in packed]):
+    modules = subject.stored.modules
+    if wanted := wanted_while_loading(subject.model, [modules[path] for path in packed if path in modules]):
         return f"skipped: transformers cannot load packed layers of {', '.join(wanted)}, whose weights it initialises"
     if not affine:
         return _compare(subject, tokens, {})
@@ -372,7 +379,13 @@ def _compare(
     with redirect_stderr(io.StringIO()):  # compressed-tensors draws three progress bars
         theirs = _run(lambda: _plain(subject.folder, options), ids)
     ours = _run(
-        lambda: load_exported(subject.folder, "compressed_tensors", torch.bfloat16, quantize_inputs=quantize_inputs),
+        lambda: load_exported(
+            subject.folder,
+            "compressed_tensors",
+            torch.bfloat16,
+            quantize_inputs=quantize_inputs,
+            expert_inputs=False,  # as theirs
+        ),
         ids,
     )
     difference = float((theirs.double() - ours.double()).abs().max())

@@ -6,6 +6,7 @@ checkpoint's `quant_method` (that one dequantizes everything on the first forwar
 and the packages that wrote them are not needed.
 """
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,14 +21,15 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qat.checkpoints.exported import hook_inputs
+from qat.checkpoints.exported import hook_inputs, stack_inputs
 from qat.checkpoints.hf import check_loading, quiet
 from qat.checkpoints.layouts import unpack_layer
 from qat.checkpoints.layouts.compressed_tensors.codes import input_format
 from qat.checkpoints.layouts.reader import ExportedFolder, PackedModule
 from qat.checkpoints.layouts.readers import READERS, open_export
-from qat.checkpoints.names import missing_names, stored_names
+from qat.checkpoints.names import StoredNames, missing_names, stored_names
 from qat.checkpoints.progress import progress
+from qat.engines.experts import Matrices, pack_experts
 from qat.errors import CheckpointError, FormatError, UnsupportedError
 from qat.kernels.load import cpu_problem, load
 from qat.numbers.format import Format
@@ -83,15 +85,17 @@ class PackedQuantizer(HfQuantizer):
             raise UnsupportedError("packed checkpoints are read from a folder or the hub, not from a state dict")
         self.exported = open_export(Path(files[0]).parent)
         self.exported.reader.verify_complete()
-        own = stored_names(model, self.exported.dense_names).modules
+        self.stored = stored_names(model, self.exported.dense_names)
+        own, rows = self.stored.modules, self.stored.rows
         self.layers = {own[path]: module for path, module in self.exported.modules.items() if path in own}
-        unknown = sorted(self.exported.modules.keys() - own.keys())
+        unknown = sorted(path for path in self.exported.modules if path not in own and f"{path}.weight" not in rows)
         if unknown:
             raise UnsupportedError(
-                f"{len(unknown)} quantized layers are no linear layers of {type(model).__name__} ({unknown[0]}, ...): "
-                "fused experts cannot be served packed; qat.checkpoints.exported.load_exported reads them densely"
+                f"{len(unknown)} quantized layers are neither linear layers nor experts of {type(model).__name__} "
+                f"({unknown[0]}, ...); qat.checkpoints.exported.load_exported reads them densely"
             )
-        _check_names(model, self.exported)
+        _check_names(model, self.exported, self.stored)
+        self._set_experts_aside(model)
         for path, module in self.layers.items():
             names = [name for name in self.exported.quantized_names if name.startswith(f"{module.path}.")]
             stored = {name[len(module.path) + 1 :]: self.exported.reader.empty(name) for name in names}
@@ -101,6 +105,40 @@ class PackedQuantizer(HfQuantizer):
             if shape != wanted:
                 raise CheckpointError(f"{module.path}.weight is stored as {[*shape]}, config.json asks for {[*wanted]}")
             model.set_submodule(path, StoredLinear(linear, stored))
+
+    def _set_experts_aside(self, model: "PreTrainedModel") -> None:
+        """Packed experts are read from the file afterwards: transformers must not look for them, or make them up."""
+        self.stacks: dict[str, dict[str, dict[str, slice]]] = {}  # module, stack, checkpoint path
+        for path in self.exported.modules:
+            if (place := self.stored.rows.get(f"{path}.weight")) is not None:
+                owner, _, slot = place[0].rpartition(".")
+                self.stacks.setdefault(owner, {}).setdefault(slot, {})[path] = place[1]
+        self.experts = {owner: model.get_submodule(owner) for owner in self.stacks}
+        for owner in self.stacks:
+            model.set_submodule(owner, nn.Identity())
+        if self.stacks:  # under their names in the file, and as transformers renames them
+            paths = [path for stacks in self.stacks.values() for each in stacks.values() for path in each]
+            stored = {re.sub(r"\.\d+\.[^.]+$", "", path) for path in paths}
+            names = "|".join(re.escape(name) for name in (*self.stacks, *sorted(stored)))
+            ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+            model._keys_to_ignore_on_load_unexpected = ignored | {rf"^(?:{names})\."}
+
+    def _pack_experts(self, model: "PreTrainedModel") -> None:
+        inputs = stack_inputs(self.exported, "vllm", self.stored.rows)
+        with progress("packing experts", len(self.stacks)) as advance:
+            for owner, stacks in self.stacks.items():
+                module: Any = self.experts[owner]
+                packed: dict[str, Matrices] = {}
+                for slot, paths in stacks.items():
+                    high = module._parameters[slot].shape[-1 if module.is_transposed else -2]
+                    for path, rows in paths.items():
+                        tensors = {name: t.to(model.device) for name, t in self.exported.layer(path).items()}
+                        q = unpack_layer(self.exported.METHOD, self.exported.modules[path], tensors)
+                        layer, _ = self._matrix(q, None, model.dtype)
+                        packed.setdefault(slot, {})[rows.start // high, rows.start] = layer
+                pack_experts(module, packed, inputs.get(owner, {}))
+                model.set_submodule(owner, module)
+                advance(1)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         load()
@@ -120,21 +158,27 @@ class PackedQuantizer(HfQuantizer):
                 model.set_submodule(path, layer.train(stored.training))
                 advance(1)
         hook_inputs(model, self.exported, "vllm", {module.path: path for path, module in self.layers.items()})
+        self._pack_experts(model)
         for reason, paths in dense.items():
             warnings.warn(f"{paths[0]} and {len(paths) - 1} more: {reason}", stacklevel=2)
         _warn_of_slow_paths(model)
-        del self.exported, self.layers  # open files: they would keep the model from being copied
+        del self.exported, self.layers, self.experts  # open files: they would keep the model from being copied
         return model
 
     def _layer(
         self, module: PackedModule, q: QTensor, bias: torch.Tensor | None, dtype: torch.dtype
     ) -> tuple[nn.Module, str | None]:
         """The layer to serve with, and why it has to be a dense one, if it has."""
-        input, reason = None if module.input is None else input_format(module.input), problem(q.format)
+        input = None if module.input is None else input_format(module.input)
         if input is not None and multiplies_codes(input, q):
             static = self.exported.static_input(module.path) if input.global_scale else None
             scale = 1.0 if static is None else 1.0 / float(static)
             return QuantizedLinear(hold(q), input.name, scale, dtype, bias), None
+        return self._matrix(q, bias, dtype)
+
+    def _matrix(self, q: QTensor, bias: torch.Tensor | None, dtype: torch.dtype) -> tuple[nn.Module, str | None]:
+        """A layer whose input comes rounded, and why it has to be a dense one, if it has."""
+        reason = problem(q.format)
         return (PackedLinear(pack(q), bias), None) if reason is None else (_dense(q.dequantize(dtype), bias), reason)
 
     def is_serializable(self) -> bool:
@@ -147,13 +191,12 @@ class PackedQuantizer(HfQuantizer):
         return False
 
 
-def _check_names(model: "PreTrainedModel", exported: ExportedFolder) -> None:
+def _check_names(model: "PreTrainedModel", exported: ExportedFolder, stored: StoredNames) -> None:
     """Refuse what transformers would make up (missing tensors, other shapes, which some versions do not report) or drop
     (of quantized layers, what nothing reads)."""
     wanted: set[str] = set()
     for path, module in exported.modules.items():
         wanted |= {f"{path}.{key}" for key in exported.expected_tensors(module, *exported.shape(path))}
-    stored = stored_names(model, exported.dense_names)
     missing = sorted({*missing_names(model, stored, exported.dense_names), *(wanted - exported.names)})
     kept = wanted | (stored.tensors.keys() - {f"{path}.weight" for path in exported.modules})
     surplus = sorted(n for n in exported.names - kept if n.rpartition(".")[0] in exported.modules)

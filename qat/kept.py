@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-QUANTIZERS = ("weight_quantizer", "input_quantizer")
+from qat.quantizer import Quantizer
+
 _known: "weakref.WeakKeyDictionary[nn.Module, frozenset[str]]" = weakref.WeakKeyDictionary()
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and persistent buffer by its name in the model, without quantizer state; tied ones twice."""
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    return {name: t for name, t in state.items() if not any(part in QUANTIZERS for part in name.split("."))}
+    quantizers = {path for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, Quantizer)}
+    return {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in quantizers}
 
 
 def kept_in_float32(model: nn.Module) -> frozenset[str]:

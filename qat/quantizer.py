@@ -125,6 +125,21 @@ class WeightQuantizer(Quantizer):
         """What an export stores (plus the divisor, which only matters until the codes are made)."""
         return replace(self._stored(self._latent()), divisor=self.divisor())
 
+    @torch.no_grad()
+    def of_rows(self, rows: slice) -> "WeightQuantizer":
+        """The same for one matrix of a stack, which lies in these rows; nothing in it learns."""
+        high = self.format.block[0]
+        part = slice(rows.start // high, rows.stop // high)
+        above = None if self.global_scale is None else self.global_scale[part][0, 0]
+        zero, choice = (None if t is None else t[part] for t in (self.zero_point, self.choice))
+        scales = Scales(store_scale(self.start[part], self.format, above), above, zero, choice)
+        one = WeightQuantizer(self.format, scales, self.learn, self.round_bf16)
+        one.start, one.transforms = self.start[part], self.transforms
+        for name in ("log_scale", "log_divisor"):
+            if (learned := getattr(self, name)) is not None:
+                getattr(one, name).copy_(learned[part])
+        return one
+
     def quantize(self, weight: Tensor) -> QTensor:
         """Codes and stored scales of `weight`: exactly the numbers that `forward` multiplies with."""
         return quantize(self.transformed(weight), self.format, self.scales())

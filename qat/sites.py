@@ -39,10 +39,17 @@ class Slot:
 
 @dataclass(frozen=True)
 class Quantizers:
-    """What an adapter puts on one slot."""
+    """What an adapter puts on one slot.
 
-    own: Quantizer
-    input: InputQuantizer | None = None
+    Attributes:
+        own: on the tensor itself; None leaves it as it is.
+        input: on what a weight is multiplied with: an InputQuantizer, or where nothing is trained any function of a
+            tensor that is a module.
+        fused: see `Site`.
+    """
+
+    own: Quantizer | None
+    input: nn.Module | None = None
     fused: tuple[str, ...] = ()
 
 
@@ -191,11 +198,12 @@ def _sites(model: nn.Module) -> Iterator[Site]:
             continue
         for slot, given in module.quantizers().items():
             if isinstance(given.own, WeightQuantizer):
-                name = site_path(path, slot)
-                yield Site(name, "weight", path, slot, module, given.own, given.input, given.fused)
-                if given.input is not None:
-                    yield Site(name, "input", path, slot, module, given.input)
-            else:
+                name, input = site_path(path, slot), given.input
+                assert input is None or isinstance(input, InputQuantizer)
+                yield Site(name, "weight", path, slot, module, given.own, input, given.fused)
+                if input is not None:
+                    yield Site(name, "input", path, slot, module, input)
+            elif given.own is not None:
                 role: Role = "key" if slot == "key" else "value"
                 yield Site(path, role, path, slot, module, given.own)
 

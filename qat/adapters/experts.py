@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.quantizer import InputQuantizer, WeightQuantizer
+from qat.quantizer import WeightQuantizer
 from qat.sites import Quantized, Quantizers, Slot
 
 FIRST, SECOND = ("gate_up_proj", "up_proj"), "down_proj"
@@ -33,7 +33,7 @@ class QatExperts(Quantized):
 
     def prepare(self, given: Mapping[str, Quantizers]) -> None:
         """Put the quantizers in place."""
-        self.weight_quantizers = nn.ModuleDict({name: each.own for name, each in given.items()})
+        self.weight_quantizers = nn.ModuleDict({n: each.own for n, each in given.items() if each.own is not None})
         inputs = {name: each.input for name, each in given.items() if each.input is not None}
         self.input_quantizers = nn.ModuleDict(inputs)
         self._values: dict[str, Tensor] = {}
@@ -45,9 +45,8 @@ class QatExperts(Quantized):
         """By slot."""
         given = {}
         for name, own in self.weight_quantizers.items():
-            input = dict(self.input_quantizers.items()).get(name)
-            assert isinstance(own, WeightQuantizer) and (input is None or isinstance(input, InputQuantizer))
-            given[name] = Quantizers(own, input)
+            assert isinstance(own, WeightQuantizer)
+            given[name] = Quantizers(own, dict(self.input_quantizers.items()).get(name))
         return given
 
     def watch(self, slot: str, see: Callable[[Tensor], None]) -> Any:

@@ -55,6 +55,7 @@ class LinearAdapter:
         """A `QatLinear`."""
         given = quantizers["weight"]
         assert isinstance(module, nn.Linear) and isinstance(given.own, WeightQuantizer)
+        assert given.input is None or isinstance(given.input, InputQuantizer)
         layer = QatLinear.wrap(module, given.own, given.input)
         layer.fused = given.fused
         return layer

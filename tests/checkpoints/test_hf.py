@@ -23,7 +23,7 @@ from qat.checkpoints.hf import (
     quiet,
     resolve,
     source_files,
-    unquantizable,
+    stacks,
 )
 from qat.checkpoints.shards import INDEX, SINGLE, ShardReader
 from qat.cli import main
@@ -90,14 +90,14 @@ def test_experts_are_stacked_unchanged_and_reported(models: dict[str, Path]) -> 
             )
             assert torch.equal(gate_up[expert], torch.cat([gate, up]))
             assert torch.equal(down[expert], low)
-    assert sorted(unquantizable(model)) == sorted(
+    assert sorted(stacks(model)) == sorted(
         f"model.layers.{layer}.mlp.experts.{name}" for layer in range(2) for name in ("down_proj", "gate_up_proj")
     )
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "qwen3_moe"])
-def test_dense_models_have_nothing_unquantizable(models: dict[str, Path], kind: str) -> None:
-    assert unquantizable(load_model(models[kind])) == []
+def test_dense_models_have_no_stacks(models: dict[str, Path], kind: str) -> None:
+    assert stacks(load_model(models[kind])) == []
 
 
 def test_convolutions_and_padded_vectors_are_not_stacks() -> None:
@@ -109,8 +109,8 @@ def test_convolutions_and_padded_vectors_are_not_stacks() -> None:
             self.token = torch.nn.Parameter(torch.zeros(1, 1, 8))
             self.one_expert = torch.nn.Parameter(torch.zeros(1, 8, 8))
 
-    assert unquantizable(Odd()) == ["one_expert"]
-    assert unquantizable(torch.nn.ModuleDict({"a": Odd()})) == ["a.one_expert"]
+    assert stacks(Odd()) == ["one_expert"]
+    assert stacks(torch.nn.ModuleDict({"a": Odd()})) == ["a.one_expert"]
 
 
 def test_sharded_folders_load_the_same(llama: Path, tmp_path: Path) -> None:

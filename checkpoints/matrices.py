@@ -1,0 +1,93 @@
+"""The matrices that a checkpoint stores, by the sites of a model: a linear layer is one, a stack of experts many."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.checkpoints.hf import stacks
+from qat.checkpoints.names import StoredNames
+from qat.numbers.numerics import QTensor
+from qat.quantizer import WeightQuantizer
+from qat.sites import Site
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """One quantized matrix (rows, columns) of a checkpoint.
+
+    Attributes:
+        site: the weight that holds it.
+        rows: which rows of a stack, its matrices one below the other; None for all of a single matrix.
+    """
+
+    site: Site
+    rows: slice | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The trained weight behind the codes."""
+        return self.site.weight if self.rows is None else self.site.weight.flatten(0, -2)[self.rows]
+
+    @cached_property
+    def quantizer(self) -> WeightQuantizer:
+        """With the scales of this matrix only."""
+        own: WeightQuantizer = self.site.quantizer
+        return own if self.rows is None else own.of_rows(self.rows)
+
+    @property
+    def group(self) -> tuple[str, ...]:
+        """What it was trained as one with: the fused set of a layer, or the rows of one expert in its stack."""
+        if self.rows is None:
+            return self.site.fused
+        return self.site.path, str(self.rows.start // self.site.weight.shape[1])
+
+    @property
+    def input(self) -> Any:
+        """The quantizer of what is multiplied with it, or None."""
+        return self.site.input
+
+    @property
+    def format(self) -> Any:
+        """The Format of the codes."""
+        return self.site.format
+
+    @torch.no_grad()
+    def value(self) -> Tensor:
+        """As the forward pass multiplies with it."""
+        value: Tensor = self.quantizer(self.weight)
+        return value
+
+    def quantize(self) -> QTensor:
+        """Codes and stored scales."""
+        return self.quantizer.quantize(self.weight)
+
+
+def stored_matrices(sites: list[Site], names: StoredNames) -> tuple[dict[str, Matrix], list[str]]:
+    """By checkpoint path (without `.weight`), and the paths of sites that the file has no such names for."""
+    matrices: dict[str, Matrix] = {}
+    nameless = []
+    for site in sites:
+        if site.path in names.paths:
+            matrices[names.paths[site.path]] = Matrix(site)
+            continue
+        place = f"{site.module}.{site.slot}"
+        parts = {name: rows for name, (owner, rows) in names.rows.items() if owner == place}
+        if not parts or not all(name.endswith(".weight") for name in parts):
+            nameless.append(site.path)
+        matrices.update({name.removesuffix(".weight"): Matrix(site, rows) for name, rows in parts.items()})
+    return matrices, nameless
+
+
+def dense_parts(model: nn.Module, names: StoredNames, quantized: Collection[str]) -> bool:
+    """Whether the model has stacks, or other tensors that transformers puts together, that stay dense.
+
+    Args:
+        quantized: checkpoint paths of quantized matrices.
+    """
+    of_stacks = {names.rows[f"{path}.weight"][0] for path in quantized if f"{path}.weight" in names.rows}
+    parts = names.parts - {f"{path}.weight" for path in quantized}
+    return bool(parts or set(stacks(model)) - of_stacks)
