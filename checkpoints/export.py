@@ -25,6 +25,7 @@ from qat.checkpoints.export_plan import (
     plan_export,
     refusals,
 )
+from qat.checkpoints.caches import cache_record, cache_tensors, exportable
 from qat.checkpoints.hf import source_files
 from qat.checkpoints.layouts import TARGETS, find_target
 from qat.checkpoints.layouts.reader import SCALES, digest
@@ -35,7 +36,7 @@ from qat.checkpoints.shards import DEFAULT_SHARD_BYTES, ShardReader, ShardWriter
 from qat.errors import CheckpointError, UnsupportedError
 from qat.numbers.format import Format
 from qat.numbers.numerics import decode_scale
-from qat.sites import sites
+from qat.sites import CACHED, sites
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,8 +66,11 @@ def check_export(model: "PreTrainedModel", source: Path | None) -> list[str]:
     if able:
         return [f"{refused[DEFAULT_TARGET]}. Export this run with --target {' or '.join(able)}"]
     nowhere = [pair for pair in _pairs(model) if not held_anywhere(*pair)]
-    if nowhere:
-        names = ", ".join(weight.name + (f" with {input.name} inputs" if input else "") for weight, input in nowhere)
+    caches = {site.format.name: site.format for site in sites(model, *CACHED)}
+    unheld = [f"{name} caches" for name, fmt in caches.items() if not exportable(fmt, TARGETS.values())]
+    if nowhere or unheld:
+        named = [weight.name + (f" with {input.name} inputs" if input else "") for weight, input in nowhere]
+        names = ", ".join([*named, *unheld])
         return [f"no export target holds {names}: this can be trained and evaluated, but not exported"]
     raise UnsupportedError("no export target can hold this model:\n  " + "\n  ".join(refused.values()))
 
@@ -130,6 +134,10 @@ def export_model(
             for stored, tensor in _tensors_of(plan, name, reader, record).items():
                 writer.add(stored, tensor)
             advance(1)
+        for name, scale in cache_tensors(plan.caches, plan.target).items():
+            _check_scale(name, scale)
+            record["tensors"][name] = digest(scale)
+            writer.add(name, scale)
         files = _copy_files(source, writer.folder)
         extras = plan.target.files(plan.quantization)
         for name, value in {"config.json": exported_config(plan, source), **extras}.items():
@@ -277,6 +285,7 @@ def _record(plan: ExportPlan, source: Path, target: str, written: dict[str, Any]
         "source_config_sha256": hashlib.sha256((source / "config.json").read_bytes()).hexdigest(),
         "activation_rules": sorted(rules),
         "fused": plan.fused,
+        "caches": cache_record(plan.caches),
         "copied": list(plan.copied),
         "left_out": plan.left_out,
         "embeddings_on_grid": {path: site.format.name for path, site in plan.embeddings.items()},

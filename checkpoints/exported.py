@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.adapters import adapter_for
+from qat.checkpoints.caches import quantize_caches
 from qat.checkpoints.hf import check_generation, check_loading, quiet
 from qat.checkpoints.layouts.compressed_tensors.codes import input_format
 from qat.checkpoints.layouts.readers import ExportedFolder, open_export
@@ -85,7 +86,7 @@ def load_exported(
         activation_rule: "vllm" or "compressed_tensors".
         dtype: float32, or bfloat16 to compute as a BF16 server does.
         attn_implementation: as in transformers; by default what it chooses itself.
-        quantize_inputs: False leaves the inputs alone (weights only).
+        quantize_inputs: False leaves inputs and caches alone (weights only).
         expert_inputs: False leaves those of fused experts alone, as plain transformers does.
 
     Raises:
@@ -124,6 +125,7 @@ def load_exported(
         stored = stored_names(model, exported.dense_names)
         _check_layers(exported, stored, type(model).__name__)
         hook_inputs(model, exported, activation_rule, stored.modules)
+        quantize_caches(model, exported, activation_rule, stored)
         if expert_inputs:
             _quantize_stack_inputs(model, stack_inputs(exported, activation_rule, stored.rows))
     loaded: PreTrainedModel = model.eval()

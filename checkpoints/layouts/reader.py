@@ -19,26 +19,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qat.checkpoints.hf import read_json
+from qat.checkpoints.layouts.caches import StoredCache
 from qat.checkpoints.names import fused_groups
 from qat.checkpoints.record import RECORD, read_record
 from qat.checkpoints.shards import ShardReader
 from qat.errors import CheckpointError, UnsupportedError
 
 _OF_WEIGHTS = ("weight_scale", "weight_scale_2", "weight_scale_inv", "weight_global_scale")
-SCALES = (*_OF_WEIGHTS, "input_scale", "input_global_scale")  # in any layout
+_OF_CACHES = ("k_scale", "v_scale")
+SCALES = (*_OF_WEIGHTS, "input_scale", "input_global_scale", *_OF_CACHES)  # in any layout
 _CHUNK = 1 << 22  # weights unpacked at a time
 _PACKED = ("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized")
 _READABLE = {"BF16": ("BF16", "F16", "F32")}  # other tools store some BF16 scales so, which is read exactly
 
 # What changes results and is not implemented, in any layout: keys of a configuration, and the last parts of names.
-_UNREAD_KEYS = {
-    "transform_config": "rotations of weights and inputs",
-    "kv_cache_scheme": "a quantized KV cache",
-    "kv_cache_quant_algo": "a quantized KV cache",
-}
+_UNREAD_KEYS = {"transform_config": "rotations of weights and inputs"}
+_CACHE_KEYS = dict.fromkeys(("kv_cache_scheme", "kv_cache_quant_algo"), "a quantized KV cache")
 _UNREAD_TENSORS = {
     "pre_quant_scale": "inputs scaled per channel (AWQ, SmoothQuant)",
-    **dict.fromkeys(("q_scale", "k_scale", "v_scale"), "a quantized KV cache or attention"),
+    "q_scale": "quantized attention",
 }
 
 Array = NDArray[Any]
@@ -84,6 +83,7 @@ class ExportedFolder(ABC):
     METHOD: ClassVar[str]  # quant_method, which is also the name of the export target
     SCALE: ClassVar[str] = "weight_scale"  # the tensor that marks a layer as quantized
     SUFFIXES: ClassVar[tuple[str, ...]]  # every tensor a quantized layer may have, besides its bias
+    CACHE_SCALES: ClassVar[tuple[str, str]] = _OF_CACHES  # of keys and values, below the path of an attention layer
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -99,6 +99,7 @@ class ExportedFolder(ABC):
         for name in sorted(self.names):
             if what := _UNREAD_TENSORS.get(name.rpartition(".")[2]):
                 raise UnsupportedError(f"{folder}: {name} belongs to {what}, which is not implemented")
+        self._check_caches()
 
     # What a layout has to say.
 
@@ -132,6 +133,11 @@ class ExportedFolder(ABC):
     def _zero_points(self, module: PackedModule, tensors: dict[str, Tensor], rows: int) -> Array | None:
         return None
 
+    def _cache_args(self) -> dict[str, Any] | None:
+        """QuantizationArgs of cached keys and values, None where they are not quantized."""
+        refuse_unread(self.quantization, self.where, _CACHE_KEYS)
+        return None
+
     # What follows for every layout.
 
     @cached_property
@@ -152,9 +158,43 @@ class ExportedFolder(ABC):
         return self._module(path, groups[0])
 
     @cached_property
+    def caches(self) -> dict[str, StoredCache]:
+        """Quantized caches by the path of their attention layer: those with a stored scale."""
+        args, (key, value) = self._cache_args(), self.CACHE_SCALES
+        if args is None:
+            return {}
+        paths = sorted(name.removesuffix(f".{key}") for name in self.names if name.endswith(f".{key}"))
+        return {path: StoredCache(path, args, (f"{path}.{key}", f"{path}.{value}")) for path in paths}
+
+    def _check_caches(self) -> None:
+        """Scales and configuration ask for the same."""
+        if self._cache_args() is not None and not self.caches:
+            raise CheckpointError(
+                f"{self.where} asks for quantized caches, but no {self.CACHE_SCALES[0]} is stored; engines would take "
+                "1.0, which nobody calibrated"
+            )
+        for name in sorted(self.names - self.cache_names):
+            if name.rpartition(".")[2] in _OF_CACHES:
+                raise CheckpointError(f"{self.folder}: {name} is a scale of a cache that {self.where} does not describe")
+
+    @cached_property
+    def cache_names(self) -> frozenset[str]:
+        """Scales of quantized caches, stored or missing."""
+        return frozenset(name for cache in self.caches.values() for name in cache.scales)
+
+    def cache_scales(self, path: str) -> tuple[Tensor, Tensor]:
+        """The scales of keys and values of an attention layer, float32 [1] each; raises as `layer`."""
+        for name in self.caches[path].scales:
+            if name not in self.names:
+                raise CheckpointError(f"{self.folder}: {name} is missing")
+        key, value = map(self._sound_value, self.caches[path].scales)
+        return key, value
+
+    @cached_property
     def quantized_names(self) -> frozenset[str]:
-        """Stored tensors that belong to quantized weights and inputs."""
-        return frozenset(f"{path}.{suffix}" for path in self.modules for suffix in self.SUFFIXES) & self.names
+        """Stored tensors that belong to quantized weights, inputs and caches."""
+        of_modules = frozenset(f"{path}.{suffix}" for path in self.modules for suffix in self.SUFFIXES)
+        return (of_modules | self.cache_names) & self.names
 
     @cached_property
     def dense_names(self) -> frozenset[str]:
@@ -256,16 +296,16 @@ class ExportedFolder(ABC):
         return module.bits + int(np.prod(shape)) * per_scale / (rows * columns)
 
 
-def refuse_unread(configuration: dict[str, Any], where: str) -> None:
+def refuse_unread(configuration: dict[str, Any], where: str, unread: dict[str, str] = _UNREAD_KEYS) -> None:
     """Raise UnsupportedError where a configuration asks for something that changes results and is not implemented."""
-    for key, what in _UNREAD_KEYS.items():
-        if not _says_nothing(configuration.get(key)):
+    for key, what in unread.items():
+        if not says_nothing(configuration.get(key)):
             raise UnsupportedError(f"{where}: {key} asks for {what}, which is not implemented; readable: null")
 
 
-def _says_nothing(value: Any) -> bool:
+def says_nothing(value: Any) -> bool:
     """null, or a table with nothing in it at any depth."""
-    return not value or (isinstance(value, dict) and all(map(_says_nothing, value.values())))
+    return not value or (isinstance(value, dict) and all(map(says_nothing, value.values())))
 
 
 def bad_scales(scale: Tensor) -> int:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from qat.checkpoints.layouts.caches import CacheLayout
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor
 
@@ -34,6 +35,9 @@ class Target(Protocol):
     FUSES_TENSOR_SCALES: bool
     """Whether a format with one scale per tensor is stored as that one number, so that layers which engines fuse must
     agree in it. (Global scales above block scales must agree in every target.)"""
+
+    CACHES: CacheLayout | None
+    """How it describes quantized caches, None where it cannot."""
 
     def check(self, layer: TargetLayer) -> None:
         """Raise UnsupportedError, naming the nearest formats, where the target cannot hold the layer."""

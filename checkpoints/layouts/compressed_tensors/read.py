@@ -15,6 +15,7 @@ from qat.checkpoints.layouts.reader import (
     fields,
     float_values,
     raw_rows,
+    says_nothing,
     scale_values,
 )
 from qat.errors import CheckpointError, UnsupportedError
@@ -50,6 +51,11 @@ class CompressedTensorsFolder(ExportedFolder):
             raise CheckpointError(f"{self.where}: config_groups is {groups!r}, not a table of at least one group")
         complete = {name: _complete_group(group, f"{self.where}: {name}") for name, group in groups.items()}
         self.quantization = {**self.quantization, "config_groups": complete}
+
+    def _cache_args(self) -> dict[str, Any] | None:
+        scheme = self.quantization.get("kv_cache_scheme")
+        where = f"{self.where}: kv_cache_scheme"
+        return None if says_nothing(scheme) else _complete_args(scheme, where, ("tensor",))
 
     def matching_groups(self, path: str, linear: bool = True) -> list[str]:
         """Names of the config groups that target `path`, the one loaders choose first: exact names, then regular

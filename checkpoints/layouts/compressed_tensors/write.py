@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qat.checkpoints.layouts import support
+from qat.checkpoints.layouts.caches import CacheLayout, TargetCache, cache_args
 from qat.checkpoints.layouts.support import FP8_BLOCK
 from qat.checkpoints.layouts.target import TargetLayer
 from qat.errors import CheckpointError, UnsupportedError
@@ -294,6 +295,31 @@ def quantization_config(layers: list[TargetLayer], ignored: list[str]) -> dict[s
             for index, (how, paths) in enumerate(groups.values())
         },
     }
+
+
+# --- caches ---------------------------------------------------------------------------------------
+
+
+def _cache_config(fmt: Format) -> dict[str, Any] | None:
+    args = cache_args(fmt)
+    return None if args is None else {"kv_cache_scheme": args}
+
+
+def _cache_note(fmt: Format) -> str:
+    if fmt.element == E4M3:
+        return "vLLM and SGLang use them without being told (their kv_cache_dtype auto)"
+    return "plain transformers and `qat serve` run them, vLLM refuses the whole checkpoint"
+
+
+def _cache_scales(cache: TargetCache) -> tuple[str, str]:
+    if cache.projections is None:
+        raise UnsupportedError(
+            f"{cache.path}: loaders of {METHOD} look for k_proj and v_proj, and leave other caches unquantized"
+        )
+    return f"{cache.path}.k_scale", f"{cache.path}.v_scale"
+
+
+CACHES = CacheLayout(_cache_config, _cache_note, _cache_scales, lambda scale: scale.to(torch.bfloat16))
 
 
 def files(config: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -17,6 +17,7 @@ from qat.checkpoints.layouts.reader import (
     Spec,
     float_values,
     refuse_unread,
+    says_nothing,
     scale_values,
 )
 from qat.errors import CheckpointError, UnsupportedError
@@ -42,10 +43,14 @@ _ALGORITHMS: dict[str, tuple[str, Args, Args | None]] = {
 }
 
 
+_CACHE_ALGORITHM, _CACHE_SCHEME = "FP8", {"dynamic": False, "num_bits": 8, "type": "float"}
+
+
 class ModeloptFolder(ExportedFolder):
     """A modelopt checkpoint on disk in which every quantized layer has the same algorithm."""
 
     METHOD = "modelopt"
+    CACHE_SCALES = ("k_proj.k_scale", "v_proj.v_scale")
     SUFFIXES = ("weight", "weight_scale", "weight_scale_2", "input_scale")
 
     def _check_configuration(self) -> None:
@@ -59,6 +64,16 @@ class ModeloptFolder(ExportedFolder):
         if (self.folder / LEGACY).is_file():
             self._compare(read_json(self.folder / LEGACY).get("quantization") or {})
 
+    def _cache_args(self) -> Args | None:
+        scheme, algorithm = (self.quantization.get(key) for key in ("kv_cache_scheme", "kv_cache_quant_algo"))
+        if says_nothing(scheme) and algorithm is None:
+            return None
+        if algorithm not in (None, _CACHE_ALGORITHM) or (scheme or _CACHE_SCHEME) != _CACHE_SCHEME:
+            raise UnsupportedError(
+                f"{self.where}: caches quantized as {algorithm or scheme}; readable: {_CACHE_ALGORITHM}"
+            )
+        return _floats(8, "tensor", False)
+
     def _compare(self, legacy: dict[str, Any]) -> None:
         """Engines read either file, so both must say the same."""
         refuse_unread(legacy, str(self.folder / LEGACY))
@@ -66,6 +81,8 @@ class ModeloptFolder(ExportedFolder):
         for key, flat in pairs.items():
             if legacy.get(key) != self.quantization.get(flat):
                 raise CheckpointError(f"{self.folder / LEGACY}: {key} differs from config.json; engines read either")
+        if legacy.get("kv_cache_quant_algo") != (None if self._cache_args() is None else _CACHE_ALGORITHM):
+            raise CheckpointError(f"{self.folder / LEGACY}: kv_cache_quant_algo differs from config.json")
 
     def matching_groups(self, path: str, linear: bool = True) -> list[str]:
         """The algorithm, for every linear layer that is not ignored."""
