@@ -28,9 +28,10 @@ def check_config(config: dict[str, Any], name: object, trust_remote_code: bool =
     """
     quantized = [config, *(part for part in config.values() if isinstance(part, dict))]
     for part in quantized:
-        found = part.get("quantization_config") or part.get("compression_config")
-        if found:
-            method = found.get("quant_method", "an unnamed method") if isinstance(found, dict) else found
+        quantization = part.get("quantization_config") or part.get("compression_config")
+        if quantization:
+            named = isinstance(quantization, dict)
+            method = quantization.get("quant_method", "an unnamed method") if named else quantization
             raise UnsupportedError(
                 f"{name} is quantized already ({method}); give the original BF16, FP16 or FP32 weights"
             )
@@ -96,9 +97,9 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> "PretrainedCon
 
 
 def empty_model(
-    found: "PretrainedConfig", name: object, attn_implementation: str | None = None, trust_remote_code: bool = False
+    config: "PretrainedConfig", name: object, attn_implementation: str | None = None, trust_remote_code: bool = False
 ) -> "PreTrainedModel":
-    """The architecture of `found` on the meta device; `name` is for messages.
+    """The architecture of `config` on the meta device; `name` is for messages.
 
     Raises:
         UnsupportedError: not a causal language model, the wrong values for one, or attention that cannot run here.
@@ -108,17 +109,17 @@ def empty_model(
     try:
         with quiet(), torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                found,
+                config,
                 dtype=torch.float32,
                 attn_implementation=attn_implementation,
                 trust_remote_code=trust_remote_code,
             )
     except Exception as error:  # whatever a wrong value makes the model's class raise
         raise loading_error(name, attn_implementation, error) from error
-    if not isinstance(found, type(model.config)):
-        parts = ", ".join(sorted(key for key in found.sub_configs if key != "text_config"))
+    if not isinstance(config, type(model.config)):
+        parts = ", ".join(sorted(key for key in config.sub_configs if key != "text_config"))
         raise UnsupportedError(
-            f"{name} is {type(found).__name__}, of which transformers would load only {type(model).__name__} and "
+            f"{name} is {type(config).__name__}, of which transformers would load only {type(model).__name__} and "
             f"drop the rest ({parts}); save its language model as a checkpoint of its own and train that"
         )
     if model.get_output_embeddings() is None:

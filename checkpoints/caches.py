@@ -13,7 +13,7 @@ from qat.checkpoints.layouts.caches import TargetCache, cache_format, engine_fla
 from qat.checkpoints.layouts.reader import ExportedFolder
 from qat.checkpoints.layouts.target import Target
 from qat.checkpoints.names import StoredNames
-from qat.checkpoints.record import read_record
+from qat.checkpoints.record import RECORD, read_record
 from qat.errors import CheckpointError, UnsupportedError
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.format import Format
@@ -77,12 +77,13 @@ def _layers(model: nn.Module, names: StoredNames) -> dict[str, tuple[TargetCache
     by_path: dict[str, dict[str, Site]] = {}
     for site in sites(model, *CACHED):
         by_path.setdefault(site.path, {})[site.role] = site
-    paths, layers = attention_paths(model, names) if by_path else {}, {}
+    paths = attention_paths(model, names) if by_path else {}
+    layers = {}
     for path, both in by_path.items():
         key, value = (names.paths.get(f"{path}.{leaf}") for leaf in ("k_proj", "v_proj"))
         projections = (key, value) if key and value else None
-        cached = [both[role] for role in CACHED]
-        layers[paths[path]] = TargetCache(paths[path], projections, *(site.format for site in cached)), *cached
+        cache = TargetCache(paths[path], projections, both["key"].format, both["value"].format)
+        layers[paths[path]] = cache, both["key"], both["value"]
     return layers
 
 
@@ -196,4 +197,6 @@ def stored_caches(exported: ExportedFolder) -> dict[str, dict[str, tuple[Format,
 
 def _recorded(entry: dict[str, Any]) -> tuple[Format, Tensor | None]:
     fmt, amax = lookup(entry["format"]), entry.get("amax")
+    if amax is not None and not (isinstance(amax, float) and 0 < amax < math.inf):
+        raise CheckpointError(f"{RECORD}: the range of a cache is {amax!r}, not a positive number")
     return fmt, None if amax is None else static_part(fmt, torch.tensor(amax))

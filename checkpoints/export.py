@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qat.checkpoints.caches import cache_record, cache_tensors, exportable
 from qat.checkpoints.export_plan import (
     DEFAULT_TARGET,
     ExportPlan,
@@ -25,11 +26,9 @@ from qat.checkpoints.export_plan import (
     plan_export,
     refusals,
 )
-from qat.checkpoints.caches import cache_record, cache_tensors, exportable
 from qat.checkpoints.hf import source_files
-from qat.checkpoints.layouts import TARGETS, find_target
-from qat.checkpoints.layouts.reader import SCALES, digest
-from qat.checkpoints.layouts.support import held_anywhere
+from qat.checkpoints.layouts import READERS, TARGETS, find_target, holders
+from qat.checkpoints.layouts.reader import digest
 from qat.checkpoints.progress import progress
 from qat.checkpoints.record import RECORD, RECORD_VERSION, is_export
 from qat.checkpoints.shards import DEFAULT_SHARD_BYTES, ShardReader, ShardWriter
@@ -65,7 +64,7 @@ def check_export(model: "PreTrainedModel", source: Path | None) -> list[str]:
     able = [name for name in TARGETS if name not in refused]
     if able:
         return [f"{refused[DEFAULT_TARGET]}. Export this run with --target {' or '.join(able)}"]
-    nowhere = [pair for pair in _pairs(model) if not held_anywhere(*pair)]
+    nowhere = [pair for pair in _pairs(model) if not holders(*pair)]
     caches = {site.format.name: site.format for site in sites(model, *CACHED)}
     unheld = [f"{name} caches" for name, fmt in caches.items() if not exportable(fmt, TARGETS.values())]
     if nowhere or unheld:
@@ -77,12 +76,12 @@ def check_export(model: "PreTrainedModel", source: Path | None) -> list[str]:
 
 def _pairs(model: "PreTrainedModel") -> list[tuple[Format, Format | None]]:
     """Every (weight, input) pair of formats of the linear layers."""
-    found: dict[tuple[str, str], tuple[Format, Format | None]] = {}
+    pairs: dict[tuple[str, str], tuple[Format, Format | None]] = {}
     for site in sites(model, "weight"):
         if not site.is_table:
             input = site.input.format if site.input is not None else None
-            found[site.format.name, input.name if input else ""] = site.format, input
-    return list(found.values())
+            pairs[site.format.name, input.name if input else ""] = site.format, input
+    return list(pairs.values())
 
 
 def export_model(
@@ -231,7 +230,7 @@ def _packed(plan: ExportPlan, path: str, record: dict[str, Any]) -> dict[str, Te
     tensors = {f"{path}.{key}": value for key, value in plan.target.pack(q, layer.input, amax).items()}
     for name, tensor in tensors.items():
         key = name.rpartition(".")[2]
-        if key in SCALES:
+        if key in READERS[plan.target.METHOD].SCALES:
             _check_scale(name, tensor)
         if key.startswith("input_"):
             record["tensors"][name] = digest(tensor)

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from qat.checkpoints.architecture import quiet, read_config, read_json
 from qat.checkpoints.caches import CachePlan, check_ranges, plan_caches
-from qat.checkpoints.layouts import TARGETS, Target, TargetLayer
+from qat.checkpoints.fused import check_fused, scales_apart
+from qat.checkpoints.layouts import TARGETS, Target, TargetLayer, check_layer, support
 from qat.checkpoints.matrices import Matrix, dense_parts, stored_matrices
 from qat.checkpoints.names import (
     StoredNames,
-    fused_groups,
     lost_when_packed,
     missing_names,
     skeleton,
@@ -32,7 +32,6 @@ from qat.checkpoints.names import (
 from qat.checkpoints.shards import ShardReader, TensorInfo
 from qat.errors import CheckpointError, UnsupportedError
 from qat.kept import kept_in_float32, own_tensors
-from qat.numbers.numerics import decode_scale
 from qat.sites import Site, sites
 
 if TYPE_CHECKING:
@@ -50,8 +49,8 @@ class ExportPlan:
     Everything is by checkpoint name or path: `linears` and `embeddings` are quantized layers, `dense` every other
     tensor, `wide` those of them that stay in float32, `copied` what the model never loaded (with shapes), `left_out`
     names of the source that are not written (with the reason), `order` all names to write, `head` the output layer,
-    `fused` the sets that were trained as one, `quantization` what config.json will say of all this, `caches` the quantized
-    caches of attention layers.
+    `fused` the sets that were trained as one, `quantization` what config.json will say of all this, `caches` what
+    attention layers keep quantized.
     """
 
     model: "PreTrainedModel"
@@ -91,7 +90,7 @@ def plan_export(model: "PreTrainedModel", source: Path | None, target: Target) -
     """
     plan = _sort_tensors(model, source, target)
     for path in plan.linears:
-        target.check(plan.layer(path))
+        check_layer(target, plan.layer(path))
     plan.quantization = target.quantization_config([plan.layer(path) for path in plan.linears], _ignored(plan))
     plan.caches = plan_caches(model, plan.names, target)
     plan.quantization |= plan.caches.config
@@ -112,44 +111,12 @@ def check_values(plan: ExportPlan) -> None:
         quantizer = site.input
         if quantizer is not None and quantizer.needs_calibration and not 0 < float(quantizer.amax) < math.inf:
             raise CheckpointError(f"{path}: the range of its input is {float(quantizer.amax)}; run qat.calibrate first")
-    for members in plan.fused:
-        if what := _differ(plan, members):
-            raise CheckpointError(f"engines fuse {', '.join(members)}, but their {what}")
-        if only := _rounded_again(plan, members):
-            raise UnsupportedError(
-                f"engines fuse {', '.join(members)} under one scale, but theirs are {only}, and rounding again "
-                "would change trained weights; use one scale per row, or the target compressed-tensors"
-            )
-    trained = {frozenset(members) for members in plan.fused}
-    usual = [members for members in fused_groups(list(plan.linears)) if frozenset(members) not in trained]
-    apart = [members for members in usual if _differ(plan, members) or _rounded_again(plan, members)]
-    if apart:
-        what = _differ(plan, apart[0]) or f"scales differ: {_rounded_again(plan, apart[0])}"
-        plan.notes.append(
-            f"engines usually fuse {', '.join(apart[0])}, which this scheme trained apart ({len(apart)} such sets), "
-            f"and their {what}: serve it only where they stay apart"
-        )
-
-
-def _differ(plan: ExportPlan, members: list[str]) -> str:
-    """What of layers that are merged has only one value, and more here; "" if nothing."""
-    sites = [plan.linears[path] for path in members]
-    scales = [site.quantizer.scales() for site in sites]
-    above = {float(s.global_scale) for s in scales if s.global_scale is not None}
-    ranges = {float(q.amax) for site in sites if (q := site.input) is not None and q.needs_calibration}
-    found = (("global scales", above), ("input ranges", ranges))
-    return next((f"{what} differ: {sorted(values)}" for what, values in found if len(values) > 1), "")
-
-
-def _rounded_again(plan: ExportPlan, members: list[str]) -> list[float]:
-    """Per-tensor scales of layers that the target's engines merge under one, where they differ."""
-    scales = [plan.linears[path].quantizer.scales() for path in members]
-    only = {float(decode_scale(s.stored)) for s in scales if s.stored.numel() == 1}
-    return sorted(only) if plan.target.FUSES_TENSOR_SCALES and len(only) > 1 else []
+    check_fused(plan)
 
 
 def refusals(model: "PreTrainedModel", source: Path | None) -> tuple[ExportPlan | None, dict[str, str]]:
-    """The plan of the default target, None where it refuses; and by target why it refuses.
+    """The plan of the default target, None where it refuses; and by target why it refuses. Where only the scales
+    of fused layers are in the way, the plan's notes say so.
 
     Raises:
         CheckpointError, UnsupportedError: what has nothing to do with formats, so that every target would refuse.
@@ -162,18 +129,23 @@ def refusals(model: "PreTrainedModel", source: Path | None) -> tuple[ExportPlan 
             f"ignored): {_some(surplus)}"
         )
     layered = [base.layer(path) for path in base.linears]
-    refused = {}
+    refused: dict[str, str] = {}
+    apart: dict[str, str] = {}
     for name, target in TARGETS.items():
         try:
             for layer in layered:
-                target.check(layer)
+                check_layer(target, layer)
             target.quantization_config(layered, _ignored(base))
             plan_caches(model, base.names, target)
         except UnsupportedError as error:
             refused[name] = str(error)
+        else:
+            apart |= {name: reason} if (reason := scales_apart(base, target)) else {}
     if DEFAULT_TARGET in refused:
-        return None, refused
-    return plan_export(model, source, TARGETS[DEFAULT_TARGET]), refused
+        return None, refused | apart
+    plan = plan_export(model, source, TARGETS[DEFAULT_TARGET])
+    plan.notes += apart.values()
+    return plan, refused | apart
 
 
 # --- the fate of every tensor ---------------------------------------------------------------------
@@ -202,8 +174,8 @@ def _sort_tensors(model: "PreTrainedModel", source: Path | None, target: Target)
         _check_source(model, names, source, {**names.shadowed, **aliases}, dense.keys() | own)
     order = [name for name in given if name not in left_out]
     order += sorted((dense.keys() | own) - set(given))
-    kept = kept_in_float32(model)
-    wide = frozenset(name for name in dense if names.origins.get(name) in kept)
+    in_float32 = kept_in_float32(model)
+    wide = frozenset(name for name in dense if names.origins.get(name) in in_float32)
     copied, head = {name: given[name].shape for name in sorted(names.unread)}, _head(model, names.paths)
     return ExportPlan(
         model, target, names, packed, tables, dense, wide, copied, left_out, order, head, _trained_as_one(packed)
@@ -244,11 +216,11 @@ def _aliases(model: "PreTrainedModel", names: StoredNames, tensors: dict[str, Te
     for name in tensors:
         if name in names.origins:
             groups.setdefault(id(tensors[name]), []).append(name)
-    found = {}
+    others = {}
     for members in groups.values():
         members.sort(key=lambda name: (names.origins[name] not in sources, order[names.origins[name]]))
-        found.update(dict.fromkeys(members[1:], members[0]))
-    return found
+        others.update(dict.fromkeys(members[1:], members[0]))
+    return others
 
 
 def _check_source(
@@ -321,13 +293,13 @@ def _check_loads(plan: ExportPlan, source: Path) -> None:
     config = exported_config(plan, source)
     del config["quantization_config"]
     model = _bare(plan.model, config)
-    found = stored_names(model, plan.order)
-    problems = [f"{name} would be missing" for name in missing_names(model, found, plan.order)]
+    loaded = stored_names(model, plan.order)
+    problems = [f"{name} would be missing" for name in missing_names(model, loaded, plan.order)]
     for name in plan.order:
-        if name not in plan.copied and name in found.tensors:
-            written, wanted = list(plan.names.tensors[name].shape), list(found.tensors[name].shape)
+        if name not in plan.copied and name in loaded.tensors:
+            written, wanted = list(plan.names.tensors[name].shape), list(loaded.tensors[name].shape)
             problems += [f"{name} would be {written}, not {wanted}"] if written != wanted else []
-    lost = (found.unread.keys() | found.shadowed.keys()) - plan.copied.keys()
+    lost = (loaded.unread.keys() | loaded.shadowed.keys()) - plan.copied.keys()
     problems += [f"{name} would not be loaded" for name in sorted(lost)]
     if problems:
         raise CheckpointError(
@@ -353,35 +325,37 @@ def _bare(model: "PreTrainedModel", config: dict[str, Any]) -> "PreTrainedModel"
 
 
 def _notes(plan: ExportPlan, source: Path | None) -> list[str]:
-    found: dict[str, None] = {}
+    notes: dict[str, None] = {}
     for path in plan.linears:
         layer = plan.layer(path)
         pair = layer.weight.name + (f" with {layer.input.name} inputs" if layer.input else "")
-        found.update(dict.fromkeys(f"{pair}: {note}" for note in plan.target.notes(layer.weight, layer.input)))
+        notes.update(
+            dict.fromkeys(f"{pair}: {note}" for note in support.notes(plan.target.ROWS, layer.weight, layer.input))
+        )
     for path, site in plan.embeddings.items():
         name = site.format.name
-        found[f"{path} is quantized to {name} in training; this target stores its values as dense BF16"] = None
+        notes[f"{path} is quantized to {name} in training; this target stores its values as dense BF16"] = None
     elements = [matrix.format.element for matrix in plan.linears.values()]
     parts = dense_parts(plan.model, plan.names, plan.linears)
     if parts and not all(e.kind == "minifloat" and e.bits == 8 for e in elements):
-        found[
+        notes[
             "plain transformers (5.23) cannot load dense fused experts, or other tensors that it merges, beside packed "
             "layers; vLLM can"
         ] = None
     if "pack-quantized" in json.dumps(plan.quantization):
         modules = plan.names.modules
         wanted = wanted_while_loading(plan.model, [modules[path] for path in plan.linears if path in modules])
-        found.update(dict.fromkeys(f"plain transformers (5.23) cannot load packed layers of {name}, whose weights it "
+        notes.update(dict.fromkeys(f"plain transformers (5.23) cannot load packed layers of {name}, whose weights it "
                                    "initialises; vLLM can" for name in wanted))  # fmt: skip
     if not all(site.quantizer.round_bf16 for site in plan.linears.values()):
-        found["trained with round_bf16: false, so BF16 servers round the exported weights once more"] = None
+        notes["trained with round_bf16: false, so BF16 servers round the exported weights once more"] = None
     if any(m.rows is not None and (m.format.global_scale or m.format.zero_point) for m in plan.linears.values()):
-        found[
+        notes[
             "plain transformers (5.23) reads experts without global scales and without zero points, so it computes "
             "garbage from these; vLLM does not"
         ] = None
-    found.update(dict.fromkeys([*plan.caches.notes, *_of_the_source(plan, source)]))
-    return list(found)
+    notes.update(dict.fromkeys([*plan.caches.notes, *_of_the_source(plan, source)]))
+    return list(notes)
 
 
 def _of_the_source(plan: ExportPlan, source: Path | None) -> list[str]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from qat.adapters import adapter_for
 from qat.checkpoints.caches import quantize_caches
 from qat.checkpoints.hf import check_generation, check_loading, quiet
-from qat.checkpoints.layouts.compressed_tensors.codes import input_format
-from qat.checkpoints.layouts.readers import ExportedFolder, open_export
+from qat.checkpoints.layouts import ExportedFolder, open_export
+from qat.checkpoints.layouts.arguments import input_format
 from qat.checkpoints.names import StoredNames, stored_names
 from qat.checkpoints.progress import progress
 from qat.errors import CheckpointError, UnsupportedError
@@ -78,6 +78,7 @@ def load_exported(
     attn_implementation: str | None = None,
     quantize_inputs: bool = True,
     expert_inputs: bool = True,
+    caches: bool = True,
 ) -> "PreTrainedModel":
     """The model in an exported folder, in eval mode, computing in `dtype` with the weights an engine dequantizes.
 
@@ -86,8 +87,9 @@ def load_exported(
         activation_rule: "vllm" or "compressed_tensors".
         dtype: float32, or bfloat16 to compute as a BF16 server does.
         attn_implementation: as in transformers; by default what it chooses itself.
-        quantize_inputs: False leaves inputs and caches alone (weights only).
+        quantize_inputs: False leaves inputs alone (weights only).
         expert_inputs: False leaves those of fused experts alone, as plain transformers does.
+        caches: False leaves keys and values alone.
 
     Raises:
         CheckpointError: tensors are missing, surplus or damaged.
@@ -121,11 +123,12 @@ def load_exported(
     check_generation(folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    stored = stored_names(model, exported.dense_names)
+    if caches:
+        quantize_caches(model, exported, activation_rule, stored)
     if quantize_inputs:
-        stored = stored_names(model, exported.dense_names)
         _check_layers(exported, stored, type(model).__name__)
         hook_inputs(model, exported, activation_rule, stored.modules)
-        quantize_caches(model, exported, activation_rule, stored)
         if expert_inputs:
             _quantize_stack_inputs(model, stack_inputs(exported, activation_rule, stored.rows))
     loaded: PreTrainedModel = model.eval()

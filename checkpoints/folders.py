@@ -79,10 +79,10 @@ def _claim(destination: Path, overwrite: bool, expected_bytes: int | None) -> tu
         if parent != destination:
             settle(destination)
         for stale in parent.glob(glob.escape(prefix) + "*"):
-            held = _lock(stale)
-            if held is None:
+            lock = _lock(stale)
+            if lock is None:
                 raise CheckpointError(f"another run is writing {destination} (in {stale}); wait for it or stop it")
-            os.close(held)
+            os.close(lock)
             _unfill(stale, destination)
             shutil.rmtree(stale)
         _check_destination(destination, overwrite)

@@ -352,19 +352,6 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
 # --- what is in it -------------------------------------------------------------------------------
 
 
-def stacks(model: torch.nn.Module) -> list[str]:
-    """Names of parameters that hold stacks of matrices, such as fused experts [expert, out, in]; without convolutions
-    and vectors stored with extra dimensions of one."""
-    convolution = torch.nn.modules.conv._ConvNd
-    return [
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules()
-        if not isinstance(module, convolution)
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim >= 3 and min(parameter.shape[-2:]) > 1
-    ]
-
-
 def source_files(folder: Path) -> list[Path]:
     """Files of a model to copy byte for byte into an export: tokenizer, templates, generation config, ...
 

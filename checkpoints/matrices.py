@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.checkpoints.hf import stacks
 from qat.checkpoints.names import StoredNames
+from qat.families import stacks
 from qat.numbers.numerics import QTensor
 from qat.quantizer import WeightQuantizer
 from qat.sites import Site

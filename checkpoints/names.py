@@ -1,5 +1,5 @@
 """Between a model in memory and the names of its tensors on disk, which transformers keeps apart (fused experts,
-renamed modules, a base model's prefix), and what the names say about layers that engines fuse.
+renamed modules, a base model's prefix).
 
 Names are read forwards, as transformers does when it loads: from each name in the file to its place in the model. Only
 what the file does not hold, or holds in parts, is named backwards, as transformers does when it saves.
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from qat.kept import own_tensors
-from qat.scheme import FUSED_DEFAULT
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -103,13 +102,13 @@ def _places(
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    found: dict[str, tuple[str, str | None]] = {}
+    places: dict[str, tuple[str, str | None]] = {}
     for name in names:
         place = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
         if place[0] not in own and name in own:
             place = rename_source_key(name, [], [], model.base_model_prefix, own)
-        found[name] = place
-    return found
+        places[name] = place
+    return places
 
 
 def _lacks_prefix(model: "PreTrainedModel", origins: dict[str, str]) -> bool:
@@ -203,22 +202,22 @@ def wanted_while_loading(model: "PreTrainedModel", paths: Collection[str]) -> li
         bare: PreTrainedModel = type(model)._from_config(copy.deepcopy(model.config), dtype=torch.bfloat16)
         for path in paths:
             bare.set_submodule(path, nn.Identity())
-    found: dict[str, None] = {}
+    classes: dict[str, None] = {}
     for module in bare.modules():
         try:
             if not isinstance(module, nn.Identity):
                 bare._init_weights(module)
         except AttributeError as error:
             if "Identity" in str(error):
-                found[type(module).__name__] = None
-    return list(found)
+                classes[type(module).__name__] = None
+    return list(classes)
 
 
-def missing_names(model: "PreTrainedModel", names: StoredNames, held: Collection[str]) -> list[str]:
-    """Names that transformers would miss in a file that holds `held`: one of tied tensors is enough, and some of a
+def missing_names(model: "PreTrainedModel", names: StoredNames, stored: Collection[str]) -> list[str]:
+    """Names that transformers would miss in a file that holds `stored`: one of tied tensors is enough, and some of a
     class's tensors it makes itself."""
     tensors, places = set(), set()
-    for name in held:
+    for name in stored:
         if name in names.tensors:
             tensors.add(id(names.tensors[name]))
             places.add(names.origins.get(name, name))
@@ -258,14 +257,3 @@ def skeleton(config: "PretrainedConfig") -> "PreTrainedModel":
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     return model
-
-
-def fused_groups(paths: list[str]) -> list[list[str]]:
-    """Sets of two or more sibling layers that serving engines usually merge into one matrix, by their names."""
-    groups: dict[tuple[str, int], list[str]] = {}
-    for path in paths:
-        parent, _, leaf = path.rpartition(".")
-        for index, leaves in enumerate(FUSED_DEFAULT):
-            if leaf in leaves:
-                groups.setdefault((parent, index), []).append(path)
-    return [members for members in groups.values() if len(members) > 1]

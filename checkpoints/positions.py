@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from qat.families import find_family
+
 _SCALED = ("linear", "dynamic", "yarn")  # kinds of rotary scaling whose configs state the length before it
 
 
@@ -19,30 +21,26 @@ def table_positions(model: nn.Module) -> int | None:
     """
     config: Any = model.config
     tokens_in: Any = model.get_input_embeddings()  # type: ignore[operator]  # a transformers method
-    text = _around(model, tokens_in)
-    found = [
+    text, family = _around(model, tokens_in), find_family(config.model_type)
+    counts = [
         module.num_embeddings - int(getattr(module, "offset", 0))
         for name, module in text.named_modules()
-        if isinstance(module, nn.Embedding) and module is not tokens_in and _of_positions(name)
+        if isinstance(module, nn.Embedding) and module is not tokens_in and family.holds_positions(name)
     ]
     for path, module in text.named_modules():
         if not hasattr(module, "make_weights"):  # a table that grows (XGLM)
-            tables = {name: table for name, table in module.named_buffers(path, recurse=False) if table.ndim == 2}
-            found += [table.shape[0] for name, table in tables.items() if _of_positions(name) and table.shape[0] > 1]
-    if config.model_type == "mpt":  # builds its ALiBi table for this many
-        found.append(int(config.max_seq_len))
-    return min(found, default=None)
+            buffers = module.named_buffers(path, recurse=False)
+            tables = [buffer for name, buffer in buffers if buffer.ndim == 2 and family.holds_positions(name)]
+            counts += [len(table) for table in tables if len(table) > 1]
+    if family.positions_key is not None:
+        counts.append(int(getattr(config, family.positions_key)))
+    return min(counts, default=None)
 
 
 def _around(model: nn.Module, embedding: nn.Module) -> nn.Module:
     """What reads text: the module that holds the embedding; the towers beside it have positions of their own."""
     path = next((path for path, module in model.named_modules() if module is embedding), "")
     return model.get_submodule(path.rpartition(".")[0])
-
-
-def _of_positions(path: str) -> bool:
-    """Whether a module or buffer of this path holds positions, by the names that transformers gives such tables."""
-    return any(part in path.rpartition(".")[2] for part in ("pos", "wpe"))
 
 
 def known_positions(model: nn.Module) -> int | None:

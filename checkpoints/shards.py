@@ -246,10 +246,10 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object in which no name stands twice: readers would differ in which one they take."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    table = dict(pairs)
+    if len(table) < len(pairs):
         raise ValueError("a name stands twice")
-    return found
+    return table
 
 
 def _tensor_info(dtype: str, shape: list[int], data_offsets: list[int]) -> TensorInfo:

@@ -6,10 +6,9 @@ the digest that the training forward pass had; and plain transformers computes e
 
 import gc
 import hashlib
-import importlib.util
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -22,11 +21,9 @@ from torch import Tensor
 from qat.checkpoints.caches import attention_paths, stored_caches
 from qat.checkpoints.exported import load_exported
 from qat.checkpoints.hf import quiet
-from qat.checkpoints.layouts.reader import SCALES, bad_scales, digest
-from qat.checkpoints.layouts.readers import ExportedFolder, open_export
-from qat.checkpoints.layouts.support import NO_MODELOPT
-from qat.checkpoints.matrices import dense_parts
-from qat.checkpoints.names import StoredNames, missing_names, skeleton, stored_names, wanted_while_loading
+from qat.checkpoints.layouts import ExportedFolder, open_export
+from qat.checkpoints.layouts.reader import PlainLoading, bad_scales, digest
+from qat.checkpoints.names import StoredNames, missing_names, skeleton, stored_names
 from qat.checkpoints.progress import progress
 from qat.checkpoints.record import RECORD, read_record
 from qat.errors import CheckpointError
@@ -37,7 +34,6 @@ if TYPE_CHECKING:
 
 SIZE_TOLERANCE = 0.02
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
-_ONE_IF_FUSED = ("weight_global_scale", "weight_scale_2", "input_global_scale", "input_scale")
 _SHOWN = 4
 
 
@@ -98,7 +94,7 @@ class _Subject:
         return self.stored.tensors
 
     @cached_property
-    def kept(self) -> set[str]:
+    def in_float32(self) -> set[str]:
         """Checkpoint names of what the architecture keeps in float32."""
         own = kept_in_float32(self.model)
         return {name for name, place in self.stored.origins.items() if place in own}
@@ -184,16 +180,16 @@ def _tensors(subject: _Subject) -> str:
 
 def _type_of(subject: _Subject, name: str, tensor: Tensor) -> str | None:
     """The safetensors type that an unquantized tensor must have; None for any, where another tool chose."""
-    if not tensor.is_floating_point() or (name in subject.kept and subject.record is None):
+    if not tensor.is_floating_point() or (name in subject.in_float32 and subject.record is None):
         return None
-    return "F32" if name in subject.kept else "BF16"
+    return "F32" if name in subject.in_float32 else "BF16"
 
 
 def _scales(subject: _Subject) -> str:
     """Every scale is a finite positive number."""
     problems, count = [], 0
     for name in sorted(subject.exported.quantized_names):
-        if name.rpartition(".")[2] not in SCALES:
+        if name.rpartition(".")[2] not in subject.exported.SCALES:
             continue
         scale, count = subject.exported.reader.get(name), count + 1
         if bad := bad_scales(scale):
@@ -232,7 +228,7 @@ def _fused(subject: _Subject) -> str:
             problems.append(f"{', '.join(members)} are quantized differently")
             continue
         tensor_wide = modules[0] is not None and modules[0].weights["strategy"] == "tensor"
-        for key in (*_ONE_IF_FUSED, *(["weight_scale"] if tensor_wide else [])):
+        for key in (key for key in exported.SCALES if tensor_wide or key != exported.SCALE):
             names = [f"{path}.{key}" for path in members if f"{path}.{key}" in exported.names]
             if len({float(exported.reader.get(name)) for name in names}) > 1:
                 problems.append(f"{', '.join(names)} differ")
@@ -342,78 +338,28 @@ CHECKS: dict[str, Callable[[_Subject], str]] = {
 
 def _logits(subject: _Subject, tokens: int) -> str:
     """Plain transformers computes the very same logits as our reading of the files."""
-    return _LOGITS[subject.exported.METHOD](subject, tokens)
+    how = subject.exported.plain_loading(subject.model, subject.stored)
+    return f"skipped: {how.obstacle}" if how.obstacle else _compare(subject, tokens, how)
 
 
-def _logits_modelopt(subject: _Subject, tokens: int) -> str:
-    return f"skipped: {NO_MODELOPT}"
-
-
-def _logits_fp8(subject: _Subject, tokens: int) -> str:
-    """Without quantized inputs, which plain transformers leaves to GPUs."""
-    from transformers import FineGrainedFP8Config
-
-    if importlib.util.find_spec("accelerate") is None:
-        return "skipped: accelerate is not installed, without which transformers loads no FP8"
-    options = {"quantization_config": FineGrainedFP8Config(dequantize=True)}
-    return _compare(subject, tokens, options, quantize_inputs=False, how="weights only, ")
-
-
-def _logits_compressed_tensors(subject: _Subject, tokens: int) -> str:
-    if importlib.util.find_spec("compressed_tensors") is None:
-        return "skipped: compressed-tensors is not installed"
-    exported = subject.exported
-    groups = exported.quantization["config_groups"].values()
-    affine = any(m.packed and not m.weights["symmetric"] for m in exported.modules.values())
-    if affine and len(groups) > 1:
-        return "skipped: transformers loads asymmetric packed weights only where all layers have one format"
-    fp8 = all(group["weights"]["type"] == "float" and group["weights"]["num_bits"] == 8 for group in groups)
-    of_experts = {path for path in exported.modules if f"{path}.weight" in subject.stored.parts}
-    if any(exported.modules[path].weights["strategy"] == "tensor_group" for path in of_experts):
-        return "skipped: transformers reads NVFP4 experts without their global scale (its issue 48371)"
-    if affine and of_experts:
-        return "skipped: transformers does not load asymmetric packed experts"
-    if dense_parts(subject.model, subject.stored, exported.modules) and not fp8:
-        return "skipped: transformers cannot load dense tensors that it merges (fused experts) beside this format"
-    packed = [path for path, module in exported.modules.items() if module.packed]
-    modules = subject.stored.modules
-    if wanted := wanted_while_loading(subject.model, [modules[path] for path in packed if path in modules]):
-        return f"skipped: transformers cannot load packed layers of {', '.join(wanted)}, whose weights it initialises"
-    if not affine:
-        return _compare(subject, tokens, {})
-    from transformers import CompressedTensorsConfig
-
-    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
-    how = "with dequantize=True, as asymmetric weights need, "
-    return _compare(subject, tokens, options, quantize_inputs=False, how=how)
-
-
-_LOGITS: dict[str, Callable[[_Subject, int], str]] = {
-    "compressed-tensors": _logits_compressed_tensors,
-    "modelopt": _logits_modelopt,
-    "fp8": _logits_fp8,
-}
-
-
-def _compare(
-    subject: _Subject, tokens: int, options: dict[str, Any], quantize_inputs: bool = True, how: str = ""
-) -> str:
+def _compare(subject: _Subject, tokens: int, how: PlainLoading) -> str:
     vocabulary = subject.model.config.get_text_config().vocab_size
     ids = (torch.arange(tokens) * 7919 + 13).remainder(vocabulary)[None]
     with redirect_stderr(io.StringIO()):  # compressed-tensors draws three progress bars
-        theirs = _run(lambda: _plain(subject.folder, options), ids)
+        theirs = _run(lambda: _plain(subject.folder, how.options), ids)
     ours = _run(
         lambda: load_exported(
             subject.folder,
             "compressed_tensors",
             torch.bfloat16,
-            quantize_inputs=quantize_inputs,
+            quantize_inputs=how.quantizes_inputs,
             expert_inputs=False,  # as theirs
+            caches=how.quantizes_inputs and bool(subject.exported.caches),  # not what only our record says
         ),
         ids,
     )
     difference = float((theirs.double() - ours.double()).abs().max())
-    detail = f"{how}largest logit difference {difference} over {tokens} tokens"
+    detail = f"{how.remark}largest logit difference {difference} over {tokens} tokens"
     _require([] if difference == 0.0 else [detail], "plain transformers disagrees")
     return detail
 
@@ -426,7 +372,7 @@ def _run(load: Callable[[], "PreTrainedModel"], ids: Tensor) -> Tensor:
     return logits
 
 
-def _plain(folder: Path, options: dict[str, Any]) -> "PreTrainedModel":
+def _plain(folder: Path, options: Mapping[str, Any]) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     with warnings.catch_warnings():

@@ -24,10 +24,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qat.checkpoints.caches import quantize_caches
 from qat.checkpoints.exported import hook_inputs, stack_inputs
 from qat.checkpoints.hf import check_loading, quiet
-from qat.checkpoints.layouts import unpack_layer
-from qat.checkpoints.layouts.compressed_tensors.codes import input_format
+from qat.checkpoints.layouts import READERS, TARGETS, open_export
+from qat.checkpoints.layouts.arguments import input_format
 from qat.checkpoints.layouts.reader import ExportedFolder, PackedModule
-from qat.checkpoints.layouts.readers import READERS, open_export
 from qat.checkpoints.names import StoredNames, missing_names, stored_names
 from qat.checkpoints.progress import progress
 from qat.engines.experts import Matrices, pack_experts
@@ -136,7 +135,7 @@ class PackedQuantizer(HfQuantizer):
                     high = module._parameters[slot].shape[-1 if module.is_transposed else -2]
                     for path, rows in paths.items():
                         tensors = {name: t.to(model.device) for name, t in self.exported.layer(path).items()}
-                        q = unpack_layer(self.exported.METHOD, self.exported.modules[path], tensors)
+                        q = TARGETS[self.exported.METHOD].unpack(self.exported.modules[path], tensors)
                         layer, _ = self._matrix(q, None, model.dtype)
                         packed.setdefault(slot, {})[rows.start // high, rows.start] = layer
                 pack_experts(module, packed, inputs.get(owner, {}))
@@ -150,7 +149,7 @@ class PackedQuantizer(HfQuantizer):
             for path, module in self.layers.items():
                 stored = model.get_submodule(path)
                 tensors = {name: parameter.detach() for name, parameter in stored.named_parameters()}
-                bias, q = tensors.pop("bias", None), unpack_layer(self.exported.METHOD, module, tensors)
+                bias, q = tensors.pop("bias", None), TARGETS[self.exported.METHOD].unpack(module, tensors)
                 try:
                     layer, reason = self._layer(module, q, bias, model.dtype)
                 except FormatError as error:
@@ -214,7 +213,7 @@ def _check_names(model: "PreTrainedModel", exported: ExportedFolder, stored: Sto
         if names:
             more = f" (and {len(names) - 1} more tensors)" if len(names) > 1 else ""
             raise CheckpointError(f"{exported.folder}: {names[0]} {what}{more}")
-    for name in sorted(kept & stored.tensors.keys() & exported.names):
+    for name in sorted((kept & stored.tensors.keys() & exported.names) - exported.quantized_names):
         found, own = exported.reader.info(name).shape, stored.tensors[name].shape
         if tuple(found) != tuple(own):
             raise CheckpointError(f"{exported.folder}: {name} is {[*found]}, config.json asks for {[*own]}")

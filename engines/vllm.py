@@ -30,7 +30,8 @@ from vllm.model_executor.parameter import (
 )
 from vllm.platforms import current_platform
 
-from qat.checkpoints.layouts.compressed_tensors.codes import input_format, read_layer, weight_format
+from qat.checkpoints.layouts.arguments import input_format, weight_format
+from qat.checkpoints.layouts.compressed_tensors.codes import read_layer
 from qat.checkpoints.layouts.compressed_tensors.read import expected_tensors
 from qat.checkpoints.layouts.compressed_tensors.write import METHOD as CHECKPOINTS
 from qat.checkpoints.layouts.reader import PackedModule

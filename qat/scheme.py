@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from qat.config import Strict
+from qat.families import DEFAULT
 from qat.init.calibration import InitStep
 from qat.init.gptq import Gptq
 from qat.init.observers import Observer
@@ -34,13 +35,6 @@ def _by_name(step: Any) -> Any:
 
 Step = Annotated[_Step, BeforeValidator(_by_name)]
 Init = tuple[Step, ...]
-
-FUSED_DEFAULT = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-    ("w1", "w3"),
-)
 
 
 class Rule(Strict):
@@ -126,7 +120,7 @@ class Scheme(Strict):
     observer: Observer = "minmax"
     activation_rule: ActivationRule = "vllm"
     estimator: Estimator = "clipped"
-    fused: tuple[tuple[str, ...], ...] = FUSED_DEFAULT
+    fused: tuple[tuple[str, ...], ...] = DEFAULT.fused
     tied: TiedPolicy = "error"
     round_bf16: bool = True
 

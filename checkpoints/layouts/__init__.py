@@ -1,21 +1,41 @@
-"""The export targets by the name users type. A new target is one file here, one line in `TARGETS`, its rows in
-`support.py`, and its reader in `qat.checkpoints.layouts.readers`."""
+"""Checkpoint layouts, a folder each: `write.py` (the interface of `Target`), `read.py` (the independent `Reader`) and
+`engines.py` (the rows of the support table: which engine loads what). A new one is its folder and its name in
+`FOLDERS`."""
 
-from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
 
-from torch import Tensor
-
-from qat.checkpoints.layouts.compressed_tensors import write as compressed_tensors
-from qat.checkpoints.layouts.fp8 import write as fp8
-from qat.checkpoints.layouts.modelopt import write as modelopt
-from qat.checkpoints.layouts.reader import PackedModule
+from qat.checkpoints.hf import read_json
+from qat.checkpoints.layouts import support
+from qat.checkpoints.layouts.reader import ExportedFolder
 from qat.checkpoints.layouts.target import Target, TargetLayer
-from qat.errors import CheckpointError, ConfigError, nearest
-from qat.numbers.numerics import QTensor
+from qat.errors import CheckpointError, ConfigError, UnsupportedError, nearest
+from qat.numbers.format import Format
 
-TARGETS: dict[str, Target] = {target.METHOD: target for target in (compressed_tensors, modelopt, fp8)}
+FOLDERS = ("compressed_tensors", "modelopt", "fp8")
 
-__all__ = ["TARGETS", "Target", "TargetLayer", "find_target", "unpack_layer"]
+TARGETS: dict[str, Target] = {}
+"""Writers by the name that users type, which is config.json's `quant_method`."""
+READERS: dict[str, type[ExportedFolder]] = {}
+"""Independent readers by the same name."""
+
+for _folder in FOLDERS:
+    _writer: Target = import_module(f"{__name__}.{_folder}.write")
+    TARGETS[_writer.METHOD] = _writer
+    READERS[_writer.METHOD] = import_module(f"{__name__}.{_folder}.read").Reader
+
+__all__ = [
+    "READERS",
+    "TARGETS",
+    "ExportedFolder",
+    "Target",
+    "TargetLayer",
+    "check_layer",
+    "find_target",
+    "holders",
+    "open_export",
+    "table",
+]
 
 
 def find_target(name: str) -> Target:
@@ -30,30 +50,39 @@ def find_target(name: str) -> Target:
         raise ConfigError(f"no export target called {name!r}; nearest: {nearest(name, TARGETS)}") from None
 
 
-def unpack_layer(target: str, module: PackedModule, tensors: Mapping[str, Tensor]) -> QTensor:
-    """Codes and stored scales of one layer of an exported checkpoint, on the tensors' device.
+def holders(weight: Format, input: Format | None) -> list[str]:
+    """Names of the targets that hold a pair of formats."""
+    return sorted(name for name, target in TARGETS.items() if support.find(target.ROWS, weight, input))
 
-    Args:
-        target: name of the layout.
-        module: the layer as its configuration describes it.
-        tensors: its stored tensors by their name below the layer's path.
+
+def check_layer(target: Target, layer: TargetLayer) -> None:
+    """Refuse what the target cannot hold.
 
     Raises:
-        CheckpointError: a tensor is missing or does not fit, or a scale is zero, negative or not finite; named.
-        UnsupportedError: a format that the catalogue does not have.
+        UnsupportedError: names the layer, the nearest formats, and the targets that can.
     """
-    from qat.checkpoints.layouts.compressed_tensors.codes import (  # which read a target's tables
-        read_layer,
-        weight_format,
-    )
+    able = holders(layer.weight, layer.input)
+    if support.find(target.ROWS, layer.weight, layer.input) is None:
+        reason = support.refusal(target.METHOD, target.ROWS, layer.weight, layer.input, able)
+        raise UnsupportedError(f"{layer.path}: {reason}")
+    target.check(layer)
 
-    if target == compressed_tensors.METHOD:
-        return read_layer(module, tensors)  # other tools write variants of it that no target of ours does
-    fmt, weight = weight_format(module.weights), tensors.get("weight")
-    if weight is None or weight.ndim != 2:
-        raise CheckpointError(f"{module.path}.weight is missing, or no matrix")
-    rows, width = weight.shape
-    try:
-        return TARGETS[target].unpack(tensors, fmt, (rows, width * 8 // module.bits if module.packed else width))
-    except CheckpointError as error:
-        raise CheckpointError(f"{module.path}.{error}") from None
+
+def open_export(folder: Path) -> ExportedFolder:
+    """The exported checkpoint in `folder`, read by the rules of the layout that its config.json names.
+
+    Raises:
+        CheckpointError: no config.json, no `quantization_config`, or one of a layout that is not known.
+        UnsupportedError: a variant of a known layout that cannot be read.
+    """
+    quantization = read_json(folder / "config.json").get("quantization_config") or {}
+    method = quantization.get("quant_method")
+    if method not in READERS:
+        what = f"quant_method {method!r}" if method else "no quantization"
+        raise CheckpointError(f"{folder / 'config.json'} describes {what}; readable: {', '.join(READERS)}")
+    return READERS[method](folder)
+
+
+def table() -> str:
+    """The table of docs/export.md: which engine loads what, of every target."""
+    return support.markdown({name: target.ROWS for name, target in TARGETS.items()})

@@ -5,16 +5,20 @@ Only scales that were calibrated need to be stored. Where they follow the data, 
 the record of an export keeps it for ours.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from qat.errors import UnsupportedError
+from qat.errors import CheckpointError, UnsupportedError
 from qat.numbers.catalog import CATALOG, E2M1, E4M3, INT4, INT8
 from qat.numbers.format import Format
 
+_KEYS, _OF_CACHES = ("kv_cache_scheme", "kv_cache_quant_algo"), ("k_scale", "v_scale")
 _TENSOR, _ROW = (0, 0), (1, 0)
 _STATIC = {E4M3: "float", INT8: "int"}
 _DYNAMIC = {E4M3: "fp8_per_token_head", INT8: "int8_per_token_head", INT4: "int4_per_token_head"}
@@ -22,8 +26,8 @@ _DYNAMIC = {E4M3: "fp8_per_token_head", INT8: "int8_per_token_head", INT4: "int4
 
 @dataclass(frozen=True)
 class TargetCache:
-    """The cache of one attention layer: its name in the checkpoint, those of its projections, None where they are merged
-    with others, and the formats of keys and values."""
+    """The cache of one attention layer: its name in the checkpoint, those of its projections (None if they are merged
+    with others), and the formats of keys and values."""
 
     path: str
     projections: tuple[str, str] | None
@@ -89,3 +93,79 @@ def engine_flag(fmt: Format) -> str | None:
         return fmt.name
     dynamic = fmt.block == _ROW and fmt.scale == "f32" and not fmt.zero_point and not fmt.elements[1:]
     return _DYNAMIC.get(fmt.element) if dynamic else None
+
+
+# --- reading ----------------------------------------------------------------------------------------
+
+
+class ReadsCaches(ABC):
+    """What a reader of exported folders says of caches. A layout that has them overrides `_cache_args`."""
+
+    CACHE_SCALES: ClassVar[tuple[str, str]] = _OF_CACHES  # of keys and values, below the path of an attention layer
+
+    folder: Path
+    where: str
+    quantization: dict[str, Any]
+    names: Any  # every stored tensor
+
+    @abstractmethod
+    def _sound_value(self, name: str) -> Tensor:
+        """A stored scale that is one number, float32 [1]."""
+
+    def _cache_args(self) -> dict[str, Any] | None:
+        """QuantizationArgs of cached keys and values, None where they are not quantized."""
+        refuse_unread(self.quantization, self.where, dict.fromkeys(_KEYS, "a quantized KV cache"))
+        return None
+
+    @cached_property
+    def caches(self) -> dict[str, StoredCache]:
+        """Quantized caches by the path of their attention layer: those with a stored scale."""
+        args, (key, value) = self._cache_args(), self.CACHE_SCALES
+        if args is None:
+            return {}
+        paths = sorted(name.removesuffix(f".{key}") for name in self.names if name.endswith(f".{key}"))
+        return {path: StoredCache(path, args, (f"{path}.{key}", f"{path}.{value}")) for path in paths}
+
+    @cached_property
+    def cache_names(self) -> frozenset[str]:
+        """Scales of quantized caches, stored or missing."""
+        return frozenset(name for cache in self.caches.values() for name in cache.scales)
+
+    def cache_scales(self, path: str) -> tuple[Tensor, Tensor]:
+        """The scales of keys and values of an attention layer, float32 [1] each.
+
+        Raises:
+            CheckpointError: one is missing, is not one number, or is zero, negative or not finite.
+        """
+        for name in self.caches[path].scales:
+            if name not in self.names:
+                raise CheckpointError(f"{self.folder}: {name} is missing")
+        key, value = map(self._sound_value, self.caches[path].scales)
+        return key, value
+
+    def _check_caches(self) -> None:
+        """Scales and configuration ask for the same."""
+        if self._cache_args() is not None and not self.caches:
+            raise CheckpointError(
+                f"{self.where} asks for quantized caches, but no {self.CACHE_SCALES[0]} is stored; engines would take "
+                "1.0, which nobody calibrated"
+            )
+        for name in sorted(self.names - self.cache_names):
+            if name.rpartition(".")[2] in _OF_CACHES:
+                raise CheckpointError(f"{self.folder}: {name} scales a cache that {self.where} does not describe")
+
+
+def refuse_unread(configuration: dict[str, Any], where: str, unread: Mapping[str, str]) -> None:
+    """Raise UnsupportedError where a configuration asks for something that changes results and is not implemented.
+
+    Args:
+        unread: what it would ask for, by key.
+    """
+    for key, what in unread.items():
+        if not says_nothing(configuration.get(key)):
+            raise UnsupportedError(f"{where}: {key} asks for {what}, which is not implemented; readable: null")
+
+
+def says_nothing(value: Any) -> bool:
+    """null, or a table with nothing in it at any depth."""
+    return not value or (isinstance(value, dict) and all(map(says_nothing, value.values())))

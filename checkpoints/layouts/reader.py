@@ -2,16 +2,17 @@
 
 It is written from the layouts' descriptions and shares no arithmetic with the packers, the catalogue or the trained
 model, so that agreement between them means something. It also reads checkpoints that other tools wrote. Here is what
-all layouts share; `qat.checkpoints.layouts.readers` holds one file per layout and picks it.
+all layouts share; the rest is in each one's `read.py`.
 """
 
 import hashlib
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,22 +20,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qat.checkpoints.hf import read_json
-from qat.checkpoints.layouts.caches import StoredCache
-from qat.checkpoints.names import fused_groups
+from qat.checkpoints.layouts.caches import ReadsCaches, refuse_unread
+from qat.checkpoints.names import StoredNames
 from qat.checkpoints.record import RECORD, read_record
 from qat.checkpoints.shards import ShardReader
 from qat.errors import CheckpointError, UnsupportedError
+from qat.families import find_family, fused_sets
 
-_OF_WEIGHTS = ("weight_scale", "weight_scale_2", "weight_scale_inv", "weight_global_scale")
-_OF_CACHES = ("k_scale", "v_scale")
-SCALES = (*_OF_WEIGHTS, "input_scale", "input_global_scale", *_OF_CACHES)  # in any layout
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_SCALE = re.compile(r"(weight|input)_(global_)?scale\w*|[kv]_scale")  # names of scales, in any layout
 _CHUNK = 1 << 22  # weights unpacked at a time
 _PACKED = ("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized")
 _READABLE = {"BF16": ("BF16", "F16", "F32")}  # other tools store some BF16 scales so, which is read exactly
 
 # What changes results and is not implemented, in any layout: keys of a configuration, and the last parts of names.
-_UNREAD_KEYS = {"transform_config": "rotations of weights and inputs"}
-_CACHE_KEYS = dict.fromkeys(("kv_cache_scheme", "kv_cache_quant_algo"), "a quantized KV cache")
+UNREAD_KEYS = {"transform_config": "rotations of weights and inputs"}
 _UNREAD_TENSORS = {
     "pre_quant_scale": "inputs scaled per channel (AWQ, SmoothQuant)",
     "q_scale": "quantized attention",
@@ -72,8 +74,25 @@ class PackedModule:
         return "input_global_scale" if self.input["strategy"] == "tensor_group" else "input_scale"
 
 
-class ExportedFolder(ABC):
-    """An exported checkpoint on disk, whatever its layout; open one with `qat.checkpoints.layouts.readers.open_export`.
+@dataclass(frozen=True)
+class PlainLoading:
+    """How plain transformers, without anything of ours, loads a checkpoint.
+
+    Attributes:
+        obstacle: why it does not, or "".
+        options: what `from_pretrained` needs besides the folder.
+        quantizes_inputs: whether it quantizes inputs as the checkpoint asks.
+        remark: what is special, for the report.
+    """
+
+    obstacle: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    quantizes_inputs: bool = True
+    remark: str = ""
+
+
+class ExportedFolder(ReadsCaches, ABC):
+    """An exported checkpoint on disk, whatever its layout; open one with `qat.checkpoints.layouts.open_export`.
 
     Raises:
         CheckpointError: no config.json, no quantization_config of this method, or no safetensors.
@@ -82,8 +101,8 @@ class ExportedFolder(ABC):
 
     METHOD: ClassVar[str]  # quant_method, which is also the name of the export target
     SCALE: ClassVar[str] = "weight_scale"  # the tensor that marks a layer as quantized
+    SCALES: ClassVar[tuple[str, ...]]  # every scale a quantized layer may have; but for SCALE, one number each
     SUFFIXES: ClassVar[tuple[str, ...]]  # every tensor a quantized layer may have, besides its bias
-    CACHE_SCALES: ClassVar[tuple[str, str]] = _OF_CACHES  # of keys and values, below the path of an attention layer
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -93,7 +112,7 @@ class ExportedFolder(ABC):
         method = self.quantization.get("quant_method")
         if method != self.METHOD:
             raise CheckpointError(f"{self.where} describes {method or 'nothing'}, not {self.METHOD}")
-        refuse_unread(self.quantization, self.where)
+        refuse_unread(self.quantization, self.where, UNREAD_KEYS)
         self._check_configuration()
         self.reader = ShardReader(folder)
         for name in sorted(self.names):
@@ -127,15 +146,14 @@ class ExportedFolder(ABC):
     def _scale(self, module: PackedModule, tensors: dict[str, Tensor]) -> Array:
         """float32 multiplier of each block (block rows, block columns), from tensors that `layer` has checked."""
 
+    @abstractmethod
+    def plain_loading(self, model: "PreTrainedModel", names: StoredNames) -> PlainLoading:
+        """How plain transformers loads this checkpoint of `model`, whose tensors are called `names`."""
+
     def _codes_name(self, module: PackedModule) -> str:
         return "weight"
 
     def _zero_points(self, module: PackedModule, tensors: dict[str, Tensor], rows: int) -> Array | None:
-        return None
-
-    def _cache_args(self) -> dict[str, Any] | None:
-        """QuantizationArgs of cached keys and values, None where they are not quantized."""
-        refuse_unread(self.quantization, self.where, _CACHE_KEYS)
         return None
 
     # What follows for every layout.
@@ -158,39 +176,6 @@ class ExportedFolder(ABC):
         return self._module(path, groups[0])
 
     @cached_property
-    def caches(self) -> dict[str, StoredCache]:
-        """Quantized caches by the path of their attention layer: those with a stored scale."""
-        args, (key, value) = self._cache_args(), self.CACHE_SCALES
-        if args is None:
-            return {}
-        paths = sorted(name.removesuffix(f".{key}") for name in self.names if name.endswith(f".{key}"))
-        return {path: StoredCache(path, args, (f"{path}.{key}", f"{path}.{value}")) for path in paths}
-
-    def _check_caches(self) -> None:
-        """Scales and configuration ask for the same."""
-        if self._cache_args() is not None and not self.caches:
-            raise CheckpointError(
-                f"{self.where} asks for quantized caches, but no {self.CACHE_SCALES[0]} is stored; engines would take "
-                "1.0, which nobody calibrated"
-            )
-        for name in sorted(self.names - self.cache_names):
-            if name.rpartition(".")[2] in _OF_CACHES:
-                raise CheckpointError(f"{self.folder}: {name} is a scale of a cache that {self.where} does not describe")
-
-    @cached_property
-    def cache_names(self) -> frozenset[str]:
-        """Scales of quantized caches, stored or missing."""
-        return frozenset(name for cache in self.caches.values() for name in cache.scales)
-
-    def cache_scales(self, path: str) -> tuple[Tensor, Tensor]:
-        """The scales of keys and values of an attention layer, float32 [1] each; raises as `layer`."""
-        for name in self.caches[path].scales:
-            if name not in self.names:
-                raise CheckpointError(f"{self.folder}: {name} is missing")
-        key, value = map(self._sound_value, self.caches[path].scales)
-        return key, value
-
-    @cached_property
     def quantized_names(self) -> frozenset[str]:
         """Stored tensors that belong to quantized weights, inputs and caches."""
         of_modules = frozenset(f"{path}.{suffix}" for path in self.modules for suffix in self.SUFFIXES)
@@ -204,10 +189,11 @@ class ExportedFolder(ABC):
     @cached_property
     def fused(self) -> list[list[str]]:
         """Sets of layers that share one value where engines keep one: those that were trained so, as the record says;
-        without a record those that engines usually merge."""
+        without a record those of the model's family."""
         recorded = (read_record(self.folder) or {}).get("fused")
         if recorded is None:
-            return fused_groups(sorted(n.removesuffix(".weight") for n in self.dense_names if n.endswith(".weight")))
+            paths = sorted(n.removesuffix(".weight") for n in self.dense_names if n.endswith(".weight"))
+            return fused_sets(paths, find_family(self.config.get("model_type")).fused)
         if not all(isinstance(group, list) and all(isinstance(path, str) for path in group) for group in recorded):
             raise CheckpointError(f"{self.folder / RECORD}: `fused` must be lists of layers")
         return [list(group) for group in recorded]
@@ -236,7 +222,7 @@ class ExportedFolder(ABC):
             info = self.reader.info(name)
             if info.code not in _READABLE.get(code, (code,)) or info.shape != shape:
                 raise CheckpointError(f"{self.folder}: {name} is {info.code}{[*info.shape]}, not {code}{[*shape]}")
-            tensors[key] = self._sound(name) if key in SCALES else self.reader.get(name)
+            tensors[key] = self._sound(name) if key in self.SCALES else self.reader.get(name)
         return tensors
 
     def _sound(self, name: str) -> Tensor:
@@ -279,7 +265,7 @@ class ExportedFolder(ABC):
     def dense_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the dense model, quantized layers unpacked, one at a time; raises as `layer`, and where a
         scale belongs to no quantized layer."""
-        stray = sorted(n for n in self.names - self.quantized_names if n.rpartition(".")[2] in SCALES)
+        stray = sorted(n for n in self.names - self.quantized_names if _SCALE.fullmatch(n.rpartition(".")[2]))
         if stray:
             raise CheckpointError(
                 f"{self.folder}: {stray[0]} belongs to no {self.METHOD} layer; was it made for another target?"
@@ -294,18 +280,6 @@ class ExportedFolder(ABC):
         code, shape = self.expected_tensors(module, rows, columns)[self.SCALE]
         per_scale = {"F32": 32, "BF16": 16}.get(code, 8) + (0 if module.weights["symmetric"] else module.bits)
         return module.bits + int(np.prod(shape)) * per_scale / (rows * columns)
-
-
-def refuse_unread(configuration: dict[str, Any], where: str, unread: dict[str, str] = _UNREAD_KEYS) -> None:
-    """Raise UnsupportedError where a configuration asks for something that changes results and is not implemented."""
-    for key, what in unread.items():
-        if not says_nothing(configuration.get(key)):
-            raise UnsupportedError(f"{where}: {key} asks for {what}, which is not implemented; readable: null")
-
-
-def says_nothing(value: Any) -> bool:
-    """null, or a table with nothing in it at any depth."""
-    return not value or (isinstance(value, dict) and all(map(says_nothing, value.values())))
 
 
 def bad_scales(scale: Tensor) -> int:

@@ -3,11 +3,13 @@ entries; it never sees a model, so it can be tested one tensor at a time."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from qat.checkpoints.layouts.caches import CacheLayout
+from qat.checkpoints.layouts.reader import PackedModule
+from qat.checkpoints.layouts.support import Row
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor
 
@@ -29,8 +31,15 @@ class TargetLayer:
         return (self.path, self.module) if self.module and self.module != self.path else (self.path,)
 
 
+@runtime_checkable
 class Target(Protocol):
-    """The module interface of a file in this folder."""
+    """The interface of a layout's `write.py`, which is a module."""
+
+    METHOD: str
+    """The target's name, which is also config.json's `quant_method`."""
+
+    ROWS: tuple[Row, ...]
+    """The pairs of formats that the layout holds and which engine loads them, from its `engines.py`."""
 
     FUSES_TENSOR_SCALES: bool
     """Whether a format with one scale per tensor is stored as that one number, so that layers which engines fuse must
@@ -40,22 +49,22 @@ class Target(Protocol):
     """How it describes quantized caches, None where it cannot."""
 
     def check(self, layer: TargetLayer) -> None:
-        """Raise UnsupportedError, naming the nearest formats, where the target cannot hold the layer."""
-
-    def notes(self, weight: Format, input: Format | None) -> list[str]:
-        """Known surprises of engines with this pair of formats, one sentence each."""
-
-    def pairs(self) -> list[tuple[str, str | None]]:
-        """Every (weight, input) pair of catalogue names the target holds."""
+        """Raise UnsupportedError where the target cannot hold the layer, although a row covers its formats."""
 
     def pack(self, q: QTensor, input: Format | None, amax: Tensor | None) -> dict[str, Tensor]:
-        """Stored tensors of one layer by their name below the layer's path."""
+        """Stored tensors of one layer by their name below the layer's path, on CPU.
 
-    def unpack(self, tensors: Mapping[str, Tensor], fmt: Format, shape: tuple[int, int]) -> QTensor:
-        """The inverse of `pack`: codes and stored scales of a layer of `shape` in format `fmt`.
+        Args:
+            q: the quantized weight (rows, columns).
+            input: format of the layer's input.
+            amax: the input's calibrated range, float32 scalar; needed where that format has a static part.
+        """
+
+    def unpack(self, module: PackedModule, tensors: Mapping[str, Tensor]) -> QTensor:
+        """The inverse of `pack`: codes and stored scales of the layer that the reader describes, where the tensors are.
 
         Raises CheckpointError, naming the tensor, where one is missing, does not fit, or is a scale that is zero,
-        negative or not finite.
+        negative or not finite; UnsupportedError for a format that the catalogue does not have.
         """
 
     def quantization_config(self, layers: list[TargetLayer], ignored: list[str]) -> dict[str, Any]:

@@ -15,12 +15,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from qat.errors import UnsupportedError
+from qat.families import find_family
 from qat.init.calibration import Calibration, InitStep, observe
 from qat.modes import dense
 from qat.sites import weights
 
-# A layer whose rows can be divided because what follows is linear in them, and the layer that reads the result.
-LINEAR_PAIRS = (("up_proj", "down_proj"), ("v_proj", "o_proj"))
 _PROBE = 16  # tokens that show what feeds what
 _MOST = 8  # largest exponent of a factor
 _TOLERANCE = 1e-3  # of the logits: powers of two change nothing, but 1 + w in BF16 or float32 is rounded
@@ -104,16 +103,16 @@ class Smooth(InitStep):
 
 
 def find_folds(model: nn.Module, probe: Tensor) -> list[Fold]:
-    """Norms whose output is read by quantized linear layers, and the pairs of `LINEAR_PAIRS`, in the model's order."""
+    """Norms whose output is read by quantized linear layers, and the pairs of its family, in the model's order."""
     quantized = set(weights(model))
     linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
-    folds = []
+    family, folds = find_family(getattr(getattr(model, "config", None), "model_type", None)), []
     for source, readers in _read_by(model, linears, probe).items():
         if quantized & set(readers):
             folds.append(Fold(source, tuple(readers)))
     for path in linears:
         parent, _, leaf = path.rpartition(".")
-        for first, second in LINEAR_PAIRS:
+        for first, second in family.pairs:
             reader = f"{parent}.{second}"
             if leaf == first and reader in linears and reader in quantized:
                 folds += _pair(path, reader, linears, model.get_submodule(parent))

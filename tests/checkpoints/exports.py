@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from qat.checkpoints.export import RECORD, export_model
 from qat.checkpoints.hf import load_model
-from qat.checkpoints.layouts.compressed_tensors.write import pairs
+from qat.checkpoints.layouts.compressed_tensors.engines import ROWS
+from qat.checkpoints.layouts.support import pairs
 from qat.checkpoints.shards import SINGLE
 from qat.checkpoints.verify import verify
 from qat.init.calibration import calibrate
@@ -41,8 +42,8 @@ UNIFORM: list[Pair] = [
     ("int8_channel_asym", None),
     ("int3_channel_asym", None),
 ]
-AFFINE = [pair for pair in pairs() if pair[0].endswith("_asym")]
-SYMMETRIC = [pair for pair in pairs() if pair not in AFFINE]
+AFFINE = [pair for pair in pairs(ROWS) if pair[0].endswith("_asym")]
+SYMMETRIC = [pair for pair in pairs(ROWS) if pair not in AFFINE]
 
 SKIP_HEAD = [{"match": "lm_head", "skip": "head"}]
 SKIP_TABLE = [{"match": "*embed_tokens", "skip": "table"}]

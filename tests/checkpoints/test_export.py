@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from qat.checkpoints.export import RECORD, export, export_model
 from qat.checkpoints.exported import load_exported
 from qat.checkpoints.hf import load_model
-from qat.checkpoints.layouts import TARGETS
+from qat.checkpoints.layouts import TARGETS, open_export
 from qat.checkpoints.layouts.compressed_tensors import write as target
 from qat.checkpoints.layouts.reader import digest
-from qat.checkpoints.layouts.readers import open_export
+from qat.checkpoints.layouts.support import pairs
 from qat.checkpoints.resume import save_best, student_tensors
 from qat.checkpoints.shards import ShardReader, ShardWriter
 from qat.checkpoints.verify import verify
@@ -336,7 +336,7 @@ def test_the_record_tells_the_truth(small: Path, tmp_path: Path) -> None:
         assert entry["sha256"] == digest(weight) and entry["shape"] == list(weight.shape)
         quantizer = model.get_submodule(path).input_quantizer
         assert entry["input"] == "nvfp4" and entry["input_amax"] == float(quantizer.amax)
-    assert len(AFFINE) + len(SYMMETRIC) == len(target.pairs())
+    assert len(AFFINE) + len(SYMMETRIC) == len(pairs(target.ROWS))
 
 
 # --- what is said ---------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from qat.errors import UnsupportedError
 from qat.modes import served
 from qat.scheme import Scheme
 from qat.surgery import apply
-from tests.checkpoints.exports import SKIP_TABLE, broken, edit, ids, pair_rules, quantized, rewrite
+from tests.checkpoints.exports import SKIP_TABLE, edit, ids, pair_rules, quantized, rewrite
 from tests.tiny import tiny_model
 
 REST = {"match": "*", "skip": "the rest"}
@@ -267,24 +267,6 @@ def test_what_is_narrowed_is_counted(dtype: torch.dtype, word: str, tmp_path: Pa
     count = 2 * 384 * 128 + 3 * 128
     note = f"5 tensors ({count} numbers) that are not quantized are {word} in the source and become BF16"
     assert any(said.startswith(note) for said in record["notes"])
-
-
-# --- fused sets -----------------------------------------------------------------------------------
-
-
-def test_sets_that_were_trained_as_one_are_recorded_and_checked(tmp_path: Path) -> None:
-    source = tiny_model("llama", tmp_path / "model", num_hidden_layers=1)
-    key = "model.layers.0.self_attn.k_proj.weight"
-    rewrite(source, lambda t: t.update({key: 16 * t[key]}))  # so that its own global scale is another one
-    rules = [pair_rules("nvfp4", "nvfp4"), REST]
-    out, record = exported(source, rules, fused=[["o_proj", "q_proj"]])
-    pair = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj"]
-    assert record["fused"] == [pair]
-    assert any("engines usually fuse" in note and "trained apart" in note for note in record["notes"])
-    name = f"{pair[1]}.input_global_scale"
-    rewrite(out, lambda t: t.update({name: 2 * t[name]}))
-    assert main(["verify", str(out), "--no-logits", "--json"]) == 1
-    assert "fused" in broken(out)
 
 
 # --- what is said before the first step -----------------------------------------------------------

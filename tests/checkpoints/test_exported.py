@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from qat.checkpoints.exported import ServedInput, hook_inputs
-from qat.checkpoints.layouts.compressed_tensors.codes import input_format
-from qat.checkpoints.layouts.compressed_tensors.write import input_args, pairs
+from qat.checkpoints.layouts.arguments import input_args, input_format
+from qat.checkpoints.layouts.compressed_tensors.engines import ROWS
 from qat.checkpoints.layouts.reader import PackedModule
+from qat.checkpoints.layouts.support import pairs
 from qat.errors import UnsupportedError
 from qat.numbers.catalog import lookup
 from qat.training.activations import dynamic_fake_quantize, fake_quantize_input
 
 
-@pytest.mark.parametrize("name", sorted({name for _, name in pairs() if name}))
+@pytest.mark.parametrize("name", sorted({name for _, name in pairs(ROWS) if name}))
 def test_input_formats_are_recognised(name: str) -> None:
     args = input_args(lookup(name))
     assert args is not None

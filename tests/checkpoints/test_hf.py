@@ -23,12 +23,12 @@ from qat.checkpoints.hf import (
     quiet,
     resolve,
     source_files,
-    stacks,
 )
 from qat.checkpoints.shards import INDEX, SINGLE, ShardReader
 from qat.cli import main
 from qat.config import validate
 from qat.errors import CheckpointError, ConfigError, UnsupportedError
+from qat.families import stacks
 from tests.tiny import KINDS, tiny_model
 
 TEXT = "The fox said: 'x = 12.5'\n\n\tnaïve 世界 🦊  <|im_start|>user\n"
@@ -98,19 +98,6 @@ def test_experts_are_stacked_unchanged_and_reported(models: dict[str, Path]) -> 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "qwen3_moe"])
 def test_dense_models_have_no_stacks(models: dict[str, Path], kind: str) -> None:
     assert stacks(load_model(models[kind])) == []
-
-
-def test_convolutions_and_padded_vectors_are_not_stacks() -> None:
-    class Odd(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = torch.nn.Conv1d(4, 4, 3)
-            self.linear = torch.nn.Linear(4, 4)
-            self.token = torch.nn.Parameter(torch.zeros(1, 1, 8))
-            self.one_expert = torch.nn.Parameter(torch.zeros(1, 8, 8))
-
-    assert stacks(Odd()) == ["one_expert"]
-    assert stacks(torch.nn.ModuleDict({"a": Odd()})) == ["a.one_expert"]
 
 
 def test_sharded_folders_load_the_same(llama: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`verify` must find every kind of damage, name the check that it breaks, and accept what other tools write."""
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qat.checkpoints.export import RECORD
-from qat.checkpoints.layouts.readers import open_export
+from qat.checkpoints.layouts import open_export
 from qat.checkpoints.shards import INDEX, SINGLE
 from qat.checkpoints.verify import CHECKS, verify
 from qat.errors import CheckpointError
@@ -280,14 +281,12 @@ def test_good_exports_pass_everything(name: str, exports: dict[str, Path]) -> No
 def test_without_compressed_tensors_the_logits_are_skipped(
     exports: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qat.checkpoints import verify as module
-
-    find = module.importlib.util.find_spec
+    find = importlib.util.find_spec
 
     def hidden(name: str, *rest: Any) -> Any:
         return None if name == "compressed_tensors" else find(name, *rest)
 
-    monkeypatch.setattr(module.importlib.util, "find_spec", hidden)
+    monkeypatch.setattr(importlib.util, "find_spec", hidden)
     for name in [name for name in sys.modules if name.startswith("compressed_tensors")]:
         monkeypatch.delitem(sys.modules, name)
     report = verify(exports["int4"])

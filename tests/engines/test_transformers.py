@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, pipeline
 from transformers.quantizers import auto
 
 from qat.checkpoints.exported import load_exported
-from qat.checkpoints.layouts.compressed_tensors.write import pairs
+from qat.checkpoints.layouts.compressed_tensors.engines import ROWS
+from qat.checkpoints.layouts.support import pairs
 from qat.cli import main
 from qat.engines.transformers import PackedConfig, install, installed, load_packed, uninstall
 from qat.errors import CheckpointError, QatError, UnsupportedError
@@ -29,7 +30,7 @@ from tests.kernels.processes import in_a_process
 from tests.tiny import tiny_model
 
 HELD_DENSE = ("int3_", "mxfp6", "fp8_b128")
-PAIRS = [pair for pair in pairs() if not pair[0].startswith(HELD_DENSE)]
+PAIRS = [pair for pair in pairs(ROWS) if not pair[0].startswith(HELD_DENSE)]
 CHUNKS = [PAIRS[i : i + 8] for i in range(0, len(PAIRS), 8)]
 
 
@@ -65,7 +66,7 @@ def test_packed_is_dense(chunk: list[Pair], llama: Path, tmp_path: Path) -> None
     assert torch.equal(logits(packed), logits(dense))
 
 
-CODES = [pair for pair in pairs() if pair[1] and pair_problem(lookup(pair[1]), lookup(pair[0])) is None]
+CODES = [pair for pair in pairs(ROWS) if pair[1] and pair_problem(lookup(pair[1]), lookup(pair[0])) is None]
 
 
 @pytest.mark.parametrize("chunk", [CODES[i : i + 8] for i in range(0, len(CODES), 8)], ids=lambda chunk: chunk[0][0])

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qat.checkpoints.layouts.compressed_tensors.write import pairs
+from qat.checkpoints.layouts.compressed_tensors.engines import ROWS
+from qat.checkpoints.layouts.support import pairs
 from qat.numbers.catalog import lookup
 from qat.serving.packed import problem
 from tests.checkpoints.exports import export_pair, mixed_rules, pair_rules, quantized, quiet_export
@@ -28,7 +29,7 @@ pytestmark = [
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 900
-PAIRS = [pair for pair in pairs() if problem(lookup(pair[0])) is None]
+PAIRS = [pair for pair in pairs(ROWS) if problem(lookup(pair[0])) is None]
 HEAD = ("int8_g64", "int8_token")
 VOCABULARY = 400  # vLLM makes 448 rows of it
 EIGHT_BITS = (("int8_channel", "int8_token"), ("int8_channel", "int8_tensor"), ("fp8_channel", "fp8_token"))

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qat.checkpoints.layouts.compressed_tensors.codes import input_format, weight_format
+from qat.checkpoints.layouts import open_export
+from qat.checkpoints.layouts.arguments import input_format, weight_format
 from qat.checkpoints.layouts.reader import ExportedFolder
-from qat.checkpoints.layouts.readers import open_export
 from qat.training.activations import fake_quantize_input
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

@@ -7,10 +7,11 @@ import yaml
 
 from qat.config import validate
 from qat.errors import ConfigError
+from qat.families import DEFAULT
 from qat.init.gptq import Gptq
 from qat.init.scales import ScaleSearch
 from qat.numbers.catalog import CATALOG
-from qat.scheme import FUSED_DEFAULT, Rule, Scheme, upgraded
+from qat.scheme import Rule, Scheme, upgraded
 
 
 def scheme(*rules: dict[str, Any], **fields: Any) -> Scheme:
@@ -116,8 +117,8 @@ def test_choices_list_what_is_allowed(field: str, bad: str, allowed: str) -> Non
 
 
 def test_what_engines_fuse_is_fused_by_default() -> None:
-    assert scheme({"match": "*", "skip": "x"}).fused == FUSED_DEFAULT
-    assert ("q_proj", "k_proj", "v_proj") in FUSED_DEFAULT and ("gate_proj", "up_proj") in FUSED_DEFAULT
+    assert scheme({"match": "*", "skip": "x"}).fused == DEFAULT.fused
+    assert ("q_proj", "k_proj", "v_proj") in DEFAULT.fused and ("gate_proj", "up_proj") in DEFAULT.fused
     assert scheme({"match": "*", "skip": "x"}, fused=[["a", "b"]]).fused == (("a", "b"),)
 
 

@@ -1,58 +1,19 @@
 """Stored tensors of one layer -> its codes and scales: what a server holds, nothing dequantized.
 
-The inverse of a target's `pack`. The independent reader (`unpack.py`) decodes the same bytes to dense weights with
+The inverse of `write.pack`. The independent reader (`read.py`) decodes the same bytes to dense weights with
 arithmetic of its own; tests hold the two against each other.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from qat.checkpoints.layouts.compressed_tensors.write import input_args, weight_args
+from qat.checkpoints.layouts.arguments import weight_format
 from qat.checkpoints.layouts.reader import PackedModule
-from qat.errors import CheckpointError, UnsupportedError
-from qat.numbers.catalog import CATALOG
+from qat.errors import CheckpointError
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales, decode_scale
-
-
-def weight_format(args: Mapping[str, Any]) -> Format:
-    """The catalogue's format for QuantizationArgs of a weight; one scale per tensor is held once per row.
-
-    Raises:
-        UnsupportedError: there is none.
-    """
-    if args.get("strategy") == "tensor":
-        args = {**args, "strategy": "channel"}
-    return _matching(args, ((fmt, weight_args(fmt)) for fmt in CATALOG.values() if fmt.block != (0, 0)), "weights")
-
-
-def input_format(args: Mapping[str, Any]) -> Format:
-    """The catalogue's format for QuantizationArgs of an input.
-
-    Raises:
-        UnsupportedError: there is none.
-    """
-    return _matching(args, ((fmt, input_args(fmt)) for fmt in CATALOG.values()), "inputs")
-
-
-def _matching(args: Mapping[str, Any], known: Iterable[tuple[Format, dict[str, Any] | None]], what: str) -> Format:
-    wanted = _essence(args)
-    for fmt, own in known:
-        if own is not None and _essence(own) == wanted:
-            return fmt
-    raise UnsupportedError(f"{what} quantized as {dict(args)} are not in the catalogue (see `qat formats`)")
-
-
-def _essence(args: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The part of QuantizationArgs that decides values; other tools write defaults out, or leave some away."""
-    strategy = args["strategy"]
-    scale = args.get("scale_dtype") if strategy == "group" else None
-    size = args.get("group_size") if strategy in ("group", "tensor_group") else args.get("block_structure")
-    keys = ("num_bits", "type", "symmetric", "strategy")
-    return (*(args.get(key) for key in keys), args.get("dynamic") or False, repr(size), scale)
 
 
 def read_layer(module: PackedModule, tensors: Mapping[str, Tensor]) -> QTensor:

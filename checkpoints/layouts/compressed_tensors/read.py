@@ -1,38 +1,45 @@
 """The independent reader of compressed-tensors checkpoints: config groups, and the tensors of each format."""
 
+import importlib.util
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from qat.checkpoints.layouts.caches import says_nothing
 from qat.checkpoints.layouts.reader import (
     Array,
     ExportedFolder,
     PackedModule,
+    PlainLoading,
     Spec,
     code_values,
     fields,
     float_values,
     raw_rows,
-    says_nothing,
     scale_values,
 )
+from qat.checkpoints.matrices import dense_parts
+from qat.checkpoints.names import StoredNames, wanted_while_loading
 from qat.errors import CheckpointError, UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _PACKED = ("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized")
 _PLAIN = ("int-quantized", "float-quantized", "naive-quantized", "mxfp8-quantized")
 _VERSION = "0"  # major number of the releases whose checkpoints are read
 _DEFAULTS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}  # of the library's QuantizationArgs
 _GROUPED = ("group", "tensor_group")
-_OF_WEIGHTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
 
 
-class CompressedTensorsFolder(ExportedFolder):
+class Reader(ExportedFolder):
     """A compressed-tensors checkpoint on disk."""
 
     METHOD = "compressed-tensors"
-    SUFFIXES = (*_OF_WEIGHTS, "input_scale", "input_global_scale", "input_zero_point")
+    SCALES = ("weight_scale", "weight_global_scale", "input_scale", "input_global_scale")
+    SUFFIXES = (*SCALES, "weight", "weight_packed", "weight_shape", "weight_zero_point", "input_zero_point")
 
     def _check_configuration(self) -> None:
         """Besides, `config_groups` get the defaults that other tools leave away: nobody else sees incomplete ones."""
@@ -111,6 +118,38 @@ class CompressedTensorsFolder(ExportedFolder):
         codes = fields(raw_rows(stored.t().contiguous()), module.bits, rows)
         points: Array = code_values(module)[codes].T.reshape(tuple(tensors["weight_scale"].shape))
         return points
+
+    def plain_loading(self, model: "PreTrainedModel", names: StoredNames) -> PlainLoading:
+        """By the library's own decompressor."""
+        if importlib.util.find_spec("compressed_tensors") is None:
+            return PlainLoading("compressed-tensors is not installed")
+        groups = self.quantization["config_groups"].values()
+        affine = any(m.packed and not m.weights["symmetric"] for m in self.modules.values())
+        if affine and len(groups) > 1:
+            return PlainLoading("transformers loads asymmetric packed weights only where all layers have one format")
+        fp8 = all(group["weights"]["type"] == "float" and group["weights"]["num_bits"] == 8 for group in groups)
+        of_experts = {path for path in self.modules if f"{path}.weight" in names.parts}
+        if any(self.modules[path].weights["strategy"] == "tensor_group" for path in of_experts):
+            return PlainLoading("transformers reads NVFP4 experts without their global scale (its issue 48371)")
+        if affine and of_experts:
+            return PlainLoading("transformers does not load asymmetric packed experts")
+        if dense_parts(model, names, self.modules) and not fp8:
+            return PlainLoading(
+                "transformers cannot load dense tensors that it merges (fused experts) beside this format"
+            )
+        packed = [path for path, module in self.modules.items() if module.packed]
+        modules = names.modules
+        if wanted := wanted_while_loading(model, [modules[path] for path in packed if path in modules]):
+            return PlainLoading(
+                f"transformers cannot load packed layers of {', '.join(wanted)}, whose weights it initialises"
+            )
+        if not affine:
+            return PlainLoading()
+        from transformers import CompressedTensorsConfig
+
+        options = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+        remark = "with dequantize=True, as asymmetric weights need, "
+        return PlainLoading(options=options, quantizes_inputs=False, remark=remark)
 
 
 def _complete_group(group: Any, where: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The compressed-tensors layout: which pairs of formats it holds, the bytes of their tensors, and its config entry.
+"""The compressed-tensors layout: the bytes of its tensors, and its config entry; `engines.py` has the pairs of formats.
 
 Everything follows from the properties of a Format. compressed-tensors itself is not needed to write; tests read the
 files back with it. Choices where the layout allows several:
@@ -17,16 +17,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from qat.checkpoints.layouts import support
+from qat.checkpoints.layouts.arguments import Args, input_args, weight_args
 from qat.checkpoints.layouts.caches import CacheLayout, TargetCache, cache_args
-from qat.checkpoints.layouts.support import FP8_BLOCK
+from qat.checkpoints.layouts.compressed_tensors.codes import read_layer
+from qat.checkpoints.layouts.compressed_tensors.engines import ROWS
+from qat.checkpoints.layouts.kinds import TENSOR
+from qat.checkpoints.layouts.reader import PackedModule
+from qat.checkpoints.layouts.stored import bit_stream
 from qat.checkpoints.layouts.target import TargetLayer
-from qat.errors import CheckpointError, UnsupportedError
-from qat.numbers.catalog import CATALOG, E2M1, E2M3, E4M3
+from qat.errors import UnsupportedError
+from qat.families import is_outside
+from qat.numbers.catalog import E4M3
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor
 from qat.training.activations import static_part
@@ -34,12 +39,6 @@ from qat.training.activations import static_part
 METHOD = "compressed-tensors"
 FUSES_TENSOR_SCALES = False  # one scale per tensor is written once per row
 LAYOUT_VERSION = "0.18.0"  # the first release that packs every width as written here
-
-_FLOATS = {4: E2M1, 6: E2M3, 8: E4M3}  # what {"type": "float", "num_bits": n} means
-_SCALE_DTYPES = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
-_CHUNK = 1 << 22  # codes turned into bits at a time: 32 MiB of scratch
-
-Args = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -58,20 +57,16 @@ def layout(weight: Format, input: Format | None = None) -> Layout:
     """The layout of a pair of formats.
 
     Raises:
-        UnsupportedError: the target cannot say this pair; names the nearest formats it holds.
+        UnsupportedError: no row of `engines.py` holds this pair; names the nearest formats that one does.
     """
     weights, inputs = weight_args(weight), input_args(input) if input else None
-    if weights is None or (input is not None and (inputs is None or not _go_together(weights, inputs))):
-        raise UnsupportedError(support.refusal(METHOD, weight, input))
+    if support.find(ROWS, weight, input) is None or weights is None:
+        raise UnsupportedError(support.refusal(METHOD, ROWS, weight, input))
     return Layout(_format_string(weights, inputs), weights, inputs)
 
 
 def check(layer: TargetLayer) -> None:
-    """Raise UnsupportedError where `layer` cannot be written."""
-    try:
-        layout(layer.weight, layer.input)
-    except UnsupportedError as error:
-        raise UnsupportedError(f"{layer.path}: {error}") from None
+    """Raise UnsupportedError where the inputs' groups do not divide the layer."""
     if layer.input is not None and not layer.input.divides(layer.shape[1]):
         raise UnsupportedError(
             f"{layer.path}: inputs of width {layer.shape[1]} cannot be cut into {layer.input.name} groups; "
@@ -79,104 +74,16 @@ def check(layer: TargetLayer) -> None:
         )
 
 
-def pairs() -> list[tuple[str, str | None]]:
-    """Every pair of catalogue names that `layout` accepts."""
-    inputs = [(None, None), *((name, args) for name, fmt in CATALOG.items() if (args := input_args(fmt)))]
-    found: list[tuple[str, str | None]] = []
-    for name, fmt in CATALOG.items():
-        weights = weight_args(fmt)
-        if weights is not None:
-            found += [(name, other) for other, args in inputs if args is None or _go_together(weights, args)]
-    return found
-
-
-def weight_args(fmt: Format) -> Args | None:
-    """QuantizationArgs of a weight, or None where there are none that mean this format."""
-    base = _base_args(fmt, dynamic=False)
-    if base is None or (fmt.zero_point and base["type"] == "float"):
-        return None
-    if fmt.scale == "bf16" and base["num_bits"] in (2, 3, 4, 8):
-        if fmt.block in ((0, 0), (1, 0)):
-            plain = base["type"] == "int" or base["num_bits"] == E4M3.bits
-            return {**base, "strategy": "channel"} if plain else None
-        if fmt.group and base["type"] == "int":
-            return {**base, "strategy": "group", "group_size": fmt.group}
-        if fmt.block == FP8_BLOCK and fmt.element == E4M3:
-            return {**base, "strategy": "block", "block_structure": list(fmt.block)}
-    return _small_float_args(fmt, base)
-
-
-def input_args(fmt: Format) -> Args | None:
-    """QuantizationArgs of a layer's input, or None where there are none that mean this format."""
-    base = _base_args(fmt, dynamic=True)
-    if base is None or fmt.zero_point:
-        return None
-    if fmt.scale == "f32" and fmt.block == (1, 0) and base["num_bits"] in (4, 8):
-        return {**base, "strategy": "token"}
-    if fmt.scale == "f32" and fmt.group == FP8_BLOCK[1] and fmt.element == E4M3:
-        return {**base, "strategy": "group", "group_size": fmt.group}
-    if fmt.scale == "bf16" and fmt.block == (0, 0) and base["num_bits"] == E4M3.bits:
-        return {**base, "strategy": "tensor", "dynamic": False}
-    args = _small_float_args(fmt, base) if fmt.element != E2M3 else None
-    return {**args, "dynamic": "local", "observer": "static_minmax"} if args and fmt.global_scale else args
-
-
-def _base_args(fmt: Format, dynamic: bool) -> Args | None:
-    element = fmt.element
-    integer = element.kind == "integer" and element.step == 1.0
-    if len(fmt.elements) > 1 or not (integer or element == _FLOATS.get(element.bits)):
-        return None
-    kind = "int" if integer else "float"
-    return {"num_bits": element.bits, "type": kind, "symmetric": not fmt.zero_point, "dynamic": dynamic}
-
-
-def _small_float_args(fmt: Format, base: Args) -> Args | None:
-    """NVFP4 and the MX floats: blocks inside a row with 8-bit scales."""
-    nv = fmt.scale == "e4m3" and fmt.global_scale and fmt.group == 16 and fmt.element == E2M1
-    mx = fmt.scale == "e8m0" and fmt.group == 32 and base["type"] == "float"
-    if not (nv or mx):
-        return None
-    strategy = "tensor_group" if nv else "group"
-    return {**base, "strategy": strategy, "group_size": fmt.group, "scale_dtype": _SCALE_DTYPES[fmt.scale]}
-
-
-def _go_together(weights: Args, inputs: Args) -> bool:
-    """Whether a loader runs these two together. Zero points are for weight-only layers."""
-    family, other = weights.get("scale_dtype"), inputs.get("scale_dtype")
-    if not weights["symmetric"]:
-        return False
-    if family == _SCALE_DTYPES["e4m3"]:
-        return other == family
-    fp8 = inputs["type"] == "float" and inputs["num_bits"] == E4M3.bits and other is None
-    if family == _SCALE_DTYPES["e8m0"]:
-        small = weights["num_bits"] == E2M1.bits
-        return (other == family and inputs["num_bits"] >= weights["num_bits"]) or (fp8 and small and inputs["dynamic"])
-    if other is not None:
-        return False
-    if weights["type"] == "float":
-        options = ("token", "group") if weights["strategy"] == "block" else ("token", "tensor")
-        return fp8 and inputs["strategy"] in options
-    if fp8:
-        return inputs["strategy"] == "token" and weights["num_bits"] == 4 and weights["strategy"] == "group"
-    whole = weights["num_bits"] == 8 and weights["strategy"] == "channel"
-    return inputs["type"] == "int" and (inputs["strategy"] == "token" or whole)
-
-
 def _format_string(weights: Args, inputs: Args | None) -> str:
-    bits, family = weights["num_bits"], weights.get("scale_dtype")
-    if family == _SCALE_DTYPES["e4m3"]:
+    bits, scale = weights["num_bits"], weights.get("scale_dtype")
+    if scale is not None and weights["strategy"] == "tensor_group":
         return "nvfp4-pack-quantized"
-    if family == _SCALE_DTYPES["e8m0"]:
+    if scale is not None:
         return f"mxfp{bits}-quantized" if bits == 8 else f"mxfp{bits}-pack-quantized"
     if weights["type"] == "float":
         return "float-quantized" if inputs else "naive-quantized"
     whole = bits == 8 and weights["strategy"] == "channel" and inputs is not None and inputs["num_bits"] == 8
     return "int-quantized" if whole else "pack-quantized"
-
-
-def notes(weight: Format, input: Format | None) -> list[str]:
-    """What engines are known to do differently with this pair."""
-    return support.notes(METHOD, weight, input)
 
 
 # --- bytes ----------------------------------------------------------------------------------------
@@ -212,22 +119,15 @@ def pack(q: QTensor, input: Format | None = None, amax: Tensor | None = None) ->
     return tensors
 
 
-def unpack(tensors: Mapping[str, Tensor], fmt: Format, shape: tuple[int, int]) -> QTensor:
-    """Undo `pack`; one scale per tensor comes back as one per row."""
-    from qat.checkpoints.layouts.compressed_tensors.codes import read_layer  # which reads this file's tables
-    from qat.checkpoints.layouts.reader import PackedModule
-
-    how = layout(fmt)
-    form = "naive-quantized" if "weight" in tensors and how.format == "pack-quantized" else how.format
-    q = read_layer(PackedModule("", form, how.weights, None), tensors)
-    if q.shape != shape:
-        raise CheckpointError(f"codes of shape {[*q.shape]}, not {[*shape]}")
-    return q
+def unpack(module: PackedModule, tensors: Mapping[str, Tensor]) -> QTensor:
+    """Undo `pack`, and read the variants of it that other tools write; one scale per tensor comes back as one per
+    row."""
+    return read_layer(module, tensors)
 
 
 def _stored_scale(q: QTensor, rows: int) -> Tensor:
     scale = q.scales.stored.to("cpu")
-    return (scale.expand(rows, 1) if q.format.block == (0, 0) else scale).contiguous()
+    return (scale.expand(rows, 1) if q.format.block == TENSOR else scale).contiguous()
 
 
 def _static_input(fmt: Format, amax: Tensor) -> dict[str, Tensor]:
@@ -245,23 +145,6 @@ def _words(codes: Tensor, bits: int) -> Tensor:
     return bit_stream(codes, bits, multiple=4).view(torch.int32)
 
 
-def bit_stream(codes: Tensor, bits: int, multiple: int = 1) -> Tensor:
-    """Each row of uint8 `codes` (rows, columns) as consecutive `bits`-wide fields, least significant bit first.
-
-    Returns:
-        uint8 (rows, bytes), zero-padded to a multiple of `multiple` bytes.
-    """
-    rows, columns = codes.shape
-    width = -(-columns * bits // 8)
-    out = np.zeros((rows, -(-width // multiple) * multiple), dtype=np.uint8)
-    step = max(1, _CHUNK // max(columns, 1))
-    for start in range(0, rows, step):
-        chunk = codes[start : start + step].contiguous().numpy()
-        fields = np.unpackbits(chunk[..., None], axis=-1, count=bits, bitorder="little")
-        out[start : start + step, :width] = np.packbits(fields.reshape(len(chunk), -1), axis=-1, bitorder="little")
-    return torch.from_numpy(out)
-
-
 # --- config.json ----------------------------------------------------------------------------------
 
 
@@ -274,8 +157,7 @@ def quantization_config(layers: list[TargetLayer], ignored: list[str]) -> dict[s
         groups.setdefault(repr(how), (how, []))[1].extend(layer.names)
     everything = [name for layer in layers for name in layer.names] + ignored
     # vLLM knows the output head by its name only, so "Linear" would miss it.
-    inside = all("." in name for layer in layers for name in layer.names)
-    uniform = len(groups) == 1 and inside
+    uniform = len(groups) == 1 and not any(is_outside(name) for layer in layers for name in layer.names)
     formats = {how.format for how, _ in groups.values()}
     return {
         "quant_method": METHOD,
@@ -337,7 +219,7 @@ def patterns(paths: list[str], everything: list[str]) -> list[str]:
     families: dict[str, list[str]] = {}
     for path in paths:
         families.setdefault(re.sub(r"(^|\.)\d+(?=\.|$)", r"\1#", path), []).append(path)
-    found = []
+    targets = []
     for family, members in families.items():
         numbers = sorted({number for member in members for number in _numbers(member)}, key=int)
         listed = "|".join(numbers) if len(numbers) == 1 else "(?:" + "|".join(numbers) + ")"
@@ -346,11 +228,11 @@ def patterns(paths: list[str], everything: list[str]) -> list[str]:
             pattern = ".*" + re.escape(dot + tail if dot else family).replace(r"\#", number) + "$"
             matched = {path for path in everything if re.match(pattern, path)}
             if matched.isdisjoint(rest) and matched.issuperset(members):
-                found.append("re:" + pattern)
+                targets.append("re:" + pattern)
                 break
         else:
-            found += [f"re:^{re.escape(member)}$" for member in members]
-    return found
+            targets += [f"re:^{re.escape(member)}$" for member in members]
+    return targets
 
 
 def _numbers(path: str) -> list[str]:

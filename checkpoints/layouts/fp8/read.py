@@ -3,18 +3,26 @@
 `weight_scale_inv` multiplies, whatever its name says: weight = code * weight_scale_inv of its block.
 """
 
+import importlib.util
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from qat.checkpoints.layouts.reader import Array, ExportedFolder, PackedModule, Spec, scale_values
+from qat.checkpoints.layouts.reader import Array, ExportedFolder, PackedModule, PlainLoading, Spec, scale_values
+from qat.checkpoints.names import StoredNames
 from qat.errors import UnsupportedError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-class Fp8Folder(ExportedFolder):
+
+class Reader(ExportedFolder):
     """A checkpoint with `quant_method: fp8`, scales per block of the weight, and inputs quantized on the fly."""
 
     METHOD = "fp8"
     SCALE = "weight_scale_inv"
-    SUFFIXES = ("weight", "weight_scale_inv")
+    SCALES = ("weight_scale_inv",)
+    SUFFIXES = ("weight", *SCALES)
 
     def _check_configuration(self) -> None:
         block = self.quantization.get("weight_block_size")
@@ -47,3 +55,12 @@ class Fp8Folder(ExportedFolder):
 
     def _scale(self, module: PackedModule, tensors: dict[str, Tensor]) -> Array:
         return scale_values(tensors["weight_scale_inv"])
+
+    def plain_loading(self, model: "PreTrainedModel", names: StoredNames) -> PlainLoading:
+        """Dequantized, without quantized inputs, which plain transformers leaves to GPUs."""
+        from transformers import FineGrainedFP8Config
+
+        if importlib.util.find_spec("accelerate") is None:
+            return PlainLoading("accelerate is not installed, without which transformers loads no FP8")
+        options = {"quantization_config": FineGrainedFP8Config(dequantize=True)}
+        return PlainLoading(options=options, quantizes_inputs=False, remark="weights only, ")

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.checkpoints.layouts import support
-from qat.checkpoints.layouts.stored import narrowed, take, take_scale
+from qat.checkpoints.layouts.arguments import weight_format
+from qat.checkpoints.layouts.fp8.engines import ROWS as ROWS
+from qat.checkpoints.layouts.reader import PackedModule
+from qat.checkpoints.layouts.stored import shape, take, take_narrow
 from qat.checkpoints.layouts.target import TargetLayer
 from qat.errors import UnsupportedError
+from qat.families import is_outside
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales
 
@@ -22,9 +25,7 @@ CACHES = None
 
 
 def check(layer: TargetLayer) -> None:
-    """Raise UnsupportedError where `layer` cannot be written, or would not be read as it was trained."""
-    if support.find(METHOD, layer.weight, layer.input) is None:
-        raise UnsupportedError(f"{layer.path}: {support.refusal(METHOD, layer.weight, layer.input)}")
+    """Raise UnsupportedError where `layer` would not be read as it was trained."""
     for size, block, what in zip(layer.shape, layer.weight.block, ("rows", "columns"), strict=True):
         # transformers cuts each side into equal parts, so an incomplete last block would move all borders.
         if size > block and size % block:
@@ -32,21 +33,11 @@ def check(layer: TargetLayer) -> None:
                 f"{layer.path}: {size} {what} are no multiple of {block}, and transformers would read other blocks; "
                 "skip the layer, or use the target compressed-tensors"
             )
-    if any("." not in name for name in layer.names):
+    if any(is_outside(name) for name in layer.names):
         raise UnsupportedError(
             f"{layer.path}: engines keep the output layer of {METHOD} checkpoints dense; skip it, or use the target "
             "compressed-tensors"
         )
-
-
-def notes(weight: Format, input: Format | None) -> list[str]:
-    """What engines are known to do differently with this pair."""
-    return support.notes(METHOD, weight, input)
-
-
-def pairs() -> list[tuple[str, str | None]]:
-    """Every pair of catalogue names that the layout holds."""
-    return support.pairs(METHOD)
 
 
 def pack(q: QTensor, input: Format | None = None, amax: Tensor | None = None) -> dict[str, Tensor]:
@@ -57,15 +48,17 @@ def pack(q: QTensor, input: Format | None = None, amax: Tensor | None = None) ->
     }
 
 
-def unpack(tensors: Mapping[str, Tensor], fmt: Format, shape: tuple[int, int]) -> QTensor:
+def unpack(module: PackedModule, tensors: Mapping[str, Tensor]) -> QTensor:
     """Undo `pack`.
 
     Raises:
         CheckpointError: a tensor is missing or does not fit, or a scale is zero, negative or not finite; names it.
     """
-    codes = take(tensors, "weight", torch.float8_e4m3fn, shape).view(torch.uint8)
-    scale = take_scale(tensors, "weight_scale_inv", torch.float32, fmt.grid_shape(*shape))
-    return QTensor(fmt, codes, Scales(narrowed(scale, "weight_scale_inv", fmt)))
+    fmt, (rows, columns) = weight_format(module.weights), shape(module, tensors)
+    codes = take(module, tensors, "weight", torch.float8_e4m3fn, (rows, columns)).view(torch.uint8)
+    return QTensor(
+        fmt, codes, Scales(take_narrow(module, tensors, "weight_scale_inv", fmt, fmt.grid_shape(rows, columns)))
+    )
 
 
 def quantization_config(layers: list[TargetLayer], ignored: list[str]) -> dict[str, Any]:

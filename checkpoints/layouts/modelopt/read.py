@@ -5,22 +5,28 @@ is the reciprocal of compressed-tensors' `input_global_scale`. Written from mode
 """
 
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from qat.checkpoints.hf import read_json
+from qat.checkpoints.layouts.caches import refuse_unread, says_nothing
+from qat.checkpoints.layouts.modelopt.engines import NO_PLAIN
 from qat.checkpoints.layouts.reader import (
+    UNREAD_KEYS,
     Array,
     ExportedFolder,
     PackedModule,
+    PlainLoading,
     Spec,
     float_values,
-    refuse_unread,
-    says_nothing,
     scale_values,
 )
+from qat.checkpoints.names import StoredNames
 from qat.errors import CheckpointError, UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LEGACY = "hf_quant_config.json"
 Args = dict[str, Any]
@@ -34,6 +40,7 @@ def _floats(bits: int, strategy: str, dynamic: bool | str, group: int = 0, scale
 _FP4 = (4, "tensor_group")
 _E4M3, _E8M0 = (16, "torch.float8_e4m3fn"), (32, "torch.uint8")
 # quant_algo -> format, weights, inputs
+_CACHE_ALGORITHM, _CACHE_SCHEME = "FP8", {"dynamic": False, "num_bits": 8, "type": "float"}
 _ALGORITHMS: dict[str, tuple[str, Args, Args | None]] = {
     "NVFP4": ("nvfp4-pack-quantized", _floats(*_FP4, False, *_E4M3), _floats(*_FP4, "local", *_E4M3)),
     "W4A16_NVFP4": ("nvfp4-pack-quantized", _floats(*_FP4, False, *_E4M3), None),
@@ -43,15 +50,13 @@ _ALGORITHMS: dict[str, tuple[str, Args, Args | None]] = {
 }
 
 
-_CACHE_ALGORITHM, _CACHE_SCHEME = "FP8", {"dynamic": False, "num_bits": 8, "type": "float"}
-
-
-class ModeloptFolder(ExportedFolder):
+class Reader(ExportedFolder):
     """A modelopt checkpoint on disk in which every quantized layer has the same algorithm."""
 
     METHOD = "modelopt"
     CACHE_SCALES = ("k_proj.k_scale", "v_proj.v_scale")
-    SUFFIXES = ("weight", "weight_scale", "weight_scale_2", "input_scale")
+    SCALES = ("weight_scale", "weight_scale_2", "input_scale")
+    SUFFIXES = ("weight", *SCALES)
 
     def _check_configuration(self) -> None:
         algorithm = self.quantization.get("quant_algo")
@@ -76,7 +81,7 @@ class ModeloptFolder(ExportedFolder):
 
     def _compare(self, legacy: dict[str, Any]) -> None:
         """Engines read either file, so both must say the same."""
-        refuse_unread(legacy, str(self.folder / LEGACY))
+        refuse_unread(legacy, str(self.folder / LEGACY), UNREAD_KEYS)
         pairs = {"quant_algo": "quant_algo", "exclude_modules": "ignore"}
         for key, flat in pairs.items():
             if legacy.get(key) != self.quantization.get(flat):
@@ -119,6 +124,10 @@ class ModeloptFolder(ExportedFolder):
         if module.weights["strategy"] == "tensor_group":
             scale = scale * float_values(tensors["weight_scale_2"])
         return scale.reshape(-1, 1) if scale.ndim < 2 else scale
+
+    def plain_loading(self, model: "PreTrainedModel", names: StoredNames) -> PlainLoading:
+        """Not at all."""
+        return PlainLoading(NO_PLAIN)
 
     def static_input(self, path: str) -> Tensor | None:
         """The calibrated scale (or, above E4M3 block scales, the divisor) of a layer's input, float32 [1], or None."""

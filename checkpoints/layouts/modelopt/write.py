@@ -6,7 +6,6 @@ covers all quantized layers of a checkpoint. What is not quantized is excluded b
 list of experts, because engines ask for the list as a whole.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,11 +13,15 @@ import torch
 from torch import Tensor
 
 from qat.checkpoints.layouts import support
+from qat.checkpoints.layouts.arguments import weight_format
 from qat.checkpoints.layouts.caches import CacheLayout, TargetCache, cache_args
-from qat.checkpoints.layouts.compressed_tensors.write import bit_stream
-from qat.checkpoints.layouts.stored import narrowed, take, take_scale
+from qat.checkpoints.layouts.kinds import ROW, TENSOR
+from qat.checkpoints.layouts.modelopt.engines import ROWS
+from qat.checkpoints.layouts.reader import PackedModule
+from qat.checkpoints.layouts.stored import bit_stream, shape, take, take_narrow, take_scale
 from qat.checkpoints.layouts.target import TargetLayer
 from qat.errors import UnsupportedError
+from qat.families import expert_list
 from qat.numbers.catalog import E4M3
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales
@@ -29,15 +32,9 @@ FUSES_TENSOR_SCALES = True
 LAYOUT_VERSION = "0.47.0"  # of the modelopt whose files these are like
 LEGACY = "hf_quant_config.json"
 
-_EXPERTS = re.compile(r"(.+\.experts)\.\d+\..+")
-
 
 def check(layer: TargetLayer) -> None:
-    """Raise UnsupportedError where `layer` cannot be written."""
-    try:
-        algorithm(layer.weight, layer.input)
-    except UnsupportedError as error:
-        raise UnsupportedError(f"{layer.path}: {error}") from None
+    """Nothing but the pair of formats matters."""
 
 
 def algorithm(weight: Format, input: Format | None) -> str:
@@ -46,36 +43,26 @@ def algorithm(weight: Format, input: Format | None) -> str:
     Raises:
         UnsupportedError: there is none; names the nearest.
     """
-    row = support.find(METHOD, weight, input)
+    row = support.find(ROWS, weight, input)
     if row is None:
-        raise UnsupportedError(support.refusal(METHOD, weight, input))
+        raise UnsupportedError(support.refusal(METHOD, ROWS, weight, input))
     return row.scheme
-
-
-def notes(weight: Format, input: Format | None) -> list[str]:
-    """What engines are known to do differently with this pair."""
-    return support.notes(METHOD, weight, input)
-
-
-def pairs() -> list[tuple[str, str | None]]:
-    """Every pair of catalogue names that has an algorithm."""
-    return support.pairs(METHOD)
 
 
 # --- bytes ----------------------------------------------------------------------------------------
 
 
 def pack(q: QTensor, input: Format | None = None, amax: Tensor | None = None) -> dict[str, Tensor]:
-    """Tensors of one layer, by their name below the layer's path, on CPU; arguments as in compressed_tensors.pack."""
+    """Tensors of one layer, by their name below the layer's path, on CPU; arguments as in `Target.pack`."""
     algorithm(q.format, input)
     fmt, codes, stored = q.format, q.codes.to("cpu"), q.scales.stored.to("cpu")
     tensors = {"weight": bit_stream(codes, fmt.element.bits) if _packed(fmt) else codes.view(torch.float8_e4m3fn)}
-    shape = () if fmt.block == support.TENSOR else (-1,) if fmt.block == support.ROW else stored.shape
+    grid = () if fmt.block == TENSOR else (-1,) if fmt.block == ROW else stored.shape
     wide = stored if fmt.group else stored.to(torch.float32)
-    tensors["weight_scale"] = wide.reshape(shape).contiguous()
+    tensors["weight_scale"] = wide.reshape(grid).contiguous()
     if q.scales.global_scale is not None:
         tensors["weight_scale_2"] = q.scales.global_scale.to("cpu").reshape(())
-    if input is not None and (input.global_scale or input.block == support.TENSOR):
+    if input is not None and (input.global_scale or input.block == TENSOR):
         assert amax is not None
         static = static_part(input, amax.to("cpu"))
         assert static is not None
@@ -83,26 +70,25 @@ def pack(q: QTensor, input: Format | None = None, amax: Tensor | None = None) ->
     return tensors
 
 
-def unpack(tensors: Mapping[str, Tensor], fmt: Format, shape: tuple[int, int]) -> QTensor:
-    """Undo `pack`. One scale for the tensor is repeated where `fmt` has one per row.
+def unpack(module: PackedModule, tensors: Mapping[str, Tensor]) -> QTensor:
+    """Undo `pack`; one scale per tensor comes back as one per row.
 
     Raises:
         CheckpointError: a tensor is missing or does not fit, or a scale is zero, negative or not finite; names it.
     """
-    rows, columns = shape
+    fmt, (rows, columns) = weight_format(module.weights), shape(module, tensors)
     grid = fmt.grid_shape(rows, columns)
     if _packed(fmt):
-        pairs = take(tensors, "weight", torch.uint8, (rows, columns // 2))
+        pairs = take(module, tensors, "weight", torch.uint8, (rows, columns // 2))
         codes = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1)
     else:
-        codes = take(tensors, "weight", torch.float8_e4m3fn, shape).view(torch.uint8)
+        codes = take(module, tensors, "weight", torch.float8_e4m3fn, (rows, columns)).view(torch.uint8)
     if fmt.group:
-        stored = take_scale(tensors, "weight_scale", fmt.scale_storage, grid)
+        stored = take_scale(module, tensors, "weight_scale", fmt.scale_storage, grid)
     else:
-        stored = take_scale(tensors, "weight_scale", torch.float32, (), grid[:1]).reshape(-1, 1).expand(grid)
-        stored = narrowed(stored.contiguous(), "weight_scale", fmt)
-    above = take_scale(tensors, "weight_scale_2", torch.float32, ()) if fmt.global_scale else None
-    return QTensor(fmt, codes, Scales(stored, above))
+        stored = take_narrow(module, tensors, "weight_scale", fmt, (), grid[:1]).reshape(-1, 1).expand(grid)
+    above = take_scale(module, tensors, "weight_scale_2", torch.float32, ()) if fmt.global_scale else None
+    return QTensor(fmt, codes, Scales(stored.contiguous(), above))
 
 
 def _packed(fmt: Format) -> bool:
@@ -122,9 +108,9 @@ def quantization_config(layers: list[TargetLayer], ignored: list[str]) -> dict[s
     for layer in layers:
         algorithms.setdefault(algorithm(layer.weight, layer.input), layer)
     if len(algorithms) > 1:
-        found = ", ".join(f"{layer.path} is {name}" for name, layer in algorithms.items())
+        mixture = ", ".join(f"{layer.path} is {name}" for name, layer in algorithms.items())
         raise UnsupportedError(
-            f"{METHOD} checkpoints hold one algorithm here, but {found}; give all layers one scheme, "
+            f"{METHOD} checkpoints hold one algorithm here, but {mixture}; give all layers one scheme, "
             "or use the target compressed-tensors"
         )
     excluded = exclusions(ignored, [name for layer in layers for name in layer.names])
@@ -138,7 +124,7 @@ def quantization_config(layers: list[TargetLayer], ignored: list[str]) -> dict[s
         "config_groups": {
             "group_0": {
                 **({"input_activations": inputs} if inputs else {}),
-                "weights": weights | ({"strategy": "channel"} if layer.weight.block == support.ROW else {}),
+                "weights": weights | ({"strategy": "channel"} if layer.weight.block == ROW else {}),
                 "targets": ["Linear"],
             }
         },
@@ -195,16 +181,16 @@ def exclusions(ignored: list[str], quantized: list[str]) -> list[str]:
     Raises:
         UnsupportedError: an excluded name is a part of a quantized one, which vLLM would then exclude too.
     """
-    found: dict[str, None] = {}
+    excluded: dict[str, None] = {}
     for path in ignored:
-        experts = _EXPERTS.fullmatch(path)
-        whole = experts is not None and not any(other.startswith(f"{experts[1]}.") for other in quantized)
-        found[f"{experts[1]}*" if experts is not None and whole else path] = None
-    for name in found:
+        experts = expert_list(path)
+        whole = experts is not None and not any(other.startswith(f"{experts}.") for other in quantized)
+        excluded[f"{experts}*" if whole else path] = None
+    for name in excluded:
         for path in quantized:
             if name.removesuffix("*") in path:
                 raise UnsupportedError(
                     f"{METHOD}: {name} stays dense, but engines would leave out {path} too, which contains that name; "
                     "quantize both, neither, or use the target compressed-tensors"
                 )
-    return list(found)
+    return list(excluded)

@@ -4,14 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from qat.checkpoints.layouts.arguments import weight_format
 from qat.checkpoints.layouts.compressed_tensors import write as target
-from qat.checkpoints.layouts.compressed_tensors.codes import read_layer, weight_format
+from qat.checkpoints.layouts.compressed_tensors.codes import read_layer
 from qat.checkpoints.layouts.reader import PackedModule
+from qat.checkpoints.layouts.support import pairs
 from qat.errors import CheckpointError, UnsupportedError
 from qat.numbers.catalog import lookup
 from qat.numbers.numerics import QTensor, quantize
 
-WEIGHTS = sorted({weight for weight, _ in target.pairs()})
+WEIGHTS = sorted({weight for weight, _ in pairs(target.ROWS)})
 
 
 def stored(name: str, input: str | None = None, columns: int = 256) -> tuple[PackedModule, QTensor, dict[str, Tensor]]:

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from qat.checkpoints.layouts import TargetLayer
+from qat.checkpoints.layouts import TargetLayer, open_export
 from qat.checkpoints.layouts.compressed_tensors import write as target
 from qat.checkpoints.layouts.reader import PackedModule
-from qat.checkpoints.layouts.readers import open_export
+from qat.checkpoints.layouts.stored import bit_stream
+from qat.checkpoints.layouts.support import pairs
 from qat.checkpoints.shards import ShardWriter
 from qat.errors import UnsupportedError
 from qat.numbers.catalog import CATALOG, lookup
@@ -25,7 +26,7 @@ from tests.checkpoints.exports import (
     Pair,
 )
 
-WEIGHTS = sorted({weight for weight, _ in target.pairs()})
+WEIGHTS = sorted({weight for weight, _ in pairs(target.ROWS)})
 SHAPES = [(96, 256), (37, 128), (130, 384), (5, 100), (200, 300)]
 CASES = [(name, shape) for name in WEIGHTS for shape in SHAPES if lookup(name).divides(shape[1])]
 
@@ -69,7 +70,7 @@ def test_the_independent_unpacker_agrees(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_bit_streams_are_little_endian(bits: int) -> None:
     codes = torch.randint(0, 2**bits, (3, 37), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
-    stream = target.bit_stream(codes, bits, multiple=4)
+    stream = bit_stream(codes, bits, multiple=4)
     assert stream.shape == (3, 4 * math.ceil(37 * bits / 32))
     for row, packed in zip(codes.tolist(), stream.tolist(), strict=True):
         assert sum(code << (bits * k) for k, code in enumerate(row)) == int.from_bytes(bytes(packed), "little")
@@ -90,11 +91,11 @@ def test_nvfp4_and_static_inputs_store_divisors_and_scales() -> None:
 
 
 def test_the_target_offers_what_it_should() -> None:
-    assert set(UNIFORM) <= set(target.pairs())
+    assert set(UNIFORM) <= set(pairs(target.ROWS))
     refused = {"nf4_g64", "if4", "nvint4", "mxint4", "mxint8", "int8_token", "fp8_token", "fp8_g128"}
     assert refused.isdisjoint(WEIGHTS) and refused <= CATALOG.keys()
-    assert all(a is None for w, a in target.pairs() if w.endswith("_asym"))
-    assert [a for w, a in target.pairs() if w == "nvfp4"] == [None, "nvfp4"]
+    assert all(a is None for w, a in pairs(target.ROWS) if w.endswith("_asym"))
+    assert [a for w, a in pairs(target.ROWS) if w == "nvfp4"] == [None, "nvfp4"]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def test_refusals_name_the_nearest(weight: str, input: str | None, nearest: str)
 # --- config.json ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pair", target.pairs(), ids=str)
+@pytest.mark.parametrize("pair", pairs(target.ROWS), ids=str)
 def test_configs_parse_and_carry_nothing_unknown(pair: Pair) -> None:
     quantization = pytest.importorskip("compressed_tensors.quantization")
     weight, input = lookup(pair[0]), lookup(pair[1]) if pair[1] else None

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from qat.checkpoints.exported import load_exported
 from qat.checkpoints.hf import quiet
-from qat.checkpoints.layouts import TargetLayer
+from qat.checkpoints.layouts import TargetLayer, check_layer, open_export
+from qat.checkpoints.layouts.arguments import weight_args
 from qat.checkpoints.layouts.fp8 import write as target
-from qat.checkpoints.layouts.readers import open_export
+from qat.checkpoints.layouts.reader import PackedModule
 from qat.checkpoints.verify import verify
 from qat.errors import CheckpointError, UnsupportedError
 from qat.modes import served
@@ -96,8 +97,8 @@ def test_architectures(kind: str, tmp_path: Path) -> None:
 
 def test_unpacking_undoes_packing() -> None:
     q = quantize(torch.randn(256, 384, generator=torch.Generator().manual_seed(1)), lookup(PAIR[0]))
-    tensors = target.pack(q)
-    found = target.unpack(tensors, q.format, (256, 384))
+    tensors, module = target.pack(q), PackedModule("a.b", "float-quantized", weight_args(q.format) or {}, None)
+    found = target.unpack(module, tensors)
     assert torch.equal(found.codes, q.codes) and torch.equal(found.scales.stored, q.scales.stored)
     for name, tensor, message in [
         ("weight_scale_inv", tensors["weight_scale_inv"].bfloat16(), "weight_scale_inv is torch.bfloat16"),
@@ -107,7 +108,7 @@ def test_unpacking_undoes_packing() -> None:
         ("weight", tensors["weight"].view(torch.uint8), "weight is torch.uint8"),
     ]:
         with pytest.raises(CheckpointError, match=message):
-            target.unpack({**tensors, name: tensor}, q.format, (256, 384))
+            target.unpack(module, {**tensors, name: tensor})
 
 
 @pytest.mark.parametrize(
@@ -122,8 +123,8 @@ def test_unpacking_undoes_packing() -> None:
 )
 def test_refusals(path: str, shape: tuple[int, int], weight: str, input: str | None, message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
-        target.check(TargetLayer(path, shape, lookup(weight), lookup(input) if input else None))
-    target.check(TargetLayer("a.b", (64, 256), lookup(PAIR[0]), lookup(PAIR[1])))
+        check_layer(target, TargetLayer(path, shape, lookup(weight), lookup(input) if input else None))
+    check_layer(target, TargetLayer("a.b", (64, 256), lookup(PAIR[0]), lookup(PAIR[1])))
 
 
 def test_a_quantized_head_is_refused_before_anything_is_written(source: Path, tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ import torch
 
 from qat.checkpoints.export import RECORD
 from qat.checkpoints.exported import load_exported
-from qat.checkpoints.layouts import TARGETS, unpack_layer
-from qat.checkpoints.layouts.readers import READERS, open_export
+from qat.checkpoints.layouts import READERS, TARGETS, open_export
 from qat.checkpoints.verify import verify
 from qat.errors import CheckpointError, UnsupportedError
 from tests.checkpoints.exports import broken, edit, projections, quiet_export, rewrite
@@ -74,11 +73,11 @@ def test_packed_layers_are_those_that_the_reader_decodes(target: str, exports: P
     folder = open_export(exports / target)
     for path, module in folder.modules.items():
         tensors = folder.layer(path)
-        q = unpack_layer(target, module, tensors)
+        q = TARGETS[target].unpack(module, tensors)
         assert torch.equal(q.dequantize(torch.bfloat16), folder.dense(path))
         name = f"weight_{'packed' if 'weight_packed' in tensors else ''}".rstrip("_")
         with pytest.raises(CheckpointError, match=rf"{path}\.{name} is missing"):
-            unpack_layer(target, module, {key: tensor for key, tensor in tensors.items() if key != name})
+            TARGETS[target].unpack(module, {key: tensor for key, tensor in tensors.items() if key != name})
 
 
 @pytest.mark.parametrize("target", PAIRS)
@@ -191,7 +190,7 @@ def test_scales_of_float16_models_are_read_exactly(copy: Any) -> None:
     rewrite(folder, lambda t: t.update({f"{Q}.weight_scale": before.half() * 1.25}))
     found = open_export(folder)
     scale = (before.half() * 1.25).double().repeat_interleave(64, dim=1)
-    codes = unpack_layer("compressed-tensors", found.modules[Q], found.layer(Q)).codes.view(torch.int8)
+    codes = TARGETS["compressed-tensors"].unpack(found.modules[Q], found.layer(Q)).codes.view(torch.int8)
     values = torch.where(codes > 7, codes - 16, codes).double()
     assert torch.equal(found.dense(Q), (values * scale).to(torch.bfloat16))
 

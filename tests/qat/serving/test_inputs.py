@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat.checkpoints.layouts.compressed_tensors.write import pairs
+from qat.checkpoints.layouts.compressed_tensors.engines import ROWS
+from qat.checkpoints.layouts.support import pairs
 from qat.errors import FormatError, UnsupportedError
 from qat.numbers.catalog import CATALOG, lookup
 from qat.serving.inputs import (
@@ -39,7 +40,7 @@ def adversarial() -> Tensor:
 
 
 def test_every_input_format_of_a_target_has_codes() -> None:
-    assert {name for _, name in pairs() if name} <= set(NAMES)
+    assert {name for _, name in pairs(ROWS) if name} <= set(NAMES)
     for name in NAMES:
         assert needs_static(lookup(name)) == (static_of(name) is not None)
 

@@ -10,14 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat.checkpoints.layouts.compressed_tensors.write import input_args, pairs
+from qat.checkpoints.layouts.arguments import input_args
+from qat.checkpoints.layouts.compressed_tensors.engines import ROWS
+from qat.checkpoints.layouts.support import pairs
 from qat.errors import UnsupportedError
 from qat.numbers.catalog import lookup
 from qat.quantizer import InputQuantizer
 from qat.training.activations import dynamic_fake_quantize, fake_quantize_input, static_part
 
 BF16 = torch.bfloat16
-INPUTS = sorted({name for _, name in pairs() if name})
+INPUTS = sorted({name for _, name in pairs(ROWS) if name})
 STATIC = [name for name in INPUTS if static_part(lookup(name), torch.tensor(1.0)) is not None]
 RANGES = (3.0, 1e-3, 700.0)
 
