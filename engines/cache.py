@@ -137,6 +137,8 @@ class QuantizedCache(DynamicCache):
             elif not isinstance(layer, _ByRows):
                 raise UnsupportedError(f"{site.path}: a {type(layer).__name__} cannot hold quantized keys and values")
             setattr(layer, site.role, Rows(site.quantizer, widths[site.path, site.role]))
+        total, dense = bytes_per_token(model)
+        self.cost = f"the cache takes {total:,} bytes per token ({dense:,} in BF16)"
 
 
 def quantized_cache(model: nn.Module) -> QuantizedCache | None:
@@ -158,11 +160,3 @@ def bytes_per_token(model: nn.Module) -> tuple[int, int]:
             total += heads * (Rows(quantizer, width).bytes if quantizer is not None else _BF16 * width)
             dense += heads * _BF16 * width
     return total, dense
-
-
-def cost(model: nn.Module) -> str:
-    """A sentence for the user, "" where no cache is quantized."""
-    if quantized_cache(model) is None:
-        return ""
-    total, dense = bytes_per_token(model)
-    return f"the cache takes {total:,} bytes per token ({dense:,} in BF16)"

@@ -8,14 +8,23 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from qat.engines.cache import QuantizedCache, Rows, bytes_per_token, cost, quantized_cache
+from qat.checkpoints.hf import load_tokenizer
+from qat.cli import main
+from qat.engines.cache import QuantizedCache, Rows, bytes_per_token, quantized_cache
+from qat.engines.transformers import load_packed
 from qat.init.calibration import observe
 from qat.modes import dense
 from qat.numbers.catalog import CATALOG, lookup
 from qat.quantizer import InputQuantizer
+from qat.sites import sites
 from qat.surgery import apply, report
+from qat.trainers.job import load_job
+from qat.trainers.run import train
+from tests.checkpoints.exports import quantized, quiet_export
+from tests.engines.served import running
 from tests.qat.adapters.test_attention import IDS, caches
 from tests.tiny import tiny_model
+from tests.trainers.jobs import write
 
 FORMATS = [
     name
@@ -83,9 +92,9 @@ def test_what_a_token_costs(folder: Path) -> None:
     assert bytes_per_token(model) == (wanted, layers * heads * width * 4)
     ((_, _, _, *covered),) = report(model).by_cache()
     assert covered == [*bytes_per_token(model)]
-    assert cost(model) == f"the cache takes {wanted} bytes per token (512 in BF16)"
+    assert QuantizedCache(model).cost == f"the cache takes {wanted} bytes per token (512 in BF16)"
     with dense(model, inputs=True):
-        assert quantized_cache(model) is None and cost(model) == ""
+        assert quantized_cache(model) is None
 
 
 def caches_of(model: Any, *change: Any) -> list[Tensor]:
@@ -130,4 +139,62 @@ def test_beams_and_an_untouched_model(folder: Path) -> None:
         model.generate(input_ids=IDS, **options),
     )
     plain = AutoModelForCausalLM.from_pretrained(folder)
-    assert quantized_cache(plain) is None and cost(plain) == "" and bytes_per_token(plain) == (512, 512)
+    assert quantized_cache(plain) is None and bytes_per_token(plain) == (512, 512)
+
+
+@pytest.fixture(scope="module")
+def export(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(folder, tmp_path_factory.mktemp("export") / "out", "compressed-tensors", "int4_g64", "fp8_tensor")
+
+
+def exported(folder: Path, out: Path, target: str, weight: str, cached: str) -> Path:
+    rules = [{"match": "*.self_attn", "key": cached, "value": cached}, {"match": "*_proj", "weight": weight}]
+    return quiet_export(quantized(folder, [*rules, {"match": "*", "skip": "left alone"}]), folder, out, target)
+
+
+WITHOUT = [
+    ("compressed-tensors", "int8_channel", "int8_tensor"),
+    ("compressed-tensors", "int4_g64", "nvfp4"),
+    ("modelopt", "nvfp4", "fp8_tensor"),
+]
+
+
+@pytest.mark.parametrize(("target", "weight", "cached"), WITHOUT)
+def test_exports_are_served_with_it(target: str, weight: str, cached: str, folder: Path, tmp_path: Path) -> None:
+    model: Any = load_packed(exported(folder, tmp_path / "out", target, weight, cached), torch.float32)
+    assert {site.format.name for site in sites(model, "key", "value")} == {cached}
+    options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    ours = model.generate(input_ids=IDS, past_key_values=QuantizedCache(model), **options)
+    theirs = model.generate(input_ids=IDS, **options)
+    assert all(torch.equal(a, b) for a, b in zip(ours.logits, theirs.logits, strict=True))
+
+
+def test_commands_say_what_a_token_costs(export: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    cost = "the cache takes 256 bytes per token (512 in BF16)"
+    assert main(["generate", str(export), "The quick", "--tokens", "8"]) == 0
+    packed = capfd.readouterr()
+    assert cost in packed.err
+    model, tokenizer = load_packed(export), load_tokenizer(export)
+    inputs = tokenizer("The quick", return_tensors="pt")
+    text = tokenizer.decode(model.generate(**inputs, max_new_tokens=8, do_sample=False)[0], skip_special_tokens=True)
+    assert packed.out.strip() == text.strip()
+    with running(export) as client:
+        body = {"prompt": "The quick", "max_tokens": 8, "temperature": 0}
+        answer = client.post("/v1/completions", json=body)
+    assert f"qat serve: {cost}" in capfd.readouterr().err
+    assert text.endswith(answer.json()["choices"][0]["text"])
+
+
+def test_runs_generate_with_it_too(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    scheme = {"rules": [{"match": "*.self_attn", "key": "fp8_token", "value": "fp8_token"},
+                        {"match": "*_proj", "weight": "int4_g64"}, {"match": "*", "skip": "left alone"}]}  # fmt: skip
+    job = load_job(write(tmp_path, folder, steps=1, scheme=scheme))
+    report = train(job, table=False)
+    assert report["caches"] == [
+        {"key": "fp8_token", "value": "fp8_token", "modules": 2, "bytes_per_token": 288, "dense_bytes_per_token": 512}
+    ]
+    out = "".join(capfd.readouterr())
+    assert "cached keys fp8_token, values fp8_token: 2 modules, 288 bytes per token (BF16: 512)" in out
+    assert "Caches of 2 modules: fp8_token keys" in (job.folder / "report.md").read_text()
+    assert main(["generate", str(job.folder), "The quick", "--tokens", "4"]) == 0
+    assert "the cache takes 288 bytes per token" in capfd.readouterr().err
