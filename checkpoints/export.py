@@ -133,9 +133,7 @@ def export_model(
             for stored, tensor in _tensors_of(plan, name, reader, record).items():
                 writer.add(stored, tensor)
             advance(1)
-        for name, scale in cache_tensors(plan.caches, plan.target).items():
-            _check_scale(name, scale)
-            record["tensors"][name] = digest(scale)
+        for name, scale in _cache_scales(plan, record).items():
             writer.add(name, scale)
         files = _copy_files(source, writer.folder)
         extras = plan.target.files(plan.quantization)
@@ -243,6 +241,15 @@ def _packed(plan: ExportPlan, path: str, record: dict[str, Any]) -> dict[str, Te
         "sha256": digest(trained),
     }
     return tensors
+
+
+def _cache_scales(plan: ExportPlan, record: dict[str, Any]) -> dict[str, Tensor]:
+    """Scales of caches by name; their digests go into `record`."""
+    scales = cache_tensors(plan.caches, plan.target)
+    for name, scale in scales.items():
+        _check_scale(name, scale)
+        record["tensors"][name] = digest(scale)
+    return scales
 
 
 def _check_scale(name: str, scale: Tensor) -> None:
