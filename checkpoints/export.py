@@ -34,7 +34,7 @@ from qat.checkpoints.record import RECORD, RECORD_VERSION, is_export
 from qat.checkpoints.shards import DEFAULT_SHARD_BYTES, ShardReader, ShardWriter
 from qat.errors import CheckpointError, UnsupportedError
 from qat.numbers.format import Format
-from qat.numbers.numerics import decode_scale
+from qat.numbers.scale import broken
 from qat.sites import CACHED, sites
 
 if TYPE_CHECKING:
@@ -253,8 +253,7 @@ def _cache_scales(plan: ExportPlan, record: dict[str, Any]) -> dict[str, Tensor]
 
 
 def _check_scale(name: str, scale: Tensor) -> None:
-    values = decode_scale(scale)
-    if not bool((torch.isfinite(values) & (values > 0)).all()):
+    if broken(scale):
         raise CheckpointError(f"{name} must be finite and positive everywhere, but is not; nothing was written")
 
 

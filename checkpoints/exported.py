@@ -124,13 +124,13 @@ def load_exported(
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     stored = stored_names(model, exported.dense_names)
+    _check_layers(exported, stored, type(model).__name__)
     if caches:
         quantize_caches(model, exported, activation_rule, stored)
     if quantize_inputs:
-        _check_layers(exported, stored, type(model).__name__)
         hook_inputs(model, exported, activation_rule, stored.modules)
-        if expert_inputs:
-            _quantize_stack_inputs(model, stack_inputs(exported, activation_rule, stored.rows))
+    if quantize_inputs and expert_inputs:
+        _quantize_stack_inputs(model, stack_inputs(exported, activation_rule, stored.rows))
     loaded: PreTrainedModel = model.eval()
     return loaded
 

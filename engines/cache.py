@@ -30,9 +30,9 @@ class Rows:
         self.quantizer, self.format, self.width = quantizer, quantizer.format, width
         static = quantizer.static()
         self._static = None if static is None else static.detach()
-        blocks = self.format.grid_shape(1, width)[1] if self.format.block[0] == 1 else 0
-        extra = self.format.zero_point + (len(self.format.elements) > 1)
-        self.parts = [width // _per_byte(self.format, width), blocks * self.format.scale_storage.itemsize]
+        blocks = self.format.grid_shape(1, width)[1] if self.format.is_rowwise else 0
+        extra = self.format.zero_point + (not self.format.is_single)
+        self.parts = [width // _per_byte(self.format, width), blocks * self.format.scale.storage.itemsize]
         self.parts += [blocks] * extra
 
     @property
@@ -45,9 +45,9 @@ class Rows:
         x = self.quantizer.transformed(x)
         q = quantize(x, self.format, vllm_scales(x, self.format, self._on(x.device)))
         parts = [_packed(q.codes, _per_byte(self.format, self.width))]
-        if self.format.block[0] == 1:
-            given = (q.scales.stored, q.scales.zero_point, q.scales.choice)
-            parts += [t.contiguous().view(torch.uint8).view(*x.shape[:-1], -1) for t in given if t is not None]
+        if self.format.is_rowwise:
+            given = [tensor for name, tensor in q.parameters.items() if name != "global_scale"]
+            parts += [tensor.contiguous().view(torch.uint8).view(*x.shape[:-1], -1) for tensor in given]
         return torch.cat(parts, dim=-1)
 
     def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -55,13 +55,13 @@ class Rows:
         codes, stored, *more = rows.split(self.parts, dim=-1)
         codes = _unpacked(codes, _per_byte(self.format, self.width))
         static, fmt = self._on(rows.device), self.format
-        if fmt.block[0] != 1:
+        if not fmt.is_rowwise:
             assert static is not None
             return QTensor(fmt, codes, Scales(static.view(1, 1))).dequantize(dtype)
-        scale = stored.contiguous().view(fmt.scale_storage).flatten(0, -2)
+        scale = stored.contiguous().view(fmt.scale.storage).flatten(0, -2)
         above = static.reciprocal().view(()) if fmt.global_scale and static is not None else None
         zero = more[0].contiguous().view(torch.int8).flatten(0, -2) if fmt.zero_point else None
-        choice = more[-1].flatten(0, -2) if len(fmt.elements) > 1 else None
+        choice = more[-1].flatten(0, -2) if not fmt.is_single else None
         return QTensor(fmt, codes, Scales(scale, above, zero, choice)).dequantize(dtype)
 
     def _on(self, device: torch.device) -> Tensor | None:

@@ -27,6 +27,7 @@ class Slot:
         role: what the tensor is.
         shape: of a weight as it multiplies: (rows, columns), or (experts, rows, columns); of a cache (heads, width).
         no_input: why the weight takes no input format; "" where it does.
+        transposed: whether the parameter is stored (..., columns, rows).
         refused: why it cannot be quantized at all; "" where it can.
     """
 
@@ -34,6 +35,7 @@ class Slot:
     role: Role
     shape: tuple[int, ...]
     no_input: str = ""
+    transposed: bool = False
     refused: str = ""
 
 

@@ -14,14 +14,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from qat.checkpoints.layouts.kinds import ROW, TENSOR, fp8_input, int_input, nvfp4
 from qat.errors import CheckpointError, UnsupportedError
-from qat.numbers.catalog import CATALOG, E2M1, E4M3, INT4, INT8
+from qat.numbers.catalog import CATALOG
 from qat.numbers.format import Format
 
 _KEYS, _OF_CACHES = ("kv_cache_scheme", "kv_cache_quant_algo"), ("k_scale", "v_scale")
-_TENSOR, _ROW = (0, 0), (1, 0)
-_STATIC = {E4M3: "float", INT8: "int"}
-_DYNAMIC = {E4M3: "fp8_per_token_head", INT8: "int8_per_token_head", INT4: "int4_per_token_head"}
 
 
 @dataclass(frozen=True)
@@ -67,10 +65,9 @@ class StoredCache:
 
 def cache_args(fmt: Format) -> dict[str, Any] | None:
     """QuantizationArgs of caches with calibrated scales, or None where none mean this format."""
-    if fmt.block != _TENSOR or fmt.zero_point or fmt.elements[1:] or fmt.element not in _STATIC:
-        return None
-    kind = _STATIC[fmt.element]
-    return {"num_bits": fmt.element.bits, "type": kind, "symmetric": True, "strategy": "tensor", "dynamic": False}
+    kind = "float" if fp8_input(fmt, TENSOR) else "int" if int_input(fmt, TENSOR, 8) else None
+    args = {"num_bits": fmt.element.bits, "type": kind, "symmetric": True, "strategy": "tensor", "dynamic": False}
+    return args if kind else None
 
 
 def cache_format(args: Mapping[str, Any]) -> Format:
@@ -89,10 +86,11 @@ def cache_format(args: Mapping[str, Any]) -> Format:
 
 def engine_flag(fmt: Format) -> str | None:
     """vLLM's `--kv-cache-dtype` for caches whose scales follow the data, or None where it has none."""
-    if fmt.global_scale and fmt.elements == (E2M1,) and fmt.scale == "e4m3":
-        return fmt.name
-    dynamic = fmt.block == _ROW and fmt.scale == "f32" and not fmt.zero_point and not fmt.elements[1:]
-    return _DYNAMIC.get(fmt.element) if dynamic else None
+    if fp8_input(fmt, ROW):
+        return "fp8_per_token_head"
+    if int_input(fmt, ROW, 8, 4):
+        return f"int{fmt.element.bits}_per_token_head"
+    return fmt.name if nvfp4(fmt) else None
 
 
 # --- reading ----------------------------------------------------------------------------------------

@@ -137,7 +137,7 @@ class ExpertsAdapter:
                 experts, rows, columns = parameter.shape
                 shape = (experts, columns, rows) if module.is_transposed else (experts, rows, columns)
                 no_input = "" if name in FIRST or module.has_gate else _NO_GATE
-                slots.append(Slot(name, "weight", shape, no_input))
+                slots.append(Slot(name, "weight", shape, no_input, module.is_transposed))
         return slots
 
     def attach(self, module: nn.Module, quantizers: Mapping[str, Quantizers]) -> nn.Module:

@@ -12,13 +12,12 @@ from qat.adapters.embedding import QatEmbedding
 from qat.adapters.linear import QatLinear
 from qat.errors import ConfigError, FormatError, UnsupportedError
 from qat.init.calibration import calibrate
-from qat.modes import dense, served
 from qat.numbers.catalog import lookup
 from qat.numbers.numerics import find_scales
 from qat.quantizer import InputQuantizer, WeightQuantizer
 from qat.scheme import Rule, Scheme, upgraded
 from qat.sites import candidates, weights
-from qat.surgery import apply, fused_sets, plan, report
+from qat.surgery import apply, plan, report, trained_together
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -152,7 +151,7 @@ def test_fused_sets_share_the_global_scale_and_the_input_quantizer() -> None:
     apply(model, usual("nvfp4", "nvfp4"))
     found = weights(model)
     alone = {path: find_scales(layer.weight, lookup("nvfp4")).global_scale for path, layer in found.items()}
-    sets = fused_sets(list(found), usual())
+    sets = trained_together(model, usual(), found)
     assert [len(s) for s in sets] == [3, 2, 3, 2]
     for members in sets:
         scales = {found[m].quantizer.global_scale.item() for m in members}
@@ -284,39 +283,6 @@ def test_tied_weights_can_be_untied() -> None:
     assert torch.equal(head.weight, before) and torch.equal(table.weight, before)
     assert model.config.tie_word_embeddings is False
     assert sum(row.parameters for row in report(model).modules) == matrix_parameters(model)
-
-
-def test_dense_is_the_original_model_and_ends_cleanly() -> None:
-    original = logits(build())
-    model = apply(build(), usual("int3_g64"))
-    quantized = logits(model)
-    with dense(model):
-        assert torch.equal(logits(model), original)
-        with dense(model):  # calibration inside a measurement
-            assert torch.equal(logits(model), original)
-        assert torch.equal(logits(model), original)
-    assert torch.equal(logits(model), quantized)
-    with pytest.raises(RuntimeError, match="inside"), dense(model):
-        raise RuntimeError("inside")
-    assert torch.equal(logits(model), quantized) and not torch.equal(quantized, original)
-    assert not any("forward" in vars(m) for m in model.modules() if isinstance(m, WeightQuantizer))
-
-
-def test_served_rounds_what_is_stored_in_bf16_and_restores_it() -> None:
-    model = apply(build(), usual("nvfp4"))
-    before = {n: (p.data_ptr(), p.detach().clone()) for n, p in model.named_parameters()}
-    plain = logits(model)
-    with served(model):
-        for name, parameter in model.named_parameters():
-            quantized = ".weight_quantizer." in name or "_proj" in name
-            expected = before[name][1] if quantized else before[name][1].bfloat16().float()
-            assert torch.equal(parameter, expected), name
-        assert not torch.equal(logits(model), plain)
-    with pytest.raises(RuntimeError, match="inside"), served(model):
-        raise RuntimeError("inside")
-    for name, parameter in model.named_parameters():
-        assert (parameter.data_ptr(), True) == (before[name][0], torch.equal(parameter, before[name][1]))
-    assert torch.equal(logits(model), plain)
 
 
 def test_plans_and_paths_of_an_applied_model_are_those_of_the_original() -> None:

@@ -1,20 +1,18 @@
-"""Scale starts against brute force over every scale that can be stored, and observers against slow or foreign ones."""
+"""Searched scales against brute force over every scale that can be stored."""
 
 import dataclasses
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.ao.quantization.observer import MovingAverageMinMaxObserver
 
 from qat.errors import FormatError
-from qat.init.observers import Histogram, Observer, RangeObserver
 from qat.init.scales import shared_global_scale, start_scales
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.format import Format
 from qat.numbers.numerics import Scales, find_scales, from_blocks, global_scale_for, per_block, rounded, to_blocks
+from qat.numbers.scale import F32, UE4M3
 
 every_format = pytest.mark.parametrize("fmt", CATALOG.values(), ids=lambda fmt: fmt.name)
 
@@ -41,8 +39,8 @@ def error(x: Tensor, fmt: Format, scales: Scales, weights: Tensor | None = None)
 
 def all_scales(fmt: Format, base: Scales) -> list[Tensor]:
     """Every stored scale of an 8-bit scale type: the 126 positive finite E4M3 codes, or 80 powers of two."""
-    codes = range(1, 127) if fmt.scale == "e4m3" else range(87, 167)
-    return [torch.full_like(base.stored.view(torch.uint8), c).view(fmt.scale_storage) for c in codes]
+    codes = range(1, 127) if fmt.scale is UE4M3 else range(87, 167)
+    return [torch.full_like(base.stored.view(torch.uint8), c).view(fmt.scale.storage) for c in codes]
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "nvint4", "if4", "mxfp4", "mxfp6", "mxfp8", "mxint8", "mxint4"])
@@ -119,7 +117,7 @@ def test_importance_moves_the_scale_to_what_matters() -> None:
 
 
 def test_mse_equals_a_search_over_eighty_ratios() -> None:
-    fmt, x = dataclasses.replace(lookup("int4_g64"), scale="f32"), normal(8, 128)
+    fmt, x = dataclasses.replace(lookup("int4_g64"), scale=F32), normal(8, 128)
     found = error(x, fmt, start_scales(x, fmt, "mse"))
     amax = to_blocks(x, fmt).abs().amax(dim=(1, 3))
     trials = [error(x, fmt, Scales(amax / 7 * (0.3 + 0.7 * (i + 1) / 80))) for i in range(80)]
@@ -147,139 +145,6 @@ def test_fused_layers_share_the_larger_global_scale(name: str) -> None:
         for start in ("amax", "auto"):
             assert torch.equal(start_scales(weight, fmt, start, shared).global_scale, shared)
     assert shared_global_scale([small, large], lookup("int4_g64")) is None
-
-
-def observed(kind: Observer, batches: list[Tensor], name: str = "int8_tensor") -> float:
-    observer = RangeObserver(kind, lookup(name))
-    for batch in batches:
-        observer.add(batch)
-    return observer.amax()
-
-
-def batches(count: int = 5) -> list[Tensor]:
-    return [normal(40, 64, seed=seed) * (1 + seed) for seed in range(count)]
-
-
-def with_outliers() -> list[Tensor]:
-    """Gaussian, and one value in ten thousand at 40 sigma."""
-    found = []
-    for seed in range(4):
-        x = normal(200, 100, seed=seed)
-        x[0, :2] = 40.0
-        found.append(x)
-    return found
-
-
-def test_minmax_is_the_largest_magnitude() -> None:
-    assert observed("minmax", [*batches(), torch.tensor([-77.0, 3.0])]) == 77.0
-
-
-def test_moving_average_equals_pytorch() -> None:
-    reference = MovingAverageMinMaxObserver(averaging_constant=0.01)
-    for batch in batches():
-        reference(batch.abs())  # of one sign, so that its maximum is our magnitude
-    assert observed("moving_average", batches()) == pytest.approx(reference.max_val.item(), rel=1e-6)
-
-
-def test_percentile_equals_that_of_all_the_data() -> None:
-    data = torch.cat([b.abs().flatten() for b in batches()]).numpy()
-    width = 2 * float(data.max()) / 2048  # the histogram's limit is less than twice the maximum
-    for percentile in (50.0, 99.0, 99.9):
-        observer = RangeObserver("percentile", lookup("int8_tensor"), percentile)
-        for batch in batches():
-            observer.add(batch)
-        assert observer.amax() == pytest.approx(
-            np.percentile(data, percentile, method="inverted_cdf"), abs=1.01 * width
-        )
-
-
-@pytest.mark.parametrize("name", ["int4_tensor", "int8_tensor", "fp8_tensor"])
-def test_mse_clip_is_the_best_on_the_data_itself(name: str) -> None:
-    element, data = lookup(name).element, torch.cat(with_outliers()).abs().double()
-
-    def cost(limit: float) -> float:
-        scale = limit / element.max
-        return float((element.round((data / scale).float()).double() * scale - data).square().mean())
-
-    found = observed("mse", with_outliers(), name)
-    assert cost(found) <= 1.02 * min(cost(40.0 * ratio / 100) for ratio in range(2, 101))
-    assert found <= 40.0 and (element.bits > 4 or found < 20.0)
-
-
-def slow_kl(counts: np.ndarray, width: float, levels: int) -> float:
-    """TensorRT's calibration written as its slides describe it, one bin and one level at a time."""
-    best, best_kl = len(counts), math.inf
-    for keep in range(levels, len(counts) + 1, max(1, levels // 16)):
-        p = counts[:keep].astype(float)
-        p[-1] += counts[keep:].sum()
-        q = np.zeros(keep)
-        for level in range(levels):
-            first, last = math.ceil(level * keep / levels), math.ceil((level + 1) * keep / levels)
-            full = counts[first:last] > 0
-            if full.any():
-                q[first:last][full] = counts[first:last].sum() / full.sum()
-        p, q = p / p.sum(), q / q.sum()
-        kl = sum(a * math.log(max(a, 1e-30) / max(b, 1e-30)) for a, b in zip(p, q, strict=True) if a > 0)
-        if kl < best_kl - 1e-12:
-            best, best_kl = keep, kl
-    return (best + 0.5) * width
-
-
-def test_kl_equals_a_slow_second_implementation() -> None:
-    for data in (with_outliers(), batches()):
-        histogram = Histogram()
-        for batch in data:
-            histogram.add(batch)
-        expected = slow_kl(histogram.counts.numpy(), histogram.limit / 2048, 128)
-        assert observed("kl", data) == pytest.approx(expected, rel=1e-9)
-
-
-def test_kl_and_percentile_clip_outliers_and_minmax_does_not() -> None:
-    data = with_outliers()
-    assert observed("minmax", data) == 40.0
-    assert 2.5 < observed("kl", data) < 10.0
-    assert 3.0 < observed("percentile", [*data, *[normal(200, 100, seed=9) for _ in range(8)]]) < 6.0
-
-
-def test_the_histogram_equals_numpy_after_any_number_of_doublings() -> None:
-    histogram = Histogram()
-    parts = [normal(1000, seed=seed) * scale for seed, scale in enumerate((1e-3, 0.5, 0.1, 30.0, 4.0))]
-    for part in parts:
-        histogram.add(part)
-    data = torch.cat(parts).abs()
-    assert histogram.limit >= data.max() > histogram.limit / 2
-    assert math.log2(histogram.limit / parts[0].abs().max().item()) == pytest.approx(15, abs=2)
-    expected, _ = np.histogram(data.numpy().astype(np.float64), 2048, (0, histogram.limit))
-    assert histogram.counts.sum() == 5000
-    assert np.abs(histogram.counts.numpy() - expected).sum() <= 4  # values on an edge may fall to either side
-    assert histogram.centres[0] == histogram.limit / 4096 and histogram.centres[-1] < histogram.limit
-
-
-@pytest.mark.parametrize("kind", ["minmax", "moving_average", "percentile", "mse", "kl"])
-def test_nan_infinity_and_empty_batches_do_not_spoil_a_range(kind: Observer) -> None:
-    bad = normal(40, 64, seed=0)
-    bad[0, 0], bad[1, 1], bad[2, 2] = math.nan, math.inf, -math.inf
-    clean = torch.where(bad.isfinite(), bad, 0.0)
-    assert observed(kind, [bad, normal(4, 4)]) == pytest.approx(observed(kind, [clean, normal(4, 4)]), rel=1e-3)
-    if kind != "moving_average":
-        assert observed(kind, [clean, torch.zeros(0, 4)]) == observed(kind, [clean])
-
-
-@pytest.mark.parametrize("kind", ["minmax", "moving_average", "percentile", "mse", "kl"])
-@pytest.mark.parametrize("data", [[], [torch.zeros(3, 3)]])
-def test_nothing_observed_is_an_error(kind: Observer, data: list[Tensor]) -> None:
-    with pytest.raises(FormatError, match="no non-zero activations were observed"):
-        observed(kind, data)
-
-
-def test_observers_take_any_shape_and_dtype_and_keep_no_data() -> None:
-    for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        assert observed("minmax", [torch.ones(2, 3, 4, dtype=dtype)]) == 1.0
-    observer = RangeObserver("kl", lookup("int8_tensor"))
-    x = normal(8, 8).requires_grad_()
-    observer.add(x * 2)
-    held = [v for v in vars(observer).values() if isinstance(v, Tensor)]
-    assert not held and not observer._histogram.counts.requires_grad
 
 
 def test_blocks_of_an_overhang_ignore_the_padding() -> None:

@@ -1,0 +1,150 @@
+"""Observers against slow or foreign ones."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.ao.quantization.observer import MovingAverageMinMaxObserver
+
+from qat.errors import FormatError
+from qat.init.observers import Histogram, Observer, RangeObserver
+from qat.numbers.catalog import lookup
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def observed(kind: Observer, batches: list[Tensor], name: str = "int8_tensor") -> float:
+    observer = RangeObserver(kind, lookup(name))
+    for batch in batches:
+        observer.add(batch)
+    return observer.amax()
+
+
+def batches(count: int = 5) -> list[Tensor]:
+    return [normal(40, 64, seed=seed) * (1 + seed) for seed in range(count)]
+
+
+def with_outliers() -> list[Tensor]:
+    """Gaussian, and one value in ten thousand at 40 sigma."""
+    found = []
+    for seed in range(4):
+        x = normal(200, 100, seed=seed)
+        x[0, :2] = 40.0
+        found.append(x)
+    return found
+
+
+def test_minmax_is_the_largest_magnitude() -> None:
+    assert observed("minmax", [*batches(), torch.tensor([-77.0, 3.0])]) == 77.0
+
+
+def test_moving_average_equals_pytorch() -> None:
+    reference = MovingAverageMinMaxObserver(averaging_constant=0.01)
+    for batch in batches():
+        reference(batch.abs())  # of one sign, so that its maximum is our magnitude
+    assert observed("moving_average", batches()) == pytest.approx(reference.max_val.item(), rel=1e-6)
+
+
+def test_percentile_equals_that_of_all_the_data() -> None:
+    data = torch.cat([b.abs().flatten() for b in batches()]).numpy()
+    width = 2 * float(data.max()) / 2048  # the histogram's limit is less than twice the maximum
+    for percentile in (50.0, 99.0, 99.9):
+        observer = RangeObserver("percentile", lookup("int8_tensor"), percentile)
+        for batch in batches():
+            observer.add(batch)
+        assert observer.amax() == pytest.approx(
+            np.percentile(data, percentile, method="inverted_cdf"), abs=1.01 * width
+        )
+
+
+@pytest.mark.parametrize("name", ["int4_tensor", "int8_tensor", "fp8_tensor"])
+def test_mse_clip_is_the_best_on_the_data_itself(name: str) -> None:
+    element, data = lookup(name).element, torch.cat(with_outliers()).abs().double()
+
+    def cost(limit: float) -> float:
+        scale = limit / element.max
+        return float((element.round((data / scale).float()).double() * scale - data).square().mean())
+
+    found = observed("mse", with_outliers(), name)
+    assert cost(found) <= 1.02 * min(cost(40.0 * ratio / 100) for ratio in range(2, 101))
+    assert found <= 40.0 and (element.bits > 4 or found < 20.0)
+
+
+def slow_kl(counts: np.ndarray, width: float, levels: int) -> float:
+    """TensorRT's calibration written as its slides describe it, one bin and one level at a time."""
+    best, best_kl = len(counts), math.inf
+    for keep in range(levels, len(counts) + 1, max(1, levels // 16)):
+        p = counts[:keep].astype(float)
+        p[-1] += counts[keep:].sum()
+        q = np.zeros(keep)
+        for level in range(levels):
+            first, last = math.ceil(level * keep / levels), math.ceil((level + 1) * keep / levels)
+            full = counts[first:last] > 0
+            if full.any():
+                q[first:last][full] = counts[first:last].sum() / full.sum()
+        p, q = p / p.sum(), q / q.sum()
+        kl = sum(a * math.log(max(a, 1e-30) / max(b, 1e-30)) for a, b in zip(p, q, strict=True) if a > 0)
+        if kl < best_kl - 1e-12:
+            best, best_kl = keep, kl
+    return (best + 0.5) * width
+
+
+def test_kl_equals_a_slow_second_implementation() -> None:
+    for data in (with_outliers(), batches()):
+        histogram = Histogram()
+        for batch in data:
+            histogram.add(batch)
+        expected = slow_kl(histogram.counts.numpy(), histogram.limit / 2048, 128)
+        assert observed("kl", data) == pytest.approx(expected, rel=1e-9)
+
+
+def test_kl_and_percentile_clip_outliers_and_minmax_does_not() -> None:
+    data = with_outliers()
+    assert observed("minmax", data) == 40.0
+    assert 2.5 < observed("kl", data) < 10.0
+    assert 3.0 < observed("percentile", [*data, *[normal(200, 100, seed=9) for _ in range(8)]]) < 6.0
+
+
+def test_the_histogram_equals_numpy_after_any_number_of_doublings() -> None:
+    histogram = Histogram()
+    parts = [normal(1000, seed=seed) * scale for seed, scale in enumerate((1e-3, 0.5, 0.1, 30.0, 4.0))]
+    for part in parts:
+        histogram.add(part)
+    data = torch.cat(parts).abs()
+    assert histogram.limit >= data.max() > histogram.limit / 2
+    assert math.log2(histogram.limit / parts[0].abs().max().item()) == pytest.approx(15, abs=2)
+    expected, _ = np.histogram(data.numpy().astype(np.float64), 2048, (0, histogram.limit))
+    assert histogram.counts.sum() == 5000
+    assert np.abs(histogram.counts.numpy() - expected).sum() <= 4  # values on an edge may fall to either side
+    assert histogram.centres[0] == histogram.limit / 4096 and histogram.centres[-1] < histogram.limit
+
+
+@pytest.mark.parametrize("kind", ["minmax", "moving_average", "percentile", "mse", "kl"])
+def test_nan_infinity_and_empty_batches_do_not_spoil_a_range(kind: Observer) -> None:
+    bad = normal(40, 64, seed=0)
+    bad[0, 0], bad[1, 1], bad[2, 2] = math.nan, math.inf, -math.inf
+    clean = torch.where(bad.isfinite(), bad, 0.0)
+    assert observed(kind, [bad, normal(4, 4)]) == pytest.approx(observed(kind, [clean, normal(4, 4)]), rel=1e-3)
+    if kind != "moving_average":
+        assert observed(kind, [clean, torch.zeros(0, 4)]) == observed(kind, [clean])
+
+
+@pytest.mark.parametrize("kind", ["minmax", "moving_average", "percentile", "mse", "kl"])
+@pytest.mark.parametrize("data", [[], [torch.zeros(3, 3)]])
+def test_nothing_observed_is_an_error(kind: Observer, data: list[Tensor]) -> None:
+    with pytest.raises(FormatError, match="no non-zero activations were observed"):
+        observed(kind, data)
+
+
+def test_observers_take_any_shape_and_dtype_and_keep_no_data() -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        assert observed("minmax", [torch.ones(2, 3, 4, dtype=dtype)]) == 1.0
+    observer = RangeObserver("kl", lookup("int8_tensor"))
+    x = normal(8, 8).requires_grad_()
+    observer.add(x * 2)
+    held = [v for v in vars(observer).values() if isinstance(v, Tensor)]
+    assert not held and not observer._histogram.counts.requires_grad
