@@ -95,23 +95,19 @@ def load_exported(
         CheckpointError: tensors are missing, surplus or damaged.
         UnsupportedError: an input quantization that the catalogue does not know.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     exported = open_export(folder)
     config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    try:
-        architecture: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    except KeyError:
-        raise UnsupportedError(f"transformers has no causal language model for {config.model_type!r}") from None
     dense: dict[str, Tensor] = {}
     with progress(f"unpacking {folder.name}", len(exported.modules)) as advance:
         for name, tensor in exported.dense_tensors():
             dense[name] = tensor
             advance(1)
     with quiet():
-        model, info = architecture.from_pretrained(
+        model, info = _architecture(config).from_pretrained(
             None,
             config=config,
             state_dict=dense,
@@ -133,6 +129,15 @@ def load_exported(
         _quantize_stack_inputs(model, stack_inputs(exported, activation_rule, stored.rows))
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def _architecture(config: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        raise UnsupportedError(f"transformers has no causal language model for {config.model_type!r}") from None
 
 
 def _check_layers(exported: ExportedFolder, stored: StoredNames, kind: str) -> None:
