@@ -174,14 +174,14 @@ def distill_rows(
 
     A target outside the vocabulary makes its row NaN, where the reference raises: looking would wait for the device.
     """
-    given = [student_logits] if teacher_logits is None else [student_logits, teacher_logits]
-    if any(logits.dtype not in DTYPES for logits in given):  # float64: for proofs, not for speed
+    both = [student_logits] if teacher_logits is None else [student_logits, teacher_logits]
+    if any(logits.dtype not in DTYPES for logits in both):  # float64: for proofs, not for speed
         return reference(student_logits, teacher_logits, targets, kind, temperature, beta, scale)
     rows, vocabulary = student_logits.shape
     losses = student_logits.new_empty(rows, dtype=torch.float32)
     if rows == 0 or vocabulary == 0:
         return losses.zero_()
-    work, *others = (logits if logits.stride(-1) == 1 else logits.contiguous() for logits in given)
+    work, *others = (logits if logits.stride(-1) == 1 else logits.contiguous() for logits in both)
     teacher = others[0] if others else None
     fixed = constants(kind, vocabulary)
     distill_rows_kernel[(rows,)](

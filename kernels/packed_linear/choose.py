@@ -25,8 +25,8 @@ class Tiles:
 
 def problem(fmt: Format) -> str | None:
     """Why the Triton kernel does not multiply weights of this format, or None."""
-    known = fmt.scale.is_one_of(F32, BF16, F16, UE4M3, E8M0)
-    return packing_problem(fmt) or (None if known else f"the kernel does not decode {fmt.scale} scales")
+    decodable = fmt.scale.is_one_of(F32, BF16, F16, UE4M3, E8M0)
+    return packing_problem(fmt) or (None if decodable else f"the kernel does not decode {fmt.scale} scales")
 
 
 def choose(tokens: int, rows: int, columns: int, tile: int, processors: int) -> Tiles:

@@ -79,7 +79,7 @@ def operand_of_bits(
 @triton.jit
 def operand_of_bytes(code, OPERAND: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr,
                      BIAS: tl.constexpr):  # fmt: skip
-    """Operands from codes that are held one per byte: int8 integers (of BITS bits) or E4M3, as a byte for float16."""
+    """Operands from codes stored one per byte: int8 integers (of BITS bits) or E4M3, as a byte for float16."""
     if OPERAND == "float8" and KIND == "integer":
         value = code.to(tl.int16)
         return (tl.abs(value) | (value & 0x80)).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
@@ -157,7 +157,7 @@ def quantized_matmul_kernel(
     of rows per scale of the weight, 0 for all of them."""
     STEP: tl.constexpr = PART * PARTS
     PLAIN: tl.constexpr = W_BITS == 8
-    WHOLE: tl.constexpr = OPERAND == "int8" and FLUSH == 0  # exact sums: segments need not be told apart
+    WHOLE: tl.constexpr = OPERAND == "int8" and FLUSH == 0  # exact sums: segments need not be separated
     SUM: tl.constexpr = tl.int32 if OPERAND == "int8" else tl.float32
     TOTAL: tl.constexpr = tl.int32 if WHOLE else tl.float32
     X_INSIDE: tl.constexpr = X_GROUP > 0 and X_GROUP < PART
@@ -354,8 +354,8 @@ def quantized_matmul(
     """The operator `qat::quantized_matmul` on a device that runs Triton."""
     x, w, rows = lookup(input_format), lookup(weight_format), weight.shape[0]
     if problem(x, w) is not None:
-        given = (codes, scales, weight, weight_scales, bias, global_scale, input_format, weight_format, columns, dtype)
-        return reference(*given)
+        formats = input_format, weight_format
+        return reference(codes, scales, weight, weight_scales, bias, global_scale, *formats, columns, dtype)
     flat, weight = _flat(codes), weight if weight.stride(-1) == 1 else weight.contiguous()
     tokens = flat.shape[0]
     out = torch.empty(*codes.shape[:-1], rows, dtype=dtype, device=codes.device)

@@ -181,9 +181,7 @@ def test_weights_stay_packed(int4: Path) -> None:
 
 def test_formats_that_cannot_be_packed_are_named(small: Path, tmp_path: Path) -> None:
     export_pair(small, tmp_path / "out", ("int3_g64", None))
-    with pytest.warns(
-        UserWarning, match="and 6 more: int3_g64 weights are held dense, no faster than BF16: codes of 3"
-    ):
+    with pytest.warns(UserWarning, match="and 6 more: int3_g64 weights are dense, no faster than BF16: codes of 3"):
         packed = load_packed(tmp_path / "out", torch.bfloat16)
     assert torch.equal(logits(packed), logits(load_exported(tmp_path / "out", dtype=torch.bfloat16)))
 

@@ -145,7 +145,7 @@ def test_what_the_shell_ignores_stays_ignored(number: signal.Signals) -> None:
         with Interruptions() as interruptions:
             interruptions.finish_steps()
             os.kill(os.getpid(), number)
-            assert signal.getsignal(number) == signal.SIG_IGN and interruptions.asked is None
+            assert signal.getsignal(number) == signal.SIG_IGN and interruptions.signal is None
     finally:
         signal.signal(number, before)
 
