@@ -4,6 +4,11 @@ Rounding is float32 arithmetic that IEEE 754 fixes to the last bit (a correctly 
 bits, no casts to small floats), so a GPU, the interpreter and `qat.numbers.numerics` give the same bits. What the
 kernels do not take runs the reference; `qat.kernels.load.explain_training` says so by name.
 
+Values lie as the model has them; `choose.plan` sees every tensor as a matrix with one scale per row (a group is a row),
+so that a tile of TILE_ROWS x TILE_COLUMNS values needs a handful of scales. Memory bounds the speed: each value is read
+once and written once, 16 bytes per access and thread, and about ten instructions lie between, so nothing is worth
+tuning but the width of a tile.
+
 Sums over large blocks are made in two steps, each in a fixed order: no atomics, so a run repeats itself exactly.
 """
 
@@ -58,11 +63,12 @@ def rounded(
         return clamp(x, LOW - zero, HIGH - zero) + ROUNDER - ROUNDER
     elif KIND == "integer":
         x = clamp(x, LOW, HIGH)
-        sign = x.to(tl.int32, bitcast=True) & -2147483648
+        sign = x.to(tl.int32, bitcast=True) & -2147483648  # the sum below loses that of -0.0, which torch.round keeps
         return ((x + ROUNDER - ROUNDER).to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
     else:  # see Element.round_
         x = clamp(x, LOW, HIGH)
         binade = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        # As large as leaves MANTISSA bits of x to the sum: the addition rounds, half to even.
         dropper = tl.maximum(binade, MIN_NORMAL) * (1.5 * 2.0 ** (23 - MANTISSA))
         return x + dropper - dropper
 
@@ -171,6 +177,7 @@ def fake_quantize_backward_kernel(
     d = m if ONE_SCALE else tl.load(divisor + scale_at, mask=in_row, other=1.0)
     zero = tl.load(zeros + scale_at, mask=in_row, other=0).to(tl.float32) if ZEROS else 0.0
     lowest, highest = ((LOW - zero) * d)[:, None], ((HIGH - zero) * d)[:, None]
+    # y = round(x / d) * m: inside the bounds dy/dx is m / d, which is 1 where both are one scale.
     passing = 1.0 if ONE_SCALE else tl.div_rn(m, d)[:, None]
     divisor_sum = tl.zeros((TILE_ROWS,) if ONE_TILE else (TILE_ROWS, TILE_COLUMNS), tl.float32)
     multiplier_sum = divisor_sum

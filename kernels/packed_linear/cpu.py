@@ -1,5 +1,10 @@
 """The packed linear kernel on CPUs: `cpu.c` for a few tokens, slices of dense weights and torch's product for many.
 
+The words are those of the GPU (`triton.py` draws them); scales and zero points lie (rows, groups) in memory here,
+because a core walks along one row. A few tokens: each core decodes its rows into registers and multiplies at once, and
+reading them from memory is the bound. Many tokens: a slice of rows that fits the cache is decoded once into dense
+numbers, and the library's product, which then bounds the speed, reads it from there.
+
 Decoding is exact and sums are float32. For many tokens in BF16 the dense slice is rounded to BF16, as every engine that
 dequantizes does, because the library product wants its operands alike.
 """

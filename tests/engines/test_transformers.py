@@ -98,7 +98,9 @@ def test_triton_kernels_serve_a_model(small: Path, tmp_path: Path) -> None:
     folders = [tmp_path / f"{weight}-{input}" for weight, input in served]
     for folder, pair in zip(folders, served, strict=True):
         export_pair(small, folder, pair)
-    told = in_a_process("interpret_engine.py", *map(str, folders), TRITON_INTERPRET="1", QAT_KERNELS="0")
+    told = in_a_process(
+        Path(__file__).with_name("interpret_engine.py"), *map(str, folders), TRITON_INTERPRET="1", QAT_KERNELS="0"
+    )
     for folder, (_, input) in zip(folders, served, strict=True):
         layers = "0 packed, 7 multiplied" if input else "7 packed, 0 multiplied"
         assert f"{folder.name}: {layers} by codes" in told

@@ -102,7 +102,7 @@ def test_ctrl_c_before_training_leaves_nothing_in_the_way(
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
 
-    for moment in ("load_configured", "observe", "prepare"):  # loading, calibration, finding the start
+    for moment in ("load_configured", "observe", "initialise"):  # loading, calibration, initialisation
         with monkeypatch.context() as patch:
             patch.setattr(run, moment, interrupted)
             assert main(["train", str(path)]) == 130
