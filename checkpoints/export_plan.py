@@ -31,7 +31,7 @@ from qat.checkpoints.names import (
 )
 from qat.checkpoints.shards import ShardReader, TensorInfo
 from qat.errors import CheckpointError, UnsupportedError
-from qat.kept import kept_in_float32, own_tensors
+from qat.float32 import float32_names, own_tensors
 from qat.sites import Site, sites
 from qat.text import some
 
@@ -174,7 +174,7 @@ def _sort_tensors(model: "PreTrainedModel", source: Path | None, target: Target)
         _check_source(model, names, source, {**names.shadowed, **aliases}, dense.keys() | own)
     order = [name for name in given if name not in left_out]
     order += sorted((dense.keys() | own) - set(given))
-    in_float32 = kept_in_float32(model)
+    in_float32 = float32_names(model)
     wide = frozenset(name for name in dense if names.origins.get(name) in in_float32)
     copied, head = {name: given[name].shape for name in sorted(names.unread)}, _head(model, names.paths)
     return ExportPlan(

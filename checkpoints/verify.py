@@ -27,7 +27,7 @@ from qat.checkpoints.names import StoredNames, missing_names, skeleton, stored_n
 from qat.checkpoints.progress import progress
 from qat.checkpoints.record import RECORD, read_record
 from qat.errors import CheckpointError
-from qat.kept import kept_in_float32
+from qat.float32 import float32_names
 from qat.text import some
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class _Subject:
     @cached_property
     def in_float32(self) -> set[str]:
         """Checkpoint names of what the architecture keeps in float32."""
-        own = kept_in_float32(self.model)
+        own = float32_names(self.model)
         return {name for name, place in self.stored.origins.items() if place in own}
 
     @cached_property

@@ -92,8 +92,8 @@ def transformers_server(
     class Server(uvicorn.Server):
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)  # ends the process where the port is taken
-            told = f"{' or '.join(names)} on http://{host}:{port}/v1"
-            print(f"qat serve: {told} (stop with Ctrl-C)", file=sys.stderr, flush=True)
+            address = f"{' or '.join(names)} on http://{host}:{port}/v1"
+            print(f"qat serve: {address} (stop with Ctrl-C)", file=sys.stderr, flush=True)
 
         def run(self, sockets: Any = None) -> None:
             try:

@@ -321,7 +321,7 @@ def _training_kernels(as_json: bool) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Any], str]] = {
     "train": (options.train, _train, "run quantization-aware training or distillation from a YAML file"),
-    "eval": (options.evaluate, _eval, "judge a run, an export or a model: KL to the teacher, NLL, top-1 agreement"),
+    "eval": (options.evaluate, _eval, "evaluate a run, an export or a model: KL to the teacher, NLL, top-1 agreement"),
     "export": (options.export, _export, "write a trained run as a native low-precision checkpoint"),
     "verify": (options.verify, _verify, "check an exported checkpoint against the trained model, bit for bit"),
     "generate": (options.generate, _generate, "continue a prompt on this machine, streaming, and print tokens/s"),

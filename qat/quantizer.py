@@ -91,7 +91,7 @@ class WeightQuantizer(Quantizer):
 
     Args:
         fmt: the weight's format.
-        scales: where to start; those of a stack have its matrices one below the other.
+        scales: the initial ones; those of a stack have its matrices one below the other.
         learn: which corrections are parameters.
         round_bf16: see `Scheme.round_bf16`.
     """
@@ -113,7 +113,7 @@ class WeightQuantizer(Quantizer):
         self.set_scales(scales)
 
     def set_scales(self, scales: Scales) -> None:
-        """Start (again) from these scales, with no learned correction."""
+        """Begin (again) from these scales, with no learned correction."""
         self.start = scales.effective().clone()
         self.global_scale, self.zero_point, self.choice = scales.global_scale, scales.zero_point, scales.choice
         for correction in (self.log_scale, self.log_divisor):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qat.adapters import unknown_kind
 from qat.errors import ConfigError, FormatError, UnsupportedError
 from qat.families import find_family, fused_sets
-from qat.init.scales import shared_global_scale, start_scales
+from qat.init.scales import initial_scales, shared_global_scale
 from qat.numbers.catalog import lookup
 from qat.numbers.numerics import width_problem
 from qat.quantizer import InputQuantizer, WeightQuantizer
@@ -126,8 +126,8 @@ def _plan(model: nn.Module, scheme: Scheme) -> list[tuple[Candidate, Rule]]:
     rules = {candidate.path: rule for candidate, rule in planned if candidate.role == "weight"}
     for members in trained_together(model, scheme, rules):
         if len({(rules[m].weight, rules[m].input) for m in members}) > 1:
-            given = ", ".join(f"{m}: {rules[m].weight or 'skip'}/{rules[m].input or '-'}" for m in members)
-            raise ConfigError(f"engines fuse these layers, so they need one treatment: {given}")
+            treatments = ", ".join(f"{m}: {rules[m].weight or 'skip'}/{rules[m].input or '-'}" for m in members)
+            raise ConfigError(f"engines fuse these layers, so they need one treatment: {treatments}")
     return planned
 
 
@@ -193,8 +193,8 @@ def apply(model: nn.Module, scheme: Scheme, *, defer_init: bool = False) -> nn.M
     for candidate, rule in quantized:
         by_module[candidate.module][candidate.slot.name] = makers.quantizers(candidate, rule)
         adapters[candidate.module] = candidate.adapter
-    for path, given in by_module.items():
-        _replace(model, path, adapters[path].attach(model.get_submodule(path), given))
+    for path, quantizers in by_module.items():
+        _replace(model, path, adapters[path].attach(model.get_submodule(path), quantizers))
     return model
 
 
@@ -224,7 +224,7 @@ class _Makers:
             fmt = lookup(rule.weight or "")
             shared = shared_global_scale([self._matrix(self.candidates[m]) for m in members], fmt)
             search = "amax" if self.defer_init else self.scheme.search_of(rule)
-            scales = start_scales(self._matrix(candidate), fmt, search, shared)
+            scales = initial_scales(self._matrix(candidate), fmt, search, shared)
             self.weights[key] = WeightQuantizer(fmt, scales, rule.learn or self.scheme.learn, self.scheme.round_bf16)
         return self.weights[key]
 

@@ -84,7 +84,7 @@ class Format:
         return math.ceil(rows / block_rows), math.ceil(columns / block_columns)
 
     def divides(self, columns: int) -> bool:
-        """Whether rows of this width can be held. Groups inside a row must divide it; 2-D blocks may overhang."""
+        """Whether rows of this width can be stored. Groups inside a row must divide it; 2-D blocks may overhang."""
         return self.group is None or columns % self.group == 0
 
     @property
