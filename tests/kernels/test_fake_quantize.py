@@ -7,10 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat.errors import FormatError, UnsupportedError
-from qat.kernels.explain import explain_training
+from qat.errors import UnsupportedError
 from qat.kernels.fake_quantize.choose import plan, problem
-from qat.kernels.load import cpu_problem, load, load_for_training
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.numerics import find_scales, quantize
 from qat.serving.packed import pack
@@ -97,15 +95,6 @@ def test_opcheck_of_the_packing() -> None:
 # --- what runs where ----------------------------------------------------------------------------------------------
 
 
-def test_only_two_element_types_per_block_keep_the_reference() -> None:
-    assert [name for name, fmt in CATALOG.items() if problem(fmt)] == ["if4"]
-    told = explain_training("if4")["qat::fake_quantize"]
-    assert told == {"kernel": "reference", "why": "its element type is chosen per block"}
-    assert "static" in explain_training("fp8_tensor")["qat::fake_quantize_input"]["why"]
-    with pytest.raises(FormatError, match="nearest: nvfp4"):
-        explain_training("nvpf4")
-
-
 def test_tiles_cover_the_matrix_and_stay_inside_blocks() -> None:
     for name, fmt in CATALOG.items():
         for rows, columns in ((1, 128), (5, 576 if fmt.group != 128 else 640), (4096, 4096), (300, 14336)):
@@ -117,17 +106,6 @@ def test_tiles_cover_the_matrix_and_stay_inside_blocks() -> None:
             assert cut.block_rows % cut.tile_rows == 0 or cut.block_rows == 1, name
             assert cut.block_columns in (0, cut.tile_columns), name
             assert cut.segments * cut.segment >= cut.columns > (cut.segments - 1) * cut.segment, name
-
-
-def test_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    load_for_training()
-    here = "Triton kernels for fake_quantize," if torch.cuda.is_available() else "C kernels for fake_quantize_input"
-    assert here in capsys.readouterr().err or cpu_problem()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setenv("QAT_KERNELS", "0")
-    assert load() == []
-    load_for_training()
-    assert "no kernels (QAT_KERNELS=0): fake quantization runs its reference" in capsys.readouterr().err
 
 
 # --- the kernels themselves ---------------------------------------------------------------------------------------
