@@ -15,8 +15,8 @@ from qat.kernels.fake_quantize.triton import constants, rounded, takes
 from qat.numbers.catalog import lookup
 from qat.numbers.format import Format
 from qat.serving.packed import problem
+from qat.serving.quantize_pack import quantize_pack_reference
 from qat.serving.words import PART, tile
-from qat.training.ops import quantize_pack_reference
 
 VALUES = 4096  # in the registers of one program
 
