@@ -19,6 +19,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from qat.checkpoints.decoding import TextStream
+from qat.engines.cache import quantized_cache
 from qat.engines.requests import Request
 
 MOST_TOKENS = 1024  # written where neither the request nor the generation config says how many
@@ -256,6 +257,8 @@ class Writer:
                 seeing.callback(self._model.register_forward_hook(see).remove)
             ids = torch.tensor([prompt], device=self._model.device)
             with seeing:
+                if (cache := quantized_cache(self._model)) is not None:
+                    config.cache_implementation = None
                 self._model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
@@ -263,6 +266,7 @@ class Writer:
                     logits_processor=LogitsProcessorList(processors),
                     stopping_criteria=StoppingCriteriaList([answer]),
                     tokenizer=self._tokenizer,
+                    past_key_values=cache,
                 )
             answer.end()
         except Exception as error:  # of one answer; the thread goes on

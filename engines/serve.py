@@ -76,12 +76,15 @@ def transformers_server(
     import uvicorn
 
     from qat.engines.answers import Writer
+    from qat.engines.cache import quantized_cache
     from qat.engines.front import Front
     from qat.engines.requests import Reader
 
     tokenizer = load_tokenizer(folder)
     tokenizer.model_max_length = sys.maxsize  # the reader refuses what is too long, and no library warns of it
     model = load_packed(folder, None if dtype == "auto" else getattr(torch, dtype), device)
+    if (cache := quantized_cache(model)) is not None:
+        print(f"qat serve: {cache.cost}", file=sys.stderr, flush=True)
     context = most_positions(model) or _ENDLESS
     writer = Writer(model, tokenizer, context)
     reader = Reader(tokenizer, context, model.config.get_text_config().vocab_size, names)

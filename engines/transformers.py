@@ -21,6 +21,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qat.checkpoints.caches import quantize_caches
 from qat.checkpoints.exported import hook_inputs, stack_inputs
 from qat.checkpoints.hf import check_loading, quiet
 from qat.checkpoints.layouts import READERS, TARGETS, open_export
@@ -97,7 +98,8 @@ class PackedQuantizer(HfQuantizer):
         _check_names(model, self.exported, self.stored)
         self._set_experts_aside(model)
         for path, module in self.layers.items():
-            names = [name for name in self.exported.quantized_names if name.startswith(f"{module.path}.")]
+            of_layers = self.exported.quantized_names - self.exported.cache_names
+            names = [name for name in of_layers if name.startswith(f"{module.path}.")]
             stored = {name[len(module.path) + 1 :]: self.exported.reader.empty(name) for name in names}
             linear = model.get_submodule(path)
             assert isinstance(linear, nn.Linear)  # stored_names lists no others that can be quantized
@@ -115,15 +117,22 @@ class PackedQuantizer(HfQuantizer):
             if (place := self.stored.rows.get(f"{path}.weight")) is not None:
                 owner, _, slot = place[0].rpartition(".")
                 self.stacks.setdefault(owner, {}).setdefault(slot, {})[path] = place[1]
+        for name, (stack, _) in self.stored.rows.items():
+            if stack.rpartition(".")[0] in self.stacks and name.removesuffix(".weight") not in self.exported.modules:
+                raise UnsupportedError(
+                    f"{name} is dense, but other experts of its layer are quantized: they cannot be served packed in "
+                    "part; qat.checkpoints.exported.load_exported reads them densely"
+                )
         self.experts = {owner: model.get_submodule(owner) for owner in self.stacks}
         for owner in self.stacks:
             model.set_submodule(owner, nn.Identity())
+        if self.exported.caches:
+            _expect(model, [re.escape(name) for name in self.exported.cache_names])
         if self.stacks:  # under their names in the file, and as transformers renames them
             paths = [path for stacks in self.stacks.values() for each in stacks.values() for path in each]
             stored = {re.sub(r"\.\d+\.[^.]+$", "", path) for path in paths}
             names = "|".join(re.escape(name) for name in (*self.stacks, *sorted(stored)))
-            ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-            model._keys_to_ignore_on_load_unexpected = ignored | {rf"^(?:{names})\."}
+            _expect(model, [rf"^(?:{names})\."])
 
     def _pack_experts(self, model: "PreTrainedModel") -> None:
         inputs = stack_inputs(self.exported, "vllm", self.stored.rows)
@@ -161,6 +170,7 @@ class PackedQuantizer(HfQuantizer):
                 advance(1)
         hook_inputs(model, self.exported, "vllm", {module.path: path for path, module in self.layers.items()})
         self._pack_experts(model)
+        quantize_caches(model, self.exported, "vllm", self.stored)
         for reason, paths in dense.items():
             warnings.warn(f"{some(paths, 1)}: {reason}", stacklevel=2)
         _warn_of_slow_paths(model)
@@ -193,10 +203,16 @@ class PackedQuantizer(HfQuantizer):
         return False
 
 
+def _expect(model: "PreTrainedModel", patterns: list[str]) -> None:
+    """Let transformers find tensors in the file that it has no place for."""
+    known = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    model._keys_to_ignore_on_load_unexpected = known | set(patterns)
+
+
 def _check_names(model: "PreTrainedModel", exported: ExportedFolder, stored: StoredNames) -> None:
     """Refuse what transformers would make up (missing tensors, other shapes, which some versions do not report) or drop
     (of quantized layers, what nothing reads)."""
-    expected: set[str] = set()
+    expected: set[str] = set(exported.cache_names)
     for path, module in exported.modules.items():
         expected |= {f"{path}.{key}" for key in exported.expected_tensors(module, *exported.shape(path))}
     missing = sorted({*missing_names(model, stored, exported.dense_names), *(expected - exported.names)})
@@ -205,7 +221,7 @@ def _check_names(model: "PreTrainedModel", exported: ExportedFolder, stored: Sto
     for names, what in ((missing, "is missing"), (surplus, "belongs to a quantized layer, but nothing reads it")):
         if names:
             raise CheckpointError(f"{exported.folder}: {some(names, 1)} {what}")
-    for name in sorted(names_read & stored.tensors.keys() & exported.names):
+    for name in sorted((names_read & stored.tensors.keys() & exported.names) - exported.quantized_names):
         size, own = exported.reader.info(name).shape, stored.tensors[name].shape
         if tuple(size) != tuple(own):
             raise CheckpointError(f"{exported.folder}: {name} is {[*size]}, config.json asks for {[*own]}")

@@ -186,6 +186,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--seed {arguments.seed}: a whole number from 0, of 63 bits")
     if not arguments.prompt:
         raise ConfigError("the prompt is empty; give a text to continue")
+    from qat.engines.cache import quantized_cache
     from qat.engines.transformers import load_packed
     from qat.trainers.memory import keep_freed_blocks
 
@@ -199,6 +200,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         chat=arguments.chat,
         device=arguments.device,
         load_export=None if arguments.dense else load_packed,
+        make_cache=quantized_cache,
         moved=arguments.model,
     )
 

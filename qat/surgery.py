@@ -43,10 +43,22 @@ class Covered:
 
 
 @dataclass(frozen=True)
+class CoveredCache:
+    """What one attention module caches: formats of keys and values, None for BF16, and bytes per token."""
+
+    path: str
+    key: str | None
+    value: str | None
+    bytes: float
+    dense_bytes: float
+
+
+@dataclass(frozen=True)
 class Coverage:
-    """Every weight of a model with its format or the reason it has none."""
+    """Every weight of a model with its format or the reason it has none, and every cache where one is quantized."""
 
     modules: tuple[Covered, ...]
+    caches: tuple[CoveredCache, ...] = ()
 
     @property
     def bits_per_weight(self) -> float:
@@ -71,6 +83,16 @@ class Coverage:
             bits = sum(m.parameters * m.bits for m in members) / count
             rows.append((weight, input, len(members), count, bits))
         return sorted(rows, key=lambda row: -row[3])
+
+    def by_cache(self) -> list[tuple[str, str, int, float, float]]:
+        """(key format, value format, modules, bytes per token, in BF16), in the model's order; [] if all are BF16."""
+        groups: dict[tuple[str, str], list[CoveredCache]] = defaultdict(list)
+        for module in self.caches:
+            groups[module.key or "bf16", module.value or "bf16"].append(module)
+        return [
+            (*formats, len(members), sum(m.bytes for m in members), sum(m.dense_bytes for m in members))
+            for formats, members in groups.items()
+        ]
 
 
 def plan(model: nn.Module, scheme: Scheme) -> dict[str, Rule]:
@@ -130,6 +152,8 @@ def _check_candidate(candidate: Candidate, model: nn.Module, rule: Rule) -> None
             f"{candidate.path} ({type(module).__name__}, weights {shapes}): {unknown_kind(module)} cannot be quantized "
             f"yet; add a rule `match: {candidate.path}` with `skip:` and a reason, before {rule.match!r}"
         )
+    if slot.refused:
+        raise UnsupportedError(f"{candidate.path}: {slot.refused}; leave `{candidate.role}` out of {rule.match!r}")
     if slot.no_input and rule.input is not None:
         raise ConfigError(f"{candidate.path} is {slot.no_input}, so it takes no `input` format")
     names = (rule.weight, rule.input) if candidate.role == "weight" else (getattr(rule, candidate.role),)
@@ -285,7 +309,27 @@ def report(model: nn.Module, scheme: Scheme | None = None) -> Coverage:
         else:
             weight, input, skip = None, None, "not part of the scheme"
         rows.append(Covered(path, shape, weight, input, skip, _bits(weight, shape)))
-    return Coverage(tuple(rows))
+    return Coverage(tuple(rows), _caches(model, scheme))
+
+
+def _caches(model: nn.Module, scheme: Scheme | None) -> tuple[CoveredCache, ...]:
+    """Every cache, () where none is quantized."""
+    formats = {(site.path, site.role): site.format.name for site in sites(model, *CACHED)}
+    if scheme is not None:
+        given = ((c, rule) for c, rule in _plan(model, scheme) if c.role in CACHED)
+        formats |= {(c.path, c.role): name for c, rule in given if (name := getattr(rule, c.role)) is not None}
+    if not formats:
+        return ()
+    bits: dict[str, list[float]] = defaultdict(list)
+    for candidate in candidates(model):
+        if candidate.role in CACHED:
+            (heads, width), name = candidate.slot.shape, formats.get((candidate.path, candidate.role))
+            row = lookup(name).bits_per_row(width) if name else DENSE_BITS * width
+            bits[candidate.path] += [heads * row / 8, heads * DENSE_BITS * width / 8]
+    return tuple(
+        CoveredCache(path, formats.get((path, "key")), formats.get((path, "value")), key + value, dense_k + dense_v)
+        for path, (key, dense_k, value, dense_v) in bits.items()
+    )
 
 
 def _bits(weight: str | None, shape: tuple[int, ...]) -> float:

@@ -41,7 +41,7 @@ class RunReport:
         best_step: the step whose student is reported; 0 is the initialisation, before any training.
         eval_hash, data_hash: digests of the held-out and of the training rows.
         overlap: share of held-out 13-grams that occur in the training text; None where not measured.
-        scheme: `Coverage.by_format`.
+        scheme, caches: `Coverage.by_format` and `by_cache`.
         machine: accelerator, or CPU and threads.
         finished_at: ISO 8601, UTC.
         qsnr: (layer, dB at the start, dB after training), each against the weights that were quantized.
@@ -73,12 +73,15 @@ class RunReport:
     finished_at: str
     qsnr: list[tuple[str, float, float]] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
+    caches: list[tuple[str, str, int, float, float]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `report.json`: plain JSON values, with None for what is not a finite number."""
         data = asdict(self)
         names = ("weight", "input", "modules", "parameters", "bits_per_weight")
         data["scheme"] = [dict(zip(names, row, strict=True)) for row in self.scheme]
+        names = ("key", "value", "modules", "bytes_per_token", "dense_bytes_per_token")
+        data["caches"] = [dict(zip(names, row, strict=True)) for row in self.caches]
         data["headline"] = headline(data)
         return {key: _finite(value) for key, value in data.items()}
 
@@ -190,7 +193,7 @@ def page(run: Path, report: dict[str, Any], pictures: list[Path]) -> str:
         [f"![{picture.stem}]({picture.as_posix()})" for picture in pictures],
         ["## What is stored how"],
         _markdown(["weights", "inputs", "modules", "parameters", "bits per weight"], scheme, left=2),
-        [stored],
+        [stored, *_readable_caches(report["caches"])],
         ["## Again"],
         ["```", f"qat train {shlex.quote(str(run / 'job.yaml'))} name={report['name']}-again", "```"],
         ["## Provenance"],
@@ -209,6 +212,14 @@ def _readable_scheme(scheme: list[Row]) -> list[Row]:
     return [
         {**row, "parameters": f"{row['parameters']:,}", "bits_per_weight": f"{row['bits_per_weight']:.2f}"}
         for row in scheme
+    ]
+
+
+def _readable_caches(caches: list[Row]) -> list[str]:
+    return [
+        f"Caches of {row['modules']} modules: {row['key']} keys and {row['value']} values, "
+        f"{row['bytes_per_token']:,.0f} bytes per token instead of {row['dense_bytes_per_token']:,.0f} in BF16."
+        for row in caches
     ]
 
 

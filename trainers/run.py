@@ -181,6 +181,14 @@ def _print_coverage(coverage: Coverage, console: Console) -> None:
             markup=False,
             soft_wrap=True,
         )
+    for key, value, modules, size, dense_size in coverage.by_cache():
+        console.print(
+            f"  cached keys {key}, values {value}: {modules} modules, {size:,.0f} bytes per token "
+            f"(BF16: {dense_size:,.0f})",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _baselines(job: Job, parts: Parts, evaluator: Evaluator, console: Console) -> list[dict[str, Any]]:
@@ -273,6 +281,7 @@ def _report(job: Job, parts: Parts, keeper: Keeper, saved: dict[str, Any], rows:
         texts={"training": parts.train.summary, "held-out": parts.heldout.summary},
         overlap=overlap(parts.train, parts.heldout),
         scheme=parts.coverage.by_format(),
+        caches=parts.coverage.by_cache(),
         machine=machine(parts.device),
         versions=versions(),
         precision="bf16-mixed" if parts.dtype is torch.bfloat16 else "fp32",

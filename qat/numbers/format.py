@@ -104,3 +104,8 @@ class Format:
         per_scale = self.scale.storage.itemsize * 8 + (self.element.bits if self.zero_point else 0)
         total = rows * columns * self.element.bits + scales * per_scale + (32 if self.global_scale else 0)
         return total / (rows * columns)
+
+    def bits_per_row(self, columns: int) -> float:
+        """Stored bits of one row by itself, with the scales that follow it (a cached key or value of one head)."""
+        scales = self.grid_shape(1, columns)[1] if self.is_rowwise else 0
+        return columns * self.element.bits + scales * self.scale.storage.itemsize * 8
