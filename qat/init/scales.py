@@ -75,7 +75,7 @@ def _candidates(fmt: Format, base: Scales, start: Search) -> Iterator[Tensor]:
     elif fmt.scale.sweep:
         yield from fmt.scale.neighbours(base.stored)
     else:
-        raise FormatError(f"{fmt.name} stores {fmt.scale} scales, too many to sweep; use start: mse (or auto)")
+        raise FormatError(f"{fmt.name} stores {fmt.scale} scales, too many to sweep; use search: mse (or auto)")
 
 
 def _search(

@@ -96,7 +96,7 @@ def test_start_names() -> None:
             start_scales(x, lookup(name), "auto").effective(), start_scales(x, lookup(name), same_as).effective()
         )
         assert torch.equal(start_scales(x, lookup(name), "amax").effective(), find_scales(x, lookup(name)).effective())
-    with pytest.raises(FormatError, match=r"int4_g64 stores bf16 scales, too many to sweep; use start: mse"):
+    with pytest.raises(FormatError, match=r"int4_g64 stores bf16 scales, too many to sweep; use search: mse"):
         start_scales(x, lookup("int4_g64"), "sweep")
 
 
