@@ -4,7 +4,6 @@ This is what `qat eval` and `qat generate` run where no engine is at hand, and t
 plain transformers with. No compressed-tensors is needed.
 """
 
-import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.adapters import adapter_for
+from qat.checkpoints.caches import quantize_caches
 from qat.checkpoints.hf import check_generation, check_loading, quiet
 from qat.checkpoints.layouts import ExportedFolder, open_export
 from qat.checkpoints.layouts.arguments import input_format
@@ -19,6 +19,7 @@ from qat.checkpoints.names import StoredNames, stored_names
 from qat.checkpoints.progress import progress
 from qat.errors import CheckpointError, UnsupportedError
 from qat.numbers.format import Format
+from qat.quantizer import SameTensor
 from qat.serving.inputs import quantize_input
 from qat.serving.matmul import QuantizedLinear
 from qat.sites import Quantizers
@@ -31,8 +32,7 @@ if TYPE_CHECKING:
 class ServedInput:
     """A forward pre-hook that quantizes a layer's input; layers that an engine fuses share one, and its result.
 
-    Threads may run one model at once: a result is replaced as a whole, together with the input it belongs to. At worst
-    one is computed again.
+    Threads may run one model at once.
 
     Args:
         fmt: the input's format.
@@ -45,8 +45,8 @@ class ServedInput:
     def __init__(
         self, fmt: Format, rule: str, static: Tensor | None, consumers: int = 1, *, codes: bool = False
     ) -> None:
-        self.format, self.rule, self.static, self.consumers, self.codes = fmt, rule, static, consumers, codes
-        self._state: tuple[weakref.ref[Tensor], tuple[Tensor, ...], int] | None = None  # input, result, uses of it
+        self.format, self.rule, self.static, self.codes = fmt, rule, static, codes
+        self.same = SameTensor(consumers)
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Replace the first positional argument by its quantized self."""
@@ -54,12 +54,8 @@ class ServedInput:
 
     def of(self, x: Tensor) -> tuple[Tensor, ...]:
         """x quantized: its rounded values, or codes and scales."""
-        state = self._state  # read once and written once
-        if state is None or state[0]() is not x:
-            state = (weakref.ref(x), self._quantized(x), 0)
-        given, output, uses = state
-        self._state = (given, output, uses + 1) if uses + 1 < self.consumers else None
-        return output
+        quantized: tuple[Tensor, ...] = self.same.once(x, self._quantized)
+        return quantized
 
     def _quantized(self, x: Tensor) -> tuple[Tensor, ...]:
         static = self.static
@@ -77,6 +73,7 @@ def load_exported(
     attn_implementation: str | None = None,
     quantize_inputs: bool = True,
     expert_inputs: bool = True,
+    caches: bool = True,
 ) -> "PreTrainedModel":
     """The model in an exported folder, in eval mode, computing in `dtype` with the weights an engine dequantizes.
 
@@ -85,30 +82,27 @@ def load_exported(
         activation_rule: "vllm" or "compressed_tensors".
         dtype: float32, or bfloat16 to compute as a BF16 server does.
         attn_implementation: as in transformers; by default what it chooses itself.
-        quantize_inputs: False leaves the inputs alone (weights only).
+        quantize_inputs: False leaves inputs alone (weights only).
         expert_inputs: False leaves those of fused experts alone, as plain transformers does.
+        caches: False leaves keys and values alone.
 
     Raises:
         CheckpointError: tensors are missing, surplus or damaged.
         UnsupportedError: an input quantization that the catalogue does not know.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     exported = open_export(folder)
     config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    try:
-        architecture: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    except KeyError:
-        raise UnsupportedError(f"transformers has no causal language model for {config.model_type!r}") from None
     dense: dict[str, Tensor] = {}
     with progress(f"unpacking {folder.name}", len(exported.modules)) as advance:
         for name, tensor in exported.dense_tensors():
             dense[name] = tensor
             advance(1)
     with quiet():
-        model, info = architecture.from_pretrained(
+        model, info = _architecture(config).from_pretrained(
             None,
             config=config,
             state_dict=dense,
@@ -120,14 +114,25 @@ def load_exported(
     check_generation(folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    stored = stored_names(model, exported.dense_names)
+    _check_layers(exported, stored, type(model).__name__)
+    if caches:
+        quantize_caches(model, exported, activation_rule, stored)
     if quantize_inputs:
-        stored = stored_names(model, exported.dense_names)
-        _check_layers(exported, stored, type(model).__name__)
         hook_inputs(model, exported, activation_rule, stored.modules)
-        if expert_inputs:
-            _quantize_stack_inputs(model, stack_inputs(exported, activation_rule, stored.rows))
+    if quantize_inputs and expert_inputs:
+        _quantize_stack_inputs(model, stack_inputs(exported, activation_rule, stored.rows))
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def _architecture(config: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        raise UnsupportedError(f"transformers has no causal language model for {config.model_type!r}") from None
 
 
 def _check_layers(exported: ExportedFolder, stored: StoredNames, kind: str) -> None:
@@ -159,7 +164,7 @@ def hook_inputs(model: nn.Module, exported: ExportedFolder, rule: str, own: dict
         fmt, static, codes = input_format(module.input), exported.static_input(path), isinstance(layer, QuantizedLinear)
         key = first, fmt.name, None if static is None else float(static), codes
         hook = shared.setdefault(key, ServedInput(fmt, rule, static, consumers=0, codes=codes))
-        hook.consumers += 1
+        hook.same.readers += 1
         layer.register_forward_pre_hook(hook)
 
 

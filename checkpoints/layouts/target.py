@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from qat.checkpoints.layouts.caches import CacheLayout
 from qat.checkpoints.layouts.reader import PackedModule
 from qat.checkpoints.layouts.support import Row
 from qat.numbers.format import Format
@@ -43,6 +44,9 @@ class Target(Protocol):
     FUSES_TENSOR_SCALES: bool
     """Whether a format with one scale per tensor is stored as that one number, so that layers which engines fuse must
     agree in it. (Global scales above block scales must agree in every target.)"""
+
+    CACHES: CacheLayout | None
+    """How it describes quantized caches, None where it cannot."""
 
     def check(self, layer: TargetLayer) -> None:
         """Raise UnsupportedError where the target cannot hold the layer, although a row covers its formats."""

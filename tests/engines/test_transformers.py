@@ -25,7 +25,7 @@ from qat.numbers.catalog import lookup
 from qat.serving.matmul import QuantizedLinear
 from qat.serving.matmul import problem as pair_problem
 from qat.serving.packed import PackedLinear
-from tests.checkpoints.exports import Pair, export_pair, ids, mixed_rules, quantized, quiet_export
+from tests.checkpoints.exports import Pair, export_pair, ids, mixed_rules, pair_rules, quantized, quiet_export
 from tests.kernels.processes import in_a_process
 from tests.tiny import tiny_model
 
@@ -98,7 +98,9 @@ def test_triton_kernels_serve_a_model(small: Path, tmp_path: Path) -> None:
     folders = [tmp_path / f"{weight}-{input}" for weight, input in served]
     for folder, pair in zip(folders, served, strict=True):
         export_pair(small, folder, pair)
-    told = in_a_process("interpret_engine.py", *map(str, folders), TRITON_INTERPRET="1", QAT_KERNELS="0")
+    told = in_a_process(
+        Path(__file__).with_name("interpret_engine.py"), *map(str, folders), TRITON_INTERPRET="1", QAT_KERNELS="0"
+    )
     for folder, (_, input) in zip(folders, served, strict=True):
         layers = "0 packed, 7 multiplied" if input else "7 packed, 0 multiplied"
         assert f"{folder.name}: {layers} by codes" in told
@@ -181,9 +183,7 @@ def test_weights_stay_packed(int4: Path) -> None:
 
 def test_formats_that_cannot_be_packed_are_named(small: Path, tmp_path: Path) -> None:
     export_pair(small, tmp_path / "out", ("int3_g64", None))
-    with pytest.warns(
-        UserWarning, match="and 6 more: int3_g64 weights are held dense, no faster than BF16: codes of 3"
-    ):
+    with pytest.warns(UserWarning, match="and 6 more: int3_g64 weights are dense, no faster than BF16: codes of 3"):
         packed = load_packed(tmp_path / "out", torch.bfloat16)
     assert torch.equal(logits(packed), logits(load_exported(tmp_path / "out", dtype=torch.bfloat16)))
 
@@ -294,9 +294,12 @@ def test_truncated_files_and_other_checkpoints_are_refused(int4: Path, tmp_path:
         load_packed(out)
 
 
-def test_fused_experts_are_refused(tmp_path: Path) -> None:
+def test_experts_quantized_in_part_are_refused(tmp_path: Path) -> None:
     source = tiny_model("qwen3_moe", tmp_path / "source", num_hidden_layers=1)
-    export_pair(source, tmp_path / "out", ("fp8_channel", "fp8_token"))
+    model = quantized(
+        source, [pair_rules("fp8_channel", "fp8_token", "*self_attn*_proj"), {"match": "*", "skip": "the rest"}]
+    )
+    quiet_export(model, source, tmp_path / "out")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         load_packed(tmp_path / "out")  # the experts stay BF16: nothing to refuse
@@ -309,5 +312,7 @@ def test_fused_experts_are_refused(tmp_path: Path) -> None:
     config["quantization_config"]["ignore"].remove(name.removesuffix(".weight"))
     save_file(tensors, tmp_path / "out" / "model.safetensors", {"format": "pt"})
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedError, match="fused experts cannot be served packed"):
+    with pytest.raises(
+        UnsupportedError, match=r"0\.down_proj\.weight is dense, but other experts of its layer are quantized"
+    ):
         load_packed(tmp_path / "out")

@@ -138,7 +138,7 @@ def test_consumers_of_one_tensor_share_one_result() -> None:
         x = normal(4, 64)
         results = [quantizer(x) for _ in range(3)]
         assert results[1] is results[0] and results[2] is results[0]
-        assert quantizer._last.made is None and not quantizer._last(x)  # nothing is kept alive afterwards
+        assert quantizer._same.seen(x) is None  # nothing is kept alive afterwards
         assert torch.equal(results[0], input_quantizer()(x))
     assert quantizer(x) is not results[0]
 
@@ -317,8 +317,8 @@ def test_a_layer_in_training_computes_what_it_computes_without_gradients(autocas
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         trained = layer(x)
         with torch.no_grad():
-            judged = layer(x)
+            evaluated = layer(x)
     assert trained.requires_grad and trained.dtype == (torch.bfloat16 if autocast else torch.float32)
-    assert torch.equal(trained, judged)
+    assert torch.equal(trained, evaluated)
     trained.float().square().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == p.dtype and p.grad.any() for p in layer.parameters())
