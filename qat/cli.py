@@ -28,11 +28,14 @@ from qat.text import size
 
 DESCRIPTION = """Train a model in the numbers it will be served in.
 
+  qat train configs/quickstart.yaml --dry-run     see what would be quantized, and what it takes
   qat train configs/quickstart.yaml               distil the BF16 model into its quantized self
   qat export runs/quickstart OUT                  write a native low-precision checkpoint
   qat verify OUT                                  prove that the files are the trained model, bit for bit
   qat generate OUT "Once upon a time"             try it
   qat serve OUT                                   OpenAI-compatible, on http://127.0.0.1:8000
+
+A run is one YAML file, a folder runs/NAME and a report. Formats: qat formats. Tutorials: docs/tutorials.
 """
 
 
