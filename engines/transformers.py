@@ -32,7 +32,7 @@ from qat.engines.experts import Matrices, pack_experts
 from qat.errors import CheckpointError, FormatError, UnsupportedError
 from qat.kernels.load import cpu_problem, load
 from qat.numbers.format import Format
-from qat.numbers.numerics import QTensor
+from qat.numbers.numerics import QTensor, Scales
 from qat.serving.matmul import QuantizedLinear, hold
 from qat.serving.matmul import problem as pair_problem
 from qat.serving.packed import PackedLinear, pack, problem
@@ -87,7 +87,7 @@ class PackedQuantizer(HfQuantizer):
         self.stored = stored_names(model, self.exported.dense_names)
         own, rows = self.stored.modules, self.stored.rows
         self.layers = {own[path]: module for path, module in self.exported.modules.items() if path in own}
-        unknown = sorted(path for path in self.exported.modules if path not in own and f"{path}.weight" not in rows)
+        unknown = sorted(path for name, path in self.exported.weights.items() if path not in own and name not in rows)
         if unknown:
             raise UnsupportedError(
                 f"{len(unknown)} quantized layers are neither linear layers nor experts of {type(model).__name__} "
@@ -108,8 +108,8 @@ class PackedQuantizer(HfQuantizer):
     def _set_experts_aside(self, model: "PreTrainedModel") -> None:
         """Packed experts are read from the file afterwards: transformers must not look for them, or make them up."""
         self.stacks: dict[str, dict[str, dict[str, slice]]] = {}  # module, stack, checkpoint path
-        for path in self.exported.modules:
-            if (place := self.stored.rows.get(f"{path}.weight")) is not None:
+        for name, path in self.exported.weights.items():
+            if (place := self.stored.rows.get(name)) is not None:
                 owner, _, slot = place[0].rpartition(".")
                 self.stacks.setdefault(owner, {}).setdefault(slot, {})[path] = place[1]
         self.experts = {owner: model.get_submodule(owner) for owner in self.stacks}
@@ -130,14 +130,27 @@ class PackedQuantizer(HfQuantizer):
                 packed: dict[str, Matrices] = {}
                 for slot, paths in stacks.items():
                     high = module._parameters[slot].shape[-1 if module.is_transposed else -2]
+                    biases = self._biases(model, owner, slot)
                     for path, rows in paths.items():
                         tensors = {name: t.to(model.device) for name, t in self.exported.layer(path).items()}
                         q = TARGETS[self.exported.METHOD].unpack(self.exported.modules[path], tensors)
-                        layer, _ = self._matrix(q, None, model.dtype)
-                        packed.setdefault(slot, {})[rows.start // high, rows.start] = layer
+                        for number, one in enumerate(_one_by_one(q)):
+                            first = (rows.start or 0) + number * high
+                            layer, _ = self._matrix(one, biases.get(first // high), model.dtype)
+                            packed.setdefault(slot, {})[first // high, first] = layer
                 pack_experts(module, packed, inputs.get(owner, {}))
                 model.set_submodule(owner, module)
                 advance(1)
+
+    def _biases(self, model: "PreTrainedModel", owner: str, slot: str) -> dict[int, torch.Tensor]:
+        """The bias of each expert's matrix, where the class has biases; they are set aside with the stacks."""
+        place = f"{owner}.{slot}_bias"
+        if place.rpartition(".")[2] not in self.experts[owner]._parameters:
+            return {}
+        name = next((name for name, own in self.stored.origins.items() if own == place), None)
+        if name is None:
+            raise UnsupportedError(f"{place} is not stored as one tensor; load_exported reads such experts densely")
+        return dict(enumerate(self.exported.reader.get(name).to(model.device, model.dtype)))
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         load()
@@ -195,9 +208,10 @@ def _check_names(model: "PreTrainedModel", exported: ExportedFolder, stored: Sto
     (of quantized layers, what nothing reads)."""
     wanted: set[str] = set()
     for path, module in exported.modules.items():
-        wanted |= {f"{path}.{key}" for key in exported.expected_tensors(module, *exported.shape(path))}
+        keys = exported.expected_tensors(module, *exported.shape(path))
+        wanted |= {exported.tensor_name(path, key) for key in keys}
     missing = sorted({*missing_names(model, stored, exported.dense_names), *(wanted - exported.names)})
-    kept = wanted | (stored.tensors.keys() - {f"{path}.weight" for path in exported.modules})
+    kept = wanted | (stored.tensors.keys() - exported.weights.keys())
     surplus = sorted(n for n in exported.names - kept if n.rpartition(".")[0] in exported.modules)
     for names, what in ((missing, "is missing"), (surplus, "belongs to a quantized layer, but nothing reads it")):
         if names:
@@ -207,6 +221,14 @@ def _check_names(model: "PreTrainedModel", exported: ExportedFolder, stored: Sto
         found, own = exported.reader.info(name).shape, stored.tensors[name].shape
         if tuple(found) != tuple(own):
             raise CheckpointError(f"{exported.folder}: {name} is {[*found]}, config.json asks for {[*own]}")
+
+
+def _one_by_one(q: QTensor) -> list[QTensor]:
+    """The matrices of a stack."""
+    if q.codes.dim() == 2:
+        return [q]
+    scales = q.scales.stored.chunk(len(q.codes))
+    return [QTensor(q.format, codes, Scales(each)) for codes, each in zip(q.codes, scales, strict=True)]
 
 
 def multiplies_codes(input: Format, weight: QTensor) -> bool:

@@ -85,8 +85,9 @@ class Reader(ExportedFolder):
     def _module(self, path: str, group: str) -> PackedModule:
         return PackedModule(path, self._form, self._weights, self._input)
 
-    def expected_tensors(self, module: PackedModule, rows: int, columns: int) -> dict[str, Spec]:
+    def expected_tensors(self, module: PackedModule, *shape: int) -> dict[str, Spec]:
         """Type and shape of every tensor that a layer (rows, columns) must have, by its name below its path."""
+        rows, columns = shape
         args = module.weights
         group = args.get("group_size", 0)
         specs: dict[str, Spec] = {

@@ -16,6 +16,7 @@ from tests.checkpoints.layouts.toy.engines import ROWS as ROWS
 
 METHOD = "toy"
 FUSES_TENSOR_SCALES = False
+STACKS_OF = ()
 
 
 def check(layer: TargetLayer) -> None:
