@@ -4,7 +4,7 @@
 #     OUT=results bash benchmarks/gpu.sh first       at most 4.5 minutes: does every kernel run, and is it right? Then a
 #                                                    whole road on a tiny model, and how long kernels take
 #     OUT=results bash benchmarks/gpu.sh train       at most 4 minutes: a distillation of the embedded model, its step time
-#     OUT=results bash benchmarks/gpu.sh kernels steps recovery peers tune      longer: tables, plots, other libraries
+#     OUT=results bash benchmarks/gpu.sh operators steps recovery peers           longer: tables, plots, other libraries
 #
 # Every step has its own limit, the next one runs after a failure, and results are written to OUT as they come. A machine
 # without network needs what `bash benchmarks/wheels.sh` puts into .wheels/ on another one. DEVICE=cpu rehearses.
@@ -66,7 +66,7 @@ train() {
     step train train 150 "$PYTHON" -m qat.cli train configs/qad/smollm2-135m-nvfp4.yaml calibration=null \
         optim.lr=3e-4 "${size[@]}" runs="$KEEP/runs"
     cp -f "$run/metrics.csv" "$run/report.json" "$run/report.md" "$OUT" 2>/dev/null
-    step train steps 80 "$PYTHON" -P benchmarks/step_time.py --device "$DEVICE" --case "nvfp4 W4A4" "${timing[@]}" \
+    step train steps 80 "$PYTHON" benchmarks/step_time.py --device "$DEVICE" --case "nvfp4 W4A4" "${timing[@]}" \
         --json "$OUT/steps.json"
 }
 
@@ -75,23 +75,22 @@ for part in "${@:-first}"; do
     case $part in
         first) first ;;
         train) train ;;
-        kernels) step kernels kernels 540 "$PYTHON" benchmarks/kernels.py --device "$DEVICE" --peers none --out "$OUT" ;;
+        operators) step operators operators 540 "$PYTHON" benchmarks/operators.py --device "$DEVICE" --peers none --out "$OUT" ;;
         steps)
             for model in embedded llama-1b; do
-                step steps "steps-$model" 300 "$PYTHON" -P benchmarks/step_time.py --device "$DEVICE" --model $model \
+                step steps "steps-$model" 300 "$PYTHON" benchmarks/step_time.py --device "$DEVICE" --model $model \
                     --tokens 4096 --json "$OUT/steps-$model.json"
             done
             ;;
-        recovery) step recovery recovery 540 "$PYTHON" -P benchmarks/recovery.py precision=bf16-mixed steps=400 rows=8 ;;
+        recovery) step recovery recovery 540 "$PYTHON" benchmarks/recovery.py precision=bf16-mixed steps=400 rows=8 ;;
         peers) # some tune or compile for minutes at their first call
             for peer in ${PEERS:-gemlite humming vllm triton_kernels liger}; do
-                step peers "peers-$peer" 580 "$PYTHON" benchmarks/kernels.py --device "$DEVICE" --peers "$peer" \
+                step peers "peers-$peer" 580 "$PYTHON" benchmarks/operators.py --device "$DEVICE" --peers "$peer" \
                     --out "$OUT/$peer"
             done
             ;;
-        tune) step tune tune 590 "$PYTHON" benchmarks/tune.py && cp -r kernels/tuned "$OUT/" ;;
         *)
-            echo "no part called $part; there are first, train, kernels, steps, recovery, peers and tune" >&2
+            echo "no part called $part; there are first, train, operators, steps, recovery and peers" >&2
             exit 2
             ;;
     esac

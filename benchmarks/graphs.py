@@ -1,7 +1,7 @@
 """Kernel time and host time of every operator on a GPU, in a minute: a CUDA graph walks over copies of the operands.
 
 The copies are larger than the L2 cache, so that every call reads memory; the graph leaves the host out, whose time per
-call is told beside it. kernels.py compares with other libraries and takes longer. Cases are compiled by several
+call is told beside it. operators.py compares with other libraries and takes longer. Cases are compiled by several
 processes first; each result is a line of JSON, written as it comes, and one that fails is a result, too.
 
     python3 benchmarks/graphs.py [--device cuda|cpu] [--seconds 60] [--jobs 8] [--only TEXT] [--out FOLDER]
@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# Without this folder, whose kernels.py is not the package of that name that transformers looks for.
-sys.path[:] = [str(ROOT), *(place for place in sys.path if Path(place).resolve() != ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT)]
 
 import torch  # noqa: E402  # after the path
 from torch.nn import functional  # noqa: E402  # as above

@@ -52,14 +52,12 @@ class Trial:
 
     def __init__(self, folder: Path, moments: random.Random) -> None:
         from tests.tiny import tiny_model
+        from tests.trainers.jobs import write
 
         self.folder, self.moments = folder, moments
         self.model = tiny_model("llama", folder / "model", num_hidden_layers=1)
-        self.job = folder / "job.yaml"
+        self.job = write(folder, self.model, name="whole", steps=12)
         self.log = folder / "log"
-        import yaml
-
-        self.job.write_text(yaml.safe_dump(job_of(self.model, folder / "runs")))
         _preload()
         self.whole = folder / "runs" / "whole"
         self._train("whole")  # compiles kernels; the second one is timed
@@ -219,29 +217,6 @@ def metrics_of(run: Path, whole_lines: bool = False) -> list[dict[str, Any]]:
     if whole_lines:
         rows = [row for row in rows if None not in row.values()]
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
-
-
-def job_of(model: Path, runs: Path) -> dict[str, Any]:
-    """Weights and inputs in 4 bits, learned scales, averaged weights: everything that a state has to hold."""
-    return {
-        "name": "whole",
-        "model": {"id": str(model)},
-        "scheme": {
-            "rules": [
-                {"match": "lm_head", "skip": "kept in BF16"},
-                {"match": "model.embed_tokens", "skip": "kept in BF16"},
-                {"match": "*_proj", "weight": "nvfp4", "input": "nvfp4"},
-            ]
-        },
-        "data": {"source": "embedded", "seq_len": 32, "max_tokens": 8192},
-        "eval": {"data": {"source": "heldout", "seq_len": 32}, "tokens": 256, "every": 3},
-        "optim": {"lr": 1e-3, "ema": 0.9},
-        "steps": 12,
-        "rows": 4,
-        "micro_rows": 2,
-        "checkpoint_every": 2,
-        "runs": str(runs),
-    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What kernels.py has measured: one row per timing, as a table, as a plot, and as JSON that grows row by row."""
+"""What operators.py has measured: one row per timing, as a table, as a plot, and as JSON that grows row by row."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -79,8 +79,8 @@ def plot(rows: list[Row], bandwidth: float, path: Path, about: str) -> None:
 
 
 def write(folder: Path | None, about: dict[str, Any], peers: list[str], rows: list[Row]) -> None:
-    """All rows so far, in kernels.json: a run that is stopped leaves what it has measured."""
+    """All rows so far, in operators.json: a run that is stopped leaves what it has measured."""
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         report = {**about, "peers": peers, "rows": [asdict(row) for row in rows]}
-        (folder / "kernels.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+        (folder / "operators.json").write_text(json.dumps(report, indent=1), encoding="utf-8")

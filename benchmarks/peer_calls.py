@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qat.numbers.numerics import QTensor
+from qat.numbers.scale import BF16, E8M0
 
 Product = Callable[..., Any]
 
@@ -60,7 +61,7 @@ def _words(weight: QTensor) -> Tensor:
 def _scales(weight: QTensor) -> Tensor:
     """(rows, groups) in the stored dtype, without the global scale."""
     stored = weight.scales.stored
-    return stored.view(torch.float8_e8m0fnu) if weight.format.scale == "e8m0" else stored
+    return stored.view(torch.float8_e8m0fnu) if weight.format.scale is E8M0 else stored
 
 
 def gemlite(processor: str) -> Callable[[QTensor], Product]:
@@ -198,7 +199,7 @@ def humming(input_dtype: str | None) -> Callable[[QTensor], Product]:
         named = f"uint{element.bits}" if element.kind == "integer" else f"float{element.bits}{element.name}"
         config: dict[str, Any] = {"dtype": named, "group_size": fmt.group or 0}
         tensors = {"weight": _words(weight), "weight_scale": _scales(weight)}
-        if fmt.scale != "bf16":
+        if fmt.scale is not BF16:
             config["scale_dtype"] = f"float8{fmt.scale}"
         if weight.scales.global_scale is not None:
             config["scale_2_type"] = "tensor"

@@ -36,10 +36,6 @@ from peer_calls import (
 )
 from torch import Tensor
 
-# `python benchmarks/kernels.py` puts this folder first, and transformers, which some peers import, looks for a package
-# called `kernels`, Hugging Face's: benchmarks/kernels.py must not be found.
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
-
 NOT_INSTALLED = "not installed"
 
 
@@ -53,7 +49,7 @@ class Adapter:
         family: of the benchmark: packed, matmul or rows.
         beside: what of ours it is compared with: (weight,), (input, weight) or (operator,).
         build: from the quantized weight (None for rows) to a call. The call takes x in `packed`; x, its codes and their
-            scales in `matmul`; what benchmarks/kernels.py says in `rows`.
+            scales in `matmul`; what benchmarks/operators.py says in `rows`.
         note: how its figure differs from ours.
         result: what of the call's return value is compared with the truth; by default all of it.
         tolerance: error of a whole result over its norm; four times as much for its worst row or column.

@@ -33,7 +33,7 @@ from qat.checkpoints.progress import progress
 from qat.checkpoints.record import RECORD, RECORD_VERSION, is_export
 from qat.checkpoints.shards import DEFAULT_SHARD_BYTES, ShardReader, ShardWriter
 from qat.errors import CheckpointError, UnsupportedError
-from qat.numbers.numerics import decode_scale
+from qat.numbers.scale import broken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -230,8 +230,7 @@ def _packed(plan: ExportPlan, path: str, record: dict[str, Any]) -> dict[str, Te
 
 
 def _check_scale(name: str, scale: Tensor) -> None:
-    values = decode_scale(scale)
-    if not bool((torch.isfinite(values) & (values > 0)).all()):
+    if broken(scale):
         raise CheckpointError(f"{name} must be finite and positive everywhere, but is not; nothing was written")
 
 

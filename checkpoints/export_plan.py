@@ -32,13 +32,13 @@ from qat.checkpoints.shards import ShardReader, TensorInfo
 from qat.errors import CheckpointError, UnsupportedError
 from qat.kept import kept_in_float32, own_tensors
 from qat.sites import Site, sites
+from qat.text import some
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DEFAULT_TARGET = "compressed-tensors"
 _WIDE = {"F32": "float32", "F16": "FP16", "F64": "float64"}
-_SHOWN = 3
 
 
 @dataclass
@@ -120,7 +120,7 @@ def refusals(model: "PreTrainedModel", source: Path | None) -> tuple[ExportPlan,
     if surplus:
         raise CheckpointError(
             f"{source} does not fit {type(model).__name__}: {len(surplus)} tensors belong to no module (they would be "
-            f"ignored): {_some(surplus)}"
+            f"ignored): {some(surplus)}"
         )
     layered = [base.layer(path) for path in base.linears]
     refused: dict[str, str] = {}
@@ -189,14 +189,14 @@ def _check_own_tensors(
     """Packed weights need a name of their own that transformers finds again."""
     if merged:
         raise UnsupportedError(
-            f"{_some(merged)}: {type(model).__name__} stores these weights merged with others, or under a name that "
+            f"{some(merged)}: {type(model).__name__} stores these weights merged with others, or under a name that "
             "does not end in `.weight`, which no packed layout can say; give them a rule with `skip:` and a reason"
         )
     single = {path: matrix.site.path for path, matrix in packed.items() if path in names.modules}
     lost = lost_when_packed(model, single)
     if lost:
         raise UnsupportedError(
-            f"{_some(lost)}: transformers renames the dense weight of {type(model).__name__} while it loads, but not "
+            f"{some(lost)}: transformers renames the dense weight of {type(model).__name__} while it loads, but not "
             "packed ones, which would be lost; give them a rule with `skip:` and a reason"
         )
 
@@ -232,8 +232,8 @@ def _check_source(
     missing = sorted(set(missing_names(model, names, given)) & set(written))
     if missing:
         raise CheckpointError(
-            f"{source} has no {_some(missing)}, which {type(model).__name__} needs: is it the folder this model was "
-            f"loaded from? It holds {_some(sorted(given))}"
+            f"{source} has no {some(missing)}, which {type(model).__name__} needs: is it the folder this model was "
+            f"loaded from? It holds {some(sorted(given))}"
         )
 
 
@@ -299,7 +299,7 @@ def _check_loads(plan: ExportPlan, source: Path) -> None:
     if problems:
         raise CheckpointError(
             f"{type(model).__name__}, as the exported config.json describes it, does not fit the tensors to be "
-            f"written: {_some(problems, '; ')}; nothing was written"
+            f"written: {some(problems, joint='; ')}; nothing was written"
         )
 
 
@@ -332,7 +332,7 @@ def _notes(plan: ExportPlan, source: Path | None) -> list[str]:
         notes[f"{path} is quantized to {name} in training; this target stores its values as dense BF16"] = None
     elements = [matrix.format.element for matrix in plan.linears.values()]
     parts = dense_parts(plan.model, plan.names, [matrix.name for matrix in plan.linears.values()])
-    if parts and not all(e.kind == "minifloat" and e.bits == 8 for e in elements):
+    if parts and not all(e.is_minifloat and e.bits == 8 for e in elements):
         notes[
             "plain transformers (5.23) cannot load dense fused experts, or other tensors that it merges, beside packed "
             "layers; vLLM can"
@@ -359,7 +359,7 @@ def _of_the_source(plan: ExportPlan, source: Path | None) -> list[str]:
     kind = type(plan.model).__name__
     if plan.copied:
         families = list(dict.fromkeys(re.sub(r"\d+", "N", name) for name in plan.copied))
-        notes.append(f"{len(plan.copied)} tensors that {kind} does not load are copied unread: {_some(families)}")
+        notes.append(f"{len(plan.copied)} tensors that {kind} does not load are copied unread: {some(families)}")
     if source is None:
         return notes
     narrowed: dict[str, list[int]] = {}
@@ -373,9 +373,3 @@ def _of_the_source(plan: ExportPlan, source: Path | None) -> list[str]:
             "BF16, as BF16 servers hold them"
         )
     return notes
-
-
-def _some(names: Iterable[str], joint: str = ", ") -> str:
-    listed = list(names)
-    more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
-    return joint.join(listed[:_SHOWN]) + more

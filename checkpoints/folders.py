@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qat.errors import CheckpointError
+from qat.text import size
 
 _MAKES_A_MODEL = "config.json"
 _FILLING = ".filling.json"
@@ -148,7 +149,7 @@ def _check_space(destination: Path, parent: Path, expected_bytes: int | None) ->
     free = shutil.disk_usage(parent).free
     if free < expected_bytes:
         raise CheckpointError(
-            f"{destination} needs {_size(expected_bytes)}, but only {_size(free)} are free on its disk; "
+            f"{destination} needs {size(expected_bytes)}, but only {size(free)} are free on its disk; "
             "free some space or write elsewhere"
         )
 
@@ -290,17 +291,8 @@ def _no_room_number(error: BaseException | None) -> int | None:
 
 def _no_room(number: int, partial: Path, destination: Path) -> CheckpointError:
     state = "could not be removed: remove it by hand" if partial.exists() else "was removed"
-    free = _size(shutil.disk_usage(destination.parent).free)
+    free = size(shutil.disk_usage(destination.parent).free)
     return CheckpointError(
         f"{destination} was not written: {_NO_ROOM[number]}; the unfinished folder {partial} {state} "
         f"({free} are free now). Make room or write elsewhere, and run again"
     )
-
-
-def _size(count: int) -> str:
-    value, unit = float(count), "B"
-    for bigger in ("kB", "MB", "GB", "TB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, bigger
-    return f"{value:.4g} {unit}"

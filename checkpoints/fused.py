@@ -11,7 +11,7 @@ from qat.checkpoints.layouts.kinds import ROW, TENSOR
 from qat.errors import CheckpointError, UnsupportedError
 from qat.families import find_family, fused_sets
 from qat.numbers.catalog import CATALOG
-from qat.numbers.numerics import decode_scale
+from qat.numbers.scale import type_of
 
 if TYPE_CHECKING:
     from qat.checkpoints.export_plan import ExportPlan
@@ -74,5 +74,5 @@ def _difference(plan: "ExportPlan", members: list[str]) -> str:
 def _merged_scales(plan: "ExportPlan", members: list[str]) -> list[float]:
     """Per-tensor scales of layers that the target's engines merge under one, where they differ."""
     scales = [plan.linears[path].quantizer.scales() for path in members]
-    only = {float(decode_scale(s.stored)) for s in scales if s.stored.numel() == 1}
+    only = {float(type_of(s.stored).decode(s.stored)) for s in scales if s.stored.numel() == 1}
     return sorted(only) if plan.target.FUSES_TENSOR_SCALES and len(only) > 1 else []

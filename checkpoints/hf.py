@@ -23,6 +23,7 @@ from qat.checkpoints.architecture import read_json as read_json
 from qat.checkpoints.shards import INDEX, ShardReader
 from qat.config import Strict
 from qat.errors import CheckpointError, ConfigError, UnsupportedError
+from qat.text import some
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -205,7 +206,7 @@ def load_model(
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}")
     check_config(read_json(local_folder(folder) / "config.json"), folder, trust_remote_code)
-    _check_weights(folder)
+    check_weights(folder)
     check_generation(folder)
     from transformers import AutoModelForCausalLM
 
@@ -245,7 +246,7 @@ def check_loading(model: "PreTrainedModel", info: dict[str, Any], origin: Path) 
         origin: folder or file, for the message.
     """
     problems = [
-        f"{len(info[key])} {what}: {_some(sorted(map(str, info[key])))}"
+        f"{len(info[key])} {what}: {some(sorted(map(str, info[key])))}"
         for key, what in (
             ("missing_keys", "tensors are missing (they would be random)"),
             ("unexpected_keys", "tensors belong to no module (they would be ignored)"),
@@ -273,14 +274,15 @@ def _check_finite(model: "PreTrainedModel", origin: Path) -> None:
         if tensor.is_floating_point() and tensor.numel() and not bool(torch.stack(tensor.aminmax()).isfinite().all())
     ]
     if bad:
-        raise CheckpointError(f"{origin} holds NaN or infinity in {_some(bad)}: the files are damaged; get them again")
+        raise CheckpointError(f"{origin} holds NaN or infinity in {some(bad)}: the files are damaged; get them again")
 
 
-def _check_weights(folder: Path) -> None:
+def check_weights(folder: Path) -> None:
+    """Refuse files that are damaged, pickled or hold codes, by name."""
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickles and not any(folder.glob("*.safetensors")) and not (folder / INDEX).is_file():
         raise CheckpointError(
-            f"{folder} holds pickled weights only ({_some(pickles)}). Unpickling can run any code, so they "
+            f"{folder} holds pickled weights only ({some(pickles)}). Unpickling can run any code, so they "
             "are not read. Convert them where you trust them: AutoModelForCausalLM.from_pretrained(folder, "
             'dtype="auto").save_pretrained(new_folder)'
         )
@@ -292,7 +294,7 @@ def _check_weights(folder: Path) -> None:
     coded += [n for n, code in codes.items() if code[0] in "IU" and n.endswith((".weight", "_proj"))]
     if coded:
         raise UnsupportedError(
-            f"{folder} is quantized already, although config.json does not say so: {_some(sorted(coded))} hold codes; "
+            f"{folder} is quantized already, although config.json does not say so: {some(sorted(coded))} hold codes; "
             "give the original BF16, FP16 or FP32 weights"
         )
 
@@ -367,7 +369,3 @@ def source_files(folder: Path) -> list[Path]:
         and not path.name.startswith(".")
         and not path.name.endswith(tuple(_WEIGHT_SUFFIXES))
     )
-
-
-def _some(names: list[str], count: int = 5) -> str:
-    return ", ".join(names[:count]) + (f", ... ({len(names) - count} more)" if len(names) > count else "")

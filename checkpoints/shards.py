@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from qat.checkpoints.folders import atomic_folder
 from qat.errors import CheckpointError, UnsupportedError, nearest
+from qat.text import some
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -337,12 +338,12 @@ class ShardReader:
             listed = (name for name, where in self._where.items() if where == shard.name)
             absent = sorted(name for name in listed if name not in present)
             if absent:
-                problems.append(f"{shard} lacks {len(absent)} tensors listed in {INDEX}: {_some(absent)}")
+                problems.append(f"{shard} lacks {len(absent)} tensors listed in {INDEX}: {some(absent)}")
             # Loaders that read whole files would take these, possibly instead of those that the index means.
             surplus = sorted(name for name in present if self._where.get(name) != shard.name)
             if surplus:
                 problems.append(
-                    f"{shard} holds {len(surplus)} tensors that {INDEX} does not list there: {_some(surplus)}"
+                    f"{shard} holds {len(surplus)} tensors that {INDEX} does not list there: {some(surplus)}"
                 )
         if problems:
             listing = "\n  ".join(problems)
@@ -374,12 +375,8 @@ def _locate(folder: Path) -> dict[str, str]:
     if not where:
         raise CheckpointError(f"{index} lists no tensor")
     if outside:
-        raise CheckpointError(f"{index} points outside its folder: {_some(outside)}")
+        raise CheckpointError(f"{index} points outside its folder: {some(outside)}")
     if single.is_file() and SINGLE not in where.values():
         # transformers would read the single file, vLLM the shards: refuse to choose.
         raise CheckpointError(f"{folder} has both {SINGLE} and shards in {INDEX}; remove the one that is stale")
     return dict(where)
-
-
-def _some(names: list[str], count: int = 5) -> str:
-    return ", ".join(names[:count]) + (f", ... ({len(names) - count} more)" if len(names) > count else "")

@@ -27,13 +27,13 @@ from qat.checkpoints.progress import progress
 from qat.checkpoints.record import RECORD, read_record
 from qat.errors import CheckpointError
 from qat.kept import kept_in_float32
+from qat.text import some
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SIZE_TOLERANCE = 0.02
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
-_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,7 @@ def _message(error: Exception) -> str:
 
 def _require(problems: list[str], what: str) -> None:
     if problems:
-        more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise Problem(f"{what}: " + "; ".join(problems[:_SHOWN]) + more)
+        raise Problem(f"{what}: {some(problems, joint='; ')}")
 
 
 def _tensors(subject: _Subject) -> str:

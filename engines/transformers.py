@@ -36,6 +36,7 @@ from qat.numbers.numerics import QTensor, Scales
 from qat.serving.matmul import QuantizedLinear, hold
 from qat.serving.matmul import problem as pair_problem
 from qat.serving.packed import PackedLinear, pack, problem
+from qat.text import some
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -172,7 +173,7 @@ class PackedQuantizer(HfQuantizer):
         hook_inputs(model, self.exported, "vllm", {module.path: path for path, module in self.layers.items()})
         self._pack_experts(model)
         for reason, paths in dense.items():
-            warnings.warn(f"{paths[0]} and {len(paths) - 1} more: {reason}", stacklevel=2)
+            warnings.warn(f"{some(paths, 1)}: {reason}", stacklevel=2)
         _warn_of_slow_paths(model)
         del self.exported, self.layers, self.experts  # open files: they would keep the model from being copied
         return model
@@ -215,8 +216,7 @@ def _check_names(model: "PreTrainedModel", exported: ExportedFolder, stored: Sto
     surplus = sorted(n for n in exported.names - kept if n.rpartition(".")[0] in exported.modules)
     for names, what in ((missing, "is missing"), (surplus, "belongs to a quantized layer, but nothing reads it")):
         if names:
-            more = f" (and {len(names) - 1} more tensors)" if len(names) > 1 else ""
-            raise CheckpointError(f"{exported.folder}: {names[0]} {what}{more}")
+            raise CheckpointError(f"{exported.folder}: {some(names, 1)} {what}")
     for name in sorted(kept & stored.tensors.keys() & exported.names):
         found, own = exported.reader.info(name).shape, stored.tensors[name].shape
         if tuple(found) != tuple(own):

@@ -40,6 +40,7 @@ from qat.kernels.load import available, cpu_problem, load
 from qat.numbers.catalog import lookup
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales
+from qat.numbers.scale import E8M0
 from qat.serving.packed import PackedLinear, pack, packed_linear, problem
 from qat.training.activations import fake_quantize_input
 
@@ -101,18 +102,18 @@ class Rule:
 
 def _integer(fmt: Format | None, bits: int = 8) -> bool:
     """Integers of at most so many bits."""
-    return fmt is not None and fmt.element.kind == "integer" and fmt.element.bits <= bits
+    return fmt is not None and fmt.element.is_integer and fmt.element.bits <= bits
 
 
 def _fp4(fmt: Format | None) -> bool:
-    return fmt is not None and fmt.element.kind == "minifloat" and fmt.element.bits == 4
+    return fmt is not None and fmt.element.is_minifloat and fmt.element.bits == 4
 
 
 def _eight_bits(weight: Format, input: Format | None, capability: int) -> bool:
     """A scale per row and per token, or one for all integer inputs; its product fails with one for all FP8 inputs."""
     if input is None or weight.element.bits != 8 or input.element.bits != 8:
         return False
-    return weight.block == (1, 0) and (input.block == (1, 0) or (input.block == (0, 0) and _integer(input)))
+    return weight.block == (1, 0) and (input.block == (1, 0) or (input.is_static and _integer(input)))
 
 
 def _int4_alone(weight: Format, input: Format | None, capability: int) -> bool:
@@ -142,7 +143,7 @@ def _fp4_before_sm100(weight: Format, input: Format | None, capability: int) -> 
 
 
 def _mxfp4_alone(weight: Format, input: Format | None, capability: int) -> bool:
-    return _fp4(weight) and weight.scale == "e8m0" and input is None and capability >= 100
+    return _fp4(weight) and weight.scale is E8M0 and input is None and capability >= 100
 
 
 # The first that fits decides; what none fits is vLLM's. Those for CUDA follow from vLLM's source and were never run.
@@ -317,6 +318,7 @@ class Packed(CompressedTensorsScheme):
         layers = [read_layer(replace(self.module, path=m), self._part(stored, i)) for i, m in enumerate(self.members)]
         packed = pack(self._joined(layers))
         layer.packed = PackedLinear(packed)
+        layer.packed.prepare()
         static = self.module.static_input
         layer.register_buffer("static_input", None if static is None else self._one(stored[static], static))
         for name in stored:
@@ -335,7 +337,7 @@ class Packed(CompressedTensorsScheme):
                 found[name] = tensor[first // per_word : (first + rows) // per_word]
         scale = found["weight_scale"]
         if scale.dtype == torch.float32:
-            narrow = scale.to(self.weight.scale_storage)
+            narrow = scale.to(self.weight.scale.storage)
             found["weight_scale"] = narrow if torch.equal(narrow.to(torch.float32), scale) else scale
         return found
 
@@ -347,8 +349,7 @@ class Packed(CompressedTensorsScheme):
             values = torch.stack([s.global_scale for s in scales if s.global_scale is not None])
             shared = self._one(values, "weight_global_scale").reshape(())
         zeros = [s.zero_point for s in scales if s.zero_point is not None]
-        stored = torch.cat([s.stored.view(torch.uint8) if s.stored.itemsize == 1 else s.stored for s in scales])
-        stored = stored.view(scales[0].stored.dtype) if stored.itemsize == 1 else stored
+        stored = self.weight.scale.from_bytes(torch.cat([self.weight.scale.to_bytes(s.stored) for s in scales]))
         codes = torch.cat([layer.codes for layer in layers])
         return QTensor(self.weight, codes, Scales(stored, shared, torch.cat(zeros) if zeros else None))
 
@@ -366,7 +367,10 @@ class Packed(CompressedTensorsScheme):
         held: Any = layer  # with what process_weights_after_loading put there
         if self.input is not None:
             x = served_input(x, held.static_input, self.input.name)
-        return packed_linear(x, held.packed.packed, bias)
+        if bias is not None:
+            return packed_linear(x, held.packed.packed, bias)
+        y: Tensor = held.packed(x)
+        return y
 
 
 def _fill_padding(layer: Any) -> None:

@@ -8,12 +8,13 @@ from qat.kernels.device import device_of
 from qat.kernels.fake_quantize.choose import input_problem
 from qat.kernels.fake_quantize.choose import problem as training_problem
 from qat.kernels.load import available, cpu_problem
-from qat.kernels.packed_linear.choose import choose
+from qat.kernels.packed_linear import choose as packed
 from qat.kernels.quantized_matmul import choose as matmul
-from qat.kernels.tuned import case, override
 from qat.numbers.catalog import CATALOG, lookup
+from qat.numbers.format import Format
+from qat.numbers.scale import F32
 from qat.serving.matmul import problem as matmul_problem
-from qat.serving.packed import problem
+from qat.serving.packed import problem as packing_problem
 from qat.serving.words import tile
 
 
@@ -31,21 +32,24 @@ def explain(format: str, tokens: int, rows: int, columns: int, input_format: str
     if input_format is not None:
         return _explain_quantized(format, tokens, rows, columns, input_format)
     fmt = lookup(format)
-    told: dict[str, Any] = {"format": format, "operator": "qat::packed_linear", "kernel": "none", "why": problem(fmt)}
-    if told["why"] is not None:
-        return told
+    told: dict[str, Any] = {"format": format, "operator": "qat::packed_linear"}
+    reason = packing_problem(fmt)
+    if reason is not None:
+        return {**told, "kernel": "none", "why": reason}
     if not available():
-        return {**told, **_on_a_cpu(tokens)}
+        return {**told, **_on_a_cpu(fmt, tokens)}
+    reason = packed.problem(fmt)
+    if reason is not None:
+        return {**told, "kernel": "reference", "why": reason}
     processors = device_of(torch.empty(0, device="cuda")).processors
-    tiles = choose(tokens, rows, columns, tile(fmt.element.bits), processors)
-    tiles = override(tiles, torch.cuda.get_device_name(0), case("packed_linear", format, rows, columns), tokens)
+    tiles = packed.choose(tokens, rows, columns, tile(fmt.element.bits), processors)
     return {**told, "kernel": "triton", "why": tiles.why}
 
 
-def _on_a_cpu(tokens: int) -> dict[str, str]:
-    from qat.kernels.packed_linear.cpu import FEW
+def _on_a_cpu(fmt: Format, tokens: int) -> dict[str, str]:
+    from qat.kernels.packed_linear.cpu import FEW, problem
 
-    reason = cpu_problem()
+    reason = cpu_problem() or problem(fmt)
     if reason is not None:
         return {"kernel": "reference", "why": f"weights are dequantized at every call, slower than BF16: {reason}"}
     few = f"at most {FEW} tokens: codes are decoded in registers"
@@ -60,23 +64,24 @@ def _explain_quantized(format: str, tokens: int, rows: int, columns: int, input_
     if reason is not None:
         return {**told, "kernel": "none", "why": reason}
     if not available():
-        packed = explain(format, tokens, rows, columns)
-        if packed["kernel"] == "none":
-            why = f"weights are held dense, no faster than BF16: {packed['why']}"
+        alone = explain(format, tokens, rows, columns)
+        if alone["kernel"] == "none":
+            why = f"weights are held dense, no faster than BF16: {alone['why']}"
             return {**told, "kernel": "reference", "why": why}
-        why = f"no product of codes here; inputs are rounded, then qat::packed_linear: {packed['why']}"
-        return {**told, "kernel": packed["kernel"], "why": why}
+        why = f"no product of codes here; inputs are rounded, then qat::packed_linear: {alone['why']}"
+        return {**told, "kernel": alone["kernel"], "why": why}
+    reason = matmul.problem(x, w)
+    if reason is not None:
+        return {**told, "kernel": "reference", "why": reason}
     device = device_of(torch.empty(0, device="cuda"))
-    if matmul.block_scaled(x, w, columns, device.capability):
-        return {**told, "kernel": "triton", "why": f"block-scaled units, by {matmul.BLOCK_SCALED}=1; never measured"}
-    tiles = matmul.choose(tokens, rows, columns, x, w, device)
-    name = case("quantized_matmul", f"{input_format} x {format}", rows, columns)
-    return {**told, "kernel": "triton", "why": override(tiles, torch.cuda.get_device_name(0), name, tokens).why}
+    if matmul.block_scaled_problem(x, w, columns, device.capability) is None:
+        return {**told, "kernel": "triton", "why": "units that multiply block scales themselves; never measured"}
+    return {**told, "kernel": "triton", "why": matmul.choose(tokens, rows, columns, x, w, device).why}
 
 
 def explain_all(tokens: int, rows: int, columns: int, input_format: str | None = None) -> list[dict[str, Any]]:
     """`explain` for every format that weights are stored in (float32 scales belong to inputs)."""
-    return [explain(name, tokens, rows, columns, input_format) for name, fmt in CATALOG.items() if fmt.scale != "f32"]
+    return [explain(name, tokens, rows, columns, input_format) for name, fmt in CATALOG.items() if fmt.scale is not F32]
 
 
 def explain_training(format: str) -> dict[str, dict[str, str]]:
@@ -99,9 +104,8 @@ def explain_training(format: str) -> dict[str, dict[str, str]]:
         why = reason or missing
         told[operator] = {"kernel": "triton" if why is None else "reference", "why": why or how}
     if not available() and cpu_problem(["fake_quantize_input"]) is None:
-        from qat.kernels.fake_quantize_input.cpu import computes
+        from qat.kernels.fake_quantize_input.cpu import problem
 
-        reason, how = problems["qat::fake_quantize_input"]
-        why = reason or (None if computes(fmt) else "cpu.c has no instance for its elements or scales")
+        why, how = problem(fmt), problems["qat::fake_quantize_input"][1]
         told["qat::fake_quantize_input"] = {"kernel": "c" if why is None else "reference", "why": why or how}
     return told

@@ -30,6 +30,7 @@ KERNELS: dict[str, dict[str, str]] = {
     "silu_mul_quantize": {"cuda": "quantize_input/triton"},
     "quantized_matmul": {"cuda": "quantized_matmul/triton"},
 }
+PREPARES = {"packed_linear": "prepare_packed"}  # operator -> the one by which its kernel prepares what a layer owns
 _loaded: set[tuple[str, str]] = set()
 
 
@@ -77,8 +78,9 @@ def _module(file: str) -> Any:
 def register(operator: str, device: str, file: str) -> None:
     """Put one kernel under an operator for a dispatch key; tests put Triton's interpreter under "cpu"."""
     if (operator, device) not in _loaded:
-        kernel = getattr(_module(file), operator)
-        torch.library.register_kernel(f"qat::{operator}", device, on_its_device(kernel))
+        module, preparing = _module(file), PREPARES.get(operator, "")
+        for name in (operator, preparing) if hasattr(module, preparing) else (operator,):
+            torch.library.register_kernel(f"qat::{name}", device, on_its_device(getattr(module, name)))
         _loaded.add((operator, device))
 
 

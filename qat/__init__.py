@@ -43,9 +43,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "calibrate": "calibration",
-    "Format": "format",
-    "QTensor": "numerics",
+    "calibrate": "init.calibration",
+    "Format": "numbers.format",
+    "QTensor": "numbers.numerics",
     "Rule": "scheme",
     "Scheme": "scheme",
     "Coverage": "surgery",

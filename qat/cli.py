@@ -11,9 +11,9 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+from qat import options
 from qat.errors import ConfigError, Interrupted, QatError
 from qat.terminal import (
     import_library,
@@ -24,6 +24,7 @@ from qat.terminal import (
     unbreakable_stderr,
     warned,
 )
+from qat.text import size
 
 DESCRIPTION = """Train a model in the numbers it will be served in.
 
@@ -90,25 +91,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _path(text: str) -> Path:
-    """A path as typed; shells leave `~` alone in quotes and behind `=`."""
-    return Path(text).expanduser()
-
-
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=1, allow_nan=False))
 
 
 # --- train ----------------------------------------------------------------------------------------
-
-
-def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="YAML file of the run (see configs/)")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="change a value: steps=200 optim.lr=3e-4")
-    parser.add_argument("--resume", action="store_true", help="continue the run from its last saved state, exactly; "
-                        "only steps= may grow, and models, texts and the run's folder may have moved")  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="print coverage, memory and time; train nothing")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -139,20 +126,6 @@ def _train(arguments: argparse.Namespace) -> None:
 # --- export and verify ------------------------------------------------------------------------------
 
 
-def _add_export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("trained", type=_path, metavar="RUN", help="folder of a run")
-    parser.add_argument("out", type=_path, metavar="OUT", help="folder to write; must not exist, or be empty")
-    layouts = "file layout: compressed-tensors, modelopt or fp8 (default: %(default)s); see docs/export.md"
-    parser.add_argument("--target", default="compressed-tensors", help=layouts)
-    parser.add_argument("--checkpoint", default="best", help="which of the run's checkpoints (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if an export wrote it")
-    _add_moved(parser)
-
-
-def _add_moved(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="PATH", help="where the model that a run was made from is now, if it moved")
-
-
 def _export(arguments: argparse.Namespace) -> None:
     from qat.checkpoints.export import export
 
@@ -164,14 +137,8 @@ def _export(arguments: argparse.Namespace) -> None:
         checkpoint=arguments.checkpoint,
         moved=arguments.model,
     )
-    size = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
-    print(f"{out}: {size / 1e6:.1f} MB of weights for {arguments.target}; check it with: qat verify {out}")
-
-
-def _add_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=_path, metavar="DIR", help="an exported checkpoint")
-    parser.add_argument("--no-logits", action="store_true", help="skip loading it in plain transformers")
-    parser.add_argument("--json", action="store_true", help="print the checks as JSON")
+    stored = size(sum(path.stat().st_size for path in out.rglob("*.safetensors")))
+    print(f"{out}: {stored} of weights for {arguments.target}; check it with: qat verify {out}")
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -190,19 +157,6 @@ def _verify(arguments: argparse.Namespace) -> int:
 # --- eval and generate ------------------------------------------------------------------------------
 
 
-def _add_eval(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=_path, metavar="DIR", help="a run, an exported checkpoint, or a plain model")
-    parser.add_argument("--teacher", help="model to compare with (default: what DIR was made from)")
-    parser.add_argument(
-        "--text", nargs="+", metavar="FILE", help="text, as data.source (default: the shipped held-out text)"
-    )
-    _add_moved(parser)
-    parser.add_argument("--tokens", type=int, default=8192, help="how much text to read (default: %(default)s)")
-    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="lm-eval tasks (pip install 'qat-native[eval]')")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    parser.add_argument("--json", action="store_true", help="print the scores as JSON")
-
-
 def _eval(arguments: argparse.Namespace) -> None:
     from qat.trainers.inspect import evaluate_folder
 
@@ -219,18 +173,6 @@ def _eval(arguments: argparse.Namespace) -> None:
         print(f"{row['name']}: NLL {row['nll']:.4f}  perplexity {ppl}{kl}  ({row['tokens']} tokens)")
     for task, metrics in found.get("tasks", {}).items():
         print(f"{task}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-
-
-def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=_path, metavar="DIR", help="a run, an exported checkpoint, or a plain model")
-    parser.add_argument("prompt", help="text to continue")
-    parser.add_argument("--tokens", type=int, default=64, help="most tokens to write (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default), else 0.01 to 100")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
-    _add_moved(parser)
-    parser.add_argument("--dense", action="store_true", help="unpack an export's weights once, as `qat eval` does")
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -264,26 +206,13 @@ def _generate(arguments: argparse.Namespace) -> None:
 # --- serve ------------------------------------------------------------------------------------------
 
 
-def _add_serve(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="DIR", help="an exported checkpoint, or a plain model")
-    parser.add_argument("--served-model-name", action="append", metavar="NAME",
-                        help="what requests call the model (default: DIR as given); may be repeated")  # fmt: skip
-    parser.add_argument("--engine", choices=("auto", "transformers", "vllm"), default="auto",
-                        help="auto takes vLLM where it is installed (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"),
-                        help="of the activations; auto takes BF16 where it is fast")  # fmt: skip
-
-
 def _serve(arguments: argparse.Namespace) -> None:
     from qat.engines.serve import serve
     from qat.trainers.memory import keep_freed_blocks
 
     keep_freed_blocks()
     serve(
-        _path(arguments.folder),
+        options.path(arguments.folder),
         arguments.engine,
         arguments.host,
         arguments.port,
@@ -293,11 +222,25 @@ def _serve(arguments: argparse.Namespace) -> None:
     )
 
 
+# --- analyze ----------------------------------------------------------------------------------------
+
+
+def _analyze(arguments: argparse.Namespace) -> None:
+    from qat.trainers.analyze import analyze, lines, write
+
+    if arguments.most < 1:
+        raise ConfigError(f"--most {arguments.most} must be positive")
+    found = analyze(arguments.model, arguments.formats)
+    pictures = write(found, arguments.out) if arguments.out else []
+    if arguments.json:
+        _print_json(found.to_dict())
+        return
+    print(*lines(found, arguments.most), sep="\n")
+    if pictures:
+        print("written: " + ", ".join(map(str, pictures)))
+
+
 # --- formats ----------------------------------------------------------------------------------------
-
-
-def _add_formats(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print the catalogue as JSON")
 
 
 def _formats(arguments: argparse.Namespace) -> None:
@@ -309,7 +252,7 @@ def _formats(arguments: argparse.Namespace) -> None:
             "element": " or ".join(element.name for element in fmt.elements),
             "max": fmt.element.max,
             "block": list(fmt.block),
-            "scale": fmt.scale,
+            "scale": fmt.scale.name,
             "scale_rule": fmt.scale_rule,
             "global_scale": fmt.global_scale,
             "zero_point": fmt.zero_point,
@@ -334,15 +277,6 @@ def _formats(arguments: argparse.Namespace) -> None:
 
 
 # --- kernels ----------------------------------------------------------------------------------------
-
-
-def _add_kernels(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokens", type=int, default=1, help="of the product to explain (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=4096, help="of the weight (default: %(default)s)")
-    parser.add_argument("--columns", type=int, default=4096, help="of the weight (default: %(default)s)")
-    parser.add_argument("--input", metavar="FORMAT", help="of quantized inputs (default: inputs in 16 bits)")
-    parser.add_argument("--training", action="store_true", help="explain what runs in `qat train` instead")
-    parser.add_argument("--json", action="store_true", help="print the answers as JSON")
 
 
 def _kernels(arguments: argparse.Namespace) -> None:
@@ -384,14 +318,15 @@ def _training_kernels(as_json: bool) -> None:
 
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Any], str]] = {
-    "train": (_add_train, _train, "run quantization-aware training or distillation from a YAML file"),
-    "eval": (_add_eval, _eval, "judge a run, an export or a model: KL to the teacher, NLL, top-1 agreement"),
-    "export": (_add_export, _export, "write a trained run as a native low-precision checkpoint"),
-    "verify": (_add_verify, _verify, "check an exported checkpoint against the trained model, bit for bit"),
-    "generate": (_add_generate, _generate, "continue a prompt on this machine, streaming, and print tokens/s"),
-    "serve": (_add_serve, _serve, "serve a model over HTTP, OpenAI-compatible, its weights packed"),
-    "formats": (_add_formats, _formats, "list the number formats"),
-    "kernels": (_add_kernels, _kernels, "say which kernel multiplies with packed weights here, and why"),
+    "train": (options.train, _train, "run quantization-aware training or distillation from a YAML file"),
+    "eval": (options.evaluate, _eval, "judge a run, an export or a model: KL to the teacher, NLL, top-1 agreement"),
+    "export": (options.export, _export, "write a trained run as a native low-precision checkpoint"),
+    "verify": (options.verify, _verify, "check an exported checkpoint against the trained model, bit for bit"),
+    "generate": (options.generate, _generate, "continue a prompt on this machine, streaming, and print tokens/s"),
+    "analyze": (options.analyze, _analyze, "say which weights of a model lose most in which format"),
+    "serve": (options.serve, _serve, "serve a model over HTTP, OpenAI-compatible, its weights packed"),
+    "formats": (options.formats, _formats, "list the number formats"),
+    "kernels": (options.kernels, _kernels, "say which kernel multiplies with packed weights here, and why"),
 }
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch.nn import functional
 from qat.errors import TrainingError
 from qat.init.observers import Observer, RangeObserver
 from qat.numbers.format import Format
-from qat.numbers.numerics import QTensor, Scales, quantize, store_scale
+from qat.numbers.numerics import QTensor, Scales, quantize
 from qat.training.activations import ActivationRule, dynamic_fake_quantize
 from qat.training.gradients import Estimator
 from qat.training.ops import fake_quantize, quantized_linear
@@ -113,8 +113,8 @@ class WeightQuantizer(Quantizer):
         return self._stored(latent.detach()).effective() + (latent - latent.detach())  # an exact zero with the gradient
 
     def _stored(self, latent: Tensor) -> Scales:
-        stored = store_scale(latent, self.format, self.global_scale)
-        return Scales(stored, self.global_scale, self.zero_point, self.choice)
+        stored = self.format.scale.store(latent, self.global_scale)
+        return Scales(stored, self.global_scale, self.zero_point, self.choice, type=self.format.scale)
 
     def divisor(self) -> Tensor | None:
         """The scale that divides before rounding, where it is learned separately."""
@@ -128,11 +128,11 @@ class WeightQuantizer(Quantizer):
     @torch.no_grad()
     def of_rows(self, rows: slice) -> "WeightQuantizer":
         """The same for one matrix of a stack, which lies in these rows; nothing in it learns."""
-        high = self.format.block[0]
+        fmt, high = self.format, self.format.block[0]
         part = slice(rows.start // high, rows.stop // high)
         above = None if self.global_scale is None else self.global_scale[part][0, 0]
         zero, choice = (None if t is None else t[part] for t in (self.zero_point, self.choice))
-        scales = Scales(store_scale(self.start[part], self.format, above), above, zero, choice)
+        scales = Scales(fmt.scale.store(self.start[part], above), above, zero, choice, type=fmt.scale)
         one = WeightQuantizer(self.format, scales, self.learn, self.round_bf16)
         one.start, one.transforms = self.start[part], self.transforms
         for name in ("log_scale", "log_divisor"):
@@ -214,7 +214,7 @@ class InputQuantizer(Quantizer):
     @property
     def needs_calibration(self) -> bool:
         """Whether the format has a static part."""
-        return self.format.global_scale or self.format.block == (0, 0)
+        return self.format.global_scale or self.format.is_static
 
     def observe(self) -> None:
         """Pass inputs through unchanged and collect their range, until `freeze`."""

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from qat.config import Strict
-from qat.families import DEFAULT
+from qat.families import Sets
 from qat.init.calibration import InitStep
 from qat.init.gptq import Gptq
 from qat.init.observers import Observer
@@ -107,7 +107,7 @@ class Scheme(Strict):
         observer: how static activation ranges are found.
         activation_rule: whose arithmetic dynamic activations follow.
         estimator: gradient of rounding for inputs; weights always pass straight through.
-        fused: sets of layer names that engines merge.
+        fused: sets of layer names that engines merge; by default what is usual for the model (`qat.families`).
         tied: what to do when one tensor serves as embedding and head and the rules treat the two differently.
         round_bf16: round dequantized weights to BF16 in the forward pass, as a BF16 server does.
     """
@@ -118,7 +118,7 @@ class Scheme(Strict):
     observer: Observer = "minmax"
     activation_rule: ActivationRule = "vllm"
     estimator: Estimator = "clipped"
-    fused: tuple[tuple[str, ...], ...] = DEFAULT.fused
+    fused: Sets | None = None
     tied: TiedPolicy = "error"
     round_bf16: bool = True
 

@@ -5,6 +5,7 @@ not divide a layer and fused layers that disagree are errors that name the layer
 """
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from qat.adapters import unknown_kind
 from qat.errors import ConfigError, FormatError, UnsupportedError
+from qat.families import find_family, fused_sets
 from qat.init.scales import shared_global_scale, start_scales
 from qat.numbers.catalog import lookup
 from qat.numbers.numerics import width_problem
@@ -100,7 +102,7 @@ def _plan(model: nn.Module, scheme: Scheme) -> list[tuple[Candidate, Rule]]:
         if getattr(rule, candidate.role) is not None:
             _check_candidate(candidate, model, rule)
     rules = {candidate.path: rule for candidate, rule in planned if candidate.role == "weight"}
-    for members in fused_sets(list(rules), scheme):
+    for members in trained_together(model, scheme, rules):
         if len({(rules[m].weight, rules[m].input) for m in members}) > 1:
             given = ", ".join(f"{m}: {rules[m].weight or 'skip'}/{rules[m].input or '-'}" for m in members)
             raise ConfigError(f"engines fuse these layers, so they need one treatment: {given}")
@@ -144,15 +146,11 @@ def _check_candidate(candidate: Candidate, model: nn.Module, rule: Rule) -> None
             )
 
 
-def fused_sets(paths: list[str], scheme: Scheme) -> list[list[str]]:
-    """Groups of two or more paths that share a parent and belong to one fused set, in the order of the model."""
-    groups: dict[tuple[str, int], list[str]] = defaultdict(list)
-    for path in paths:
-        parent, _, leaf = path.rpartition(".")
-        for index, names in enumerate(scheme.fused):
-            if leaf in names:
-                groups[parent, index].append(path)
-    return [members for members in groups.values() if len(members) > 1]
+def trained_together(model: nn.Module, scheme: Scheme, paths: Iterable[str]) -> list[list[str]]:
+    """Sets of `paths` that engines merge: by the scheme, or else by what is usual for the model."""
+    config = getattr(model, "config", None)
+    usual = find_family(getattr(config, "model_type", None)).fused
+    return fused_sets(paths, usual if scheme.fused is None else scheme.fused)
 
 
 def apply(model: nn.Module, scheme: Scheme, *, defer_init: bool = False) -> nn.Module:
@@ -184,7 +182,7 @@ class _Makers:
     ) -> None:
         self.model, self.scheme, self.defer_init = model, scheme, defer_init
         self.candidates = {c.path: c for c, _ in quantized if c.role == "weight"}
-        self.groups = {m: members for members in fused_sets(list(self.candidates), scheme) for m in members}
+        self.groups = {m: members for members in trained_together(model, scheme, self.candidates) for m in members}
         self.weights: dict[int, WeightQuantizer] = {}
         self.inputs: dict[str, InputQuantizer] = {}
 

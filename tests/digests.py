@@ -29,6 +29,7 @@ from tests.trainers import jobs
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 10
+SEARCH = {"init": ({"kind": "scales", "weighted": False},)}
 SKIP = [{"match": "*", "skip": "not a projection"}]
 NV, MX = "nvfp4", "mxfp4"
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -74,7 +75,7 @@ def of_exports(root: Path) -> dict[str, str]:
             out = root / target / f"{weight}-{input}"
             label = f"export {target} {weight} {input}"
             try:
-                export_pair(source, out, (weight, input), target, **({} if input else {"init": ("scales",)}))
+                export_pair(source, out, (weight, input), target, **({} if input else SEARCH))
                 found[label] = _joined(folder_digests(out))
             except UnsupportedError:  # fused layers under one scale per tensor, which only trained ones share
                 found[label] = "refused"

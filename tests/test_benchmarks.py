@@ -1,4 +1,4 @@
-"""benchmarks/kernels.py times peers that are right, names those that are missing, fail or are wrong, and goes on."""
+"""benchmarks/operators.py times peers that are right, names those that are missing, fail or are wrong, and goes on."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
 def _script(name: str) -> ModuleType:
     """A file of benchmarks/ as a module, under its own name: its imports are those of a script there."""
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name.removeprefix('benchmark_')}.py")
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -34,7 +34,7 @@ def _script(name: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def peers() -> Iterator[ModuleType]:
-    names = ("layers", "peer_calls", "peers", "measurements", "benchmark_kernels")
+    names = ("layers", "peer_calls", "peers", "measurements", "operators")
     for name in names[:4]:
         _script(name)
     yield sys.modules["peers"]
@@ -90,12 +90,12 @@ def _run(peers: ModuleType, builders: dict[str, Callable[[QTensor], Any]], **opt
 def test_table(peers: ModuleType) -> None:
     names = [(peer.name, peer.beside) for peer in peers.PEERS]
     assert len(set(names)) == len(names)
-    kernels = _script("benchmark_kernels")
+    operators = _script("operators")
     for peer in peers.PEERS:
         assert peer.package in peers.PACKAGES and not peers.PACKAGES[peer.package].absent
         beside = {
-            "packed": [(name,) for name in kernels.WEIGHTS],
-            "matmul": list(kernels.PAIRS),
+            "packed": [(name,) for name in operators.WEIGHTS],
+            "matmul": list(operators.PAIRS),
             "rows": [("rms_norm",), ("forward_kl",), ("jsd",), ("cross_entropy",)],
         }
         assert peer.beside in beside[peer.family], "nothing of ours is measured there"
@@ -178,13 +178,13 @@ def test_a_kernel_that_fails_loses_its_own_times_only(
     peers: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One contender raises on one layer, and another layer cannot be set up at all."""
-    kernels = _script("benchmark_kernels")
-    monkeypatch.setitem(kernels.LAYERS, "small", {"broken": (60, 128), "tiny": (64, 128)})
-    monkeypatch.setitem(kernels.TOKENS, "cpu", (1, 2))
-    monkeypatch.setattr(kernels, "COLD_BYTES", 1 << 14)
-    monkeypatch.setattr(kernels, "copy_rate", lambda device: 1e9)
-    monkeypatch.setattr(kernels, "plot", lambda *_: None)
-    product, torch_int4 = kernels.packed_linear, kernels._torch_int4
+    operators = _script("operators")
+    monkeypatch.setitem(operators.LAYERS, "small", {"broken": (60, 128), "tiny": (64, 128)})
+    monkeypatch.setitem(operators.TOKENS, "cpu", (1, 2))
+    monkeypatch.setattr(operators, "COLD_BYTES", 1 << 14)
+    monkeypatch.setattr(operators, "copy_rate", lambda device: 1e9)
+    monkeypatch.setattr(operators, "plot", lambda *_: None)
+    product, torch_int4 = operators.packed_linear, operators._torch_int4
 
     def no_mxfp4(x: Tensor, weight: Any) -> Tensor:
         if weight.format == "mxfp4" and len(x) == 1:
@@ -196,12 +196,12 @@ def test_a_kernel_that_fails_loses_its_own_times_only(
             raise RuntimeError("out of memory")
         return torch_int4(rows, *rest)
 
-    monkeypatch.setattr(kernels, "packed_linear", no_mxfp4)
-    monkeypatch.setattr(kernels, "_torch_int4", not_broken)
+    monkeypatch.setattr(operators, "packed_linear", no_mxfp4)
+    monkeypatch.setattr(operators, "_torch_int4", not_broken)
     flags = ["--device", "cpu", "--only", "packed", "--layers", "small", "--repeats", "1", "--peers", "none"]
-    monkeypatch.setattr(sys, "argv", ["kernels.py", *flags, "--out", str(tmp_path)])
-    kernels.main()
-    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    monkeypatch.setattr(sys, "argv", ["operators.py", *flags, "--out", str(tmp_path)])
+    operators.main()
+    rows = json.loads((tmp_path / "operators.json").read_text())["rows"]
     assert {row["what"] for row in rows} == {"tiny"}
     assert {(row["contender"], row["tokens"]) for row in rows} >= {("BF16", 1), ("nvfp4", 1), ("mxfp4", 2)}
     assert not any(row["contender"] == "mxfp4" and row["tokens"] == 1 for row in rows)
@@ -213,27 +213,27 @@ def test_benchmark_on_a_cpu(
     peers: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The whole command on one tiny layer, with one peer that is right and one that raises."""
-    kernels = _script("benchmark_kernels")
-    monkeypatch.setitem(kernels.LAYERS, "small", {"tiny": (64, 128)})
-    monkeypatch.setitem(kernels.TOKENS, "cpu", (1, 2))
-    monkeypatch.setattr(kernels, "COLD_BYTES", 1 << 14)
-    monkeypatch.setattr(kernels, "copy_rate", lambda device: 1e9)
-    monkeypatch.setattr(kernels, "plot", lambda *_: None)
+    operators = _script("operators")
+    monkeypatch.setitem(operators.LAYERS, "small", {"tiny": (64, 128)})
+    monkeypatch.setitem(operators.TOKENS, "cpu", (1, 2))
+    monkeypatch.setattr(operators, "COLD_BYTES", 1 << 14)
+    monkeypatch.setattr(operators, "copy_rate", lambda device: 1e9)
+    monkeypatch.setattr(operators, "plot", lambda *_: None)
     mine = tuple(
         peers.Adapter(build.__name__, "here", "packed", ("mxfp4",), build, "a note", devices=("cpu",))
         for build in (right, fails_later)
     )
     here = {"here": peers.Package("torch", "torch", "pip install torch")}
     monkeypatch.setattr(
-        kernels, "Peers", lambda device, timer, _: peers.Peers(device, timer, frozenset(here), mine, here)
+        operators, "Peers", lambda device, timer, _: peers.Peers(device, timer, frozenset(here), mine, here)
     )
     flags = ["--device", "cpu", "--only", "packed", "--layers", "small", "--repeats", "1", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["kernels.py", *flags])
-    kernels.main()
+    monkeypatch.setattr(sys, "argv", ["operators.py", *flags])
+    operators.main()
     printed = capsys.readouterr().out
     assert "| right |" in printed and "tiny 64x128 | 2 |" in printed
     assert "fails_later: RuntimeError: no kernel image" in printed
-    report = json.loads((tmp_path / "kernels.json").read_text())
+    report = json.loads((tmp_path / "operators.json").read_text())
     row = next(row for row in report["rows"] if row["contender"] == "right")
     # Wheels of the index call themselves 2.13.0, and their module 2.13.0+cu130.
     assert row["version"].partition("+")[0] == torch.__version__.partition("+")[0]

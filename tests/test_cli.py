@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from qat.checkpoints.layouts import TARGETS
 from qat.cli import main
 from qat.kernels.load import cpu_problem
 from qat.numbers.catalog import CATALOG
+from qat.numbers.scale import F32
 from tests.tiny import tiny_model
+from tests.trainers.jobs import write
 
 
 @pytest.fixture(scope="module")
@@ -19,24 +20,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on a tiny Qwen3 with a tied head, and its config beside it."""
     folder = tmp_path_factory.mktemp("cli")
     model = tiny_model("qwen3", folder / "model", tie_word_embeddings=True)
-    job = {
-        "name": "tiny",
-        "model": {"id": str(model)},
-        "scheme": {
-            "rules": [
-                {"match": "lm_head", "skip": "shares its tensor with the embedding"},
-                {"match": "model.embed_tokens", "skip": "kept in BF16"},
-                {"match": "*.down_proj", "weight": "int8_channel", "input": "int8_token"},
-                {"match": "*_proj", "weight": "nvfp4", "input": "nvfp4"},
-            ]
-        },
-        "data": {"source": "embedded", "seq_len": 32, "max_tokens": 4096},
-        "eval": {"data": {"source": "heldout", "seq_len": 32}, "tokens": 128},
-        "steps": 2,
-        "runs": str(folder / "runs"),
-    }
-    (folder / "job.yaml").write_text(yaml.safe_dump(job))
-    assert main(["train", str(folder / "job.yaml"), "--json"]) == 0
+    rules = [
+        {"match": "lm_head", "skip": "shares its tensor with the embedding"},
+        {"match": "model.embed_tokens", "skip": "kept in BF16"},
+        {"match": "*.down_proj", "weight": "int8_channel", "input": "int8_token"},
+        {"match": "*_proj", "weight": "nvfp4", "input": "nvfp4"},
+    ]
+    job = write(folder, model, scheme={"rules": rules}, steps=2)
+    assert main(["train", str(job), "--json"]) == 0
     return folder / "runs" / "tiny"
 
 
@@ -108,7 +99,7 @@ def test_errors_are_one_sentence_and_status_2(
 def test_kernels_say_what_runs_and_why(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["kernels", "--tokens", "16", "--json"]) == 0
     told = {row["format"]: row for row in json.loads(capsys.readouterr().out)}
-    assert told.keys() == {name for name, fmt in CATALOG.items() if fmt.scale != "f32"}
+    assert told.keys() == {name for name, fmt in CATALOG.items() if fmt.scale is not F32}
     assert told["nf4_g64"]["kernel"] == "none" and "table" in told["nf4_g64"]["why"]
     here = "triton" if torch.cuda.is_available() else "c" if cpu_problem() is None else "reference"
     assert told["nvfp4"]["kernel"] == here

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from qat.errors import UnsupportedError
 from qat.surgery import Coverage
+from qat.text import some
 from qat.trainers.packing import evaluating, model_inputs
 
 PROBE_TOKENS = 4
@@ -48,9 +49,8 @@ def check_called(model: nn.Module, coverage: Coverage) -> None:
                 hook.remove()
     if uses.found:
         paths, kind = list(uses.found), type(model.get_submodule(next(iter(uses.found)).rpartition(".")[0])).__name__
-        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
         raise UnsupportedError(
-            f"{kind} uses the weight of {paths[0]}{more} without calling the layer, so it would be neither quantized "
+            f"{kind} uses the weight of {some(paths, 1)} without calling the layer, so it would be neither quantized "
             "in training nor served packed; give these layers a rule with `skip:` and a reason"
         )
 

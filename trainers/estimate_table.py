@@ -3,6 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
+from qat.text import duration, size
 from qat.trainers.estimate import Estimate, Plan
 from qat.trainers.footprint import GIB
 
@@ -37,7 +38,7 @@ def _summary(estimate: Estimate) -> list[str]:
     scheme = ", ".join(f"{count / 1e6:,.1f} M {weight}" for weight, _, _, count, _ in estimate.scheme)
     return [
         f"{estimate.name}: {estimate.parameters:,} parameters, {share} quantized, {bits}, "
-        f"{scaled(estimate.model_bytes)}B stored instead of {scaled(estimate.dense_bytes)}B",
+        f"{size(estimate.model_bytes)} stored instead of {size(estimate.dense_bytes)}",
         f"weights: {scheme}",
         f"architecture: {estimate.origin}",
         f"work: {estimate.tokens:,} tokens in {estimate.steps:,} steps, "
@@ -51,21 +52,13 @@ def _fits(plan: Plan) -> str:
     if plan.capacity is not None:
         answers.append(f"fits in {plan.capacity / GIB:,.0f} GiB: {'yes' if plan.fits(plan.capacity) else 'NO'}")
     if plan.kind == "cuda":
-        others = [f"{size} {'yes' if plan.fits(size * GIB) else 'no'}" for size in COMMON_GPUS]
+        others = [f"{gib} {'yes' if plan.fits(gib * GIB) else 'no'}" for gib in COMMON_GPUS]
         answers.append("GPUs of " + ", ".join(others))
     return f"{plan.device}: " + ("; ".join(answers) or "its memory is unknown")
 
 
 def scaled(count: float) -> str:
-    """A count of bytes or operations with the prefix of its unit, for example "1.21 G"."""
+    """A count of operations with the prefix of its unit, for example "1.21 G"."""
     prefixes = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
-    size, prefix = next(((size, prefix) for size, prefix in prefixes if count >= 0.1 * size), prefixes[-1])
-    return f"{count / size:,.2f} {prefix}"
-
-
-def duration(seconds: float) -> str:
-    """Two digits of a sensible unit: an estimate is no more exact."""
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    unit, prefix = next((row for row in prefixes if count >= 0.1 * row[0]), prefixes[-1])
+    return f"{count / unit:,.2f} {prefix}"

@@ -18,7 +18,7 @@ from qat.checkpoints.hf import ModelConfig, describe, is_local, resolve
 from qat.errors import CheckpointError
 from qat.init.gptq import PRODUCTS, Gptq
 from qat.numbers.catalog import lookup
-from qat.surgery import Coverage, fused_sets, report
+from qat.surgery import Coverage, report, trained_together
 from qat.trainers.evaluate import CHUNK
 from qat.trainers.job import Job
 from qat.trainers.teacher import compare
@@ -105,7 +105,7 @@ class Facts:
         shapes = {
             m.path: m.shape for m in self.coverage.modules if m.weight and m.shape[0] != self.student.shape.vocabulary
         }
-        shared = {path for members in fused_sets(list(shapes), job.scheme) for path in members[1:]}
+        shared = {path for members in trained_together(self.student.model, job.scheme, shapes) for path in members[1:]}
         return sum(shape[-1] ** 2 for path, shape in shapes.items() if path not in shared)
 
 
@@ -129,7 +129,8 @@ def facts(job: Job) -> Facts:
     blocks = 0
     for module in coverage.modules:
         if module.weight is not None:
-            blocks += math.prod(lookup(module.weight).grid_shape(module.shape[0], module.shape[1]))
+            *experts, rows, columns = module.shape
+            blocks += math.prod((*experts, *lookup(module.weight).grid_shape(rows, columns)))
     head: Any = student.model.get_output_embeddings()  # type: ignore[operator]  # a transformers method
     trainable = sum(sizes.values()) - sum(sizes[name] for name in frozen)
     notes = _compared(job, student.model, teacher.model)

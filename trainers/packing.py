@@ -20,11 +20,11 @@ import numpy.typing as npt
 import torch
 
 from qat.trainers.tokens import Tokens
+from qat.training.rows import IGNORE
 
 if TYPE_CHECKING:
     from torch import nn
 
-IGNORE = -100  # the target of a position without one; cross entropy skips it
 CHANNELS = 3
 Row = npt.NDArray[np.int32]
 Batch = dict[str, torch.Tensor]

@@ -23,7 +23,7 @@ COLOURS = {"bf16": "#6B6B6B", "ptq": "#D55E00", "best_ptq": "#E69F00", "student"
 NAMES = {"bf16": "BF16", "ptq": "plain\nPTQ", "best_ptq": "best\nPTQ", "student": "trained\nstudent"}
 _LIGHT = "#A9CCE3"  # the student's colour, thinned: single steps behind their mean
 _INK = "#333333"
-_STYLE: Any = {  # matplotlib types each key of it on its own
+STYLE: Any = {  # matplotlib types each key of it on its own
     "figure.dpi": 150,
     "savefig.dpi": 150,
     "font.size": 10,
@@ -55,12 +55,12 @@ def draw(run: Path, report: dict[str, Any], qsnr: Qsnr | None) -> list[Path]:
 
     history = read_metrics(run / "metrics.csv")
     pictures: list[Path] = []
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         if history:
-            pictures.append(_save(_loss(report, history), run / "plots" / "loss.png"))
-        pictures.append(_save(_recovery(report), run / "plots" / "recovery.png"))
+            pictures.append(save(_loss(report, history), run / "plots" / "loss.png"))
+        pictures.append(save(_recovery(report), run / "plots" / "recovery.png"))
         if qsnr:
-            pictures.append(_save(_qsnr(report, qsnr), run / "plots" / "qsnr.png"))
+            pictures.append(save(_qsnr(report, qsnr), run / "plots" / "qsnr.png"))
     return pictures
 
 
@@ -82,7 +82,7 @@ def read_metrics(path: Path) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]
     return {name: np.array([row[name] for row in ordered]) for name in ordered[0]} if ordered else {}
 
 
-def _save(figure: "Figure", path: Path) -> Path:
+def save(figure: "Figure", path: Path) -> Path:
     """Write the picture so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # not by tempfile, which ignores the umask
@@ -95,7 +95,7 @@ def _save(figure: "Figure", path: Path) -> Path:
     return path
 
 
-def _figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
     """A figure outside pyplot's global state, so that nothing opens a window or stays in memory."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -109,11 +109,12 @@ def _figure(width: float, height: float) -> "Figure":
 
 
 def _loss(report: dict[str, Any], history: dict[str, Any]) -> "Figure":
-    figure = _figure(8.0, 6.4)
+    figure = new_figure(8.0, 6.4)
     above, below = figure.subplots(2, 1, sharex=True)
     figure.suptitle(f"{report['name']}: training", x=0.01, ha="left", fontsize=12)
     step, loss = history["step"], history["loss"]
-    above.plot(step, loss, color=_LIGHT, linewidth=0.9, marker="o" if len(step) < 10 else None, label="each step")
+    few: dict[str, Any] = {"marker": "o", "clip_on": False} if len(step) < 10 else {}  # whole, on the border too
+    above.plot(step, loss, color=_LIGHT, linewidth=0.9, label="each step", **few)
     if len(step) >= 10:
         above.plot(step, smooth(loss), color=COLOURS["student"], linewidth=1.8, label="running median")
     _cut_spikes(above, loss)
@@ -188,7 +189,7 @@ def _write(axes: "Axes", text: str, at: tuple[float, float], offset: tuple[int, 
 
 
 def _recovery(report: dict[str, Any]) -> "Figure":
-    figure = _figure(10.4, 3.9)
+    figure = new_figure(10.4, 3.9)
     rows = report["rows"]
     dense = next((row for row in rows if row["name"] == "bf16"), rows[0])
     share = report["gap_closed"]["kl"]
@@ -247,7 +248,7 @@ def _qsnr(report: dict[str, Any], qsnr: Qsnr) -> "Figure":
     kinds = by_kind(qsnr)
     columns = min(len(kinds), 4)
     lines = math.ceil(len(kinds) / columns)
-    figure = _figure(max(5.0, 2.7 * columns + 0.8), 2.35 * lines + 1.3)
+    figure = new_figure(max(5.0, 2.7 * columns + 0.8), 2.35 * lines + 1.3)
     figure.suptitle(
         f"{report['name']}: how well the format holds the weights, layer by layer", x=0.01, ha="left", fontsize=12
     )

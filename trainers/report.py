@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qat.config import write_text_atomic
-from qat.errors import CheckpointError
+from qat.text import duration, percent, size
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 JSON, PAGE = "report.json", "report.md"
 LABELS = {"bf16": "BF16", "ptq": "plain PTQ", "best_ptq": "best PTQ", "student": "trained student"}
-CONTAMINATED = 0.01  # share of the held-out 13-grams seen in training above which the page warns
+CONTAMINATED = 0.01  # share of the held-out 13-grams seen in training above which runs and reports warn
 FEW_TOKENS = 4096  # held-out tokens below which differences of a few per cent are noise
 # Training has to win more than this share of the gap over the best start before the page says that it helped.
 MEASURABLE = 0.01
@@ -114,29 +114,6 @@ def write_report(run: Path, report: RunReport) -> None:
     write_text_atomic(run / PAGE, page(run, data, [picture.relative_to(run) for picture in pictures]))
 
 
-def load_report(run: Path) -> dict[str, Any]:
-    """`report.json` of a finished run.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-    """
-    path = run / JSON
-    if not path.is_file():
-        started = (run / "job.yaml").is_file()
-        why = "it has not finished (continue it with --resume)" if started else "it is not a run"
-        raise CheckpointError(f"{run} has no {JSON}: {why}")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}; repeat the run to write it") from error
-    if not isinstance(data, dict) or "rows" not in data:
-        raise CheckpointError(f"{path} holds no report: `rows` is missing")
-    return data
-
-
-# --- words ----------------------------------------------------------------------------------------
-
-
 def headline(report: dict[str, Any]) -> str:
     """What happened, in one or two sentences, by KL (or by next-token loss where nothing gave a KL)."""
     rows = {row["name"]: row for row in report["rows"]}
@@ -149,11 +126,11 @@ def headline(report: dict[str, Any]) -> str:
     if gap <= 0:
         return f"Plain rounding lost nothing measurable on this text, so there was no gap to close ({name} {path})."
     closed, alone = (plain - student) / gap, (plain - best) / gap
-    without = f"closed {_percent(alone)}" if alone >= 0 else f"widened it by {_percent(-alone)}"
+    without = f"closed {percent(alone)}" if alone >= 0 else f"widened it by {percent(-alone)}"
     without = f"the best start without training {without}"
     if closed < 0:
         return f"Training did harm: {name} {path}, worse than plain rounding; {without}. Do not use this student."
-    what = f"{_percent(closed)} of the {name} gap left by plain rounding ({path})"
+    what = f"{percent(closed)} of the {name} gap left by plain rounding ({path})"
     if closed - alone > MEASURABLE:
         return f"Training closed {what}; {without}."
     kept = " The start is kept as the student." if report["best_step"] == 0 else ""
@@ -168,7 +145,7 @@ def remarks(report: dict[str, Any]) -> list[str]:
     if share is None:
         found.append("Whether the held-out text occurs in the training text was not measured.")
     elif share > CONTAMINATED:
-        seen = f"{_percent(share)} of the held-out 13-grams also occur in the training text"
+        seen = f"{percent(share)} of the held-out 13-grams also occur in the training text"
         found.append(f"{seen}: part of the recovery may be memory.")
     if not _number(student["kl"]):
         found.append("Nothing gave a KL to a teacher; next-token loss alone does not show lost abilities.")
@@ -196,8 +173,8 @@ def page(run: Path, report: dict[str, Any], pictures: list[Path]) -> str:
     heads, cells = _table(report)
     scheme = [[*map(str, row.values())] for row in _readable_scheme(report["scheme"])]
     stored = (
-        f"{report['bits_per_weight']:.2f} bits per weight with scales, {_size(report['model_bytes'])} instead "
-        f"of {_size(report['dense_bytes'])} in BF16."
+        f"{report['bits_per_weight']:.2f} bits per weight with scales, {size(report['model_bytes'])} instead "
+        f"of {size(report['dense_bytes'])} in BF16."
     )
     notes = [f"- {remark}" for remark in remarks(report)]
     sections = [
@@ -237,14 +214,14 @@ def _readable_scheme(scheme: list[Row]) -> list[Row]:
 
 def _provenance(report: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    overlap = "not measured" if report["overlap"] is None else _percent(report["overlap"])
+    overlap = "not measured" if report["overlap"] is None else percent(report["overlap"])
     speed = f"{report['tokens_per_second'] or 0.0:,.0f} tokens/s"
-    trained = f"{report['tokens']:,} tokens in {report['steps']:,} steps, {_duration(report['seconds'])}"
+    trained = f"{report['tokens']:,} tokens in {report['steps']:,} steps, {duration(report['seconds'])}"
     facts = {
         "method": f"{report['method']}, seed {report['seed']}, precision {report['precision']}",
         "training": f"{trained} ({speed})",
         "student": f"step {report['best_step']:,}, the one with the lowest held-out KL (chosen on this text)",
-        "machine": f"{report['machine']}; peak memory {_size(report['peak_memory_bytes'])}",
+        "machine": f"{report['machine']}; peak memory {size(report['peak_memory_bytes'])}",
         "versions": versions,
         **{f"{name} text": said for name, said in report.get("texts", {}).items()},
         "held-out rows": f"sha256 `{report['eval_hash']}`",
@@ -281,11 +258,11 @@ def _table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         closed = None
         if row["name"] in ("best_ptq", "student") and _less(dense, plain) and _number(row["kl"]):
             closed = (plain - row["kl"]) / (plain - dense)
-        size = report["dense_bytes"] if row["name"] == "bf16" else report["model_bytes"]
+        stored = report["dense_bytes"] if row["name"] == "bf16" else report["model_bytes"]
         scores = [_cell(row["kl"], "{:.4f}"), _cell(row["nll"], "{:.4f}"), _cell(row["ppl"], "{:.2f}")]
         agreement = _cell(row["top1"], "{:.1%}")
-        share = "–" if closed is None else _percent(closed)
-        cells.append([LABELS.get(row["name"], row["name"]), *scores, agreement, share, _size(size)])
+        share = "–" if closed is None else percent(closed)
+        cells.append([LABELS.get(row["name"], row["name"]), *scores, agreement, share, size(stored)])
     return ["model", "KL", "NLL", "PPL", "top-1", "KL gap closed", "size"], cells
 
 
@@ -299,23 +276,3 @@ def _number(value: Any) -> bool:
 
 def _less(first: Any, second: Any) -> bool:
     return _number(first) and _number(second) and first < second
-
-
-def _percent(share: float) -> str:
-    """Whole per cents, with more digits where '0 %' or '100 %' would be untrue."""
-    percent = 100 * share
-    for digits in (0, 1, 2):
-        text = f"{percent:.{digits}f}"
-        if float(text) not in (0.0, 100.0) or float(text) == percent:
-            return f"{text} %"
-    return f"{percent:.1e} %" if abs(percent) < 1 else f"{percent} %"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qat.errors import DataError
-from qat.trainers.packing import IGNORE, Row, pack, pad
+from qat.trainers.packing import Row, pack, pad
 from qat.trainers.tokens import Tokens
+from qat.training.rows import IGNORE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

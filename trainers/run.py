@@ -35,10 +35,8 @@ from qat.trainers.optim import freeze
 from qat.trainers.overlap import overlap
 from qat.trainers.packing import LEAKS, leakage, model_inputs
 from qat.trainers.parts import Parts
-from qat.trainers.report import RunReport, print_table, write_report
+from qat.trainers.report import CONTAMINATED, RunReport, print_table, write_report
 from qat.trainers.teacher import settled
-
-CONTAMINATED = 0.01  # share of held-out 13-grams seen in training above which a warning is due
 
 
 def train(job: Job, *, resume_run: bool = False, console: Console | None = None, table: bool = True) -> dict[str, Any]:

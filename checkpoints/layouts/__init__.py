@@ -1,6 +1,5 @@
 """Checkpoint layouts, a folder each: `write.py` (the interface of `Target`), `read.py` (the independent `Reader`) and
-`engines.py` (the rows of the support table: which engine loads what). A new one is its folder and its name in
-`FOLDERS`."""
+`engines.py` (the rows of the support table: which engine loads what). A new one is its folder."""
 
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +11,7 @@ from qat.checkpoints.layouts.target import Target, TargetLayer
 from qat.errors import CheckpointError, ConfigError, UnsupportedError, nearest
 from qat.numbers.format import Format
 
-FOLDERS = ("compressed_tensors", "modelopt", "fp8", "mxfp4")
+FOLDERS = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/write.py")))
 
 TARGETS: dict[str, Target] = {}
 """Writers by the name that users type, which is config.json's `quant_method`."""

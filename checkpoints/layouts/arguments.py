@@ -9,11 +9,11 @@ from qat.checkpoints.layouts.kinds import FP8_BLOCK, ROW, TENSOR
 from qat.errors import UnsupportedError
 from qat.numbers.catalog import CATALOG, E2M1, E2M3, E4M3
 from qat.numbers.format import Format
+from qat.numbers.scale import BF16, F32
 
 Args = dict[str, Any]
 
 _FLOATS = {4: E2M1, 6: E2M3, 8: E4M3}  # what {"type": "float", "num_bits": n} means
-_SCALE_DTYPES = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
 
 
 # --- from formats ---------------------------------------------------------------------------------
@@ -25,7 +25,7 @@ def weight_args(fmt: Format) -> Args | None:
     base = _base_args(fmt, dynamic=False)
     if base is None or (fmt.zero_point and base["type"] == "float"):
         return None
-    if fmt.scale == "bf16":
+    if fmt.scale is BF16:
         if fmt.block in (TENSOR, ROW):
             return {**base, "strategy": "channel"}
         if fmt.group and base["type"] == "int":
@@ -40,11 +40,11 @@ def input_args(fmt: Format) -> Args | None:
     base = _base_args(fmt, dynamic=True)
     if base is None or fmt.zero_point:
         return None
-    if fmt.scale == "f32" and fmt.block == ROW and base["num_bits"] in (4, 8):
+    if fmt.scale is F32 and fmt.block == ROW and base["num_bits"] in (4, 8):
         return {**base, "strategy": "token"}
-    if fmt.scale == "f32" and fmt.group == FP8_BLOCK[1] and fmt.element == E4M3:
+    if fmt.scale is F32 and fmt.group == FP8_BLOCK[1] and fmt.element == E4M3:
         return {**base, "strategy": "group", "group_size": fmt.group}
-    if fmt.scale == "bf16" and fmt.block == TENSOR and base["num_bits"] == E4M3.bits:
+    if fmt.scale is BF16 and fmt.block == TENSOR and base["num_bits"] == E4M3.bits:
         return {**base, "strategy": "tensor", "dynamic": False}
     args = _small_float_args(fmt, base) if fmt.element != E2M3 else None
     return {**args, "dynamic": "local", "observer": "static_minmax"} if args and fmt.global_scale else args
@@ -52,8 +52,8 @@ def input_args(fmt: Format) -> Args | None:
 
 def _base_args(fmt: Format, dynamic: bool) -> Args | None:
     element = fmt.element
-    integer = element.kind == "integer" and element.step == 1.0
-    if len(fmt.elements) > 1 or not (integer or element == _FLOATS.get(element.bits)):
+    integer = element.is_integer
+    if not fmt.is_single or not (integer or element == _FLOATS.get(element.bits)):
         return None
     kind = "int" if integer else "float"
     return {"num_bits": element.bits, "type": kind, "symmetric": not fmt.zero_point, "dynamic": dynamic}
@@ -61,10 +61,10 @@ def _base_args(fmt: Format, dynamic: bool) -> Args | None:
 
 def _small_float_args(fmt: Format, base: Args) -> Args | None:
     """NVFP4 and the MX floats: blocks inside a row with 8-bit scales."""
-    if base["type"] != "float" or fmt.scale not in _SCALE_DTYPES or not fmt.group:
+    if base["type"] != "float" or not fmt.scale.is_bytes or not fmt.group:
         return None
     strategy = "tensor_group" if fmt.global_scale else "group"
-    return {**base, "strategy": strategy, "group_size": fmt.group, "scale_dtype": _SCALE_DTYPES[fmt.scale]}
+    return {**base, "strategy": strategy, "group_size": fmt.group, "scale_dtype": str(fmt.scale.storage)}
 
 
 # --- to formats -----------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """The arithmetic of the independent readers: numpy on the bits of stored tensors, shared with no packer."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,17 +27,8 @@ def fields(rows: Array, bits: int, count: int) -> Array:
     return result
 
 
-def code_values(module: PackedModule) -> Array:
-    """float32 value of every code: offset binary where packed, two's complement where not, or a small float."""
-    count = 1 << (module.bits if module.packed else 8)
-    if module.weights["type"] == "int":
-        codes = np.arange(count, dtype=np.float32)
-        return codes - count // 2 if module.packed else np.where(codes < count // 2, codes, codes - count)
-    exponent, mantissa = {4: (2, 1), 6: (2, 3), 8: (4, 3)}[module.bits]
-    return _minifloat_values(exponent, mantissa)
-
-
-def _minifloat_values(exponent: int, mantissa: int) -> Array:
+def minifloat_values(exponent: int, mantissa: int) -> Array:
+    """float32 value of every code of a small float."""
     codes = np.arange(1 << (1 + exponent + mantissa))
     field, fraction = (codes >> mantissa) & ((1 << exponent) - 1), codes & ((1 << mantissa) - 1)
     lowest = 2 - (1 << (exponent - 1)) - mantissa  # exponent of one unit of a subnormal's fraction
@@ -57,7 +47,7 @@ def float_values(tensor: Tensor) -> Array:
     if tensor.dtype == torch.bfloat16:
         return (tensor.view(torch.int16).numpy().view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     if tensor.dtype == torch.float8_e4m3fn:
-        return _minifloat_values(4, 3)[tensor.view(torch.uint8).numpy()]
+        return minifloat_values(4, 3)[tensor.view(torch.uint8).numpy()]
     raise UnsupportedError(f"scales of type {tensor.dtype} are not part of the layout")
 
 
@@ -68,18 +58,6 @@ def scale_values(tensor: Tensor) -> Array:
     exponent = tensor.numpy().astype(np.uint32)
     bits = np.where(exponent == 0, 1 << 22, exponent << 23).astype(np.uint32)  # 2^-127 is subnormal
     return bits.view(np.float32)
-
-
-def expander(args: dict[str, Any], part: slice, columns: int) -> Callable[[Array], Array]:
-    """A function from values per block to values that broadcast over the rows `part`."""
-    if args["strategy"] == "tensor":
-        return lambda values: values.reshape(1, 1)
-    if args["strategy"] == "block":
-        block_rows, block_columns = args["block_structure"]
-        rows = np.arange(part.start, part.stop) // block_rows
-        return lambda values: values[rows][:, np.arange(columns) // block_columns]
-    group = args.get("group_size") or 0
-    return lambda values: np.repeat(values[part], group, axis=1) if group > 0 else values[part]
 
 
 def bf16_bits(values: Array) -> Array:

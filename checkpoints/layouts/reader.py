@@ -9,7 +9,7 @@ import hashlib
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from qat.checkpoints.hf import read_json
+from qat.checkpoints.layouts.bits import Array, bf16_bits, fields, minifloat_values, raw_rows
 from qat.checkpoints.names import StoredNames
 from qat.checkpoints.record import RECORD, read_record
 from qat.checkpoints.shards import ShardReader
@@ -46,7 +46,6 @@ _UNREAD_TENSORS = {
     **dict.fromkeys(("q_scale", "k_scale", "v_scale"), "a quantized KV cache or attention"),
 }
 
-Array = NDArray[Any]
 Spec = tuple[str, tuple[int, ...]]  # safetensors type and shape
 
 
@@ -273,7 +272,7 @@ class ExportedFolder(ABC):
         for start in range(0, rows, step):
             part = slice(start, min(start + step, rows))
             chunk = fields(codes[part], module.bits, columns) if module.packed else codes[part]
-            per_weight = expander(module.weights, part, columns)
+            per_weight = _expander(module.weights, part, columns)
             value = table[chunk]
             if zero is not None:
                 value = value - per_weight(zero)
@@ -324,6 +323,28 @@ def bad_scales(scale: Tensor) -> int:
         return int((scale == torch.iinfo(scale.dtype).max).sum())
     values = scale.to(torch.float32)
     return int((~(torch.isfinite(values) & (values > 0))).sum())
+
+
+def code_values(module: PackedModule) -> Array:
+    """float32 value of every code: offset binary where packed, two's complement where not, or a small float."""
+    count = 1 << (module.bits if module.packed else 8)
+    if module.weights["type"] == "int":
+        codes = np.arange(count, dtype=np.float32)
+        return codes - count // 2 if module.packed else np.where(codes < count // 2, codes, codes - count)
+    exponent, mantissa = {4: (2, 1), 6: (2, 3), 8: (4, 3)}[module.bits]
+    return minifloat_values(exponent, mantissa)
+
+
+def _expander(args: dict[str, Any], part: slice, columns: int) -> Callable[[Array], Array]:
+    """A function from values per block to values that broadcast over the rows `part`."""
+    if args["strategy"] == "tensor":
+        return lambda values: values.reshape(1, 1)
+    if args["strategy"] == "block":
+        block_rows, block_columns = args["block_structure"]
+        rows = np.arange(part.start, part.stop) // block_rows
+        return lambda values: values[rows][:, np.arange(columns) // block_columns]
+    group = args.get("group_size") or 0
+    return lambda values: np.repeat(values[part], group, axis=1) if group > 0 else values[part]
 
 
 def digest(tensor: Tensor) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 from qat.checkpoints.layouts.reader import PackedModule
 from qat.errors import CheckpointError
 from qat.numbers.format import Format
-from qat.numbers.numerics import decode_scale
+from qat.numbers.scale import broken
 
 _CHUNK = 1 << 22  # codes turned into bits at a time: 32 MiB of scratch
 
@@ -49,8 +49,7 @@ def take_scale(
 ) -> Tensor:
     """`take` for scales, which must be finite and positive."""
     scale = take(module, tensors, name, dtype, *shapes)
-    values = decode_scale(scale)
-    if not bool((torch.isfinite(values) & (values > 0)).all()):
+    if broken(scale):
         raise CheckpointError(f"{module.path}{module.joint}{name} must be finite and positive everywhere, but is not")
     return scale
 
@@ -64,7 +63,7 @@ def take_narrow(
         CheckpointError: besides, where that would round them, as with scales that other tools trained in float32.
     """
     scale = take_scale(module, tensors, name, torch.float32, *shapes)
-    narrow = scale.to(fmt.scale_storage)
+    narrow = scale.to(fmt.scale.storage)
     if not torch.equal(narrow.to(scale.dtype), scale):
         path = f"{module.path}{module.joint}{name}"
         raise CheckpointError(f"{path} holds scales that {fmt.name} cannot: they are not exact in {fmt.scale}")

@@ -7,6 +7,7 @@ the other in memory, so (rows, columns) becomes (rows x groups, group); a tensor
 from dataclasses import dataclass
 
 from qat.numbers.format import Format
+from qat.numbers.scale import BF16, E8M0, F32, UE4M3
 
 SMALLEST = 64  # columns of a tile, where a row has as many
 
@@ -46,9 +47,9 @@ class Plan:
 
 def problem(fmt: Format) -> str | None:
     """Why fake quantization in this format runs its reference implementation also on a GPU, or None."""
-    if len(fmt.elements) > 1:
+    if not fmt.is_single:
         return "its element type is chosen per block"
-    if fmt.element.kind == "integer" and fmt.element.step != 1.0:
+    if fmt.element.step != 1.0:
         return "its integers have a fractional step"
     if fmt.block[0] > 1 and any(size & (size - 1) or size < SMALLEST // 2 for size in fmt.block):
         return f"blocks of {fmt.block[0]} x {fmt.block[1]} do not hold whole tiles"
@@ -59,10 +60,12 @@ def problem(fmt: Format) -> str | None:
 
 def input_problem(fmt: Format) -> str | None:
     """Why inputs of this format need more than the kernel that finds their scales itself, or None."""
-    if fmt.block[0] != 1:
-        return "its scale does not follow one row" if fmt.block[0] else "its scale is static: only rounding is left"
-    if fmt.zero_point or fmt.scale_rule == "mean":
+    if not fmt.is_rowwise:
+        return "its scale is static: only rounding is left" if fmt.is_static else "its scale does not follow one row"
+    if not fmt.follows_amax:
         return "its scale needs more than the largest magnitude"
+    if not fmt.scale.is_one_of(F32, BF16, UE4M3, E8M0):
+        return f"the kernel does not round scales to {fmt.scale}"
     return problem(fmt)
 
 

@@ -244,11 +244,12 @@ def takes(x: Tensor, scales: Sequence[Tensor | None], zero_point: Tensor | None,
 
 
 def _forward(x: Tensor, scales: Sequence[Tensor | None], fmt: Format, round_bf16: bool, dtype: torch.dtype) -> Tensor:
-    """x (..., columns) on its grid, in `dtype`; scales are (divisor, multiplier, zero points)."""
+    """x (..., columns) on its grid, in `dtype`; scales are (divisor or None, multiplier, zero points)."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     rows, columns = size(x)
     cut = plan(fmt, rows, columns, 4096)
     divisor, multiplier, zeros = (None if t is None else t.contiguous() for t in scales)
+    divisor = multiplier if divisor is None else divisor
     # The cast to BF16 rounds like this by itself on a device, but not in Triton's interpreter.
     round_here = (round_bf16 and not fmt.exact_in_bf16) or (dtype == torch.bfloat16 and not x.is_cuda)
     fake_quantize_kernel[(cut.tiles,)](
@@ -270,7 +271,7 @@ def _geometry(cut: Plan) -> dict[str, int]:
 
 def fake_quantize(
     x: Tensor,
-    divisor: Tensor,
+    divisor: Tensor | None,
     multiplier: Tensor,
     zero_point: Tensor | None,
     choice: Tensor | None,
@@ -289,7 +290,7 @@ def quantized_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    divisor: Tensor,
+    divisor: Tensor | None,
     multiplier: Tensor,
     zero_point: Tensor | None,
     choice: Tensor | None,

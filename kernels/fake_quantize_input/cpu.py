@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from qat.kernels.compiler import load_library
-from qat.numbers.catalog import SCALE_ELEMENT, lookup
+from qat.kernels.fake_quantize.choose import input_problem
+from qat.numbers.catalog import lookup
 from qat.numbers.format import Format
-from qat.numbers.numerics import TINY
+from qat.numbers.scale import BF16, E8M0, F32, TINY, UE4M3
 from qat.training.activations import fake_quantize_input_reference, floors
 
 LANES = 16  # values that cpu.c takes at a time
-_SCALES = ("f32", "bf16", "e4m3", "e8m0")
+_SCALES = (F32, BF16, UE4M3, E8M0)  # in the order of cpu.c
 _RULES = ("ceil", "even", "floor")
 
 
@@ -45,19 +46,23 @@ def library() -> ctypes.CDLL:
     return found
 
 
-def computes(fmt: Format) -> bool:
-    """Whether cpu.c has this format's elements and scales."""
-    element = fmt.element
-    known = element.kind == "integer" or (element.kind == "minifloat" and element.mantissa_bits in (1, 3))
-    plain = len(fmt.elements) == 1 and element.step == 1.0 and not fmt.zero_point and fmt.scale_rule != "mean"
-    return known and plain and fmt.block[0] == 1 and (fmt.scale != "e4m3" or element.kind == "minifloat")
+def problem(fmt: Format) -> str | None:
+    """Why cpu.c does not quantize inputs of this format, or None."""
+    element, asked = fmt.element, input_problem(fmt)
+    if asked is not None:
+        return asked
+    if not (element.is_integer or (element.is_minifloat and element.mantissa_bits in (1, 3))):
+        return f"cpu.c has no instance for {element.name}"
+    if fmt.scale is UE4M3 and element.is_integer:
+        return f"cpu.c has no instance for integers under {fmt.scale} scales"
+    return None
 
 
 @cache
 def _block(name: str) -> tuple[int, bool]:
     """Columns of a block (0: the row; -1: a format that cpu.c does not know), and whether a divisor is stored."""
     fmt = lookup(name)
-    return (fmt.group or 0) if computes(fmt) else -1, fmt.scale == "e4m3"
+    return (fmt.group or 0) if problem(fmt) is None else -1, fmt.scale is UE4M3
 
 
 @lru_cache(maxsize=4096)  # a divisor that is trained changes
@@ -70,17 +75,17 @@ def _rule(name: str, divisor: float) -> _Rule:
         low=element.low,
         high=element.high,
         min_normal=element.min_normal,
-        scale_max=SCALE_ELEMENT.max,
-        scale_min_normal=SCALE_ELEMENT.min_normal,
+        scale_max=UE4M3.largest,
+        scale_min_normal=UE4M3.element.min_normal,
         amax_floor=amax_floor,
         scale_floor=scale_floor,
         tiny=TINY,
         divisor=divisor,
-        mantissa=element.mantissa_bits if element.kind == "minifloat" else -1,
-        scale_mantissa=SCALE_ELEMENT.mantissa_bits,
+        mantissa=element.mantissa_bits if element.is_minifloat else -1,
+        scale_mantissa=UE4M3.element.mantissa_bits,
         max_exponent=element.max_exponent,
         scale=_SCALES.index(fmt.scale),
-        rule=_RULES.index(fmt.scale_rule) if fmt.scale == "e8m0" else 0,
+        rule=_RULES.index(fmt.scale_rule) if fmt.scale is E8M0 else 0,
     )
 
 
@@ -110,5 +115,5 @@ def fake_quantize_input(x: Tensor, static: Tensor | None, format: str, estimator
         torch.get_num_threads(),
     )
     if status:
-        raise RuntimeError(f"cpu.c has no instance for {format}: `computes` must say so first")
+        raise RuntimeError(f"cpu.c has no instance for {format}: `problem` must say so first")
     return out, scales

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from qat.kernels.fake_quantize.choose import input_problem
 from qat.kernels.fake_quantize.triton import ALL, constants, rounded, size, to_bf16_grid
-from qat.numbers.catalog import SCALE_ELEMENT, lookup
+from qat.numbers.catalog import lookup
 from qat.numbers.element import EXPONENT_BIAS
 from qat.numbers.format import Format
-from qat.numbers.numerics import TINY
+from qat.numbers.scale import TINY, UE4M3
 from qat.training.activations import fake_quantize_input_reference, floors
 
 WIDEST = 16384  # columns of a row that stays in registers, 32 per thread of 16 warps
@@ -35,7 +35,7 @@ def largest(value):
 
 @triton.jit
 def power_of_two(amax, RULE: tl.constexpr, MAX: tl.constexpr, MAX_EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
-    """The E8M0 scale for these maxima, decoded; see `numerics._block_exponent`."""
+    """The E8M0 scale for these maxima, decoded; see `scale.ExponentScale`."""
     if RULE == "ceil":
         bits = tl.div_rn(amax, MAX).to(tl.int32, bitcast=True)
         field = bits >> 23
@@ -148,15 +148,15 @@ def arguments(fmt: Format, rows: int, columns: int) -> dict[str, Any]:
     tile_columns = min(1 << (columns - 1).bit_length(), WIDEST)
     tile_rows = min(max(VALUES // tile_columns, 1), 1 << (rows - 1).bit_length())
     return fixed | {
-        "SCALE": fmt.scale,
+        "SCALE": fmt.scale.name,
         "RULE": fmt.scale_rule,
         "MAX": fmt.element.max,
         "MAX_EXPONENT": fmt.element.max_exponent,
         "AMAX_FLOOR": amax_floor,
         "SCALE_FLOOR": scale_floor,
-        "SCALE_MANTISSA": SCALE_ELEMENT.mantissa_bits,
-        "SCALE_MIN_NORMAL": SCALE_ELEMENT.min_normal,
-        "SCALE_MAX": SCALE_ELEMENT.max,
+        "SCALE_MANTISSA": UE4M3.element.mantissa_bits,
+        "SCALE_MIN_NORMAL": UE4M3.element.min_normal,
+        "SCALE_MAX": UE4M3.largest,
         "LONG": columns > tile_columns,
         "TILE_ROWS": tile_rows,
         "TILE_COLUMNS": tile_columns,
@@ -168,7 +168,7 @@ def fake_quantize_input(x: Tensor, static: Tensor | None, format: str, estimator
     """The operator `qat::fake_quantize_input` on a device that runs Triton."""
     fmt = lookup(format)
     plain = x.dim() > 0 and x.numel() and x.dtype != torch.float64 and fmt.divides(x.shape[-1])
-    given = (static is not None and static.dtype == torch.float32) == (fmt.scale == "e4m3")
+    given = (static is not None and static.dtype == torch.float32) == (fmt.scale is UE4M3)
     if input_problem(fmt) is not None or not plain or not given:
         return fake_quantize_input_reference(x, static, format, estimator)
     rows, columns = size(x)

@@ -6,6 +6,10 @@ fixed order, so that a row's result need not depend on its batch. Proven for equ
 
 from dataclasses import dataclass
 
+from qat.numbers.format import Format
+from qat.numbers.scale import BF16, E8M0, F16, F32, UE4M3
+from qat.serving.packed import problem as packing_problem
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -17,6 +21,12 @@ class Tiles:
     warps: int
     stages: int
     why: str
+
+
+def problem(fmt: Format) -> str | None:
+    """Why the Triton kernel does not multiply weights of this format, or None."""
+    known = fmt.scale.is_one_of(F32, BF16, F16, UE4M3, E8M0)
+    return packing_problem(fmt) or (None if known else f"the kernel does not decode {fmt.scale} scales")
 
 
 def choose(tokens: int, rows: int, columns: int, tile: int, processors: int) -> Tiles:

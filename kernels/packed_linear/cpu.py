@@ -8,18 +8,17 @@ import ctypes
 import threading
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from qat.errors import FormatError, UnsupportedError
 from qat.kernels.compiler import load_library
-from qat.numbers.catalog import SCALE_ELEMENT, lookup
+from qat.numbers.catalog import lookup
 from qat.numbers.format import Format
-from qat.numbers.numerics import decode_scale
+from qat.numbers.scale import BF16, F32
+from qat.serving.packed import problem as packing_problem
 from qat.serving.packed import reference
 from qat.serving.words import PART, tile
 
@@ -67,11 +66,12 @@ def _tables(name: str) -> tuple[Tensor, Tensor | None]:
     """
     fmt = lookup(name)
     codes = torch.arange(2**fmt.element.bits, dtype=torch.uint8)
-    if fmt.element.kind == "integer":  # words count from the lowest value
+    if fmt.element.is_integer:  # words count from the lowest value
         codes = codes ^ (1 << (fmt.element.bits - 1))
-    every = torch.arange(256, dtype=torch.uint8)
-    scales = {"e4m3": SCALE_ELEMENT.decode, "e8m0": decode_scale}.get(fmt.scale)
-    return fmt.element.decode(codes).contiguous(), None if scales is None else scales(every).contiguous()
+    values = fmt.element.decode(codes).contiguous()
+    if not fmt.scale.is_bytes:
+        return values, None
+    return values, fmt.scale.decode(fmt.scale.from_bytes(torch.arange(256, dtype=torch.uint8))).contiguous()
 
 
 def _weight(
@@ -79,7 +79,7 @@ def _weight(
 ) -> _Weight:
     """Pointers into tensors that the caller keeps alive; scales and zero points (rows, groups)."""
     table, scale_table = _tables(fmt.name)
-    minifloat = fmt.element.kind == "minifloat"
+    minifloat = fmt.element.is_minifloat
     return _Weight(
         words.data_ptr(),
         scales.data_ptr(),
@@ -101,25 +101,6 @@ def _weight(
     )
 
 
-class _Held(NamedTuple):
-    """A weight as cpu.c reads it, and the tensors that it points into."""
-
-    tensors: tuple[Tensor | None, ...]  # scales, zeros, bias: kept alive
-    seen: tuple[Any, ...]  # where and what all four were
-    about: tuple[str, int, float]
-    weight: _Weight
-
-
-_held = WeakTensorKeyDictionary()  # by words: describing a weight takes longer than a small layer's product
-
-
-def _seen(words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
-    """What must not have changed for a description to hold: `tensor.data = other` keeps the object."""
-    optional = [None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (zeros, bias)]
-    fixed = (words.data_ptr(), words.shape, words.stride(), words.dtype, scales.data_ptr())
-    return (*fixed, scales.shape, scales.stride(), scales.dtype, *optional)
-
-
 def _plain(bias: Tensor | None) -> Tensor | None:
     """A bias in one of the dtypes of cpu.c."""
     if bias is None or bias.dtype == torch.bfloat16:
@@ -127,30 +108,63 @@ def _plain(bias: Tensor | None) -> Tensor | None:
     return bias.to(torch.float32).contiguous()
 
 
+def prepare_packed(
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    global_scale: float,
+    format: str,
+    columns: int,
+) -> Tensor:
+    """The operator `qat::prepare_packed` on a CPU: the bytes of cpu.c's `Weight`, whose pointers lead into these
+    tensors; nothing where cpu.c needs copies of them, or does not take the format."""
+    if problem(lookup(format)) is not None:
+        return words.new_empty(0, dtype=torch.uint8)
+    weight, ordered = _describe(words, scales, zeros, bias, (format, columns, global_scale))
+    same = (a is b is None or _is_view(a, b) for a, b in zip(ordered, (words, scales, zeros, bias), strict=True))
+    return torch.frombuffer(bytearray(weight), dtype=torch.uint8) if all(same) else words.new_empty(0).to(torch.uint8)
+
+
+def _is_view(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and a.data_ptr() == b.data_ptr()
+
+
+def _still_describes(
+    weight: _Weight, columns: int, words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None
+) -> bool:
+    """Whether a layer's tensors are those that it was prepared for: `tensor.data = other` goes by unseen."""
+    return (
+        weight.words == words.data_ptr()
+        and weight.scales == scales.data_ptr()
+        and weight.zeros == (None if zeros is None else zeros.data_ptr())
+        and weight.bias == (None if bias is None else bias.data_ptr())
+        and (weight.rows, weight.width) == words.shape
+        and weight.columns == columns
+        and weight.groups == scales.shape[0]
+        and weight.scale_bytes == scales.element_size()
+        and weight.bias_bytes == (0 if bias is None else bias.element_size())
+        and words.is_contiguous()
+        and scales.t().is_contiguous()
+        and (zeros is None or zeros.t().is_contiguous())
+        and (bias is None or bias.is_contiguous())
+    )
+
+
 def _describe(
     words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, about: tuple[str, int, float]
 ) -> tuple[_Weight, tuple[Tensor | None, ...]]:
     """What cpu.c reads, and the tensors to keep alive for it."""
-    held: _Held | None = _held.get(words)
-    seen = _seen(words, scales, zeros, bias)
-    if held is not None and held.about == about and held.seen == seen:
-        mine = held.tensors
-        if mine[0] is scales and mine[1] is zeros and mine[2] is bias:
-            return held.weight, ()
     name, columns, factor = about
     fmt = lookup(name)
     _check(fmt, columns, words, scales, zeros, bias)
-    kept = (
+    ordered = (
         words.contiguous(),
         scales.t().contiguous(),
         None if zeros is None else zeros.t().contiguous(),
         _plain(bias),
     )
-    weight = _weight(fmt, columns, *kept, factor)
-    given = (words, scales, zeros, bias)
-    if all(a is b is None or a.data_ptr() == b.data_ptr() for a, b in zip(kept, given, strict=True)):  # type: ignore[union-attr]  # both or none
-        _held[words] = _Held(given[1:], seen, about, weight)  # no copies: later values of the tensors count
-    return weight, kept
+    return _weight(fmt, columns, *ordered, factor), ordered
 
 
 def _check(fmt: Format, columns: int, words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None) -> None:
@@ -167,7 +181,7 @@ def _check(fmt: Format, columns: int, words: Tensor, scales: Tensor, zeros: Tens
         raise FormatError(f"words must be int16 and zero points int8; given {given}")
     if (zeros is None) == fmt.zero_point:
         raise FormatError(f"{fmt.name} has {'' if fmt.zero_point else 'no '}zero points")
-    stored = torch.uint8 if fmt.scale_storage.itemsize == 1 else fmt.scale_storage
+    stored = torch.uint8 if fmt.scale.is_bytes else fmt.scale.storage
     if scales.dtype not in (stored, torch.float32):
         raise FormatError(f"{fmt.name} scales must be {stored} or float32, not {scales.dtype}")
     if (zeros is not None and zeros.shape != scales.shape) or (bias is not None and bias.shape != (rows,)):
@@ -182,8 +196,9 @@ def packed_linear(
     bias: Tensor | None,
     global_scale: float,
     format: str,
+    prepared: Tensor | None = None,
 ) -> Tensor:
-    """The operator `qat::packed_linear` on a CPU.
+    """The operator `qat::packed_linear` on a CPU; `prepared` by `prepare_packed`, of these tensors.
 
     Raises:
         FormatError: words, scales, zeros or bias of another shape or dtype than the format and x ask for.
@@ -191,10 +206,13 @@ def packed_linear(
     """
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         raise UnsupportedError("qat::packed_linear has no gradient: packed weights are for inference")
-    fmt, columns, rows = lookup(format), x.shape[-1], words.shape[0]
-    if not decodes(fmt):
-        return reference(x, words, scales, zeros, bias, global_scale, format)
-    weight, kept = _describe(words, scales, zeros, bias, (format, columns, global_scale))
+    columns, rows = x.shape[-1], words.shape[0]
+    ordered: tuple[Tensor | None, ...] = ()
+    weight = _Weight.from_address(prepared.data_ptr()) if prepared is not None and prepared.numel() else None
+    if weight is None or not _still_describes(weight, columns, words, scales, zeros, bias):
+        if problem(lookup(format)) is not None:
+            return reference(x, words, scales, zeros, bias, global_scale, format)
+        weight, ordered = _describe(words, scales, zeros, bias, (format, columns, global_scale))
     given = x.dtype
     if given not in (torch.float32, torch.bfloat16):
         x = x.to(torch.float32)
@@ -206,7 +224,7 @@ def packed_linear(
         out = x.new_empty(*x.shape[:-1], rows)
         arguments = (x.data_ptr(), tokens, x.element_size(), out.data_ptr(), torch.get_num_threads())
         _done(library().packed_linear(ctypes.byref(weight), *arguments))
-    del kept  # alive until here
+    del ordered  # alive until here
     return out if out.dtype == given else out.to(given)
 
 
@@ -240,10 +258,16 @@ def _done(status: int) -> None:
     if status == _NO_MEMORY:
         raise MemoryError("no memory for the input in float32")
     if status:
-        raise RuntimeError("cpu.c has no decoder for an element that `decodes` says it has")
+        raise RuntimeError("cpu.c has no decoder for an element that `problem` says it has")
 
 
-def decodes(fmt: Format) -> bool:
-    """Whether cpu.c has an instance for the format's element."""
-    element = fmt.element
-    return element.kind == "integer" or (element.bits, element.mantissa_bits) in ((4, 1), (8, 3))
+def problem(fmt: Format) -> str | None:
+    """Why cpu.c does not multiply weights of this format, or None."""
+    asked, element = packing_problem(fmt), fmt.element
+    if asked is not None:
+        return asked
+    if not (element.is_integer or (element.bits, element.mantissa_bits) in ((4, 1), (8, 3))):
+        return f"cpu.c has no instance for {element.name}"
+    if not (fmt.scale.is_bytes or fmt.scale.is_one_of(F32, BF16)):
+        return f"cpu.c does not decode {fmt.scale} scales"
+    return None

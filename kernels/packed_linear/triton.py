@@ -18,11 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from qat.kernels.device import device_of
-from qat.kernels.packed_linear.choose import Tiles, choose
-from qat.kernels.tuned import case, gpu_of, override
-from qat.numbers.catalog import SCALE_ELEMENT, lookup
+from qat.kernels.packed_linear.choose import Tiles, choose, problem
+from qat.numbers.catalog import lookup
 from qat.numbers.element import EXPONENT_BIAS
 from qat.numbers.format import Format
+from qat.numbers.scale import UE4M3
+from qat.serving.packed import reference
 from qat.serving.words import PART, tile
 
 FLOAT32_BIAS = tl.constexpr(EXPONENT_BIAS)  # and BF16's
@@ -169,9 +170,9 @@ def constants(fmt: Format, columns: int, *, zeros: bool, bias: bool, dtype: Any,
         "BITS": fmt.element.bits,
         "MANTISSA": fmt.element.mantissa_bits,
         "BIAS": fmt.element.exponent_bias,
-        "SCALE": fmt.scale,
-        "SCALE_MANTISSA": SCALE_ELEMENT.mantissa_bits,
-        "SCALE_BIAS": SCALE_ELEMENT.exponent_bias,
+        "SCALE": fmt.scale.name,
+        "SCALE_MANTISSA": UE4M3.element.mantissa_bits,
+        "SCALE_BIAS": UE4M3.element.exponent_bias,
         "GROUP": fmt.group if fmt.group and fmt.group < columns else 0,
         "ZEROS": zeros,
         "HAS_BIAS": bias,
@@ -194,9 +195,12 @@ def packed_linear(
     bias: Tensor | None,
     global_scale: float,
     format: str,
+    prepared: Tensor | None = None,
 ) -> Tensor:
     """The operator `qat::packed_linear` on a device that runs Triton; computes in the dtype of x, sums in float32."""
     fmt, columns, rows = lookup(format), x.shape[-1], words.shape[0]
+    if problem(fmt) is not None:
+        return reference(x, words, scales, zeros, bias, global_scale, format)
     flat = x.reshape(-1, columns)
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()
     tokens = flat.shape[0]
@@ -205,7 +209,6 @@ def packed_linear(
         return out
     processors = device_of(x).processors
     tiles = choose(tokens, rows, columns, tile(fmt.element.bits), processors)
-    tiles = override(tiles, gpu_of(x), case("packed_linear", format, rows, columns), tokens)
     target = out if tiles.splits == 1 else x.new_empty(tiles.splits, tokens, rows, dtype=torch.float32)
     grid = (triton.cdiv(rows, tiles.block_n), triton.cdiv(tokens, tiles.block_m), tiles.splits)
     packed_linear_kernel[grid](

@@ -186,7 +186,7 @@ def constants(fmt: Format, source: str, norm: bool, dtype: Any, tiles: Tiles) ->
         "MAX": float(element.max),
         "MAX_EXPONENT": element.max_exponent,
         "NAN_CODE": nan_code(element),
-        "SCALE": fmt.scale,
+        "SCALE": fmt.scale.name,
         "RULE": fmt.scale_rule,
         "GROUP": fmt.group or 0,
         "AMAX_FLOOR": amax_floor,
@@ -202,7 +202,7 @@ COMPUTE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32
 
 def shares_rows(fmt: Format, norm: bool) -> bool:
     """Whether a program needs whole rows."""
-    return norm or (fmt.scale == "f32" and not fmt.group)
+    return norm or (fmt.is_rowwise and not fmt.group)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ def _run(
     codes, scales = empty(x, fmt)
     sums = x.new_empty(x.shape if source == "sum" else 0)
     if x.numel() == 0:
-        scales.zero_() if static is None or fmt.block != (0, 0) else scales.copy_(static)
+        scales.zero_() if static is None or not fmt.is_static else scales.copy_(static)
         return codes, scales, sums
     norm = weight is not None
     flat = _flat(x)

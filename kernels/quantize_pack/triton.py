@@ -14,6 +14,7 @@ from torch import Tensor
 from qat.kernels.fake_quantize.triton import constants, rounded, takes
 from qat.numbers.catalog import lookup
 from qat.numbers.format import Format
+from qat.serving.packed import problem
 from qat.serving.words import PART, tile
 from qat.training.ops import quantize_pack_reference
 
@@ -94,7 +95,7 @@ def arguments(fmt: Format, rows: int, columns: int) -> dict[str, Any]:
 def quantize_pack(weight: Tensor, divisor: Tensor, zero_point: Tensor | None, format: str) -> Tensor:
     """The operator `qat::quantize_pack` on a device that runs Triton."""
     fmt = lookup(format)
-    if weight.dim() != 2 or not takes(weight, (divisor,), zero_point, fmt):
+    if weight.dim() != 2 or problem(fmt) is not None or not takes(weight, (divisor,), zero_point, fmt):
         return quantize_pack_reference(weight, divisor, zero_point, format)
     rows, columns = weight.shape
     width = tile(fmt.element.bits)

@@ -5,18 +5,18 @@ program of its own, with many tokens one program runs them all; partial sums are
 that a row's result need not depend on its batch. Proven for equal tiles only: no GPU has run it yet.
 """
 
-import os
 from dataclasses import dataclass
 
 from qat.kernels.device import Device
-from qat.numbers.catalog import SCALE_ELEMENT
+from qat.numbers.catalog import E4M3
 from qat.numbers.format import Format
+from qat.numbers.scale import BF16, E8M0, F16, F32, UE4M3
 from qat.serving.matmul import PLAIN_BITS
+from qat.serving.matmul import problem as matmul_problem
 from qat.serving.words import PART, tile
 
 SPAN = 128  # columns of one step over 8-bit weights, and between two promotions of an 8-bit float sum
 INTEGER, FLOAT8, FLOAT16 = "int8", "float8", "float16"
-BLOCK_SCALED = "QAT_BLOCK_SCALED"  # environment variable that asks for the FP4 and MX units
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,19 @@ class Tiles:
     why: str
 
 
+def problem(input_format: Format, weight_format: Format) -> str | None:
+    """Why the Triton kernel does not multiply weights of one format with inputs of the other, or None."""
+    known = weight_format.scale.is_one_of(F32, BF16, F16, UE4M3, E8M0)
+    unknown = None if known else f"the kernel does not decode {weight_format.scale} scales"
+    return matmul_problem(input_format, weight_format) or unknown
+
+
 def operand(input_format: Format, weight_format: Format, capability: int) -> str:
     """The cheapest type that holds the codes of both sides exactly and that this GPU's tensor cores multiply."""
     sides = (input_format, weight_format)
     if any(0 < fmt.block[1] < PART for fmt in sides):
         return FLOAT16  # several scales within a product: they multiply the operands
-    if all(fmt.element.kind == "integer" for fmt in sides):
+    if all(fmt.element.is_integer for fmt in sides):
         return INTEGER
     if capability >= 89 and all(_is_float8(fmt) for fmt in sides):
         return FLOAT8
@@ -63,27 +70,17 @@ def operand(input_format: Format, weight_format: Format, capability: int) -> str
 def _is_float8(fmt: Format) -> bool:
     """Minifloats shift into its fields; the magnitude of a small integer is a code among or just above subnormals."""
     element = fmt.element
-    if element.kind == "integer":
-        return element.bits - 1 <= SCALE_ELEMENT.mantissa_bits + 1
-    return element.mantissa_bits <= SCALE_ELEMENT.mantissa_bits and element.min_normal >= SCALE_ELEMENT.min_normal
+    if element.is_integer:
+        return element.bits - 1 <= E4M3.mantissa_bits + 1
+    return element.mantissa_bits <= E4M3.mantissa_bits and element.min_normal >= E4M3.min_normal
 
 
-def block_scaled(input_format: Format, weight_format: Format, columns: int, capability: int) -> bool:
-    """Whether to use the units that multiply codes and block scales themselves (compute capability 10.0 and 12.0).
-
-    Nobody has run or measured that kernel on such a GPU, so that it has to be asked for: QAT_BLOCK_SCALED=1.
-    """
-    return (
-        os.environ.get(BLOCK_SCALED) == "1"
-        and capability >= 100
-        and block_scaled_problem(input_format, weight_format, columns) is None
-    )
-
-
-def block_scaled_problem(input_format: Format, weight_format: Format, columns: int) -> str | None:
-    """Why those units cannot multiply the two formats, or None."""
+def block_scaled_problem(input_format: Format, weight_format: Format, columns: int, capability: int) -> str | None:
+    """Why the units that multiply codes and block scales themselves do not run this product, or None: then they do."""
     sides = (input_format, weight_format)
-    if not all(fmt.element.kind == "minifloat" and fmt.scale in ("e8m0", "e4m3") for fmt in sides):
+    if capability < 100:
+        return "GPUs before compute capability 10.0 have no such units"
+    if not all(fmt.element.is_minifloat and fmt.scale.is_one_of(E8M0, UE4M3) for fmt in sides):
         return "they multiply minifloats with E8M0 or E4M3 scales"
     if len({(fmt.scale, fmt.group) for fmt in sides}) > 1:
         return "both sides need the same blocks"

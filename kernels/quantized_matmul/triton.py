@@ -24,16 +24,17 @@ from qat.errors import UnsupportedError
 from qat.kernels.device import device_of
 from qat.kernels.packed_linear.triton import decode, exp2_const
 from qat.kernels.quantized_matmul.block_scaled.triton import block_scaled_matmul
-from qat.kernels.quantized_matmul.choose import FLOAT16, INTEGER, Tiles, block_scaled, choose, group
-from qat.kernels.tuned import case, gpu_of, override
-from qat.numbers.catalog import SCALE_ELEMENT, lookup
+from qat.kernels.quantized_matmul.choose import FLOAT16, INTEGER, Tiles, block_scaled_problem, choose, group, problem
+from qat.numbers.catalog import E4M3, lookup
 from qat.numbers.element import EXPONENT_BIAS
 from qat.numbers.format import Format
-from qat.serving.matmul import PLAIN_BITS, is_paired
+from qat.numbers.scale import UE4M3
+from qat.serving.inputs import is_paired
+from qat.serving.matmul import PLAIN_BITS, reference
 
 MOST_COLUMNS = 2**17  # int32 sums of products of two bytes stay below 2^31
 FLOAT32_BIAS = tl.constexpr(EXPONENT_BIAS)
-E4M3_NAN = tl.constexpr(next(code for code, value in enumerate(SCALE_ELEMENT.values) if value != value))
+E4M3_NAN = tl.constexpr(E4M3.nan_codes[0])
 
 
 @triton.jit
@@ -288,14 +289,14 @@ def add_segments_kernel(
 
 def operand_exponent(fmt: Format, operand: str, *, words: bool) -> int:
     """log2 of the value of a code over the operand that it becomes."""
-    element, scale = fmt.element, SCALE_ELEMENT
+    element = fmt.element
     if operand == FLOAT16:
         return 0
     if operand == INTEGER:
         return element.bits - PLAIN_BITS if words else 0
-    if element.kind == "integer":
-        return scale.exponent_bias + scale.mantissa_bits - 1
-    return scale.exponent_bias - element.exponent_bias
+    if element.is_integer:
+        return E4M3.exponent_bias + E4M3.mantissa_bits - 1
+    return E4M3.exponent_bias - element.exponent_bias
 
 
 def constants(x: Format, w: Format, columns: int, *, bias: bool, tiles: Tiles) -> dict[str, Any]:
@@ -307,7 +308,7 @@ def constants(x: Format, w: Format, columns: int, *, bias: bool, tiles: Tiles) -
             f"{side}_BITS": fmt.element.bits,
             f"{side}_MANTISSA": fmt.element.mantissa_bits,
             f"{side}_BIAS": fmt.element.exponent_bias,
-            f"{side}_SCALE": fmt.scale,
+            f"{side}_SCALE": fmt.scale.name,
             f"{side}_GROUP": group(fmt, columns),
         }
     return {
@@ -315,8 +316,8 @@ def constants(x: Format, w: Format, columns: int, *, bias: bool, tiles: Tiles) -
         **sides,
         "X_PAIRED": is_paired(x),
         "W_ROWS": w.block[0],
-        "SCALE_MANTISSA": SCALE_ELEMENT.mantissa_bits,
-        "SCALE_BIAS": SCALE_ELEMENT.exponent_bias,
+        "SCALE_MANTISSA": UE4M3.element.mantissa_bits,
+        "SCALE_BIAS": UE4M3.element.exponent_bias,
         "HAS_BIAS": bias,
         "PART": tiles.part,
         "PARTS": tiles.parts,
@@ -352,18 +353,19 @@ def quantized_matmul(
 ) -> Tensor:
     """The operator `qat::quantized_matmul` on a device that runs Triton."""
     x, w, rows = lookup(input_format), lookup(weight_format), weight.shape[0]
+    if problem(x, w) is not None:
+        given = (codes, scales, weight, weight_scales, bias, global_scale, input_format, weight_format, columns, dtype)
+        return reference(*given)
     flat, weight = _flat(codes), weight if weight.stride(-1) == 1 else weight.contiguous()
     tokens = flat.shape[0]
     out = torch.empty(*codes.shape[:-1], rows, dtype=dtype, device=codes.device)
     if tokens == 0 or rows == 0:
         return out
     device, x_scales = device_of(codes), _flat(scales)
-    if block_scaled(x, w, columns, device.capability):
+    if block_scaled_problem(x, w, columns, device.capability) is None:
         block_scaled_matmul(flat, x_scales, weight, weight_scales, bias, out, global_scale, (x, w), columns)
         return out
     tiles = choose(tokens, rows, columns, x, w, device)
-    name = case("quantized_matmul", f"{input_format} x {weight_format}", rows, columns)
-    tiles = override(tiles, gpu_of(codes), name, tokens)
     fixed = constants(x, w, columns, bias=bias is not None, tiles=tiles)
     if tiles.operand == INTEGER and columns > MOST_COLUMNS:
         raise UnsupportedError(f"{columns} columns of integers: the kernel's int32 sums hold at most {MOST_COLUMNS}")
@@ -372,7 +374,7 @@ def quantized_matmul(
     words = w.element.bits != PLAIN_BITS
     exponent = operand_exponent(x, tiles.operand, words=False) + operand_exponent(w, tiles.operand, words=words)
     global_scale *= 2.0**exponent
-    stride_xs = 0 if x.block == (0, 0) else x_scales.stride(0)
+    stride_xs = 0 if x.is_static else x_scales.stride(0)
     target = out.new_empty(tiles.segments, tokens, rows, dtype=sum_dtype(tiles)) if tiles.parallel else out
     grid = (triton.cdiv(rows, tiles.block_n) * triton.cdiv(tokens, tiles.block_m), tiles.segments * tiles.parallel or 1)
     quantized_matmul_kernel[grid](

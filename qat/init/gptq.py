@@ -7,6 +7,7 @@ everything else (fake quantization, learned scales, export) goes on as from any 
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -41,7 +42,7 @@ def compensate(weight: Tensor, fmt: Format, scales: Scales, gram: Tensor) -> Ten
     stacked = weight.shape
     weight = weight.flatten(0, -2)  # rows are independent, so a stack of experts is one tall matrix
     rows, columns = weight.shape
-    if fmt.block[0] != 1:
+    if not fmt.is_rowwise:
         raise FormatError(f"{fmt.name}: error compensation needs blocks within one row; use init: scales")
     upper = _inverse_factor(gram)
     width = fmt.block_for(rows, columns)[1]
@@ -61,11 +62,12 @@ def compensate(weight: Tensor, fmt: Format, scales: Scales, gram: Tensor) -> Ten
 def _round_column(values: Tensor, fmt: Format, scales: Scales, block: int) -> Tensor:
     """Quantized values of one column (rows,) whose scales stand in block column `block`."""
     part = slice(block, block + 1)
-    own = Scales(
-        scales.stored[:, part],
-        scales.global_scale,
-        None if scales.zero_point is None else scales.zero_point[:, part],
-        None if scales.choice is None else scales.choice[:, part],
+    own = replace(
+        scales,
+        stored=scales.stored[:, part],
+        zero_point=None if scales.zero_point is None else scales.zero_point[:, part],
+        choice=None if scales.choice is None else scales.choice[:, part],
+        divisor=None,
     )
     return rounded(values.view(-1, 1, 1, 1), fmt, own).view(-1) * own.effective().view(-1)
 

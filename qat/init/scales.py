@@ -5,6 +5,7 @@ The search minimises what the block loses, optionally weighted by how strongly e
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -21,17 +22,15 @@ from qat.numbers.numerics import (
     global_scale_for,
     per_block,
     rounded,
-    store_scale,
     to_blocks,
 )
+from qat.numbers.scale import select
 from qat.sites import Site
 
 Search = Literal["auto", "amax", "mse", "sweep"]
 
 CLIP_STEPS = 80  # ratios tried by the MSE clip, evenly from CLIP_LOW to 1
 CLIP_LOW = 0.3
-SWEEP_REACH = 8  # stored E4M3 codes tried on each side of the amax rule: a factor of two either way
-SWEEP_EXPONENTS = (-2, -1, 0, 1)
 
 
 def start_scales(
@@ -45,17 +44,17 @@ def start_scales(
 
     Args:
         weight: (rows, columns).
-        start: "amax" the format's own rule; "mse" the best of 80 clipping ratios; "sweep" the best stored code, for
-            8-bit scale types; "auto" sweep where it exists, else mse.
+        start: "amax" the format's own rule; "mse" the best of 80 clipping ratios; "sweep" the best neighbour, for
+            scale types that have some; "auto" sweep where it exists, else mse.
         global_scale: the fused set's per-tensor scale, if it is shared.
         importance: (columns,) non-negative weights of the squared error, e.g. the mean square of each input.
 
     Raises:
-        FormatError: "sweep" for a format whose scales are not 8 bits wide.
+        FormatError: "sweep" for a scale type without neighbours.
     """
     base = find_scales(weight, fmt, global_scale)
     if start == "auto":
-        start = "sweep" if fmt.scale in ("e4m3", "e8m0") else "mse"
+        start = "sweep" if fmt.scale.sweep else "mse"
     if start == "amax":
         return base
     blocked = to_blocks(weight.detach().to(torch.float32), fmt)
@@ -72,15 +71,9 @@ def _candidates(fmt: Format, base: Scales, start: Search) -> Iterator[Tensor]:
         top = 2.0 if fmt.scale_rule == "mean" else 1.0  # a mean may be too small, a maximum never is
         for step in range(CLIP_STEPS):
             ratio = CLIP_LOW + (top - CLIP_LOW) * (step + 1) / CLIP_STEPS
-            yield store_scale(effective * ratio, fmt, base.global_scale)
-    elif fmt.scale == "e4m3":
-        code = base.stored.view(torch.uint8).to(torch.int16)
-        top = int(torch.tensor(torch.finfo(fmt.scale_storage).max).to(fmt.scale_storage).view(torch.uint8))
-        for offset in range(-SWEEP_REACH, SWEEP_REACH + 1):
-            yield (code + offset).clamp(1, top).to(torch.uint8).view(fmt.scale_storage)
-    elif fmt.scale == "e8m0":
-        for offset in SWEEP_EXPONENTS:
-            yield store_scale(effective * 2.0**offset, fmt)
+            yield fmt.scale.store(effective * ratio, base.global_scale)
+    elif fmt.scale.sweep:
+        yield from fmt.scale.neighbours(base.stored)
     else:
         raise FormatError(f"{fmt.name} stores {fmt.scale} scales, too many to sweep; use start: mse (or auto)")
 
@@ -95,24 +88,24 @@ def _search(
         error = _error(blocked, fmt, trial, error_weight, unit)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
-        best = Scales(
-            _where(better, trial.stored, best.stored),
-            base.global_scale,
-            _where_optional(better, trial.zero_point, best.zero_point),
-            _where_optional(better, trial.choice, best.choice),
+        best = replace(
+            base,
+            stored=select(better, trial.stored, best.stored),
+            zero_point=_where_optional(better, trial.zero_point, best.zero_point),
+            choice=_where_optional(better, trial.choice, best.choice),
         )
     return best
 
 
 def _with_stored(blocked: Tensor, fmt: Format, base: Scales, stored: Tensor, error_weight: Tensor | None) -> Scales:
-    trial = Scales(stored, base.global_scale, base.zero_point, base.choice)
+    trial = replace(base, stored=stored)
     if base.zero_point is not None:
         # A clipped asymmetric range keeps its centre: solve the zero point again for the narrower step.
         bottom = -(2 ** (fmt.element.bits - 1))
         centre = (blocked.amin(dim=(1, 3)).clamp_max(0.0) + blocked.amax(dim=(1, 3)).clamp_min(0.0)) / 2
         zero = torch.nan_to_num(-0.5 - centre / trial.effective()).round().clamp(bottom, -bottom - 1)
-        return Scales(stored, base.global_scale, zero.to(torch.int8))
-    return choose_elements(blocked, fmt, trial, error_weight) if len(fmt.elements) > 1 else trial
+        return replace(trial, zero_point=zero.to(torch.int8))
+    return trial if fmt.is_single else choose_elements(blocked, fmt, trial, error_weight)
 
 
 def _error(blocked: Tensor, fmt: Format, scales: Scales, error_weight: Tensor | None, unit: Tensor) -> Tensor:
@@ -122,12 +115,6 @@ def _error(blocked: Tensor, fmt: Format, scales: Scales, error_weight: Tensor | 
     if error_weight is not None:
         difference.mul_(error_weight)
     return difference.sum(dim=(1, 3))
-
-
-def _where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    if a.dtype.itemsize == 1 and a.dtype.is_floating_point:
-        return torch.where(condition, a.view(torch.uint8), b.view(torch.uint8)).view(a.dtype)
-    return torch.where(condition, a, b)
 
 
 def _where_optional(condition: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor | None:

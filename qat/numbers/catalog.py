@@ -8,10 +8,11 @@ element's constants. Sources: OCP Microscaling v1.0; NVIDIA's NVFP4; bitsandbyte
 from qat.errors import FormatError, nearest
 from qat.numbers.element import integer, minifloat, table
 from qat.numbers.format import Format
+from qat.numbers.scale import BF16, E8M0, F32, UE4M3
 
 E2M1 = minifloat(2, 1)
 E2M3 = minifloat(2, 3)
-E4M3 = minifloat(4, 3, nan=True)
+E4M3 = UE4M3.element
 INT8, INT4, INT3, INT2 = integer(8), integer(4), integer(3), integer(2)
 INT4_SIX_SEVENTHS = integer(4, step=6 / 7)  # the int4 grid stretched to E2M1's largest value, for IF4
 NF4 = table(
@@ -36,8 +37,6 @@ NF4 = table(
     ),
 )
 
-SCALE_ELEMENT = E4M3  # what an "e4m3" block scale is rounded with
-
 _BLOCKS = {"tensor": (0, 0), "channel": (1, 0), "g32": (1, 32), "g64": (1, 64), "g128": (1, 128)}
 _TOKEN = (1, 0)
 _BITNET = "BitNet b1.58, arXiv 2402.17764"
@@ -49,34 +48,34 @@ def _integers() -> list[Format]:
     for element in (INT8, INT4, INT3, INT2):
         for suffix, block in _BLOCKS.items():
             name = f"{element.name}_{suffix}"
-            formats.append(Format(name=name, elements=(element,), block=block, scale="bf16"))
-            formats.append(Format(name=f"{name}_asym", elements=(element,), block=block, scale="bf16", zero_point=True))
-        formats.append(Format(name=f"{element.name}_token", elements=(element,), block=_TOKEN, scale="f32"))
+            formats.append(Format(name=name, elements=(element,), block=block, scale=BF16))
+            formats.append(Format(name=f"{name}_asym", elements=(element,), block=block, scale=BF16, zero_point=True))
+        formats.append(Format(name=f"{element.name}_token", elements=(element,), block=_TOKEN, scale=F32))
     return formats
 
 
 _FORMATS: list[Format] = [
     *_integers(),
-    Format(name="ternary_channel", elements=(INT2,), block=(1, 0), scale="bf16", scale_rule="mean", source=_BITNET),
-    Format(name="ternary_g64", elements=(INT2,), block=(1, 64), scale="bf16", scale_rule="mean", source=_BITNET),
-    Format(name="fp8_tensor", elements=(E4M3,), block=(0, 0), scale="bf16", source="OCP FP8"),
-    Format(name="fp8_channel", elements=(E4M3,), block=(1, 0), scale="bf16", source="OCP FP8"),
-    Format(name="fp8_token", elements=(E4M3,), block=_TOKEN, scale="f32", source="OCP FP8"),
-    Format(name="fp8_g128", elements=(E4M3,), block=(1, 128), scale="f32", source="DeepSeek-V3, activations"),
-    Format(name="fp8_b128", elements=(E4M3,), block=(128, 128), scale="bf16", source="DeepSeek-V3, weights"),
-    Format(name="mxfp8", elements=(E4M3,), block=(1, 32), scale="e8m0", scale_rule="ceil", source=_OCP),
-    Format(name="mxfp6", elements=(E2M3,), block=(1, 32), scale="e8m0", scale_rule="even", source=_OCP),
-    Format(name="mxfp4", elements=(E2M1,), block=(1, 32), scale="e8m0", scale_rule="even", source=_OCP),
-    Format(name="mxint8", elements=(INT8,), block=(1, 32), scale="e8m0", scale_rule="ceil", source="arXiv 2510.25602"),
-    Format(name="mxint4", elements=(INT4,), block=(1, 32), scale="e8m0", scale_rule="ceil", source="arXiv 2510.25602"),
-    Format(name="nvfp4", elements=(E2M1,), block=(1, 16), scale="e4m3", global_scale=True, source="NVIDIA NVFP4"),
-    Format(name="nvint4", elements=(INT4,), block=(1, 16), scale="e4m3", global_scale=True, source="arXiv 2510.25602"),
-    Format(name="nf4_g64", elements=(NF4,), block=(1, 64), scale="bf16", source="QLoRA, arXiv 2305.14314"),
+    Format(name="ternary_channel", elements=(INT2,), block=(1, 0), scale=BF16, scale_rule="mean", source=_BITNET),
+    Format(name="ternary_g64", elements=(INT2,), block=(1, 64), scale=BF16, scale_rule="mean", source=_BITNET),
+    Format(name="fp8_tensor", elements=(E4M3,), block=(0, 0), scale=BF16, source="OCP FP8"),
+    Format(name="fp8_channel", elements=(E4M3,), block=(1, 0), scale=BF16, source="OCP FP8"),
+    Format(name="fp8_token", elements=(E4M3,), block=_TOKEN, scale=F32, source="OCP FP8"),
+    Format(name="fp8_g128", elements=(E4M3,), block=(1, 128), scale=F32, source="DeepSeek-V3, activations"),
+    Format(name="fp8_b128", elements=(E4M3,), block=(128, 128), scale=BF16, source="DeepSeek-V3, weights"),
+    Format(name="mxfp8", elements=(E4M3,), block=(1, 32), scale=E8M0, scale_rule="ceil", source=_OCP),
+    Format(name="mxfp6", elements=(E2M3,), block=(1, 32), scale=E8M0, scale_rule="even", source=_OCP),
+    Format(name="mxfp4", elements=(E2M1,), block=(1, 32), scale=E8M0, scale_rule="even", source=_OCP),
+    Format(name="mxint8", elements=(INT8,), block=(1, 32), scale=E8M0, scale_rule="ceil", source="arXiv 2510.25602"),
+    Format(name="mxint4", elements=(INT4,), block=(1, 32), scale=E8M0, scale_rule="ceil", source="arXiv 2510.25602"),
+    Format(name="nvfp4", elements=(E2M1,), block=(1, 16), scale=UE4M3, global_scale=True, source="NVIDIA NVFP4"),
+    Format(name="nvint4", elements=(INT4,), block=(1, 16), scale=UE4M3, global_scale=True, source="arXiv 2510.25602"),
+    Format(name="nf4_g64", elements=(NF4,), block=(1, 64), scale=BF16, source="QLoRA, arXiv 2305.14314"),
     Format(
         name="if4",
         elements=(E2M1, INT4_SIX_SEVENTHS),
         block=(1, 16),
-        scale="e4m3",
+        scale=UE4M3,
         global_scale=True,
         source="IF4: E2M1 or INT4 per block, the choice in the scale's sign bit",
     ),

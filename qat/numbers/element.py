@@ -38,6 +38,21 @@ class Element:
     step: float = 1.0
 
     @property
+    def is_integer(self) -> bool:
+        """Whether values are whole numbers, their codes two's complement."""
+        return self.kind == "integer" and self.step == 1.0
+
+    @property
+    def is_minifloat(self) -> bool:
+        """Whether codes are sign, exponent and mantissa."""
+        return self.kind == "minifloat"
+
+    @property
+    def nan_codes(self) -> tuple[int, ...]:
+        """The codes that mean NaN."""
+        return tuple(code for code, value in enumerate(self.values) if value != value)
+
+    @property
     def max(self) -> float:
         """Largest magnitude that rounding returns; block scales map the largest element here."""
         return max(self.high, -self.low)
@@ -50,14 +65,14 @@ class Element:
     @property
     def significant_bits(self) -> int:
         """Bits of the longest significand on the grid; 24 where values are arbitrary float32 numbers."""
-        if self.kind == "table" or self.step != 1.0:
-            return 24
-        return self.mantissa_bits + 1 if self.kind == "minifloat" else max(self.bits - 1, 1)
+        if self.is_minifloat:
+            return self.mantissa_bits + 1
+        return max(self.bits - 1, 1) if self.is_integer else 24
 
     @property
     def exponent_bias(self) -> int:
         """Of a minifloat: its smallest normal number is 2^(1 - bias); 0 for others."""
-        return 1 - int(math.log2(self.min_normal)) if self.kind == "minifloat" else 0
+        return 1 - int(math.log2(self.min_normal)) if self.is_minifloat else 0
 
     def round(self, x: Tensor) -> Tensor:
         """Round fp32 `x` (any shape, in units of this element) to the nearest value, ties to even code, saturating.

@@ -1,4 +1,4 @@
-"""How a tensor becomes codes and scales. A Format is an Element, a block, and the dtype and rule of the block's scale.
+"""How a tensor becomes codes and scales. A Format is an Element, a block, and the type and rule of the block's scale.
 
 It is data: packers, kernels, exporters and tests derive what they need (bits per weight, storage shapes, grids) from
 these fields, and only the name crosses an op boundary. `scale` always multiplies when dequantizing:
@@ -8,21 +8,9 @@ these fields, and only the name crosses an op boundary. `scale` always multiplie
 
 import math
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
 
 from qat.numbers.element import Element
-
-ScaleDtype = Literal["f32", "bf16", "e4m3", "e8m0"]
-ScaleRule = Literal["amax", "mean", "floor", "even", "ceil"]
-
-SCALE_STORAGE: dict[str, torch.dtype] = {
-    "f32": torch.float32,
-    "bf16": torch.bfloat16,
-    "e4m3": torch.float8_e4m3fn,
-    "e8m0": torch.uint8,
-}
+from qat.numbers.scale import ScaleRule, ScaleType
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +20,11 @@ class Format:
     Attributes:
         elements: the allowed element types; with more than one, each block stores which it uses.
         block: rows and columns that share a scale; 0 means the whole axis. (1, 16): sixteen neighbours of a row.
-        scale: dtype the scale is stored in, and therefore rounded to during training.
+        scale: how the scale is stored, and therefore rounded during training.
         scale_rule: how the scale follows from the block. "amax" maps the largest magnitude to the element's largest;
             "mean" is the mean magnitude (BitNet b1.58); "floor", "even" and "ceil" are the three power-of-two rules
             in use for E8M0 (OCP MX v1.0; compressed-tensors and vLLM; modelopt).
-        global_scale: a second, per-tensor scale above the block scales, so that E4M3 block scales fit. It is rounded
+        global_scale: a second, per-tensor scale above the block scales, so that scales of a byte fit. It is rounded
             up to a power of two: multiplier and divisor conventions then agree exactly, and code x scale fits BF16.
         zero_point: asymmetric integers, value = (code - zero_point) * scale.
         source: where the definition comes from.
@@ -45,7 +33,7 @@ class Format:
     name: str
     elements: tuple[Element, ...]
     block: tuple[int, int]
-    scale: ScaleDtype
+    scale: ScaleType
     scale_rule: ScaleRule = "amax"
     global_scale: bool = False
     zero_point: bool = False
@@ -57,14 +45,34 @@ class Format:
         return self.elements[0]
 
     @property
-    def scale_storage(self) -> torch.dtype:
-        """torch dtype of the stored scales; E8M0 is the raw exponent byte."""
-        return SCALE_STORAGE[self.scale]
+    def is_single(self) -> bool:
+        """Whether all blocks use the same element type."""
+        return len(self.elements) == 1
+
+    @property
+    def needs_table(self) -> bool:
+        """Whether codes have to be looked up: arithmetic gives the values of whole integers and minifloats only."""
+        return not self.is_single or not (self.element.is_integer or self.element.is_minifloat)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the whole tensor shares one scale; an input's is then calibrated, not found on the fly."""
+        return self.block == (0, 0)
+
+    @property
+    def is_rowwise(self) -> bool:
+        """Whether a block lies within one row."""
+        return self.block[0] == 1
+
+    @property
+    def follows_amax(self) -> bool:
+        """Whether a block's largest magnitude decides its scale."""
+        return not self.zero_point and self.scale_rule != "mean"
 
     @property
     def group(self) -> int | None:
         """Columns per block where a block is a part of one row, else None."""
-        return self.block[1] if self.block[0] == 1 and self.block[1] > 0 else None
+        return self.block[1] if self.is_rowwise and self.block[1] > 0 else None
 
     def block_for(self, rows: int, columns: int) -> tuple[int, int]:
         """The block with "whole axis" filled in (1 where the axis is empty)."""
@@ -86,14 +94,13 @@ class Format:
         A product of a- and b-bit significands has a+b bits (b where a is one bit); BF16 holds 8. A zero point widens
         the element by its sign bit. Holds above BF16's smallest numbers, about 1e-38, where it loses bits of its own.
         """
-        scale_bits = {"f32": 24, "bf16": 8, "e4m3": 4, "e8m0": 1}[self.scale]
         widest = max(element.bits if self.zero_point else element.significant_bits for element in self.elements)
-        narrow, wide = sorted((widest, scale_bits))
+        narrow, wide = sorted((widest, self.scale.significant_bits))
         return (wide if narrow == 1 else narrow + wide) <= 8
 
     def bits_per_weight(self, rows: int, columns: int) -> float:
         """Stored bits per element, with scales, zero points and the global scale."""
         scales = math.prod(self.grid_shape(rows, columns))
-        per_scale = self.scale_storage.itemsize * 8 + (self.element.bits if self.zero_point else 0)
+        per_scale = self.scale.storage.itemsize * 8 + (self.element.bits if self.zero_point else 0)
         total = rows * columns * self.element.bits + scales * per_scale + (32 if self.global_scale else 0)
         return total / (rows * columns)

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from qat.errors import FormatError
-from qat.numbers.catalog import SCALE_ELEMENT
 from qat.numbers.element import EXPONENT_BIAS
 from qat.numbers.format import Format
-
-TINY = torch.finfo(torch.float32).tiny  # smallest scale, so that an all-zero block still has a finite positive one
+from qat.numbers.scale import TINY, ScaleType, ceil_log2, over, type_of
 
 
 @dataclass(frozen=True)
@@ -27,11 +25,12 @@ class Scales:
     """The scales of one tensor.
 
     Attributes:
-        stored: (block rows, block columns) in `Format.scale_storage`; what a checkpoint holds.
-        global_scale: float32 scalar power of two that multiplies `stored`, or None.
+        stored: (block rows, block columns) as `Format.scale` stores it; what a checkpoint holds.
+        global_scale: float32 power of two that multiplies `stored`, a scalar or of a shape that broadcasts, or None.
         zero_point: int8, same shape as `stored`, or None.
         choice: uint8, index of the element type per block, or None where the format has one.
         divisor: float32, same shape: divides before rounding where it differs from the stored scale (Dual-LSQ).
+        type: how `stored` decodes; by default as its dtype says, see `qat.numbers.scale.type_of`.
     """
 
     stored: Tensor
@@ -39,20 +38,38 @@ class Scales:
     zero_point: Tensor | None = None
     choice: Tensor | None = None
     divisor: Tensor | None = None
+    type: ScaleType | None = None
 
     def effective(self) -> Tensor:
         """float32 multiplier per block: the stored scale decoded, times the global scale."""
-        scale = decode_scale(self.stored)
+        scale = (self.type or type_of(self.stored)).decode(self.stored)
         return scale if self.global_scale is None else scale * self.global_scale
+
+    def of(self, fmt: Format) -> "Scales":
+        """The same, known to be stored as `fmt` says where they have its dtype (other tools' may be wider floats)."""
+        typed = self.type is not None or self.stored.dtype != fmt.scale.storage
+        return self if typed else replace(self, type=fmt.scale)
 
 
 @dataclass(frozen=True)
 class QTensor:
-    """A quantized tensor: codes (uint8 bit patterns, one per element, unpacked) and scales."""
+    """A quantized tensor: codes (uint8 bit patterns, one per element, unpacked) and scales. What servers and files hold
+    are layouts of it, see `qat.serving`; this is the one way to dequantize."""
 
     format: Format
     codes: Tensor
     scales: Scales
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scales", self.scales.of(self.format))
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """What is stored besides the codes, by name: scale and, where the format has them, the others."""
+        scales = self.scales
+        named = {"scale": scales.stored, "global_scale": scales.global_scale}
+        named |= {"zero_point": scales.zero_point, "choice": scales.choice}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @property
     def shape(self) -> torch.Size:
@@ -105,48 +122,11 @@ def width_problem(fmt: Format, columns: int) -> str:
     return f"{fmt.name}: groups of {group} do not divide a width of {columns}; {advice}, or use a channel scale"
 
 
-def decode_scale(stored: Tensor) -> Tensor:
-    """float32 value of stored scales; uint8 is read as E8M0 (2^(byte-127), 255 is NaN)."""
-    if stored.dtype != torch.uint8:
-        return stored.to(torch.float32)
-    bits = stored.to(torch.int32)
-    value = (bits << 23).view(torch.float32)
-    value = torch.where(bits == 0, 2.0**-EXPONENT_BIAS, value)
-    return torch.where(bits == 255, torch.nan, value)
-
-
-def store_scale(scale: Tensor, fmt: Format, global_scale: Tensor | None = None) -> Tensor:
-    """Round a float32 effective scale (any shape) to the format's stored dtype. Non-finite scales become NaN.
-
-    E8M0 takes the nearest power of two in the exponent; the block rules of OCP act on the maximum instead, see
-    `find_scales`.
-    """
-    scale = torch.where(torch.isfinite(scale), scale, torch.nan)
-    if fmt.scale == "e4m3":
-        smallest = SCALE_ELEMENT.min_normal / 2**SCALE_ELEMENT.mantissa_bits
-        relative = scale if global_scale is None else scale / global_scale
-        rounded = SCALE_ELEMENT.round(relative.clamp(smallest, SCALE_ELEMENT.max))
-        return rounded.to(fmt.scale_storage)
-    if fmt.scale == "e8m0":
-        return _exponent_byte(torch.log2(scale.clamp_min(2.0**-EXPONENT_BIAS)).round())
-    return scale.clamp_min(TINY).to(fmt.scale_storage)
-
-
-def _exponent_byte(exponent: Tensor) -> Tensor:
-    byte = exponent.clamp(-EXPONENT_BIAS, EXPONENT_BIAS) + EXPONENT_BIAS
-    return torch.where(torch.isnan(byte), 255.0, byte).to(torch.uint8)
-
-
 def global_scale_for(amax: Tensor, fmt: Format) -> Tensor:
     """Power of two (float32 scalar) above which `amax` (scalar) fits block scales of at most the scale's maximum."""
-    ratio = over(amax.to(torch.float32), fmt.element.max * SCALE_ELEMENT.max)
-    field = (_ceil_log2(ratio) + EXPONENT_BIAS).clamp(0, 2 * EXPONENT_BIAS)  # no pow: devices round it differently
+    ratio = over(amax.to(torch.float32), fmt.element.max * fmt.scale.largest)
+    field = (ceil_log2(ratio) + EXPONENT_BIAS).clamp(0, 2 * EXPONENT_BIAS)  # no pow: devices round it differently
     return (field.to(torch.int32) << 23).view(torch.float32).clamp_min(TINY)
-
-
-def _ceil_log2(x: Tensor) -> Tensor:
-    mantissa, exponent = torch.frexp(x)
-    return torch.where(x > 0, exponent - (mantissa == 0.5).to(exponent.dtype), torch.zeros_like(exponent))
 
 
 def block_amax(blocked: Tensor) -> Tensor:
@@ -177,49 +157,27 @@ def find_scales(x: Tensor, fmt: Format, global_scale: Tensor | None = None) -> S
     amax = block_amax(blocked)
     if fmt.global_scale and global_scale is None:
         global_scale = global_scale_for(finite_amax(amax), fmt)
-    scales = Scales(scale_from_amax(amax, fmt, global_scale, blocked), global_scale)
-    return choose_elements(blocked, fmt, scales) if len(fmt.elements) > 1 else scales
-
-
-def over(x: Tensor, divisor: float) -> Tensor:
-    """x / divisor, correctly rounded on every device: by a plain number, torch on CUDA multiplies with 1 / divisor."""
-    return x / torch.full_like(x, divisor)
+    scales = Scales(scale_from_amax(amax, fmt, global_scale, blocked), global_scale, type=fmt.scale)
+    return scales if fmt.is_single else choose_elements(blocked, fmt, scales)
 
 
 def scale_from_amax(amax: Tensor, fmt: Format, global_scale: Tensor | None, blocked: Tensor | None = None) -> Tensor:
-    """Stored scale from the block maxima by `fmt.scale_rule`; "mean" also needs the blocks themselves."""
-    if fmt.scale == "e8m0":
-        return _exponent_byte(_block_exponent(amax, fmt))
-    if fmt.scale_rule == "mean":
-        if blocked is None:
-            raise FormatError(f"{fmt.name} needs the values, not only their maximum, to find its scale")
-        return store_scale(blocked.abs().mean(dim=(1, 3)), fmt, global_scale)
-    return store_scale(over(amax, fmt.element.max), fmt, global_scale)
-
-
-def _block_exponent(amax: Tensor, fmt: Format) -> Tensor:
-    """Exponent of the E8M0 scale. floor: OCP v1.0 section 6.3. even: amax is first rounded to the element's mantissa.
-    ceil: the smallest power of two that never saturates."""
-    element = fmt.element
-    if fmt.scale_rule == "ceil":
-        exponent = _ceil_log2(over(amax, element.max)).to(torch.float32)
-    else:
-        bits = amax.contiguous().view(torch.int32)
-        if fmt.scale_rule == "even":
-            bits = bits + (1 << (22 - element.mantissa_bits))
-        exponent = ((bits >> 23) - EXPONENT_BIAS - element.max_exponent).to(torch.float32)
-    exponent = torch.where(amax > 0, exponent, -EXPONENT_BIAS)
-    return torch.where(torch.isfinite(amax), exponent, torch.nan)
+    """Stored scale from the block maxima by `fmt.scale_rule`; "mean" needs the blocks themselves."""
+    if fmt.scale_rule != "mean":
+        return fmt.scale.from_amax(amax, fmt.element, fmt.scale_rule, global_scale)
+    if blocked is None:
+        raise FormatError(f"{fmt.name} needs the values, not only their maximum, to find its scale")
+    return fmt.scale.store(blocked.abs().mean(dim=(1, 3)), global_scale)
 
 
 def _affine_scales(blocked: Tensor, fmt: Format) -> Scales:
     """Asymmetric integers: the range, widened to hold 0, is cut into 2^bits - 1 steps; the zero point is an integer."""
     low = blocked.amin(dim=(1, 3)).clamp_max(0.0)
     high = blocked.amax(dim=(1, 3)).clamp_min(0.0)
-    stored = store_scale((high - low) / (2**fmt.element.bits - 1), fmt)
+    stored = fmt.scale.store((high - low) / (2**fmt.element.bits - 1))
     bottom = -(2 ** (fmt.element.bits - 1))
-    zero = torch.nan_to_num(bottom - low / decode_scale(stored)).round().clamp(bottom, -bottom - 1)
-    return Scales(stored, zero_point=zero.to(torch.int8))
+    zero = torch.nan_to_num(bottom - low / fmt.scale.decode(stored)).round().clamp(bottom, -bottom - 1)
+    return Scales(stored, zero_point=zero.to(torch.int8), type=fmt.scale)
 
 
 def choose_elements(blocked: Tensor, fmt: Format, scales: Scales, error_weight: Tensor | None = None) -> Scales:
@@ -282,13 +240,10 @@ def _decode(codes: Tensor, fmt: Format, scales: Scales) -> Tensor:
 def _poisoned(blocked: Tensor, scales: Scales) -> Scales:
     """Given scales with NaN for blocks that hold a NaN or infinity, as `find_scales` would have made them: few codes
     can say NaN, so without this a diverged weight would be stored as zeros."""
-    finite = torch.isfinite(block_amax(blocked))
-    if bool(finite.all()):
+    bad = ~torch.isfinite(block_amax(blocked))
+    if not bool(bad.any()):
         return scales
-    stored = scales.stored
-    if stored.dtype == torch.uint8:
-        return replace(scales, stored=stored.masked_fill(~finite, 255))
-    return replace(scales, stored=torch.where(finite, stored.to(torch.float32), torch.nan).to(stored.dtype))
+    return replace(scales, stored=(scales.type or type_of(scales.stored)).spoil(scales.stored, bad))
 
 
 def quantize(x: Tensor, fmt: Format, scales: Scales | None = None) -> QTensor:
@@ -298,7 +253,7 @@ def quantize(x: Tensor, fmt: Format, scales: Scales | None = None) -> QTensor:
         FormatError: the format's groups do not divide the last dimension.
     """
     blocked = to_blocks(x.detach().to(torch.float32), fmt)
-    scales = find_scales(x, fmt) if scales is None else _poisoned(blocked, scales)
+    scales = find_scales(x, fmt) if scales is None else _poisoned(blocked, scales.of(fmt))
     codes = _encode(rounded(blocked, fmt, scales), fmt, scales)
     return QTensor(fmt, from_blocks(codes, x.shape, fmt), scales)
 
@@ -306,7 +261,7 @@ def quantize(x: Tensor, fmt: Format, scales: Scales | None = None) -> QTensor:
 def fake_quantize(x: Tensor, fmt: Format, scales: Scales | None = None) -> Tensor:
     """`quantize(x).dequantize()` without the codes: float32 values on the format's grid, without a gradient."""
     blocked = to_blocks(x.detach().to(torch.float32), fmt)
-    scales = find_scales(x, fmt) if scales is None else _poisoned(blocked, scales)
+    scales = find_scales(x, fmt) if scales is None else _poisoned(blocked, scales.of(fmt))
     values = rounded(blocked, fmt, scales).mul_(per_block(scales.effective()))
     return from_blocks(values, x.shape, fmt)
 

@@ -17,7 +17,8 @@ from qat.errors import FormatError, UnsupportedError
 from qat.numbers.catalog import E4M3, lookup
 from qat.numbers.element import Element
 from qat.numbers.format import Format
-from qat.numbers.numerics import decode_scale, from_blocks, per_block, rounded, to_blocks, width_problem
+from qat.numbers.numerics import QTensor, Scales, from_blocks, rounded, to_blocks, width_problem
+from qat.numbers.scale import BF16, E8M0, F32, UE4M3
 from qat.training.activations import vllm_scales
 
 
@@ -38,20 +39,20 @@ class QuantizedInput(NamedTuple):
 def problem(fmt: Format) -> str | None:
     """Why inputs cannot be quantized to codes of this format, or None."""
     element = fmt.element
-    if len(fmt.elements) > 1 or element.kind == "table" or element.step != 1.0 or fmt.zero_point:
+    if fmt.needs_table or fmt.zero_point:
         return "tables, fractional steps and zero points have no fast product"
-    if element.kind == "minifloat" and element.bits != 4 and element != E4M3:
+    if element.is_minifloat and element.bits != 4 and element != E4M3:
         return f"no dtype holds {element.name} codes"
-    if fmt.scale_rule == "mean":
+    if not fmt.follows_amax:
         return "its scale follows from the mean"
-    static = fmt.block == (0, 0) and fmt.scale == "bf16"
-    dynamic = fmt.block[0] == 1 and (fmt.scale == "f32" or (fmt.block[1] > 0 and fmt.scale in ("e4m3", "e8m0")))
+    static = fmt.is_static and fmt.scale is BF16
+    dynamic = fmt.is_rowwise and (fmt.scale is F32 or (fmt.group and fmt.scale.is_one_of(UE4M3, E8M0)))
     return None if static or dynamic else f"{fmt.scale} scales of blocks of {fmt.block} are for weights"
 
 
 def needs_static(fmt: Format) -> bool:
     """Whether a calibrated number belongs to the quantizer, see `qat.training.activations.static_part`."""
-    return fmt.block == (0, 0) or fmt.global_scale
+    return fmt.is_static or fmt.global_scale
 
 
 def check(format: str, columns: int, static: Tensor | None) -> Format:
@@ -77,20 +78,21 @@ def check(format: str, columns: int, static: Tensor | None) -> Format:
 def empty(x: Tensor, fmt: Format) -> QuantizedInput:
     """Uninitialized codes and scales for x (..., columns)."""
     *rows, columns = x.shape
-    per_byte = _codes_per_byte(fmt.element)
-    codes = x.new_empty(*rows, columns // per_byte, dtype=_code_dtype(fmt.element))
-    if fmt.block == (0, 0):
+    codes = x.new_empty(*rows, columns // (2 if is_paired(fmt) else 1), dtype=code_dtype(fmt.element))
+    if fmt.is_static:
         return QuantizedInput(codes, x.new_empty(1, dtype=torch.float32))
-    scale_dtype = torch.float32 if fmt.scale == "f32" else torch.uint8
+    scale_dtype = torch.uint8 if fmt.scale.is_bytes else torch.float32
     return QuantizedInput(codes, x.new_empty(*rows, columns // fmt.group if fmt.group else 1, dtype=scale_dtype))
 
 
-def _codes_per_byte(element: Element) -> int:
-    return 2 if element.kind == "minifloat" and element.bits == 4 else 1
+def is_paired(fmt: Format) -> bool:
+    """Whether two codes of an input share a byte."""
+    return fmt.element.is_minifloat and fmt.element.bits == 4
 
 
-def _code_dtype(element: Element) -> torch.dtype:
-    if element.kind == "integer":
+def code_dtype(element: Element) -> torch.dtype:
+    """dtype of codes that are held as they are: one per byte, or two in a uint8."""
+    if element.is_integer:
         return torch.int8
     return torch.uint8 if element.bits == 4 else torch.float8_e4m3fn
 
@@ -102,18 +104,18 @@ def _code_dtype(element: Element) -> torch.dtype:
 def _quantize_input(x: Tensor, static: Tensor | None, format: str) -> tuple[Tensor, Tensor]:
     fmt = check(format, x.shape[-1], static)
     out = empty(x, fmt)
-    if x.numel() == 0 and fmt.block != (0, 0):
+    if x.numel() == 0 and not fmt.is_static:
         return out.codes, out.scales.zero_()
     scales = vllm_scales(x, fmt, static)
     values = rounded(to_blocks(x.to(torch.float32), fmt), fmt, scales)
     codes = _encode(from_blocks(values, x.shape, fmt), fmt.element)
-    stored = scales.stored.view(torch.uint8) if out.scales.dtype == torch.uint8 else decode_scale(scales.stored)
+    stored = fmt.scale.to_bytes(scales.stored) if fmt.scale.is_bytes else scales.stored.to(torch.float32)
     return codes, stored.reshape(out.scales.shape).clone()
 
 
 def _encode(values: Tensor, element: Element) -> Tensor:
     """Codes of rounded values (..., columns); a NaN stays one where the codes have a NaN."""
-    if element.kind == "integer":
+    if element.is_integer:
         return values.nan_to_num(0.0).to(torch.int8)
     codes = element.encode(values)
     if element.bits == 4:
@@ -123,7 +125,7 @@ def _encode(values: Tensor, element: Element) -> Tensor:
 
 def nan_code(element: Element) -> int:
     """The code of NaN, or 0 where there is none."""
-    return next((code for code, value in enumerate(element.values) if value != value), 0)
+    return next(iter(element.nan_codes), 0)
 
 
 @_quantize_input.register_fake
@@ -239,21 +241,29 @@ def _check_alike(x: Tensor, other: Tensor, what: str) -> None:
         raise FormatError(f"a {what} of {given} meets an input of {tuple(x.shape)} {x.dtype}; they must be alike")
 
 
+def unpack(codes: Tensor, scales: Tensor, static: Tensor | None, format: str) -> QTensor:
+    """The quantized tensor (..., columns) of which `quantize_input` returns the layout.
+
+    Args:
+        codes, scales: see `QuantizedInput`.
+        static: as given to `quantize_input`; without it, the constant above E4M3 scales is left out.
+        format: catalogue name.
+    """
+    fmt = lookup(format)
+    if is_paired(fmt):
+        patterns = torch.stack((codes & 0x0F, codes >> 4), dim=-1).flatten(-2)
+    else:
+        patterns = codes.view(torch.uint8) & (2**fmt.element.bits - 1)
+    columns = patterns.shape[-1]
+    grid = fmt.grid_shape(patterns.numel() // columns if columns else 0, columns)
+    stored = fmt.scale.from_bytes(scales)
+    stored = stored.reshape(grid) if columns and patterns.numel() else stored.new_empty(grid)
+    above = static.reciprocal().reshape(()) if fmt.global_scale and static is not None else None
+    return QTensor(fmt, patterns, Scales(stored, above))
+
+
 def dequantize_input(
     codes: Tensor, scales: Tensor, static: Tensor | None, format: str, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """The values (..., columns) that codes and scales stand for, computed in float32 and rounded once to `dtype`."""
-    fmt = lookup(format)
-    if codes.dtype == torch.uint8:
-        values = fmt.element.decode(torch.stack((codes & 0x0F, codes >> 4), dim=-1).flatten(-2))
-    else:
-        values = codes.to(torch.float32)
-    if fmt.block == (0, 0):
-        return (values * scales).to(dtype)
-    factor = decode_scale(scales.view(fmt.scale_storage))
-    if fmt.scale == "e4m3" and static is not None:
-        factor = factor * static.reciprocal()
-    blocked = to_blocks(values, fmt)
-    return from_blocks(blocked * per_block(factor.reshape(blocked.shape[0], blocked.shape[2])), values.shape, fmt).to(
-        dtype
-    )
+    return unpack(codes, scales, static, format).dequantize(dtype)

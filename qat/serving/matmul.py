@@ -18,25 +18,27 @@ import torch
 from torch import Tensor
 
 from qat.errors import FormatError, UnsupportedError
-from qat.numbers.catalog import SCALE_ELEMENT, lookup
+from qat.numbers.catalog import E4M3, lookup
 from qat.numbers.format import Format
-from qat.numbers.numerics import QTensor, Scales, decode_scale
-from qat.serving.packed import Stored, finite_codes, positive_scales
+from qat.numbers.numerics import QTensor, Scales
+from qat.serving import inputs
+from qat.serving.inputs import code_dtype, is_paired
+from qat.serving.packed import GROUPS, Stored, finite_codes, one_global_scale, positive_scales
 from qat.serving.words import from_words, to_words
 
 PLAIN_BITS = 8  # codes of this size are held as they are, smaller ones in words (qat.serving.words)
-GROUPS = (0, 16, 32, 64, 128)  # columns per scale, 0 for a whole row
 
 
 @dataclass(frozen=True)
 class MatmulWeight:
-    """The weight of a linear layer with quantized inputs, (rows, columns) when dequantized.
+    """The layout of a linear layer's weight for quantized inputs, (rows, columns) when dequantized; see `hold` and
+    `unhold`.
 
     Attributes:
         format: catalogue name.
         columns: of the weight; words hold whole tiles.
         codes: int8 or float8_e4m3fn (rows, columns), or int16 words (rows, words).
-        scales: (block columns, block rows), in the stored dtype, E4M3 as bytes.
+        scales: (block columns, block rows), in the stored dtype, see `ScaleType.to_bytes`.
         global_scale: multiplies the scales.
     """
 
@@ -53,21 +55,18 @@ class MatmulWeight:
 
 def problem(input_format: Format, weight_format: Format) -> str | None:
     """Why weights of one format cannot meet inputs of the other, or None."""
-    for side, fmt in (("inputs", input_format), ("weights", weight_format)):
-        told = _side_problem(fmt)
-        if told is not None:
-            return f"{fmt.name} {side}: {told}"
-    static = input_format.block == (0, 0)
-    if input_format.block[0] > 1 or not (static or input_format.scale in ("f32", "e4m3", "e8m0")):
-        return f"{input_format.name} inputs: no activation rule finds their {input_format.scale} scales on the fly"
-    if input_format.element.bits not in (4, PLAIN_BITS):
-        return f"{input_format.name} inputs: codes of {input_format.element.bits} bits; 4 and {PLAIN_BITS} are packed"
-    return None
+    reason = inputs.problem(input_format) or _side_problem(input_format)
+    if reason is None and input_format.element.bits not in (4, PLAIN_BITS):
+        reason = f"codes of {input_format.element.bits} bits; 4 and {PLAIN_BITS} are packed"
+    if reason is not None:
+        return f"{input_format.name} inputs: {reason}"
+    reason = _side_problem(weight_format)
+    return None if reason is None else f"{weight_format.name} weights: {reason}"
 
 
 def _side_problem(fmt: Format) -> str | None:
     element, (block_rows, block_columns) = fmt.element, fmt.block
-    if len(fmt.elements) > 1 or element.kind == "table" or element.step != 1.0:
+    if fmt.needs_table:
         return "their codes need a table"
     if fmt.zero_point:
         return "zero points, which no engine runs with quantized inputs"
@@ -81,17 +80,7 @@ def _side_problem(fmt: Format) -> str | None:
 
 def _is_plain(fmt: Format) -> bool:
     """Whether torch has a dtype whose bit patterns are this element's codes."""
-    return fmt.element.kind == "integer" or fmt.element == SCALE_ELEMENT
-
-
-def code_dtype(fmt: Format) -> torch.dtype:
-    """dtype of codes that are held one per byte."""
-    return torch.int8 if fmt.element.kind == "integer" else torch.float8_e4m3fn
-
-
-def is_paired(fmt: Format) -> bool:
-    """Whether two codes of an input share a byte."""
-    return fmt.element.kind == "minifloat" and fmt.element.bits == 4
+    return fmt.element.is_integer or fmt.element == E4M3
 
 
 def hold(weight: QTensor) -> MatmulWeight:
@@ -101,7 +90,7 @@ def hold(weight: QTensor) -> MatmulWeight:
         UnsupportedError: a format that cannot be held so.
         FormatError: a scale that is zero, negative or not finite, or a code that is NaN.
     """
-    fmt, scales = weight.format, weight.scales
+    fmt = weight.format
     reason = _side_problem(fmt)
     if reason is not None:
         raise UnsupportedError(f"{fmt.name} weights cannot be multiplied with quantized inputs: {reason}")
@@ -110,38 +99,24 @@ def hold(weight: QTensor) -> MatmulWeight:
     return MatmulWeight(
         format=fmt.name,
         columns=weight.codes.shape[1],
-        codes=codes.view(code_dtype(fmt)) if plain else to_words(codes, bits, offset=fmt.element.kind == "integer"),
+        codes=codes.view(code_dtype(fmt.element)) if plain else to_words(codes, bits, offset=fmt.element.is_integer),
         scales=positive_scales(weight).t().contiguous(),
-        global_scale=1.0 if scales.global_scale is None else float(scales.global_scale),
+        global_scale=one_global_scale(weight),
     )
 
 
-def dequantize_weight(codes: Tensor, scales: Tensor, fmt: Format, columns: int) -> Tensor:
-    """float32 (rows, columns) without the global scale, from what `MatmulWeight` holds."""
+def unhold(weight: MatmulWeight) -> QTensor:
+    """Undo `hold`."""
+    fmt, codes = lookup(weight.format), weight.codes
     if fmt.element.bits == PLAIN_BITS:
         patterns = codes.view(torch.uint8)
     else:
-        patterns = from_words(codes, fmt.element.bits, columns, offset=fmt.element.kind == "integer")
-    stored = scales.t().contiguous()
-    stored = stored.view(fmt.scale_storage) if fmt.scale == "e4m3" else stored
-    return QTensor(fmt, patterns, Scales(stored)).dequantize()
+        patterns = from_words(codes, fmt.element.bits, weight.columns, offset=fmt.element.is_integer)
+    above = torch.tensor(weight.global_scale, device=codes.device) if fmt.global_scale else None
+    return QTensor(fmt, patterns, Scales(fmt.scale.from_bytes(weight.scales.t().contiguous()), above))
 
 
-def dequantize_input(codes: Tensor, scales: Tensor, fmt: Format) -> Tensor:
-    """float32 (..., columns) without a constant of the layer, from what `qat::quantize_input` returns."""
-    if is_paired(fmt):
-        patterns = torch.stack((codes & 0xF, codes >> 4), dim=-1).flatten(-2)
-        values = fmt.element.decode(patterns)
-    else:
-        values = codes.to(torch.float32)
-    factors = decode_scale(scales.view(torch.float8_e4m3fn) if fmt.scale == "e4m3" else scales)
-    if fmt.group is None:
-        return values * factors
-    return (values.unflatten(-1, (-1, fmt.group)) * factors[..., None]).flatten(-2)
-
-
-@torch.library.custom_op("qat::quantized_matmul", mutates_args=())
-def _quantized_matmul(
+def reference(
     codes: Tensor,
     scales: Tensor,
     weight: Tensor,
@@ -153,10 +128,14 @@ def _quantized_matmul(
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    x = dequantize_input(codes, scales, lookup(input_format))
-    w = dequantize_weight(weight, weight_scales, lookup(weight_format), columns)
+    """What `qat::quantized_matmul` means: the product of the dequantized operands in float32, rounded once."""
+    x = inputs.unpack(codes, scales, None, input_format).dequantize()
+    w = unhold(MatmulWeight(weight_format, columns, weight, weight_scales, 1.0)).dequantize()
     y = (x @ w.t()) * global_scale
     return (y if bias is None else y + bias).to(dtype)
+
+
+_quantized_matmul = torch.library.custom_op("qat::quantized_matmul", reference, mutates_args=())
 
 
 @_quantized_matmul.register_fake

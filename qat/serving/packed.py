@@ -13,19 +13,22 @@ from torch import Tensor, nn
 from qat.errors import FormatError, UnsupportedError
 from qat.numbers.catalog import lookup
 from qat.numbers.format import Format
-from qat.numbers.numerics import QTensor, Scales, decode_scale
+from qat.numbers.numerics import QTensor, Scales
+from qat.numbers.scale import broken
 from qat.serving.words import PART, from_words, to_words
+
+GROUPS = (0, 16, 32, 64, 128)  # columns per scale that kernels take, 0 for a whole row
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """The weight of a linear layer, (rows, columns) when dequantized.
+    """The layout of a linear layer's weight, (rows, columns) when dequantized; see `pack` and `unpack`.
 
     Attributes:
         format: catalogue name.
         columns: of the weight; words hold whole tiles.
         words: int16 (rows, words), see `qat.serving.words`.
-        scales: (block columns, rows), in the stored dtype, E4M3 as bytes.
+        scales: (block columns, rows), in the stored dtype, see `ScaleType.to_bytes`.
         zeros: int8, same shape, or None.
         global_scale: multiplies the scales.
     """
@@ -55,13 +58,13 @@ def _ordered(scales: Tensor) -> Tensor:
 
 def problem(fmt: Format) -> str | None:
     """Why weights of this format cannot be held packed yet, or None."""
-    if len(fmt.elements) > 1 or fmt.element.kind == "table":
+    if fmt.needs_table:
         return "its codes need a table per block"
-    if fmt.element.bits not in (2, 4, 8) or (fmt.element.kind == "integer" and fmt.element.step != 1.0):
-        return f"codes of {fmt.element.bits} bits or fractional steps do not fit the words"
-    if fmt.block == (0, 0):
+    if fmt.element.bits not in (2, 4, 8):
+        return f"codes of {fmt.element.bits} bits do not fit the words"
+    if fmt.is_static:
         return "one scale for the whole tensor"
-    if fmt.block[0] != 1 or fmt.block[1] not in (0, 16, 32, 64, 128):
+    if not fmt.is_rowwise or fmt.block[1] not in GROUPS:
         return f"blocks of {fmt.block[0]} x {fmt.block[1]} are not groups within one row"
     if fmt.group and fmt.group < PART and fmt.zero_point:
         return f"zero points of groups of {fmt.group}"
@@ -69,17 +72,30 @@ def problem(fmt: Format) -> str | None:
 
 
 def positive_scales(weight: QTensor) -> Tensor:
-    """The stored scales (block rows, block columns), E4M3 as bytes.
+    """The stored scales (block rows, block columns) as kernels hold them.
 
     Raises:
         FormatError: one is zero, negative or not finite.
     """
-    fmt, stored = weight.format, weight.scales.stored
-    values = decode_scale(stored)
-    bad = int((~(torch.isfinite(values) & (values > 0))).sum())
+    fmt, scales = weight.format, weight.scales
+    bad = broken(scales.stored, scales.type)
     if bad:
         raise FormatError(f"{fmt.name}: {bad} scales are zero, negative or not finite")
-    return stored.view(torch.uint8) if fmt.scale == "e4m3" else stored
+    return fmt.scale.to_bytes(scales.stored)
+
+
+def one_global_scale(weight: QTensor) -> float:
+    """The global scale, 1 where there is none.
+
+    Raises:
+        UnsupportedError: several, as a stack of experts has: each expert is a weight of its own.
+    """
+    above = weight.scales.global_scale
+    if above is None:
+        return 1.0
+    if above.numel() != 1:
+        raise UnsupportedError(f"{weight.format.name}: {above.numel()} global scales in one weight; split it by scale")
+    return float(above)
 
 
 def finite_codes(weight: QTensor) -> Tensor:
@@ -88,9 +104,8 @@ def finite_codes(weight: QTensor) -> Tensor:
     Raises:
         FormatError: there is one.
     """
-    element = weight.format.element
-    nan = torch.tensor([code for code, value in enumerate(element.values) if value != value], dtype=torch.uint8)
-    bad = int(torch.isin(weight.codes, nan.to(weight.codes.device)).sum()) if len(nan) else 0
+    nan = weight.format.element.nan_codes
+    bad = int(torch.isin(weight.codes, weight.codes.new_tensor(nan)).sum()) if nan else 0
     if bad:
         raise FormatError(f"{weight.format.name}: {bad} codes are NaN")
     return weight.codes
@@ -110,27 +125,21 @@ def pack(weight: QTensor) -> PackedWeight:
     return PackedWeight(
         format=fmt.name,
         columns=weight.codes.shape[1],
-        words=to_words(finite_codes(weight), fmt.element.bits, offset=fmt.element.kind == "integer"),
+        words=to_words(finite_codes(weight), fmt.element.bits, offset=fmt.element.is_integer),
         scales=_ordered(positive_scales(weight).t()),
         zeros=None if scales.zero_point is None else _ordered(scales.zero_point.t()),
-        global_scale=1.0 if scales.global_scale is None else float(scales.global_scale),
+        global_scale=one_global_scale(weight),
     )
 
 
 def unpack(weight: PackedWeight) -> QTensor:
     """Undo `pack`."""
     fmt = lookup(weight.format)
-    codes = from_words(weight.words, fmt.element.bits, weight.columns, offset=fmt.element.kind == "integer")
-    scales = weight.scales.t().contiguous()
-    return QTensor(
-        fmt,
-        codes,
-        Scales(
-            scales.view(fmt.scale_storage) if fmt.scale == "e4m3" else scales,
-            torch.tensor(weight.global_scale, device=scales.device) if fmt.global_scale else None,
-            None if weight.zeros is None else weight.zeros.t().contiguous(),
-        ),
-    )
+    codes = from_words(weight.words, fmt.element.bits, weight.columns, offset=fmt.element.is_integer)
+    stored = fmt.scale.from_bytes(weight.scales.t().contiguous())
+    above = torch.tensor(weight.global_scale, device=stored.device) if fmt.global_scale else None
+    zeros = None if weight.zeros is None else weight.zeros.t().contiguous()
+    return QTensor(fmt, codes, Scales(stored, above, zeros))
 
 
 def reference(
@@ -141,8 +150,12 @@ def reference(
     bias: Tensor | None,
     global_scale: float,
     format: str,
+    prepared: Tensor | None = None,
 ) -> Tensor:
-    """What `qat::packed_linear` means: x times the dequantized weight, in float32, rounded once to x's dtype."""
+    """What `qat::packed_linear` means: x times the dequantized weight, in float32, rounded once to x's dtype.
+
+    `prepared` is what `qat::prepare_packed` made of the same weight, for kernels that have something to prepare.
+    """
     weight = unpack(PackedWeight(format, x.shape[-1], words, scales, zeros, global_scale)).dequantize()
     y = x.to(torch.float32) @ weight.t()
     return (y if bias is None else y + bias).to(x.dtype)
@@ -151,6 +164,24 @@ def reference(
 # Defined without `custom_op`, whose autograd wrapper costs as much as the product of a small layer.
 torch.library.define("qat::packed_linear", torch.library.infer_schema(reference, mutates_args=()))
 torch.library.impl("qat::packed_linear", "CompositeExplicitAutograd", reference)
+
+
+def prepare_reference(
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    global_scale: float,
+    format: str,
+    columns: int,
+) -> Tensor:
+    """What a kernel wants to know of a weight before the first product; its layer keeps it. Nothing, unless a kernel
+    says so."""
+    return words.new_empty(0, dtype=torch.uint8)
+
+
+torch.library.define("qat::prepare_packed", torch.library.infer_schema(prepare_reference, mutates_args=()))
+torch.library.impl("qat::prepare_packed", "CompositeExplicitAutograd", prepare_reference)
 
 
 @torch.library.register_fake("qat::packed_linear")
@@ -214,7 +245,7 @@ class Stored(nn.Module):
 
 
 class PackedLinear(Stored):
-    """A linear layer with a packed weight, for inference."""
+    """A linear layer with a packed weight, for inference. It owns what the kernel prepared for its tensors."""
 
     KEPT = ("words", "scales", "zeros")
 
@@ -231,9 +262,14 @@ class PackedLinear(Stored):
         self.register_buffer("bias", bias)
         self.format, self.global_scale = weight.format, weight.global_scale
         self.in_features, self.out_features = weight.columns, weight.words.shape[0]
+        self._prepared: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}  # it speaks of this layer's tensors, not of a copy's
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
+        self._prepared = None
         self.scales, self.zeros = _ordered(self.scales), None if self.zeros is None else _ordered(self.zeros)
         return self
 
@@ -242,10 +278,17 @@ class PackedLinear(Stored):
         """The weight."""
         return PackedWeight(self.format, self.in_features, self.words, self.scales, self.zeros, self.global_scale)
 
+    def prepare(self) -> None:
+        """Let the kernel prepare what it wants; the first call does it, but a compiled one cannot."""
+        weight = (self.words, self.scales, self.zeros, self.bias, self.global_scale, self.format)
+        self._prepared = torch.ops.qat.prepare_packed(*weight, self.in_features)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
         weight = (self.words, self.scales, self.zeros, self.bias, self.global_scale, self.format)
-        return _checked(x, self.in_features, *weight)
+        if self._prepared is None and not torch.compiler.is_compiling():
+            self.prepare()
+        return _checked(x, self.in_features, *weight, self._prepared)
 
     def extra_repr(self) -> str:
         """Shape and format, for `print(model)`."""

@@ -13,24 +13,14 @@ import torch
 from torch import Tensor
 
 from qat.errors import UnsupportedError
-from qat.numbers.catalog import E2M1, SCALE_ELEMENT, lookup
+from qat.numbers.catalog import E2M1, lookup
 from qat.numbers.element import EXPONENT_BIAS, Element
 from qat.numbers.format import Format
-from qat.numbers.numerics import (
-    TINY,
-    Scales,
-    block_amax,
-    decode_scale,
-    find_scales,
-    global_scale_for,
-    over,
-    store_scale,
-    to_blocks,
-)
+from qat.numbers.numerics import Scales, block_amax, find_scales, global_scale_for, to_blocks
+from qat.numbers.scale import BF16, E8M0, F32, TINY, UE4M3, MinifloatScale, over
 from qat.training.gradients import Estimator
 from qat.training.ops import fake_quantize, fake_quantize_reference
 
-BF16 = torch.bfloat16
 _VLLM_TOKEN_FLOOR = 512  # scaled_fp8_quant: a token's scale is at least 1 / (element max x 512)
 _VLLM_GROUP_FLOOR = 1e-10  # per_token_group_quant_fp8: a group's maximum counts at least this
 _MANTISSA = 7  # of BF16
@@ -47,8 +37,8 @@ def dynamic_fake_quantize(x: Tensor, fmt: Format, rule: str, estimator: Estimato
 def static_part(fmt: Format, amax: Tensor) -> Tensor | None:
     """What a checkpoint stores of an input quantizer, float32 [1]: the scale of a static format, the divisor above E4M3
     block scales (the reciprocal of our power-of-two multiplier), or None where everything follows the data."""
-    if fmt.block == (0, 0):
-        return decode_scale(store_scale(over(amax.detach(), fmt.element.max).reshape(1), fmt))
+    if fmt.is_static:
+        return fmt.scale.decode(fmt.scale.store(over(amax.detach(), fmt.element.max).reshape(1)))
     if fmt.global_scale:
         return global_scale_for(amax.detach(), fmt).reciprocal().reshape(1)
     return None
@@ -69,7 +59,7 @@ def fake_quantize_input(x: Tensor, fmt: Format, rule: str, estimator: Estimator,
 
 
 def _vllm(x: Tensor, fmt: Format, static: Tensor | None, estimator: Estimator) -> Tensor:
-    if fmt.block[0] == 1 and not fmt.zero_point and len(fmt.elements) == 1:
+    if fmt.is_rowwise and not fmt.zero_point and fmt.is_single:
         if x.requires_grad and torch.is_grad_enabled():
             through: Tensor = _FakeQuantizeInput.apply(x, static, fmt.name, estimator)
             return through
@@ -86,7 +76,7 @@ def fake_quantize_input_reference(
     """What `qat::fake_quantize_input` means: (x on its grid, the scales for clipping in the backward pass, or nothing).
     For formats whose blocks are tokens or groups, of one element type and without zero points."""
     scale = vllm_scales(x.detach(), lookup(format), static).effective()
-    y = fake_quantize_reference(x, scale, scale, None, None, format, estimator, False)
+    y = fake_quantize_reference(x, None, scale, None, None, format, estimator, False)
     return y, scale if estimator == "clipped" else scale.new_empty(0)
 
 
@@ -129,29 +119,33 @@ class _FakeQuantizeInput(torch.autograd.Function):
 
 def floors(fmt: Format) -> tuple[float, float]:
     """What a block's maximum and its scale count at least, in vLLM's rule (scales of E4M3 and E8M0 have their own)."""
-    if fmt.element.kind != "minifloat" or fmt.scale != "f32":
+    if not _has_floors(fmt):
         return 0.0, TINY
     return (_VLLM_GROUP_FLOOR, TINY) if fmt.group else (0.0, 1 / (fmt.element.max * _VLLM_TOKEN_FLOOR))
+
+
+def _has_floors(fmt: Format) -> bool:
+    return fmt.element.is_minifloat and fmt.scale is F32
 
 
 def vllm_scales(x: Tensor, fmt: Format, static: Tensor | None) -> Scales:
     """The scales of x (..., columns) by the "vllm" rule; `static` as `static_part` returns it."""
     element = fmt.element
-    if fmt.block == (0, 0):
+    if fmt.is_static:
         assert static is not None
         return Scales(static.view(1, 1).to(torch.float32))  # ours are BF16 numbers; other tools' need not be
-    if fmt.scale == "e4m3" and len(fmt.elements) == 1:
+    if isinstance(fmt.scale, MinifloatScale) and fmt.is_single:
         assert static is not None
         amax = block_amax(to_blocks(x.to(torch.float32), fmt))
         relative = static * (amax * (1 / element.max))
-        stored = SCALE_ELEMENT.round(relative)
+        stored = fmt.scale.element.round(relative)
         # A block whose scale rounds to zero comes out as zero; under the largest scale, such small values do.
-        stored = torch.where(stored == 0, SCALE_ELEMENT.max, stored)
-        return Scales(stored.to(fmt.scale_storage), static.reciprocal().view(()))
-    if element.kind == "minifloat" and fmt.scale == "f32":
+        stored = torch.where(stored == 0, fmt.scale.largest, stored)
+        return Scales(stored.to(fmt.scale.storage), static.reciprocal().view(()), type=fmt.scale)
+    if _has_floors(fmt):
         amax_floor, scale_floor = floors(fmt)
         amax = block_amax(to_blocks(x.to(torch.float32), fmt)).clamp_min(amax_floor)
-        return Scales(store_scale(over(amax, element.max).clamp_min(scale_floor), fmt))
+        return Scales(fmt.scale.store(over(amax, element.max).clamp_min(scale_floor)), type=fmt.scale)
     return find_scales(x, fmt, static.reciprocal().view(()) if static is not None else None)
 
 
@@ -160,7 +154,7 @@ def vllm_scales(x: Tensor, fmt: Format, static: Tensor | None) -> Scales:
 
 def _compressed_tensors(x: Tensor, fmt: Format, static: Tensor | None, estimator: Estimator) -> Tensor:
     with torch.no_grad():
-        y, inside = _ct_values(x.detach().to(BF16), fmt, static)
+        y, inside = _ct_values(x.detach().to(torch.bfloat16), fmt, static)
     y = y.to(x.dtype)
     if not x.requires_grad:
         return y
@@ -172,30 +166,29 @@ def _ct_values(x: Tensor, fmt: Format, static: Tensor | None) -> tuple[Tensor, T
     """BF16 result for BF16 `x`, and where x is not clipped. Every operator rounds once to its dtype, on purpose."""
     _check_ct(fmt)
     xg = x.unflatten(-1, (-1, fmt.group)) if fmt.group else x
-    if fmt.scale == "e4m3":
+    if isinstance(fmt.scale, MinifloatScale):
         assert static is not None
-        scale = _ct_e4m3_scale(xg, fmt, static)
+        scale = _ct_minifloat_scale(xg, fmt, fmt.scale, static)
         xg = xg.to(torch.float32)
-    elif fmt.scale == "e8m0":
+    elif fmt.scale is E8M0:
         scale = _ct_e8m0_scale(_amax(xg, -1), fmt)
-    elif fmt.block == (0, 0):
+    elif fmt.is_static:
         assert static is not None
-        scale = static.to(BF16)
+        scale = static.to(torch.bfloat16)
     else:
         amax = _amax(xg, -1) if fmt.group else _amax(x, _ct_token_dims(x))
         scale = amax / _ct_half_range(fmt.element)
-        scale = torch.where(scale == 0, torch.finfo(BF16).eps, scale)
+        scale = torch.where(scale == 0, torch.finfo(torch.bfloat16).eps, scale)
     relative = xg / scale
-    y = (_ct_round(relative, fmt.element) * scale).to(BF16)
+    y = (_ct_round(relative, fmt.element) * scale).to(torch.bfloat16)
     inside = relative.abs() <= fmt.element.max
     return (y.flatten(-2), inside.flatten(-2)) if fmt.group else (y, inside)
 
 
 def _check_ct(fmt: Format) -> None:
-    element = fmt.element
-    plain = len(fmt.elements) == 1 and not fmt.zero_point and fmt.scale_rule != "mean" and fmt.block[0] in (0, 1)
-    known = element.kind == "minifloat" or (element.kind == "integer" and element.step == 1.0 and fmt.scale != "e8m0")
-    if not plain or not known or (fmt.scale == "e4m3" and element.kind != "minifloat"):
+    floats = fmt.scale.is_one_of(F32, BF16)
+    plain = not fmt.needs_table and fmt.follows_amax and fmt.block[0] in (0, 1)
+    if not plain or not (floats or (fmt.element.is_minifloat and fmt.scale.is_one_of(UE4M3, E8M0))):
         raise UnsupportedError(
             f"compressed-tensors does not simulate {fmt.name} inputs; use activation_rule: vllm, or an integer or "
             "float input format per token, per tensor, or of the MX or NV family"
@@ -213,19 +206,19 @@ def _ct_token_dims(x: Tensor) -> tuple[int, ...]:
 
 def _ct_half_range(element: Element) -> float:
     """What the maximum maps to: half of the 2^b - 1 steps of an integer, so 0.5 beyond our symmetric range."""
-    return element.max + 0.5 if element.kind == "integer" else element.max
+    return element.max + 0.5 if element.is_integer else element.max
 
 
 def _ct_round(t: Tensor, element: Element) -> Tensor:
-    if element.kind == "integer":
+    if element.is_integer:
         return t.clamp(-element.max - 1, element.max).round()
     return element.round(t.to(torch.float32)).to(t.dtype)
 
 
-def _ct_e4m3_scale(xg: Tensor, fmt: Format, divisor: Tensor) -> Tensor:
+def _ct_minifloat_scale(xg: Tensor, fmt: Format, scale: MinifloatScale, divisor: Tensor) -> Tensor:
     """float32 scale per block: only the quotient of the block's maximum is rounded to BF16."""
-    stored = SCALE_ELEMENT.round(divisor * (_amax(xg, -1) / fmt.element.max).to(torch.float32))
-    return torch.where(stored == 0, 2.0**-SCALE_ELEMENT.mantissa_bits, stored) / divisor
+    stored = scale.element.round(divisor * (_amax(xg, -1) / fmt.element.max).to(torch.float32))
+    return torch.where(stored == 0, 2.0**-scale.element.mantissa_bits, stored) / divisor
 
 
 def _ct_e8m0_scale(amax: Tensor, fmt: Format) -> Tensor:
@@ -234,7 +227,7 @@ def _ct_e8m0_scale(amax: Tensor, fmt: Format) -> Tensor:
     infinite = 2 * EXPONENT_BIAS + 1
     byte = torch.where(field < infinite, (field - fmt.element.max_exponent).clamp_min(0), infinite)
     bits = torch.where(byte == 0, 1 << (_MANTISSA - 1), byte << _MANTISSA)  # 2^-127 is subnormal
-    return bits.to(torch.int16).view(BF16)
+    return bits.to(torch.int16).view(torch.bfloat16)
 
 
 RULES: dict[str, _Rule] = {"vllm": _vllm, "compressed_tensors": _compressed_tensors}

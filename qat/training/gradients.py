@@ -25,7 +25,7 @@ def backward(
     grad: Tensor,
     x: Tensor,
     y: Tensor,
-    divisor: Tensor,
+    divisor: Tensor | None,
     multiplier: Tensor,
     zero_point: Tensor | None,
     fmt: Format,
@@ -37,28 +37,29 @@ def backward(
     Args:
         grad: d loss / d y, shape of x.
         x, y: input and output of the fake quantization, (..., columns).
-        divisor, multiplier: (block rows, block columns), float32; the same object where they are one scale.
+        divisor, multiplier: (block rows, block columns), float32; without a divisor, the multiplier is the one scale.
         zero_point: (block rows, block columns) or None.
         estimator: "ste" or "clipped".
         needs: which of the three to compute.
     """
     needs_x, needs_divisor, needs_multiplier = needs
+    dividing = multiplier if divisor is None else divisor
     grad_x = grad_divisor = grad_multiplier = None
     blocked_grad = to_blocks(grad, fmt)
     if needs_divisor or needs_multiplier:  # for one scale the two nearly cancel: no products or sums in BF16
         blocked_grad = blocked_grad.to(torch.promote_types(grad.dtype, torch.float32))
     clipped = torch.zeros(())  # made only when someone asks
     if needs_divisor or (needs_x and estimator == "clipped"):
-        clipped = _clipped(to_blocks(x, fmt), divisor, zero_point, fmt)
+        clipped = _clipped(to_blocks(x, fmt), dividing, zero_point, fmt)
     if needs_multiplier:
         grad_multiplier = (blocked_grad * to_blocks(y, fmt)).sum(dim=(1, 3)) / multiplier
     if needs_divisor:
         moved = (blocked_grad * to_blocks(x, fmt)).masked_fill_(clipped, 0.0)
         # Divided twice: the square of a tiny divisor (of a block of zeros) would be 0, of a huge one infinity.
-        grad_divisor = -(moved.sum(dim=(1, 3)) / divisor) * (multiplier / divisor)
+        grad_divisor = -(moved.sum(dim=(1, 3)) / dividing) * (multiplier / dividing)
     if needs_x:
         passed = blocked_grad
-        if divisor is not multiplier:
+        if divisor is not None:
             passed = passed * per_block(multiplier / divisor)
         if estimator == "clipped":
             passed = passed.masked_fill(clipped, 0.0)

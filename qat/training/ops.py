@@ -22,7 +22,7 @@ from qat.training.gradients import Estimator, backward
 
 def fake_quantize_reference(
     x: Tensor,
-    divisor: Tensor,
+    divisor: Tensor | None,
     multiplier: Tensor,
     zero_point: Tensor | None,
     choice: Tensor | None,
@@ -30,7 +30,7 @@ def fake_quantize_reference(
     estimator: str,
     round_bf16: bool,
 ) -> Tensor:
-    """What `qat::fake_quantize` means, and what device kernels fall back to."""
+    """What `qat::fake_quantize` means, and what device kernels fall back to. Without a divisor there is one scale."""
     y = _on_grid(x, lookup(format), Scales(multiplier, None, zero_point, choice, divisor))
     if round_bf16 and not lookup(format).exact_in_bf16:
         y = y.to(torch.bfloat16)
@@ -53,16 +53,15 @@ def _(x: Tensor, *args: Any) -> Tensor:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, divisor, multiplier, zero_point, _choice, ctx.format, ctx.estimator, _round = inputs
-    ctx.one_scale = divisor is multiplier
     learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    needs_x = learned or ctx.estimator == "clipped" or not ctx.one_scale
+    needs_x = learned or ctx.estimator == "clipped" or divisor is not None
     ctx.save_for_backward(x if needs_x else None, output if learned else None, divisor, multiplier, zero_point)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, y, divisor, multiplier, zero_point = ctx.saved_tensors
-    scales = (None if ctx.one_scale else divisor, multiplier, zero_point)
-    return (*_gradients(grad, x, y, *scales, ctx.format, ctx.estimator, ctx.needs_input_grad[:3]), *[None] * 5)
+    about = ctx.format, ctx.estimator, ctx.needs_input_grad[:3]
+    return (*_gradients(grad, x, y, divisor, multiplier, zero_point, *about), *[None] * 5)
 
 
 def _gradients(
@@ -76,17 +75,20 @@ def _gradients(
     estimator: str,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients for (x, divisor, multiplier), as `qat::fake_quantize_backward`; what passes unchanged is not copied."""
+    """Gradients for (x, divisor, multiplier), as `qat::fake_quantize_backward`; what passes unchanged is not copied.
+    One scale, which divides and multiplies, gets the sum of both."""
     unchanged = needs[0] and estimator == "ste" and divisor is None
-    asked = [needs[0] and not unchanged, *needs[1:]]
+    asked = [needs[0] and not unchanged, needs[2] if divisor is None else needs[1], needs[2]]
     made: list[Tensor] = []
     if any(asked):
         made = torch.ops.qat.fake_quantize_backward(
             grad, grad if x is None else x, y, divisor, multiplier, zero_point, format, estimator, asked
         )
     grads = iter(made)
-    found = [next(grads) if ask else None for ask in asked]
-    return [grad, *found[1:]] if unchanged else found
+    of_x, *of_scales = [next(grads) if ask else None for ask in asked]
+    if divisor is None and needs[2]:
+        of_scales = [None, made[-2] + made[-1]]
+    return [grad if unchanged else of_x, *of_scales]
 
 
 _fake_quantize.register_autograd(_backward, setup_context=_setup)
@@ -105,10 +107,8 @@ def fake_quantize_backward_reference(
 ) -> list[Tensor]:
     """What `qat::fake_quantize_backward` means: `gradients.backward` for those of (x, divisor, multiplier) that are
     needed, in this order. Without a divisor the multiplier is the one scale; y is read for the multiplier only."""
-    one = multiplier if divisor is None else divisor
-    estimate = _estimator(estimator)
-    wanted = (needs[0], needs[1], needs[2])
-    grads = backward(grad, x, grad if y is None else y, one, multiplier, zero_point, lookup(format), estimate, wanted)
+    y, fmt, wanted = grad if y is None else y, lookup(format), (needs[0], needs[1], needs[2])
+    grads = backward(grad, x, y, divisor, multiplier, zero_point, fmt, _estimator(estimator), wanted)
     made = [g.to(t.dtype) for g, t in zip(grads, (grad, multiplier, multiplier), strict=True) if g is not None]
     return [g.clone() if g.data_ptr() == grad.data_ptr() else g for g in made]  # an operator owns what it returns
 
@@ -133,7 +133,7 @@ def quantized_linear_reference(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    divisor: Tensor,
+    divisor: Tensor | None,
     multiplier: Tensor,
     zero_point: Tensor | None,
     choice: Tensor | None,
@@ -158,7 +158,6 @@ def _(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, bias, divisor, multiplier, zero_point, _choice, ctx.format, _round = inputs
-    ctx.one_scale = divisor is multiplier
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.set_materialize_grads(False)  # nothing flows back through the kept weight
     needs_x, *of_weight = (ctx.needs_input_grad[index] for index in (0, 1, 3, 4))
@@ -181,9 +180,8 @@ def _backward_linear(ctx: Any, grad: Tensor, _grad_kept: Tensor | None) -> tuple
     of_weight: Sequence[Tensor | None] = (None, None, None)
     if needs_weight or needs_divisor or needs_multiplier:
         grad_weight = (rows.t() @ x.flatten(0, -2)).to(weight.dtype)
-        scales = (None if ctx.one_scale else divisor, multiplier, zero_point)
         needs = (needs_weight, needs_divisor, needs_multiplier)
-        of_weight = _gradients(grad_weight, weight, kept, *scales, ctx.format, "ste", needs)
+        of_weight = _gradients(grad_weight, weight, kept, divisor, multiplier, zero_point, ctx.format, "ste", needs)
     return (grad_x, of_weight[0], grad_bias, *of_weight[1:], None, None, None, None)
 
 
@@ -198,7 +196,7 @@ def quantize_pack_reference(weight: Tensor, divisor: Tensor, zero_point: Tensor 
     if reason is not None:
         raise UnsupportedError(f"{fmt.name} weights cannot be held packed: {reason}")
     codes = quantize(weight, fmt, Scales(divisor, None, zero_point, None, divisor)).codes
-    return to_words(codes, fmt.element.bits, offset=fmt.element.kind == "integer")
+    return to_words(codes, fmt.element.bits, offset=fmt.element.is_integer)
 
 
 _quantize_pack = torch.library.custom_op("qat::quantize_pack", quantize_pack_reference, mutates_args=())
@@ -243,12 +241,11 @@ def fake_quantize(
         format: catalogue name.
         scales: stored scales; supplies zero point and element choice, and the multiplier where none is given.
         multiplier: float32 (block rows, block columns), effective scale that carries a gradient.
-        divisor: the same, for rounding; by default the multiplier.
+        divisor: the same, for rounding; None where the multiplier is the one scale.
         estimator: "ste" or "clipped".
         round_bf16: round the result to BF16, as a server that holds dequantized BF16 weights does.
     """
     multiplier = scales.effective() if multiplier is None else multiplier
-    divisor = multiplier if divisor is None else divisor
     return torch.ops.qat.fake_quantize(
         x, divisor, multiplier, scales.zero_point, scales.choice, format, estimator, round_bf16
     )
@@ -275,7 +272,6 @@ def quantized_linear(
         format, scales, multiplier, divisor, round_bf16: as in `fake_quantize`.
     """
     multiplier = scales.effective() if multiplier is None else multiplier
-    divisor = multiplier if divisor is None else divisor
     y, _ = torch.ops.qat.quantized_linear(
         x, weight, bias, divisor, multiplier, scales.zero_point, scales.choice, format, round_bf16
     )

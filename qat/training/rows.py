@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from qat.errors import UnsupportedError
 
-IGNORE = -100
+IGNORE = -100  # the target of a position without one; cross entropy skips it
 KINDS = ("forward_kl", "reverse_kl", "jsd", "cross_entropy")
 
 

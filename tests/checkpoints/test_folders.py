@@ -152,7 +152,7 @@ def test_kill_leaves_the_old_state_and_the_next_run_cleans_up(tmp_path: Path, ex
 
 def test_too_small_a_disk_is_refused_before_writing(tmp_path: Path) -> None:
     with (
-        pytest.raises(CheckpointError, match=r"needs 1000 TB, but only .* are free"),
+        pytest.raises(CheckpointError, match=r"needs 1000.00 TB, but only .* are free"),
         atomic_folder(tmp_path / "out", expected_bytes=10**15),
     ):
         pytest.fail("the block must not start")

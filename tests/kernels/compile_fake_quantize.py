@@ -14,6 +14,7 @@ from qat.kernels.fake_quantize.choose import Plan, plan
 from qat.kernels.fake_quantize_input import triton as dynamic
 from qat.kernels.quantize_pack import triton as pack
 from qat.numbers.catalog import lookup
+from qat.numbers.scale import UE4M3
 from qat.serving.packed import problem
 from tests.kernels.ahead import build, resources
 
@@ -55,7 +56,7 @@ def of_input(name: str, columns: int, capability: int, keep: bool = True) -> Com
     fmt = lookup(name)
     fixed = dynamic.arguments(fmt, 4096 * columns // (fmt.group or columns), fmt.group or columns)
     warps = fixed.pop("num_warps")
-    fixed |= {"KEEP": keep, "ROUND_BF16": False} | ({} if fmt.scale == "e4m3" else {"static": None})
+    fixed |= {"KEEP": keep, "ROUND_BF16": False} | ({} if fmt.scale is UE4M3 else {"static": None})
     fixed |= {} if keep else {"scales": None}
     return compiled(dynamic.fake_quantize_input_kernel, fixed, capability, warps)
 

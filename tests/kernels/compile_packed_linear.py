@@ -27,7 +27,7 @@ def compiled(
     types = {
         "x": value,
         "words": "*i16",
-        "scales": POINTERS[fmt.scale],
+        "scales": POINTERS[fmt.scale.name],
         "zeros": "*i8",
         "out": value if tiles.splits == 1 else "*fp32",
         **dict.fromkeys(("M", "N", "K", "stride_x", "stride_words"), "i32"),

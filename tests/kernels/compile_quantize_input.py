@@ -12,6 +12,7 @@ from triton.compiler import CompiledKernel
 from qat.kernels.quantize_input.choose import Tiles, choose
 from qat.kernels.quantize_input.triton import constants, quantize_input_kernel, shares_rows
 from qat.numbers.catalog import lookup
+from qat.numbers.scale import BF16, F32, UE4M3
 from tests.kernels.ahead import build, resources
 
 
@@ -25,9 +26,9 @@ def compiled(
         "x": value,
         "other": value if source != "plain" else None,
         "weight": value if norm else None,
-        "static": "*fp32" if fmt.scale in ("e4m3", "bf16") else None,
+        "static": "*fp32" if fmt.scale.is_one_of(UE4M3, BF16) else None,
         "codes": "*i8" if fmt.element.kind == "integer" else "*u8",
-        "scales": "*fp32" if fmt.scale in ("f32", "bf16") else "*u8",
+        "scales": "*fp32" if fmt.scale.is_one_of(F32, BF16) else "*u8",
         "sums": value,
     }
     types = {

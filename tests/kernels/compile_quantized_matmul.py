@@ -77,9 +77,9 @@ def compiled(x: str, w: str, device: Device, tiles: Tiles) -> CompiledKernel:
     sums = {torch.int32: "*i32", torch.float32: "*fp32"}[sum_dtype(tiles)]
     pointers = {
         "x": pointer(x, tiles.operand),
-        "x_scales": "*fp32" if x_format.block == (0, 0) else SCALES[x_format.scale],
+        "x_scales": "*fp32" if x_format.block == (0, 0) else SCALES[x_format.scale.name],
         "w": pointer(w, tiles.operand, words=w_format.element.bits < 8),
-        "w_scales": SCALES[w_format.scale],
+        "w_scales": SCALES[w_format.scale.name],
         "out": sums if tiles.parallel else "*bf16",
     }
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}

@@ -17,8 +17,9 @@ from qat.kernels.fake_quantize.choose import input_problem as dynamic_problem
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.format import Format
 from qat.numbers.numerics import find_scales, quantize
+from qat.serving.inputs import dequantize_input
 from qat.serving.inputs import problem as input_problem
-from qat.serving.matmul import MatmulWeight, dequantize_input, hold, quantized_matmul
+from qat.serving.matmul import MatmulWeight, hold, quantized_matmul
 from qat.serving.packed import pack, packed_linear
 from qat.serving.packed import problem as packing_problem
 from qat.training.activations import fake_quantize_input_reference, static_part
@@ -139,7 +140,7 @@ def _products(device: str, sizes: Sizes) -> Iterator[Check]:
                 x = normal("cpu", tokens, dense.shape[1])
                 static = static_part(fmt, x.abs().amax().float())
                 codes, scales = ops.quantize_input(x, static, x_name)
-                truth = dequantize_input(codes, scales, fmt).double() @ dense.double().T
+                truth = dequantize_input(codes, scales, None, x_name).double() @ dense.double().T
                 moved = MatmulWeight(
                     held.format, held.columns, held.codes.to(device), held.scales.to(device), held.global_scale
                 )

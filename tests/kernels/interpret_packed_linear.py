@@ -5,11 +5,11 @@ import sys
 
 import torch
 
-from qat.kernels import tuned
 from qat.kernels.packed_linear import triton as kernel
 from qat.kernels.packed_linear.choose import Tiles
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.numerics import QTensor, Scales, quantize
+from qat.numbers.scale import BF16, F32
 from qat.serving.packed import PackedWeight, pack, problem
 from tests.kernels.interpreted import mend
 
@@ -62,18 +62,6 @@ def every_code(name: str) -> QTensor:
     return QTensor(fmt, codes, sample.scales)
 
 
-def measured_tiles() -> None:
-    """What a table of measured tiles says is what is launched, with the same result."""
-    weight, x = quantize(torch.randn(40, 256, generator=GENERATOR), lookup("int4_g64")), torch.eye(256)[:20]
-    expected, seen = run(x, pack(weight), None), []
-    launch = tuned.Launch(block_n=32, block_m=16, warps=8, stages=2)
-    tuned.table = lambda gpu: ("a test", {tuned.case("packed_linear", "int4_g64", 40, 256): {32: launch}})
-    arguments = kernel.constants
-    kernel.constants = lambda *given, tiles, **rest: seen.append(tiles) or arguments(*given, tiles=tiles, **rest)
-    assert torch.equal(run(x, pack(weight), None), expected)
-    assert [(tiles.block_n, tiles.block_m, tiles.warps) for tiles in seen] == [(32, 16, 8)]
-
-
 def main() -> None:
     mend()
     names = [name for name, fmt in CATALOG.items() if problem(fmt) is None]
@@ -99,8 +87,8 @@ def main() -> None:
         single = run(x[-1:], pack(weight), bias)
         assert torch.equal(single, run(x, pack(weight), bias)[-1:]), f"{name}: the batch changes a row"
         whole = torch.randint(-8, 9, (tokens, columns), generator=GENERATOR).float()
-        ones = Scales(torch.ones_like(weight.scales.stored.float()).to(fmt.scale_storage), weight.scales.global_scale)
-        if fmt.scale in ("f32", "bf16") and not fmt.zero_point:
+        ones = Scales(torch.ones_like(weight.scales.stored.float()).to(fmt.scale.storage), weight.scales.global_scale)
+        if fmt.scale.is_one_of(F32, BF16) and not fmt.zero_point:
             integers = QTensor(fmt, weight.codes, ones)
             assert torch.equal(run(whole, pack(integers), None), whole @ integers.dequantize().T), f"{name}: integers"
     empty = run(torch.zeros(0, 64), pack(quantize(torch.randn(8, 64), lookup("int4_g32"))), None)
@@ -110,7 +98,6 @@ def main() -> None:
     weight = quantize(torch.randn(8, 64, generator=GENERATOR), lookup("nvfp4"), None)
     found = run(rows, pack(weight), None)
     assert found[1].isnan().all() and not found[2].isfinite().any() and found[[0, 3]].isfinite().all()
-    measured_tiles()
     print("all equal")
 
 

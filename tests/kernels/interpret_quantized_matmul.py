@@ -5,7 +5,6 @@ The interpreter takes most of its time per operator, not per number: tiles are l
 
 import dataclasses
 import itertools
-import os
 import sys
 
 import torch
@@ -15,7 +14,8 @@ from qat.kernels.quantized_matmul import triton as kernel
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales, quantize
-from qat.serving.matmul import MatmulWeight, code_dtype, dequantize_input, hold, is_paired, problem
+from qat.serving.inputs import code_dtype, dequantize_input, is_paired
+from qat.serving.matmul import MatmulWeight, hold, problem
 from tests.kernels.interpreted import mend
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -59,7 +59,7 @@ class Input:
     constant: float = 1.0
 
     def double(self) -> torch.Tensor:
-        return dequantize_input(self.codes, self.scales, self.fmt).double() * self.constant
+        return dequantize_input(self.codes, self.scales, None, self.fmt.name).double() * self.constant
 
     def rows(self, chosen: slice) -> "Input":
         scales = self.scales if self.fmt.block == (0, 0) else self.scales[chosen]
@@ -71,10 +71,10 @@ def quantized_input(x: QTensor) -> Input:
     if is_paired(fmt):
         codes = patterns[:, 0::2] | (patterns[:, 1::2] << 4)
     elif fmt.element.bits == 8:
-        codes = patterns.view(code_dtype(fmt))
+        codes = patterns.view(code_dtype(fmt.element))
     else:
         codes = fmt.element.decode(patterns).to(torch.int8)
-    scales = stored.view(torch.uint8) if fmt.scale == "e4m3" else stored
+    scales = fmt.scale.to_bytes(stored)
     if fmt.block == (0, 0):
         scales = stored.float().view(1)
     return Input(fmt, codes, scales, 1.0 if x.scales.global_scale is None else float(x.scales.global_scale))
@@ -184,7 +184,7 @@ def bad_rows_stay_alone() -> None:
                            ("nvfp4", "nvfp4")):  # fmt: skip
         x = quantized_input(quantize(normal(5, 256), lookup(x_name)))
         x.scales = x.scales.clone()
-        x.scales[1, 0] = {"e8m0": 255, "e4m3": 0x7F, "f32": torch.nan}[x.fmt.scale]
+        x.scales[1, 0] = {"e8m0": 255, "e4m3": 0x7F, "f32": torch.nan}[x.fmt.scale.name]
         found = run(x, hold(quantize(normal(20, 256), lookup(w_name))))
         assert found[1].isnan().all() and found[[0, 2, 3, 4]].isfinite().all(), f"{x_name} x {w_name}"
     x = quantized_input(quantize(normal(3, 128), lookup("fp8_token")))
@@ -214,17 +214,15 @@ def odd_shapes() -> None:
 
 def block_scaled_units() -> None:
     """The kernel for units that multiply block scales themselves, with a `tl.dot_scaled` of our own."""
-    os.environ[rules.BLOCK_SCALED] = "1"
     kernel.device_of = lambda _: rules.Device(100, processors=1, shared=2**17)
     for x_name, w_name in (("mxfp4", "mxfp4"), ("mxfp8", "mxfp8"), ("mxfp8", "mxfp4"), ("nvfp4", "nvfp4")):
         x = quantized_input(quantize(normal(70, 384), lookup(x_name)))
         weight = quantize(normal(140, 384), lookup(w_name))
-        assert rules.block_scaled(lookup(x_name), lookup(w_name), 384, 100)
+        assert rules.block_scaled_problem(lookup(x_name), lookup(w_name), 384, 100) is None
         dense, bias = weight.dequantize().double(), normal(140)
         exact, size = x.double() @ dense.T + bias, x.double().abs() @ dense.abs().T + bias.abs()
         worst = ((run(x, hold(weight), bias) - exact).abs() / (2.0**-20 * size)).max()
         assert worst <= 1.0, f"{x_name} x {w_name} block-scaled: {worst} of the bound"
-    del os.environ[rules.BLOCK_SCALED]
 
 
 def main() -> None:

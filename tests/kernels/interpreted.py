@@ -17,11 +17,12 @@ import triton.language as tl
 from qat.kernels.load import KERNELS
 from qat.kernels.packed_linear.triton import decode
 from qat.kernels.quantized_matmul.triton import scale_value
-from qat.numbers.catalog import SCALE_ELEMENT, lookup
+from qat.numbers.catalog import lookup
+from qat.numbers.scale import UE4M3
 
 E2M1 = lookup("mxfp4").element
 SCALE_MANTISSA, SCALE_BIAS = (
-    tl.constexpr(value) for value in (SCALE_ELEMENT.mantissa_bits, SCALE_ELEMENT.exponent_bias)
+    tl.constexpr(value) for value in (UE4M3.element.mantissa_bits, UE4M3.element.exponent_bias)
 )
 E2M1_MANTISSA, E2M1_BIAS = (tl.constexpr(value) for value in (E2M1.mantissa_bits, E2M1.exponent_bias))
 

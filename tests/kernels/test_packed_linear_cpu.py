@@ -1,5 +1,6 @@
 """The C kernel against float64 over every packed format: tails, many and few tokens, outliers, NaN rows, strides."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from qat.errors import FormatError, UnsupportedError
 from qat.kernels import compiler
 from qat.kernels.explain import explain
 from qat.kernels.load import cpu_problem, load
-from qat.kernels.packed_linear.cpu import FEW, _held, decodes, packed_linear
+from qat.kernels.packed_linear.cpu import FEW, packed_linear
+from qat.kernels.packed_linear.cpu import problem as cpu_kernel_problem
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.numerics import QTensor, quantize
 from qat.serving.packed import PackedLinear, PackedWeight, pack, problem, unpack
@@ -47,7 +49,7 @@ def assert_close(x: Tensor, q: QTensor, bias: Tensor | None) -> None:
 @pytest.mark.parametrize("name", PACKED)
 def test_it_decodes_every_format(name: str) -> None:
     fmt = lookup(name)
-    assert decodes(fmt)
+    assert cpu_kernel_problem(fmt) is None
     columns = next(width for width in (352, 320, 384) if fmt.divides(width))  # the first two end inside a tile
     q = quantize(normal(37, columns) * torch.logspace(-4, 2, 37)[:, None], fmt)
     one_hot = torch.eye(columns)
@@ -124,35 +126,39 @@ def test_what_does_not_fit_is_refused_before_memory_is_read() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_what_is_kept_of_a_weight_follows_its_tensors(dtype: torch.dtype) -> None:
+def test_what_was_prepared_for_a_layer_follows_its_tensors(dtype: torch.dtype) -> None:
     first, second = (pack(quantize(normal(24, 256, seed=n), lookup("int4_g64"))) for n in (0, 1))
-    x, bias = normal(2, 256, seed=2), normal(24).to(dtype)
+    x = normal(2, 256, seed=2)
+    layer = PackedLinear(first, normal(24).to(dtype))
 
-    def same() -> bool:  # as a weight that has never been seen
-        fresh = replace(first, words=first.words.clone())
-        return torch.equal(run(x, first, bias), run(x, fresh, bias.clone()))
+    def same() -> bool:  # as a weight that nothing was prepared for
+        return torch.equal(layer(x), run(x, layer.packed, layer.bias))
 
-    run(x, first, bias)
-    assert same()
-    for tensor, value in ((first.words, second.words), (first.scales, second.scales), (bias, normal(24, seed=3))):
-        before = run(x, first, bias)
+    assert same() and layer._prepared is not None and bool(layer._prepared.numel()) == (dtype != torch.float16)
+    for tensor, value in ((layer.words, second.words), (layer.scales, second.scales), (layer.bias, normal(24, seed=3))):
+        before = layer(x)
+        assert tensor is not None
         tensor.copy_(value)
-        assert same() and not torch.equal(before, run(x, first, bias))
-    first.scales.data = (first.scales * 2).t().contiguous().t()  # another place in memory
+        assert same() and not torch.equal(before, layer(x))
+    layer.scales.data = (layer.scales * 2).t().contiguous().t()  # another place in memory
     assert same()
-    first = replace(first, scales=(first.scales * 2).contiguous(), global_scale=3.0)  # ordered as a GPU wants them
+    layer.scales = (layer.scales * 2).contiguous()  # ordered as a GPU wants them
     assert same()
-    bias = bias + 1
+    layer.bias = None
     assert same()
+    layer.words.data = layer.words.data.clone()
+    assert same()
+    layer.double()
+    assert layer._prepared is None and same()
 
 
-def test_a_weight_that_is_gone_is_forgotten() -> None:
-    weight = pack(quantize(normal(24, 256), lookup("int4_g64")))
-    before = len(_held)
-    run(normal(1, 256), weight)
-    assert len(_held) == before + 1
-    del weight
-    assert len(_held) == before
+def test_a_copy_is_prepared_for_itself() -> None:
+    layer, x = PackedLinear(pack(quantize(normal(24, 256), lookup("int4_g64")))), normal(1, 256, seed=1)
+    expected = layer(x)
+    copied = copy.deepcopy(layer)
+    assert copied._prepared is None and torch.equal(copied(x), expected)
+    layer.words.zero_()
+    assert torch.equal(copied(x), expected) and not torch.equal(layer(x), expected)
 
 
 @pytest.mark.parametrize("tokens", [1, 20])
@@ -168,19 +174,18 @@ def test_a_gradient_is_refused_where_it_would_be_lost(tokens: int) -> None:
 
 
 def test_a_weight_that_shrinks_in_place_is_described_again() -> None:
-    whole, x = pack(quantize(normal(4096, 256), lookup("int4_g64"))), normal(1, 256, seed=1)
-    expected = run(x, whole)
-    run(x, whole)
-    whole.words.data, whole.scales.data = whole.words.data[:8], whole.scales.data[:, :8]
-    assert torch.equal(run(x, whole), expected[:, :8])
-    whole.scales.data = whole.scales.data[:, :4]
+    layer, x = PackedLinear(pack(quantize(normal(4096, 256), lookup("int4_g64")))), normal(1, 256, seed=1)
+    expected = layer(x)
+    layer.words.data, layer.scales.data = layer.words.data[:8], layer.scales.data[:, :8]
+    assert torch.equal(layer(x), expected[:, :8])
+    layer.scales.data = layer.scales.data[:, :4]
     with pytest.raises(FormatError, match=r"scales \[4, 8\]"):
-        run(x, whole)
-    strided = pack(quantize(normal(16, 256), lookup("int4_g64")))
-    run(x, strided)
-    every_other = strided.words.clone()[::2].contiguous()
+        layer(x)
+    strided = PackedLinear(pack(quantize(normal(16, 256), lookup("int4_g64"))))
+    strided(x)
     strided.words.data, strided.scales.data = strided.words.data[::2], strided.scales.data[:, ::2]
-    assert torch.equal(run(x, strided), run(x, replace(strided, words=every_other, scales=strided.scales.clone())))
+    fresh = replace(strided.packed, words=strided.words.clone(), scales=strided.scales.clone())
+    assert torch.equal(strided(x), run(x, fresh))
 
 
 def test_no_columns_are_a_sum_of_nothing() -> None:
@@ -190,7 +195,7 @@ def test_no_columns_are_a_sum_of_nothing() -> None:
 
 
 def test_a_format_without_a_decoder_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qat.kernels.packed_linear.cpu.decodes", lambda fmt: False)
+    monkeypatch.setattr("qat.kernels.packed_linear.cpu.problem", lambda fmt: "no instance")
     q, x = quantize(normal(24, 256), lookup("nvfp4")), normal(3, 256)
     assert_close(x, q, None)
 

@@ -9,24 +9,16 @@ from qat.errors import FormatError, UnsupportedError
 from qat.kernels.explain import explain, explain_all
 from qat.kernels.load import cpu_problem
 from qat.kernels.quantized_matmul.choose import (
-    BLOCK_SCALED,
     Device,
-    block_scaled,
     block_scaled_problem,
     choose,
     operand,
 )
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.numerics import QTensor, Scales, quantize
-from qat.serving.matmul import (
-    code_dtype,
-    dequantize_input,
-    dequantize_weight,
-    hold,
-    is_paired,
-    problem,
-    quantized_matmul,
-)
+from qat.numbers.scale import F32
+from qat.serving.inputs import code_dtype, dequantize_input, is_paired
+from qat.serving.matmul import hold, problem, quantized_matmul, unhold
 from tests.kernels.processes import in_a_process
 
 pytest.importorskip("triton")
@@ -46,12 +38,12 @@ def operands(x: QTensor) -> tuple[Tensor, Tensor]:
     if is_paired(fmt):
         codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
     elif fmt.element.bits == 8:
-        codes = codes.view(code_dtype(fmt))
+        codes = codes.view(code_dtype(fmt.element))
     else:
         codes = fmt.element.decode(codes).to(torch.int8)
     if fmt.block == (0, 0):
         return codes, stored.float().view(1)
-    return codes, stored.view(torch.uint8) if fmt.scale == "e4m3" else stored
+    return codes, fmt.scale.to_bytes(stored)
 
 
 def test_what_can_be_multiplied() -> None:
@@ -66,15 +58,15 @@ def test_what_can_be_multiplied() -> None:
 def test_held_weights_lose_nothing(name: str) -> None:
     weight = quantize(normal(6, 384), lookup(name))
     held = hold(weight)
-    found = dequantize_weight(held.codes, held.scales, lookup(name), 384) * held.global_scale
-    assert torch.equal(found, weight.dequantize())
-    assert held.codes.dtype == (torch.int16 if weight.format.element.bits < 8 else code_dtype(weight.format))
+    found = unhold(held)
+    assert torch.equal(found.dequantize(), weight.dequantize()) and found.parameters.keys() == weight.parameters.keys()
+    assert held.codes.dtype == (torch.int16 if weight.format.element.bits < 8 else code_dtype(weight.format.element))
 
 
 @pytest.mark.parametrize("name", INPUTS)
 def test_inputs_are_read_as_they_were_written(name: str) -> None:
     x = quantize(normal(5, 384), lookup(name))
-    found = dequantize_input(*operands(x), lookup(name))
+    found = dequantize_input(*operands(x), None, name)
     above = 1.0 if x.scales.global_scale is None else x.scales.global_scale
     assert torch.equal(found * above, x.dequantize())
 
@@ -83,7 +75,7 @@ def test_even_columns_are_in_the_low_nibble() -> None:
     """By hand: E2M1 codes 1, 2, 15, 9 are 0.5, 1, -6, -0.5; the scale byte 128 is 2."""
     codes = torch.zeros(1, 16, dtype=torch.uint8)
     codes[0, :2] = torch.tensor([0x21, 0x9F], dtype=torch.uint8)
-    found = dequantize_input(codes, torch.tensor([[128]], dtype=torch.uint8), lookup("mxfp4"))
+    found = dequantize_input(codes, torch.tensor([[128]], dtype=torch.uint8), None, "mxfp4")
     assert found[0, :5].tolist() == [1.0, 2.0, -12.0, -1.0, 0.0]
 
 
@@ -165,13 +157,17 @@ def test_tiles_are_a_closed_form() -> None:
                 assert tiles.flush % tiles.part == 0 and (tiles.part * tiles.parts) % (tiles.flush or 1) == 0
 
 
-def test_block_scaled_units_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    fmt = lookup("nvfp4")
-    assert not block_scaled(fmt, fmt, 4096, 100)
-    monkeypatch.setenv(BLOCK_SCALED, "1")
-    assert block_scaled(fmt, fmt, 4096, 100) and not block_scaled(fmt, fmt, 4096, 90)
-    assert block_scaled_problem(fmt, lookup("mxfp4"), 4096) == "both sides need the same blocks"
-    assert block_scaled_problem(fmt, fmt, 4096 + 64) == "the kernel takes widths that 128 divides"
+def test_what_block_scaled_units_take() -> None:
+    fmt, plain = lookup("nvfp4"), lookup("int4_g32")
+    assert block_scaled_problem(fmt, fmt, 4096, 100) is None
+    refusals = {
+        "compute capability 10.0": (fmt, fmt, 4096, 90),
+        "minifloats": (fmt, plain, 4096, 100),
+        "both sides need the same blocks": (fmt, lookup("mxfp4"), 4096, 100),
+        "widths that 128 divides": (fmt, fmt, 4096 + 64, 100),
+    }
+    for reason, given in refusals.items():
+        assert reason in str(block_scaled_problem(*given))
 
 
 def test_explain_names_the_pair() -> None:
@@ -182,7 +178,7 @@ def test_explain_names_the_pair() -> None:
     refused = explain("nf4_g64", 16, 4096, 4096, input_format="int8_token")
     assert refused["kernel"] == "none" and "table" in refused["why"]
     told_of = {row["format"] for row in explain_all(16, 4096, 4096, "int8_token") if row["kernel"] != "none"}
-    assert told_of == {name for name in WEIGHTS if lookup(name).scale != "f32"}
+    assert told_of == {name for name in WEIGHTS if lookup(name).scale is not F32}
 
 
 # --- the kernels themselves ---------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def test_the_forward_pass_is_what_an_export_stores(name: str, learn: Learn) -> N
     for moved in (0.0, 0.2):
         quantizer = weight_quantizer(name, weight, learn, moved)
         stored = quantizer.quantize(weight)
-        assert stored.scales.stored.dtype == lookup(name).scale_storage
+        assert stored.scales.stored.dtype == lookup(name).scale.storage
         assert torch.equal(quantizer.multiplier().detach(), stored.scales.effective())
         assert torch.equal(quantizer(weight), stored.dequantize(torch.bfloat16).float())
         assert torch.equal(

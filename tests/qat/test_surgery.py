@@ -17,7 +17,7 @@ from qat.numbers.numerics import find_scales
 from qat.quantizer import InputQuantizer, WeightQuantizer
 from qat.scheme import Rule, Scheme, upgraded
 from qat.sites import candidates, weights
-from qat.surgery import apply, fused_sets, plan, report
+from qat.surgery import apply, plan, report, trained_together
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -151,7 +151,7 @@ def test_fused_sets_share_the_global_scale_and_the_input_quantizer() -> None:
     apply(model, usual("nvfp4", "nvfp4"))
     found = weights(model)
     alone = {path: find_scales(layer.weight, lookup("nvfp4")).global_scale for path, layer in found.items()}
-    sets = fused_sets(list(found), usual())
+    sets = trained_together(model, usual(), found)
     assert [len(s) for s in sets] == [3, 2, 3, 2]
     for members in sets:
         scales = {found[m].quantizer.global_scale.item() for m in members}

@@ -174,3 +174,17 @@ def test_a_file_where_the_run_should_be(tmp_path: Path, model: Path, capsys: pyt
     assert "is a file" in capsys.readouterr().err
     assert main(["train", str(path), f"runs={tmp_path}/runs/tiny"]) == 2
     assert "Not a directory" in capsys.readouterr().err
+
+
+def test_a_run_of_an_earlier_release_goes_on_and_is_exported(tmp_path: Path, model: Path) -> None:
+    """Its job.yaml has the keys that `scheme.init` replaced."""
+    job = load_job(write(tmp_path, model, steps=2))
+    assert main(["train", str(tmp_path / "tiny.yaml")]) == 0
+    recorded = job.folder / "job.yaml"
+    record = yaml.safe_load(recorded.read_text())
+    assert record["scheme"].pop("init") == [{"kind": "scales", "search": "auto", "weighted": True}]
+    record["scheme"].update(start="auto", weighted_start=True, smooth=0.0, compensate="none")
+    recorded.write_text(yaml.safe_dump(record))
+    assert main(["export", str(job.folder), str(tmp_path / "out")]) == 0
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    assert main(["train", str(recorded), "--resume", "steps=3"]) == 0

@@ -342,7 +342,7 @@ def test_printed_estimate_answers_what_fits(tiny: Path) -> None:
     console = Console(file=io.StringIO(), width=100)
     print_estimate(found, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]  # the StringIO above
-    assert found.model_bytes < 1e8 and " 0.00 GB" not in text and "MB stored instead of" in text
+    assert found.model_bytes < 1e8 and " 0.00 GB" not in text and "kB stored instead of" in text
     assert "assumed H100 SXM" in text and "this CPU" in text
     assert "fits in 80 GiB: yes; GPUs of 16 yes, 24 yes" in text
     assert f"{found.parameters:,} parameters" in text and "int4_g64" in text

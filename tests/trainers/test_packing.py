@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qat.trainers.packing import (
-    IGNORE,
     Batch,
     arrange,
     collate,
@@ -23,6 +22,7 @@ from qat.trainers.packing import (
     position_ids,
 )
 from qat.trainers.tokens import Tokens
+from qat.training.rows import IGNORE
 
 VOCABULARY = 61
 BASE: dict[str, Any] = {

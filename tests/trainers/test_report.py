@@ -14,10 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from rich.console import Console
 
-from qat.errors import CheckpointError
 from qat.trainers import plots
 from qat.trainers.evaluate import Scores, gap_closed
-from qat.trainers.report import RunReport, headline, load_report, page, print_table, remarks, write_report
+from qat.trainers.report import RunReport, headline, page, print_table, remarks, write_report
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 KINDS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -90,7 +89,6 @@ def test_written_report_is_strict_json_and_reads_back(tmp_path: Path) -> None:
     assert math.isnan(report.gap_closed["kl"])
     write_report(tmp_path, report)
     data = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
-    assert data == load_report(tmp_path)
     assert data["gap_closed"] == {"kl": None, "nll": None}
     assert [row["name"] for row in data["rows"]] == ["bf16", "ptq", "best_ptq", "student"]
     promised = {"rows", "gap_closed", "bits_per_weight", "model_bytes", "tokens", "seconds", "seed", "eval_hash"}
@@ -129,22 +127,8 @@ def test_numbers_survive_a_plot_that_fails(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text((tmp_path / "metrics.csv").read_text().replace("1024", "broken"))
     with pytest.warns(UserWarning, match="could not be drawn: ValueError"):
         write_report(tmp_path, build())
-    assert load_report(tmp_path)["gap_closed"]["kl"] == pytest.approx(0.75)
+    assert json.loads((tmp_path / "report.json").read_text())["gap_closed"]["kl"] == pytest.approx(0.75)
     assert "![" not in (tmp_path / "report.md").read_text()
-
-
-def test_missing_and_damaged_reports_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="it is not a run"):
-        load_report(tmp_path)
-    (tmp_path / "job.yaml").touch()
-    with pytest.raises(CheckpointError, match="--resume"):
-        load_report(tmp_path)
-    (tmp_path / "report.json").write_text('{"rows": [')
-    with pytest.raises(CheckpointError, match="not valid JSON"):
-        load_report(tmp_path)
-    (tmp_path / "report.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="`rows` is missing"):
-        load_report(tmp_path)
 
 
 # --- words ----------------------------------------------------------------------------------------
@@ -297,7 +281,7 @@ def test_words_of_the_loss_picture_do_not_collide(tmp_path: Path, steps: int, kl
     import matplotlib
 
     write_metrics(tmp_path, steps, max(1, steps // 10), kls[2])
-    with matplotlib.rc_context(plots._STYLE):
+    with matplotlib.rc_context(plots.STYLE):
         data = build(*kls, best_step=steps).to_dict()
         assert words_collide(plots._loss(data, plots.read_metrics(tmp_path / "metrics.csv"))) == []
 
@@ -307,7 +291,7 @@ def test_words_of_the_recovery_picture_do_not_collide(nll: float) -> None:
     import matplotlib
 
     rows = build().rows
-    with matplotlib.rc_context(plots._STYLE):
+    with matplotlib.rc_context(plots.STYLE):
         figure = plots._recovery(replace(build(), rows=[*rows[:3], {**rows[3], "nll": nll}]).to_dict())
     assert words_collide(figure) == []
     written = {text.get_text() for text in figure.findobj(Text) if isinstance(text, Text)}
@@ -319,7 +303,7 @@ def test_words_of_the_recovery_picture_do_not_collide(nll: float) -> None:
 def test_words_of_the_qsnr_picture_do_not_collide(count: int) -> None:
     import matplotlib
 
-    with matplotlib.rc_context(plots._STYLE):
+    with matplotlib.rc_context(plots.STYLE):
         figure = plots._qsnr(build().to_dict(), [*layers(count), ("lm_head", 20.0, 19.0)])
     assert words_collide(figure) == []
     assert sum(axes.get_visible() for axes in figure.axes) == 8

@@ -13,7 +13,8 @@ from qat.checkpoints.layouts.arguments import weight_format
 from qat.checkpoints.layouts.reader import PackedModule
 from qat.errors import CheckpointError
 from qat.numbers.format import Format
-from qat.numbers.numerics import QTensor, Scales, decode_scale
+from qat.numbers.numerics import QTensor, Scales
+from qat.numbers.scale import broken
 
 
 def read_layer(module: PackedModule, tensors: Mapping[str, Tensor]) -> QTensor:
@@ -52,8 +53,7 @@ def read_layer(module: PackedModule, tensors: Mapping[str, Tensor]) -> QTensor:
                 f"{module.path}.{name} is {list(tensor.shape)}, but {rows} x {columns} needs {[*grid]}"
             )
     for name, tensor in (("weight_scale", scale), ("weight_global_scale", divisor)):
-        values = None if tensor is None else decode_scale(tensor)
-        if values is not None and not bool((torch.isfinite(values) & (values > 0)).all()):
+        if tensor is not None and broken(tensor):
             raise CheckpointError(f"{module.path}.{name} must be finite and positive everywhere, but is not")
     global_scale = None if divisor is None else divisor.to(torch.float32).reciprocal().reshape(())
     return QTensor(fmt, codes, Scales(scale, global_scale, zero))
@@ -68,7 +68,7 @@ def _tensor(module: PackedModule, tensors: Mapping[str, Tensor], name: str) -> T
 
 def _scale(module: PackedModule, tensors: Mapping[str, Tensor], fmt: Format) -> Tensor:
     """In a type that kernels read: the format's own, or float32 where that is a float of more than a byte."""
-    scale, own = _tensor(module, tensors, "weight_scale"), fmt.scale_storage
+    scale, own = _tensor(module, tensors, "weight_scale"), fmt.scale.storage
     wide = [torch.float32] if own.itemsize > 1 else []
     if wide and scale.dtype == torch.float16:  # of FP16 models; two bytes that a kernel would take for BF16
         return scale.to(torch.float32)

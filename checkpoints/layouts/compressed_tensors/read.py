@@ -7,18 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qat.checkpoints.layouts.reader import (
-    Array,
-    ExportedFolder,
-    PackedModule,
-    PlainLoading,
-    Spec,
-    code_values,
-    fields,
-    float_values,
-    raw_rows,
-    scale_values,
-)
+from qat.checkpoints.layouts.bits import Array, fields, float_values, raw_rows, scale_values
+from qat.checkpoints.layouts.reader import ExportedFolder, PackedModule, PlainLoading, Spec, code_values
 from qat.checkpoints.matrices import dense_parts
 from qat.checkpoints.names import StoredNames, wanted_while_loading
 from qat.errors import CheckpointError, UnsupportedError

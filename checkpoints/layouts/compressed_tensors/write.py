@@ -24,7 +24,6 @@ from qat.checkpoints.layouts import support
 from qat.checkpoints.layouts.arguments import Args, input_args, weight_args
 from qat.checkpoints.layouts.compressed_tensors.codes import read_layer
 from qat.checkpoints.layouts.compressed_tensors.engines import ROWS
-from qat.checkpoints.layouts.kinds import TENSOR
 from qat.checkpoints.layouts.reader import PackedModule
 from qat.checkpoints.layouts.stored import bit_stream
 from qat.checkpoints.layouts.target import TargetLayer
@@ -126,13 +125,13 @@ def unpack(module: PackedModule, tensors: Mapping[str, Tensor]) -> QTensor:
 
 def _stored_scale(q: QTensor, rows: int) -> Tensor:
     scale = q.scales.stored.to("cpu")
-    return (scale.expand(rows, 1) if q.format.block == TENSOR else scale).contiguous()
+    return (scale.expand(rows, 1) if q.format.is_static else scale).contiguous()
 
 
 def _static_input(fmt: Format, amax: Tensor) -> dict[str, Tensor]:
     static = static_part(fmt, amax)
     assert static is not None
-    return {"input_global_scale": static} if fmt.global_scale else {"input_scale": static.to(fmt.scale_storage)}
+    return {"input_global_scale": static} if fmt.global_scale else {"input_scale": static.to(fmt.scale.storage)}
 
 
 def _offset(codes: Tensor, bits: int) -> Tensor:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from qat.checkpoints.layouts.reader import Array, ExportedFolder, PackedModule, PlainLoading, Spec, scale_values
+from qat.checkpoints.layouts.bits import Array, scale_values
+from qat.checkpoints.layouts.reader import ExportedFolder, PackedModule, PlainLoading, Spec
 from qat.checkpoints.names import StoredNames
 from qat.errors import UnsupportedError
 

@@ -10,17 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from qat.checkpoints.hf import read_json
+from qat.checkpoints.layouts.bits import Array, float_values, scale_values
 from qat.checkpoints.layouts.modelopt.engines import NO_PLAIN
-from qat.checkpoints.layouts.reader import (
-    Array,
-    ExportedFolder,
-    PackedModule,
-    PlainLoading,
-    Spec,
-    float_values,
-    refuse_unread,
-    scale_values,
-)
+from qat.checkpoints.layouts.reader import ExportedFolder, PackedModule, PlainLoading, Spec, refuse_unread
 from qat.checkpoints.names import StoredNames
 from qat.errors import CheckpointError, UnsupportedError
 

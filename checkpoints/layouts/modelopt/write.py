@@ -83,7 +83,7 @@ def unpack(module: PackedModule, tensors: Mapping[str, Tensor]) -> QTensor:
     else:
         codes = take(module, tensors, "weight", torch.float8_e4m3fn, (rows, columns)).view(torch.uint8)
     if fmt.group:
-        stored = take_scale(module, tensors, "weight_scale", fmt.scale_storage, grid)
+        stored = take_scale(module, tensors, "weight_scale", fmt.scale.storage, grid)
     else:
         stored = take_narrow(module, tensors, "weight_scale", fmt, (), grid[:1]).reshape(-1, 1).expand(grid)
     above = take_scale(module, tensors, "weight_scale_2", torch.float32, ()) if fmt.global_scale else None

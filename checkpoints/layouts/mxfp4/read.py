@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from qat.checkpoints.layouts.reader import Array, ExportedFolder, PackedModule, PlainLoading, Spec, scale_values
+from qat.checkpoints.layouts.bits import Array, scale_values
+from qat.checkpoints.layouts.mxfp4.engines import METHOD
+from qat.checkpoints.layouts.reader import ExportedFolder, PackedModule, PlainLoading, Spec
 from qat.checkpoints.names import StoredNames
 from qat.errors import CheckpointError, UnsupportedError
 
@@ -30,7 +32,7 @@ _WEIGHTS = {
 class Reader(ExportedFolder):
     """A checkpoint whose experts are stacks of MXFP4; everything else is dense."""
 
-    METHOD = "mxfp4"
+    METHOD = METHOD
     SCALE = "scales"
     SCALES = (SCALE,)
     SUFFIXES = ("blocks", SCALE)
@@ -79,6 +81,6 @@ class Reader(ExportedFolder):
 
     def plain_loading(self, model: "PreTrainedModel", names: StoredNames) -> PlainLoading:
         """Dequantized, as it does by itself on a CPU."""
-        from transformers import Mxfp4Config
+        from transformers.utils.quantization_config import Mxfp4Config
 
         return PlainLoading(options={"quantization_config": Mxfp4Config(dequantize=True)}, remark="weights only, ")

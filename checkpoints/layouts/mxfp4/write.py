@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qat.checkpoints.layouts.arguments import weight_format
+from qat.checkpoints.layouts.mxfp4.engines import METHOD as METHOD
 from qat.checkpoints.layouts.mxfp4.engines import ROWS as ROWS
 from qat.checkpoints.layouts.reader import PackedModule
 from qat.checkpoints.layouts.stored import take, take_scale
@@ -20,7 +21,6 @@ from qat.errors import CheckpointError, UnsupportedError
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales
 
-METHOD = "mxfp4"
 FUSES_TENSOR_SCALES = False  # it has none
 STACKS_OF = ("gpt_oss",)
 

@@ -10,8 +10,8 @@ import struct
 import triton
 import triton.language as tl
 
-from qat.numbers.catalog import SCALE_ELEMENT
 from qat.numbers.element import EXPONENT_BIAS
+from qat.numbers.scale import UE4M3
 from qat.serving.inputs import nan_code
 
 
@@ -29,12 +29,12 @@ FIRST_NORMAL = tl.constexpr(float_bits(2.0 ** (1 - EXPONENT_BIAS)))
 HALF_NORMAL = tl.constexpr(float_bits(2.0**-EXPONENT_BIAS))
 MAGIC = tl.constexpr(1.5 * 2.0**23)  # float32 numbers of this size have no fraction
 MAGIC_BITS = tl.constexpr(float_bits(1.5 * 2.0**23))
-SCALE_MANTISSA = tl.constexpr(SCALE_ELEMENT.mantissa_bits)
-SCALE_LOWEST = tl.constexpr(float_bits(SCALE_ELEMENT.min_normal))
-SCALE_BITS = tl.constexpr(SCALE_ELEMENT.bits)
-SCALE_MAX = tl.constexpr(float(SCALE_ELEMENT.max))
-SCALE_NAN = tl.constexpr(nan_code(SCALE_ELEMENT))
-SCALE_UNIT = tl.constexpr(SCALE_ELEMENT.min_normal * 2.0 ** (EXPONENT_BIAS - 1))
+SCALE_MANTISSA = tl.constexpr(UE4M3.element.mantissa_bits)
+SCALE_LOWEST = tl.constexpr(float_bits(UE4M3.element.min_normal))
+SCALE_BITS = tl.constexpr(UE4M3.element.bits)
+SCALE_MAX = tl.constexpr(float(UE4M3.element.max))
+SCALE_NAN = tl.constexpr(nan_code(UE4M3.element))
+SCALE_UNIT = tl.constexpr(UE4M3.element.min_normal * 2.0 ** (EXPONENT_BIAS - 1))
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """The same product on units that multiply codes and block scales themselves: MXFP4, MXFP8 and NVFP4 through
 `tl.dot_scaled`, for compute capability 10.0 and 12.0.
 
-Compiled and interpreted, never run on such a GPU: `choose.block_scaled` selects it only where the user asks. 4-bit
+Compiled and interpreted, never run on such a GPU. `choose.block_scaled_problem` decides where it runs. 4-bit
 weights leave their words for bytes of neighbouring columns in registers, since inputs hold neighbours.
 """
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qat.kernels.quantized_matmul.choose import SPAN
 from qat.numbers.format import Format
+from qat.numbers.scale import UE4M3
 
 DOT_NAME = {4: "e2m1", 8: "e4m3"}  # what tl.dot_scaled calls the elements, by bits
 
@@ -95,7 +96,7 @@ def constants(x: Format, w: Format, tokens: int, *, bias: bool) -> dict[str, Any
     return {
         "X_NAME": DOT_NAME[x.element.bits],
         "W_NAME": DOT_NAME[w.element.bits],
-        "E4M3_SCALES": w.scale == "e4m3",
+        "E4M3_SCALES": w.scale is UE4M3,
         "GROUP": w.group,
         "HAS_BIAS": bias,
         "SPAN": SPAN,

@@ -12,6 +12,7 @@ from qat.init.scales import shared_global_scale, start_scales
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.format import Format
 from qat.numbers.numerics import Scales, find_scales, from_blocks, global_scale_for, per_block, rounded, to_blocks
+from qat.numbers.scale import F32, UE4M3
 
 every_format = pytest.mark.parametrize("fmt", CATALOG.values(), ids=lambda fmt: fmt.name)
 
@@ -38,8 +39,8 @@ def error(x: Tensor, fmt: Format, scales: Scales, weights: Tensor | None = None)
 
 def all_scales(fmt: Format, base: Scales) -> list[Tensor]:
     """Every stored scale of an 8-bit scale type: the 126 positive finite E4M3 codes, or 80 powers of two."""
-    codes = range(1, 127) if fmt.scale == "e4m3" else range(87, 167)
-    return [torch.full_like(base.stored.view(torch.uint8), c).view(fmt.scale_storage) for c in codes]
+    codes = range(1, 127) if fmt.scale is UE4M3 else range(87, 167)
+    return [torch.full_like(base.stored.view(torch.uint8), c).view(fmt.scale.storage) for c in codes]
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "nvint4", "if4", "mxfp4", "mxfp6", "mxfp8", "mxint8", "mxint4"])
@@ -116,7 +117,7 @@ def test_importance_moves_the_scale_to_what_matters() -> None:
 
 
 def test_mse_equals_a_search_over_eighty_ratios() -> None:
-    fmt, x = dataclasses.replace(lookup("int4_g64"), scale="f32"), normal(8, 128)
+    fmt, x = dataclasses.replace(lookup("int4_g64"), scale=F32), normal(8, 128)
     found = error(x, fmt, start_scales(x, fmt, "mse"))
     amax = to_blocks(x, fmt).abs().amax(dim=(1, 3))
     trials = [error(x, fmt, Scales(amax / 7 * (0.3 + 0.7 * (i + 1) / 80))) for i in range(80)]

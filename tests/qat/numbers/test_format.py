@@ -75,7 +75,7 @@ def test_1_fake_quantization_equals_storing_and_loading(fmt: Format) -> None:
         stored = quantize(x, fmt)
         assert same(fake_quantize(x, fmt), stored.dequantize())
         assert stored.codes.dtype == torch.uint8 and stored.shape == x.shape
-        assert stored.scales.stored.dtype == fmt.scale_storage
+        assert stored.scales.stored.dtype == fmt.scale.storage
 
 
 @every_format

@@ -18,16 +18,15 @@ from qat.numbers.element import Element, integer
 from qat.numbers.format import Format
 from qat.numbers.numerics import (
     Scales,
-    decode_scale,
     fake_quantize,
     find_scales,
     global_scale_for,
     quantize,
     scale_from_amax,
-    store_scale,
 )
+from qat.numbers.scale import BF16, E8M0, F16, F32, UE4M3, ScaleType
 
-MX = [fmt for fmt in CATALOG.values() if fmt.scale == "e8m0"]
+MX = [fmt for fmt in CATALOG.values() if fmt.scale is E8M0]
 NV = [fmt for fmt in CATALOG.values() if fmt.global_scale]
 
 
@@ -72,7 +71,7 @@ def test_e8m0_rules_equal_exact_arithmetic(fmt: Format, rule: str) -> None:
 @pytest.mark.parametrize("fmt", MX, ids=lambda fmt: fmt.name)
 def test_ceil_never_saturates_and_is_smallest(fmt: Format) -> None:
     amax = torch.tensor(float32_amaxes())
-    scale = decode_scale(scale_from_amax(amax, dataclasses.replace(fmt, scale_rule="ceil"), None))
+    scale = E8M0.decode(scale_from_amax(amax, dataclasses.replace(fmt, scale_rule="ceil"), None))
     assert (amax / scale <= fmt.element.max).all()
     assert (amax / (scale / 2) > fmt.element.max).all()
 
@@ -92,7 +91,7 @@ def test_the_even_rule_is_that_of_compressed_tensors(name: str, bits: int) -> No
 
 
 def test_e8m0_decodes_as_specified() -> None:
-    values = decode_scale(torch.arange(256, dtype=torch.uint8))
+    values = E8M0.decode(torch.arange(256, dtype=torch.uint8))
     assert values[:255].tolist() == [2.0 ** (byte - 127) for byte in range(255)]
     assert values[255].isnan()
 
@@ -102,20 +101,20 @@ def test_storing_a_stored_scale_changes_nothing(fmt: Format) -> None:
     x = torch.cat([normal(6, 256), torch.zeros(2, 256), normal(2, 256) * 1e-25])
     x[0, 0] = math.nan
     scales = find_scales(x, fmt)
-    again = store_scale(scales.effective(), fmt, scales.global_scale)
+    again = fmt.scale.store(scales.effective(), scales.global_scale)
     as_bytes = [s.contiguous().view(torch.uint8) for s in (again, scales.stored)]
     assert torch.equal(*as_bytes)
 
 
-def test_store_scale_rounds_to_the_nearest_number_of_its_dtype() -> None:
+def test_storing_rounds_to_the_nearest_number_of_its_dtype() -> None:
     latent = torch.tensor([0.7, 1.0, 1.5, 1e-9, 1e9, math.inf, math.nan])
-    mx = decode_scale(store_scale(latent, lookup("mxfp4")))
+    mx = E8M0.decode(E8M0.store(latent))
     assert mx[:3].tolist() == [0.5, 1.0, 2.0]  # nearest in the exponent; log2(1.5) = 0.58
-    nv = store_scale(latent, lookup("nvfp4"), torch.tensor(2.0)).float()
+    nv = UE4M3.store(latent, torch.tensor(2.0)).float()
     assert nv[:5].tolist() == [E4M3.round(torch.tensor(0.35)).item(), 0.5, 0.75, 2.0**-9, 448.0]
     assert mx[-2:].isnan().all() and nv[-2:].isnan().all()
-    assert store_scale(torch.tensor(0.1), lookup("int4_g64")).item() == torch.tensor(0.1, dtype=torch.bfloat16).item()
-    assert store_scale(torch.tensor(0.1), lookup("int8_token")).item() == torch.tensor(0.1).item()
+    assert BF16.store(torch.tensor(0.1)).item() == torch.tensor(0.1, dtype=torch.bfloat16).item()
+    assert F32.store(torch.tensor(0.1)).item() == torch.tensor(0.1).item()
 
 
 @pytest.mark.parametrize("fmt", NV, ids=lambda fmt: fmt.name)
@@ -140,17 +139,18 @@ def test_exact_in_bf16_is_true_iff_bf16_changes_nothing(fmt: Format) -> None:
     assert fmt.exact_in_bf16 is not changed
 
 
-@pytest.mark.parametrize(("bits", "scale"), [(b, s) for b in range(2, 9) for s in ("bf16", "e4m3", "e8m0", "f32")])
+@pytest.mark.parametrize(("bits", "scale"), [(b, s) for b in range(2, 9) for s in (BF16, F16, UE4M3, E8M0, F32)])
 @pytest.mark.parametrize("zero_point", [False, True])
-def test_exact_in_bf16_never_claims_too_much(bits: int, scale: str, zero_point: bool) -> None:
+def test_exact_in_bf16_never_claims_too_much(bits: int, scale: ScaleType, zero_point: bool) -> None:
     """All code x scale products of research formats, whose scale is any number of its dtype."""
     fmt = Format(name="x", elements=(integer(bits),), block=(1, 16), scale=scale, zero_point=zero_point)
     top = 2**bits - 1 if zero_point else 2 ** (bits - 1) - 1
     scales = {
-        "bf16": torch.arange(128, 256).float(),
-        "e4m3": torch.tensor([v for v in E4M3.grid if v > 0]),
-        "e8m0": torch.tensor([0.25, 1.0, 8.0]),
-        "f32": 1 + torch.rand(100, generator=torch.Generator().manual_seed(0)),
+        BF16: torch.arange(128, 256).float(),
+        F16: torch.arange(1024, 2048, 7).float(),
+        UE4M3: torch.tensor([v for v in E4M3.grid if v > 0]),
+        E8M0: torch.tensor([0.25, 1.0, 8.0]),
+        F32: 1 + torch.rand(100, generator=torch.Generator().manual_seed(0)),
     }[scale]
     products = torch.arange(-top, top + 1).float()[:, None] * scales
     exact = torch.equal(products.bfloat16().float(), products)
@@ -186,7 +186,7 @@ def test_codes_from_given_scales_equal_those_of_compressed_tensors(name: str) ->
     if not fmt.zero_point:  # on a tie an odd zero point decides differently there; elsewhere ties must agree
         x[:, ::2] = (x[:, ::2] * 4).round() / 4
     stored = quantize(x, fmt)
-    scale, divisor = decode_scale(stored.scales.stored), stored.scales.global_scale
+    scale, divisor = fmt.scale.decode(stored.scales.stored), stored.scales.global_scale
     zero = torch.zeros_like(scale) if stored.scales.zero_point is None else stored.scales.zero_point.float()
     theirs = ct_quantize(x, scale, zero, args, global_scale=None if divisor is None else 1 / divisor)
     assert torch.equal(fmt.element.decode(stored.codes), theirs.float())

@@ -18,6 +18,7 @@ from qat.init.scales import Search, start_scales
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.format import Format
 from qat.numbers.numerics import fake_quantize, qsnr
+from qat.numbers.scale import BF16, F32
 
 # (format, start, rule) -> dB on N(0,1), Laplace, t(4)
 TABLE: dict[tuple[str, Search, str], tuple[float, float, float]] = {
@@ -56,12 +57,12 @@ def measure(fmt: Format, start: Search = "amax", rows: int = 2048) -> list[float
 @pytest.mark.parametrize(("name", "start", "rule"), TABLE)
 def test_qsnr_equals_the_reference(name: str, start: Search, rule: str) -> None:
     fmt = dataclasses.replace(lookup(name), scale_rule=rule)
-    if fmt.scale == "bf16":
-        fmt = dataclasses.replace(fmt, scale="f32")
+    if fmt.scale is BF16:
+        fmt = dataclasses.replace(fmt, scale=F32)
     assert measure(fmt, start) == pytest.approx(TABLE[name, start, rule], abs=PRINTED)
 
 
-@pytest.mark.parametrize("name", sorted({name for name, _, _ in TABLE if CATALOG[name].scale == "bf16"}))
+@pytest.mark.parametrize("name", sorted({name for name, _, _ in TABLE if CATALOG[name].scale is BF16}))
 def test_bf16_scales_cost_less_than_a_tenth_of_a_decibel(name: str) -> None:
     expected = TABLE[name, "amax", "amax"]
     for found, reference in zip(measure(lookup(name)), expected, strict=True):

@@ -254,7 +254,7 @@ def test_static_part_is_what_a_checkpoint_can_hold(name: str) -> None:
             assert torch.frexp(static)[0] == 0.5  # a power of two
             assert 0.5 < amax * float(static) / (6 * 448) <= 1
         else:
-            assert torch.equal(static, static.to(fmt.scale_storage).float())
+            assert torch.equal(static, static.to(fmt.scale.storage).float())
             assert float(static) == pytest.approx(amax / fmt.element.max, rel=2**-8)
 
 

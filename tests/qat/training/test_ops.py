@@ -14,6 +14,7 @@ from qat.numbers.catalog import CATALOG, lookup, register
 from qat.numbers.element import minifloat
 from qat.numbers.format import Format
 from qat.numbers.numerics import Scales, find_scales
+from qat.numbers.scale import BF16
 from qat.training.ops import fake_quantize, quantized_linear
 
 every_format = pytest.mark.parametrize("fmt", CATALOG.values(), ids=lambda fmt: fmt.name)
@@ -124,7 +125,7 @@ def test_unknown_formats_name_the_nearest() -> None:
 
 
 def test_registered_formats_cross_the_op_boundary_by_name() -> None:
-    fmt = Format(name="test_e3m2_g8", elements=(minifloat(3, 2),), block=(1, 8), scale="bf16")
+    fmt = Format(name="test_e3m2_g8", elements=(minifloat(3, 2),), block=(1, 8), scale=BF16)
     assert register(fmt) is fmt and register(fmt) is fmt
     try:
         x = normal(2, 16)

@@ -5,7 +5,7 @@ contenders take turns, operands rotate through more memory than the caches hold,
 Every peer that is installed (benchmarks/peers.py) runs beside ours, on the same codes, once its result is right; those
 that are not installed, or do not take a shape, are named with the reason: nothing is left out silently.
 
-    python benchmarks/kernels.py [--device cuda|cpu] [--only packed,matmul,rows] [--layers small|large]
+    python benchmarks/operators.py [--device cuda|cpu] [--only packed,matmul,rows] [--layers small|large]
                                  [--peers all|none|gemlite,vllm ...] [--out FOLDER]
 """
 
@@ -313,7 +313,7 @@ def main() -> None:
     parser.add_argument("--layers", choices=list(LAYERS), help="default: large on a GPU, small on a CPU")
     parser.add_argument("--repeats", type=int, default=15, help="timed calls per contender on a CPU")
     parser.add_argument("--peers", type=choose, default="all", help=f"all, none or some of {','.join(PACKAGES)}")
-    parser.add_argument("--out", type=Path, help="folder for kernels.json and kernels.png")
+    parser.add_argument("--out", type=Path, help="folder for operators.json and operators.png")
     arguments = parser.parse_args()
     wanted = arguments.only or ("packed" if arguments.device == "cpu" else ",".join(FAMILIES))
     unknown = set(wanted.split(",")) - FAMILIES.keys()
@@ -339,7 +339,7 @@ def main() -> None:
     print("\n".join(peers.report()))
     if arguments.out and rows:
         told = f"{about['device']}, torch {about['torch']}, commit {about['commit']}"
-        plot(rows, bandwidth, arguments.out / "kernels.png", told)
+        plot(rows, bandwidth, arguments.out / "operators.png", told)
 
 
 def measured(

@@ -1,0 +1,108 @@
+"""What each command of `qat` takes: its arguments, their defaults and their help. What it then does stands in `cli`."""
+
+import argparse
+from pathlib import Path
+
+
+def path(text: str) -> Path:
+    """A path as typed; shells leave `~` alone in quotes and behind `=`."""
+    return Path(text).expanduser()
+
+
+def train(parser: argparse.ArgumentParser) -> None:
+    """`qat train`."""
+    parser.add_argument("config", help="YAML file of the run (see configs/)")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="change a value: steps=200 optim.lr=3e-4")
+    parser.add_argument("--resume", action="store_true", help="continue the run from its last saved state, exactly; "
+                        "only steps= may grow, and models, texts and the run's folder may have moved")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="print coverage, memory and time; train nothing")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
+
+
+def export(parser: argparse.ArgumentParser) -> None:
+    """`qat export`."""
+    parser.add_argument("trained", type=path, metavar="RUN", help="folder of a run")
+    parser.add_argument("out", type=path, metavar="OUT", help="folder to write; must not exist, or be empty")
+    layouts = "file layout: compressed-tensors, modelopt, fp8 or mxfp4 (default: %(default)s); see docs/export.md"
+    parser.add_argument("--target", default="compressed-tensors", help=layouts)
+    parser.add_argument("--checkpoint", default="best", help="which of the run's checkpoints (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if an export wrote it")
+    moved(parser)
+
+
+def moved(parser: argparse.ArgumentParser) -> None:
+    """Of the commands that read a run."""
+    parser.add_argument("--model", metavar="PATH", help="where the model that a run was made from is now, if it moved")
+
+
+def verify(parser: argparse.ArgumentParser) -> None:
+    """`qat verify`."""
+    parser.add_argument("folder", type=path, metavar="DIR", help="an exported checkpoint")
+    parser.add_argument("--no-logits", action="store_true", help="skip loading it in plain transformers")
+    parser.add_argument("--json", action="store_true", help="print the checks as JSON")
+
+
+def evaluate(parser: argparse.ArgumentParser) -> None:
+    """`qat eval`."""
+    parser.add_argument("folder", type=path, metavar="DIR", help="a run, an exported checkpoint, or a plain model")
+    parser.add_argument("--teacher", help="model to compare with (default: what DIR was made from)")
+    parser.add_argument(
+        "--text", nargs="+", metavar="FILE", help="text, as data.source (default: the shipped held-out text)"
+    )
+    moved(parser)
+    parser.add_argument("--tokens", type=int, default=8192, help="how much text to read (default: %(default)s)")
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="lm-eval tasks (pip install 'qat-native[eval]')")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument("--json", action="store_true", help="print the scores as JSON")
+
+
+def generate(parser: argparse.ArgumentParser) -> None:
+    """`qat generate`."""
+    parser.add_argument("folder", type=path, metavar="DIR", help="a run, an exported checkpoint, or a plain model")
+    parser.add_argument("prompt", help="text to continue")
+    parser.add_argument("--tokens", type=int, default=64, help="most tokens to write (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default), else 0.01 to 100")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    moved(parser)
+    parser.add_argument("--dense", action="store_true", help="unpack an export's weights once, as `qat eval` does")
+
+
+def serve(parser: argparse.ArgumentParser) -> None:
+    """`qat serve`."""
+    parser.add_argument("folder", metavar="DIR", help="an exported checkpoint, or a plain model")
+    parser.add_argument("--served-model-name", action="append", metavar="NAME",
+                        help="what requests call the model (default: DIR as given); may be repeated")  # fmt: skip
+    parser.add_argument("--engine", choices=("auto", "transformers", "vllm"), default="auto",
+                        help="auto takes vLLM where it is installed (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"),
+                        help="of the activations; auto takes BF16 where it is fast")  # fmt: skip
+
+
+def formats(parser: argparse.ArgumentParser) -> None:
+    """`qat formats`."""
+    parser.add_argument("--json", action="store_true", help="print the catalogue as JSON")
+
+
+def kernels(parser: argparse.ArgumentParser) -> None:
+    """`qat kernels`."""
+    parser.add_argument("--tokens", type=int, default=1, help="of the product to explain (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=4096, help="of the weight (default: %(default)s)")
+    parser.add_argument("--columns", type=int, default=4096, help="of the weight (default: %(default)s)")
+    parser.add_argument("--input", metavar="FORMAT", help="of quantized inputs (default: inputs in 16 bits)")
+    parser.add_argument("--training", action="store_true", help="explain what runs in `qat train` instead")
+    parser.add_argument("--json", action="store_true", help="print the answers as JSON")
+
+
+def analyze(parser: argparse.ArgumentParser) -> None:
+    """`qat analyze`."""
+    parser.add_argument("model", metavar="MODEL", help="a folder, hub id, .gguf file or embedded:smollm2-135m")
+    formats = "candidates (default: 4 bits in groups and 8 bits per channel; names: qat formats)"
+    parser.add_argument("--formats", type=lambda text: text.split(","), default=[], metavar="A,B,...", help=formats)
+    parser.add_argument("--most", type=int, default=20, metavar="N", help="weights to print (default: %(default)s)")
+    parser.add_argument("--out", type=path, metavar="DIR", help="also write analysis.json and two plots there")
+    parser.add_argument("--json", action="store_true", help="print all weights as JSON")
