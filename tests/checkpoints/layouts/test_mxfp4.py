@@ -154,7 +154,7 @@ def test_other_targets_name_this_one(name: str, source: Path, model: Any, tmp_pa
     [
         (
             [pair_rules("mxfp4", "fp8_token", "*.experts.*"), REST],
-            "mxfp4 weights with fp8_token inputs; nearest inputs",
+            "with fp8_token inputs; nearest inputs",
         ),
         ([pair_rules("int4_g32", None, "*.experts.*"), REST], "cannot hold int4_g32 weights; nearest it can: mxfp4"),
         (
