@@ -4,7 +4,6 @@ This is what `qat eval` and `qat generate` run where no engine is at hand, and t
 plain transformers with. No compressed-tensors is needed.
 """
 
-import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from qat.checkpoints.names import StoredNames, stored_names
 from qat.checkpoints.progress import progress
 from qat.errors import CheckpointError, UnsupportedError
 from qat.numbers.format import Format
+from qat.quantizer import SameTensor
 from qat.serving.inputs import quantize_input
 from qat.serving.matmul import QuantizedLinear
 from qat.sites import Quantizers
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 class ServedInput:
     """A forward pre-hook that quantizes a layer's input; layers that an engine fuses share one, and its result.
 
-    Threads may run one model at once: a result is replaced as a whole, together with the input it belongs to. At worst
-    one is computed again.
+    Threads may run one model at once.
 
     Args:
         fmt: the input's format.
@@ -45,8 +44,8 @@ class ServedInput:
     def __init__(
         self, fmt: Format, rule: str, static: Tensor | None, consumers: int = 1, *, codes: bool = False
     ) -> None:
-        self.format, self.rule, self.static, self.consumers, self.codes = fmt, rule, static, consumers, codes
-        self._state: tuple[weakref.ref[Tensor], tuple[Tensor, ...], int] | None = None  # input, result, uses of it
+        self.format, self.rule, self.static, self.codes = fmt, rule, static, codes
+        self.same = SameTensor(consumers)
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Replace the first positional argument by its quantized self."""
@@ -54,12 +53,8 @@ class ServedInput:
 
     def of(self, x: Tensor) -> tuple[Tensor, ...]:
         """x quantized: its rounded values, or codes and scales."""
-        state = self._state  # read once and written once
-        if state is None or state[0]() is not x:
-            state = (weakref.ref(x), self._quantized(x), 0)
-        given, output, uses = state
-        self._state = (given, output, uses + 1) if uses + 1 < self.consumers else None
-        return output
+        quantized: tuple[Tensor, ...] = self.same.once(x, self._quantized)
+        return quantized
 
     def _quantized(self, x: Tensor) -> tuple[Tensor, ...]:
         static = self.static
@@ -159,7 +154,7 @@ def hook_inputs(model: nn.Module, exported: ExportedFolder, rule: str, own: dict
         fmt, static, codes = input_format(module.input), exported.static_input(path), isinstance(layer, QuantizedLinear)
         key = first, fmt.name, None if static is None else float(static), codes
         hook = shared.setdefault(key, ServedInput(fmt, rule, static, consumers=0, codes=codes))
-        hook.consumers += 1
+        hook.same.readers += 1
         layer.register_forward_pre_hook(hook)
 
 

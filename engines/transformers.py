@@ -113,6 +113,12 @@ class PackedQuantizer(HfQuantizer):
             if (place := self.stored.rows.get(name)) is not None:
                 owner, _, slot = place[0].rpartition(".")
                 self.stacks.setdefault(owner, {}).setdefault(slot, {})[path] = place[1]
+        for name, (place, _) in self.stored.rows.items():
+            if place.rpartition(".")[0] in self.stacks and name.removesuffix(".weight") not in self.exported.modules:
+                raise UnsupportedError(
+                    f"{name} is dense, but other experts of its layer are quantized: they cannot be served packed in "
+                    "part; qat.checkpoints.exported.load_exported reads them densely"
+                )
         self.experts = {owner: model.get_submodule(owner) for owner in self.stacks}
         for owner in self.stacks:
             model.set_submodule(owner, nn.Identity())

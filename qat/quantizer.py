@@ -5,6 +5,7 @@ parameter is then free of units, so one learning rate fits every layer. An `Inpu
 it (layer inputs, keys, values); layers that read the same tensor share one instance, which also computes it once.
 """
 
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -51,23 +52,38 @@ class Quantizer(nn.Module):
 
 
 class SameTensor:
-    """Whether a tensor is the very one that was seen last, and what was made of it; holds no tensor alive but that."""
+    """What was made of the tensor seen last, by identity: several layers read one tensor, which needs one result.
 
-    def __init__(self) -> None:
-        self._seen: weakref.ref[Tensor] | None = None
-        self.made: Any = None
+    Threads may share one: its state is read once and written once, so at worst something is made again. The tensor
+    itself is not kept alive, and the result no longer than until its last reader.
 
-    def __call__(self, x: Tensor) -> bool:
-        """Whether it is x."""
-        return self._seen is not None and self._seen() is x
+    Args:
+        readers: how many ask for the result of one tensor.
+    """
 
-    def remember(self, x: Tensor, made: Any = None) -> None:
-        """x is the one seen last."""
-        self._seen, self.made = weakref.ref(x), made
+    def __init__(self, readers: float = math.inf) -> None:
+        self.readers = readers
+        self._state: tuple[weakref.ref[Tensor], Any, int] | None = None
+
+    def seen(self, x: Tensor) -> Any:
+        """What was made of x, if it is the very tensor seen last; else None."""
+        state = self._state
+        return state[1] if state is not None and state[0]() is x else None
+
+    def remember(self, x: Tensor, made: Any, uses: int = 0) -> None:
+        """x is the tensor seen last, and `made` was made of it."""
+        self._state = (weakref.ref(x), made, uses) if uses < self.readers else None
+
+    def once(self, x: Tensor, make: Callable[[Tensor], Any]) -> Any:
+        """What `make` makes of x, made for its first reader only."""
+        state = self._state
+        made, uses = (state[1], state[2]) if state is not None and state[0]() is x else (make(x), 0)
+        self.remember(x, made, uses + 1)
+        return made
 
     def forget(self) -> None:
         """None was seen."""
-        self._seen = self.made = None
+        self._state = None
 
 
 class WeightQuantizer(Quantizer):
@@ -205,11 +221,18 @@ class InputQuantizer(Quantizer):
         super().__init__(fmt)
         self.rule, self.estimator, self.observer_kind = rule, estimator, observer
         self.register_buffer("amax", torch.tensor(float("nan")))
-        self.consumers = 1
         self._observer: RangeObserver | None = None
-        self._last = SameTensor()
-        self._uses = 0
+        self._same = SameTensor(readers=1)
         self._ready = False
+
+    @property
+    def consumers(self) -> int:
+        """How many layers read the same tensor through this quantizer."""
+        return int(self._same.readers)
+
+    @consumers.setter
+    def consumers(self, count: int) -> None:
+        self._same.readers = count
 
     @property
     def needs_calibration(self) -> bool:
@@ -223,32 +246,26 @@ class InputQuantizer(Quantizer):
     def cancel(self) -> None:
         """Stop observing and keep the range there was."""
         self._observer = None
+        self._same.forget()
 
     def freeze(self) -> None:
         """Fix the range from what was observed."""
         if self._observer is not None and self.needs_calibration:
             self.amax.fill_(self._observer.amax())
-        self._observer = None
+        self.cancel()
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., columns) on its grid. The second and later consumers of the same tensor get the first's result."""
         if self.mode == "dense":
             return self.transformed(x)
         if self._observer is not None:
-            seen = self._last(x)  # observed once, however many layers read it
-            if not seen:
-                self._last.remember(x)
+            seen = self._same.seen(x) is not None  # observed once, however many layers read it
+            self._same.remember(x, True, uses=-1)
             x = self.transformed(x)
             if not seen:
                 self._observer.add(x)
             return x
-        if not self._last(x) or self._last.made is None:
-            self._last.remember(x, self.quantize(x))
-            self._uses = 0
-        output: Tensor = self._last.made
-        self._uses += 1
-        if self._uses >= self.consumers:
-            self._last.forget()
+        output: Tensor = self._same.once(x, self.quantize)
         return output
 
     def quantize(self, x: Tensor) -> Tensor:

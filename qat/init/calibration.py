@@ -76,8 +76,9 @@ class _InputSums:
         path = site.path
 
         def see(x: Tensor) -> None:
-            if self.last(x) and self.owner.get(path, self.last.made) == self.last.made:
-                self.owner[path] = self.last.made
+            first = self.last.seen(x)  # which weight saw this very tensor
+            if first is not None and self.owner.get(path, first) == first:
+                self.owner[path] = first
                 return
             self.owner[path] = path
             self.last.remember(x, path)

@@ -40,7 +40,7 @@ def test_layers_that_read_one_tensor_share_its_quantization() -> None:
     expected = [dynamic_fake_quantize(x, fmt, "vllm", "ste", torch.tensor(1.0)) for x in (first, second)]
     (a, extra), (b,) = hook(module, (first, "mask")), hook(module, (first,))
     assert a is b and extra == "mask" and torch.equal(a, expected[0])
-    assert hook._state is None  # nothing is kept once every consumer had it
+    assert hook.same._state is None  # nothing is kept once every consumer had it
     (c,) = hook(module, (first,))
     (d,) = hook(module, (second,))  # another tensor before the first was used up
     assert torch.equal(c, expected[0]) and torch.equal(d, expected[1])
@@ -60,7 +60,7 @@ def test_another_thread_in_between_changes_nothing(monkeypatch: pytest.MonkeyPat
             theirs[0] = hook(module, (other,))[0]
         return weakref.ref(x)
 
-    monkeypatch.setattr("qat.checkpoints.exported.weakref", SimpleNamespace(ref=ref))
+    monkeypatch.setattr("qat.quantizer.weakref", SimpleNamespace(ref=ref))
     found = [hook(module, (mine,))[0] for _ in range(2)]
     assert all(torch.equal(y, expected[0]) for y in found) and torch.equal(theirs[0], expected[1])
 
@@ -116,10 +116,10 @@ def test_fused_layers_share_only_what_is_equal(inputs: tuple[str, ...], statics:
     given = dict(zip(names, statics, strict=False))
     model, hooks = hooked(dict(zip(names, inputs, strict=True)), given)
     assert hooks["q_proj"] is hooks["v_proj"] is not hooks["k_proj"]
-    assert [hooks[name].consumers for name in names] == [2, 1, 2]
+    assert [hooks[name].same.readers for name in names] == [2, 1, 2]
     x = torch.randn(1, 3, 64)
     for name, format in zip(names, inputs, strict=True):
         static = torch.tensor([given[name]]) if given else None
         expected = fake_quantize_input(x, lookup(format), "vllm", "ste", static)
         assert torch.equal(model.get_submodule(name)(x), expected), name
-    assert all(hook._state is None for hook in hooks.values())
+    assert all(hook.same._state is None for hook in hooks.values())

@@ -25,7 +25,7 @@ from qat.numbers.catalog import lookup
 from qat.serving.matmul import QuantizedLinear
 from qat.serving.matmul import problem as pair_problem
 from qat.serving.packed import PackedLinear
-from tests.checkpoints.exports import Pair, export_pair, ids, mixed_rules, quantized, quiet_export
+from tests.checkpoints.exports import Pair, export_pair, ids, mixed_rules, pair_rules, quantized, quiet_export
 from tests.kernels.processes import in_a_process
 from tests.tiny import tiny_model
 
@@ -294,9 +294,12 @@ def test_truncated_files_and_other_checkpoints_are_refused(int4: Path, tmp_path:
         load_packed(out)
 
 
-def test_fused_experts_are_refused(tmp_path: Path) -> None:
+def test_experts_quantized_in_part_are_refused(tmp_path: Path) -> None:
     source = tiny_model("qwen3_moe", tmp_path / "source", num_hidden_layers=1)
-    export_pair(source, tmp_path / "out", ("fp8_channel", "fp8_token"))
+    model = quantized(
+        source, [pair_rules("fp8_channel", "fp8_token", "*self_attn*_proj"), {"match": "*", "skip": "the rest"}]
+    )
+    quiet_export(model, source, tmp_path / "out")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         load_packed(tmp_path / "out")  # the experts stay BF16: nothing to refuse
@@ -309,5 +312,7 @@ def test_fused_experts_are_refused(tmp_path: Path) -> None:
     config["quantization_config"]["ignore"].remove(name.removesuffix(".weight"))
     save_file(tensors, tmp_path / "out" / "model.safetensors", {"format": "pt"})
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedError, match="fused experts cannot be served packed"):
+    with pytest.raises(
+        UnsupportedError, match=r"0\.down_proj\.weight is dense, but other experts of its layer are quantized"
+    ):
         load_packed(tmp_path / "out")

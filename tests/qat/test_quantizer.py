@@ -138,7 +138,7 @@ def test_consumers_of_one_tensor_share_one_result() -> None:
         x = normal(4, 64)
         results = [quantizer(x) for _ in range(3)]
         assert results[1] is results[0] and results[2] is results[0]
-        assert quantizer._last.made is None and not quantizer._last(x)  # nothing is kept alive afterwards
+        assert quantizer._same.seen(x) is None  # nothing is kept alive afterwards
         assert torch.equal(results[0], input_quantizer()(x))
     assert quantizer(x) is not results[0]
 

@@ -41,7 +41,7 @@ def job(model: Path | str, weight: str = "nvfp4", input: str | None = "nvfp4", *
     """A job on `model`; `scheme` and `data` given as dicts are merged into the defaults."""
     rules = [*SKIPPED, {"match": "*_proj", "weight": weight, "input": input}]
     settings = {"name": "x", "model": {"id": str(model)}, "steps": 3, "rows": 2, "micro_rows": 2, **changes}
-    settings["scheme"] = {"rules": rules, "start": "amax", **changes.get("scheme", {})}
+    settings["scheme"] = {"rules": rules, "init": [], **changes.get("scheme", {})}
     settings["data"] = {"seq_len": 64, **changes.get("data", {})}
     return Job.model_validate(settings)
 

@@ -117,7 +117,7 @@ def job(folder: Path, model: Path, data: Any = None, **changes: Any) -> str:
     settings: dict[str, Any] = {
         "name": "x", "model": {"id": str(model)}, "runs": str(folder / "runs"), "steps": 1, "calibration_rows": 2,
         "scheme": {"rules": [{"match": "model.embed_tokens", "skip": "kept"}, {"match": "lm_head", "skip": "kept"},
-                             {"match": "*_proj", "weight": "int8_channel"}], "start": "amax"},
+                             {"match": "*_proj", "weight": "int8_channel"}], "init": []},
         "data": {"source": "embedded", "seq_len": 32, **(data or {})},
         "eval": {"data": {"source": "heldout", "seq_len": 32}, "tokens": 64},
         **changes,

@@ -94,7 +94,7 @@ def test_a_run_on_long_prompts_trains_on_what_teaches_and_reports_the_rest(
     job = {
         "name": "x", "model": {"id": str(model)}, "runs": str(tmp_path), "steps": 4, "rows": 1, "micro_rows": 1,
         "scheme": {"rules": [{"match": "model.embed_tokens", "skip": "kept"}, {"match": "lm_head", "skip": "kept"},
-                             {"match": "*_proj", "weight": "int8_channel"}], "start": "amax"},
+                             {"match": "*_proj", "weight": "int8_channel"}], "init": []},
         "data": {"source": str(chats(tmp_path / "a.jsonl", 50, 1, 60, 70, 2)), "seq_len": 32, "pack": False},
         "eval": {"data": {"source": "heldout", "seq_len": 32}, "tokens": 64}, "calibration_rows": 2,
     }  # fmt: skip
