@@ -218,12 +218,12 @@ def _check_names(model: "PreTrainedModel", exported: ExportedFolder, stored: Sto
         keys = exported.expected_tensors(module, *exported.shape(path))
         wanted |= {exported.tensor_name(path, key) for key in keys}
     missing = sorted({*missing_names(model, stored, exported.dense_names), *(wanted - exported.names)})
-    kept = wanted | (stored.tensors.keys() - exported.weights.keys())
-    surplus = sorted(n for n in exported.names - kept if n.rpartition(".")[0] in exported.modules)
+    dense = stored.tensors.keys() - exported.weights.keys()
+    surplus = sorted(n for n in exported.names - wanted - dense if n.rpartition(".")[0] in exported.modules)
     for names, what in ((missing, "is missing"), (surplus, "belongs to a quantized layer, but nothing reads it")):
         if names:
             raise CheckpointError(f"{exported.folder}: {some(names, 1)} {what}")
-    for name in sorted(kept & stored.tensors.keys() & exported.names):
+    for name in sorted(dense & exported.names):
         found, own = exported.reader.info(name).shape, stored.tensors[name].shape
         if tuple(found) != tuple(own):
             raise CheckpointError(f"{exported.folder}: {name} is {[*found]}, config.json asks for {[*own]}")
