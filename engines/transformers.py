@@ -109,12 +109,13 @@ class PackedQuantizer(HfQuantizer):
     def _set_experts_aside(self, model: "PreTrainedModel") -> None:
         """Packed experts are read from the file afterwards: transformers must not look for them, or make them up."""
         self.stacks: dict[str, dict[str, dict[str, slice]]] = {}  # module, stack, checkpoint path
-        for name, path in self.exported.weights.items():
-            if (place := self.stored.rows.get(name)) is not None:
-                owner, _, slot = place[0].rpartition(".")
-                self.stacks.setdefault(owner, {}).setdefault(slot, {})[path] = place[1]
+        packed = self.exported.weights
+        for name in packed.keys() & self.stored.rows.keys():
+            place, part = self.stored.rows[name]
+            owner, _, slot = place.rpartition(".")
+            self.stacks.setdefault(owner, {}).setdefault(slot, {})[packed[name]] = part
         for name, (place, _) in self.stored.rows.items():
-            if place.rpartition(".")[0] in self.stacks and name.removesuffix(".weight") not in self.exported.modules:
+            if place.rpartition(".")[0] in self.stacks and name not in packed:
                 raise UnsupportedError(
                     f"{name} is dense, but other experts of its layer are quantized: they cannot be served packed in "
                     "part; qat.checkpoints.exported.load_exported reads them densely"
