@@ -52,7 +52,7 @@ def main() -> None:
             console.rule(row)
             train(job, resume_run=has_state(job.folder), console=console, table=False)
         reports[row] = json.loads(path.read_text())
-    print("| run | KL plain PTQ | KL best PTQ | KL student | KL gap closed | NLL gap closed | step |")
+    print("| run | KL RTN | KL initialisation | KL student | KL gap closed | NLL gap closed | step |")
     print("|---|---|---|---|---|---|---|")
     for row, report in reports.items():
         kl = {entry["name"]: entry["kl"] for entry in report["rows"]}

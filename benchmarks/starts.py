@@ -1,6 +1,6 @@
-"""What a start is worth before any training: held-out KL of the embedded model for several ways to begin.
+"""What an initialisation is worth before any training: held-out KL of the embedded model for several ways to begin.
 
-Every start is calibrated on the same text, which the teacher writes, and judged on the same held-out text.
+Each is calibrated on the same text, which the teacher writes, and evaluated on the same held-out text.
 
     python benchmarks/starts.py [--formats nvfp4 mxfp4] [--tokens 4096] [--rows 24]
 """
@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 STARTS: dict[str, dict[str, Any]] = {
-    "plain rounding": {"init": ()},
+    "RTN": {"init": ()},
     "input-weighted scales": {},
     "+ GPTQ": {"init": ("gptq",)},
     "+ smoothing": {"init": ("smooth", "scales")},
@@ -33,13 +33,13 @@ def main() -> None:
     from qat import Rule, Scheme, apply, calibrate
     from qat.checkpoints.hf import ModelConfig, load_model, load_tokenizer, resolve
     from qat.trainers.data import Batches, DataConfig, Generate, load_blocks
-    from qat.trainers.evaluate import Judge
+    from qat.trainers.evaluate import Evaluator
     from qat.trainers.packing import model_inputs
 
     source = resolve(ModelConfig(id="embedded:smollm2-135m"))
     tokenizer, teacher = load_tokenizer(source), load_model(source, torch.float32).eval()
     heldout = load_blocks(DataConfig(source="heldout"), tokenizer, num_tokens=arguments.tokens)
-    judge = Judge(teacher, heldout, 2, torch.device("cpu"), torch.bfloat16)
+    evaluator = Evaluator(teacher, heldout, 2, torch.device("cpu"), torch.bfloat16)
     own = DataConfig(source="teacher", generate=Generate(batch=24))
     written = load_blocks(own, tokenizer, num_tokens=arguments.rows * 512, teacher=teacher)
     batches = Batches(written, 2, 0)
@@ -59,7 +59,7 @@ def main() -> None:
             student = apply(load_model(source, torch.float32), scheme, defer_init=True)
             with torch.autocast("cpu", torch.bfloat16):
                 calibrate(student, text, scheme)
-            cells.append(f"{judge.score(student).kl:.4f} ({time.perf_counter() - began:.0f} s)")
+            cells.append(f"{evaluator.score(student).kl:.4f} ({time.perf_counter() - began:.0f} s)")
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""What config.json says a model is, judged before a weight is read: a causal language model, whole, not quantized yet,
+"""What config.json says a model is, checked before a weight is read: a causal language model, whole, not quantized yet,
 and the attention that it will run with."""
 
 import contextlib

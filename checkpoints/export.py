@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qat.checkpoints.caches import cache_record, cache_tensors, exportable
 from qat.checkpoints.export_plan import (
     DEFAULT_TARGET,
     ExportPlan,
@@ -34,6 +35,7 @@ from qat.checkpoints.record import RECORD, RECORD_VERSION, is_export
 from qat.checkpoints.shards import DEFAULT_SHARD_BYTES, ShardReader, ShardWriter
 from qat.errors import CheckpointError, UnsupportedError
 from qat.numbers.scale import broken
+from qat.sites import CACHED, sites
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,8 +65,11 @@ def check_export(model: "PreTrainedModel", source: Path | None) -> list[str]:
     if able:
         return [f"{refused[DEFAULT_TARGET]}. Export this run with --target {' or '.join(able)}"]
     nowhere = dict.fromkeys(filter(None, (no_layout(plan.layer(path)) for path in plan.linears)))
-    if nowhere:
-        return [f"this can be trained and evaluated, but not exported: {'; '.join(nowhere)}"]
+    caches = {site.format.name: site.format for site in sites(model, *CACHED)}
+    unheld = [name for name, fmt in caches.items() if not exportable(fmt, TARGETS.values())]
+    reasons = [*nowhere, *(f"no export target holds {name} caches" for name in unheld)]
+    if reasons:
+        return [f"this can be trained and evaluated, but not exported: {'; '.join(reasons)}"]
     raise UnsupportedError("no export target can hold this model:\n  " + "\n  ".join(refused.values()))
 
 
@@ -118,6 +123,8 @@ def export_model(
             for stored, tensor in _tensors_of(plan, name, own.get(name), reader, record).items():
                 writer.add(stored, tensor)
             advance(1)
+        for name, scale in _cache_scales(plan, record).items():
+            writer.add(name, scale)
         files = _copy_files(source, writer.folder)
         extras = plan.target.files(plan.quantization)
         for name, value in {"config.json": exported_config(plan, source), **extras}.items():
@@ -229,6 +236,15 @@ def _packed(plan: ExportPlan, path: str, record: dict[str, Any]) -> dict[str, Te
     return tensors
 
 
+def _cache_scales(plan: ExportPlan, record: dict[str, Any]) -> dict[str, Tensor]:
+    """Scales of caches by name; their digests go into `record`."""
+    scales = cache_tensors(plan.caches, plan.target)
+    for name, scale in scales.items():
+        _check_scale(name, scale)
+        record["tensors"][name] = digest(scale)
+    return scales
+
+
 def _check_scale(name: str, scale: Tensor) -> None:
     if broken(scale):
         raise CheckpointError(f"{name} must be finite and positive everywhere, but is not; nothing was written")
@@ -267,6 +283,7 @@ def _record(plan: ExportPlan, source: Path, target: str, written: dict[str, Any]
         "source_config_sha256": hashlib.sha256((source / "config.json").read_bytes()).hexdigest(),
         "activation_rules": sorted(rules),
         "fused": plan.fused,
+        "caches": cache_record(plan.caches),
         "copied": list(plan.copied),
         "left_out": plan.left_out,
         "embeddings_on_grid": {path: site.format.name for path, site in plan.embeddings.items()},

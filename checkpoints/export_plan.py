@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.checkpoints.architecture import quiet, read_config, read_json
+from qat.checkpoints.caches import CachePlan, check_ranges, plan_caches
 from qat.checkpoints.fused import check_fused, scales_apart
 from qat.checkpoints.layouts import TARGETS, Target, TargetLayer, check_layer, support
 from qat.checkpoints.matrices import Matrix, dense_parts, stored_matrices
@@ -30,7 +31,7 @@ from qat.checkpoints.names import (
 )
 from qat.checkpoints.shards import ShardReader, TensorInfo
 from qat.errors import CheckpointError, UnsupportedError
-from qat.kept import kept_in_float32, own_tensors
+from qat.float32 import float32_names, own_tensors
 from qat.sites import Site, sites
 from qat.text import some
 
@@ -48,7 +49,8 @@ class ExportPlan:
     Everything is by checkpoint name or path: `linears` and `embeddings` are quantized layers, `dense` every other
     tensor, `wide` those of them that stay in float32, `copied` what the model never loaded (with shapes), `left_out`
     names of the source that are not written (with the reason), `order` all names to write, `head` the output layer,
-    `fused` the sets that were trained as one, `quantization` what config.json will say of all this.
+    `fused` the sets that were trained as one, `quantization` what config.json will say of all this, `caches` what
+    attention layers keep quantized.
     """
 
     model: "PreTrainedModel"
@@ -64,6 +66,7 @@ class ExportPlan:
     head: str
     fused: list[list[str]]
     quantization: dict[str, Any] = field(default_factory=dict)
+    caches: CachePlan = field(default_factory=CachePlan)
     notes: list[str] = field(default_factory=list)
 
     def layer(self, path: str) -> TargetLayer:
@@ -89,6 +92,8 @@ def plan_export(model: "PreTrainedModel", source: Path | None, target: Target) -
     for path in plan.linears:
         check_layer(target, plan.layer(path))
     plan.quantization = target.quantization_config([plan.layer(path) for path in plan.linears], _ignored(plan))
+    plan.caches = plan_caches(model, plan.names, target)
+    plan.quantization |= plan.caches.config
     if source is not None:
         _check_loads(plan, source)
     plan.notes = _notes(plan, source)
@@ -101,6 +106,7 @@ def check_values(plan: ExportPlan) -> None:
     Raises:
         CheckpointError, UnsupportedError: names the layers.
     """
+    check_ranges(plan.caches)
     for path, site in plan.linears.items():
         quantizer = site.input
         if quantizer is not None and quantizer.needs_calibration and not 0 < float(quantizer.amax) < math.inf:
@@ -130,6 +136,7 @@ def refusals(model: "PreTrainedModel", source: Path | None) -> tuple[ExportPlan,
             for layer in layered:
                 check_layer(target, layer)
             target.quantization_config(layered, _ignored(replace(base, target=target)))
+            plan_caches(model, base.names, target)
         except UnsupportedError as error:
             refused[name] = str(error)
         else:
@@ -167,7 +174,7 @@ def _sort_tensors(model: "PreTrainedModel", source: Path | None, target: Target)
         _check_source(model, names, source, {**names.shadowed, **aliases}, dense.keys() | own)
     order = [name for name in given if name not in left_out]
     order += sorted((dense.keys() | own) - set(given))
-    in_float32 = kept_in_float32(model)
+    in_float32 = float32_names(model)
     wide = frozenset(name for name in dense if names.origins.get(name) in in_float32)
     copied, head = {name: given[name].shape for name in sorted(names.unread)}, _head(model, names.paths)
     return ExportPlan(
@@ -349,7 +356,7 @@ def _notes(plan: ExportPlan, source: Path | None) -> list[str]:
             "plain transformers (5.23) reads experts without global scales and without zero points, so it computes "
             "garbage from these; vLLM does not"
         ] = None
-    notes.update(dict.fromkeys(_of_the_source(plan, source)))
+    notes.update(dict.fromkeys([*plan.caches.notes, *_of_the_source(plan, source)]))
     return list(notes)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.adapters import adapter_for
+from qat.checkpoints.caches import quantize_caches
 from qat.checkpoints.hf import check_generation, check_loading, quiet
 from qat.checkpoints.layouts import ExportedFolder, open_export
 from qat.checkpoints.layouts.arguments import input_format
@@ -72,6 +73,7 @@ def load_exported(
     attn_implementation: str | None = None,
     quantize_inputs: bool = True,
     expert_inputs: bool = True,
+    caches: bool = True,
 ) -> "PreTrainedModel":
     """The model in an exported folder, in eval mode, computing in `dtype` with the weights an engine dequantizes.
 
@@ -80,30 +82,27 @@ def load_exported(
         activation_rule: "vllm" or "compressed_tensors".
         dtype: float32, or bfloat16 to compute as a BF16 server does.
         attn_implementation: as in transformers; by default what it chooses itself.
-        quantize_inputs: False leaves the inputs alone (weights only).
+        quantize_inputs: False leaves inputs alone (weights only).
         expert_inputs: False leaves those of fused experts alone, as plain transformers does.
+        caches: False leaves keys and values alone.
 
     Raises:
         CheckpointError: tensors are missing, surplus or damaged.
         UnsupportedError: an input quantization that the catalogue does not know.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     exported = open_export(folder)
     config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    try:
-        architecture: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    except KeyError:
-        raise UnsupportedError(f"transformers has no causal language model for {config.model_type!r}") from None
     dense: dict[str, Tensor] = {}
     with progress(f"unpacking {folder.name}", len(exported.modules)) as advance:
         for name, tensor in exported.dense_tensors():
             dense[name] = tensor
             advance(1)
     with quiet():
-        model, info = architecture.from_pretrained(
+        model, info = _architecture(config).from_pretrained(
             None,
             config=config,
             state_dict=dense,
@@ -115,14 +114,25 @@ def load_exported(
     check_generation(folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    stored = stored_names(model, exported.dense_names)
+    _check_layers(exported, stored, type(model).__name__)
+    if caches:
+        quantize_caches(model, exported, activation_rule, stored)
     if quantize_inputs:
-        stored = stored_names(model, exported.dense_names)
-        _check_layers(exported, stored, type(model).__name__)
         hook_inputs(model, exported, activation_rule, stored.modules)
-        if expert_inputs:
-            _quantize_stack_inputs(model, stack_inputs(exported, activation_rule, stored.rows))
+    if quantize_inputs and expert_inputs:
+        _quantize_stack_inputs(model, stack_inputs(exported, activation_rule, stored.rows))
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def _architecture(config: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        raise UnsupportedError(f"transformers has no causal language model for {config.model_type!r}") from None
 
 
 def _check_layers(exported: ExportedFolder, stored: StoredNames, kind: str) -> None:

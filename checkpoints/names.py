@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.families import stacks
-from qat.kept import own_tensors
+from qat.float32 import own_tensors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

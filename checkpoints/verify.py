@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qat.checkpoints.caches import attention_paths, stored_caches
 from qat.checkpoints.exported import load_exported
 from qat.checkpoints.hf import quiet
 from qat.checkpoints.layouts import ExportedFolder, open_export
@@ -26,7 +27,7 @@ from qat.checkpoints.names import StoredNames, missing_names, skeleton, stored_n
 from qat.checkpoints.progress import progress
 from qat.checkpoints.record import RECORD, read_record
 from qat.errors import CheckpointError
-from qat.kept import kept_in_float32
+from qat.float32 import float32_names
 from qat.text import some
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class _Subject:
     @cached_property
     def in_float32(self) -> set[str]:
         """Checkpoint names of what the architecture keeps in float32."""
-        own = kept_in_float32(self.model)
+        own = float32_names(self.model)
         return {name for name, place in self.stored.origins.items() if place in own}
 
     @cached_property
@@ -164,6 +165,7 @@ def _tensors(subject: _Subject) -> str:
             wanted.update({exported.tensor_name(path, key): spec for key, spec in specs.items()})
         elif name in exported.names:
             wanted[name] = (_type_of(subject, name, tensor), shape)
+    wanted |= {name: (None, exported.reader.info(name).shape) for name in exported.cache_names & exported.names}
     missing = {*missing_names(subject.model, subject.stored, exported.dense_names), *(wanted.keys() - exported.names)}
     problems = [f"{name} is missing" for name in sorted(missing)]
     problems += [f"{name} is unknown" for name in sorted(exported.names - wanted.keys() - subject.copied)]
@@ -302,6 +304,27 @@ def _tied(subject: _Subject) -> str:
     return f"tie_word_embeddings is {str(tied).lower()}, as stored"
 
 
+def _caches(subject: _Subject) -> str:
+    """Every attention layer has the scales of its cache, and they are those of the trained model."""
+    exported, recorded = subject.exported, (subject.record or {}).get("caches") or {}
+    given = stored_caches(exported)
+    if not given:
+        _require([f"{path} is recorded, but not stored" for path in recorded], "caches")
+        return "caches are not quantized"
+    attention = attention_paths(subject.model, subject.stored)
+    everywhere = set(attention.values()) if exported.caches else given.keys() & set(attention.values())
+    problems = [f"{path} has no scales" for path in sorted(everywhere - given.keys())]
+    problems += [f"{path} is no attention layer" for path in sorted(given.keys() - set(attention.values()))]
+    for path, roles in recorded.items():
+        for role, (fmt, _) in given.get(path, {}).items():
+            if fmt.name != roles[role]["format"]:
+                problems.append(f"the {role} of {path} is {fmt.name}, not {roles[role]['format']}")
+    _require(problems, "caches")
+    where = "scales are stored" if exported.caches else f"only {RECORD} says so"
+    formats = dict.fromkeys(fmt.name for roles in given.values() for fmt, _ in roles.values())
+    return f"{len(given)} layers cache {', '.join(formats)}; {where}"
+
+
 CHECKS: dict[str, Callable[[_Subject], str]] = {
     "tensors": _tensors,
     "scales": _scales,
@@ -311,6 +334,7 @@ CHECKS: dict[str, Callable[[_Subject], str]] = {
     "size": _size,
     "companions": _companions,
     "tied": _tied,
+    "caches": _caches,
 }
 
 
@@ -332,6 +356,7 @@ def _compare(subject: _Subject, tokens: int, how: PlainLoading) -> str:
             torch.bfloat16,
             quantize_inputs=how.quantizes_inputs,
             expert_inputs=False,  # as theirs
+            caches=how.quantizes_inputs and bool(subject.exported.caches),  # not what only our record says
         ),
         ids,
     )

@@ -19,6 +19,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from qat.checkpoints.decoding import TextStream
+from qat.engines.cache import quantized_cache
 from qat.engines.requests import Request
 
 MOST_TOKENS = 1024  # written where neither the request nor the generation config says how many
@@ -103,8 +104,8 @@ class Answer(StoppingCriteria):
         """Whether to end, given all tokens so far."""
         if self._finish is None and not self.left.is_set():
             self._take(int(input_ids[0, -1]))
-        done = self._finish is not None or self.left.is_set()
-        return torch.full((len(input_ids),), done, dtype=torch.bool, device=input_ids.device)
+        ended = self._finish is not None or self.left.is_set()
+        return torch.full((len(input_ids),), ended, dtype=torch.bool, device=input_ids.device)
 
     def end(self) -> None:
         """`generate` has returned."""
@@ -118,7 +119,7 @@ class Answer(StoppingCriteria):
             self._finish = "stop"
         else:
             if self._request.alternatives is not None:
-                self._pending.append(self._told(token, self._request.alternatives))
+                self._pending.append(self._token_of(token, self._request.alternatives))
             self._text += self._stream.push(token)
             if self._written == self._limit:
                 self._finish = "length"
@@ -130,10 +131,10 @@ class Answer(StoppingCriteria):
         if self._finish:
             self._text += self._stream.rest()
         start = max(0, self._searched - max(map(len, stops), default=0))
-        found = [place for stop in stops if (place := self._text.find(stop, start)) >= 0]
+        places = [place for stop in stops if (place := self._text.find(stop, start)) >= 0]
         self._searched = len(self._text)
-        if found:
-            self._text, self._finish = self._text[: min(found)], "stop"
+        if places:
+            self._text, self._finish = self._text[: min(places)], "stop"
             self._pending = [token for token in self._pending if token.offset < len(self._text)]
         ready = len(self._text) - (0 if self._finish else self._may_be_stop())
         if ready > self._sent or self._finish:
@@ -147,7 +148,7 @@ class Answer(StoppingCriteria):
         sizes = (size for stop in self._request.stop for size in range(len(stop)) if self._text.endswith(stop[:size]))
         return max(sizes, default=0)
 
-    def _told(self, token: int, alternatives: int) -> Token:
+    def _token_of(self, token: int, alternatives: int) -> Token:
         assert self.logits is not None  # the hook of `Writer` runs before
         logprobs = torch.log_softmax(self.logits.float(), dim=-1)
         values, ids = logprobs.topk(min(alternatives, len(logprobs)))
@@ -167,10 +168,10 @@ class Penalties(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores of the next token."""
-        seen = torch.zeros_like(scores)
+        counts = torch.zeros_like(scores)
         written = input_ids[:, self._prompt :]
-        seen.scatter_add_(1, written, torch.ones_like(written, dtype=scores.dtype))
-        return scores - self._frequency * seen - self._presence * (seen > 0)
+        counts.scatter_add_(1, written, torch.ones_like(written, dtype=scores.dtype))
+        return scores - self._frequency * counts - self._presence * (counts > 0)
 
 
 def generation_config(defaults: GenerationConfig, request: Request, limit: int) -> GenerationConfig:
@@ -180,8 +181,8 @@ def generation_config(defaults: GenerationConfig, request: Request, limit: int) 
     """
     config = copy.deepcopy(defaults)
     temperature = _first(request.temperature, defaults.temperature, 1.0)
-    asked = bool(request.temperature) or (request.top_p is not None and request.top_p < 1)
-    config.do_sample = temperature > 0 and (asked or (request.temperature is None and bool(defaults.do_sample)))
+    samples = bool(request.temperature) or (request.top_p is not None and request.top_p < 1)
+    config.do_sample = temperature > 0 and (samples or (request.temperature is None and bool(defaults.do_sample)))
     config.temperature = float(temperature) if config.do_sample else 1.0  # `generate` refuses whole numbers
     config.top_p = float(_first(request.top_p, defaults.top_p, 1.0)) if config.do_sample else 1.0
     top_k = max(0, _first(request.top_k, defaults.top_k, 0))
@@ -256,6 +257,8 @@ class Writer:
                 seeing.callback(self._model.register_forward_hook(see).remove)
             ids = torch.tensor([prompt], device=self._model.device)
             with seeing:
+                if (cache := quantized_cache(self._model)) is not None:
+                    config.cache_implementation = None
                 self._model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
@@ -263,6 +266,7 @@ class Writer:
                     logits_processor=LogitsProcessorList(processors),
                     stopping_criteria=StoppingCriteriaList([answer]),
                     tokenizer=self._tokenizer,
+                    past_key_values=cache,
                 )
             answer.end()
         except Exception as error:  # of one answer; the thread goes on

@@ -69,15 +69,15 @@ class Front:
     async def _other(self, method: str, path: str, send: Send) -> None:
         """What is not a POST."""
         cards = [{"id": name, "object": "model", "created": 0, "owned_by": "qat"} for name in self.reader.names]
-        asked = path.removeprefix("/v1/models/")
+        model = path.removeprefix("/v1/models/")
         if method not in ("GET", "HEAD"):
             pass
         elif path == "/health":
             return await _json(send, 200, {"status": "ok"})
         elif path == "/v1/models":
             return await _json(send, 200, {"object": "list", "data": cards})
-        elif asked != path and self.reader.knows(asked):
-            return await _json(send, 200, {**cards[0], "id": asked})
+        elif model != path and self.reader.knows(model):
+            return await _json(send, 200, {**cards[0], "id": model})
         paths = "GET /v1/models or /health, or POST to " + " or ".join(ENDPOINTS)
         raise Refused(405 if path in ENDPOINTS else 404, f"{method} {path} is not served; {paths}")
 

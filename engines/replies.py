@@ -63,10 +63,10 @@ class Reply:
     def _choice(
         self, index: int, body: dict[str, Any], tokens: Sequence[Token], finish: Finish | None
     ) -> dict[str, Any]:
-        told = None
+        logprobs = None
         if self._request.alternatives is not None and (tokens or not self._request.stream):
-            told = _chat_logprobs(tokens) if self._request.chat else _text_logprobs(tokens)
-        return {"index": index, **body, "logprobs": told, "finish_reason": finish}
+            logprobs = _chat_logprobs(tokens) if self._request.chat else _text_logprobs(tokens)
+        return {"index": index, **body, "logprobs": logprobs, "finish_reason": finish}
 
     def _usage(self, written: int) -> dict[str, int]:
         read = sum(map(len, self._request.prompts))

@@ -17,7 +17,7 @@ Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and whic
 
 
 class Refused(Exception):
-    """What a client is told: HTTP status, words, and OpenAI's `param` and `code`."""
+    """What a client receives: HTTP status, words, and OpenAI's `param` and `code`."""
 
     def __init__(self, status: int, words: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(words)
@@ -40,7 +40,7 @@ class Request:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     stop: tuple[str, ...] = ()
-    alternatives: int | None = None  # whose log-probabilities are told beside the chosen token's; None tells none
+    alternatives: int | None = None  # whose log-probabilities are given beside the chosen token's; None for none
     stream: bool = False
     usage: bool = False  # whether a stream ends with a chunk of token counts
 
@@ -169,85 +169,85 @@ class Reader:
         keys = ENDPOINTS.get(path)
         if keys is None:
             raise Refused(404, f"{path} is not served; POST to {' or '.join(ENDPOINTS)}")
-        given = _parsed(body)
+        fields = _parsed(body)
         needed = next(iter(keys))
-        if needed not in given:
+        if needed not in fields:
             raise Refused(400, f"give `{needed}`, {keys[needed][1]}", needed)
-        for key, value in given.items():
+        for key, value in fields.items():
             if key not in keys and key not in _NEUTRAL:
                 raise Refused(400, f"{key!r} is not served; allowed are {', '.join({**keys, **_NEUTRAL})}", key)
             allowed, words = keys[key] if key in keys else _NEUTRAL[key]
             if not allowed(value):
                 raise Refused(400, f"{key} must be {words}, not {_short(value)}", key)
-        if not self.knows(given.get("model", self.names[0])):
+        if not self.knows(fields.get("model", self.names[0])):
             here = " or ".join(map(json.dumps, self.names))
-            words = f"there is no model {_short(given['model'])} here; this is {here}"
+            words = f"there is no model {_short(fields['model'])} here; this is {here}"
             raise Refused(404, words, "model", "model_not_found")
         chat = needed == "messages"
-        prompts = [self._chat(given["messages"])] if chat else self._prompts(given["prompt"])
-        limits = [given[key] for key in ("max_completion_tokens", "max_tokens") if key in given]
+        prompts = [self._chat(fields["messages"])] if chat else self._prompts(fields["prompt"])
+        limits = [fields[key] for key in ("max_completion_tokens", "max_tokens") if key in fields]
         for prompt in prompts:
             self._check_length(len(prompt), max(limits, default=0))
-        stop = given.get("stop", ())
+        stop = fields.get("stop", ())
         return Request(
             chat=chat,
             prompts=tuple(prompts),
             limit=limits[0] if limits else None,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
-            alternatives=_alternatives(given, chat),
-            usage=given.get("stream_options", {}).get("include_usage", False),
-            **{key: given[key] for key in _PASSED if key in given},
+            alternatives=_alternatives(fields, chat),
+            usage=fields.get("stream_options", {}).get("include_usage", False),
+            **{key: fields[key] for key in _PASSED if key in fields},
         )
 
     def knows(self, name: str) -> bool:
         """Whether the model has this name; a folder may be written in several ways."""
         return normpath(name) in map(normpath, self.names)
 
-    def _check_length(self, length: int, asked: int) -> None:
+    def _check_length(self, length: int, limit: int) -> None:
         if length == 0:
             raise Refused(400, "the prompt has no tokens")
-        if length + max(asked, 1) > self.context:
-            more = f"and {asked} more are asked for" if asked else "and none can follow"
+        if length + max(limit, 1) > self.context:
+            more = f"and {limit} more are asked for" if limit else "and none can follow"
             raise Refused(400, f"the prompt has {length} tokens {more}; the model takes {self.context}")
 
     def _check_characters(self, characters: int) -> None:
         if characters > _CHARACTERS * self.context:
             raise Refused(400, f"the prompt has {characters} characters; the model takes {self.context} tokens")
 
-    def _prompts(self, given: Any) -> list[list[int]]:
-        prompts = [given] if isinstance(given, str) or _token_ids(given) else given
-        found = []
+    def _prompts(self, value: Any) -> list[list[int]]:
+        prompts = [value] if isinstance(value, str) or _token_ids(value) else value
+        ids = []
         for prompt in prompts:
             if isinstance(prompt, str):
                 self._check_characters(len(prompt))
                 prompt = self.tokenizer(prompt)["input_ids"]
             elif max(prompt) >= self.vocabulary:
                 raise Refused(400, f"token {max(prompt)} does not exist; the model has {self.vocabulary}", "prompt")
-            found.append(list(prompt))
-        return found
+            ids.append(list(prompt))
+        return ids
 
-    def _chat(self, given: list[dict[str, Any]]) -> list[int]:
-        messages = [_message(message) for message in given]
+    def _chat(self, entries: list[dict[str, Any]]) -> list[int]:
+        messages = [_message(message) for message in entries]
         self._check_characters(sum(len(text) for message in messages for text in message.values()))
         try:
-            made = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+            encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
         except Exception as error:  # templates raise what they like, such as jinja2's errors
             raise Refused(400, f"the model's chat template does not take these messages: {error}") from error
-        return list(made["input_ids"])
+        return list(encoded["input_ids"])
 
 
 def _parsed(body: bytes) -> dict[str, Any]:
     """The JSON object in `body` without nulls, which count as absent."""
     try:
-        given = json.loads(body)
-        json.dumps(given, ensure_ascii=False).encode()
+        fields = json.loads(body)
+        json.dumps(fields, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise Refused(400, f"the text is not valid Unicode: {error.reason}") from error
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body is not JSON: {error}") from error
-    if not isinstance(given, dict):
-        raise Refused(400, f"the body must be a JSON object, not {type(given).__name__}")
-    return {key: value for key, value in given.items() if value is not None}
+    if not isinstance(fields, dict):
+        raise Refused(400, f"the body must be a JSON object, not {type(fields).__name__}")
+    return {key: value for key, value in fields.items() if value is not None}
 
 
 def _message(message: dict[str, Any]) -> dict[str, str]:
@@ -266,14 +266,14 @@ def _message(message: dict[str, Any]) -> dict[str, str]:
     return {"role": role, "content": "\n".join(str(text) for text in texts)}
 
 
-def _alternatives(given: dict[str, Any], chat: bool) -> int | None:
-    asked = given.get("logprobs", False)
+def _alternatives(fields: dict[str, Any], chat: bool) -> int | None:
+    wants_logprobs = fields.get("logprobs", False)
     if not chat:
-        return None if asked is False else int(asked)
-    most = int(given.get("top_logprobs", 0))
-    if most and not asked:
+        return None if wants_logprobs is False else int(wants_logprobs)
+    most = int(fields.get("top_logprobs", 0))
+    if most and not wants_logprobs:
         raise Refused(400, f"top_logprobs {most} needs logprobs: true", "top_logprobs")
-    return most if asked else None
+    return most if wants_logprobs else None
 
 
 def _short(value: Any) -> str:

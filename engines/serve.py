@@ -76,12 +76,15 @@ def transformers_server(
     import uvicorn
 
     from qat.engines.answers import Writer
+    from qat.engines.cache import quantized_cache
     from qat.engines.front import Front
     from qat.engines.requests import Reader
 
     tokenizer = load_tokenizer(folder)
     tokenizer.model_max_length = sys.maxsize  # the reader refuses what is too long, and no library warns of it
     model = load_packed(folder, None if dtype == "auto" else getattr(torch, dtype), device)
+    if (cache := quantized_cache(model)) is not None:
+        print(f"qat serve: {cache.cost}", file=sys.stderr, flush=True)
     context = most_positions(model) or _ENDLESS
     writer = Writer(model, tokenizer, context)
     reader = Reader(tokenizer, context, model.config.get_text_config().vocab_size, names)
@@ -89,8 +92,8 @@ def transformers_server(
     class Server(uvicorn.Server):
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)  # ends the process where the port is taken
-            told = f"{' or '.join(names)} on http://{host}:{port}/v1"
-            print(f"qat serve: {told} (stop with Ctrl-C)", file=sys.stderr, flush=True)
+            address = f"{' or '.join(names)} on http://{host}:{port}/v1"
+            print(f"qat serve: {address} (stop with Ctrl-C)", file=sys.stderr, flush=True)
 
         def run(self, sockets: Any = None) -> None:
             try:

@@ -21,6 +21,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qat.checkpoints.caches import quantize_caches
 from qat.checkpoints.exported import hook_inputs, stack_inputs
 from qat.checkpoints.hf import check_loading, quiet
 from qat.checkpoints.layouts import READERS, TARGETS, open_export
@@ -97,13 +98,16 @@ class PackedQuantizer(HfQuantizer):
         _check_names(model, self.exported, self.stored)
         self._set_experts_aside(model)
         for path, module in self.layers.items():
-            names = [name for name in self.exported.quantized_names if name.startswith(f"{module.path}.")]
+            of_layers = self.exported.quantized_names - self.exported.cache_names
+            names = [name for name in of_layers if name.startswith(f"{module.path}.")]
             stored = {name[len(module.path) + 1 :]: self.exported.reader.empty(name) for name in names}
             linear = model.get_submodule(path)
             assert isinstance(linear, nn.Linear)  # stored_names lists no others that can be quantized
-            shape, wanted = self.exported.shape(module.path), (linear.out_features, linear.in_features)
-            if shape != wanted:
-                raise CheckpointError(f"{module.path}.weight is stored as {[*shape]}, config.json asks for {[*wanted]}")
+            shape, expected = self.exported.shape(module.path), (linear.out_features, linear.in_features)
+            if shape != expected:
+                raise CheckpointError(
+                    f"{module.path}.weight is stored as {[*shape]}, config.json asks for {[*expected]}"
+                )
             model.set_submodule(path, StoredLinear(linear, stored))
 
     def _set_experts_aside(self, model: "PreTrainedModel") -> None:
@@ -114,8 +118,8 @@ class PackedQuantizer(HfQuantizer):
             place, part = self.stored.rows[name]
             owner, _, slot = place.rpartition(".")
             self.stacks.setdefault(owner, {}).setdefault(slot, {})[packed[name]] = part
-        for name, (place, _) in self.stored.rows.items():
-            if place.rpartition(".")[0] in self.stacks and name not in packed:
+        for name, (stack, _) in self.stored.rows.items():
+            if stack.rpartition(".")[0] in self.stacks and name not in packed:
                 raise UnsupportedError(
                     f"{name} is dense, but other experts of its layer are quantized: they cannot be served packed in "
                     "part; qat.checkpoints.exported.load_exported reads them densely"
@@ -123,12 +127,13 @@ class PackedQuantizer(HfQuantizer):
         self.experts = {owner: model.get_submodule(owner) for owner in self.stacks}
         for owner in self.stacks:
             model.set_submodule(owner, nn.Identity())
+        if self.exported.caches:
+            _expect(model, [re.escape(name) for name in self.exported.cache_names])
         if self.stacks:  # under their names in the file, and as transformers renames them
             paths = [path for stacks in self.stacks.values() for each in stacks.values() for path in each]
             stored = {re.sub(r"\.\d+\.[^.]+$", "", path) for path in paths}
             names = "|".join(re.escape(name) for name in (*self.stacks, *sorted(stored)))
-            ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-            model._keys_to_ignore_on_load_unexpected = ignored | {rf"^(?:{names})\."}
+            _expect(model, [rf"^(?:{names})\."])
 
     def _pack_experts(self, model: "PreTrainedModel") -> None:
         inputs = stack_inputs(self.exported, "vllm", self.stored.rows)
@@ -173,12 +178,13 @@ class PackedQuantizer(HfQuantizer):
                 except FormatError as error:
                     raise CheckpointError(f"{module.path}: {error}") from error
                 if reason is not None:
-                    what = f"{q.format.name} weights are held dense, no faster than BF16: {reason}"
+                    what = f"{q.format.name} weights are dense, no faster than BF16: {reason}"
                     dense.setdefault(what, []).append(path)
                 model.set_submodule(path, layer.train(stored.training))
                 advance(1)
         hook_inputs(model, self.exported, "vllm", {module.path: path for path, module in self.layers.items()})
         self._pack_experts(model)
+        quantize_caches(model, self.exported, "vllm", self.stored)
         for reason, paths in dense.items():
             warnings.warn(f"{some(paths, 1)}: {reason}", stacklevel=2)
         _warn_of_slow_paths(model)
@@ -211,23 +217,29 @@ class PackedQuantizer(HfQuantizer):
         return False
 
 
+def _expect(model: "PreTrainedModel", patterns: list[str]) -> None:
+    """Let transformers find tensors in the file that it has no place for."""
+    known = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    model._keys_to_ignore_on_load_unexpected = known | set(patterns)
+
+
 def _check_names(model: "PreTrainedModel", exported: ExportedFolder, stored: StoredNames) -> None:
     """Refuse what transformers would make up (missing tensors, other shapes, which some versions do not report) or drop
     (of quantized layers, what nothing reads)."""
-    wanted: set[str] = set()
+    expected: set[str] = set(exported.cache_names)
     for path, module in exported.modules.items():
         keys = exported.expected_tensors(module, *exported.shape(path))
-        wanted |= {exported.tensor_name(path, key) for key in keys}
-    missing = sorted({*missing_names(model, stored, exported.dense_names), *(wanted - exported.names)})
+        expected |= {exported.tensor_name(path, key) for key in keys}
+    missing = sorted({*missing_names(model, stored, exported.dense_names), *(expected - exported.names)})
     dense = stored.tensors.keys() - exported.weights.keys()
-    surplus = sorted(n for n in exported.names - wanted - dense if n.rpartition(".")[0] in exported.modules)
+    surplus = sorted(n for n in exported.names - expected - dense if n.rpartition(".")[0] in exported.modules)
     for names, what in ((missing, "is missing"), (surplus, "belongs to a quantized layer, but nothing reads it")):
         if names:
             raise CheckpointError(f"{exported.folder}: {some(names, 1)} {what}")
     for name in sorted(dense & exported.names):
-        found, own = exported.reader.info(name).shape, stored.tensors[name].shape
-        if tuple(found) != tuple(own):
-            raise CheckpointError(f"{exported.folder}: {name} is {[*found]}, config.json asks for {[*own]}")
+        size, own = exported.reader.info(name).shape, stored.tensors[name].shape
+        if tuple(size) != tuple(own):
+            raise CheckpointError(f"{exported.folder}: {name} is {[*size]}, config.json asks for {[*own]}")
 
 
 def _one_by_one(q: QTensor) -> list[QTensor]:
@@ -278,10 +290,10 @@ def install() -> None:
 
 def _quantizer(before: Any, config: Any, **options: Any) -> HfQuantizer:
     """Ours for a checkpoint, transformers' own where the user quantizes with a config of its class."""
-    made: HfQuantizer = (
+    quantizer: HfQuantizer = (
         PackedQuantizer(config, **options) if isinstance(config, PackedConfig) else before(config, **options)
     )
-    return made
+    return quantizer
 
 
 def uninstall() -> None:
@@ -339,7 +351,7 @@ def load_packed(folder: Path, dtype: torch.dtype | None = None, device: str = "c
         UnsupportedError: layers that cannot be served packed.
     """
     with installed(), quiet(), loading(folder):
-        found: Any = AutoModelForCausalLM.from_pretrained(
+        pair: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype or compute_dtype(device),
             device_map=device,
@@ -347,7 +359,7 @@ def load_packed(folder: Path, dtype: torch.dtype | None = None, device: str = "c
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # check_loading refuses them by name
         )
-    model, info = found
+    model, info = pair
     check_loading(model, info, folder)
     loaded: PreTrainedModel = model.eval()
     return loaded

@@ -326,20 +326,20 @@ class Packed(CompressedTensorsScheme):
 
     def _part(self, stored: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
         """The tensors of one of the fused layers, as they are stored (rows that one rank has)."""
-        rows, first, found = self.sizes[number], sum(self.sizes[:number]), {}
+        rows, first, part = self.sizes[number], sum(self.sizes[:number]), {}
         for name, tensor in stored.items():
             if name == "weight_shape":
-                found[name] = torch.tensor([rows, self.columns])
+                part[name] = torch.tensor([rows, self.columns])
             elif tensor.ndim < 2:
-                found[name] = tensor[number : number + 1]
+                part[name] = tensor[number : number + 1]
             else:
                 per_word = 32 // self.module.bits if self._packed_rows(name, tensor.dtype) else 1
-                found[name] = tensor[first // per_word : (first + rows) // per_word]
-        scale = found["weight_scale"]
+                part[name] = tensor[first // per_word : (first + rows) // per_word]
+        scale = part["weight_scale"]
         if scale.dtype == torch.float32:
             narrow = scale.to(self.weight.scale.storage)
-            found["weight_scale"] = narrow if torch.equal(narrow.to(torch.float32), scale) else scale
-        return found
+            part["weight_scale"] = narrow if torch.equal(narrow.to(torch.float32), scale) else scale
+        return part
 
     def _joined(self, layers: list[QTensor]) -> QTensor:
         """The fused layer: rows below each other, one global scale."""
@@ -364,12 +364,12 @@ class Packed(CompressedTensorsScheme):
 
     def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (tokens, columns) -> (tokens, rows)."""
-        held: Any = layer  # with what process_weights_after_loading put there
+        prepared: Any = layer  # with what process_weights_after_loading put there
         if self.input is not None:
-            x = served_input(x, held.static_input, self.input.name)
+            x = served_input(x, prepared.static_input, self.input.name)
         if bias is not None:
-            return packed_linear(x, held.packed.packed, bias)
-        y: Tensor = held.packed(x)
+            return packed_linear(x, prepared.packed.packed, bias)
+        y: Tensor = prepared.packed(x)
         return y
 
 

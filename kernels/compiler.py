@@ -30,7 +30,8 @@ _SOFT = 1  # omp_pause_soft: settings stay
 def compiler() -> str | None:
     """The C compiler: $CC, cc, gcc or clang, or None."""
     return next(
-        (found for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (found := shutil.which(name))), None
+        (program for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (program := shutil.which(name))),
+        None,
     )
 
 
@@ -80,14 +81,14 @@ def _compile(command: list[str], source: Path, target: Path) -> str | None:
     """Make `target`, complete or not at all; returns the compiler's complaint, or None."""
     print(f"qat: compiling {source.parent.name} for this CPU, once (some seconds)", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        made = Path(scratch) / target.name
-        done = subprocess.run(
-            [*command, "-o", str(made), str(source)], capture_output=True, text=True, timeout=SECONDS, check=False
+        library = Path(scratch) / target.name
+        process = subprocess.run(
+            [*command, "-o", str(library), str(source)], capture_output=True, text=True, timeout=SECONDS, check=False
         )
-        if done.returncode == 0:
-            os.replace(made, target)
+        if process.returncode == 0:
+            os.replace(library, target)
             return None
-    return done.stderr.strip()[-500:]
+    return process.stderr.strip()[-500:]
 
 
 def _processor() -> str:

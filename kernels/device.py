@@ -25,9 +25,9 @@ def device_of(tensor: Tensor) -> Device:
     """Of the tensor's GPU; a tensor on the CPU means that Triton interprets."""
     if not tensor.is_cuda:
         return INTERPRETED
-    told = torch.cuda.get_device_properties(tensor.device)
-    shared: int = told.shared_memory_per_block_optin  # type: ignore[attr-defined]  # missing from torch's stubs
-    return Device(10 * told.major + told.minor, told.multi_processor_count, shared)
+    properties = torch.cuda.get_device_properties(tensor.device)
+    shared: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # missing from torch's stubs
+    return Device(10 * properties.major + properties.minor, properties.multi_processor_count, shared)
 
 
 def on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:

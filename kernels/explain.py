@@ -32,18 +32,18 @@ def explain(format: str, tokens: int, rows: int, columns: int, input_format: str
     if input_format is not None:
         return _explain_quantized(format, tokens, rows, columns, input_format)
     fmt = lookup(format)
-    told: dict[str, Any] = {"format": format, "operator": "qat::packed_linear"}
+    answer: dict[str, Any] = {"format": format, "operator": "qat::packed_linear"}
     reason = packing_problem(fmt)
     if reason is not None:
-        return {**told, "kernel": "none", "why": reason}
+        return {**answer, "kernel": "none", "why": reason}
     if not available():
-        return {**told, **_on_a_cpu(fmt, tokens)}
+        return {**answer, **_on_a_cpu(fmt, tokens)}
     reason = packed.problem(fmt)
     if reason is not None:
-        return {**told, "kernel": "reference", "why": reason}
+        return {**answer, "kernel": "reference", "why": reason}
     processors = device_of(torch.empty(0, device="cuda")).processors
     tiles = packed.choose(tokens, rows, columns, tile(fmt.element.bits), processors)
-    return {**told, "kernel": "triton", "why": tiles.why}
+    return {**answer, "kernel": "triton", "why": tiles.why}
 
 
 def _on_a_cpu(fmt: Format, tokens: int) -> dict[str, str]:
@@ -59,24 +59,24 @@ def _on_a_cpu(fmt: Format, tokens: int) -> dict[str, str]:
 
 def _explain_quantized(format: str, tokens: int, rows: int, columns: int, input_format: str) -> dict[str, Any]:
     x, w = lookup(input_format), lookup(format)
-    told: dict[str, Any] = {"format": format, "input": input_format, "operator": "qat::quantized_matmul"}
+    answer: dict[str, Any] = {"format": format, "input": input_format, "operator": "qat::quantized_matmul"}
     reason = matmul_problem(x, w)
     if reason is not None:
-        return {**told, "kernel": "none", "why": reason}
+        return {**answer, "kernel": "none", "why": reason}
     if not available():
         alone = explain(format, tokens, rows, columns)
         if alone["kernel"] == "none":
-            why = f"weights are held dense, no faster than BF16: {alone['why']}"
-            return {**told, "kernel": "reference", "why": why}
+            why = f"weights are dense, no faster than BF16: {alone['why']}"
+            return {**answer, "kernel": "reference", "why": why}
         why = f"no product of codes here; inputs are rounded, then qat::packed_linear: {alone['why']}"
-        return {**told, "kernel": alone["kernel"], "why": why}
+        return {**answer, "kernel": alone["kernel"], "why": why}
     reason = matmul.problem(x, w)
     if reason is not None:
-        return {**told, "kernel": "reference", "why": reason}
+        return {**answer, "kernel": "reference", "why": reason}
     device = device_of(torch.empty(0, device="cuda"))
     if matmul.block_scaled_problem(x, w, columns, device.capability) is None:
-        return {**told, "kernel": "triton", "why": "units that multiply block scales themselves; never measured"}
-    return {**told, "kernel": "triton", "why": matmul.choose(tokens, rows, columns, x, w, device).why}
+        return {**answer, "kernel": "triton", "why": "units that multiply block scales themselves; never measured"}
+    return {**answer, "kernel": "triton", "why": matmul.choose(tokens, rows, columns, x, w, device).why}
 
 
 def explain_all(tokens: int, rows: int, columns: int, input_format: str | None = None) -> list[dict[str, Any]]:
@@ -99,13 +99,13 @@ def explain_training(format: str) -> dict[str, dict[str, str]]:
         "qat::distill_rows": (None, "loss and gradient of a row of logits together, in place"),
     }
     missing = None if available() else "no GPU with Triton here, or QAT_KERNELS=0"
-    told = {}
+    answer = {}
     for operator, (reason, how) in problems.items():
         why = reason or missing
-        told[operator] = {"kernel": "triton" if why is None else "reference", "why": why or how}
+        answer[operator] = {"kernel": "triton" if why is None else "reference", "why": why or how}
     if not available() and cpu_problem(["fake_quantize_input"]) is None:
         from qat.kernels.fake_quantize_input.cpu import problem
 
         why, how = problem(fmt), problems["qat::fake_quantize_input"][1]
-        told["qat::fake_quantize_input"] = {"kernel": "c" if why is None else "reference", "why": why or how}
-    return told
+        answer["qat::fake_quantize_input"] = {"kernel": "c" if why is None else "reference", "why": why or how}
+    return answer

@@ -30,13 +30,13 @@ def candidates() -> list[Format]:
     """What a weight could become: 4 bits with a scale per group of at most 128, 8 bits with one per row; least bits
     first. One element type each, computed and not looked up, with stored scales of at most 16 bits."""
 
-    def wanted(fmt: Format) -> bool:
+    def is_candidate(fmt: Format) -> bool:
         if fmt.element.bits == 4:
             return fmt.group is not None and fmt.group <= 128
         return fmt.element.bits == 8 and fmt.block == (1, 0)
 
-    found = [fmt for fmt in CATALOG.values() if has_theory(fmt) and _scale_bits(fmt) < 24 and wanted(fmt)]
-    return sorted(found, key=lambda fmt: (fmt.element.bits, fmt.element.kind, fmt.bits_per_weight(4096, 4096)))
+    formats = [fmt for fmt in CATALOG.values() if has_theory(fmt) and _scale_bits(fmt) < 24 and is_candidate(fmt)]
+    return sorted(formats, key=lambda fmt: (fmt.element.bits, fmt.element.kind, fmt.bits_per_weight(4096, 4096)))
 
 
 # --- measured -------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def integer_qsnr(largest: float, crest: float, slack: float, exact: int | None =
         largest: level that a block's largest number is scaled to.
         crest: factor of the blocks.
         slack: of the scale, from 1.
-        exact: the size of a group whose largest number is held without error, or None.
+        exact: the size of a group whose largest number is stored without error, or None.
     """
     share = 1 - 1 / exact if exact else 1.0
     return -10 * math.log10(share * (slack * crest / largest) ** 2 / 12)

@@ -23,12 +23,14 @@ def cache_folder(kind: str) -> Path:
     Raises:
         ConfigError: `$QAT_CACHE` is set to something that cannot be written.
     """
-    chosen = os.environ.get("QAT_CACHE")
-    if chosen:
+    override = os.environ.get("QAT_CACHE")
+    if override:
         try:
-            return _writable(Path(chosen).expanduser() / kind)
+            return _writable(Path(override).expanduser() / kind)
         except (OSError, RuntimeError) as error:
-            raise ConfigError(f"QAT_CACHE={chosen} cannot be written ({_reason(error)}); set it to a folder") from error
+            raise ConfigError(
+                f"QAT_CACHE={override} cannot be written ({_reason(error)}); set it to a folder"
+            ) from error
     try:
         return _writable(_usual() / kind)
     except (OSError, RuntimeError) as error:  # RuntimeError: no home directory

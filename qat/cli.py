@@ -186,6 +186,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--seed {arguments.seed}: a whole number from 0, of 63 bits")
     if not arguments.prompt:
         raise ConfigError("the prompt is empty; give a text to continue")
+    from qat.engines.cache import quantized_cache
     from qat.engines.transformers import load_packed
     from qat.trainers.memory import keep_freed_blocks
 
@@ -199,6 +200,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         chat=arguments.chat,
         device=arguments.device,
         load_export=None if arguments.dense else load_packed,
+        make_cache=quantized_cache,
         moved=arguments.model,
     )
 
@@ -319,7 +321,7 @@ def _training_kernels(as_json: bool) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Any], str]] = {
     "train": (options.train, _train, "run quantization-aware training or distillation from a YAML file"),
-    "eval": (options.evaluate, _eval, "judge a run, an export or a model: KL to the teacher, NLL, top-1 agreement"),
+    "eval": (options.evaluate, _eval, "evaluate a run, an export or a model: KL to the teacher, NLL, top-1 agreement"),
     "export": (options.export, _export, "write a trained run as a native low-precision checkpoint"),
     "verify": (options.verify, _verify, "check an exported checkpoint against the trained model, bit for bit"),
     "generate": (options.generate, _generate, "continue a prompt on this machine, streaming, and print tokens/s"),

@@ -18,7 +18,7 @@ class ConfigError(QatError, ValueError):
 
 
 class FormatError(QatError, ValueError):
-    """A tensor cannot be held by a number format, or the format does not exist."""
+    """A tensor cannot be stored in a number format, or the format does not exist."""
 
 
 class UnsupportedError(QatError, RuntimeError):
@@ -44,5 +44,5 @@ class Interrupted(SystemExit):
 def nearest(name: str, options: Iterable[str], count: int = 3) -> str:
     """The `count` options closest to `name`, as 'a, b, c' for an error message."""
     pool = sorted(set(options))
-    found = difflib.get_close_matches(name, pool, n=count, cutoff=0.0)
-    return ", ".join(found)
+    names = difflib.get_close_matches(name, pool, n=count, cutoff=0.0)
+    return ", ".join(names)

@@ -2,7 +2,7 @@
 need only `DEFAULT`, and a new family is one entry of `FAMILIES`.
 
 What a class of transformers says of itself (its output layer, tied weights, what it keeps in float32) is asked there:
-see `qat.kept` and `qat.checkpoints.names`.
+see `qat.float32` and `qat.checkpoints.names`.
 """
 
 import re

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from qat.kept import kept_in_float32, own_tensors
+from qat.float32 import float32_names, own_tensors
 from qat.quantizer import Mode, Quantizer, WeightQuantizer
 from qat.sites import sites
 
@@ -38,8 +38,8 @@ def served(model: nn.Module) -> Iterator[None]:
     model keeps it in float32, and on a CPU each weight is quantized once instead of at every call. Nothing may be
     trained inside."""
     quantizers = [m for m in model.modules() if isinstance(m, WeightQuantizer) and m.start.device.type == "cpu"]
-    on_grid, kept = {id(site.parameter) for site in sites(model, "weight")}, kept_in_float32(model)
-    own = {id(t): t for name, t in own_tensors(model).items() if t.is_floating_point() and name not in kept}
+    on_grid, unrounded = {id(site.parameter) for site in sites(model, "weight")}, float32_names(model)
+    own = {id(t): t for name, t in own_tensors(model).items() if t.is_floating_point() and name not in unrounded}
     originals = [(tensor, tensor.data) for key, tensor in own.items() if key not in on_grid]
     try:
         for tensor, data in originals:

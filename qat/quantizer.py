@@ -19,7 +19,7 @@ from qat.errors import TrainingError
 from qat.init.observers import Observer, RangeObserver
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales, quantize
-from qat.training.activations import ActivationRule, dynamic_fake_quantize
+from qat.training.activations import ActivationRule, fake_quantize_input, static_part
 from qat.training.gradients import Estimator
 from qat.training.ops import fake_quantize, quantized_linear
 
@@ -91,7 +91,7 @@ class WeightQuantizer(Quantizer):
 
     Args:
         fmt: the weight's format.
-        scales: where to start; those of a stack have its matrices one below the other.
+        scales: the initial ones; those of a stack have its matrices one below the other.
         learn: which corrections are parameters.
         round_bf16: see `Scheme.round_bf16`.
     """
@@ -113,7 +113,7 @@ class WeightQuantizer(Quantizer):
         self.set_scales(scales)
 
     def set_scales(self, scales: Scales) -> None:
-        """Start (again) from these scales, with no learned correction."""
+        """Begin (again) from these scales, with no learned correction."""
         self.start = scales.effective().clone()
         self.global_scale, self.zero_point, self.choice = scales.global_scale, scales.zero_point, scales.choice
         for correction in (self.log_scale, self.log_divisor):
@@ -270,8 +270,12 @@ class InputQuantizer(Quantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         """x (..., columns) on its grid."""
+        return fake_quantize_input(self.transformed(x), self.format, self.rule, self.estimator, self.static())
+
+    def static(self) -> Tensor | None:
+        """What a checkpoint stores of it, see `qat.training.activations.static_part`."""
         self._check_calibrated()
-        return dynamic_fake_quantize(self.transformed(x), self.format, self.rule, self.estimator, self.amax)
+        return static_part(self.format, self.amax)
 
     def _check_calibrated(self) -> None:
         if self._ready or not self.needs_calibration:

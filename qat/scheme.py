@@ -147,7 +147,7 @@ class Scheme(Strict):
         return next((step.search for step in steps if not isinstance(step, Smooth)), "amax")
 
     def rtn(self) -> "Scheme":
-        """The same formats without any initialisation: plain rounding to nearest."""
+        """The same formats without any initialisation: round-to-nearest (RTN)."""
         rules = tuple(rule.model_copy(update={"init": None}) for rule in self.rules)
         return self.model_copy(update={"init": (), "rules": rules})
 

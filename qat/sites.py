@@ -28,6 +28,7 @@ class Slot:
         shape: of a weight as it multiplies: (rows, columns), or (experts, rows, columns); of a cache (heads, width).
         no_input: why the weight takes no input format; "" where it does.
         transposed: whether the parameter is stored (..., columns, rows).
+        refused: why it cannot be quantized at all; "" where it can.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Slot:
     shape: tuple[int, ...]
     no_input: str = ""
     transposed: bool = False
+    refused: str = ""
 
 
 @dataclass(frozen=True)

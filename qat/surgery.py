@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qat.adapters import unknown_kind
 from qat.errors import ConfigError, FormatError, UnsupportedError
 from qat.families import find_family, fused_sets
-from qat.init.scales import shared_global_scale, start_scales
+from qat.init.scales import initial_scales, shared_global_scale
 from qat.numbers.catalog import lookup
 from qat.numbers.numerics import width_problem
 from qat.quantizer import InputQuantizer, WeightQuantizer
@@ -43,10 +43,22 @@ class Covered:
 
 
 @dataclass(frozen=True)
+class CoveredCache:
+    """What one attention module caches: formats of keys and values, None for BF16, and bytes per token."""
+
+    path: str
+    key: str | None
+    value: str | None
+    bytes: float
+    dense_bytes: float
+
+
+@dataclass(frozen=True)
 class Coverage:
-    """Every weight of a model with its format or the reason it has none."""
+    """Every weight of a model with its format or the reason it has none, and every cache where one is quantized."""
 
     modules: tuple[Covered, ...]
+    caches: tuple[CoveredCache, ...] = ()
 
     @property
     def bits_per_weight(self) -> float:
@@ -71,6 +83,16 @@ class Coverage:
             bits = sum(m.parameters * m.bits for m in members) / count
             rows.append((weight, input, len(members), count, bits))
         return sorted(rows, key=lambda row: -row[3])
+
+    def by_cache(self) -> list[tuple[str, str, int, float, float]]:
+        """(key format, value format, modules, bytes per token, in BF16), in the model's order; [] if all are BF16."""
+        groups: dict[tuple[str, str], list[CoveredCache]] = defaultdict(list)
+        for module in self.caches:
+            groups[module.key or "bf16", module.value or "bf16"].append(module)
+        return [
+            (*formats, len(members), sum(m.bytes for m in members), sum(m.dense_bytes for m in members))
+            for formats, members in groups.items()
+        ]
 
 
 def plan(model: nn.Module, scheme: Scheme) -> dict[str, Rule]:
@@ -104,8 +126,8 @@ def _plan(model: nn.Module, scheme: Scheme) -> list[tuple[Candidate, Rule]]:
     rules = {candidate.path: rule for candidate, rule in planned if candidate.role == "weight"}
     for members in trained_together(model, scheme, rules):
         if len({(rules[m].weight, rules[m].input) for m in members}) > 1:
-            given = ", ".join(f"{m}: {rules[m].weight or 'skip'}/{rules[m].input or '-'}" for m in members)
-            raise ConfigError(f"engines fuse these layers, so they need one treatment: {given}")
+            treatments = ", ".join(f"{m}: {rules[m].weight or 'skip'}/{rules[m].input or '-'}" for m in members)
+            raise ConfigError(f"engines fuse these layers, so they need one treatment: {treatments}")
     return planned
 
 
@@ -130,6 +152,8 @@ def _check_candidate(candidate: Candidate, model: nn.Module, rule: Rule) -> None
             f"{candidate.path} ({type(module).__name__}, weights {shapes}): {unknown_kind(module)} cannot be quantized "
             f"yet; add a rule `match: {candidate.path}` with `skip:` and a reason, before {rule.match!r}"
         )
+    if slot.refused:
+        raise UnsupportedError(f"{candidate.path}: {slot.refused}; leave `{candidate.role}` out of {rule.match!r}")
     if slot.no_input and rule.input is not None:
         raise ConfigError(f"{candidate.path} is {slot.no_input}, so it takes no `input` format")
     names = (rule.weight, rule.input) if candidate.role == "weight" else (getattr(rule, candidate.role),)
@@ -169,8 +193,8 @@ def apply(model: nn.Module, scheme: Scheme, *, defer_init: bool = False) -> nn.M
     for candidate, rule in quantized:
         by_module[candidate.module][candidate.slot.name] = makers.quantizers(candidate, rule)
         adapters[candidate.module] = candidate.adapter
-    for path, given in by_module.items():
-        _replace(model, path, adapters[path].attach(model.get_submodule(path), given))
+    for path, quantizers in by_module.items():
+        _replace(model, path, adapters[path].attach(model.get_submodule(path), quantizers))
     return model
 
 
@@ -200,7 +224,7 @@ class _Makers:
             fmt = lookup(rule.weight or "")
             shared = shared_global_scale([self._matrix(self.candidates[m]) for m in members], fmt)
             search = "amax" if self.defer_init else self.scheme.search_of(rule)
-            scales = start_scales(self._matrix(candidate), fmt, search, shared)
+            scales = initial_scales(self._matrix(candidate), fmt, search, shared)
             self.weights[key] = WeightQuantizer(fmt, scales, rule.learn or self.scheme.learn, self.scheme.round_bf16)
         return self.weights[key]
 
@@ -285,7 +309,27 @@ def report(model: nn.Module, scheme: Scheme | None = None) -> Coverage:
         else:
             weight, input, skip = None, None, "not part of the scheme"
         rows.append(Covered(path, shape, weight, input, skip, _bits(weight, shape)))
-    return Coverage(tuple(rows))
+    return Coverage(tuple(rows), _caches(model, scheme))
+
+
+def _caches(model: nn.Module, scheme: Scheme | None) -> tuple[CoveredCache, ...]:
+    """Every cache, () where none is quantized."""
+    formats = {(site.path, site.role): site.format.name for site in sites(model, *CACHED)}
+    if scheme is not None:
+        given = ((c, rule) for c, rule in _plan(model, scheme) if c.role in CACHED)
+        formats |= {(c.path, c.role): name for c, rule in given if (name := getattr(rule, c.role)) is not None}
+    if not formats:
+        return ()
+    bits: dict[str, list[float]] = defaultdict(list)
+    for candidate in candidates(model):
+        if candidate.role in CACHED:
+            (heads, width), name = candidate.slot.shape, formats.get((candidate.path, candidate.role))
+            row = lookup(name).bits_per_row(width) if name else DENSE_BITS * width
+            bits[candidate.path] += [heads * row / 8, heads * DENSE_BITS * width / 8]
+    return tuple(
+        CoveredCache(path, formats.get((path, "key")), formats.get((path, "value")), key + value, dense_k + dense_v)
+        for path, (key, dense_k, value, dense_v) in bits.items()
+    )
 
 
 def _bits(weight: str | None, shape: tuple[int, ...]) -> float:

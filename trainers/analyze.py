@@ -81,8 +81,7 @@ class Analysis:
                 "crest": _finite(w.crest),
                 "share_of_error": w.share,
                 "formats": {
-                    name: {key: _finite(value) for key, value in asdict(loss).items()}
-                    for name, loss in w.formats.items()
+                    name: {key: _finite(value) for key, value in asdict(one).items()} for name, one in w.formats.items()
                 },
             }
             for w in self.weights
@@ -102,9 +101,9 @@ def analyze(model: str, formats: Iterable[str] = ()) -> Analysis:
         ConfigError, FormatError: a format is given twice, or unknown.
         UnsupportedError: the weights are quantized already.
     """
-    chosen = [lookup(name) for name in formats] or candidates()
-    if len({fmt.name for fmt in chosen}) < len(chosen):
-        raise ConfigError(f"a format is named twice: {', '.join(fmt.name for fmt in chosen)}")
+    selection = [lookup(name) for name in formats] or candidates()
+    if len({fmt.name for fmt in selection}) < len(selection):
+        raise ConfigError(f"a format is named twice: {', '.join(fmt.name for fmt in selection)}")
     folder = resolve(ModelConfig(id=model))
     if "quantization_config" in read_json(folder / "config.json"):
         raise UnsupportedError(f"{model} is quantized already; give the original BF16, FP16 or FP32 weights")
@@ -113,24 +112,24 @@ def analyze(model: str, formats: Iterable[str] = ()) -> Analysis:
         names, others = matrices(reader)
         if not names:
             raise CheckpointError(f"{folder} holds no matrix called *.weight; there is nothing to analyse")
-        counted_names = counted(names, f"rounding to {len(chosen)} formats", len(names), "matrices")
-        weights = [_measure(name, reader.get(name), chosen) for name in counted_names]
-    return _ranked(model, chosen, weights, others)
+        counted_names = counted(names, f"rounding to {len(selection)} formats", len(names), "matrices")
+        weights = [_measure(name, reader.get(name), selection) for name in counted_names]
+    return _ranked(model, selection, weights, others)
 
 
 def _ranked(model: str, formats: list[Format], weights: list[WeightLoss], others: list[str]) -> Analysis:
-    held = {fmt.name: [w for w in weights if fmt.name in w.formats] for fmt in formats}
-    errors = {name: sum(w.formats[name].error for w in those) for name, those in held.items()}
+    by_format = {fmt.name: [w for w in weights if fmt.name in w.formats] for fmt in formats}
+    errors = {name: sum(w.formats[name].error for w in those) for name, those in by_format.items()}
     whole = {
         fmt.name: (
             fmt.bits_per_weight(4096, 4096),
-            decibels(errors[fmt.name], sum(w.energy for w in held[fmt.name])),
+            decibels(errors[fmt.name], sum(w.energy for w in by_format[fmt.name])),
         )
         for fmt in formats
     }
 
     def share(w: WeightLoss) -> float:
-        shares = [loss.error / errors[name] for name, loss in w.formats.items() if loss.error]
+        shares = [one.error / errors[name] for name, one in w.formats.items() if one.error]
         return sum(shares) / len(shares) if shares else 0.0
 
     shared = [replace(w, share=share(w)) for w in weights]
@@ -164,7 +163,7 @@ def _notes(weights: list[WeightLoss], formats: list[Format], others: list[str]) 
         widths = sorted({w.shape[1] for w in weights if fmt.name not in w.formats})
         if widths:
             count = sum(fmt.name not in w.formats for w in weights)
-            notes.append(f"{count} of {len(weights)} weights are not held: {width_problem(fmt, widths[0])}")
+            notes.append(f"{count} of {len(weights)} weights cannot be stored: {width_problem(fmt, widths[0])}")
     if others:
         notes.append(f"{len(others)} tensors are no matrices called *.weight and were left out: {some(others, 3)}")
     return notes

@@ -1,7 +1,7 @@
-"""What happens after every optimizer step: averaging, the metrics file, judging on held-out text, saving, the
+"""What happens after every optimizer step: averaging, the metrics file, evaluating on held-out text, saving, the
 progress bar.
 
-One Lightning callback calls the parts in a fixed order, so that what is saved is what was judged and what was logged.
+One Lightning callback calls the parts in a fixed order, so that what is saved is what was evaluated and logged.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from qat.checkpoints import resume
 from qat.checkpoints.progress import Meter
 from qat.config import write_text_atomic
 from qat.errors import ConfigError
-from qat.trainers.evaluate import Judge, Scores
+from qat.trainers.evaluate import Evaluator, Scores
 from qat.trainers.interrupts import Interruptions
 from qat.trainers.job import Job
 from qat.trainers.module import QatModule
@@ -114,12 +114,12 @@ class Average:
 class Keeper:
     """Knows the best student so far and when to give up waiting for a better one."""
 
-    def __init__(self, run: Path, job: Job, judge: Judge, best: dict[str, Any]) -> None:
-        self.run, self.job, self.judge, self.best = run, job, judge, best
+    def __init__(self, run: Path, job: Job, evaluator: Evaluator, best: dict[str, Any]) -> None:
+        self.run, self.job, self.evaluator, self.best = run, job, evaluator, best
 
-    def judge_now(self, model: nn.Module, step: int) -> Scores:
+    def evaluate(self, model: nn.Module, step: int) -> Scores:
         """Score the model; keep it if its held-out KL is the lowest yet."""
-        scores = self.judge.score(model)
+        scores = self.evaluator.score(model)
         if not self.best or scores.kl < self.best["kl"]:
             self.best = {"step": step, "kl": scores.kl, "since": 0}
             resume.save_best(self.run, resume.student_tensors(model), {"step": step, **scores.row("student")})
@@ -129,7 +129,7 @@ class Keeper:
 
     @property
     def exhausted(self) -> bool:
-        """Whether `eval.patience` judgements have passed without improvement."""
+        """Whether `eval.patience` evaluations have passed without improvement."""
         return 0 < self.job.eval.patience <= self.best.get("since", 0)
 
 
@@ -150,13 +150,13 @@ class StepLoop(lit.Callback):
         self.metrics: MetricsFile | None = None
         self.meter: Meter | None = None
         self.stopped_by: str | None = None
-        self._step_began = time.monotonic()
-        self._seen = 0
+        self._step_begin = time.monotonic()
+        self._last_step = 0
 
     def give_up(self) -> bool:
         """Whether there is nothing left to wait for; `stopped_by` says why."""
         if self.keeper.exhausted:
-            self.stopped_by = f"no better held-out KL in {self.job.eval.patience} judgements"
+            self.stopped_by = f"no better held-out KL in {self.job.eval.patience} evaluations"
         return self.keeper.exhausted
 
     def on_fit_start(self, trainer: lit.Trainer, pl_module: lit.LightningModule) -> None:
@@ -169,16 +169,16 @@ class StepLoop(lit.Callback):
 
     def on_train_start(self, trainer: lit.Trainer, pl_module: lit.LightningModule) -> None:
         """Start the clock; from here on a signal means: finish the step, save, then stop."""
-        self._step_began = time.monotonic()
+        self._step_begin = time.monotonic()
         self.interruptions.finish_steps()
 
     def on_train_batch_end(
         self, trainer: lit.Trainer, pl_module: lit.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After a micro-batch that completed an optimizer step: average, record, judge, save."""
-        if trainer.global_step == self._seen:
+        """After a micro-batch that completed an optimizer step: average, record, evaluate, save."""
+        if trainer.global_step == self._last_step:
             return
-        self._seen = trainer.global_step
+        self._last_step = trainer.global_step
         module = _as_qat(pl_module)
         step = module.step
         if self.average is not None:
@@ -186,18 +186,18 @@ class StepLoop(lit.Callback):
         row = self._row(trainer, module, step)
         every = self.job.eval.every
         if step == self.job.steps or (every and step % every == 0):
-            row.update(self._judge(module, step))
+            row.update(self._evaluate(module, step))
         self._record(trainer, row, step)
         module.step_loss, module.step_tokens = 0.0, 0
-        stop = self.give_up() or self.interruptions.asked is not None
+        stop = self.give_up() or self.interruptions.signal is not None
         due = self.job.checkpoint_every and step % self.job.checkpoint_every == 0
         if due or step == self.job.steps or stop:
             self.save(module, step)
         trainer.should_stop = stop
-        self._step_began = time.monotonic()
+        self._step_begin = time.monotonic()
 
     def _row(self, trainer: lit.Trainer, module: QatModule, step: int) -> dict[str, Any]:
-        seconds = time.monotonic() - self._step_began
+        seconds = time.monotonic() - self._step_begin
         self.saved["seconds"] = self.saved.get("seconds", 0.0) + seconds
         self.saved["tokens"] = self.saved.get("tokens", 0) + module.step_tokens
         rates = module.rates
@@ -212,9 +212,9 @@ class StepLoop(lit.Callback):
             "tokens_per_second": round(module.step_tokens / seconds, 2),
         }
 
-    def _judge(self, module: QatModule, step: int) -> dict[str, float]:
+    def _evaluate(self, module: QatModule, step: int) -> dict[str, float]:
         with self.average.applied() if self.average is not None else contextlib.nullcontext():
-            scores = self.keeper.judge_now(module.student, step)
+            scores = self.keeper.evaluate(module.student, step)
         return {"heldout_kl": scores.kl, "heldout_nll": scores.nll, "heldout_top1": scores.top1}
 
     def _record(self, trainer: lit.Trainer, row: dict[str, Any], step: int) -> None:

@@ -53,8 +53,8 @@ def check_called(model: nn.Module, coverage: Coverage) -> None:
         finally:
             for hook in hooks:
                 hook.remove()
-    if uses.found:
-        paths, kind = list(uses.found), type(model.get_submodule(next(iter(uses.found)).rpartition(".")[0])).__name__
+    if uses.names:
+        paths, kind = list(uses.names), type(model.get_submodule(next(iter(uses.names)).rpartition(".")[0])).__name__
         raise UnsupportedError(
             f"{kind} uses the weight of {some(paths, 1)} without calling the layer, so it would be neither quantized "
             "in training nor served packed; give these layers a rule with `skip:` and a reason"
@@ -67,7 +67,7 @@ class _Uses(TorchFunctionMode):
     def __init__(self, weights: dict[int, str]) -> None:
         super().__init__()
         self._weights, self._inside = weights, 0
-        self.found: dict[str, None] = {}
+        self.names: dict[str, None] = {}
 
     def watch(self, layer: nn.Module) -> list[Any]:
         """Hooks that know when a layer is at work."""
@@ -83,7 +83,7 @@ class _Uses(TorchFunctionMode):
         """The operation itself; what gives no tensor (a weight's type, its device) uses no numbers."""
         result = func(*args, **(kwargs or {}))
         if not self._inside and isinstance(result, Tensor):
-            given = [*args, *(kwargs or {}).values()]
-            given += [item for each in given if isinstance(each, list | tuple) for item in each]
-            self.found.update((self._weights[id(item)], None) for item in given if id(item) in self._weights)
+            arguments = [*args, *(kwargs or {}).values()]
+            arguments += [item for each in arguments if isinstance(each, list | tuple) for item in each]
+            self.names.update((self._weights[id(item)], None) for item in arguments if id(item) in self._weights)
         return result

@@ -105,8 +105,8 @@ def check_there(job: Job) -> None:
 
 
 def _plain(job: Job) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(job.model_dump_json())
-    return found
+    settings: dict[str, Any] = json.loads(job.model_dump_json())
+    return settings
 
 
 def _record(run: Path, job: Job) -> None:
@@ -231,10 +231,10 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path} was {old!r}, now {new!r}"]
 
 
-def _say_schedule(job: Job, before: int, done: int, console: Console) -> None:
-    was, now = (schedule(job.optim, done, steps) * job.optim.lr for steps in (before, job.steps))
+def _say_schedule(job: Job, before: int, step: int, console: Console) -> None:
+    was, now = (schedule(job.optim, step, steps) * job.optim.lr for steps in (before, job.steps))
     console.print(
-        f"steps: {before} -> {job.steps}. {done} are done; the learning rate, which would be {was:.3g} now, is "
+        f"steps: {before} -> {job.steps}. {step} are done; the learning rate, which would be {was:.3g} now, is "
         f"{now:.3g} and falls to its end at step {job.steps}",
         highlight=False,
         soft_wrap=True,

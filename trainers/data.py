@@ -58,7 +58,7 @@ class DataConfig(Strict):
         prompt_field, completion_field: where it holds what is not learnt, and what is.
         tools_field: where it holds the tools of its chat; null leaves them out.
         seq_len: tokens per row.
-        pack: documents end to end in full rows, kept apart by position ids; else one padded document a row.
+        pack: documents end to end in full rows, separated by position ids; else one padded document a row.
         chat: `auto` takes a record's messages if it has them, and the chat template for prompts and their
             completions; `never` takes its text, or prompt and completion as they are.
         max_tokens: read no more than this.
@@ -145,15 +145,15 @@ class Blocks:
     def summary(self) -> str:
         """What was read and what became of it, in one sentence."""
         kinds = [f"{count:,} {name}" if len(self.shapes) > 1 else name for name, count in sorted(self.shapes.items())]
-        said = f"{self.documents:,} documents ({', '.join(kinds)}) in {self.num_rows:,} rows of {self.seq_len} tokens"
-        said += f", {self.loss_tokens:,} tokens to learn"
+        text = f"{self.documents:,} documents ({', '.join(kinds)}) in {self.num_rows:,} rows of {self.seq_len} tokens"
+        text += f", {self.loss_tokens:,} tokens to learn"
         if self.skipped_documents:
-            said += f"; {self.skipped_documents:,} without an assistant turn to learn left out"
+            text += f"; {self.skipped_documents:,} without an assistant turn to learn left out"
         if self.empty_rows:
-            said += f"; {self.empty_rows:,} rows without a token to learn left out (prompts longer than a row)"
+            text += f"; {self.empty_rows:,} rows without a token to learn left out (prompts longer than a row)"
         if self.leading_turns:
-            said += f"; {self.leading_turns:,} assistant turns that chats began with left out"
-        return said
+            text += f"; {self.leading_turns:,} assistant turns that chats began with left out"
+        return text
 
     def __len__(self) -> int:
         return self.num_rows
@@ -206,9 +206,9 @@ class Batches:
         """Row numbers of this rank's share of global batch `index`."""
         share = self.rows_per_batch // self.world_size
         begin = index * self.rows_per_batch + self.rank * share
-        rows = self.blocks.num_rows
-        places = (divmod(place, rows) for place in range(begin, begin + share))
-        return np.array([_order(rows, self.seed, epoch)[offset] for epoch, offset in places], np.int64)
+        count = self.blocks.num_rows
+        places = (divmod(place, count) for place in range(begin, begin + share))
+        return np.array([_order(count, self.seed, epoch)[offset] for epoch, offset in places], np.int64)
 
     def batch(self, index: int) -> Batch:
         """This rank's share of global batch `index`, as `Blocks.rows` gives it."""
@@ -216,8 +216,8 @@ class Batches:
 
 
 @lru_cache(maxsize=4)
-def _order(rows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    return np.random.default_rng([seed, epoch]).permutation(rows)
+def _order(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def load_blocks(
@@ -238,7 +238,7 @@ def load_blocks(
         tokenizer: of the model to be trained.
         num_tokens: stop when there are rows for this many tokens; a source that has fewer gives what it
         has.
-        cache_dir: where rows are kept, `qat.cache.cache_folder("data")` unless given.
+        cache_dir: where rows are cached, `qat.cache.cache_folder("data")` unless given.
         teacher: who writes the text of `source: teacher`.
 
     Raises:
@@ -255,9 +255,9 @@ def load_blocks(
     folder = (cache_dir.expanduser() if cache_dir else cache_folder("data")) / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
-        found = _open(folder)
-        if found is not None:
-            return found
+        cached = _open(folder)
+        if cached is not None:
+            return cached
         what = f"{'writing' if config.source == 'teacher' else 'tokenising'} {config.source}"
         total = plan.rows * config.seq_len if plan.rows else plan.tokens
         with atomic_folder(folder, overwrite=True) as partial, progress(what, total, "tokens") as step:

@@ -5,7 +5,7 @@ import torch
 from qat.errors import ConfigError
 
 
-def chosen(name: str) -> torch.device:
+def torch_device(name: str) -> torch.device:
     """The device for `--device`: auto, cpu, cuda or cuda:1, tried out.
 
     Raises:

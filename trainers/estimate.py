@@ -15,14 +15,14 @@ import torch
 
 from qat.checkpoints.hf import is_local, resolve
 from qat.init.gptq import PRODUCTS
-from qat.init.scales import start_scales
+from qat.init.scales import initial_scales
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.numerics import find_scales
 from qat.quantizer import InputQuantizer, WeightQuantizer
 from qat.scheme import Rule, Scheme
 from qat.trainers import limits
 from qat.trainers.exportable import export_notes
-from qat.trainers.footprint import BF16, FP32, GIB, Facts, facts, flops_per_token, forward_flops, memory, shards
+from qat.trainers.footprint import BF16, FP32, GIB, Facts, flops_per_token, forward_flops, job_facts, memory, shards
 from qat.trainers.job import Job
 from qat.trainers.memory import keep_freed_blocks
 from qat.training.losses import chunk_tokens
@@ -47,10 +47,10 @@ GPUS: dict[str, tuple[float, float, int]] = {
 ASSUMED = "H100"
 # Share that a step reaches of the peak (GPU), or of one measured product of the feed-forward layer (CPU).
 UTILISATION = {"cuda": 0.35, "cpu": 0.7}
-# Memory traffic, in bytes per value: unfused fake quantization forward and backward; the search for start scales, once;
-# clipping and AdamW.
+# Memory traffic, in bytes per value: unfused fake quantization forward and backward; the search for initial scales,
+# once; clipping and AdamW.
 WEIGHT_TRAFFIC, INPUT_TRAFFIC, SEARCH_TRAFFIC, OPTIMIZER_TRAFFIC = 150, 100, 2000, 40
-# How often elementwise work goes over the kept activations, and over float32 logits with a teacher and without.
+# How often elementwise work goes over the stored activations, and over float32 logits with a teacher and without.
 ACTIVATION_PASSES, LOGIT_PASSES = 12, {True: 15, False: 12}
 LAUNCH_SECONDS = 600 * 5e-6  # per layer and pass on a GPU: about 600 unfused kernels, which no small batch can hide
 SIDE, MEASURE_SECONDS = 1024, 0.3
@@ -70,7 +70,7 @@ class Machine:
     per_input: float
     per_search: float
     per_update: float
-    per_kept_byte: float
+    per_activation_byte: float
     per_logit_byte: float
     per_layer: float
 
@@ -86,7 +86,7 @@ class Plan:
         memory: bytes per device, by purpose.
         capacity: bytes of the device, None if unknown.
         tokens_per_second: of training, over all devices.
-        training_seconds, other_seconds: all steps; judging, calibration and the search for start scales.
+        training_seconds, other_seconds: all steps; evaluation, calibration and the search for initial scales.
     """
 
     kind: str
@@ -141,36 +141,36 @@ def estimate(job: Job) -> Estimate:
         ConfigError, FormatError, UnsupportedError: the scheme does not fit the model, as `qat.surgery.plan` says.
         ConfigError, DataError: a text does not fit the model, or cannot be read.
     """
-    known = facts(job)
-    weights, parameters = known.coverage.modules, known.student.parameters
+    facts = job_facts(job)
+    weights, parameters = facts.coverage.modules, facts.student.parameters
     vectors = parameters - sum(m.parameters for m in weights)
-    plans = tuple(_plan(job, known, machine) for machine in _machines(job, known))
+    plans = tuple(_plan(job, facts, machine) for machine in _machines(job, facts))
     return Estimate(
         name=job.name,
-        origin=known.student.origin,
+        origin=facts.student.origin,
         parameters=parameters,
-        quantized_share=known.coverage.quantized_share,
-        bits_per_weight=known.coverage.bits_per_weight,
-        scheme=known.coverage.by_format(),
+        quantized_share=facts.coverage.quantized_share,
+        bits_per_weight=facts.coverage.bits_per_weight,
+        scheme=facts.coverage.by_format(),
         model_bytes=int(sum(m.parameters * m.bits for m in weights) / 8) + BF16 * vectors,
         dense_bytes=BF16 * parameters,
-        flops_per_token=flops_per_token(job, known),
+        flops_per_token=flops_per_token(job, facts),
         tokens=job.steps * job.tokens_per_step,
         steps=job.steps,
         devices=job.devices,
         plans=plans,
         notes=(
-            *known.notes,
+            *facts.notes,
             *_notes(job, plans),
-            *_export_notes(job, known),
-            *limits.dry_run(job, known.student.model, known.teacher.model),
+            *_export_notes(job, facts),
+            *limits.dry_run(job, facts.student.model, facts.teacher.model),
         ),
     )
 
 
-def _export_notes(job: Job, known: Facts) -> list[str]:
+def _export_notes(job: Job, facts: Facts) -> list[str]:
     folder = resolve(job.model) if is_local(job.model) else None  # an estimate downloads no weights
-    return export_notes(job, folder, known.student.model)
+    return export_notes(job, folder, facts.student.model)
 
 
 def _notes(job: Job, plans: tuple[Plan, ...]) -> list[str]:
@@ -193,7 +193,7 @@ def _notes(job: Job, plans: tuple[Plan, ...]) -> list[str]:
 # --- devices --------------------------------------------------------------------------------------
 
 
-def _machines(job: Job, known: Facts) -> list[Machine]:
+def _machines(job: Job, facts: Facts) -> list[Machine]:
     """The device that would train here; without a GPU also an assumed one, alone if the job wants several devices."""
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name(0)
@@ -203,7 +203,7 @@ def _machines(job: Job, known: Facts) -> list[Machine]:
             return [_gpu(job, f"{name} (speed unknown, taken as an {ASSUMED} SXM)", ASSUMED, capacity)]
         return [_gpu(job, name, known_as, capacity)]
     assumed = _gpu(job, f"assumed {ASSUMED} SXM", ASSUMED, GPUS[ASSUMED][2] * GIB)
-    return [assumed] if job.devices > 1 else [_cpu(job, known), assumed]
+    return [assumed] if job.devices > 1 else [_cpu(job, facts), assumed]
 
 
 def listed(name: str) -> str | None:
@@ -218,21 +218,21 @@ def _gpu(job: Job, name: str, known_as: str, capacity: int) -> Machine:
     return Machine("cuda", name, job.precision != "fp32", capacity, *speeds)
 
 
-def _cpu(job: Job, known: Facts) -> Machine:
+def _cpu(job: Job, facts: Facts) -> Machine:
     """This CPU, measured with the formats of the job; means over formats are weighted by parameters."""
     keep_freed_blocks()  # as a run does, or fresh memory would cost more here
     mixed = job.precision == "bf16-mixed"
-    shape, tokens = known.student.shape, job.micro_rows * job.data.seq_len
+    shape, tokens = facts.student.shape, job.micro_rows * job.data.seq_len
     dtype = torch.bfloat16 if mixed else torch.float32
     rows = min(tokens, max(16, SIDE**3 // (shape.hidden * shape.ffn)))  # enough to be typical, few enough to be quick
     left, right = torch.randn(rows, shape.hidden, dtype=dtype), torch.randn(shape.hidden, shape.ffn, dtype=dtype)
     per_flop = _seconds(lambda: left @ right) / (2 * rows * shape.hidden * shape.ffn * UTILISATION["cpu"])
     large = torch.randn(16 * SIDE, SIDE)  # larger than caches
     per_update = _seconds(lambda: large.mul_(1.0)) / (2 * FP32 * large.numel()) * OPTIMIZER_TRAFFIC
-    per_kept_byte = _byte_seconds(tokens * shape.ffn)
+    per_activation_byte = _byte_seconds(tokens * shape.ffn)
     per_logit_byte = _byte_seconds(min(job.loss_chunk or chunk_tokens(0, 0, None), tokens) * shape.vocabulary)
     sums, total = [0.0, 0.0, 0.0], 0
-    for weight, input, _, count, _ in known.coverage.by_format():
+    for weight, input, _, count, _ in facts.coverage.by_format():
         if weight in CATALOG:
             measured = (
                 _weight_seconds(job.scheme, weight),
@@ -244,7 +244,7 @@ def _cpu(job: Job, known: Facts) -> Machine:
     threads = torch.get_num_threads()
     name = f"this CPU, {threads} thread{'s' if threads > 1 else ''}"
     per_weight, per_input, per_search = (value / max(total, 1) for value in sums)
-    speeds = (per_flop, per_weight, per_input, per_search, per_update, per_kept_byte, per_logit_byte, 0.0)
+    speeds = (per_flop, per_weight, per_input, per_search, per_update, per_activation_byte, per_logit_byte, 0.0)
     return Machine("cpu", name, mixed, _ram(), *speeds)
 
 
@@ -272,7 +272,7 @@ def _input_seconds(scheme: Scheme, name: str) -> float:
 
 def _search_seconds(scheme: Scheme, name: str) -> float:
     fmt, part, search = lookup(name), torch.randn(SIDE // 8, SIDE), scheme.search_of(Rule(match="*", weight=name))
-    return _seconds(lambda: start_scales(part, fmt, search)) / part.numel()
+    return _seconds(lambda: initial_scales(part, fmt, search)) / part.numel()
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -297,11 +297,11 @@ def _ram() -> int | None:
 # --- time -----------------------------------------------------------------------------------------
 
 
-def _plan(job: Job, known: Facts, machine: Machine) -> Plan:
+def _plan(job: Job, facts: Facts, machine: Machine) -> Plan:
     tokens = job.steps * job.tokens_per_step
-    training = job.steps * _step_seconds(job, known, machine)
+    training = job.steps * _step_seconds(job, facts, machine)
     precision = "bf16-mixed" if machine.mixed else "fp32"
-    parts = memory(job, known, machine.kind, machine.mixed)
+    parts = memory(job, facts, machine.kind, machine.mixed)
     return Plan(
         kind=machine.kind,
         device=machine.name,
@@ -310,47 +310,47 @@ def _plan(job: Job, known: Facts, machine: Machine) -> Plan:
         capacity=machine.capacity,
         tokens_per_second=tokens / training,
         training_seconds=training,
-        other_seconds=_other_seconds(job, known, machine),
+        other_seconds=_other_seconds(job, facts, machine),
     )
 
 
-def _step_seconds(job: Job, known: Facts, machine: Machine) -> float:
+def _step_seconds(job: Job, facts: Facts, machine: Machine) -> float:
     """Of one optimizer step on each device: products, fake quantization of the weights once per pass and of the inputs,
     the other elementwise work, and the update; a pass takes no less than its launches."""
     tokens = job.micro_rows * job.data.seq_len
-    logits = LOGIT_PASSES[job.objective.needs_teacher] * FP32 * tokens * known.student.shape.vocabulary
-    kept = ACTIVATION_PASSES * memory(job, known, machine.kind, machine.mixed)["activations"]
+    logits = LOGIT_PASSES[job.objective.needs_teacher] * FP32 * tokens * facts.student.shape.vocabulary
+    activations = ACTIVATION_PASSES * memory(job, facts, machine.kind, machine.mixed)["activations"]
     one_pass = (
-        tokens * flops_per_token(job, known) * machine.per_flop
-        + known.quantized * machine.per_weight
-        + tokens * known.input_values * machine.per_input
-        + kept * machine.per_kept_byte
+        tokens * flops_per_token(job, facts) * machine.per_flop
+        + facts.quantized * machine.per_weight
+        + tokens * facts.input_values * machine.per_input
+        + activations * machine.per_activation_byte
         + logits * machine.per_logit_byte
     )
     passes = job.rows / (job.micro_rows * job.devices)
-    least = known.student.shape.layers * machine.per_layer
-    return passes * max(one_pass, least) + known.trainable / shards(job) * machine.per_update
+    least = facts.student.shape.layers * machine.per_layer
+    return passes * max(one_pass, least) + facts.trainable / shards(job) * machine.per_update
 
 
-def _other_seconds(job: Job, known: Facts, machine: Machine) -> float:
-    """Judging (BF16, two starts, every so many steps, the end), calibrating, searching; a compensated start multiplies
+def _other_seconds(job: Job, facts: Facts, machine: Machine) -> float:
+    """Evaluating (BF16, two initialisations, every so many steps, the end), calibrating, searching; GPTQ multiplies
     inputs with themselves, and every weight with its row of products."""
-    student, teacher = (forward_flops(a, job.eval.data.seq_len) for a in (known.student, known.teacher))
-    least = known.student.shape.layers * machine.per_layer / 3  # a forward pass has no backward
-    head = 2.0 * known.teacher.shape.hidden * known.teacher.shape.vocabulary
+    student, teacher = (forward_flops(a, job.eval.data.seq_len) for a in (facts.student, facts.teacher))
+    least = facts.student.shape.layers * machine.per_layer / 3  # a forward pass has no backward
+    head = 2.0 * facts.teacher.shape.hidden * facts.teacher.shape.vocabulary
     during = job.steps // job.eval.every if job.eval.every else 1
-    judged = job.eval.tokens * (2 * teacher + (3 + during) * (student + head))
+    evaluation = job.eval.tokens * (2 * teacher + (3 + during) * (student + head))
     passes = (3 + during) * job.eval.tokens / (job.eval.batch * job.eval.data.seq_len)
-    values = (3 + during) * job.eval.tokens * known.input_values
-    text, products = job.calibration or job.data, known.input_products(job)
+    values = (3 + during) * job.eval.tokens * facts.input_values
+    text, products = job.calibration or job.data, facts.input_products(job)
     reads = (
         1 + sum(step.WHOLE_MODEL for step in job.scheme.init) + -(-FP32 * products // PRODUCTS)
     )  # of the calibration text
-    per_token = reads * forward_flops(known.student, text.seq_len) + 2.0 * products
+    per_token = reads * forward_flops(facts.student, text.seq_len) + 2.0 * products
     calibrated = job.calibration_rows * text.seq_len * per_token
     if products:
-        calibrated += sum(2.0 * m.parameters * m.shape[-1] for m in known.coverage.modules if m.weight)
+        calibrated += sum(2.0 * m.parameters * m.shape[-1] for m in facts.coverage.modules if m.weight)
     # A forward pass alone is about half of forward and backward of the fake quantization.
-    quantizing = 0.5 * (passes * known.quantized * machine.per_weight + values * machine.per_input)
-    searching = known.quantized * machine.per_search
-    return max((judged + calibrated) * machine.per_flop + quantizing, passes * least) + searching
+    quantizing = 0.5 * (passes * facts.quantized * machine.per_weight + values * machine.per_input)
+    searching = facts.quantized * machine.per_search
+    return max((evaluation + calibrated) * machine.per_flop + quantizing, passes * least) + searching

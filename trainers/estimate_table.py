@@ -25,7 +25,7 @@ def print_estimate(estimate: Estimate, console: Console) -> None:
     table.add_row("peak", *(f"{plan.peak / GIB:,.2f}" for plan in estimate.plans), style="bold", end_section=True)
     table.add_row("tokens/s", *(f"{plan.tokens_per_second:,.0f}" for plan in estimate.plans))
     table.add_row("training", *(duration(plan.training_seconds) for plan in estimate.plans))
-    table.add_row("judging and calibrating", *(duration(plan.other_seconds) for plan in estimate.plans))
+    table.add_row("evaluation and calibration", *(duration(plan.other_seconds) for plan in estimate.plans))
     console.print(table)
     for plan in estimate.plans:
         console.print(_fits(plan), highlight=False, markup=False, soft_wrap=True)

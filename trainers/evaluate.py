@@ -1,6 +1,6 @@
 """How good a student is: KL to the teacher first, then next-token loss and top-1 agreement, on text not trained on.
 
-The teacher's final hidden states are kept (a few MB), not its logits (hundreds), so judging a checkpoint costs one
+The teacher's final hidden states are stored (a few MB), not its logits (hundreds), so evaluating a checkpoint costs one
 forward pass of the student plus the teacher's head.
 """
 
@@ -28,13 +28,13 @@ MOST_NLL = 700.0  # e to the power of more overflows
 
 
 class EvalConfig(Strict):
-    """The held-out text and how often to judge on it.
+    """The held-out text and how often to evaluate on it.
 
     Attributes:
         data: where the text comes from; it must not be the training text.
         tokens: how much of it.
-        every: steps between judgements while training, 0 for only at the end.
-        patience: stop after so many judgements without a better KL, 0 for never.
+        every: steps between evaluations while training, 0 for only at the end.
+        patience: stop after so many evaluations without a better KL, 0 for never.
         batch: rows per forward pass.
     """
 
@@ -64,7 +64,7 @@ class Scores:
         return {"name": name, **asdict(self), "ppl": self.ppl}
 
 
-class Judge:
+class Evaluator:
     """Scores models against a teacher on fixed rows of text.
 
     Args:
@@ -89,8 +89,8 @@ class Judge:
             with evaluating(teacher):
                 self.teacher_hidden = [h.cpu() for h, _ in self._hidden(teacher, "teacher reads held-out text")]
 
-    def score(self, model: nn.Module, what: str = "judging") -> Scores:
-        """Judge `model`: unquantized parameters at their BF16 values, quantized ones on their grid."""
+    def score(self, model: nn.Module, what: str = "evaluating") -> Scores:
+        """Evaluate `model`: unquantized parameters at their BF16 values, quantized ones on their grid."""
         sums = torch.zeros(3, dtype=torch.float64)
         count = 0
         with served(model), evaluating(model):

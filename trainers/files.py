@@ -45,10 +45,10 @@ ALLOWED = f"{', '.join(SUFFIXES)}; all but .parquet also compressed: {', '.join(
 
 def suffix(path: Path) -> str | None:
     """Which of SUFFIXES a file ends in, before what says that it is compressed; None for another one."""
-    found = [part.lower() for part in path.suffixes]
-    if found and found[-1] in COMPRESSED:
-        return found[-2] if found[-2:-1] and found[-2] in SUFFIXES and found[-2] not in TABLES else None
-    return found[-1] if found and found[-1] in SUFFIXES else None
+    suffixes = [part.lower() for part in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        return suffixes[-2] if suffixes[-2:-1] and suffixes[-2] in SUFFIXES and suffixes[-2] not in TABLES else None
+    return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
 
 
 def texts(path: Path) -> Iterator[tuple[str, str]]:
@@ -163,11 +163,11 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[Where]:
 
 
 def _header(names: list[str], where: str) -> list[str]:
-    found = [name.strip() for name in names]
-    twice = sorted({name for name in found if found.count(name) > 1})
+    fields = [name.strip() for name in names]
+    twice = sorted({name for name in fields if fields.count(name) > 1})
     if twice:
         raise DataError(f"{where} names the column {twice[0]!r} twice; the first line must name every column once")
-    return found
+    return fields
 
 
 def _tsv(path: Path) -> Iterator[Where]:
@@ -196,8 +196,8 @@ def _rows(batch: Any, path: Path, before: int) -> list[Any]:
         DataError: a column of text holds bytes that are no UTF-8, which Parquet does not check.
     """
     try:
-        found: list[Any] = batch.to_pylist(maps_as_pydicts="strict")
-        return found
+        rows: list[Any] = batch.to_pylist(maps_as_pydicts="strict")
+        return rows
     except UnicodeDecodeError:
         for index in range(batch.num_rows):
             row = batch.slice(index, 1)

@@ -97,7 +97,7 @@ class _Restore(lit.Callback):
 
 
 def start_loggers(job: Job) -> list[Any]:
-    """Who else is told the metrics, connected: a run should not learn after its baselines that it cannot log in.
+    """Who else receives the metrics, connected: a run should not learn after its baselines that it cannot log in.
 
     Raises:
         ConfigError: wandb is not installed, or does not start.

@@ -32,9 +32,9 @@ RUNTIME = {"cpu": int(0.45 * GIB), "cuda": int(1.0 * GIB)}
 # glibc serves blocks below 32 MiB from a heap that cannot give back what lies between live blocks. Measured share of
 # what is kept and worked with that is lost so, without and with activation checkpointing.
 HEAP_BLOCK, HEAP_LOSS = 32 * 2**20, {False: 0.6, True: 1.5}
-# float32 chunks of logits alive at once in each loss (7 in one not listed), and in judging.
+# float32 chunks of logits alive at once in each loss (7 in one not listed), and in evaluation.
 LOGIT_COPIES = {"cross_entropy": 3, "forward_kl": 5, "reverse_kl": 5, "jsd": 6}
-OTHER_COPIES = JUDGE_COPIES = 7
+OTHER_COPIES = EVALUATION_COPIES = 7
 BACKWARD_COPIES = 5  # float32 copies of one weight while its fake quantization is differentiated
 
 
@@ -99,7 +99,7 @@ class Facts:
         return self.input_share * shape.layers * (2 * shape.hidden + shape.query + shape.ffn)
 
     def input_products(self, job: Job) -> int:
-        """Values of the input product matrices that a compensated start needs; layers reading one tensor share one."""
+        """Values of the input product matrices that GPTQ needs; layers reading one tensor share one."""
         if not any(isinstance(step, Gptq) for step in job.scheme.init):
             return 0
         shapes = {
@@ -112,7 +112,7 @@ class Facts:
 # --- architecture ---------------------------------------------------------------------------------
 
 
-def facts(job: Job) -> Facts:
+def job_facts(job: Job) -> Facts:
     """Read the architectures of `job` and lay its scheme over the student.
 
     Raises:
@@ -120,8 +120,8 @@ def facts(job: Job) -> Facts:
         ConfigError, FormatError, UnsupportedError: the scheme does not fit the model, as `qat.surgery.plan` says.
         ConfigError: the teacher does not fit the student.
     """
-    student = architecture(job.model)
-    teacher = student if job.teacher is None else architecture(job.teacher)
+    student = read_architecture(job.model)
+    teacher = student if job.teacher is None else read_architecture(job.teacher)
     coverage = report(student.model, job.scheme)
     frozen = [n for n, _ in student.model.named_parameters() if any(fnmatchcase(n, p) for p in job.optim.freeze)]
     sizes = {name: parameter.numel() for name, parameter in student.model.named_parameters()}
@@ -148,12 +148,12 @@ def _compared(job: Job, student: Any, teacher: Any) -> tuple[str, ...]:
         return (f"whether the teacher fits the student is not known: {error}",)
 
 
-def architecture(config: ModelConfig) -> Architecture:
+def read_architecture(config: ModelConfig) -> Architecture:
     """The model that `config` names, on the meta device."""
-    found, origin = _hf_config(config)
-    model = empty_model(found, config.id, config.attn_implementation, config.trust_remote_code)
+    config_of_model, origin = _hf_config(config)
+    model = empty_model(config_of_model, config.id, config.attn_implementation, config.trust_remote_code)
     parameters = sum(p.numel() for p in model.parameters())
-    return Architecture(model, _shape(found.get_text_config(), model), parameters, _multiplied(model), origin)
+    return Architecture(model, _shape(config_of_model.get_text_config(), model), parameters, _multiplied(model), origin)
 
 
 def _hf_config(config: ModelConfig) -> tuple[Any, str]:
@@ -163,7 +163,7 @@ def _hf_config(config: ModelConfig) -> tuple[Any, str]:
         return describe(config)[1], f"{config.id} (local config.json)"
     try:
         with quiet():
-            found = AutoConfig.from_pretrained(
+            loaded = AutoConfig.from_pretrained(
                 config.id, revision=config.revision, trust_remote_code=config.trust_remote_code
             )
     except (OSError, ValueError) as error:
@@ -176,15 +176,15 @@ def _hf_config(config: ModelConfig) -> tuple[Any, str]:
             "only config.json: run this once with a network (and `hf auth login` for gated models), or put the model's "
             "config.json into a folder and set model.id to it"
         ) from error
-    check_config(found.to_dict(), config.id, config.trust_remote_code)
-    return found, f"config.json of the hub model {config.id}"
+    check_config(loaded.to_dict(), config.id, config.trust_remote_code)
+    return loaded, f"config.json of the hub model {config.id}"
 
 
 def shipped_architecture(model_id: str) -> Path | None:
     """The file in configs/architectures for a hub id; instruction-tuned and base models share one."""
     for path in sorted(ARCHITECTURES.glob("*.json")):
-        known = json.loads(path.read_text(encoding="utf-8"))["_name_or_path"].lower()
-        if model_id.lower() in (known, f"{known}-instruct", f"{known}-base", f"{known}-it"):
+        base = json.loads(path.read_text(encoding="utf-8"))["_name_or_path"].lower()
+        if model_id.lower() in (base, f"{base}-instruct", f"{base}-base", f"{base}-it"):
             return path
     return None
 
@@ -255,9 +255,9 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
         quantized weights 2 per weight (4 without round_bf16), up to 16 per scale; activations as in `_per_token`;
         with activation checkpointing, one layer of both and 4 x hidden x T per layer.
     Working space, the larger of: float32 chunks of logits with two gradients of the output layer; 5 copies of
-        the largest quantized weight with the gradients of one feed-forward layer; judging instead of training.
+        the largest quantized weight with the gradients of one feed-forward layer; evaluation instead of training.
     On CPUs, while tensors are smaller than 32 MiB, holes in the heap; see HEAP_LOSS.
-    Compensated starts keep a matrix of 4 x width^2 per distinct input while calibrating, which no device shares; it
+    GPTQ keeps a matrix of 4 x width^2 per distinct input while calibrating, which no device shares; it
         counts where it exceeds the above.
 
     Args:
@@ -267,7 +267,9 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
     parts = _states(job, facts, device)
     saved_weights = _saved_weights(job, facts, mixed)
     activations = _activations(job, facts, mixed)
-    working = max(_training_space(job, facts, device, mixed), _judging_space(job, facts) - saved_weights - activations)
+    working = max(
+        _training_space(job, facts, device, mixed), _evaluation_space(job, facts) - saved_weights - activations
+    )
     if shards(job) > 1:  # the layer at work is gathered whole, and the next one with it
         working += 2 * FP32 * (facts.student.parameters // facts.student.shape.layers)
     tensor = FP32 * job.micro_rows * job.data.seq_len * facts.student.shape.ffn
@@ -365,8 +367,8 @@ def _training_space(job: Job, facts: Facts, device: str, mixed: bool) -> int:
     return max(logits + head, backward)
 
 
-def _judging_space(job: Job, facts: Facts) -> int:
+def _evaluation_space(job: Job, facts: Facts) -> int:
     """BF16-valued copies of what is not quantized, and the logits of both models."""
     plain = sum(m.parameters for m in facts.coverage.modules if not m.weight)
     chunk = min(CHUNK, job.eval.batch * job.eval.data.seq_len)
-    return FP32 * plain + JUDGE_COPIES * FP32 * chunk * facts.student.shape.vocabulary
+    return FP32 * plain + EVALUATION_COPIES * FP32 * chunk * facts.student.shape.vocabulary

@@ -80,9 +80,9 @@ def hidden_states(model: Any, batch: Batch) -> Tensor:
 
 def body(model: Any) -> Any:
     """What computes hidden states; some classes name it otherwise than their prefix says (Llama 4's text model)."""
-    found = model.base_model
-    if found is not model:
-        return found
+    base = model.base_model
+    if base is not model:
+        return base
     embedding = model.get_input_embeddings()
     children = [child for child in model.children() if any(module is embedding for module in child.modules())]
     return children[0] if children and children[0] is not embedding else model
@@ -137,5 +137,5 @@ def _candidates(model: Any) -> list[Head]:
         [[(how, by)] for how in SCALES[key]] for key, by in scales if by != 1.0
     ]
     ways += [[[("softcap", float(cap))]] for key in CAPS if (cap := getattr(config, key, None))]
-    chosen = product(*([*way, []] for way in ways))
-    return [Head(model.get_output_embeddings(), tuple(chain.from_iterable(steps))) for steps in chosen]
+    combinations = product(*([*way, []] for way in ways))
+    return [Head(model.get_output_embeddings(), tuple(chain.from_iterable(steps))) for steps in combinations]

@@ -1,4 +1,4 @@
-"""Looking at what exists: judge or sample a run, an exported checkpoint, or a plain model, on this machine."""
+"""Looking at what exists: evaluate or sample a run, an exported checkpoint, or a plain model, on this machine."""
 
 import math
 import sys
@@ -22,8 +22,8 @@ from qat.errors import CheckpointError, ConfigError
 from qat.modes import served
 from qat.trainers import limits
 from qat.trainers.data import DataConfig, load_blocks
-from qat.trainers.device import chosen
-from qat.trainers.evaluate import Judge
+from qat.trainers.device import torch_device
+from qat.trainers.evaluate import Evaluator
 from qat.trainers.packing import LEAKS, leakage
 from qat.trainers.teacher import compare
 
@@ -62,8 +62,8 @@ def load(
     if (folder / "job.yaml").is_file():
         job = load_yaml(folder / "job.yaml")
         own, teacher = (_named(job, key, folder) for key in ("model", "teacher"))
-        found, source, _ = load_student(folder, moved=moved)
-        model: Any = found
+        student, source, _ = load_student(folder, moved=moved)
+        model: Any = student
         if own is not None and moved is not None:
             own = own.model_copy(update={"id": moved, "revision": None})
         trusted = own is not None and own.trust_remote_code
@@ -103,7 +103,7 @@ def evaluate_folder(
     """
     if tokens < 1:
         raise ConfigError(f"--tokens {tokens} must be positive")
-    place = chosen(device)
+    place = torch_device(device)
     loaded = load(folder, device=place, moved=moved)
     reference = ModelConfig(id=teacher) if teacher else loaded.made_from
     if reference is None and loaded.kind == "export":
@@ -123,11 +123,11 @@ def evaluate_folder(
         config = validate(DataConfig, {"source": source, "seq_len": length, "pack": packed}, "--text")
         blocks = load_blocks(config, tokenizer, num_tokens=tokens)
         limits.check_rows(tokenizer, {"--text": blocks}, *both)
-        judge = Judge(teacher_model, blocks, device=place)
+        evaluator = Evaluator(teacher_model, blocks, device=place)
         label = "" if not texts else f" on {source}"
         if teacher_model is not None:
-            rows.append(_plain(judge.score(teacher_model, "the teacher reads").row(f"teacher{label}")))
-        rows.append(_plain(judge.score(loaded.model, "the model reads").row(f"{loaded.kind}{label}")))
+            rows.append(_plain(evaluator.score(teacher_model, "the teacher reads").row(f"teacher{label}")))
+        rows.append(_plain(evaluator.score(loaded.model, "the model reads").row(f"{loaded.kind}{label}")))
         hashes.append(blocks.digest)
     result: dict[str, Any] = {"rows": rows, "eval_hash": hashes, "teacher": reference.id if reference else None}
     if tasks:
@@ -138,8 +138,8 @@ def evaluate_folder(
 def _teacher(loaded: Loaded, reference: ModelConfig, device: torch.device, hint: str) -> Any:
     """The teacher, after seeing from its config and tokenizer that it fits."""
     folder = locate(reference, hint=hint)
-    source, found = describe(reference)
-    empty = empty_model(found, reference.id, reference.attn_implementation, reference.trust_remote_code)
+    source, description = describe(reference)
+    empty = empty_model(description, reference.id, reference.attn_implementation, reference.trust_remote_code)
     trusted = (loaded.trust_remote_code, reference.trust_remote_code)
     for note in compare(loaded.tokenizer_folder, source, loaded.model, empty, *trusted):
         warnings.warn(note, UserWarning, stacklevel=2)
@@ -158,10 +158,10 @@ def _tasks(model: Any, tokenizer: Any, tasks: list[str]) -> dict[str, dict[str, 
     except ModuleNotFoundError as error:
         raise ConfigError(f"--tasks needs lm-eval: pip install 'qat-native[eval]' ({error})") from error
     with served(model):
-        found = simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=tasks)
+        evaluated = simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=tasks)
     return {
         task: {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
-        for task, metrics in found["results"].items()
+        for task, metrics in evaluated["results"].items()
     }
 
 
@@ -196,14 +196,18 @@ def generate(
     chat: bool = False,
     device: str = "cpu",
     load_export: Callable[..., Any] | None = None,
+    make_cache: Callable[[Any], Any] | None = None,
     moved: str | None = None,
 ) -> None:
     """Stream a continuation of `prompt` to stdout and the speed to stderr; `load_export` and `moved` as in `load`.
 
+    Args:
+        make_cache: gives the engine's cache for a model, or None for transformers' own.
+
     Raises:
         ConfigError: no such device, or a prompt that this model cannot read.
     """
-    loaded = load(folder, load_export, chosen(device), moved)
+    loaded = load(folder, load_export, torch_device(device), moved)
     tokenizer: Any = load_tokenizer(loaded.tokenizer_folder, loaded.trust_remote_code)
     inputs = _prompt(loaded.model, tokenizer, prompt, chat)
     length = inputs["input_ids"].shape[1]
@@ -212,11 +216,15 @@ def generate(
     loaded.model.generation_config = _generation(loaded.model, tokenizer, room, temperature)
     streamer = _Printer(tokenizer, skip_prompt=chat)
     with served(loaded.model):
+        cache = None if make_cache is None else make_cache(loaded.model)
+        given = {name: tensor.to(loaded.model.device) for name, tensor in inputs.items()}
         began = time.monotonic()
-        output = loaded.model.generate(**{k: v.to(loaded.model.device) for k, v in inputs.items()}, streamer=streamer)
-    made = output.shape[1] - length
+        output = loaded.model.generate(**given, streamer=streamer, past_key_values=cache)
+    count = output.shape[1] - length
     seconds = time.monotonic() - began
-    print(f"{made} tokens in {seconds:.1f} s: {made / seconds:.1f} tokens/s", file=sys.stderr)
+    print(f"{count} tokens in {seconds:.1f} s: {count / seconds:.1f} tokens/s", file=sys.stderr)
+    if cache is not None:
+        print(cache.cost, file=sys.stderr)
 
 
 def _prompt(model: Any, tokenizer: Any, prompt: str, chat: bool) -> dict[str, torch.Tensor]:
@@ -247,13 +255,13 @@ def _as_chat(tokenizer: Any, prompt: str) -> str:
 
 def _room(model: Any, used: int, tokens: int) -> int:
     """How many of `tokens` fit behind the prompt."""
-    known = most_positions(model)
-    if known is None or used + tokens <= known:
+    positions = most_positions(model)
+    if positions is None or used + tokens <= positions:
         return tokens
-    if used >= known:
-        raise ConfigError(f"the prompt has {used} tokens, but the model knows only {known} positions; shorten it")
-    print(f"note: the model knows {known} positions, so at most {known - used} tokens follow", file=sys.stderr)
-    return known - used
+    if used >= positions:
+        raise ConfigError(f"the prompt has {used} tokens, but the model knows only {positions} positions; shorten it")
+    print(f"note: the model knows {positions} positions, so at most {positions - used} tokens follow", file=sys.stderr)
+    return positions - used
 
 
 def _generation(model: Any, tokenizer: Any, tokens: int, temperature: float) -> Any:
@@ -267,10 +275,10 @@ def _generation(model: Any, tokenizer: Any, tokens: int, temperature: float) -> 
     own = model.generation_config
     settings: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": tokens, "use_cache": True}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        found = getattr(own, name, None)
-        ids = found if isinstance(found, list) else [found]
+        value = getattr(own, name, None)
+        ids = value if isinstance(value, list) else [value]
         usable = bool(ids) and all(type(i) is int for i in ids)
-        settings[name] = found if usable else getattr(tokenizer, name, None)
+        settings[name] = value if usable else getattr(tokenizer, name, None)
     if settings["pad_token_id"] is None:
         end = settings["eos_token_id"]
         settings["pad_token_id"] = end[0] if isinstance(end, list) and end else end
@@ -279,8 +287,8 @@ def _generation(model: Any, tokenizer: Any, tokens: int, temperature: float) -> 
         settings["repetition_penalty"] = penalty
     if temperature > 0:
         settings |= {"temperature": temperature, "top_k": 0}  # none: left out, `generate` would fill in 50
-        known = {"top_k": _is_count, "top_p": _is_share, "min_p": _is_share}
-        settings |= {name: value for name, fits in known.items() if fits(value := getattr(own, name, None))}
+        checks = {"top_k": _is_count, "top_p": _is_share, "min_p": _is_share}
+        settings |= {name: value for name, fits in checks.items() if fits(value := getattr(own, name, None))}
     return GenerationConfig(**settings)
 
 

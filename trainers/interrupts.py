@@ -21,11 +21,11 @@ STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.S
 class Interruptions:
     """Handles the signals of `STATUS` inside its `with` block (in the main thread; elsewhere Python cannot).
 
-    A signal raises `Interrupted`, or between `finish_steps` and `end_at_once` is only noted in `asked`.
+    A signal raises `Interrupted`, or between `finish_steps` and `end_at_once` is only noted in `signal`.
     """
 
     def __init__(self) -> None:
-        self.asked: signal.Signals | None = None
+        self.signal: signal.Signals | None = None
         self._finishing = False
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -44,32 +44,32 @@ class Interruptions:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def finish_steps(self) -> None:
-        """From here on somebody looks at `asked` after every step."""
+        """From here on somebody looks at `signal` after every step."""
         self._finishing = True
         self._register()  # Lightning put its own handler for SIGTERM around ours
 
     def end_at_once(self) -> None:
-        """Nobody looks at `asked` any more."""
+        """Nobody looks at `signal` any more."""
         self._finishing = False
 
     def stop(self) -> Interrupted:
-        """What to raise once the step that `asked` interrupted is saved."""
-        assert self.asked is not None, "only a signal stops a run this way"
-        return Interrupted(STATUS[self.asked])
+        """What to raise once the step that `signal` interrupted is saved."""
+        assert self.signal is not None, "only a signal stops a run this way"
+        return Interrupted(STATUS[self.signal])
 
     def _register(self) -> None:
         for number in self._previous:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        again = self.asked is not None
+        again = self.signal is not None
         name = signal.Signals(number)
         if self._finishing and not (again and name == signal.SIGINT):
             if not again:
-                self.asked = name
+                self.signal = name
                 _say(f"{name.name}: finishing this step, then saving (Ctrl-C again ends at once)")
             return
-        self.asked = self.asked or name
+        self.signal = self.signal or name
         raise Interrupted(STATUS[name])
 
 

@@ -33,13 +33,13 @@ class Job(Strict):
         name: the run lives in `<runs>/<name>/`.
         method: "qad" distils a teacher; "qat" trains on the next token.
         model: the student before quantization.
-        teacher: whom to imitate and to be judged against; by default the student's own BF16 weights.
+        teacher: whom to imitate and to be compared with; by default the student's own BF16 weights.
         scheme: which weights and inputs get which format.
         loss: by default forward KL for qad and cross-entropy for qat.
         steps: optimizer steps.
         rows: rows of `data.seq_len` tokens per optimizer step, over all devices.
         micro_rows: rows per forward pass and device; the rest is gradient accumulation.
-        calibration: text that sets activation ranges and start scales; by default the training text. What the teacher
+        calibration: text that sets activation ranges and initial scales; by default the training text. What the teacher
             writes (`source: teacher`) is closer to what a model will be asked than a narrow training set.
         calibration_rows: how much of it.
         checkpoint_every: steps between resumable checkpoints, 0 for only at the end.
@@ -89,7 +89,9 @@ class Job(Strict):
                 f"rows ({self.rows}) must be a multiple of micro_rows x devices ({self.micro_rows} x {self.devices})"
             )
         if self.data.source == self.eval.data.source and self.data.split == self.eval.data.split:
-            raise ValueError(f"data and eval.data are both {self.data.source!r}: judge on text that is not trained on")
+            raise ValueError(
+                f"data and eval.data are both {self.data.source!r}: evaluate on text that is not trained on"
+            )
         return self
 
     @property
@@ -131,8 +133,8 @@ def load_job(path: str | Path, overrides: list[str] | None = None) -> Job:
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        held = f"; give {path / JOB}" if (path / JOB).is_file() else "; give a YAML file in it"
-        raise ConfigError(f"{path} is a folder, not a config file{held}")
+        hint = f"; give {path / JOB}" if (path / JOB).is_file() else "; give a YAML file in it"
+        raise ConfigError(f"{path} is a folder, not a config file{hint}")
     data = load_yaml(path)
     if path.name == JOB and (path.parent / "checkpoints").is_dir():
         folder = path.parent.absolute()

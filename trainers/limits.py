@@ -1,4 +1,4 @@
-"""What a model can take: positions and token ids, compared with the data before anything is trained or judged.
+"""What a model can take: positions and token ids, compared with the data before anything is trained or evaluated.
 
 A position beyond a learned table is an index error deep inside a model, and a rotary one is a number the model has
 never seen, about which nothing complains. A token added to a tokenizer alone has no row in the embedding.
@@ -129,17 +129,17 @@ def _largest_id(config: DataConfig, wanted: int, tokenizer: "PreTrainedTokenizer
     tally = rows.Tally()
     plan = planned(config, min(wanted, SAMPLE_TOKENS))
     documents = tokens.encode(sources.documents(config), tokenizer)
-    count = sum(1 for _ in rows.made(documents, config, plan, tokenizer, tally))
+    count = sum(1 for _ in rows.build(documents, config, plan, tokenizer, tally))
     rows.refuse_nothing(config, tally, count)
     return tally.largest
 
 
 def _texts(job: "Job") -> dict[str, tuple[DataConfig, int]]:
     """The texts of a job by the keys that configure them, and how many tokens of each are wanted."""
-    found = {"data": (job.data, job.steps * job.tokens_per_step), "eval.data": (job.eval.data, job.eval.tokens)}
+    texts = {"data": (job.data, job.steps * job.tokens_per_step), "eval.data": (job.eval.data, job.eval.tokens)}
     if job.calibration is not None:
-        found["calibration"] = (job.calibration, job.calibration_rows * job.calibration.seq_len)
-    return found
+        texts["calibration"] = (job.calibration, job.calibration_rows * job.calibration.seq_len)
+    return texts
 
 
 def warn(notes: list[str]) -> None:

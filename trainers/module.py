@@ -109,10 +109,10 @@ class QatModule(lit.LightningModule):
         for value in self._losses:
             self.step_loss += float(value)
         self._losses.clear()
-        for what, found in (("loss", self.step_loss), ("norm of the gradients", self.grad_norm)):
-            if not math.isfinite(found):
+        for what, measure in (("loss", self.step_loss), ("norm of the gradients", self.grad_norm)):
+            if not math.isfinite(measure):
                 raise TrainingError(
-                    f"the {what} became {found} at step {self.step + 1}; the last good checkpoint is kept. Lower "
+                    f"the {what} became {measure} at step {self.step + 1}; the last good checkpoint is kept. Lower "
                     f"optim.lr (now {self.job.optim.lr:g}), or look for bad rows in {self.job.data.source!r}"
                 )
 
@@ -120,8 +120,8 @@ class QatModule(lit.LightningModule):
         """AdamW; rates follow `optim.schedule` from the true step."""
         optimizer = optim.build(self.student, self.job.optim)
 
-        def factor(done: int) -> float:
-            return optim.schedule(self.job.optim, self.start_step + done, self.job.steps)
+        def factor(steps: int) -> float:
+            return optim.schedule(self.job.optim, self.start_step + steps, self.job.steps)
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

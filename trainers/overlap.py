@@ -19,12 +19,12 @@ def overlap(train: Blocks, heldout: Blocks, n: int = 13) -> float:
     N-grams lie within one document and one row. 0.0 when the held-out rows hold none. N-grams are compared
     by a 64-bit hash.
     """
-    wanted = np.concatenate([np.empty(0, np.uint64), *_ngrams(heldout, n)])
-    distinct, counts = np.unique(wanted, return_counts=True)
-    seen = np.zeros(len(distinct), np.bool_)
+    grams_heldout = np.concatenate([np.empty(0, np.uint64), *_ngrams(heldout, n)])
+    distinct, counts = np.unique(grams_heldout, return_counts=True)
+    trained = np.zeros(len(distinct), np.bool_)
     for grams in _ngrams(train, n):
-        seen |= np.isin(distinct, grams)
-    return float(counts[seen].sum() / max(1, len(wanted)))
+        trained |= np.isin(distinct, grams)
+    return float(counts[trained].sum() / max(1, len(grams_heldout)))
 
 
 def _ngrams(blocks: Blocks, n: int, rows_at_once: int = 1024) -> Iterator[npt.NDArray[np.uint64]]:

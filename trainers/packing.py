@@ -3,7 +3,7 @@
 A row is int32 of shape (3, seq_len): input ids, targets, and the number of the document each token belongs
 to, counted from 0 in every row, -1 on padding. Logits at position t predict the target at position t.
 
-Documents are kept apart by `position_ids` that restart at 0, with no attention mask and no cache:
+Documents are separated by `position_ids` that restart at 0, with no attention mask and no cache:
 transformers (5.17 and later) then builds a block-diagonal mask per layer kind, sliding windows included,
 for batches of any size, and builds none at all when every row holds one document, which is the fast causal
 path. The alternatives leak without a word: a 2-D mask or `use_cache=True` switches the detection off, and a
@@ -35,9 +35,9 @@ LEAKS = 0.1  # of `leakage`, above which documents are not packed
 
 def targets(document: Tokens) -> Row:
     """What each position predicts: the next token, or IGNORE at the end and where nothing is learnt."""
-    found = np.full(len(document.ids), IGNORE, np.int32)
-    found[:-1] = np.where(document.learn[1:], document.ids[1:], IGNORE)
-    return found
+    labels = np.full(len(document.ids), IGNORE, np.int32)
+    labels[:-1] = np.where(document.learn[1:], document.ids[1:], IGNORE)
+    return labels
 
 
 def pack(documents: Iterator[Tokens], seq_len: int) -> Iterator[Row]:

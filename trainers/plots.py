@@ -1,6 +1,6 @@
 """The pictures of a run: how training went, what was recovered, and what the weights lost layer by layer.
 
-Each picture answers one question and says its units. Colours are Okabe and Ito's, told apart by colour-blind readers
+Each picture answers one question and says its units. Colours are Okabe and Ito's, distinguished by colour-blind readers
 too, and one model has one colour everywhere. matplotlib is imported when something is drawn, never on import.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Qsnr = list[tuple[str, float, float]]
 COLOURS = {"bf16": "#6B6B6B", "ptq": "#D55E00", "best_ptq": "#E69F00", "student": "#0072B2"}
-NAMES = {"bf16": "BF16", "ptq": "plain\nPTQ", "best_ptq": "best\nPTQ", "student": "trained\nstudent"}
+NAMES = {"bf16": "BF16", "ptq": "RTN", "best_ptq": "PTQ\ninit", "student": "trained\nstudent"}
 _LIGHT = "#A9CCE3"  # the student's colour, thinned: single steps behind their mean
 _INK = "#333333"
 STYLE: Any = {  # matplotlib types each key of it on its own
@@ -147,9 +147,9 @@ def _cut_spikes(axes: "Axes", values: Any) -> None:
 
 def _heldout(axes: "Axes", report: dict[str, Any], history: dict[str, Any], last: float) -> None:
     rows = {row["name"]: row for row in report["rows"]}
-    judged = np.isfinite(history["heldout_kl"])
-    points = dict(zip(history["step"][judged].tolist(), history["heldout_kl"][judged].tolist(), strict=True))
-    if rows["best_ptq"]["kl"] is not None:  # training starts from the best PTQ model
+    evaluated = np.isfinite(history["heldout_kl"])
+    points = dict(zip(history["step"][evaluated].tolist(), history["heldout_kl"][evaluated].tolist(), strict=True))
+    if rows["best_ptq"]["kl"] is not None:  # training starts from the PTQ initialisation
         points = {0.0: rows["best_ptq"]["kl"], **points}
     axes.set_ylabel("held-out KL to the teacher\n(nats per token)")
     if not points:
@@ -169,7 +169,7 @@ def _heldout(axes: "Axes", report: dict[str, Any], history: dict[str, Any], last
 
 def _levels(axes: "Axes", levels: dict[str, float], last: float, top: float) -> None:
     """Horizontal lines with their names above them; the lower name goes below where two lines are close."""
-    labels = {"ptq": "plain PTQ", "best_ptq": "best PTQ, where training starts"}
+    labels = {"ptq": "RTN", "best_ptq": "PTQ initialisation, where training starts"}
     for name, value in levels.items():
         axes.axhline(value, color=COLOURS[name], linewidth=1.4, linestyle=(0, (5, 3)), zorder=1)
         crowded = any(0 < other - value < 0.07 * top for other in levels.values())
@@ -291,16 +291,16 @@ def by_kind(qsnr: Qsnr) -> dict[str, list[tuple[int, float, float]]]:
 
     Several matrices of one kind in one layer (experts) become their mean.
     """
-    found: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    layers_of: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     others = 0
     for path, start, final in qsnr:
         number = re.search(r"(?:^|\.)(\d+)\.", path)
         if number:
-            found[path.rsplit(".", 1)[-1]][int(number[1])].append((start, final))
+            layers_of[path.rsplit(".", 1)[-1]][int(number[1])].append((start, final))
         else:
-            found["other"][others].append((start, final))
+            layers_of["other"][others].append((start, final))
             others += 1
     return {
         kind: [(layer, *map(float, np.mean(values, axis=0))) for layer, values in sorted(layers.items())]  # type: ignore[misc]  # the items are pairs
-        for kind, layers in found.items()
+        for kind, layers in layers_of.items()
     }

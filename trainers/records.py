@@ -76,13 +76,13 @@ def document(record: Any, config: "DataConfig", where: str, *, table: bool = Fal
         DataError: it has no known shape, or several, or a field of it is not what the shape needs.
     """
     if not isinstance(record, Mapping):
-        given = type(record).__name__
-        raise DataError(f"{where} is a {given}; it must be an object with a field {config.text_field!r}")
+        kind = type(record).__name__
+        raise DataError(f"{where} is a {kind}; it must be an object with a field {config.text_field!r}")
     shape = _shape(record, config, where)
-    found = _begun(SHAPES[shape].build(_unpadded(record) if table else record, config, where))
+    result = _from_first_question(SHAPES[shape].build(_unpadded(record) if table else record, config, where))
     for name in ("prompt", "text", "messages", "tools"):
-        _check_unicode(getattr(found, name), f"{where}: {name}")
-    return found
+        _check_unicode(getattr(result, name), f"{where}: {name}")
+    return result
 
 
 # ---- which shape
@@ -103,14 +103,14 @@ def _shape(record: Record, config: "DataConfig", where: str) -> str:
             raise _unknown(record, config, [config.records], where)
         return config.records
     allowed = [name for name in SHAPES if config.chat == "auto" or name not in CHATS]
-    found = [name for name in allowed if not any(_absent(record, name, f) for f in SHAPES[name].fields(config))]
-    named = [name for name in found if SHAPES[name].fields(config) != SHAPES[name].fields(type(config)())]
-    if "text" in found and (config.chat == "never" or (named == ["text"] and "messages" not in found)):
+    fits = [name for name in allowed if not any(_absent(record, name, f) for f in SHAPES[name].fields(config))]
+    named = [name for name in fits if SHAPES[name].fields(config) != SHAPES[name].fields(type(config)())]
+    if "text" in fits and (config.chat == "never" or (named == ["text"] and "messages" not in fits)):
         return "text"
-    several = [name for name in named if name != "text"] or [name for name in found if name != "text"]
+    several = [name for name in named if name != "text"] or [name for name in fits if name != "text"]
     if len(several) > 1:
-        given = "; ".join(f"{name} ({', '.join(SHAPES[name].fields(config))})" for name in several)
-        raise DataError(f"{where} can be read in {len(several)} ways: {given}; set data.records to one of them")
+        ways = "; ".join(f"{name} ({', '.join(SHAPES[name].fields(config))})" for name in several)
+        raise DataError(f"{where} can be read in {len(several)} ways: {ways}; set data.records to one of them")
     if several:
         return several[0]
     if config.text_field not in record:
@@ -126,16 +126,16 @@ def _absent(record: Record, shape: str, field: str) -> bool:
 
 def _unknown(record: Record, config: "DataConfig", shapes: list[str], where: str) -> DataError:
     """The error for a record that has none of these shapes."""
-    wanted = [(name, field) for name in shapes for field in SHAPES[name].fields(config)]
-    for name, field in wanted:
+    pairs = [(name, field) for name in shapes for field in SHAPES[name].fields(config)]
+    for name, field in pairs:
         if field in record and _absent(record, name, field):
             what = "null" if record[field] is None else "empty"
             return DataError(f"{where}: field {field!r} is {what}; give it a value, or remove the record")
     have = [str(name) for name in record]
-    said = [f"{KEYS[name]} {' and '.join(map(repr, SHAPES[name].fields(config)))}" for name in shapes]
-    near = nearest(next((field for _, field in wanted if field not in record), ""), have)
+    expected = [f"{KEYS[name]} {' and '.join(map(repr, SHAPES[name].fields(config)))}" for name in shapes]
+    near = nearest(next((field for _, field in pairs if field not in record), ""), have)
     return DataError(
-        f"{where} has no {', '.join(said[:-1])}{' or ' if said[1:] else ''}{said[-1]}; its fields are "
+        f"{where} has no {', '.join(expected[:-1])}{' or ' if expected[1:] else ''}{expected[-1]}; its fields are "
         f"{', '.join(have)[:200] or 'none'}; nearest: {near or 'none'}; set one of these to a field that is there"
     )
 
@@ -222,13 +222,13 @@ def _system(record: Record, where: str) -> tuple[Message, ...]:
     return (_spoken("system", text),) if text.strip() else ()
 
 
-def _begun(found: Document) -> Document:
+def _from_first_question(chat: Document) -> Document:
     """Without the assistant turns that a chat begins with, as ShareGPT dumps do that were cut into pieces: nothing says
     what they answer, or where they begin in the template's text."""
-    if found.context:
-        return found
-    first = next((i for i, m in enumerate(found.messages) if m["role"] != "assistant"), len(found.messages))
-    return replace(found, messages=found.messages[first:], leading=first)
+    if chat.context:
+        return chat
+    first = next((i for i, m in enumerate(chat.messages) if m["role"] != "assistant"), len(chat.messages))
+    return replace(chat, messages=chat.messages[first:], leading=first)
 
 
 def _spoken(role: str, content: str) -> Message:
@@ -257,31 +257,31 @@ def _json(value: Any) -> Any:
 
 def _messages(value: Any, name: str, where: str) -> tuple[Message, ...]:
     """Checked messages with the keys role and content, their tool calls' arguments as objects."""
-    given = _json(value)
-    if not isinstance(given, list | tuple) or not given:
+    messages = _json(value)
+    if not isinstance(messages, list | tuple) or not messages:
         raise DataError(f"{where}: field {name!r} must be a non-empty list of messages, but is {value!r:.80}")
-    return tuple(_message(message, f"{where}: {name}[{number}]") for number, message in enumerate(given))
+    return tuple(_message(message, f"{where}: {name}[{number}]") for number, message in enumerate(messages))
 
 
 def _message(message: Any, at: str) -> Message:
     """A null key of a message is no key, in every format: chat APIs write them so."""
-    kept = {key: item for key, item in message.items() if item is not None} if isinstance(message, Mapping) else {}
-    if "role" not in kept and isinstance(kept.get("from"), str):
-        kept = _from_sharegpt(kept, at)
-    elif isinstance(kept.get("role"), str) and kept["role"] != SPEAKERS.get(kept["role"].lower(), kept["role"]):
-        kept = _from_sharegpt({**kept, "from": kept.pop("role"), "value": kept.pop("content", "")}, at)
-    if not isinstance(kept.get("role"), str):
+    fields = {key: item for key, item in message.items() if item is not None} if isinstance(message, Mapping) else {}
+    if "role" not in fields and isinstance(fields.get("from"), str):
+        fields = _from_sharegpt(fields, at)
+    elif isinstance(fields.get("role"), str) and fields["role"] != SPEAKERS.get(fields["role"].lower(), fields["role"]):
+        fields = _from_sharegpt({**fields, "from": fields.pop("role"), "value": fields.pop("content", "")}, at)
+    if not isinstance(fields.get("role"), str):
         shown = ", ".join(map(str, message)) if isinstance(message, Mapping) else type(message).__name__
         raise DataError(f"{at} needs the keys role and content, but has {shown or 'none'}")
-    kept["content"] = _content(kept.get("content", ""), at)
-    if "function_call" in kept and not kept.get("tool_calls"):
-        kept["tool_calls"] = [kept.pop("function_call")]
-    calls = _json(kept.pop("tool_calls", None)) or []
+    fields["content"] = _content(fields.get("content", ""), at)
+    if "function_call" in fields and not fields.get("tool_calls"):
+        fields["tool_calls"] = [fields.pop("function_call")]
+    calls = _json(fields.pop("tool_calls", None)) or []
     if not isinstance(calls, list | tuple):
         raise DataError(f"{at}.tool_calls must be a list of calls, but is {calls!r:.80}")
     if calls:
-        kept["tool_calls"] = [_call(call, f"{at}.tool_calls[{number}]") for number, call in enumerate(calls)]
-    return kept
+        fields["tool_calls"] = [_call(call, f"{at}.tool_calls[{number}]") for number, call in enumerate(calls)]
+    return fields
 
 
 def _from_sharegpt(message: Message, at: str) -> Message:
@@ -322,8 +322,8 @@ def _call(call: Any, at: str) -> Message:
     inner = {"arguments" if key == spelt else key: value for key, value in inner.items()}
     arguments = _json(inner.get("arguments") or "{}")
     if not isinstance(arguments, Mapping):
-        given = f"{inner['arguments']!r:.80}"
-        raise DataError(f"{at}: {spelt} must be a JSON object, or the text of one, but are {given}")
+        text = f"{inner['arguments']!r:.80}"
+        raise DataError(f"{at}: {spelt} must be a JSON object, or the text of one, but are {text}")
     inner["arguments"] = dict(arguments)
     return {**call, "function": inner} if "function" in call else inner
 
@@ -335,10 +335,10 @@ def _tools(record: Record, config: "DataConfig", where: str) -> tuple[Message, .
     field = config.tools_field
     if field == "tools" and not record.get(field) and record.get("functions"):
         field = "functions"  # the older name, which is not wrapped either
-    given = _json(record.get(field)) or []
-    if not isinstance(given, list | tuple):
-        raise DataError(f"{where}: field {field!r} must be a list of tools, but is {given!r:.80}")
-    tools = [_json(tool) for tool in given]
+    entries = _json(record.get(field)) or []
+    if not isinstance(entries, list | tuple):
+        raise DataError(f"{where}: field {field!r} must be a list of tools, but is {entries!r:.80}")
+    tools = [_json(tool) for tool in entries]
     for number, tool in enumerate(tools):
         inner = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 JSON, PAGE = "report.json", "report.md"
-LABELS = {"bf16": "BF16", "ptq": "plain PTQ", "best_ptq": "best PTQ", "student": "trained student"}
+LABELS = {"bf16": "BF16", "ptq": "RTN", "best_ptq": "PTQ initialisation", "student": "trained student"}
 CONTAMINATED = 0.01  # share of the held-out 13-grams seen in training above which runs and reports warn
 FEW_TOKENS = 4096  # held-out tokens below which differences of a few per cent are noise
-# Training has to win more than this share of the gap over the best start before the page says that it helped.
+# Training has to win more than this share of the gap over the best PTQ initialisation for the page to say so.
 MEASURABLE = 0.01
 
 Row = dict[str, Any]
@@ -34,14 +34,14 @@ class RunReport:
 
     Attributes:
         rows: `Scores.row` of "bf16", "ptq", "best_ptq" and "student", in this order.
-        gap_closed: {"kl", "nll"}: share of the way from plain PTQ back to BF16; NaN where there was no gap.
-        gap_closed_over_best_ptq: the same, measured from the best PTQ start.
+        gap_closed: {"kl", "nll"}: share of the way from RTN back to BF16; NaN where there was no gap.
+        gap_closed_over_best_ptq: the same, measured from the best PTQ initialisation.
         model_bytes, dense_bytes: stored size of the quantized model and of its BF16 original.
-        tokens, seconds: of training alone; judging and calibration are not counted.
-        best_step: the step whose student is reported; 0 is the start, before any training.
+        tokens, seconds: of training alone; evaluation and calibration are not counted.
+        best_step: the step whose student is reported; 0 is the initialisation, before any training.
         eval_hash, data_hash: digests of the held-out and of the training rows.
         overlap: share of held-out 13-grams that occur in the training text; None where not measured.
-        scheme: `Coverage.by_format`.
+        scheme, caches: `Coverage.by_format` and `by_cache`.
         machine: accelerator, or CPU and threads.
         finished_at: ISO 8601, UTC.
         qsnr: (layer, dB at the start, dB after training), each against the weights that were quantized.
@@ -73,12 +73,15 @@ class RunReport:
     finished_at: str
     qsnr: list[tuple[str, float, float]] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
+    caches: list[tuple[str, str, int, float, float]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `report.json`: plain JSON values, with None for what is not a finite number."""
         data = asdict(self)
         names = ("weight", "input", "modules", "parameters", "bits_per_weight")
         data["scheme"] = [dict(zip(names, row, strict=True)) for row in self.scheme]
+        names = ("key", "value", "modules", "bytes_per_token", "dense_bytes_per_token")
+        data["caches"] = [dict(zip(names, row, strict=True)) for row in self.caches]
         data["headline"] = headline(data)
         return {key: _finite(value) for key, value in data.items()}
 
@@ -124,42 +127,42 @@ def headline(report: dict[str, Any]) -> str:
     dense, plain, best, student = scores
     gap, path = plain - dense, f"{plain:.4f} → {student:.4f} nats per token"
     if gap <= 0:
-        return f"Plain rounding lost nothing measurable on this text, so there was no gap to close ({name} {path})."
+        return f"RTN lost nothing measurable on this text, so there was no gap to close ({name} {path})."
     closed, alone = (plain - student) / gap, (plain - best) / gap
     without = f"closed {percent(alone)}" if alone >= 0 else f"widened it by {percent(-alone)}"
-    without = f"the best start without training {without}"
+    without = f"the best PTQ initialisation, without training, {without}"
     if closed < 0:
-        return f"Training did harm: {name} {path}, worse than plain rounding; {without}. Do not use this student."
-    what = f"{percent(closed)} of the {name} gap left by plain rounding ({path})"
+        return f"Training did harm: {name} {path}, worse than RTN; {without}. Do not use this student."
+    what = f"{percent(closed)} of the {name} gap left by round-to-nearest ({path})"
     if closed - alone > MEASURABLE:
         return f"Training closed {what}; {without}."
-    kept = " The start is kept as the student." if report["best_step"] == 0 else ""
-    return f"Training did not help measurably: the student closes {what}; {without}.{kept}"
+    fallback = " The PTQ initialisation is reported as the student." if report["best_step"] == 0 else ""
+    return f"Training did not help measurably: the student closes {what}; {without}.{fallback}"
 
 
 def remarks(report: dict[str, Any]) -> list[str]:
     """What a reader must know before quoting the numbers."""
     rows = {row["name"]: row for row in report["rows"]}
     dense, best, student = rows["bf16"], rows["best_ptq"], rows["student"]
-    share, found = report["overlap"], []
+    share, sentences = report["overlap"], []
     if share is None:
-        found.append("Whether the held-out text occurs in the training text was not measured.")
+        sentences.append("Whether the held-out text occurs in the training text was not measured.")
     elif share > CONTAMINATED:
-        seen = f"{percent(share)} of the held-out 13-grams also occur in the training text"
-        found.append(f"{seen}: part of the recovery may be memory.")
+        words = f"{percent(share)} of the held-out 13-grams also occur in the training text"
+        sentences.append(f"{words}: part of the recovery may be memory.")
     if not _number(student["kl"]):
-        found.append("Nothing gave a KL to a teacher; next-token loss alone does not show lost abilities.")
+        sentences.append("Nothing gave a KL to a teacher; next-token loss alone does not show lost abilities.")
     if _less(student["nll"], dense["nll"]):
-        found.append(
+        sentences.append(
             "The student predicts this text better than BF16 does: it has moved towards the training text, "
             "which is not the same as having recovered. Trust KL and top-1."
         )
     if _less(student["kl"], best["kl"]) and _less(student["top1"], best["top1"]):
-        found.append("KL is better than at the best PTQ start, but top-1 agreement is worse.")
+        sentences.append("KL is better than after the best PTQ initialisation, but top-1 agreement is worse.")
     if student["tokens"] < FEW_TOKENS:
-        few = f"Only {student['tokens']:,} held-out tokens were judged"
-        found.append(f"{few}; differences of a few per cent are noise.")
-    return found
+        few = f"Only {student['tokens']:,} held-out tokens were evaluated"
+        sentences.append(f"{few}; differences of a few per cent are noise.")
+    return sentences
 
 
 def page(run: Path, report: dict[str, Any], pictures: list[Path]) -> str:
@@ -182,7 +185,7 @@ def page(run: Path, report: dict[str, Any], pictures: list[Path]) -> str:
         [f"**{report['headline']}**"],
         _markdown(heads, cells, left=1),
         [
-            f"Judged on {report['rows'][-1]['tokens']:,} held-out tokens. KL (to the teacher) and NLL (next "
+            f"Evaluated on {report['rows'][-1]['tokens']:,} held-out tokens. KL (to the teacher) and NLL (next "
             "token) are in nats per token, lower is better. KL gap closed is the share of the way from plain "
             "PTQ back to BF16."
         ],
@@ -190,7 +193,7 @@ def page(run: Path, report: dict[str, Any], pictures: list[Path]) -> str:
         [f"![{picture.stem}]({picture.as_posix()})" for picture in pictures],
         ["## What is stored how"],
         _markdown(["weights", "inputs", "modules", "parameters", "bits per weight"], scheme, left=2),
-        [stored],
+        [stored, *_readable_caches(report["caches"])],
         ["## Again"],
         ["```", f"qat train {shlex.quote(str(run / 'job.yaml'))} name={report['name']}-again", "```"],
         ["## Provenance"],
@@ -212,6 +215,14 @@ def _readable_scheme(scheme: list[Row]) -> list[Row]:
     ]
 
 
+def _readable_caches(caches: list[Row]) -> list[str]:
+    return [
+        f"Caches of {row['modules']} modules: {row['key']} keys and {row['value']} values, "
+        f"{row['bytes_per_token']:,.0f} bytes per token instead of {row['dense_bytes_per_token']:,.0f} in BF16."
+        for row in caches
+    ]
+
+
 def _provenance(report: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     overlap = "not measured" if report["overlap"] is None else percent(report["overlap"])
@@ -223,7 +234,7 @@ def _provenance(report: dict[str, Any]) -> list[str]:
         "student": f"step {report['best_step']:,}, the one with the lowest held-out KL (chosen on this text)",
         "machine": f"{report['machine']}; peak memory {size(report['peak_memory_bytes'])}",
         "versions": versions,
-        **{f"{name} text": said for name, said in report.get("texts", {}).items()},
+        **{f"{name} text": text for name, text in report.get("texts", {}).items()},
         "held-out rows": f"sha256 `{report['eval_hash']}`",
         "training rows": f"sha256 `{report['data_hash']}`; held-out 13-grams found there: {overlap}",
         "finished": report["finished_at"],

@@ -45,22 +45,22 @@ def write(
 ) -> dict[str, Any]:
     """Write the rows into `folder` and return what `Blocks` says about them, without path and source."""
     tally, digest = Tally(), hashlib.sha256()
-    count = kept = learnt = 0
+    count = tokens = learnt = 0
     with (folder / ROWS).open("wb") as file:
-        for row in made(documents, config, plan, tokenizer, tally):
+        for row in build(documents, config, plan, tokenizer, tally):
             data = row.astype(STORED).tobytes()
             file.write(data)
             digest.update(data)
             count += 1
             learnt += int((row[1] != IGNORE).sum())
-            kept += int((row[2] >= 0).sum())
+            tokens += int((row[2] >= 0).sum())
     refuse_nothing(config, tally, count)
     # Where packing stopped by plan, the rest of the document it was in was not needed: that is not dropping.
-    dropped = tally.read - kept if tally.exhausted or not config.pack else tally.left_out
+    dropped = tally.read - tokens if tally.exhausted or not config.pack else tally.left_out
     return {
         "num_rows": count,
         "seq_len": config.seq_len,
-        "tokens": kept,
+        "tokens": tokens,
         "loss_tokens": learnt,
         "dropped_tokens": dropped,
         "documents": tally.documents,
@@ -73,7 +73,7 @@ def write(
     }
 
 
-def made(
+def build(
     documents: Iterator[Tokens],
     config: "DataConfig",
     plan: Plan,
@@ -119,11 +119,11 @@ def _counted(documents: Iterator[Tokens], tally: Tally, limit: int | None) -> It
             tally.skipped += 1
             continue
         left = len(document.ids) if limit is None else limit - tally.read
-        kept = Tokens(document.ids[:left], document.learn[:left])
-        tally.read += len(kept.ids)
+        part = Tokens(document.ids[:left], document.learn[:left])
+        tally.read += len(part.ids)
         tally.documents += 1
         tally.shapes[document.shape] += 1
-        yield kept
+        yield part
         if limit is not None and tally.read >= limit:
             return
     tally.exhausted = True

@@ -1,4 +1,4 @@
-"""A run from job to report: load, calibrate, judge the baselines, train with Lightning, judge the best, report."""
+"""A run from job to report: load, calibrate, evaluate baselines, train with Lightning, evaluate the best, report."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -24,7 +24,7 @@ from qat.trainers import claim, limits
 from qat.trainers.callbacks import Keeper
 from qat.trainers.called import check_called
 from qat.trainers.data import Batches, load_blocks
-from qat.trainers.evaluate import Judge, gap_closed
+from qat.trainers.evaluate import Evaluator, gap_closed
 from qat.trainers.exportable import export_notes, student_without_numbers
 from qat.trainers.fit import fit, quiet_lightning, start_loggers
 from qat.trainers.interrupts import Interruptions
@@ -62,8 +62,8 @@ def train(job: Job, *, resume_run: bool = False, console: Console | None = None,
         try:
             built = _train(job, resume_run, console, interruptions)
         except Interrupted:
-            asked = interruptions.asked
-            by = asked.name if asked is not None else "a signal"
+            signal = interruptions.signal
+            by = signal.name if signal is not None else "a signal"
             console.print(f"stopped by {by}; {claim.how_to_go_on(run)}", highlight=False, soft_wrap=True)
             raise
         except OSError:
@@ -91,18 +91,18 @@ def _train(job: Job, resume_run: bool, console: Console, interruptions: Interrup
     parts = _load(job, source, reference, console)
     _print_coverage(parts.coverage, console)
     text = {"data": parts.train.digest, "eval.data": parts.heldout.digest}
-    judge = Judge(parts.teacher, parts.heldout, job.eval.batch, parts.device, parts.dtype)
+    evaluator = Evaluator(parts.teacher, parts.heldout, job.eval.batch, parts.device, parts.dtype)
     if not resume_run:
-        saved = {"rows": _baselines(job, parts, judge, console)}
-        keeper = Keeper(run, job, judge, {})
+        saved = {"rows": _baselines(job, parts, evaluator, console)}
+        keeper = Keeper(run, job, evaluator, {})
         keeper.best = {"step": 0, "kl": saved["rows"][-1]["kl"], "since": 0}
         resume.save_best(run, resume.student_tensors(parts.student), {**saved["rows"][-1], "step": 0})
     else:
         claim.check_text(saved, text, job.steps, console)
-        keeper = Keeper(run, job, judge, saved["best"])
+        keeper = Keeper(run, job, evaluator, saved["best"])
     saved.update(text=text, steps=job.steps)
     loop = fit(job, parts, keeper, saved, resume.last_state(run) if resume_run else None, interruptions, loggers)
-    if interruptions.asked is not None:
+    if interruptions.signal is not None:
         raise interruptions.stop()
     if loop.stopped_by:
         console.print(f"stopped early: {loop.stopped_by}")
@@ -172,8 +172,8 @@ def _print_coverage(coverage: Coverage, console: Console) -> None:
     )
     rows = coverage.by_format()
     widest, widest_input = max(len(row[0].partition(": ")[0]) for row in rows), max(len(row[1]) for row in rows)
-    for named, input, modules, parameters, bits in rows:
-        weight, _, reason = named.partition(": ")
+    for treatment, input, modules, parameters, bits in rows:
+        weight, _, reason = treatment.partition(": ")
         console.print(
             f"  {weight:<{widest}}  inputs {input:<{widest_input}} {modules:>5} modules"
             f" {parameters / 1e6:>9.2f} M weights {bits:>6.2f} bits  {reason}".rstrip(),
@@ -181,14 +181,22 @@ def _print_coverage(coverage: Coverage, console: Console) -> None:
             markup=False,
             soft_wrap=True,
         )
+    for key, value, modules, size, dense_size in coverage.by_cache():
+        console.print(
+            f"  cached keys {key}, values {value}: {modules} modules, {size:,.0f} bytes per token "
+            f"(BF16: {dense_size:,.0f})",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
 
-def _baselines(job: Job, parts: Parts, judge: Judge, console: Console) -> list[dict[str, Any]]:
-    """Judge BF16, plain rounding, and the start that training begins from; leaves the student at that start."""
+def _baselines(job: Job, parts: Parts, evaluator: Evaluator, console: Console) -> list[dict[str, Any]]:
+    """Evaluate BF16, RTN, and the PTQ initialisation that training begins from; leaves the student there."""
     rows: list[dict[str, Any]] = []
 
-    def judged(model: nn.Module, name: str) -> None:
-        row = judge.score(model, f"judging {name}").row(name)
+    def evaluate(model: nn.Module, name: str) -> None:
+        row = evaluator.score(model, f"evaluating {name}").row(name)
         console.print(
             f"{name:>9}: held-out KL {row['kl']:.4f}  NLL {row['nll']:.4f}  top-1 {row['top1']:.1%}",
             highlight=False,
@@ -197,7 +205,7 @@ def _baselines(job: Job, parts: Parts, judge: Judge, console: Console) -> list[d
         rows.append(row)
 
     with dense(parts.student, inputs=True):
-        judged(parts.student if job.teacher is not None else parts.teacher, "bf16")
+        evaluate(parts.student if job.teacher is not None else parts.teacher, "bf16")
     batches = _calibration(job, parts)
     autocast = torch.autocast(parts.device.type, parts.dtype or torch.bfloat16, enabled=parts.dtype is not None)
     with autocast:
@@ -206,7 +214,7 @@ def _baselines(job: Job, parts: Parts, judge: Judge, console: Console) -> list[d
         console.print(sentence, highlight=False)
     rtn = job.scheme.rtn()
     initialise(parts.student, batches, rtn, mean_square, _tracked)
-    judged(parts.student, "ptq")
+    evaluate(parts.student, "ptq")
     if rtn == job.scheme:
         rows.append({**rows[-1], "name": "best_ptq"})
     else:
@@ -214,7 +222,7 @@ def _baselines(job: Job, parts: Parts, judge: Judge, console: Console) -> list[d
             sentences = initialise(parts.student, batches, job.scheme, mean_square, _tracked)
         for sentence in sentences:
             console.print(sentence, highlight=False)
-        judged(parts.student, "best_ptq")
+        evaluate(parts.student, "best_ptq")
     parts.qsnr_start = {path: _site_qsnr(site) for path, site in weights(parts.student).items()}
     return rows
 
@@ -222,8 +230,8 @@ def _baselines(job: Job, parts: Parts, judge: Judge, console: Console) -> list[d
 def _calibration(job: Job, parts: Parts) -> list[dict[str, Any]]:
     batches = Batches(parts.calibration, job.micro_rows, job.seed)
     count = -(-job.calibration_rows // job.micro_rows)
-    found = ({k: v.to(parts.device) for k, v in batches.batch(index).items()} for index in range(count))
-    return _Counted(model_inputs(batch) for batch in found)
+    on_device = ({k: v.to(parts.device) for k, v in batches.batch(index).items()} for index in range(count))
+    return _Counted(model_inputs(batch) for batch in on_device)
 
 
 class _Counted(list[dict[str, Any]]):
@@ -238,11 +246,11 @@ def _tracked(sites: dict[str, Site]) -> Iterator[tuple[str, Site]]:
 
 
 def _finish(job: Job, parts: Parts, keeper: Keeper, saved: dict[str, Any]) -> RunReport:
-    """Judge the best student again, from disk, and write the report."""
+    """Evaluate the best student again, from disk, and write the report."""
     run = job.folder
     best = run / "checkpoints" / resume.BEST
     resume.restore_student(parts.student, load_file(best / resume.STUDENT))
-    rows = [*saved["rows"], keeper.judge.score(parts.student, "the student reads held-out text").row("student")]
+    rows = [*saved["rows"], keeper.evaluator.score(parts.student, "the student reads held-out text").row("student")]
     built = _report(job, parts, keeper, saved, rows)
     write_report(run, built)
     return built
@@ -250,7 +258,7 @@ def _finish(job: Job, parts: Parts, keeper: Keeper, saved: dict[str, Any]) -> Ru
 
 def _report(job: Job, parts: Parts, keeper: Keeper, saved: dict[str, Any], rows: list[dict[str, Any]]) -> RunReport:
     by_name = {row["name"]: row for row in rows}
-    plain, start, student, dense = (by_name[name] for name in ("ptq", "best_ptq", "student", "bf16"))
+    rtn, initial, student, bf16 = (by_name[name] for name in ("ptq", "best_ptq", "student", "bf16"))
     count = parts.parameters
     other = count - sum(m.parameters for m in parts.coverage.modules)
     covered = sum(m.parameters * m.bits for m in parts.coverage.modules) / 8
@@ -258,8 +266,8 @@ def _report(job: Job, parts: Parts, keeper: Keeper, saved: dict[str, Any], rows:
         name=job.name,
         method=job.method,
         rows=rows,
-        gap_closed={key: gap_closed(dense[key], plain[key], student[key]) for key in ("kl", "nll")},
-        gap_closed_over_best_ptq={key: gap_closed(dense[key], start[key], student[key]) for key in ("kl", "nll")},
+        gap_closed={key: gap_closed(bf16[key], rtn[key], student[key]) for key in ("kl", "nll")},
+        gap_closed_over_best_ptq={key: gap_closed(bf16[key], initial[key], student[key]) for key in ("kl", "nll")},
         bits_per_weight=parts.coverage.bits_per_weight,
         model_bytes=int(covered + 2 * other),
         dense_bytes=2 * count,
@@ -275,6 +283,7 @@ def _report(job: Job, parts: Parts, keeper: Keeper, saved: dict[str, Any], rows:
         texts={"training": parts.train.summary, "held-out": parts.heldout.summary},
         overlap=overlap(parts.train, parts.heldout),
         scheme=parts.coverage.by_format(),
+        caches=parts.coverage.by_cache(),
         machine=machine(parts.device),
         versions=versions(),
         precision="bf16-mixed" if parts.dtype is torch.bfloat16 else "fp32",

@@ -52,9 +52,9 @@ def write(
         ids = _complete(teacher, start, settings, seq_len, ends, generator, advance)
         for row in ids.cpu().numpy().astype(np.int32):
             stops = np.flatnonzero(np.isin(row[start.shape[1] :], ends)) + start.shape[1]
-            kept = row[: stops[0] + 1] if len(stops) else row
-            learn = np.arange(len(kept)) >= start.shape[1]  # nobody can predict a random token
-            yield Tokens(kept, learn)
+            document = row[: stops[0] + 1] if len(stops) else row
+            learn = np.arange(len(document)) >= start.shape[1]  # nobody can predict a random token
+            yield Tokens(document, learn)
 
 
 def weights_digest(model: nn.Module) -> str:

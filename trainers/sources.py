@@ -55,8 +55,8 @@ def pinned(config: "DataConfig") -> "DataConfig":
         ignores.
     """
     kind = _kind(config.source)
-    used = {"hub": _HUB_FIELDS + _RECORD_FIELDS, "records": _RECORD_FIELDS, "folder": _RECORD_FIELDS}
-    _refuse_ignored(config, used.get(kind, ()))
+    by_kind = {"hub": _HUB_FIELDS + _RECORD_FIELDS, "records": _RECORD_FIELDS, "folder": _RECORD_FIELDS}
+    _refuse_ignored(config, by_kind.get(kind, ()))
     return config.model_copy(update={"revision": _hub_commit(config)}) if kind == "hub" else config
 
 
@@ -89,14 +89,14 @@ def documents(config: "DataConfig") -> Iterator[Document]:
     """
     kind = _kind(config.source)
     if kind == "embedded":
-        found: Iterator[Document] = (Document(f"topic {name!r}", text) for name, text in _topics())
+        texts: Iterator[Document] = (Document(f"topic {name!r}", text) for name, text in _topics())
     elif kind == "heldout":
-        found = _separated(HELDOUT)
+        texts = _separated(HELDOUT)
     elif kind == "hub":
-        found = _hub_documents(config)
+        texts = _hub_documents(config)
     else:
-        found = (each for path in _files(config.source) for each in _file_documents(path, config))
-    return (each for each in found if each.messages or each.leading or each.prompt or each.text.strip())
+        texts = (each for path in _files(config.source) for each in _file_documents(path, config))
+    return (each for each in texts if each.messages or each.leading or each.prompt or each.text.strip())
 
 
 def _kind(source: str) -> str:
@@ -108,8 +108,8 @@ def _kind(source: str) -> str:
         return "folder"
     if path.exists():
         if _suffix(path) is None:
-            given = "".join(path.suffixes[-2:])
-            raise DataError(f"{path}: unknown suffix {given!r}; allowed: {files.ALLOWED}; rename or convert it")
+            suffix = "".join(path.suffixes[-2:])
+            raise DataError(f"{path}: unknown suffix {suffix!r}; allowed: {files.ALLOWED}; rename or convert it")
         return "text" if _suffix(path) in files.TEXT_SUFFIXES else "records"
     if path.is_symlink():
         raise DataError(f"{path} is a link to {os.readlink(path)}, which is not there; repair the link")
@@ -126,11 +126,11 @@ def _kind(source: str) -> str:
     return "hub"
 
 
-def _refuse_ignored(config: "DataConfig", used: Iterable[str]) -> None:
+def _refuse_ignored(config: "DataConfig", effective: Iterable[str]) -> None:
     fields = type(config).model_fields
     for name in (*_HUB_FIELDS, *_RECORD_FIELDS):
         value = getattr(config, name)
-        if name not in used and value != fields[name].default:
+        if name not in effective and value != fields[name].default:
             raise DataError(f"{name}={value!r} has no effect on source {config.source!r}; remove it")
 
 
@@ -163,14 +163,14 @@ def _files(source: str) -> list[Path]:
     broken = next((p for p in named if p.is_symlink() and not p.exists()), None)
     if broken is not None:
         raise DataError(f"{broken} is a link to {os.readlink(broken)}, which is not there; repair or remove it")
-    found = [p for p in named if p.is_file()]
-    others = sorted({p.suffix or p.name for p in inside if p not in set(found)})
-    if not found:
+    paths = [p for p in named if p.is_file()]
+    others = sorted({p.suffix or p.name for p in inside if p not in set(paths)})
+    if not paths:
         holds = f"it holds only {', '.join(others)}" if others else "it is empty"
         raise DataError(f"folder {path} has no file ending in {files.ALLOWED}; {holds}")
     if others:
         _say_once(f"folder {path}: files ending in {', '.join(others)} are not read")
-    return found
+    return paths
 
 
 @cache

@@ -41,8 +41,8 @@ def settled(job: Job) -> tuple[Job, list[str]]:
 
 
 def _described(config: ModelConfig) -> tuple[Path, "PreTrainedModel"]:
-    folder, found = describe(config)
-    return folder, empty_model(found, config.id, config.attn_implementation, config.trust_remote_code)
+    folder, description = describe(config)
+    return folder, empty_model(description, config.id, config.attn_implementation, config.trust_remote_code)
 
 
 def _with_attention(config: ModelConfig, model: "PreTrainedModel") -> ModelConfig:
@@ -82,15 +82,15 @@ def compare(
 def _vocabulary(own: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> list[str]:
     mine, theirs = own.get_vocab(), other.get_vocab()
     moved = sorted(token for token in mine.keys() & theirs.keys() if mine[token] != theirs[token])
-    found = []
+    differences = []
     if moved:
         shown = ", ".join(f"{token!r} is {mine[token]} and {theirs[token]}" for token in moved[:_SHOWN])
-        found.append(f"{len(moved)} tokens have another id (student and teacher: {shown})")
+        differences.append(f"{len(moved)} tokens have another id (student and teacher: {shown})")
     for whose, tokens in (("student", mine.keys() - theirs.keys()), ("teacher", theirs.keys() - mine.keys())):
         if tokens:
             shown = ", ".join(map(repr, sorted(tokens)[:_SHOWN]))
-            found.append(f"{len(tokens)} tokens are only the {whose}'s ({shown})")
-    return found
+            differences.append(f"{len(tokens)} tokens are only the {whose}'s ({shown})")
+    return differences
 
 
 def _encoding(own: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> list[str]:

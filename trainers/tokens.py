@@ -92,10 +92,10 @@ def _encode_chat(document: Document, tokenizer: "PreTrainedTokenizerBase") -> To
     shape, leading = _shown(document, chat=True), document.leading
     if not document.messages:
         return Tokens(np.empty(0, np.int32), np.empty(0, np.bool_), shape, leading)
-    given = chats.chat(document, tokenizer)
-    if given.marked:
-        return Tokens(*_marked(given), shape, leading)
-    text, spans = chats.turns(given)
+    chat = chats.chat(document, tokenizer)
+    if chat.marked:
+        return Tokens(*_marked(chat), shape, leading)
+    text, spans = chats.turns(chat)
     ids, offsets = _offsets(text, tokenizer, document.where, special=False)
     return Tokens(ids, _inside(offsets, spans), shape, leading)
 
@@ -113,20 +113,20 @@ def _encode_completion(document: Document, tokenizer: "PreTrainedTokenizerBase")
     return Tokens(ids, learn, _shown(document, chat=False))
 
 
-def _marked(given: chats.Chat) -> tuple[Ids, Learn]:
+def _marked(chat: chats.Chat) -> tuple[Ids, Learn]:
     """Ids and what the template's own marks say is the assistant's, apart from the context."""
-    encoded = given.render(tokenize=True)
+    encoded = chat.render(tokenize=True)
     ids, learn = np.asarray(encoded["input_ids"], np.int32), np.asarray(encoded["assistant_masks"], np.bool_)
-    if any(message["role"] == "assistant" for message in given.messages[: given.context]):
-        before = given.render(given.messages[: given.context], tokenize=True)["assistant_masks"]
+    if any(message["role"] == "assistant" for message in chat.messages[: chat.context]):
+        before = chat.render(chat.messages[: chat.context], tokenize=True)["assistant_masks"]
         learn[np.flatnonzero(learn)[: sum(before)]] = False
-    if any(m["role"] == "assistant" and m.get("weight") == 0 for m in given.messages[given.context :]):
+    if any(m["role"] == "assistant" and m.get("weight") == 0 for m in chat.messages[chat.context :]):
         raise DataError(
-            f"{given.where}: turns of weight 0 cannot be told apart where the template itself marks what is learnt; "
+            f"{chat.where}: turns of weight 0 cannot be separated where the template itself marks what is learnt; "
             "end the chat before them, or put them into the prompt"
         )
-    if given.learnt and not learn.any():
-        raise DataError(f"{given.where}: the template's generation marks cover no token; repair the template")
+    if chat.learnt and not learn.any():
+        raise DataError(f"{chat.where}: the template's generation marks cover no token; repair the template")
     return ids, learn
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qat.checkpoints.hf import read_json
 from qat.checkpoints.layouts.bits import Array, bf16_bits, fields, minifloat_values, raw_rows
+from qat.checkpoints.layouts.caches import ReadsCaches, refuse_unread
 from qat.checkpoints.names import StoredNames
 from qat.checkpoints.record import RECORD, read_record
 from qat.checkpoints.shards import ShardReader
@@ -30,20 +31,16 @@ from qat.families import find_family, fused_sets
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_SCALE = re.compile(r"(weight|input)_(global_)?scale\w*")  # names of scales, in any layout
+_SCALE = re.compile(r"(weight|input)_(global_)?scale\w*|[kv]_scale")  # names of scales, in any layout
 _CHUNK = 1 << 22  # weights unpacked at a time
 _PACKED = ("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized")
 _READABLE = {"BF16": ("BF16", "F16", "F32")}  # other tools store some BF16 scales so, which is read exactly
 
 # What changes results and is not implemented, in any layout: keys of a configuration, and the last parts of names.
-_UNREAD_KEYS = {
-    "transform_config": "rotations of weights and inputs",
-    "kv_cache_scheme": "a quantized KV cache",
-    "kv_cache_quant_algo": "a quantized KV cache",
-}
+UNREAD_KEYS = {"transform_config": "rotations of weights and inputs"}
 _UNREAD_TENSORS = {
     "pre_quant_scale": "inputs scaled per channel (AWQ, SmoothQuant)",
-    **dict.fromkeys(("q_scale", "k_scale", "v_scale"), "a quantized KV cache or attention"),
+    "q_scale": "quantized attention",
 }
 
 Spec = tuple[str, tuple[int, ...]]  # safetensors type and shape
@@ -95,7 +92,7 @@ class PlainLoading:
     remark: str = ""
 
 
-class ExportedFolder(ABC):
+class ExportedFolder(ReadsCaches, ABC):
     """An exported checkpoint on disk, whatever its layout; open one with `qat.checkpoints.layouts.open_export`.
 
     Raises:
@@ -119,12 +116,13 @@ class ExportedFolder(ABC):
         method = self.quantization.get("quant_method")
         if method != self.METHOD:
             raise CheckpointError(f"{self.where} describes {method or 'nothing'}, not {self.METHOD}")
-        refuse_unread(self.quantization, self.where)
+        refuse_unread(self.quantization, self.where, UNREAD_KEYS)
         self._check_configuration()
         self.reader = ShardReader(folder)
         for name in sorted(self.names):
             if what := _UNREAD_TENSORS.get(name.rpartition(".")[2]):
                 raise UnsupportedError(f"{folder}: {name} belongs to {what}, which is not implemented")
+        self._check_caches()
 
     # What a layout has to say.
 
@@ -194,8 +192,9 @@ class ExportedFolder(ABC):
 
     @cached_property
     def quantized_names(self) -> frozenset[str]:
-        """Stored tensors that belong to quantized weights and inputs."""
-        return frozenset(self.tensor_name(path, key) for path in self.modules for key in self.SUFFIXES) & self.names
+        """Stored tensors that belong to quantized weights, inputs and caches."""
+        of_modules = frozenset(self.tensor_name(path, key) for path in self.modules for key in self.SUFFIXES)
+        return (of_modules | self.cache_names) & self.names
 
     @cached_property
     def dense_names(self) -> frozenset[str]:
@@ -303,18 +302,6 @@ class ExportedFolder(ABC):
         code, grid = self.expected_tensors(module, *shape)[self.SCALE]
         per_scale = {"F32": 32, "BF16": 16}.get(code, 8) + (0 if module.weights["symmetric"] else module.bits)
         return module.bits + math.prod(grid) * per_scale / math.prod(shape)
-
-
-def refuse_unread(configuration: dict[str, Any], where: str) -> None:
-    """Raise UnsupportedError where a configuration asks for something that changes results and is not implemented."""
-    for key, what in _UNREAD_KEYS.items():
-        if not _says_nothing(configuration.get(key)):
-            raise UnsupportedError(f"{where}: {key} asks for {what}, which is not implemented; readable: null")
-
-
-def _says_nothing(value: Any) -> bool:
-    """null, or a table with nothing in it at any depth."""
-    return not value or (isinstance(value, dict) and all(map(_says_nothing, value.values())))
 
 
 def bad_scales(scale: Tensor) -> int:

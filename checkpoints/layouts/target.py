@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from qat.checkpoints.layouts.caches import CacheLayout
 from qat.checkpoints.layouts.reader import PackedModule
 from qat.checkpoints.layouts.support import Row
 from qat.numbers.format import Format
@@ -62,6 +63,9 @@ class Target(Protocol):
     STACKS_OF: tuple[str, ...]
     """The `model_type`s whose stacks of experts the layout holds as one tensor each, and nothing else; empty for a
     layout of matrices."""
+
+    CACHES: CacheLayout | None
+    """How it describes quantized caches, None where it cannot."""
 
     def check(self, layer: TargetLayer) -> None:
         """Raise UnsupportedError where the target cannot hold the layer, although a row covers its formats."""

@@ -6,6 +6,11 @@ gradient over the student's logits. Every lane keeps its own maximum and sum, so
 exponential per logit: of the two that rescaling takes, one is always 1. What the last pass sums is normalised already,
 so equal logits give a loss of exactly 0, where sums of unnormalised terms would cancel. All arithmetic is float32.
 
+Memory bounds the speed: forward KL and cross-entropy read the logits twice and write the student's once, reverse KL and
+Jensen-Shannon read them three times. A pass is not free of the memory by caches: rows under way at once (0.5 MB each
+for 128,256 BF16 logits of two models) exceed the L2. Rows lie whole and contiguous; a thread holds `PER_THREAD`
+neighbours.
+
 Every thread reads an element before the same thread writes it, or before a reduction that synchronises the program.
 """
 
@@ -87,6 +92,7 @@ def distill_rows_kernel(
     else:
         teacher += row * stride_teacher
 
+    # Pass 1: maxima and sums of exponentials, per lane.
     best_q = tl.full((BLOCK,), NOTHING, tl.float32)
     best_p = tl.full((BLOCK,), NOTHING, tl.float32)
     total_q = tl.zeros((BLOCK,), tl.float32)
@@ -102,7 +108,8 @@ def distill_rows_kernel(
     if LOSS != "cross_entropy":
         top_p, log_sum_p = merge(best_p, total_p, inverse)
 
-    mean_q = 0.0  # of q over its ratios
+    # Pass 2, where the gradient needs it: the mean of q over its ratios.
+    mean_q = 0.0
     sum_q = tl.zeros((BLOCK,), tl.float32)
     sum_p = tl.zeros((BLOCK,), tl.float32)
     if LOSS == "reverse_kl" or LOSS == "jsd":
@@ -118,6 +125,7 @@ def distill_rows_kernel(
                 sum_p += weighted(tl.exp(log_p), of_p)
         mean_q = tl.sum(sum_q, 0)
 
+    # Last pass: the gradient, over the logits.
     for first in range(0, V, BLOCK):
         column = first + lane
         x = tl.load(student + column, mask=column < V, other=-float("inf")).to(tl.float32)
@@ -174,14 +182,14 @@ def distill_rows(
 
     A target outside the vocabulary makes its row NaN, where the reference raises: looking would wait for the device.
     """
-    given = [student_logits] if teacher_logits is None else [student_logits, teacher_logits]
-    if any(logits.dtype not in DTYPES for logits in given):  # float64: for proofs, not for speed
+    both = [student_logits] if teacher_logits is None else [student_logits, teacher_logits]
+    if any(logits.dtype not in DTYPES for logits in both):  # float64: for proofs, not for speed
         return reference(student_logits, teacher_logits, targets, kind, temperature, beta, scale)
     rows, vocabulary = student_logits.shape
     losses = student_logits.new_empty(rows, dtype=torch.float32)
     if rows == 0 or vocabulary == 0:
         return losses.zero_()
-    work, *others = (logits if logits.stride(-1) == 1 else logits.contiguous() for logits in given)
+    work, *others = (logits if logits.stride(-1) == 1 else logits.contiguous() for logits in both)
     teacher = others[0] if others else None
     fixed = constants(kind, vocabulary)
     distill_rows_kernel[(rows,)](

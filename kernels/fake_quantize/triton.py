@@ -4,6 +4,11 @@ Rounding is float32 arithmetic that IEEE 754 fixes to the last bit (a correctly 
 bits, no casts to small floats), so a GPU, the interpreter and `qat.numbers.numerics` give the same bits. What the
 kernels do not take runs the reference; `qat.kernels.load.explain_training` says so by name.
 
+Values lie as the model has them; `choose.plan` sees every tensor as a matrix with one scale per row (a group is a row),
+so that a tile of TILE_ROWS x TILE_COLUMNS values needs a handful of scales. Memory bounds the speed: each value is read
+once and written once, 16 bytes per access and thread, and about ten instructions lie between, so nothing is worth
+tuning but the width of a tile.
+
 Sums over large blocks are made in two steps, each in a fixed order: no atomics, so a run repeats itself exactly.
 """
 
@@ -58,11 +63,12 @@ def rounded(
         return clamp(x, LOW - zero, HIGH - zero) + ROUNDER - ROUNDER
     elif KIND == "integer":
         x = clamp(x, LOW, HIGH)
-        sign = x.to(tl.int32, bitcast=True) & -2147483648
+        sign = x.to(tl.int32, bitcast=True) & -2147483648  # the sum below loses that of -0.0, which torch.round keeps
         return ((x + ROUNDER - ROUNDER).to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
     else:  # see Element.round_
         x = clamp(x, LOW, HIGH)
         binade = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        # As large as leaves MANTISSA bits of x to the sum: the addition rounds, half to even.
         dropper = tl.maximum(binade, MIN_NORMAL) * (1.5 * 2.0 ** (23 - MANTISSA))
         return x + dropper - dropper
 
@@ -171,9 +177,10 @@ def fake_quantize_backward_kernel(
     d = m if ONE_SCALE else tl.load(divisor + scale_at, mask=in_row, other=1.0)
     zero = tl.load(zeros + scale_at, mask=in_row, other=0).to(tl.float32) if ZEROS else 0.0
     lowest, highest = ((LOW - zero) * d)[:, None], ((HIGH - zero) * d)[:, None]
+    # y = round(x / d) * m: inside the bounds dy/dx is m / d, which is 1 where both are one scale.
     passing = 1.0 if ONE_SCALE else tl.div_rn(m, d)[:, None]
-    moved = tl.zeros((TILE_ROWS,) if ONE_TILE else (TILE_ROWS, TILE_COLUMNS), tl.float32)
-    held = moved
+    divisor_sum = tl.zeros((TILE_ROWS,) if ONE_TILE else (TILE_ROWS, TILE_COLUMNS), tl.float32)
+    multiplier_sum = divisor_sum
     start = segment.to(tl.int64) * SEGMENT
     rows_at = first_row.to(tl.int64) * C + row[:, None] * C + column[None, :]
     for first in range(start, tl.minimum(start + SEGMENT, C), TILE_COLUMNS):
@@ -185,10 +192,10 @@ def fake_quantize_backward_kernel(
             beyond = (value < lowest) | (value > highest)
         if NEEDS_MULTIPLIER:
             product = g * tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
-            held += tl.sum(product, axis=1) if ONE_TILE else product
+            multiplier_sum += tl.sum(product, axis=1) if ONE_TILE else product
         if NEEDS_DIVISOR:
             product = tl.where(beyond, 0.0, g * value)
-            moved += tl.sum(product, axis=1) if ONE_TILE else product
+            divisor_sum += tl.sum(product, axis=1) if ONE_TILE else product
         if NEEDS_X:
             passed = g if ONE_SCALE else g * passing
             if CLIPPED:
@@ -196,11 +203,11 @@ def fake_quantize_backward_kernel(
             tl.store(grad_x + at, passed.to(grad_x.dtype.element_ty), mask=inside)
     result_at = (first_row + row).to(tl.int64) * segments + segment
     if NEEDS_DIVISOR:
-        total = moved if ONE_TILE else tl.sum(moved, axis=1)
+        total = divisor_sum if ONE_TILE else tl.sum(divisor_sum, axis=1)
         total = tl.div_rn(-total, d) * tl.div_rn(m, d) if WHOLE else total
         tl.store(of_divisor + result_at, total, mask=in_row)
     if NEEDS_MULTIPLIER:
-        total = held if ONE_TILE else tl.sum(held, axis=1)
+        total = multiplier_sum if ONE_TILE else tl.sum(multiplier_sum, axis=1)
         total = tl.div_rn(total, m) if WHOLE else total
         tl.store(of_multiplier + result_at, total, mask=in_row)
 
@@ -303,9 +310,9 @@ def quantized_linear(
     if choice is not None or not takes(weight, (divisor, multiplier), zero_point, fmt):
         return quantized_linear_reference(x, weight, bias, divisor, multiplier, zero_point, choice, format, round_bf16)
     dtype = torch.bfloat16 if round_bf16 else weight.dtype
-    kept = _forward(weight, (divisor, multiplier, zero_point), fmt, round_bf16, dtype)
-    used = kept if kept.dtype == x.dtype else kept.to(weight.dtype).to(x.dtype)
-    return functional.linear(x, used, None if bias is None else bias.to(x.dtype)), kept
+    quantized = _forward(weight, (divisor, multiplier, zero_point), fmt, round_bf16, dtype)
+    operand = quantized if quantized.dtype == x.dtype else quantized.to(weight.dtype).to(x.dtype)
+    return functional.linear(x, operand, None if bias is None else bias.to(x.dtype)), quantized
 
 
 def fake_quantize_backward(
@@ -337,11 +344,11 @@ def fake_quantize_backward(
         ONE_SCALE=divisor is None, NEEDS_X=needs[0], NEEDS_DIVISOR=needs[1], NEEDS_MULTIPLIER=needs[2], WHOLE=whole,
         ONE_TILE=cut.segment <= cut.tile_columns, num_warps=cut.warps,
     )  # fmt: skip
-    moved, held = (None if t is None else _added(t, cut, one.shape) for t in sums)
+    divisor_sum, multiplier_sum = (None if t is None else _added(t, cut, one.shape) for t in sums)
     if not whole:
-        moved = None if moved is None else -(moved / two) * (one / two)
-        held = None if held is None else held / one
-    return [t for t in (grad_x, moved, held) if t is not None]
+        divisor_sum = None if divisor_sum is None else -(divisor_sum / two) * (one / two)
+        multiplier_sum = None if multiplier_sum is None else multiplier_sum / one
+    return [t for t in (grad_x, divisor_sum, multiplier_sum) if t is not None]
 
 
 def _added(sums: Tensor, cut: Plan, shape: torch.Size) -> Tensor:

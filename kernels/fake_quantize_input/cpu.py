@@ -40,17 +40,17 @@ def library() -> ctypes.CDLL:
     Raises:
         OSError: it cannot be compiled here.
     """
-    found = load_library(Path(__file__).with_name("cpu.c"), exact=True)
+    shared = load_library(Path(__file__).with_name("cpu.c"), exact=True)
     pointer, whole, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    found.fake_quantize_input.argtypes = [pointer, pointer, pointer, pointer, whole, whole, flag, flag]
-    return found
+    shared.fake_quantize_input.argtypes = [pointer, pointer, pointer, pointer, whole, whole, flag, flag]
+    return shared
 
 
 def problem(fmt: Format) -> str | None:
     """Why cpu.c does not quantize inputs of this format, or None."""
-    element, asked = fmt.element, input_problem(fmt)
-    if asked is not None:
-        return asked
+    element, reason = fmt.element, input_problem(fmt)
+    if reason is not None:
+        return reason
     if not (element.is_integer or (element.is_minifloat and element.mantissa_bits in (1, 3))):
         return f"cpu.c has no instance for {element.name}"
     if fmt.scale is UE4M3 and element.is_integer:
@@ -95,8 +95,8 @@ def fake_quantize_input(x: Tensor, static: Tensor | None, format: str, estimator
     block, split_of_e4m3 = _block(format)
     block = block or columns
     plain = x.dtype in (torch.float32, torch.bfloat16) and columns and x.numel() and columns % block == 0
-    given = (static is not None and static.dtype == torch.float32) == split_of_e4m3
-    if not plain or not given or block % LANES or block < 0:
+    static_fits = (static is not None and static.dtype == torch.float32) == split_of_e4m3
+    if not plain or not static_fits or block % LANES or block < 0:
         return fake_quantize_input_reference(x, static, format, estimator)
     x = x.contiguous()
     out = torch.empty_like(x)

@@ -168,8 +168,8 @@ def fake_quantize_input(x: Tensor, static: Tensor | None, format: str, estimator
     """The operator `qat::fake_quantize_input` on a device that runs Triton."""
     fmt = lookup(format)
     plain = x.dim() > 0 and x.numel() and x.dtype != torch.float64 and fmt.divides(x.shape[-1])
-    given = (static is not None and static.dtype == torch.float32) == (fmt.scale is UE4M3)
-    if input_problem(fmt) is not None or not plain or not given:
+    static_fits = (static is not None and static.dtype == torch.float32) == (fmt.scale is UE4M3)
+    if input_problem(fmt) is not None or not plain or not static_fits:
         return fake_quantize_input_reference(x, static, format, estimator)
     rows, columns = size(x)
     shape = fmt.grid_shape(rows, columns)

@@ -25,8 +25,8 @@ class Tiles:
 
 def problem(fmt: Format) -> str | None:
     """Why the Triton kernel does not multiply weights of this format, or None."""
-    known = fmt.scale.is_one_of(F32, BF16, F16, UE4M3, E8M0)
-    return packing_problem(fmt) or (None if known else f"the kernel does not decode {fmt.scale} scales")
+    decodable = fmt.scale.is_one_of(F32, BF16, F16, UE4M3, E8M0)
+    return packing_problem(fmt) or (None if decodable else f"the kernel does not decode {fmt.scale} scales")
 
 
 def choose(tokens: int, rows: int, columns: int, tile: int, processors: int) -> Tiles:
@@ -37,9 +37,13 @@ def choose(tokens: int, rows: int, columns: int, tile: int, processors: int) -> 
         tile: columns that one step of the kernel unpacks.
         processors: of the device.
     """
+    # Every tile of tokens decodes the weight again, so one tile takes all of them while its sums fit into registers.
     block_m = next((size for size in (16, 32, 64) if tokens <= size), 64)
+    # Tall tiles read fewer activations; low ones give more programs where rows are few. 64 is what a wgmma multiplies.
     block_n = 128 if rows >= 128 * processors // 2 else 64
     steps, blocks = -(-columns // tile), -(-rows // block_n)
+    # Pieces of K occupy the processors that blocks of rows leave free; under four steps each, a piece would spend its
+    # time filling the pipeline, and every piece writes float32 sums that must be read again.
     splits = max(1, min(processors // max(blocks, 1), steps // 4, 8))
     why = f"{blocks} blocks of {block_n} rows on {processors} processors, K in {splits} piece(s) of {steps} tiles"
     wide = block_m >= 64  # partial sums of a group double the accumulators: four warps would spill

@@ -1,4 +1,4 @@
-/* Linear layers with packed weights on a CPU: decodes words (see qat/layouts.py) in registers and never writes a dense
+/* Linear layers with packed weights on a CPU: decodes words (see qat/serving/words.py) in registers and never writes a dense
  * weight for a few tokens; for many tokens it writes a slice of the dense weight for a library product.
  *
  * Plain C with vector extensions, so that every compiler for every CPU takes it: lanes are 16 columns, which no scale

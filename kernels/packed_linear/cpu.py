@@ -1,5 +1,10 @@
 """The packed linear kernel on CPUs: `cpu.c` for a few tokens, slices of dense weights and torch's product for many.
 
+The words are those of the GPU (`triton.py` draws them); scales and zero points lie (rows, groups) in memory here,
+because a core walks along one row. A few tokens: each core decodes its rows into registers and multiplies at once, and
+reading them from memory is the bound. Many tokens: a slice of rows that fits the cache is decoded once into dense
+numbers, and the library's product, which then bounds the speed, reads it from there.
+
 Decoding is exact and sums are float32. For many tokens in BF16 the dense slice is rounded to BF16, as every engine that
 dequantizes does, because the library product wants its operands alike.
 """
@@ -24,7 +29,7 @@ from qat.serving.words import PART, tile
 
 FEW = 8  # tokens up to which decoding in registers beats a dense slice
 SLICE_BYTES = 4 << 20  # of dense weights at a time: they should stay in the cache
-_kept = threading.local()
+_thread = threading.local()
 _NO_MEMORY = 2
 _WHOLE_ROW = 40  # a shift that leaves one group per row
 
@@ -51,11 +56,11 @@ def library() -> ctypes.CDLL:
     Raises:
         OSError: it cannot be compiled here.
     """
-    found = load_library(Path(__file__).with_name("cpu.c"))
+    shared = load_library(Path(__file__).with_name("cpu.c"))
     pointer, whole, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    found.packed_linear.argtypes = [pointer, pointer, whole, flag, pointer, flag]
-    found.dense_rows.argtypes = [pointer, whole, whole, pointer, flag, flag]
-    return found
+    shared.packed_linear.argtypes = [pointer, pointer, whole, flag, pointer, flag]
+    shared.dense_rows.argtypes = [pointer, whole, whole, pointer, flag, flag]
+    return shared
 
 
 @cache
@@ -177,8 +182,8 @@ def _check(fmt: Format, columns: int, words: Tensor, scales: Tensor, zeros: Tens
             f"given {[*words.shape]} and {[*scales.shape]}"
         )
     if words.dtype != torch.int16 or (zeros is not None and zeros.dtype != torch.int8):
-        given = f"{words.dtype}{'' if zeros is None else f' and {zeros.dtype}'}"
-        raise FormatError(f"words must be int16 and zero points int8; given {given}")
+        dtypes = f"{words.dtype}{'' if zeros is None else f' and {zeros.dtype}'}"
+        raise FormatError(f"words must be int16 and zero points int8; given {dtypes}")
     if (zeros is None) == fmt.zero_point:
         raise FormatError(f"{fmt.name} has {'' if fmt.zero_point else 'no '}zero points")
     stored = torch.uint8 if fmt.scale.is_bytes else fmt.scale.storage
@@ -213,8 +218,8 @@ def packed_linear(
         if problem(lookup(format)) is not None:
             return reference(x, words, scales, zeros, bias, global_scale, format)
         weight, ordered = _describe(words, scales, zeros, bias, (format, columns, global_scale))
-    given = x.dtype
-    if given not in (torch.float32, torch.bfloat16):
+    dtype = x.dtype
+    if dtype not in (torch.float32, torch.bfloat16):
         x = x.to(torch.float32)
     x = x.contiguous()
     tokens = x.shape[:-1].numel()
@@ -223,9 +228,9 @@ def packed_linear(
     else:
         out = x.new_empty(*x.shape[:-1], rows)
         arguments = (x.data_ptr(), tokens, x.element_size(), out.data_ptr(), torch.get_num_threads())
-        _done(library().packed_linear(ctypes.byref(weight), *arguments))
+        _check_status(library().packed_linear(ctypes.byref(weight), *arguments))
     del ordered  # alive until here
-    return out if out.dtype == given else out.to(given)
+    return out if out.dtype == dtype else out.to(dtype)
 
 
 def _by_slices(x: Tensor, weight: _Weight, rows: int, bias: Tensor | None) -> Tensor:
@@ -235,7 +240,9 @@ def _by_slices(x: Tensor, weight: _Weight, rows: int, bias: Tensor | None) -> Te
     out: Tensor | None = None
     for first in range(0, rows, step):
         last = min(first + step, rows)
-        _done(library().dense_rows(ctypes.byref(weight), first, last, dense.data_ptr(), size, torch.get_num_threads()))
+        _check_status(
+            library().dense_rows(ctypes.byref(weight), first, last, dense.data_ptr(), size, torch.get_num_threads())
+        )
         piece = functional.linear(x, dense[: last - first], None if bias is None else bias[first:last])
         if last - first == rows:
             return piece
@@ -246,15 +253,15 @@ def _by_slices(x: Tensor, weight: _Weight, rows: int, bias: Tensor | None) -> Te
 
 def _scratch(values: int, dtype: torch.dtype) -> Tensor:
     """The thread's own memory for slices: fresh memory would be cleared page by page at every call."""
-    held: Tensor | None = getattr(_kept, "memory", None)
-    wanted = values * dtype.itemsize
-    if held is None or held.numel() < wanted:
+    buffer: Tensor | None = getattr(_thread, "memory", None)
+    needed = values * dtype.itemsize
+    if buffer is None or buffer.numel() < needed:
         with torch.inference_mode(False):  # one that any later call may write to
-            held = _kept.memory = torch.empty(max(wanted, SLICE_BYTES), dtype=torch.uint8)
-    return held[:wanted].view(dtype)
+            buffer = _thread.memory = torch.empty(max(needed, SLICE_BYTES), dtype=torch.uint8)
+    return buffer[:needed].view(dtype)
 
 
-def _done(status: int) -> None:
+def _check_status(status: int) -> None:
     if status == _NO_MEMORY:
         raise MemoryError("no memory for the input in float32")
     if status:
@@ -263,9 +270,9 @@ def _done(status: int) -> None:
 
 def problem(fmt: Format) -> str | None:
     """Why cpu.c does not multiply weights of this format, or None."""
-    asked, element = packing_problem(fmt), fmt.element
-    if asked is not None:
-        return asked
+    reason, element = packing_problem(fmt), fmt.element
+    if reason is not None:
+        return reason
     if not (element.is_integer or (element.bits, element.mantissa_bits) in ((4, 1), (8, 3))):
         return f"cpu.c has no instance for {element.name}"
     if not (fmt.scale.is_bytes or fmt.scale.is_one_of(F32, BF16)):

@@ -1,13 +1,34 @@
 """Linear layers with packed weights (W2, W4, W8 x A16) in Triton, for GPUs with or without low-precision units.
 
-Operands are swapped: the weight is the left operand of the matrix product, the tokens the right one. On sm_90 the
-decoded weight then goes to the tensor cores from registers, also for a handful of tokens. A tile of K is unpacked part
-by part (see `qat.serving.words`), each part multiplying its own contiguous piece of the activations.
+**What lies where.** x (M tokens, K columns), the weight (N rows, K columns) in int16 words, scales and zero points
+(groups, N). A row of the weight is cut into tiles of 16 / BITS parts of PART = 32 columns. A tile is 32 words, 64 bytes
+whatever BITS is, and word j holds column j of *every* part, the first part in the lowest bits. With 4 bits:
 
-Decoding is exact: integers by placing the code in the mantissa of a power of two, minifloats by shifting the code into
-the fields of the compute dtype and one multiplication that corrects the exponent's bias. Scales of 32 values and more
-act in float32 on the partial sums; scales of 16 multiply the weight, where E4M3 times a 4-bit element stays exact.
-float32 activations are multiplied as such ("ieee"): tensor cores would drop 13 of their bits.
+    bits of word j           0-3      4-7      8-11     12-15
+    column of the tile        j      32 + j   64 + j   96 + j
+
+**Why in this order.** `(word >> part * BITS) & MASK` on all words of a tile gives 32 neighbouring columns, (BLOCK_N,
+32), which meet 32 neighbouring columns of x in one `tl.dot`. Were neighbours in one word, as files have them, codes
+would have to change threads before every product. Words have the 16 bits of BF16 and FP16, so that a code becomes a
+number where it lies: integers as the mantissa of a power of two, minifloats shifted into the exponent and mantissa,
+then one multiplication that corrects the bias. Both are exact. The signs of integers are flipped in memory (codes count
+from the lowest value), which the subtraction of that power of two undoes for nothing. Scales lie with the rows
+together, because a program needs those of BLOCK_N rows and one group at a time: one contiguous load.
+
+**Why the operands are swapped.** The weight is the left operand of the product, the tokens the right one. Tensor cores
+of sm_90 (`wgmma`) take the left operand from registers, where decoding leaves it, and its 64 rows are always full of
+weight; the other side goes down to a handful of tokens.
+
+**Where scales act.** Those of 32 columns and more on float32 sums, once per group instead of once per code. Those of 16
+multiply the weight, where E4M3 times a 4-bit code stays exact. A scale per row acts once, at the end. float32
+activations are multiplied as such ("ieee"): tensor cores would drop 13 of their bits.
+
+**What bounds the speed** (reckoned, not measured: no GPU has run it). The weight's bytes are read once per BLOCK_M
+tokens, so M tokens cost 16 * M / BITS operations per byte: up to about 70 tokens at 4 bits, an H100 (300 BF16
+operations per byte) waits for memory, and only two things matter: enough programs to keep all of it busy, hence
+SPLITS pieces of K where N alone gives too few, and loads under way while the last tile is decoded, hence `num_stages`.
+Beyond, decoding counts (a shift, a mask, an "or" and a subtraction per code and BLOCK_M tokens), and the tensor
+cores wait for it. Sums of splits are added in a fixed order by the host, without atomics.
 """
 
 from typing import Any
@@ -19,7 +40,7 @@ from torch import Tensor
 
 from qat.kernels.device import device_of
 from qat.kernels.packed_linear.choose import Tiles, choose, problem
-from qat.numbers.catalog import lookup
+from qat.numbers.catalog import E4M3, lookup
 from qat.numbers.element import EXPONENT_BIAS
 from qat.numbers.format import Format
 from qat.numbers.scale import UE4M3
@@ -28,6 +49,7 @@ from qat.serving.words import PART, tile
 
 FLOAT32_BIAS = tl.constexpr(EXPONENT_BIAS)  # and BF16's
 FLOAT16_BIAS = tl.constexpr(15)
+E4M3_NAN = tl.constexpr(E4M3.nan_codes[0])
 
 
 @triton.jit
@@ -37,13 +59,15 @@ def decode(
     """Values (DTYPE) of non-negative int16 codes; integers are stored with their sign bit flipped."""
     HALF: tl.constexpr = 1 << (BITS - 1)
     if KIND == "integer":
-        if tl.float16 == DTYPE:  # 1024 + code, exactly
+        if tl.float16 == DTYPE:  # 0x6400 is 1024, whose last mantissa bit is worth 1: 1024 + code, exactly
             return (code | 0x6400).to(tl.float16, bitcast=True) - (1024 + HALF)
-        elif tl.bfloat16 == DTYPE and BITS < 8:  # 128 + code, exactly
+        elif tl.bfloat16 == DTYPE and BITS < 8:  # 0x4300 is 128, likewise; 7 bits of mantissa hold no 8-bit code
             return (code | 0x4300).to(tl.bfloat16, bitcast=True) - (128 + HALF)
         else:
             return (code.to(tl.int32) - HALF).to(tl.float32).to(DTYPE)
     else:
+        # A code is a small float: moved to the top of a larger one it has the right value but for the exponent's bias,
+        # also as a subnormal.
         sign = code & HALF
         magnitude = code & (HALF - 1)
         if tl.float16 == DTYPE:
@@ -64,15 +88,17 @@ def exp2_const(EXPONENT: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def decode_scale(stored, SCALE: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
-    """float32 values of stored scales; E4M3 and E8M0 come as bytes, all of them positive and finite."""
+def decode_scale(stored, SCALE: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr, NAN: tl.constexpr = False):
+    """float32 values of stored scales; E4M3 and E8M0 come as bytes without a sign. NAN: some may be NaN (those of
+    inputs, never those of weights), and stay so."""
     if SCALE == "e8m0":
         bits = stored.to(tl.int32) << 23
-        return tl.maximum(bits, 0x00400000).to(tl.float32, bitcast=True)  # byte 0 is a subnormal
+        value = tl.maximum(bits, 0x00400000).to(tl.float32, bitcast=True)  # byte 0 is a subnormal
+        return tl.where(stored == 0xFF, float("nan"), value) if NAN else value
     elif SCALE == "e4m3":
-        return (stored.to(tl.int32) << (23 - MANTISSA)).to(tl.float32, bitcast=True) * exp2_const(
-            FLOAT32_BIAS - BIAS, tl.float32
-        )
+        value = (stored.to(tl.int32) << (23 - MANTISSA)).to(tl.float32, bitcast=True)
+        value *= exp2_const(FLOAT32_BIAS - BIAS, tl.float32)
+        return tl.where(stored == E4M3_NAN, float("nan"), value) if NAN else value
     else:
         return stored.to(tl.float32)
 
@@ -123,7 +149,8 @@ def packed_linear_kernel(
     steps = tl.cdiv(K, TILE)
     share = tl.cdiv(steps, SPLITS)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for step in range(split * share, tl.minimum(split * share + share, steps)):
+    for step in range(split * share, tl.minimum(split * share + share, steps)):  # one tile of K each
+        # The last tile is whole in memory (filled with the code of zero), so only rows are masked.
         word = tl.load(word_at + step * PART, mask=in_n[:, None], other=0)
         partial = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for part in tl.static_range(PARTS):
@@ -131,7 +158,7 @@ def packed_linear_kernel(
             tokens = tl.load(x_at + first, mask=in_m[None, :] & (first + column < K)[:, None], other=0.0).to(DTYPE)
             code = (word >> (part * BITS)) & MASK
             weight = decode(code, KIND, BITS, MANTISSA, BIAS, DTYPE)
-            if INSIDE:
+            if INSIDE:  # scales of 16: into the weight
                 group = first // GROUP + tl.arange(0, PART // GROUP)
                 in_k = (group * GROUP < K)[None, :] & in_n[:, None]
                 stored = tl.load(scales + group[None, :] * N + n[:, None], mask=in_k, other=0)
@@ -142,13 +169,14 @@ def packed_linear_kernel(
             else:
                 group = first // GROUP if GROUP > 0 else 0
                 in_k = in_n & (first + 0 * n < K)
-                if ZEROS:
+                if ZEROS:  # codes minus zero points are small integers, exact in DTYPE
                     zero = tl.load(zeros + group * N + n, mask=in_k, other=0)
                     weight = weight - zero.to(DTYPE)[:, None]
                 if GROUP == 0:
                     total = tl.dot(weight, tokens, total, input_precision="ieee")
                 else:
                     partial = tl.dot(weight, tokens, partial, input_precision="ieee")
+                    # A group may be several parts, or longer than a tile: sums are scaled where either ends.
                     if part % PER == PER - 1 or part == PARTS - 1:
                         stored = tl.load(scales + group * N + n, mask=in_k, other=0)
                         total += partial * decode_scale(stored, SCALE, SCALE_MANTISSA, SCALE_BIAS)[:, None]

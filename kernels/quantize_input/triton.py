@@ -4,6 +4,12 @@ before them.
 One kernel for every format and source. A program holds whole rows where a row shares something (a scale per token, a
 norm), and otherwise a tile of groups; rows too wide for registers are read once more per thing they share. The
 arithmetic that decides codes is in `codes/triton.py`.
+
+In: x (M, K). Out: codes (M, width) of a byte each, E2M1 in pairs with the even column in the low nibble, and scales (M,
+groups): what `quantized_matmul` reads. x is read once where a row fits into registers (STEPS of 1), else once per thing
+that the row shares (norm, maximum, codes), from the L2 cache if it is lucky. For short rows memory bounds the speed;
+for FP8 and FP4 the instructions per value come close (11 to 26, see `kernels/README.md`), which is why a quotient is a
+multiplication by a reciprocal and one correction.
 """
 
 from typing import Any
@@ -96,6 +102,7 @@ def quantize_input_kernel(
     other_at = other + row[:, None] * stride_other + column[None, :] if SOURCE != "plain" else x_at
     static_part = tl.load(static) if SCALE == "e4m3" or SCALE == "bf16" else tl.zeros([], tl.float32)
 
+    # First walk, with a norm: the mean square of a row.
     if NORM:
         squares = tl.zeros((ROWS, BLOCK), tl.float32)
         for step in tl.static_range(WALK):
@@ -109,6 +116,7 @@ def quantize_input_kernel(
         if WALK == 1:
             value = normalized(value, inverse, weight + column, column < K, DTYPE)
 
+    # Second walk, with a scale per token: the largest magnitude, whose bit pattern orders as an integer does.
     if PER_TOKEN:
         largest = tl.zeros((ROWS, BLOCK), tl.int32)
         for step in tl.static_range(WALK):
@@ -124,6 +132,7 @@ def quantize_input_kernel(
         )
         tl.store(scales + row, stored, mask=row < M)
 
+    # Last walk: codes, and the scales of groups.
     for step in tl.static_range(WALK):
         here = step * BLOCK + column
         mask = in_rows & (here < K)[None, :]

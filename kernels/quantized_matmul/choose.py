@@ -50,9 +50,9 @@ class Tiles:
 
 def problem(input_format: Format, weight_format: Format) -> str | None:
     """Why the Triton kernel does not multiply weights of one format with inputs of the other, or None."""
-    known = weight_format.scale.is_one_of(F32, BF16, F16, UE4M3, E8M0)
-    unknown = None if known else f"the kernel does not decode {weight_format.scale} scales"
-    return matmul_problem(input_format, weight_format) or unknown
+    decodable = weight_format.scale.is_one_of(F32, BF16, F16, UE4M3, E8M0)
+    reason = None if decodable else f"the kernel does not decode {weight_format.scale} scales"
+    return matmul_problem(input_format, weight_format) or reason
 
 
 def operand(input_format: Format, weight_format: Format, capability: int) -> str:

@@ -1,16 +1,27 @@
 """Linear layers with quantized inputs and weights (W8A8, W4A8, W4A4) in Triton.
 
-Operands are swapped: the weight is the left operand of the matrix product, the tokens the right one, so that a decoded
-weight goes to Hopper's tensor cores from registers, also for a handful of tokens. Both sides become one type that holds
-their codes exactly (see `choose.operand`), up to a power of two that is folded into the global scale:
+**What lies where.** Inputs (M, K) as `quantize_input` writes them: a byte per code, or E2M1 in pairs, the even column
+in the low nibble; scales (M, groups). Weights (N, K): 8-bit codes a byte each, smaller ones in the words of
+`packed_linear` (column j of every part of 32 in word j, see there); scales (groups, N).
+
+**What is multiplied.** Operands are swapped: the weight is the left operand of the matrix product, the tokens the right
+one, so that a decoded weight goes to Hopper's tensor cores from registers, also for a handful of tokens. Both sides
+become one type that holds their codes exactly (see `choose.operand`), up to a power of two that is folded into the
+global scale:
 
     int8     sums in int32. A 4-bit weight takes the upper half of its byte: 16 times its value, one shift and one mask.
     float8   E4M3. E2M1 shifts into its fields; the magnitude of a small integer is the code of its 2^-9-fold.
     float16  where no 8-bit type fits or the GPU has no such product. Scales of 16 columns multiply the operands:
              E4M3 times a 4-bit code has at most 7 significant bits.
 
-Scales of 32 columns and more multiply partial sums in float32; scales of a row act once, at the end. Sums of E4M3
-products are promoted to float32 every 128 columns, because Hopper's accumulators keep fewer bits than float32 has.
+**Where scales act.** Those of 32 columns and more multiply partial sums in float32; those of a row act once, at the
+end. Sums of E4M3 products are promoted to float32 every 128 columns, because Hopper's accumulators keep fewer bits than
+float32 has.
+
+**What bounds the speed** (reckoned, not measured: no GPU has run it). Few tokens: the weight's bytes, as in
+`packed_linear`. Many tokens: the tensor cores where a row has one scale, for then nothing but loads and products is
+in the loop; with groups, the float32 multiplications of partial sums, which at 32 columns cost as much as the products.
+Programs are numbered so that eight tiles of rows meet all tokens in turn, which keeps what they share in the L2 cache.
 """
 
 from typing import Any
@@ -22,33 +33,16 @@ from torch import Tensor
 
 from qat.errors import UnsupportedError
 from qat.kernels.device import device_of
-from qat.kernels.packed_linear.triton import decode, exp2_const
+from qat.kernels.packed_linear.triton import E4M3_NAN, decode, decode_scale
 from qat.kernels.quantized_matmul.block_scaled.triton import block_scaled_matmul
 from qat.kernels.quantized_matmul.choose import FLOAT16, INTEGER, Tiles, block_scaled_problem, choose, group, problem
 from qat.numbers.catalog import E4M3, lookup
-from qat.numbers.element import EXPONENT_BIAS
 from qat.numbers.format import Format
 from qat.numbers.scale import UE4M3
 from qat.serving.inputs import is_paired
 from qat.serving.matmul import PLAIN_BITS, reference
 
 MOST_COLUMNS = 2**17  # int32 sums of products of two bytes stay below 2^31
-FLOAT32_BIAS = tl.constexpr(EXPONENT_BIAS)
-E4M3_NAN = tl.constexpr(E4M3.nan_codes[0])
-
-
-@triton.jit
-def scale_value(stored, SCALE: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
-    """float32 values of stored scales; E4M3 and E8M0 come as bytes, the code of NaN gives NaN."""
-    if SCALE == "e8m0":
-        bits = stored.to(tl.int32) << 23
-        value = tl.maximum(bits, 0x00400000).to(tl.float32, bitcast=True)  # byte 0 is a subnormal
-        return tl.where(stored == 0xFF, float("nan"), value)
-    elif SCALE == "e4m3":
-        value = (stored.to(tl.int32) << (23 - MANTISSA)).to(tl.float32, bitcast=True)
-        return tl.where(stored == E4M3_NAN, float("nan"), value * exp2_const(FLOAT32_BIAS - BIAS, tl.float32))
-    else:
-        return stored.to(tl.float32)
 
 
 @triton.jit
@@ -64,10 +58,12 @@ def operand_of_bits(
     """Operands from non-negative int16 bit patterns below 2^BITS; integers have their sign bit flipped."""
     HALF: tl.constexpr = 1 << (BITS - 1)
     if OPERAND == "int8":
-        return ((code << (8 - BITS)) ^ 0x80).to(tl.int8)
+        return ((code << (8 - BITS)) ^ 0x80).to(
+            tl.int8
+        )  # the flipped sign bit goes back, 4 bits become 16 times 4 bits
     elif OPERAND == "float8":
         if KIND == "integer":
-            value = code - HALF
+            value = code - HALF  # subnormals of E4M3 count in steps of 2^-9: sign and magnitude are the code
             bits = tl.abs(value) | (value & 0x80)
         else:
             bits = ((code & HALF) << (8 - BITS)) | ((code & (HALF - 1)) << (MANTISSA8 - MANTISSA))
@@ -79,7 +75,7 @@ def operand_of_bits(
 @triton.jit
 def operand_of_bytes(code, OPERAND: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr,
                      BIAS: tl.constexpr):  # fmt: skip
-    """Operands from codes that are held one per byte: int8 integers (of BITS bits) or E4M3, as a byte for float16."""
+    """Operands from codes stored one per byte: int8 integers (of BITS bits) or E4M3, as a byte for float16."""
     if OPERAND == "float8" and KIND == "integer":
         value = code.to(tl.int16)
         return (tl.abs(value) | (value & 0x80)).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
@@ -101,10 +97,10 @@ def finished(total, x_scales, w_scales, bias, m, n, M, N, stride_xs, global_scal
     total = total.to(tl.float32)
     if W_SCALE != "":
         stored = tl.load(w_scales + (n // W_ROWS if W_ROWS > 0 else 0 * n), mask=n < N, other=0)
-        total *= scale_value(stored, W_SCALE, SCALE_MANTISSA, SCALE_BIAS)[:, None]
+        total *= decode_scale(stored, W_SCALE, SCALE_MANTISSA, SCALE_BIAS, NAN=True)[:, None]
     if X_SCALE != "":
         stored = tl.load(x_scales + m * stride_xs, mask=m < M, other=0)
-        total *= scale_value(stored, X_SCALE, SCALE_MANTISSA, SCALE_BIAS)[None, :]
+        total *= decode_scale(stored, X_SCALE, SCALE_MANTISSA, SCALE_BIAS, NAN=True)[None, :]
     total *= global_scale
     if HAS_BIAS:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
@@ -157,7 +153,7 @@ def quantized_matmul_kernel(
     of rows per scale of the weight, 0 for all of them."""
     STEP: tl.constexpr = PART * PARTS
     PLAIN: tl.constexpr = W_BITS == 8
-    WHOLE: tl.constexpr = OPERAND == "int8" and FLUSH == 0  # exact sums: segments need not be told apart
+    WHOLE: tl.constexpr = OPERAND == "int8" and FLUSH == 0  # exact sums: segments need not be separated
     SUM: tl.constexpr = tl.int32 if OPERAND == "int8" else tl.float32
     TOTAL: tl.constexpr = tl.int32 if WHOLE else tl.float32
     X_INSIDE: tl.constexpr = X_GROUP > 0 and X_GROUP < PART
@@ -202,7 +198,7 @@ def quantized_matmul_kernel(
                     x_group = first // X_GROUP + tl.arange(0, PART // X_GROUP)
                     in_x = in_m[:, None] & (x_group * X_GROUP < K)[None, :]
                     stored = tl.load(xs_row[:, None] + x_group[None, :], mask=in_x, other=0.0)
-                    factor = scale_value(stored, X_SCALE, SCALE_MANTISSA, SCALE_BIAS).to(tl.float16)
+                    factor = decode_scale(stored, X_SCALE, SCALE_MANTISSA, SCALE_BIAS, NAN=True).to(tl.float16)
                     grouped = tl.reshape(tokens, (BLOCK_M, PART // X_GROUP, X_GROUP)) * factor[:, :, None]
                     tokens = tl.reshape(grouped, (BLOCK_M, PART))
                 # the weight, (BLOCK_N, PART)
@@ -217,7 +213,7 @@ def quantized_matmul_kernel(
                     w_group = first // W_GROUP + tl.arange(0, PART // W_GROUP)
                     in_w = in_n[:, None] & (w_group * W_GROUP < K)[None, :]
                     stored = tl.load(ws_row[:, None] + w_group[None, :] * stride_ws, mask=in_w, other=0)
-                    factor = scale_value(stored, W_SCALE, SCALE_MANTISSA, SCALE_BIAS).to(tl.float16)
+                    factor = decode_scale(stored, W_SCALE, SCALE_MANTISSA, SCALE_BIAS, NAN=True).to(tl.float16)
                     grouped = tl.reshape(weight, (BLOCK_N, PART // W_GROUP, W_GROUP)) * factor[:, :, None]
                     weight = tl.reshape(grouped, (BLOCK_N, PART))
                 if FLUSH == 0:
@@ -229,11 +225,11 @@ def quantized_matmul_kernel(
                         if W_GROUP >= PART:
                             in_w = in_n & (first + 0 * n < K)
                             stored = tl.load(ws_row + first // W_GROUP * stride_ws, mask=in_w, other=0)
-                            scaled *= scale_value(stored, W_SCALE, SCALE_MANTISSA, SCALE_BIAS)[:, None]
+                            scaled *= decode_scale(stored, W_SCALE, SCALE_MANTISSA, SCALE_BIAS, NAN=True)[:, None]
                         if X_GROUP >= PART:
                             in_x = in_m & (first + 0 * m < K)
                             stored = tl.load(xs_row + first // X_GROUP, mask=in_x, other=0)
-                            scaled *= scale_value(stored, X_SCALE, SCALE_MANTISSA, SCALE_BIAS)[None, :]
+                            scaled *= decode_scale(stored, X_SCALE, SCALE_MANTISSA, SCALE_BIAS, NAN=True)[None, :]
                         total += scaled
                         partial = tl.zeros((BLOCK_N, BLOCK_M), SUM)
         if PARALLEL or WHOLE:
@@ -354,8 +350,8 @@ def quantized_matmul(
     """The operator `qat::quantized_matmul` on a device that runs Triton."""
     x, w, rows = lookup(input_format), lookup(weight_format), weight.shape[0]
     if problem(x, w) is not None:
-        given = (codes, scales, weight, weight_scales, bias, global_scale, input_format, weight_format, columns, dtype)
-        return reference(*given)
+        formats = input_format, weight_format
+        return reference(codes, scales, weight, weight_scales, bias, global_scale, *formats, columns, dtype)
     flat, weight = _flat(codes), weight if weight.stride(-1) == 1 else weight.contiguous()
     tokens = flat.shape[0]
     out = torch.empty(*codes.shape[:-1], rows, dtype=dtype, device=codes.device)

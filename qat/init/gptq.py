@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qat.errors import FormatError
 from qat.init.calibration import Calibration, InitStep, input_products
-from qat.init.scales import Search, restart, share_global_scales
+from qat.init.scales import Search, search_scales, share_global_scales
 from qat.numbers.format import Format
 from qat.numbers.numerics import Scales, rounded
 from qat.sites import Site
@@ -117,7 +117,7 @@ class Gptq(InitStep):
         sites, mean_square = calibration.sites, calibration.mean_square
         for path, site in sites.items():
             if path not in mean_square:
-                restart(site, self.search)
+                search_scales(site, self.search)
         postponed: list[tuple[Tensor, Tensor]] = []
         counted = Counter(id(weight) for _, weight in calibration.model.named_parameters(remove_duplicate=False))
         for paths in _parts({path: square for path, square in mean_square.items() if path in sites}):
@@ -127,7 +127,7 @@ class Gptq(InitStep):
             before = [weight.clone() for weight in shared]
             for path, site in calibration.track(part):
                 gram = products[path]
-                restart(site, self.search, gram.diagonal() if self.weighted else None)
+                search_scales(site, self.search, gram.diagonal() if self.weighted else None)
                 _compensate(site, gram)
             for weight, original in zip(shared, before, strict=True):
                 postponed.append((weight, weight.clone()))

@@ -33,18 +33,18 @@ CLIP_STEPS = 80  # ratios tried by the MSE clip, evenly from CLIP_LOW to 1
 CLIP_LOW = 0.3
 
 
-def start_scales(
+def initial_scales(
     weight: Tensor,
     fmt: Format,
-    start: Search = "auto",
+    search: Search = "auto",
     global_scale: Tensor | None = None,
     importance: Tensor | None = None,
 ) -> Scales:
-    """Scales to begin training with.
+    """Scales to begin training with: the PTQ initialisation of one weight.
 
     Args:
         weight: (rows, columns).
-        start: "amax" the format's own rule; "mse" the best of 80 clipping ratios; "sweep" the best neighbour, for
+        search: "amax" the format's own rule; "mse" the best of 80 clipping ratios; "sweep" the best neighbour, for
             scale types that have some; "auto" sweep where it exists, else mse.
         global_scale: the fused set's per-tensor scale, if it is shared.
         importance: (columns,) non-negative weights of the squared error, e.g. the mean square of each input.
@@ -53,21 +53,21 @@ def start_scales(
         FormatError: "sweep" for a scale type without neighbours.
     """
     base = find_scales(weight, fmt, global_scale)
-    if start == "auto":
-        start = "sweep" if fmt.scale.sweep else "mse"
-    if start == "amax":
+    if search == "auto":
+        search = "sweep" if fmt.scale.sweep else "mse"
+    if search == "amax":
         return base
     blocked = to_blocks(weight.detach().to(torch.float32), fmt)
     error_weight = None
     if importance is not None:
         error_weight = to_blocks(importance.to(torch.float32).expand_as(weight), fmt)
-    return _search(blocked, fmt, base, _candidates(fmt, base, start), error_weight)
+    return _search(blocked, fmt, base, _candidates(fmt, base, search), error_weight)
 
 
-def _candidates(fmt: Format, base: Scales, start: Search) -> Iterator[Tensor]:
+def _candidates(fmt: Format, base: Scales, search: Search) -> Iterator[Tensor]:
     """Stored scales to try, each of the shape of `base.stored`."""
     effective = base.effective()
-    if start == "mse":
+    if search == "mse":
         top = 2.0 if fmt.scale_rule == "mean" else 1.0  # a mean may be too small, a maximum never is
         for step in range(CLIP_STEPS):
             ratio = CLIP_LOW + (top - CLIP_LOW) * (step + 1) / CLIP_STEPS
@@ -75,7 +75,7 @@ def _candidates(fmt: Format, base: Scales, start: Search) -> Iterator[Tensor]:
     elif fmt.scale.sweep:
         yield from fmt.scale.neighbours(base.stored)
     else:
-        raise FormatError(f"{fmt.name} stores {fmt.scale} scales, too many to sweep; use start: mse (or auto)")
+        raise FormatError(f"{fmt.name} stores {fmt.scale} scales, too many to sweep; use search: mse (or auto)")
 
 
 def _search(
@@ -139,7 +139,7 @@ class ScaleSearch(InitStep):
     """Block scales by search.
 
     Attributes:
-        search: see `start_scales`.
+        search: see `initial_scales`.
         weighted: weigh the error by the mean square of each input channel.
     """
 
@@ -153,7 +153,7 @@ class ScaleSearch(InitStep):
         """Put every weight at the scales found for it."""
         share_global_scales(calibration)
         for path, site in calibration.track(calibration.sites):
-            restart(site, self.search, calibration.mean_square.get(path) if self.weighted else None)
+            search_scales(site, self.search, calibration.mean_square.get(path) if self.weighted else None)
         return None
 
 
@@ -168,9 +168,9 @@ def share_global_scales(calibration: Calibration) -> None:
 
 
 @torch.no_grad()
-def restart(site: Site, search: Search, importance: Tensor | None = None) -> None:
+def search_scales(site: Site, search: Search, importance: Tensor | None = None) -> None:
     """Find the scales of one weight again; its per-tensor scale stays (it is shared)."""
     quantizer = site.quantizer
     with torch.autocast(site.weight.device.type, enabled=False):  # a caller's: this needs float32
         weight = quantizer.transformed(site.weight)
-        quantizer.set_scales(start_scales(weight, quantizer.format, search, quantizer.global_scale, importance))
+        quantizer.set_scales(initial_scales(weight, quantizer.format, search, quantizer.global_scale, importance))

@@ -131,7 +131,7 @@ def _pair(source: str, reader: str, linears: dict[str, nn.Linear], parent: nn.Mo
 
 def _read_by(model: nn.Module, linears: dict[str, nn.Linear], probe: Tensor) -> dict[str, list[str]]:
     """Linear layers by the norm whose very output they are given."""
-    made: dict[int, tuple[str, Tensor]] = {}  # the tensors are kept, so that no id is used twice
+    made: dict[int, tuple[str, Tensor]] = {}  # the tensors stay alive, so that no id is used twice
     readers: dict[str, list[str]] = {}
 
     def produced(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -163,8 +163,8 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _move(model: nn.Module, fold: Fold, mean_square: Tensor, strength: float) -> None:
     readers: list[Any] = [model.get_submodule(path) for path in fold.readers]
-    weights = torch.cat([reader.weight.detach().float() for reader in readers])
-    exponent = strength * _log2_rms(mean_square) - (1 - strength) * _log2_rms(weights.square().mean(dim=0))
+    matrix = torch.cat([reader.weight.detach().float() for reader in readers])
+    exponent = strength * _log2_rms(mean_square) - (1 - strength) * _log2_rms(matrix.square().mean(dim=0))
     heads = exponent.view(-1, fold.repeats, fold.width).mean(dim=1, keepdim=True)
     heads = (heads - heads.mean()).round().clamp(-_MOST, _MOST)
     columns = torch.exp2(heads.expand(-1, fold.repeats, -1).reshape(-1))
@@ -194,9 +194,9 @@ def _divide(source: Any, factors: Tensor) -> None:
 
 def _offset(norm: nn.Module, weight: Tensor) -> float:
     """1 for norms that multiply by 1 + weight (Gemma's), else 0: what remains where the weight is zero."""
-    kept = weight.detach().clone()
+    original = weight.detach().clone()
     x = torch.linspace(-1, 1, weight.numel(), device=weight.device, dtype=weight.dtype)[None]
     weight.zero_()
     nothing = norm(x) - (norm.bias if isinstance(getattr(norm, "bias", None), Tensor) else 0)
-    weight.copy_(kept)
+    weight.copy_(original)
     return 1.0 if bool(nothing.abs().max() > 0) else 0.0

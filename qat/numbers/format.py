@@ -84,7 +84,7 @@ class Format:
         return math.ceil(rows / block_rows), math.ceil(columns / block_columns)
 
     def divides(self, columns: int) -> bool:
-        """Whether rows of this width can be held. Groups inside a row must divide it; 2-D blocks may overhang."""
+        """Whether rows of this width can be stored. Groups inside a row must divide it; 2-D blocks may overhang."""
         return self.group is None or columns % self.group == 0
 
     @property
@@ -104,3 +104,8 @@ class Format:
         per_scale = self.scale.storage.itemsize * 8 + (self.element.bits if self.zero_point else 0)
         total = rows * columns * self.element.bits + scales * per_scale + (32 if self.global_scale else 0)
         return total / (rows * columns)
+
+    def bits_per_row(self, columns: int) -> float:
+        """Stored bits of one row by itself, with the scales that follow it (a cached key or value of one head)."""
+        scales = self.grid_shape(1, columns)[1] if self.is_rowwise else 0
+        return columns * self.element.bits + scales * self.scale.storage.itemsize * 8

@@ -67,9 +67,9 @@ class QTensor:
     def parameters(self) -> dict[str, Tensor]:
         """What is stored besides the codes, by name: scale and, where the format has them, the others."""
         scales = self.scales
-        named = {"scale": scales.stored, "global_scale": scales.global_scale}
-        named |= {"zero_point": scales.zero_point, "choice": scales.choice}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        tensors = {"scale": scales.stored, "global_scale": scales.global_scale}
+        tensors |= {"zero_point": scales.zero_point, "choice": scales.choice}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     @property
     def shape(self) -> torch.Size:
@@ -192,9 +192,9 @@ def choose_elements(blocked: Tensor, fmt: Format, scales: Scales, error_weight: 
     return replace(scales, choice=torch.stack(errors).argmin(dim=0).to(torch.uint8))
 
 
-def per_block(per_block: Tensor) -> Tensor:
+def per_block(grid: Tensor) -> Tensor:
     """(block rows, block columns) -> broadcastable against a blocked tensor."""
-    return per_block[:, None, :, None]
+    return grid[:, None, :, None]
 
 
 def rounded(blocked: Tensor, fmt: Format, scales: Scales) -> Tensor:

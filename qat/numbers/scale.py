@@ -105,7 +105,7 @@ class MinifloatScale(ScaleType):
 
 @dataclass(frozen=True, eq=False)
 class ExponentScale(ScaleType):
-    """Powers of two, held as float32's exponent field: the byte b is 2^(b - 127), 255 is NaN (OCP MX v1.0, 5.4)."""
+    """Powers of two, stored as float32's exponent field: the byte b is 2^(b - 127), 255 is NaN (OCP MX v1.0, 5.4)."""
 
     def encode(self, scale: Tensor) -> Tensor:
         """The nearest power of two in the exponent; block maxima go by a rule instead, see `from_amax`."""

@@ -91,7 +91,7 @@ def is_paired(fmt: Format) -> bool:
 
 
 def code_dtype(element: Element) -> torch.dtype:
-    """dtype of codes that are held as they are: one per byte, or two in a uint8."""
+    """dtype of codes that are stored as they are: one per byte, or two in a uint8."""
     if element.is_integer:
         return torch.int8
     return torch.uint8 if element.bits == 4 else torch.float8_e4m3fn
@@ -237,8 +237,8 @@ def silu_mul_quantize(gate: Tensor, up: Tensor, format: str, static: Tensor | No
 
 def _check_alike(x: Tensor, other: Tensor, what: str) -> None:
     if other.shape != x.shape or other.dtype != x.dtype:
-        given = f"{tuple(other.shape)} {other.dtype}"
-        raise FormatError(f"a {what} of {given} meets an input of {tuple(x.shape)} {x.dtype}; they must be alike")
+        description = f"{tuple(other.shape)} {other.dtype}"
+        raise FormatError(f"a {what} of {description} meets an input of {tuple(x.shape)} {x.dtype}; they must be alike")
 
 
 def unpack(codes: Tensor, scales: Tensor, static: Tensor | None, format: str) -> QTensor:

@@ -26,7 +26,7 @@ from qat.serving.inputs import code_dtype, is_paired
 from qat.serving.packed import GROUPS, Stored, finite_codes, one_global_scale, positive_scales
 from qat.serving.words import from_words, to_words
 
-PLAIN_BITS = 8  # codes of this size are held as they are, smaller ones in words (qat.serving.words)
+PLAIN_BITS = 8  # codes of this size are stored as they are, smaller ones in words (qat.serving.words)
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def hold(weight: QTensor) -> MatmulWeight:
     """Codes and scales in the order that kernels read.
 
     Raises:
-        UnsupportedError: a format that cannot be held so.
+        UnsupportedError: a format that cannot be stored so.
         FormatError: a scale that is zero, negative or not finite, or a code that is NaN.
     """
     fmt = weight.format
@@ -194,7 +194,7 @@ def quantized_matmul(
 class QuantizedLinear(Stored):
     """A linear layer for inference whose input arrives as codes and scales (see the module), results in `dtype`."""
 
-    KEPT = ("codes", "scales")
+    NUMBERS = ("codes", "scales")
 
     codes: Tensor
     scales: Tensor

@@ -57,7 +57,7 @@ def _ordered(scales: Tensor) -> Tensor:
 
 
 def problem(fmt: Format) -> str | None:
-    """Why weights of this format cannot be held packed yet, or None."""
+    """Why weights of this format cannot be packed yet, or None."""
     if fmt.needs_table:
         return "its codes need a table per block"
     if fmt.element.bits not in (2, 4, 8):
@@ -115,13 +115,13 @@ def pack(weight: QTensor) -> PackedWeight:
     """Codes and scales in the order that kernels read.
 
     Raises:
-        UnsupportedError: a format that cannot be held packed.
+        UnsupportedError: a format that cannot be packed.
         FormatError: a scale that is zero, negative or not finite, or a code that is NaN.
     """
     fmt, scales = weight.format, weight.scales
     reason = problem(fmt)
     if reason is not None:
-        raise UnsupportedError(f"{fmt.name} weights cannot be held packed: {reason}")
+        raise UnsupportedError(f"{fmt.name} weights cannot be packed: {reason}")
     return PackedWeight(
         format=fmt.name,
         columns=weight.codes.shape[1],
@@ -231,15 +231,15 @@ class _ForInference(torch.autograd.Function):
 class Stored(nn.Module):
     """A module some of whose buffers are stored numbers: `model.half()` and the like must not convert those."""
 
-    KEPT: ClassVar[tuple[str, ...]] = ()
+    NUMBERS: ClassVar[tuple[str, ...]] = ()
     _INTEGERS: ClassVar[dict[int, torch.dtype]] = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        held = {name: buffer for name in self.KEPT if (buffer := getattr(self, name)) is not None}
-        for name, buffer in held.items():  # integers are moved, never converted
+        buffers = {name: buffer for name in self.NUMBERS if (buffer := getattr(self, name)) is not None}
+        for name, buffer in buffers.items():  # integers are moved, never converted
             setattr(self, name, buffer.view(self._INTEGERS[buffer.element_size()]))
         super()._apply(fn, recurse)
-        for name, buffer in held.items():
+        for name, buffer in buffers.items():
             setattr(self, name, getattr(self, name).view(buffer.dtype))
         return self
 
@@ -247,7 +247,7 @@ class Stored(nn.Module):
 class PackedLinear(Stored):
     """A linear layer with a packed weight, for inference. It owns what the kernel prepared for its tensors."""
 
-    KEPT = ("words", "scales", "zeros")
+    NUMBERS = ("words", "scales", "zeros")
 
     words: Tensor
     scales: Tensor

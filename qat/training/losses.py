@@ -133,7 +133,7 @@ class _PlainHead:
         """(tokens, vocabulary), without a graph."""
         return functional.linear(hidden.to(self.weight.dtype) if self.casts else hidden, self.weight, self.bias)
 
-    def chunk(self, hidden: Tensor, replace: Callable[[Tensor], Tensor], wanted: tuple[bool, ...], sums: Sums,
+    def chunk(self, hidden: Tensor, replace: Callable[[Tensor], Tensor], needs: tuple[bool, ...], sums: Sums,
               wide: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """(Loss, gradient of `hidden`); adds the parameters' gradients to `sums`, in float32 or wider if `wide`."""
         logits = self.logits(hidden)
@@ -141,12 +141,12 @@ class _PlainHead:
         for index, parameter in enumerate(self.parameters):
             dtype = torch.promote_types(parameter.dtype, torch.float32) if wide else parameter.dtype
             old = sums[index]
-            if wanted[1 + index] and index == 0:
+            if needs[1 + index] and index == 0:
                 sums[index] = _add_product(old, logits.t(), hidden.to(logits.dtype), dtype)
-            elif wanted[1 + index]:
+            elif needs[1 + index]:
                 summed = logits.sum(dim=0, dtype=torch.promote_types(dtype, torch.float32)).to(dtype)
                 sums[index] = summed if old is None else old.add_(summed)
-        return value, logits @ self.weight if wanted[0] else None
+        return value, logits @ self.weight if needs[0] else None
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -169,21 +169,21 @@ class _ModuleHead:
         self.logits = module
         self.parameters = list(module.parameters())
 
-    def chunk(self, hidden: Tensor, replace: Callable[[Tensor], Tensor], wanted: tuple[bool, ...], sums: Sums,
+    def chunk(self, hidden: Tensor, replace: Callable[[Tensor], Tensor], needs: tuple[bool, ...], sums: Sums,
               wide: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """See `_PlainHead.chunk`; sums are kept in the parameters' dtype."""
-        leaf = hidden.requires_grad_(wanted[0])
-        inputs = [t for t, needed in zip((leaf, *self.parameters), wanted, strict=True) if needed]
+        """See `_PlainHead.chunk`; sums stay in the parameters' dtype."""
+        leaf = hidden.requires_grad_(needs[0])
+        inputs = [t for t, needed in zip((leaf, *self.parameters), needs, strict=True) if needed]
         with torch.enable_grad():
             logits = self.logits(leaf)
         gradient = logits.detach().clone()  # what a head returns may be what its backward pass needs
         value = replace(gradient).sum()
-        found = iter(torch.autograd.grad(logits, inputs, gradient) if inputs else ())
-        of_hidden = next(found) if wanted[0] else None
+        gradients = iter(torch.autograd.grad(logits, inputs, gradient) if inputs else ())
+        of_hidden = next(gradients) if needs[0] else None
         for index, parameter in enumerate(self.parameters):
-            if wanted[1 + index]:
+            if needs[1 + index]:
                 old = sums[index]
-                sums[index] = (torch.zeros_like(parameter) if old is None else old).add_(next(found))
+                sums[index] = (torch.zeros_like(parameter) if old is None else old).add_(next(gradients))
         return value, of_hidden
 
 
@@ -199,7 +199,7 @@ def chunk_tokens(vocabulary: int, bytes_per_logit: int, memory: int | None, copi
     """Tokens per chunk where the user does not say: 256 without a GPU, where logits that fit a cache pay.
 
     With one, chunk x vocabulary x bytes_per_logit x copies is all that the chunk adds to the gradients and, under
-    autocast, to one cast copy of each head; it is held to 1 GiB or 1/32 of the memory. 2048 tokens of 128,256 BF16
+    autocast, to one cast copy of each head; it is limited to 1 GiB or 1/32 of the memory. 2048 tokens of 128,256 BF16
     logits (two copies: student, teacher) take 1.05 GB. Free memory plays no part, so that a resumed run sums in the
     order of the interrupted one.
 
@@ -236,21 +236,21 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, replace: Replace, head: _PlainHead | _ModuleHead, chunk: int, student: Tensor,
                 *parameters: Tensor) -> Tensor:  # fmt: skip
-        wanted = ctx.needs_input_grad[3:]
+        needs = ctx.needs_input_grad[3:]
         total = torch.zeros((), device=student.device)
-        grad_student = torch.zeros_like(student) if wanted[0] else None
+        grad_student = torch.zeros_like(student) if needs[0] else None
         sums: Sums = [None] * len(parameters)
         for part in _parts(len(student), chunk):
 
             def replaced(logits: Tensor, part: slice = part) -> Tensor:
                 return replace(logits, part)
 
-            value, grad = head.chunk(student[part].detach(), replaced, wanted, sums, wide=len(student) > chunk)
+            value, grad = head.chunk(student[part].detach(), replaced, needs, sums, wide=len(student) > chunk)
             total += value
             if grad_student is not None and grad is not None:
                 grad_student[part] = grad
         ctx.grads = [grad_student]
-        for parameter, summed, needed in zip(parameters, sums, wanted[1:], strict=True):
+        for parameter, summed, needed in zip(parameters, sums, needs[1:], strict=True):
             if needed and summed is None:  # no token carried a loss
                 summed = torch.zeros_like(parameter)
             ctx.grads.append(None if summed is None else summed.to(parameter.dtype))
@@ -286,7 +286,7 @@ def chunked(
     device = student_hidden.device.type
     keep = (targets.flatten() != IGNORE).nonzero().squeeze(1)  # once: on a GPU each boolean index waits for a count
     student = student_hidden.flatten(0, 1)[keep]
-    wanted = targets.flatten()[keep]
+    labels = targets.flatten()[keep]
     head = _head(student_head, device)
     teacher, teacher_logits = None, None
     if loss.needs_teacher and teacher_hidden is not None and teacher_head is not None:
@@ -298,12 +298,12 @@ def chunked(
         if teacher is not None and teacher_logits is not None:
             with torch.no_grad():
                 known = teacher_logits(teacher[part])
-        return loss.replace(logits, known, wanted[part])
+        return loss.replace(logits, known, labels[part])
 
     if torch.is_grad_enabled():
         total: Tensor = _ChunkedLoss.apply(replace, head, chunk, student, *head.parameters)
         return total
     total = torch.zeros((), device=student.device)
-    for part in _parts(len(wanted), chunk):
+    for part in _parts(len(labels), chunk):
         total = total + replace(head.logits(student[part]), part).sum()
     return total

@@ -78,16 +78,16 @@ def _gradients(
     """Gradients for (x, divisor, multiplier), as `qat::fake_quantize_backward`; what passes unchanged is not copied.
     One scale, which divides and multiplies, gets the sum of both."""
     unchanged = needs[0] and estimator == "ste" and divisor is None
-    asked = [needs[0] and not unchanged, needs[2] if divisor is None else needs[1], needs[2]]
-    made: list[Tensor] = []
-    if any(asked):
-        made = torch.ops.qat.fake_quantize_backward(
-            grad, grad if x is None else x, y, divisor, multiplier, zero_point, format, estimator, asked
+    requests = [needs[0] and not unchanged, needs[2] if divisor is None else needs[1], needs[2]]
+    results: list[Tensor] = []
+    if any(requests):
+        results = torch.ops.qat.fake_quantize_backward(
+            grad, grad if x is None else x, y, divisor, multiplier, zero_point, format, estimator, requests
         )
-    grads = iter(made)
-    of_x, *of_scales = [next(grads) if ask else None for ask in asked]
+    grads = iter(results)
+    of_x, *of_scales = [next(grads) if ask else None for ask in requests]
     if divisor is None and needs[2]:
-        of_scales = [None, made[-2] + made[-1]]
+        of_scales = [None, results[-2] + results[-1]]
     return [grad if unchanged else of_x, *of_scales]
 
 
@@ -109,8 +109,8 @@ def fake_quantize_backward_reference(
     needed, in this order. Without a divisor the multiplier is the one scale; y is read for the multiplier only."""
     y, fmt, wanted = grad if y is None else y, lookup(format), (needs[0], needs[1], needs[2])
     grads = backward(grad, x, y, divisor, multiplier, zero_point, fmt, _estimator(estimator), wanted)
-    made = [g.to(t.dtype) for g, t in zip(grads, (grad, multiplier, multiplier), strict=True) if g is not None]
-    return [g.clone() if g.data_ptr() == grad.data_ptr() else g for g in made]  # an operator owns what it returns
+    results = [g.to(t.dtype) for g, t in zip(grads, (grad, multiplier, multiplier), strict=True) if g is not None]
+    return [g.clone() if g.data_ptr() == grad.data_ptr() else g for g in results]  # an operator owns what it returns
 
 
 def _estimator(name: str) -> Estimator:
@@ -142,9 +142,9 @@ def quantized_linear_reference(
 ) -> tuple[Tensor, Tensor]:
     """What `qat::quantized_linear` means: (x times the weight on its grid, that weight)."""
     values = _on_grid(weight, lookup(format), Scales(multiplier, None, zero_point, choice, divisor))
-    kept = values.to(torch.bfloat16 if round_bf16 else weight.dtype)  # exact, in as few bytes as possible
-    used = kept if kept.dtype == x.dtype else values.copy_(kept).to(weight.dtype).to(x.dtype)
-    return functional.linear(x, used, None if bias is None else bias.to(x.dtype)), kept
+    quantized = values.to(torch.bfloat16 if round_bf16 else weight.dtype)  # exact, in as few bytes as possible
+    operand = quantized if quantized.dtype == x.dtype else values.copy_(quantized).to(weight.dtype).to(x.dtype)
+    return functional.linear(x, operand, None if bias is None else bias.to(x.dtype)), quantized
 
 
 _quantized_linear = torch.library.custom_op("qat::quantized_linear", quantized_linear_reference, mutates_args=())
@@ -152,14 +152,14 @@ _quantized_linear = torch.library.custom_op("qat::quantized_linear", quantized_l
 
 @_quantized_linear.register_fake
 def _(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    kept = torch.empty_like(weight, dtype=torch.bfloat16 if args[-1] else weight.dtype)
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), kept
+    quantized = torch.empty_like(weight, dtype=torch.bfloat16 if args[-1] else weight.dtype)
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), quantized
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, bias, divisor, multiplier, zero_point, _choice, ctx.format, _round = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.set_materialize_grads(False)  # nothing flows back through the kept weight
+    ctx.set_materialize_grads(False)  # nothing flows back through the quantized weight
     needs_x, *of_weight = (ctx.needs_input_grad[index] for index in (0, 1, 3, 4))
     ctx.save_for_backward(
         x if any(of_weight) else None,
@@ -171,17 +171,19 @@ def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     )
 
 
-def _backward_linear(ctx: Any, grad: Tensor, _grad_kept: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, weight, kept, divisor, multiplier, zero_point = ctx.saved_tensors
+def _backward_linear(ctx: Any, grad: Tensor, _grad_quantized: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, weight, quantized, divisor, multiplier, zero_point = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, needs_divisor, needs_multiplier = ctx.needs_input_grad[:5]
     rows = grad.flatten(0, -2)
-    grad_x = grad @ kept.to(grad.dtype) if needs_x else None
+    grad_x = grad @ quantized.to(grad.dtype) if needs_x else None
     grad_bias = rows.sum(dim=0).to(ctx.bias_dtype) if needs_bias else None
     of_weight: Sequence[Tensor | None] = (None, None, None)
     if needs_weight or needs_divisor or needs_multiplier:
         grad_weight = (rows.t() @ x.flatten(0, -2)).to(weight.dtype)
         needs = (needs_weight, needs_divisor, needs_multiplier)
-        of_weight = _gradients(grad_weight, weight, kept, divisor, multiplier, zero_point, ctx.format, "ste", needs)
+        of_weight = _gradients(
+            grad_weight, weight, quantized, divisor, multiplier, zero_point, ctx.format, "ste", needs
+        )
     return (grad_x, of_weight[0], grad_bias, *of_weight[1:], None, None, None, None)
 
 
@@ -194,7 +196,7 @@ def quantize_pack_reference(weight: Tensor, divisor: Tensor, zero_point: Tensor 
     fmt = lookup(format)
     reason = problem(fmt)
     if reason is not None:
-        raise UnsupportedError(f"{fmt.name} weights cannot be held packed: {reason}")
+        raise UnsupportedError(f"{fmt.name} weights cannot be packed: {reason}")
     codes = quantize(weight, fmt, Scales(divisor, None, zero_point, None, divisor)).codes
     return to_words(codes, fmt.element.bits, offset=fmt.element.is_integer)
 
@@ -217,7 +219,7 @@ def quantize_pack(weight: Tensor, format: str, scales: Scales) -> Tensor:
         scales: stored scales, of which the divisor, where there is one, rounds.
 
     Raises:
-        UnsupportedError: a format that cannot be held packed.
+        UnsupportedError: a format that cannot be packed.
     """
     divisor = scales.effective() if scales.divisor is None else scales.divisor
     words: Tensor = torch.ops.qat.quantize_pack(weight, divisor, scales.zero_point, format)

@@ -48,13 +48,13 @@ def test_the_bar_is_removed_when_the_work_fails(monkeypatch: pytest.MonkeyPatch)
     assert module._display.bars is None
 
 
-def test_judging_inside_training_shares_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluating_inside_training_shares_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two live displays at once are an error in rich before 14.1."""
     screen = terminal(monkeypatch)
     monkeypatch.setattr(module, "QUIET_SECONDS", -1.0)
     training = Meter("training", 10)
     training.advance(1)
-    with progress("judging", 2) as advance:
+    with progress("evaluating", 2) as advance:
         advance(1)
         assert module._display.bars is not None and len(module._display.bars.tasks) == 2
     training.say("step 1: held-out KL 0.5")

@@ -98,7 +98,9 @@ def test_triton_kernels_serve_a_model(small: Path, tmp_path: Path) -> None:
     folders = [tmp_path / f"{weight}-{input}" for weight, input in served]
     for folder, pair in zip(folders, served, strict=True):
         export_pair(small, folder, pair)
-    told = in_a_process("interpret_engine.py", *map(str, folders), TRITON_INTERPRET="1", QAT_KERNELS="0")
+    told = in_a_process(
+        Path(__file__).with_name("interpret_engine.py"), *map(str, folders), TRITON_INTERPRET="1", QAT_KERNELS="0"
+    )
     for folder, (_, input) in zip(folders, served, strict=True):
         layers = "0 packed, 7 multiplied" if input else "7 packed, 0 multiplied"
         assert f"{folder.name}: {layers} by codes" in told
@@ -181,9 +183,7 @@ def test_weights_stay_packed(int4: Path) -> None:
 
 def test_formats_that_cannot_be_packed_are_named(small: Path, tmp_path: Path) -> None:
     export_pair(small, tmp_path / "out", ("int3_g64", None))
-    with pytest.warns(
-        UserWarning, match="and 6 more: int3_g64 weights are held dense, no faster than BF16: codes of 3"
-    ):
+    with pytest.warns(UserWarning, match="and 6 more: int3_g64 weights are dense, no faster than BF16: codes of 3"):
         packed = load_packed(tmp_path / "out", torch.bfloat16)
     assert torch.equal(logits(packed), logits(load_exported(tmp_path / "out", dtype=torch.bfloat16)))
 

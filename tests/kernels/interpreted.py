@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 
 from qat.kernels.load import KERNELS
-from qat.kernels.packed_linear.triton import decode
-from qat.kernels.quantized_matmul.triton import scale_value
+from qat.kernels.packed_linear.triton import decode, decode_scale
 from qat.numbers.catalog import lookup
 from qat.numbers.scale import UE4M3
 
@@ -74,9 +73,9 @@ def values(codes, scales, NAME: tl.constexpr):
         wide = codes.to(tl.uint8, bitcast=True).to(tl.int16)
         value = decode(wide, "minifloat", 8, SCALE_MANTISSA, SCALE_BIAS, tl.float32)
     if scales.dtype == tl.float8e4nv:
-        factor = scale_value(scales.to(tl.uint8, bitcast=True), "e4m3", SCALE_MANTISSA, SCALE_BIAS)
+        factor = decode_scale(scales.to(tl.uint8, bitcast=True), "e4m3", SCALE_MANTISSA, SCALE_BIAS, NAN=True)
     else:
-        factor = scale_value(scales, "e8m0", SCALE_MANTISSA, SCALE_BIAS)
+        factor = decode_scale(scales, "e8m0", SCALE_MANTISSA, SCALE_BIAS, NAN=True)
     grouped = tl.reshape(value, (value.shape[0], scales.shape[1], value.shape[1] // scales.shape[1]))
     return tl.reshape(grouped * factor[:, :, None], (value.shape[0], value.shape[1]))
 

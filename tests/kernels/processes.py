@@ -1,4 +1,4 @@
-"""Scripts of this folder, run in a process of their own: Triton decides at import whether it interprets."""
+"""Scripts run in a process of their own, of this folder or by their path: Triton decides at import if it interprets."""
 
 import os
 import subprocess
@@ -8,9 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def in_a_process(script: str, *arguments: str, **environment: str) -> str:
+def in_a_process(script: str | Path, *arguments: str, **environment: str) -> str:
     """What the script prints; its failure is the test's."""
-    path = Path(__file__).with_name(script)
+    path = Path(__file__).parent / script
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore", **environment}
     command = [sys.executable, str(path), *arguments]

@@ -83,7 +83,7 @@ def test_packing_rounds_by_the_divisor_and_keeps_nan_apart() -> None:
     expected = quantize(x, fmt, divided).codes
     codes = from_words(quantize_pack(x, fmt.name, divided), 4, 128, offset=True)
     assert torch.equal(codes, expected) and codes[0, 3] == 0 and bool((expected != quantize(x, fmt).codes).any())
-    with pytest.raises(UnsupportedError, match="nf4_g64 weights cannot be held packed"):
+    with pytest.raises(UnsupportedError, match="nf4_g64 weights cannot be packed"):
         quantize_pack(x, "nf4_g64", find_scales(normal(2, 128), lookup("nf4_g64")))
 
 

@@ -54,7 +54,7 @@ def test_packing_loses_nothing(name: str) -> None:
 
 
 def test_what_cannot_be_packed_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedError, match="nf4_g64 weights cannot be held packed: its codes need a table"):
+    with pytest.raises(UnsupportedError, match="nf4_g64 weights cannot be packed: its codes need a table"):
         pack(quantize(normal(4, 64), lookup("nf4_g64")))
     weight = quantize(normal(4, 64), lookup("mxfp4"))
     broken = weight.scales.stored.clone()

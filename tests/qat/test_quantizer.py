@@ -317,8 +317,8 @@ def test_a_layer_in_training_computes_what_it_computes_without_gradients(autocas
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         trained = layer(x)
         with torch.no_grad():
-            judged = layer(x)
+            evaluated = layer(x)
     assert trained.requires_grad and trained.dtype == (torch.bfloat16 if autocast else torch.float32)
-    assert torch.equal(trained, judged)
+    assert torch.equal(trained, evaluated)
     trained.float().square().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == p.dtype and p.grad.any() for p in layer.parameters())

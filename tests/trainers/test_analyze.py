@@ -66,7 +66,7 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     )
     found = analyze(folder, ["int4_g32", "int4_g128"])
     text = "\n".join(lines(found, 20))
-    assert "1 of 2 weights are not held: int4_g128: groups of 128 do not divide a width of 96" in text
+    assert "1 of 2 weights cannot be stored: int4_g128: groups of 128 do not divide a width of 96" in text
     assert "1 tensors are no matrices called *.weight and were left out: experts.w1" in text
     zeros = next(w for w in found.weights if w.name == "b.weight")
     assert zeros.share == 0.0 and math.isnan(zeros.formats["int4_g32"].qsnr)

@@ -53,7 +53,7 @@ def test_rows_of_undone_steps_are_dropped_and_the_last_done_one_stays(tmp_path: 
     assert lines[3].split(",")[2] == "2.5"
 
 
-class _Judge:
+class _Evaluator:
     """Scores a model by a number that it holds."""
 
     def score(self, model: Any, what: str = "") -> Scores:
@@ -63,8 +63,8 @@ class _Judge:
 def _keeper(tmp_path: Path, patience: int) -> tuple[Keeper, nn.Module]:
     model = nn.Linear(1, 1)
     job: Any = SimpleNamespace(eval=SimpleNamespace(patience=patience))
-    judge: Any = _Judge()
-    return Keeper(tmp_path, job, judge, {}), model
+    evaluator: Any = _Evaluator()
+    return Keeper(tmp_path, job, evaluator, {}), model
 
 
 def test_lowest_held_out_kl_is_kept(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_lowest_held_out_kl_is_kept(tmp_path: Path) -> None:
     keeper, model = _keeper(tmp_path, 0)
     for step, kl in enumerate((0.5, 0.3, 0.4), start=1):
         nn.init.constant_(model.bias, kl)
-        keeper.judge_now(model, step)
+        keeper.evaluate(model, step)
     assert keeper.best == {"step": 2, "kl": pytest.approx(0.3), "since": 1}
     kept = load_file(tmp_path / "checkpoints" / "best" / "student.safetensors")
     assert float(kept["bias"]) == pytest.approx(0.3)
@@ -85,6 +85,6 @@ def test_patience_counts_evaluations_without_a_better_student(tmp_path: Path) ->
     seen = []
     for step, kl in enumerate((0.5, 0.6, 0.4, 0.4, 0.7), start=1):
         nn.init.constant_(model.bias, kl)
-        keeper.judge_now(model, step)
+        keeper.evaluate(model, step)
         seen.append(keeper.exhausted)
     assert seen == [False, False, False, False, True]

@@ -189,7 +189,7 @@ def test_turns_of_weight_0_are_not_learnt() -> None:
     messages = (ONE, {**said("Answer one."), "weight": 0}, TWO, {**said("Answer two."), "weight": 1})
     assert spans(LLAMA, messages) == ["Answer two.<|eot|>"]
     marked = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
-    with pytest.raises(DataError, match="weight 0 cannot be told apart"):
+    with pytest.raises(DataError, match="weight 0 cannot be separated"):
         spans(marked, messages)
 
 

@@ -21,7 +21,7 @@ from qat.trainers import estimate as estimating
 from qat.trainers import footprint
 from qat.trainers.estimate import GPUS, Plan, estimate, listed
 from qat.trainers.estimate_table import print_estimate
-from qat.trainers.footprint import GIB, RUNTIME, facts, flops_per_token, forward_flops, memory
+from qat.trainers.footprint import GIB, RUNTIME, flops_per_token, forward_flops, job_facts, memory
 from qat.trainers.job import Job, load_job
 from tests.tiny import tiny_model
 
@@ -57,7 +57,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("model_id", PUBLISHED)
 def test_shipped_architectures_have_the_published_size(model_id: str) -> None:
     for suffix in ("", "-Instruct"):
-        found = facts(job(model_id + suffix)).student
+        found = job_facts(job(model_id + suffix)).student
         assert found.parameters == PUBLISHED[model_id]
         assert "configs/architectures" in found.origin
     embedding = found.shape.hidden * found.shape.vocabulary
@@ -74,7 +74,7 @@ def test_recipes_for_hub_models_can_be_estimated_offline() -> None:
     remote = [recipe for recipe in recipes if not recipe.model.id.startswith("embedded:")]
     assert remote
     for recipe in remote:
-        assert facts(recipe).quantized > 0
+        assert job_facts(recipe).quantized > 0
 
 
 def test_unknown_model_says_that_config_json_is_enough() -> None:
@@ -94,7 +94,7 @@ def test_coverage_on_the_meta_device_is_that_of_the_real_model(tiny: Path) -> No
     assert found.scheme == report(model, wanted.scheme).by_format()
     assert found.bits_per_weight == report(model, wanted.scheme).bits_per_weight
     assert found.parameters == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny).parameters())
-    assert facts(wanted).blocks == sum(m.start.numel() for m in model.modules() if hasattr(m, "global_scale"))
+    assert job_facts(wanted).blocks == sum(m.start.numel() for m in model.modules() if hasattr(m, "global_scale"))
     vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)
     matrices = sum(m.parameters * m.bits for m in report(model).modules) / 8
     assert found.model_bytes == pytest.approx(matrices + 2 * vectors, abs=1)
@@ -103,7 +103,7 @@ def test_coverage_on_the_meta_device_is_that_of_the_real_model(tiny: Path) -> No
 def test_only_active_experts_count_as_work(tmp_path: Path) -> None:
     folder = tiny_model("qwen3_moe", tmp_path)
     rules = [*SKIPPED, {"match": "*.mlp.*", "skip": "experts"}, {"match": "*_proj", "weight": "nvfp4"}]
-    found = facts(job(folder, scheme={"rules": rules})).student
+    found = job_facts(job(folder, scheme={"rules": rules})).student
     model = AutoModelForCausalLM.from_pretrained(folder)
     experts = sum(p.numel() for p in model.parameters() if p.dim() == 3)
     embedding = model.get_input_embeddings().weight.numel()
@@ -121,10 +121,12 @@ def test_work_is_what_a_counter_counts(tiny: Path) -> None:
     with FlopCounterMode(display=False) as teacher, torch.no_grad():
         model(ids)
     both = student.get_total_flops() + teacher.get_total_flops()
-    assert flops_per_token(wanted, facts(wanted)) * ids.numel() == pytest.approx(both, rel=0.02)
+    assert flops_per_token(wanted, job_facts(wanted)) * ids.numel() == pytest.approx(both, rel=0.02)
     alone = job(tiny, method="qat")
-    assert flops_per_token(alone, facts(alone)) * ids.numel() == pytest.approx(student.get_total_flops(), rel=0.02)
-    assert forward_flops(facts(wanted).student, 64) * ids.numel() == pytest.approx(teacher.get_total_flops(), rel=0.02)
+    assert flops_per_token(alone, job_facts(alone)) * ids.numel() == pytest.approx(student.get_total_flops(), rel=0.02)
+    assert forward_flops(job_facts(wanted).student, 64) * ids.numel() == pytest.approx(
+        teacher.get_total_flops(), rel=0.02
+    )
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -168,7 +170,7 @@ def test_kept_bytes_are_what_autograd_keeps(
 ) -> None:
     folder = tiny_model("llama", tmp_path, num_hidden_layers=4)
     wanted = job(folder, weight, input, scheme=scheme, data=data)
-    known = facts(wanted)
+    known = job_facts(wanted)
     ends = 2 * wanted.data.seq_len * 9 * 4 * known.student.shape.hidden  # outside the layers
     head = 2 * known.student.shape.hidden * known.student.shape.vocabulary * mixed  # its copy in BF16
     parts = memory(wanted, known, "cpu", mixed)
@@ -182,25 +184,25 @@ def test_states_count_every_trained_value(tiny: Path) -> None:
     model = apply(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), wanted.scheme)
     everything = sum(p.numel() for p in model.parameters())  # learned scales are parameters here
     dense = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny).parameters())
-    parts = memory(wanted, facts(wanted), "cpu", False)
+    parts = memory(wanted, job_facts(wanted), "cpu", False)
     assert parts["master weights"] == 4 * dense
     assert parts["gradients"] == 4 * everything
     assert parts["Adam moments"] == 8 * everything
     assert parts["teacher"] == 4 * dense
-    assert memory(wanted, facts(wanted), "cuda", True)["teacher"] == 2 * dense
+    assert memory(wanted, job_facts(wanted), "cuda", True)["teacher"] == 2 * dense
     assert parts["average of weights"] == 0
     averaged = job(tiny, optim={"ema": 0.99})
-    assert memory(averaged, facts(averaged), "cpu", False)["average of weights"] == 4 * everything
+    assert memory(averaged, job_facts(averaged), "cpu", False)["average of weights"] == 4 * everything
     frozen = job(tiny, optim={"freeze": ("model.embed_tokens.weight",)})
     table = model.get_input_embeddings().weight.numel()
-    assert memory(frozen, facts(frozen), "cpu", False)["gradients"] == 4 * (everything - table)
-    assert not facts(frozen).head_trained  # the head is the same tensor
+    assert memory(frozen, job_facts(frozen), "cpu", False)["gradients"] == 4 * (everything - table)
+    assert not job_facts(frozen).head_trained  # the head is the same tensor
 
 
 def test_sharding_divides_states_and_ddp_copies_gradients(tiny: Path) -> None:
     one, many = job(tiny, rows=8), {"rows": 8, "micro_rows": 2, "devices": 4}
     sharded, copied = job(tiny, strategy="fsdp", **many), job(tiny, strategy="ddp", **many)
-    alone, split, whole = (memory(j, facts(j), "cuda", True) for j in (one, sharded, copied))
+    alone, split, whole = (memory(j, job_facts(j), "cuda", True) for j in (one, sharded, copied))
     for name in ("master weights", "gradients", "Adam moments", "teacher", "scales"):
         assert split[name] == alone[name] // 4
     assert split["activations"] == whole["activations"] == alone["activations"]
@@ -214,10 +216,10 @@ def test_sharding_divides_states_and_ddp_copies_gradients(tiny: Path) -> None:
 
 def test_checkpointing_keeps_one_layer(tiny: Path) -> None:
     plain, saving = job(tiny), job(tiny, activation_checkpointing=True)
-    before, after = (memory(j, facts(j), "cuda", True) for j in (plain, saving))
+    before, after = (memory(j, job_facts(j), "cuda", True) for j in (plain, saving))
     assert after["activations"] < 0.75 * before["activations"]  # the tiny model has two layers
     assert after["quantized weights for backward"] < before["quantized weights for backward"]
-    assert flops_per_token(saving, facts(saving)) > 1.15 * flops_per_token(plain, facts(plain))
+    assert flops_per_token(saving, job_facts(saving)) > 1.15 * flops_per_token(plain, job_facts(plain))
 
 
 # Three steps with what a run uses, in the order in which Lightning calls it; prints bytes before and at the peak.
@@ -270,7 +272,7 @@ def test_peak_is_the_measured_one(tmp_path: Path, exact: bool) -> None:
         "llama", **sizes, num_key_value_heads=2, vocab_size=16384, tie_word_embeddings=True
     ).save_pretrained(tmp_path)
     wanted = job(tmp_path, data={"seq_len": 256})
-    known = facts(wanted)
+    known = job_facts(wanted)
     assert 19e6 < known.student.parameters < 22e6
     parts = memory(wanted, known, "cpu", False)
     settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -355,13 +357,13 @@ def test_printed_estimate_answers_what_fits(tiny: Path) -> None:
 def test_compensated_starts_need_a_matrix_per_distinct_input(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hidden 128 is read by {q,k,v}, by o and by {gate,up}, 256 by down; and attention is as wide as hidden."""
     plain, compensated = job(tiny), job(tiny, scheme={"init": ["gptq"]})
-    assert facts(plain).input_products(plain) == 0
-    assert facts(compensated).input_products(compensated) == 2 * (3 * 128**2 + 256**2)
+    assert job_facts(plain).input_products(plain) == 0
+    assert job_facts(compensated).input_products(compensated) == 2 * (3 * 128**2 + 256**2)
     large = job("meta-llama/Llama-3.1-8B", scheme={"init": ["gptq"]}, devices=8, strategy="fsdp", rows=16)
     large = large.model_copy(update={"activation_checkpointing": True, "loss_chunk": 64})
-    assert memory(large, facts(large), "cuda", True)["input products of calibration"] == 0
+    assert memory(large, job_facts(large), "cuda", True)["input products of calibration"] == 0
     monkeypatch.setattr(footprint, "PRODUCTS", 1 << 40)  # all at once
-    parts = memory(large, facts(large), "cuda", True)
+    parts = memory(large, job_facts(large), "cuda", True)
     needed = 4 * 32 * (3 * 4096**2 + 14336**2)
     assert sum(parts.values()) - RUNTIME["cuda"] == needed + sum(
         parts[name] for name in ("master weights", "scales", "teacher")

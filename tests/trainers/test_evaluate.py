@@ -13,7 +13,7 @@ import torch
 from qat.cli import main
 from qat.errors import DataError, TrainingError
 from qat.trainers.data import Blocks
-from qat.trainers.evaluate import Judge, Scores, gap_closed
+from qat.trainers.evaluate import Evaluator, Scores, gap_closed
 from qat.trainers.packing import collate
 from qat.training.losses import IGNORE
 from tests.tiny import VOCABULARY, tiny_model
@@ -79,7 +79,7 @@ PAIRS = [("student", "teacher"), ("teacher", "student"), ("student", "padded"), 
 def test_scores_are_those_of_the_definition(models: dict[str, Path], held: Held, pair: tuple[str, str]) -> None:
     """Direction of the KL, the tokens that count, the rows compared: batches of 2, 2 and 1 rows."""
     student, teacher = (model(models[name]) for name in pair)
-    found = Judge(teacher, held, batch=2).score(student)
+    found = Evaluator(teacher, held, batch=2).score(student)
     expected = oracle(student, teacher, held)
     assert dataclasses.asdict(found) == pytest.approx(expected, rel=1e-4)
     assert oracle(teacher, student, held)["kl"] != pytest.approx(expected["kl"], rel=3e-3)  # the direction shows
@@ -88,7 +88,7 @@ def test_scores_are_those_of_the_definition(models: dict[str, Path], held: Held,
 
 def test_without_a_teacher_only_the_loss_is_known(models: dict[str, Path], held: Held) -> None:
     student = model(models["student"])
-    found = Judge(None, held).score(student)
+    found = Evaluator(None, held).score(student)
     assert found.nll == pytest.approx(oracle(student, student, held)["nll"], rel=1e-5)
     assert math.isnan(found.kl) and math.isnan(found.top1)
 
@@ -97,7 +97,7 @@ def test_evaluation_leaves_the_model_as_it_was(models: dict[str, Path], held: He
     student = model(models["student"])
     student.train()
     student.model.layers[0].eval()
-    Judge(None, held).score(student)
+    Evaluator(None, held).score(student)
     assert student.training and not student.model.layers[0].training
 
 
@@ -106,11 +106,11 @@ def test_a_model_that_computes_nan_is_named(models: dict[str, Path], held: Held)
     with torch.no_grad():
         student.model.embed_tokens.weight[int(held.array()[0, 0, 3])] = math.nan  # one token of the text
     with pytest.raises(TrainingError, match="computes NaN or infinity"):
-        Judge(None, held).score(student)
+        Evaluator(None, held).score(student)
     with torch.no_grad():
         student.model.norm.weight.fill_(math.nan)
     with pytest.raises(TrainingError, match="computes NaN or infinity"):
-        Judge(None, held).score(student)
+        Evaluator(None, held).score(student)
 
 
 def test_text_without_a_target_is_named(models: dict[str, Path], held: Held) -> None:
@@ -122,7 +122,7 @@ def test_text_without_a_target_is_named(models: dict[str, Path], held: Held) -> 
 
     empty = Empty(**dataclasses.asdict(held))
     with pytest.raises(DataError, match="no token"):
-        Judge(None, empty).score(model(models["student"]))
+        Evaluator(None, empty).score(model(models["student"]))
 
 
 def test_perplexity_has_no_limit() -> None:

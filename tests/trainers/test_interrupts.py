@@ -102,7 +102,7 @@ def test_ctrl_c_before_training_leaves_nothing_in_the_way(
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
 
-    for moment in ("load_configured", "observe", "prepare"):  # loading, calibration, finding the start
+    for moment in ("load_configured", "observe", "initialise"):  # loading, calibration, initialisation
         with monkeypatch.context() as patch:
             patch.setattr(run, moment, interrupted)
             assert main(["train", str(path)]) == 130
@@ -145,7 +145,7 @@ def test_what_the_shell_ignores_stays_ignored(number: signal.Signals) -> None:
         with Interruptions() as interruptions:
             interruptions.finish_steps()
             os.kill(os.getpid(), number)
-            assert signal.getsignal(number) == signal.SIG_IGN and interruptions.asked is None
+            assert signal.getsignal(number) == signal.SIG_IGN and interruptions.signal is None
     finally:
         signal.signal(number, before)
 

@@ -70,8 +70,8 @@ def layers(count: int) -> list[tuple[str, float, float]]:
 def write_metrics(run: Path, steps: int, every: int = 20, kl: float = 0.1) -> None:
     lines = ["step,tokens,seconds,loss,lr,scale_lr,grad_norm,tokens_per_second,heldout_kl,heldout_nll,heldout_top1"]
     for step in range(1, steps + 1):
-        judged = f"{kl + 0.2 * math.exp(-step / 20)},3.1,0.8" if step % every == 0 or step == steps else ",,"
-        lines.append(f"{step},{step * 1024},{step * 12.0},{0.2 + 0.1 / step},1e-4,1e-3,1.0,85.0,{judged}")
+        evaluated = f"{kl + 0.2 * math.exp(-step / 20)},3.1,0.8" if step % every == 0 or step == steps else ",,"
+        lines.append(f"{step},{step * 1024},{step * 12.0},{0.2 + 0.1 / step},1e-4,1e-3,1.0,85.0,{evaluated}")
     run.mkdir(parents=True, exist_ok=True)
     (run / "metrics.csv").write_text("\n".join(lines) + "\n")
 
@@ -137,8 +137,8 @@ def test_numbers_survive_a_plot_that_fails(tmp_path: Path) -> None:
 def test_headline_of_a_run_that_helped() -> None:
     text = headline(build(0.4, 0.352, 0.212).to_dict())
     assert text == (
-        "Training closed 47 % of the KL gap left by plain rounding (0.4000 → 0.2120 nats per token); "
-        "the best start without training closed 12 %."
+        "Training closed 47 % of the KL gap left by round-to-nearest (0.4000 → 0.2120 nats per token); "
+        "the best PTQ initialisation, without training, closed 12 %."
     )
 
 
@@ -148,9 +148,9 @@ def test_headline_of_a_run_that_helped() -> None:
         (0.4, 0.2, 0.2, 0, "Training did not help measurably: the student closes 50 %"),
         (0.4, 0.2, 0.198, 20, "Training did not help measurably"),  # half a per cent of the gap is no success
         (0.4, 0.2, 0.3, 20, "Training did not help measurably: the student closes 25 %"),
-        (0.4, 0.2, 0.5, 20, "Training did harm: KL 0.4000 → 0.5000 nats per token, worse than plain rounding"),
-        (0.4, 0.5, 0.3, 20, "the best start without training widened it by 25 %"),
-        (0.0, 0.0, 0.1, 20, "Plain rounding lost nothing measurable"),
+        (0.4, 0.2, 0.5, 20, "Training did harm: KL 0.4000 → 0.5000 nats per token, worse than RTN"),
+        (0.4, 0.5, 0.3, 20, "the best PTQ initialisation, without training, widened it by 25 %"),
+        (0.0, 0.0, 0.1, 20, "RTN lost nothing measurable"),
         (math.inf, 0.2, 0.1, 20, "are not finite"),
     ],
 )
@@ -159,7 +159,7 @@ def test_headline_does_not_claim_what_did_not_happen(
 ) -> None:
     text = build(ptq, best, student, step).to_dict()["headline"]
     assert said in text
-    assert ("The start is kept" in text) == (step == 0)
+    assert ("The PTQ initialisation is reported" in text) == (step == 0)
     assert ("Training closed" in text) == (best == 0.5)
 
 

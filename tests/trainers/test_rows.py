@@ -13,7 +13,7 @@ import yaml
 from qat.cli import main
 from qat.errors import DataError
 from qat.trainers.data import Blocks, DataConfig, load_blocks
-from qat.trainers.evaluate import Judge
+from qat.trainers.evaluate import Evaluator
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -109,7 +109,7 @@ def test_a_run_on_long_prompts_trains_on_what_teaches_and_reports_the_rest(
     assert len(losses) == 4 and all(math.isfinite(loss) for loss in losses)
 
 
-def test_judging_on_no_target_is_an_error_and_not_a_division_by_zero(tmp_path: Path) -> None:
+def test_evaluating_on_no_target_is_an_error_and_not_a_division_by_zero(tmp_path: Path) -> None:
     blocks = blocks_of(chats(tmp_path / "a.jsonl", 1), pack=False)
     rows = blocks.array().copy()
     rows[:, 1] = -100
@@ -118,4 +118,4 @@ def test_judging_on_no_target_is_an_error_and_not_a_division_by_zero(tmp_path: P
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model("llama", tmp_path / "model", num_hidden_layers=1))
     with pytest.raises(DataError, match="no token to predict"):
-        Judge(None, blocks, device=torch.device("cpu")).score(model)
+        Evaluator(None, blocks, device=torch.device("cpu")).score(model)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qat.checkpoints.layouts.bits import Array, fields, float_values, raw_rows, scale_values
+from qat.checkpoints.layouts.caches import says_nothing
 from qat.checkpoints.layouts.reader import ExportedFolder, PackedModule, PlainLoading, Spec, code_values
 from qat.checkpoints.matrices import dense_parts
 from qat.checkpoints.names import StoredNames, wanted_while_loading
@@ -47,6 +48,11 @@ class Reader(ExportedFolder):
             raise CheckpointError(f"{self.where}: config_groups is {groups!r}, not a table of at least one group")
         complete = {name: _complete_group(group, f"{self.where}: {name}") for name, group in groups.items()}
         self.quantization = {**self.quantization, "config_groups": complete}
+
+    def _cache_args(self) -> dict[str, Any] | None:
+        scheme = self.quantization.get("kv_cache_scheme")
+        where = f"{self.where}: kv_cache_scheme"
+        return None if says_nothing(scheme) else _complete_args(scheme, where, ("tensor",))
 
     def matching_groups(self, path: str, linear: bool = True) -> list[str]:
         """Names of the config groups that target `path`, the one loaders choose first: exact names, then regular

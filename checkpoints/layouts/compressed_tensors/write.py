@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qat.checkpoints.layouts import support
 from qat.checkpoints.layouts.arguments import Args, input_args, weight_args
+from qat.checkpoints.layouts.caches import CacheLayout, TargetCache, cache_args
 from qat.checkpoints.layouts.compressed_tensors.codes import read_layer
 from qat.checkpoints.layouts.compressed_tensors.engines import ROWS
 from qat.checkpoints.layouts.reader import PackedModule
@@ -29,6 +30,7 @@ from qat.checkpoints.layouts.stored import bit_stream
 from qat.checkpoints.layouts.target import TargetLayer
 from qat.errors import UnsupportedError
 from qat.families import is_outside
+from qat.numbers.catalog import E4M3
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor
 from qat.training.activations import static_part
@@ -175,6 +177,31 @@ def quantization_config(layers: list[TargetLayer], ignored: list[str]) -> dict[s
             for index, (how, paths) in enumerate(groups.values())
         },
     }
+
+
+# --- caches ---------------------------------------------------------------------------------------
+
+
+def _cache_config(fmt: Format) -> dict[str, Any] | None:
+    args = cache_args(fmt)
+    return None if args is None else {"kv_cache_scheme": args}
+
+
+def _cache_note(fmt: Format) -> str:
+    if fmt.element == E4M3:
+        return "vLLM and SGLang use them without being told (their kv_cache_dtype auto)"
+    return "plain transformers and `qat serve` run them, vLLM refuses the whole checkpoint"
+
+
+def _cache_scales(cache: TargetCache) -> tuple[str, str]:
+    if cache.projections is None:
+        raise UnsupportedError(
+            f"{cache.path}: loaders of {METHOD} look for k_proj and v_proj, and leave other caches unquantized"
+        )
+    return f"{cache.path}.k_scale", f"{cache.path}.v_scale"
+
+
+CACHES = CacheLayout(_cache_config, _cache_note, _cache_scales, lambda scale: scale.to(torch.bfloat16))
 
 
 def files(config: dict[str, Any]) -> dict[str, dict[str, Any]]:

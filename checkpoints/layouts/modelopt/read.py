@@ -11,8 +11,9 @@ from torch import Tensor
 
 from qat.checkpoints.hf import read_json
 from qat.checkpoints.layouts.bits import Array, float_values, scale_values
+from qat.checkpoints.layouts.caches import refuse_unread, says_nothing
 from qat.checkpoints.layouts.modelopt.engines import NO_PLAIN
-from qat.checkpoints.layouts.reader import ExportedFolder, PackedModule, PlainLoading, Spec, refuse_unread
+from qat.checkpoints.layouts.reader import UNREAD_KEYS, ExportedFolder, PackedModule, PlainLoading, Spec
 from qat.checkpoints.names import StoredNames
 from qat.errors import CheckpointError, UnsupportedError
 
@@ -31,6 +32,7 @@ def _floats(bits: int, strategy: str, dynamic: bool | str, group: int = 0, scale
 _FP4 = (4, "tensor_group")
 _E4M3, _E8M0 = (16, "torch.float8_e4m3fn"), (32, "torch.uint8")
 # quant_algo -> format, weights, inputs
+_CACHE_ALGORITHM, _CACHE_SCHEME = "FP8", {"dynamic": False, "num_bits": 8, "type": "float"}
 _ALGORITHMS: dict[str, tuple[str, Args, Args | None]] = {
     "NVFP4": ("nvfp4-pack-quantized", _floats(*_FP4, False, *_E4M3), _floats(*_FP4, "local", *_E4M3)),
     "W4A16_NVFP4": ("nvfp4-pack-quantized", _floats(*_FP4, False, *_E4M3), None),
@@ -44,6 +46,7 @@ class Reader(ExportedFolder):
     """A modelopt checkpoint on disk in which every quantized layer has the same algorithm."""
 
     METHOD = "modelopt"
+    CACHE_SCALES = ("k_proj.k_scale", "v_proj.v_scale")
     SCALES = ("weight_scale", "weight_scale_2", "input_scale")
     SUFFIXES = ("weight", *SCALES)
 
@@ -58,13 +61,25 @@ class Reader(ExportedFolder):
         if (self.folder / LEGACY).is_file():
             self._compare(read_json(self.folder / LEGACY).get("quantization") or {})
 
+    def _cache_args(self) -> Args | None:
+        scheme, algorithm = (self.quantization.get(key) for key in ("kv_cache_scheme", "kv_cache_quant_algo"))
+        if says_nothing(scheme) and algorithm is None:
+            return None
+        if algorithm not in (None, _CACHE_ALGORITHM) or (scheme or _CACHE_SCHEME) != _CACHE_SCHEME:
+            raise UnsupportedError(
+                f"{self.where}: caches quantized as {algorithm or scheme}; readable: {_CACHE_ALGORITHM}"
+            )
+        return _floats(8, "tensor", False)
+
     def _compare(self, legacy: dict[str, Any]) -> None:
         """Engines read either file, so both must say the same."""
-        refuse_unread(legacy, str(self.folder / LEGACY))
+        refuse_unread(legacy, str(self.folder / LEGACY), UNREAD_KEYS)
         pairs = {"quant_algo": "quant_algo", "exclude_modules": "ignore"}
         for key, flat in pairs.items():
             if legacy.get(key) != self.quantization.get(flat):
                 raise CheckpointError(f"{self.folder / LEGACY}: {key} differs from config.json; engines read either")
+        if legacy.get("kv_cache_quant_algo") != (None if self._cache_args() is None else _CACHE_ALGORITHM):
+            raise CheckpointError(f"{self.folder / LEGACY}: kv_cache_quant_algo differs from config.json")
 
     def matching_groups(self, path: str, linear: bool = True) -> list[str]:
         """The algorithm, for every linear layer that is not ignored."""

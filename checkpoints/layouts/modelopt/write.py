@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qat.checkpoints.layouts import support
 from qat.checkpoints.layouts.arguments import weight_format
+from qat.checkpoints.layouts.caches import CacheLayout, TargetCache, cache_args
 from qat.checkpoints.layouts.kinds import ROW, TENSOR
 from qat.checkpoints.layouts.modelopt.engines import ROWS
 from qat.checkpoints.layouts.reader import PackedModule
@@ -21,6 +22,7 @@ from qat.checkpoints.layouts.stored import bit_stream, shape, take, take_narrow,
 from qat.checkpoints.layouts.target import TargetLayer
 from qat.errors import UnsupportedError
 from qat.families import expert_list
+from qat.numbers.catalog import E4M3
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales
 from qat.training.activations import static_part
@@ -140,11 +142,34 @@ def _arguments(fmt: Format) -> dict[str, Any]:
     }
 
 
+# --- caches ---------------------------------------------------------------------------------------
+
+
+def _cache_config(fmt: Format) -> dict[str, Any] | None:
+    args = cache_args(fmt)
+    if args is None or fmt.element != E4M3:
+        return None
+    return {"kv_cache_scheme": {key: args[key] for key in ("dynamic", "num_bits", "type")}}
+
+
+def _cache_note(fmt: Format) -> str:
+    return "vLLM, SGLang and TensorRT-LLM use them without being told"
+
+
+def _cache_scales(cache: TargetCache) -> tuple[str, str]:
+    if cache.projections is None:
+        raise UnsupportedError(f"{cache.path}: {METHOD} stores scales of caches at k_proj and v_proj, which it lacks")
+    return f"{cache.projections[0]}.k_scale", f"{cache.projections[1]}.v_scale"
+
+
+CACHES = CacheLayout(_cache_config, _cache_note, _cache_scales, lambda scale: scale.reshape(()))
+
+
 def files(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """hf_quant_config.json, which older engines read: the same in the nested form, with each key that vLLM asks for."""
     quantization = {
         "quant_algo": config["quant_algo"],
-        "kv_cache_quant_algo": None,
+        "kv_cache_quant_algo": "FP8" if "kv_cache_scheme" in config else None,
         "group_size": config.get("group_size"),
         "exclude_modules": config["ignore"],
     }

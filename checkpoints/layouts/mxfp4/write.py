@@ -23,6 +23,7 @@ from qat.numbers.numerics import QTensor, Scales
 
 FUSES_TENSOR_SCALES = False  # it has none
 STACKS_OF = ("gpt_oss",)
+CACHES = None
 
 
 def check(layer: TargetLayer) -> None:

@@ -130,7 +130,7 @@ def test_the_road_of_a_user(source: Path, tmp_path: Path, capfd: pytest.CaptureF
     assert re.search(r"gpt_oss stores its experts as whole stacks; .*--target mxfp4", capfd.readouterr().err)
     assert main(["export", run, out, "--target", "mxfp4"]) == 0
     assert main(["verify", out]) == 0
-    assert main(["generate", out, "The quick", "--max-tokens", "4"]) == 0
+    assert main(["generate", out, "The quick", "--tokens", "4"]) == 0
 
 
 def test_names_of_published_configurations_are_understood(exported: Path) -> None:

@@ -117,14 +117,16 @@ def test_a_checkpoint_labelled_as_another_target_is_refused(target: str, other: 
         ("compressed-tensors", {"config_groups": None}, "config_groups is None, not a table"),
         ("compressed-tensors", {"config_groups": {"W4A16": ["Linear"]}}, "W4A16 is .*perhaps a preset"),
         ("compressed-tensors", {"transform_config": {"config_groups": {"R4": {}, "R1": 1}}}, "transform_config asks"),
-        ("compressed-tensors", {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme asks for a quantized KV"),
+        ("compressed-tensors", {"kv_cache_scheme": {"num_bits": 8}}, "quantized caches, but no k_scale is stored"),
+        ("compressed-tensors", {"kv_cache_scheme": {"strategy": "attn_head"}}, r"kv_cache_scheme\.strategy is .attn_h"),
         (
             "compressed-tensors",
             {"sparsity_config": {"format": "sparse-24-bitmask", "targets": ["Linear"]}},
             "sparsity_config with format 'sparse-24-bitmask'",
         ),
-        ("modelopt", {"kv_cache_scheme": {"num_bits": 8, "type": "float"}}, "kv_cache_scheme asks for a quantized KV"),
-        ("modelopt", {"kv_cache_quant_algo": "FP8"}, "kv_cache_quant_algo asks for a quantized KV"),
+        ("modelopt", {"kv_cache_scheme": {"num_bits": 8, "type": "float"}}, "caches quantized as .*; readable: FP8"),
+        ("modelopt", {"kv_cache_quant_algo": "FP8"}, "kv_cache_quant_algo differs from config.json"),
+        ("fp8", {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme asks for a quantized KV"),
     ],
 )
 def test_unknown_variants_are_refused(target: str, change: dict[str, Any], message: str, copy: Any) -> None:
@@ -200,8 +202,7 @@ def test_scales_of_float16_models_are_read_exactly(copy: Any) -> None:
     ("target", "name"),
     [
         ("modelopt", f"{Q}.pre_quant_scale"),
-        ("modelopt", "model.layers.0.self_attn.k_proj.k_scale"),
-        ("compressed-tensors", "model.layers.0.self_attn.v_scale"),
+        ("compressed-tensors", "model.layers.0.self_attn.q_scale"),
     ],
 )
 def test_tensors_of_what_is_not_implemented_are_named(target: str, name: str, copy: Any) -> None:
@@ -224,7 +225,7 @@ def test_the_legacy_file_is_held_to_the_same(copy: Any) -> None:
     legacy = json.loads((folder / "hf_quant_config.json").read_text())
     legacy["quantization"]["kv_cache_quant_algo"] = "FP8"
     (folder / "hf_quant_config.json").write_text(json.dumps(legacy))
-    with pytest.raises(UnsupportedError, match=r"hf_quant_config\.json: kv_cache_quant_algo asks"):
+    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json: kv_cache_quant_algo differs"):
         open_export(folder)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from qat.errors import FormatError
 from qat.init import gptq
 from qat.init.calibration import calibrate, initialise, input_products, observe
-from qat.init.scales import start_scales
+from qat.init.scales import initial_scales
 from qat.numbers.catalog import lookup
 from qat.numbers.numerics import fake_quantize
 from qat.scheme import Rule
@@ -37,7 +37,7 @@ def test_calibration_sees_the_unquantized_model_and_weighs_by_it(weighted: bool)
         layer, seen = weights(model)[path], inputs_of(original, path)
         assert layer.input.amax == seen.abs().amax()
         importance = seen.square().mean(dim=0) if weighted else None
-        expected = start_scales(layer.weight.detach(), lookup("nvfp4"), "sweep", global_scales[path], importance)
+        expected = initial_scales(layer.weight.detach(), lookup("nvfp4"), "sweep", global_scales[path], importance)
         agree = layer.quantizer.start == expected.effective()
         assert agree.float().mean() > 0.99  # sums in another order may flip a tie
         assert torch.equal(layer.quantizer.global_scale, global_scales[path])
@@ -148,7 +148,7 @@ def _raise() -> dict[str, Tensor]:
 def test_starts_follow_the_scheme() -> None:
     for start in ("amax", "mse", "auto"):
         layer = weights(apply(build(), usual("int4_g64", start=start)))["model.layers.0.mlp.up_proj"]
-        expected = start_scales(layer.weight.detach(), lookup("int4_g64"), start).effective()
+        expected = initial_scales(layer.weight.detach(), lookup("int4_g64"), start).effective()
         assert torch.equal(layer.quantizer.start, expected)
     plain = weights(apply(build(), usual("int4_g64", start="amax", learn="none", round_bf16=False)))
     layer = plain["model.layers.0.mlp.up_proj"]

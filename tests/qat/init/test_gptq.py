@@ -6,7 +6,7 @@ from torch import Tensor
 
 from qat.errors import FormatError
 from qat.init.gptq import DAMPING, compensate
-from qat.init.scales import start_scales
+from qat.init.scales import initial_scales
 from qat.numbers.catalog import lookup
 from qat.numbers.format import Format
 from qat.numbers.numerics import Scales, fake_quantize
@@ -39,7 +39,7 @@ def surgeon(weight: Tensor, fmt: Format, scales: Scales, gram: Tensor) -> Tensor
 def test_equals_optimal_brain_surgery_and_lowers_the_output_error(name: str) -> None:
     weight, inputs = layer()
     fmt, gram = lookup(name), inputs.T @ inputs / len(inputs)
-    scales = start_scales(weight, fmt, importance=gram.diagonal())
+    scales = initial_scales(weight, fmt, importance=gram.diagonal())
     found = fake_quantize(compensate(weight, fmt, scales, gram), fmt, scales)
     expected = surgeon(weight, fmt, scales, gram)
     assert (found != expected).float().mean() < 0.02  # float32 against float64 decides a tie differently now and then
@@ -54,7 +54,7 @@ def test_equals_optimal_brain_surgery_and_lowers_the_output_error(name: str) -> 
 def test_uncorrelated_inputs_leave_the_weights_alone() -> None:
     weight, _ = layer()
     fmt = lookup("nvfp4")
-    latent = compensate(weight, fmt, start_scales(weight, fmt), torch.diag(torch.rand(192) + 0.1))
+    latent = compensate(weight, fmt, initial_scales(weight, fmt), torch.diag(torch.rand(192) + 0.1))
     assert torch.allclose(latent, weight, atol=1e-6)
 
 
@@ -62,11 +62,11 @@ def test_inputs_that_are_always_zero_are_survived() -> None:
     weight, inputs = layer()
     inputs[:, 5:9] = 0.0
     fmt, gram = lookup("int4_g64"), inputs.T @ inputs / len(inputs)
-    assert torch.isfinite(compensate(weight, fmt, start_scales(weight, fmt), gram)).all()
+    assert torch.isfinite(compensate(weight, fmt, initial_scales(weight, fmt), gram)).all()
 
 
 def test_blocks_over_several_rows_are_refused() -> None:
     weight, inputs = layer()
     fmt = lookup("fp8_b128")
     with pytest.raises(FormatError, match="use init: scales"):
-        compensate(weight, fmt, start_scales(weight, fmt, "amax"), inputs.T @ inputs)
+        compensate(weight, fmt, initial_scales(weight, fmt, "amax"), inputs.T @ inputs)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import FormatError
-from qat.init.scales import shared_global_scale, start_scales
+from qat.init.scales import initial_scales, shared_global_scale
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.format import Format
 from qat.numbers.numerics import Scales, find_scales, from_blocks, global_scale_for, per_block, rounded, to_blocks
@@ -49,7 +49,7 @@ def test_sweep_finds_the_best_of_all_scales(name: str, weighted: bool) -> None:
     fmt, x = lookup(name), normal(16, 128)
     weights = importance(128) if weighted else None
     base = find_scales(x, fmt)
-    found = start_scales(x, fmt, "sweep", importance=weights)
+    found = initial_scales(x, fmt, "sweep", importance=weights)
     best = torch.full(base.stored.shape, math.inf, dtype=torch.float64)
     for stored in all_scales(fmt, base):
         for choice in range(len(fmt.elements)):
@@ -69,9 +69,9 @@ def test_a_searched_start_is_never_worse_than_amax_in_any_block(fmt: Format, wei
     width = 200 if fmt.block[0] > 1 else 256
     x = normal(12, width) * torch.logspace(-1, 1, 12)[:, None]
     weights = importance(width) if weighted else None
-    plain = error(x, fmt, start_scales(x, fmt, "amax"), weights)
+    plain = error(x, fmt, initial_scales(x, fmt, "amax"), weights)
     for start in ("mse", "auto"):
-        searched = error(x, fmt, start_scales(x, fmt, start, importance=weights), weights)
+        searched = error(x, fmt, initial_scales(x, fmt, start, importance=weights), weights)
         assert (searched <= plain * (1 + 1e-5)).all()
     if fmt.element.bits <= 4 and fmt.block != (0, 0):
         assert (searched < plain).any()
@@ -83,9 +83,9 @@ def test_starts_follow_the_size_of_the_weight(fmt: Format) -> None:
     x = normal(4, 256)
     weights = importance(256)
     for start in ("mse", "auto"):
-        expected = start_scales(x, fmt, start, importance=weights)
+        expected = initial_scales(x, fmt, start, importance=weights)
         for exponent in (-90, 90):
-            found = start_scales(x * 2.0**exponent, fmt, start, importance=weights)
+            found = initial_scales(x * 2.0**exponent, fmt, start, importance=weights)
             assert torch.equal(found.effective(), expected.effective() * 2.0**exponent)
 
 
@@ -93,11 +93,13 @@ def test_start_names() -> None:
     x = normal(4, 128)
     for name, same_as in (("nvfp4", "sweep"), ("mxfp4", "sweep"), ("int4_g64", "mse"), ("nf4_g64", "mse")):
         assert torch.equal(
-            start_scales(x, lookup(name), "auto").effective(), start_scales(x, lookup(name), same_as).effective()
+            initial_scales(x, lookup(name), "auto").effective(), initial_scales(x, lookup(name), same_as).effective()
         )
-        assert torch.equal(start_scales(x, lookup(name), "amax").effective(), find_scales(x, lookup(name)).effective())
-    with pytest.raises(FormatError, match=r"int4_g64 stores bf16 scales, too many to sweep; use start: mse"):
-        start_scales(x, lookup("int4_g64"), "sweep")
+        assert torch.equal(
+            initial_scales(x, lookup(name), "amax").effective(), find_scales(x, lookup(name)).effective()
+        )
+    with pytest.raises(FormatError, match=r"int4_g64 stores bf16 scales, too many to sweep; use search: mse"):
+        initial_scales(x, lookup("int4_g64"), "sweep")
 
 
 def test_importance_moves_the_scale_to_what_matters() -> None:
@@ -107,18 +109,18 @@ def test_importance_moves_the_scale_to_what_matters() -> None:
     x[0, 0], x[0, 5] = 1.0, 0.33
     weights = torch.zeros(32)
     weights[5] = 1.0
-    plain, weighted = start_scales(x, fmt, "mse"), start_scales(x, fmt, "mse", importance=weights)
+    plain, weighted = initial_scales(x, fmt, "mse"), initial_scales(x, fmt, "mse", importance=weights)
     assert error(x, fmt, weighted, weights).item() < error(x, fmt, plain, weights).item()
     assert error(x, fmt, plain).item() < error(x, fmt, weighted).item()
-    again = start_scales(x, fmt, "mse", importance=weights * 1e6)
+    again = initial_scales(x, fmt, "mse", importance=weights * 1e6)
     assert torch.equal(again.stored, weighted.stored)
-    unchanged = start_scales(x, fmt, "mse", importance=torch.zeros(32))  # nothing is known: the format's own rule
+    unchanged = initial_scales(x, fmt, "mse", importance=torch.zeros(32))  # nothing is known: the format's own rule
     assert torch.equal(unchanged.stored, find_scales(x, fmt).stored)
 
 
 def test_mse_equals_a_search_over_eighty_ratios() -> None:
     fmt, x = dataclasses.replace(lookup("int4_g64"), scale=F32), normal(8, 128)
-    found = error(x, fmt, start_scales(x, fmt, "mse"))
+    found = error(x, fmt, initial_scales(x, fmt, "mse"))
     amax = to_blocks(x, fmt).abs().amax(dim=(1, 3))
     trials = [error(x, fmt, Scales(amax / 7 * (0.3 + 0.7 * (i + 1) / 80))) for i in range(80)]
     torch.testing.assert_close(found, torch.stack(trials).amin(dim=0), rtol=1e-4, atol=0)
@@ -128,7 +130,7 @@ def test_mse_equals_a_search_over_eighty_ratios() -> None:
 def test_a_block_with_nan_keeps_its_nan_scale(name: str) -> None:
     fmt, x = lookup(name), normal(2, 64)
     x[1, 3] = math.nan
-    found, clean = start_scales(x, fmt, "auto"), start_scales(torch.cat([x[:1], x[:1]]), fmt, "auto")
+    found, clean = initial_scales(x, fmt, "auto"), initial_scales(torch.cat([x[:1], x[:1]]), fmt, "auto")
     assert found.effective()[1, 0].isnan() and found.effective().isnan().sum() == 1
     if not fmt.global_scale:
         assert torch.equal(found.effective()[0], clean.effective()[0])
@@ -143,14 +145,14 @@ def test_fused_layers_share_the_larger_global_scale(name: str) -> None:
     assert torch.equal(shared, shared_global_scale([large, small], fmt))
     for weight in (small, large):
         for start in ("amax", "auto"):
-            assert torch.equal(start_scales(weight, fmt, start, shared).global_scale, shared)
+            assert torch.equal(initial_scales(weight, fmt, start, shared).global_scale, shared)
     assert shared_global_scale([small, large], lookup("int4_g64")) is None
 
 
 def test_blocks_of_an_overhang_ignore_the_padding() -> None:
     fmt = lookup("fp8_b128")
     x = normal(130, 200) + 3
-    scales = start_scales(x, fmt, "mse")
+    scales = initial_scales(x, fmt, "mse")
     assert scales.stored.shape == (2, 2)
     back = from_blocks(to_blocks(x, fmt), x.shape, fmt)
     assert torch.equal(back, x)

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qat.errors import FormatError
-from qat.init.scales import start_scales
+from qat.init.scales import initial_scales
 from qat.numbers.catalog import CATALOG
 from qat.numbers.format import Format
 from qat.numbers.numerics import Scales, fake_quantize, find_scales, quantize, to_blocks
@@ -149,7 +149,7 @@ def test_5_zero_stays_zero_and_zero_blocks_are_harmless(fmt: Format) -> None:
     assert torch.equal(stored.dequantize(), zeros)
     assert (stored.scales.effective() > 0).all() and stored.scales.effective().isfinite().all()
     for start in ("amax", "auto"):
-        assert torch.equal(fake_quantize(zeros, fmt, start_scales(zeros, fmt, start)), zeros)
+        assert torch.equal(fake_quantize(zeros, fmt, initial_scales(zeros, fmt, start)), zeros)
 
 
 @with_formats(lambda fmt: not fmt.zero_point and fmt.element.low == -fmt.element.high and fmt.element.name != "nf4")

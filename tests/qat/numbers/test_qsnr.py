@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat.init.scales import Search, start_scales
+from qat.init.scales import Search, initial_scales
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.format import Format
 from qat.numbers.numerics import fake_quantize, qsnr
@@ -51,7 +51,7 @@ def distributions() -> tuple[Tensor, ...]:
 
 
 def measure(fmt: Format, start: Search = "amax", rows: int = 2048) -> list[float]:
-    return [qsnr(x, fake_quantize(x, fmt, start_scales(x, fmt, start))) for x in (d[:rows] for d in distributions())]
+    return [qsnr(x, fake_quantize(x, fmt, initial_scales(x, fmt, start))) for x in (d[:rows] for d in distributions())]
 
 
 @pytest.mark.parametrize(("name", "start", "rule"), TABLE)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import FormatError
-from qat.init.scales import start_scales
+from qat.init.scales import initial_scales
 from qat.kernels.fake_quantize.choose import input_problem
 from qat.kernels.packed_linear import choose as packed_choose
 from qat.kernels.packed_linear.cpu import problem as cpu_problem
@@ -126,7 +126,7 @@ def test_neighbours_are_the_next_numbers_and_saturate(scale: ScaleType, reach: i
 def test_types_without_neighbours_are_not_swept() -> None:
     assert not any(scale.sweep for scale in (F32, BF16, F16))
     with pytest.raises(FormatError, match="stores bf16 scales, too many to sweep"):
-        start_scales(normal(2, 64), lookup("int4_g64"), "sweep")
+        initial_scales(normal(2, 64), lookup("int4_g64"), "sweep")
 
 
 @every_type
@@ -181,18 +181,18 @@ def test_a_new_type_stores_and_loads(new_format: Format) -> None:
 def test_a_new_type_is_initialised(new_format: Format) -> None:
     x = normal(16, 128)
     errors = [
-        (fake_quantize(x, new_format, start_scales(x, new_format, start)) - x).square().sum()
+        (fake_quantize(x, new_format, initial_scales(x, new_format, start)) - x).square().sum()
         for start in ("amax", "auto", "mse")
     ]
     assert errors[1] <= errors[0] and errors[2] <= errors[0]
     if new_format.scale.sweep:
-        swept = start_scales(x, new_format, "sweep")
-        assert torch.equal(swept.effective(), start_scales(x, new_format, "auto").effective())
+        swept = initial_scales(x, new_format, "sweep")
+        assert torch.equal(swept.effective(), initial_scales(x, new_format, "auto").effective())
 
 
 def test_a_new_type_is_learned(new_format: Format) -> None:
     weight = normal(8, 128).requires_grad_()
-    quantizer = WeightQuantizer(new_format, start_scales(weight, new_format), "lsq", round_bf16=False)
+    quantizer = WeightQuantizer(new_format, initial_scales(weight, new_format), "lsq", round_bf16=False)
     assert quantizer.log_scale is not None
     optimizer = torch.optim.SGD([quantizer.log_scale], lr=1e-2)
     before = quantizer.scales().effective()
@@ -234,8 +234,8 @@ def test_a_stack_has_a_global_scale_per_member(name: str) -> None:
     assert column.unique().numel() > 1
     together = torch.cat(parts)
     for start in ("amax", "auto", "mse"):
-        scales = start_scales(together, fmt, start, column)
-        single = [start_scales(part, fmt, start, one) for part, one in zip(parts, above, strict=True)]
+        scales = initial_scales(together, fmt, start, column)
+        single = [initial_scales(part, fmt, start, one) for part, one in zip(parts, above, strict=True)]
         assert torch.equal(scales.effective(), torch.cat([each.effective() for each in single]))
         values = torch.cat([fake_quantize(part, fmt, each) for part, each in zip(parts, single, strict=True)])
         assert torch.equal(fake_quantize(together, fmt, scales), values)

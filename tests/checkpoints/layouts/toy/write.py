@@ -14,6 +14,7 @@ from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales
 from tests.checkpoints.layouts.toy.engines import ROWS as ROWS
 
+CACHES = None
 METHOD = "toy"
 FUSES_TENSOR_SCALES = False
 STACKS_OF = ()

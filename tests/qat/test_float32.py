@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qat.kept import kept_in_float32, own_tensors
+from qat.float32 import float32_names, own_tensors
 from qat.modes import served
 from tests.tiny import tiny_model
 
@@ -23,14 +23,14 @@ def test_the_class_and_we_agree(kind: str, tmp_path: Path) -> None:
     source = tiny_model(kind, tmp_path / "model", num_hidden_layers=1, **ODD[kind], **more)
     loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     truth = {name for name, tensor in own_tensors(loaded).items() if tensor.dtype == torch.float32}
-    assert kept_in_float32(loaded) == truth and bool(truth) == (kind != "llama")
+    assert float32_names(loaded) == truth and bool(truth) == (kind != "llama")
 
 
 def test_what_a_class_asks_for_is_kept(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model("llama", tmp_path / "model", num_hidden_layers=1))
     model._keep_in_fp32_modules = {"mlp.*_proj"}
     model._keep_in_fp32_modules_strict = {"q_proj"}
-    leaves = {name.split(".")[-2] for name in kept_in_float32(model)}
+    leaves = {name.split(".")[-2] for name in float32_names(model)}
     assert leaves == {"gate_proj", "up_proj", "down_proj", "q_proj"}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qat.quantizer import Quantizer
 
-_known: "weakref.WeakKeyDictionary[nn.Module, frozenset[str]]" = weakref.WeakKeyDictionary()
+_names: "weakref.WeakKeyDictionary[nn.Module, frozenset[str]]" = weakref.WeakKeyDictionary()
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -21,15 +21,15 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in quantizers}
 
 
-def kept_in_float32(model: nn.Module) -> frozenset[str]:
+def float32_names(model: nn.Module) -> frozenset[str]:
     """Names of the tensors that the model's class makes in float32 whatever type is asked for, or asks loaders to keep
     (`_keep_in_fp32_modules`, `_keep_in_fp32_modules_strict`); none where the class is not transformers'."""
-    if model not in _known:
-        _known[model] = frozenset(_made_in_float32(model) | _asked_for(model))
-    return _known[model]
+    if model not in _names:
+        _names[model] = frozenset(_made_by_class(model) | _named_by_class(model))
+    return _names[model]
 
 
-def _made_in_float32(model: nn.Module) -> set[str]:
+def _made_by_class(model: nn.Module) -> set[str]:
     make: Any = getattr(type(model), "_from_config", None)
     if make is None:
         return set()
@@ -38,8 +38,8 @@ def _made_in_float32(model: nn.Module) -> set[str]:
     return {name for name, tensor in own_tensors(bare).items() if tensor.dtype == torch.float32}
 
 
-def _asked_for(model: nn.Module) -> set[str]:
-    given = (getattr(model, name, None) or () for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
-    patterns = [part.replace("*", ".*") for parts in given for part in parts]  # as transformers reads them
+def _named_by_class(model: nn.Module) -> set[str]:
+    lists = (getattr(model, name, None) or () for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
+    patterns = [part.replace("*", ".*") for parts in lists for part in parts]  # as transformers reads them
     names = own_tensors(model) if patterns else {}
     return {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
