@@ -41,7 +41,17 @@ VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=np.float32)
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model("gpt_oss", tmp_path_factory.mktemp("source") / "model", **GPT_OSS)
+    folder = tiny_model("gpt_oss", tmp_path_factory.mktemp("source") / "model", **GPT_OSS)
+
+    def biases(tensors: dict[str, Tensor]) -> None:
+        for name in sorted(tensors):
+            if name.endswith("proj_bias"):  # which a fresh model has at zero
+                tensors[name] = torch.randn(tensors[name].shape).to(torch.bfloat16)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        rewrite(folder, biases)
+    return folder
 
 
 @pytest.fixture(scope="module")
