@@ -7,6 +7,7 @@ weights records a digest of each of those, so that `verify` can repeat the compa
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import warnings
@@ -27,13 +28,12 @@ from qat.checkpoints.export_plan import (
     refusals,
 )
 from qat.checkpoints.hf import source_files
-from qat.checkpoints.layouts import READERS, TARGETS, find_target, holders
+from qat.checkpoints.layouts import READERS, TARGETS, find_target, no_layout
 from qat.checkpoints.layouts.reader import digest
 from qat.checkpoints.progress import progress
 from qat.checkpoints.record import RECORD, RECORD_VERSION, is_export
 from qat.checkpoints.shards import DEFAULT_SHARD_BYTES, ShardReader, ShardWriter
 from qat.errors import CheckpointError, UnsupportedError
-from qat.numbers.format import Format
 from qat.numbers.scale import broken
 from qat.sites import CACHED, sites
 
@@ -59,29 +59,18 @@ def check_export(model: "PreTrainedModel", source: Path | None) -> list[str]:
         CheckpointError: tensors that do not fit the source, or would not be loaded again.
     """
     plan, refused = refusals(model, source)
-    if plan is not None:
+    if DEFAULT_TARGET not in refused:
         return plan.notes
     able = [name for name in TARGETS if name not in refused]
     if able:
         return [f"{refused[DEFAULT_TARGET]}. Export this run with --target {' or '.join(able)}"]
-    nowhere = [pair for pair in _pairs(model) if not holders(*pair)]
+    nowhere = dict.fromkeys(filter(None, (no_layout(plan.layer(path)) for path in plan.linears)))
     caches = {site.format.name: site.format for site in sites(model, *CACHED)}
-    unheld = [f"{name} caches" for name, fmt in caches.items() if not exportable(fmt, TARGETS.values())]
-    if nowhere or unheld:
-        named = [weight.name + (f" with {input.name} inputs" if input else "") for weight, input in nowhere]
-        names = ", ".join([*named, *unheld])
-        return [f"no export target holds {names}: this can be trained and evaluated, but not exported"]
+    unheld = [name for name, fmt in caches.items() if not exportable(fmt, TARGETS.values())]
+    reasons = [*nowhere, *(f"no export target holds {name} caches" for name in unheld)]
+    if reasons:
+        return [f"this can be trained and evaluated, but not exported: {'; '.join(reasons)}"]
     raise UnsupportedError("no export target can hold this model:\n  " + "\n  ".join(refused.values()))
-
-
-def _pairs(model: "PreTrainedModel") -> list[tuple[Format, Format | None]]:
-    """Every (weight, input) pair of formats of the linear layers."""
-    pairs: dict[tuple[str, str], tuple[Format, Format | None]] = {}
-    for site in sites(model, "weight"):
-        if not site.is_table:
-            input = site.input.format if site.input is not None else None
-            pairs[site.format.name, input.name if input else ""] = site.format, input
-    return list(pairs.values())
 
 
 def export_model(
@@ -123,6 +112,7 @@ def export_model(
     for note in plan.notes:
         warnings.warn(note, UserWarning, stacklevel=2)
     record: dict[str, Any] = {"modules": {}, "tensors": {}}
+    own = {matrix.name: path for path, matrix in plan.linears.items()}
     with (
         torch.no_grad(),
         ShardReader(source) as reader,
@@ -130,7 +120,7 @@ def export_model(
         progress(f"writing {out.name}", len(plan.order)) as advance,
     ):
         for name in plan.order:
-            for stored, tensor in _tensors_of(plan, name, reader, record).items():
+            for stored, tensor in _tensors_of(plan, name, own.get(name), reader, record).items():
                 writer.add(stored, tensor)
             advance(1)
         for name, scale in _cache_scales(plan, record).items():
@@ -190,22 +180,24 @@ def check_replaceable(out: Path, overwrite: bool, keep: tuple[Path, ...]) -> Non
 
 def _expected_bytes(plan: ExportPlan) -> int:
     layers = [plan.layer(path) for path in plan.linears]
-    packed = sum(layer.weight.bits_per_weight(*layer.shape) * layer.shape[0] * layer.shape[1] / 8 for layer in layers)
+    packed = sum(each.weight.bits_per_weight(*each.shape[-2:]) * math.prod(each.shape) / 8 for each in layers)
     return int(packed) + sum(2 * tensor.numel() for tensor in plan.dense.values())
 
 
 # --- tensors --------------------------------------------------------------------------------------
 
 
-def _tensors_of(plan: ExportPlan, name: str, reader: ShardReader, record: dict[str, Any]) -> dict[str, Tensor]:
-    """Stored tensors of one tensor of the dense model; their digests go into `record`."""
-    path = name.removesuffix(".weight")
-    if path in plan.linears and name.endswith(".weight"):
-        return _packed(plan, path, record)
+def _tensors_of(
+    plan: ExportPlan, name: str, packed: str | None, reader: ShardReader, record: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Stored tensors of one tensor of the dense model, whose quantized layer's path is `packed`; their digests go into
+    `record`."""
+    if packed is not None:
+        return _packed(plan, packed, record)
     if name in plan.dense:
         tensor = plan.dense[name]
-        if path in plan.embeddings:
-            tensor = plan.embeddings[path].quantizer(tensor)
+        if (table := plan.embeddings.get(name.removesuffix(".weight"))) is not None:
+            tensor = table.quantizer(tensor)
         if tensor.is_floating_point():
             tensor = tensor.to(torch.float32 if name in plan.wide else torch.bfloat16)
     else:
@@ -217,18 +209,19 @@ def _tensors_of(plan: ExportPlan, name: str, reader: ShardReader, record: dict[s
 
 
 def _packed(plan: ExportPlan, path: str, record: dict[str, Any]) -> dict[str, Tensor]:
-    layer, site = plan.layer(path), plan.linears[path]
+    layer, site, layout = plan.layer(path), plan.linears[path], READERS[plan.target.METHOD]
     q = site.quantize()
     trained = site.value().to(torch.bfloat16)
     if not bool(torch.isfinite(trained).all()):
-        raise CheckpointError(f"{path}.weight holds NaN or infinity; nothing was written")
+        raise CheckpointError(f"{site.name} holds NaN or infinity; nothing was written")
     if not torch.equal(q.dequantize(torch.bfloat16), trained):
-        raise CheckpointError(f"{path}.weight: its codes do not decode to the weight of the forward pass")
+        raise CheckpointError(f"{site.name}: its codes do not decode to the weight of the forward pass")
     amax = site.input.amax if site.input is not None else None
-    tensors = {f"{path}.{key}": value for key, value in plan.target.pack(q, layer.input, amax).items()}
-    for name, tensor in tensors.items():
-        key = name.rpartition(".")[2]
-        if key in READERS[plan.target.METHOD].SCALES:
+    tensors = {}
+    for key, tensor in plan.target.pack(q, layer.input, amax).items():
+        name = layout.tensor_name(path, key)
+        tensors[name] = tensor
+        if key in layout.SCALES:
             _check_scale(name, tensor)
         if key.startswith("input_"):
             record["tensors"][name] = digest(tensor)

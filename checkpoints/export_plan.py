@@ -8,7 +8,7 @@ import math
 import re
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,10 +71,10 @@ class ExportPlan:
 
     def layer(self, path: str) -> TargetLayer:
         """The target's view of one linear layer."""
-        site = self.linears[path]
-        input = site.input.format if site.input is not None else None
-        rows, columns = site.weight.shape
-        return TargetLayer(path, (rows, columns), site.format, input, self.names.modules.get(path, ""))
+        matrix = self.linears[path]
+        input = matrix.input.format if matrix.input is not None else None
+        module, kind = self.names.modules.get(path, ""), self.model.config.model_type
+        return TargetLayer(path, tuple(matrix.weight.shape), matrix.format, input, module, kind, matrix.transposed)
 
 
 def plan_export(model: "PreTrainedModel", source: Path | None, target: Target) -> ExportPlan:
@@ -114,9 +114,9 @@ def check_values(plan: ExportPlan) -> None:
     check_fused(plan)
 
 
-def refusals(model: "PreTrainedModel", source: Path | None) -> tuple[ExportPlan | None, dict[str, str]]:
-    """The plan of the default target, None where it refuses; and by target why it refuses. Where only the scales
-    of fused layers are in the way, the plan's notes say so.
+def refusals(model: "PreTrainedModel", source: Path | None) -> tuple[ExportPlan, dict[str, str]]:
+    """The plan of the default target, with its layers only where it refuses; and by target why it refuses. Where only
+    the scales of fused layers are in the way, the plan's notes say so.
 
     Raises:
         CheckpointError, UnsupportedError: what has nothing to do with formats, so that every target would refuse.
@@ -135,14 +135,14 @@ def refusals(model: "PreTrainedModel", source: Path | None) -> tuple[ExportPlan 
         try:
             for layer in layered:
                 check_layer(target, layer)
-            target.quantization_config(layered, _ignored(base))
+            target.quantization_config(layered, _ignored(replace(base, target=target)))
             plan_caches(model, base.names, target)
         except UnsupportedError as error:
             refused[name] = str(error)
         else:
             apart |= {name: reason} if (reason := scales_apart(base, target)) else {}
     if DEFAULT_TARGET in refused:
-        return None, refused | apart
+        return base, refused | apart
     plan = plan_export(model, source, TARGETS[DEFAULT_TARGET])
     plan.notes += apart.values()
     return plan, refused | apart
@@ -164,7 +164,7 @@ def _sort_tensors(model: "PreTrainedModel", source: Path | None, target: Target)
     packed, nameless = stored_matrices(linears, names)
     _check_own_tensors(model, names, packed, nameless)
     tables = {names.paths[site.path]: site for site in quantized if site.is_table}
-    own = {f"{path}.weight" for path in packed}
+    own = {matrix.name for matrix in packed.values()}
     rest = {name: tensor for name, tensor in names.tensors.items() if name not in own}
     aliases = _aliases(model, names, rest)
     dense = {name: tensor for name, tensor in rest.items() if name not in aliases}
@@ -199,7 +199,7 @@ def _check_own_tensors(
             f"{some(merged)}: {type(model).__name__} stores these weights merged with others, or under a name that "
             "does not end in `.weight`, which no packed layout can say; give them a rule with `skip:` and a reason"
         )
-    single = {path: matrix.site.path for path, matrix in packed.items() if matrix.rows is None}
+    single = {path: matrix.site.path for path, matrix in packed.items() if path in names.modules}
     lost = lost_when_packed(model, single)
     if lost:
         raise UnsupportedError(
@@ -258,6 +258,8 @@ def _ignored(plan: ExportPlan) -> list[str]:
     matrices = [path for path in matrices if path not in plan.linears and path not in tables and _is_matrix(plan, path)]
     if plan.head and plan.head not in plan.linears and plan.head not in matrices:
         matrices.append(plan.head)
+    if plan.target.STACKS_OF:
+        matrices += [name.rpartition(".")[0] for name, tensor in plan.dense.items() if tensor.dim() > 2]
     modules = plan.names.modules
     return list(dict.fromkeys([*matrices, *(modules[path] for path in matrices if path in modules)]))
 
@@ -336,7 +338,7 @@ def _notes(plan: ExportPlan, source: Path | None) -> list[str]:
         name = site.format.name
         notes[f"{path} is quantized to {name} in training; this target stores its values as dense BF16"] = None
     elements = [matrix.format.element for matrix in plan.linears.values()]
-    parts = dense_parts(plan.model, plan.names, plan.linears)
+    parts = dense_parts(plan.model, plan.names, [matrix.name for matrix in plan.linears.values()])
     if parts and not all(e.is_minifloat and e.bits == 8 for e in elements):
         notes[
             "plain transformers (5.23) cannot load dense fused experts, or other tensors that it merges, beside packed "

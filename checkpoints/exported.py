@@ -136,8 +136,8 @@ def _architecture(config: Any) -> Any:
 
 
 def _check_layers(exported: ExportedFolder, stored: StoredNames, kind: str) -> None:
-    for path in exported.modules:
-        if path not in stored.modules and f"{path}.weight" not in stored.rows:
+    for name, path in exported.weights.items():
+        if path not in stored.modules and name not in stored.rows:
             raise CheckpointError(f"{path} is stored, but {kind} has no such layer")
 
 
@@ -182,7 +182,7 @@ def stack_inputs(
     """
     stacks: dict[str, dict[str, ServedInput]] = {}
     for path, module in exported.modules.items():
-        place = rows.get(f"{path}.weight")
+        place = rows.get(path + exported.DENSE)
         if module.input is None or place is None:
             continue
         wanted = ServedInput(input_format(module.input), rule, exported.static_input(path))

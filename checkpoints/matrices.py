@@ -1,4 +1,5 @@
-"""The matrices that a checkpoint stores, by the sites of a model: a linear layer is one, a stack of experts many."""
+"""The matrices that a checkpoint stores, by the sites of a model: a linear layer is one, a stack of experts many, or
+one stack where the file keeps it as the model does."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -17,15 +18,19 @@ from qat.sites import Site
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """One quantized matrix (rows, columns) of a checkpoint.
+    """One quantized matrix (rows, columns), or whole stack of them (experts, rows, columns), of a checkpoint.
 
     Attributes:
         site: the weight that holds it.
-        rows: which rows of a stack, its matrices one below the other; None for all of a single matrix.
+        name: of the dense tensor in the checkpoint.
+        rows: which rows of a stack, its matrices one below the other; None for all of the site.
+        transposed: whether that tensor is stored (..., columns, rows).
     """
 
     site: Site
+    name: str
     rows: slice | None = None
+    transposed: bool = False
 
     @property
     def weight(self) -> Tensor:
@@ -42,7 +47,7 @@ class Matrix:
     def group(self) -> tuple[str, ...]:
         """What it was trained as one with: the fused set of a layer, or the rows of one expert in its stack."""
         if self.rows is None:
-            return self.site.fused
+            return self.site.fused or (self.site.path,)
         return self.site.path, str(self.rows.start // self.site.weight.shape[1])
 
     @property
@@ -68,26 +73,26 @@ class Matrix:
 
 def stored_matrices(sites: list[Site], names: StoredNames) -> tuple[dict[str, Matrix], list[str]]:
     """By checkpoint path (without `.weight`), and the paths of sites that the file has no such names for."""
-    matrices: dict[str, Matrix] = {}
+    whole = {place: name for name, place in names.origins.items()}
+    found: list[Matrix] = []
     nameless = []
     for site in sites:
-        if site.path in names.paths:
-            matrices[names.paths[site.path]] = Matrix(site)
-            continue
         place = f"{site.module}.{site.slot}"
         parts = {name: rows for name, (owner, rows) in names.rows.items() if owner == place}
-        if not parts or not all(name.endswith(".weight") for name in parts):
+        if place in whole and (site.weight.dim() > 2 or whole[place].endswith(".weight")):
+            found.append(Matrix(site, whole[place], transposed=site.owner.TRANSPOSED))
+        elif parts and all(name.endswith(".weight") for name in parts):
+            found += [Matrix(site, name, rows) for name, rows in parts.items()]
+        else:
             nameless.append(site.path)
-        matrices.update({name.removesuffix(".weight"): Matrix(site, rows) for name, rows in parts.items()})
-    return matrices, nameless
+    return {matrix.name.removesuffix(".weight"): matrix for matrix in found}, nameless
 
 
 def dense_parts(model: nn.Module, names: StoredNames, quantized: Collection[str]) -> bool:
     """Whether the model has stacks, or other tensors that transformers puts together, that stay dense.
 
     Args:
-        quantized: checkpoint paths of quantized matrices.
+        quantized: names of the dense tensors of quantized matrices.
     """
-    of_stacks = {names.rows[f"{path}.weight"][0] for path in quantized if f"{path}.weight" in names.rows}
-    parts = names.parts - {f"{path}.weight" for path in quantized}
-    return bool(parts or set(stacks(model)) - of_stacks)
+    of_stacks = {names.rows[name][0] for name in quantized if name in names.rows}
+    return bool(names.parts - set(quantized) or set(stacks(model)) - of_stacks)

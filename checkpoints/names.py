@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from qat.families import stacks
 from qat.float32 import own_tensors
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ class StoredNames:
         paths: checkpoint path of every linear layer and embedding by its path in the model; layers that are stored
             merged with others have none.
         parts: names of tensors that transformers puts together while it loads, such as fused experts.
-        rows: of those that are rows of one stack (experts, rows, columns): its name in the model, and which, its
-            matrices one below the other.
+        rows: of tensors that are rows of one stack (experts, rows, columns), or all of it: its name in the model, and
+            which, its matrices one below the other.
         shadowed: names in the file of which transformers loads another one instead, and that one.
         unread: names in the file that belong to nothing in the model, and what transformers takes them for.
     """
@@ -85,9 +86,11 @@ def stored_names(model: "PreTrainedModel", names: Iterable[str] = ()) -> StoredN
     numbers = _row_numbers(merged)
     ends = {place: (int(each[0, 0]), int(each[-1, -1])) for place, each in numbers.items()}
     rows = _in_parts(model, numbers, parts, own)
-    stacks = {name: rows_of for name, each in rows.items() if (rows_of := _rows_of(each, ends)) is not None}
+    of_stacks = {name: rows_of for name, each in rows.items() if (rows_of := _rows_of(each, ends)) is not None}
+    whole = set(stacks(model))
+    of_stacks |= {name: (place, slice(None)) for name, place in origins.items() if place in whole}
     return StoredNames(
-        {**tensors, **apart}, origins, _paths(model, origins), frozenset(apart), stacks, shadowed, unread
+        {**tensors, **apart}, origins, _paths(model, origins), frozenset(apart), of_stacks, shadowed, unread
     )
 
 

@@ -8,6 +8,7 @@ kills the process leaves the last good one loadable. Nothing is pickled.
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from qat.checkpoints.hf import ModelConfig, load_configured
 from qat.checkpoints.origin import is_path, locate
 from qat.config import load_yaml, validate
 from qat.errors import CheckpointError
-from qat.scheme import Scheme, upgraded
+from qat.scheme import Rule, Scheme, upgraded
+from qat.sites import candidates
 from qat.surgery import apply
 
 BEST = "best"
@@ -198,8 +200,25 @@ def load_student(
     scheme = validate(Scheme, upgraded(job["scheme"]), str(run / "job.yaml"))
     source = locate(config, moved, f"say where the model that {run} was made from is now: --model PATH")
     model = load_configured(config, source)
-    apply(model, scheme, defer_init=True)
-    restore_student(model, load_file(folder / STUDENT))
+    tensors = load_file(folder / STUDENT)
+    apply(model, _before_experts(scheme, model, tensors), defer_init=True)
+    restore_student(model, tensors)
     # A path of this machine means nothing elsewhere, so only names that others can resolve are passed on.
     portable = None if is_path(config) else config.id
     return model, source, {**read_state(folder), "model": portable}
+
+
+def _before_experts(scheme: Scheme, model: nn.Module, tensors: dict[str, Tensor]) -> Scheme:
+    """The scheme as the release read it that saved `tensors`. Earlier ones could not quantize fused experts, and called
+    them by their module's path (`*.mlp.experts`), so that patterns such as `*_proj` did not speak of them."""
+    weights = [candidate for candidate in candidates(model) if candidate.role == "weight"]
+    quantized = {name.partition(".weight_quantizers.")[0] for name in tensors if ".weight_quantizers." in name}
+    dense = [c for c in weights if len(c.slot.shape) > 2 and c.adapter is not None and c.module not in quantized]
+    rules = {c.path: scheme.rule_for(c.path, c.module) for c in weights}
+    if all(rule is None or rule.weight is None for rule in (rules[c.path] for c in dense)):
+        return scheme
+    pattern = "|".join(re.escape(candidate.path) for candidate in dense)
+    rules.update(dict.fromkeys((candidate.path for candidate in dense), None))
+    others = [rule for rule in scheme.rules if any(rule is used for used in rules.values())]
+    skip = Rule(match=f"re:{pattern}", skip="experts, which the release that trained this left dense")
+    return scheme.model_copy(update={"rules": (skip, *others)})

@@ -159,10 +159,10 @@ def _tensors(subject: _Subject) -> str:
     exported = subject.exported
     wanted: dict[str, tuple[str | None, tuple[int, ...]]] = {}
     for name, tensor in subject.dense.items():
-        path, shape = name.removesuffix(".weight"), tuple(tensor.shape)
-        if path in exported.modules and name.endswith(".weight"):
-            specs = exported.expected_tensors(exported.modules[path], *shape)
-            wanted.update({f"{path}.{key}": spec for key, spec in specs.items()})
+        shape, path = tuple(tensor.shape), exported.weights.get(name)
+        if path is not None:
+            specs = exported.expected_tensors(exported.modules[path], *exported.oriented(shape))
+            wanted.update({exported.tensor_name(path, key): spec for key, spec in specs.items()})
         elif name in exported.names:
             wanted[name] = (_type_of(subject, name, tensor), shape)
     wanted |= {name: (None, exported.reader.info(name).shape) for name in exported.cache_names & exported.names}
@@ -188,7 +188,7 @@ def _scales(subject: _Subject) -> str:
     """Every scale is a finite positive number."""
     problems, count = [], 0
     for name in sorted(subject.exported.quantized_names):
-        if name.rpartition(".")[2] not in subject.exported.SCALES:
+        if not any(name.endswith(subject.exported.tensor_name("", key)) for key in subject.exported.SCALES):
             continue
         scale, count = subject.exported.reader.get(name), count + 1
         if bad := bad_scales(scale):
@@ -207,7 +207,7 @@ def _weights(subject: _Subject) -> str:
         for path in sorted(modules.keys() & exported.modules.keys()):
             weight = exported.dense(path)
             if list(weight.shape) != modules[path]["shape"] or digest(weight) != modules[path]["sha256"]:
-                problems.append(f"{path}.weight is not the trained weight")
+                problems.append(f"{path}{exported.DENSE} is not the trained weight")
             advance(1)
     for name, recorded in others.items():
         if name not in exported.names or digest(exported.reader.get(name)) != recorded:
@@ -228,7 +228,8 @@ def _fused(subject: _Subject) -> str:
             continue
         tensor_wide = modules[0] is not None and modules[0].weights["strategy"] == "tensor"
         for key in (key for key in exported.SCALES if tensor_wide or key != exported.SCALE):
-            names = [f"{path}.{key}" for path in members if f"{path}.{key}" in exported.names]
+            own = (exported.tensor_name(path, key) for path in members)
+            names = [name for name in own if name in exported.names]
             if len({float(exported.reader.get(name)) for name in names}) > 1:
                 problems.append(f"{', '.join(names)} differ")
     _require(problems, "engines would merge unequal layers")
@@ -241,6 +242,7 @@ def _targets(subject: _Subject) -> str:
     modules = subject.stored.modules
     tables = {name for path, name in subject.stored.paths.items() if _is_table(subject.model, path)}
     matrices = {n.removesuffix(".weight") for n, t in subject.dense.items() if t.ndim == 2 and n.endswith(".weight")}
+    matrices |= exported.modules.keys()
     for path in sorted(matrices - tables):
         for name in dict.fromkeys(
             (path, modules.get(path, path))
@@ -263,10 +265,11 @@ def _size(subject: _Subject) -> str:
     """Quantized layers take the bytes that their format promises."""
     exported, promised, weights = subject.exported, 0.0, 0
     stored = sum(info.stop - info.start for info in map(exported.reader.info, exported.quantized_names))
-    for path, module in exported.modules.items():
-        rows, columns = subject.dense[f"{path}.weight"].shape
-        promised += exported.theoretical_bits(module, rows, columns) * rows * columns / 8
-        weights += rows * columns
+    for name, path in exported.weights.items():
+        tensor = subject.dense[name]
+        shape = exported.oriented(tuple(tensor.shape))
+        promised += exported.theoretical_bits(exported.modules[path], *shape) * tensor.numel() / 8
+        weights += tensor.numel()
     detail = f"{8 * stored / weights:.4f} bits per quantized weight, {8 * promised / weights:.4f} in theory"
     _require([detail] if abs(stored / promised - 1) > SIZE_TOLERANCE else [], "size is off")
     return detail

@@ -59,12 +59,13 @@ def pack_experts(module: Any, stacks: dict[str, Matrices], inputs: dict[str, Ser
 
     Args:
         module: as transformers made it, without numbers.
-        stacks: the packed matrices of each stack.
+        stacks: the packed matrices of each stack, with the biases that the module loses.
         inputs: what quantizes the input of each stack.
     """
     slots = sorted(stacks, key=lambda slot: slot == "down_proj")
     for slot in slots:
         del module._parameters[slot]
+        module._parameters.pop(f"{slot}_bias", None)
     packed_class: Any = _packed_class
     module.__class__ = packed_class(type(module))
     module.inputs = [inputs.get(slot) for slot in slots]

@@ -33,7 +33,7 @@ from qat.engines.experts import Matrices, pack_experts
 from qat.errors import CheckpointError, FormatError, UnsupportedError
 from qat.kernels.load import cpu_problem, load
 from qat.numbers.format import Format
-from qat.numbers.numerics import QTensor
+from qat.numbers.numerics import QTensor, Scales
 from qat.serving.matmul import QuantizedLinear, hold
 from qat.serving.matmul import problem as pair_problem
 from qat.serving.packed import PackedLinear, pack, problem
@@ -89,7 +89,7 @@ class PackedQuantizer(HfQuantizer):
         self.stored = stored_names(model, self.exported.dense_names)
         own, rows = self.stored.modules, self.stored.rows
         self.layers = {own[path]: module for path, module in self.exported.modules.items() if path in own}
-        unknown = sorted(path for path in self.exported.modules if path not in own and f"{path}.weight" not in rows)
+        unknown = sorted(path for name, path in self.exported.weights.items() if path not in own and name not in rows)
         if unknown:
             raise UnsupportedError(
                 f"{len(unknown)} quantized layers are neither linear layers nor experts of {type(model).__name__} "
@@ -113,12 +113,13 @@ class PackedQuantizer(HfQuantizer):
     def _set_experts_aside(self, model: "PreTrainedModel") -> None:
         """Packed experts are read from the file afterwards: transformers must not look for them, or make them up."""
         self.stacks: dict[str, dict[str, dict[str, slice]]] = {}  # module, stack, checkpoint path
-        for path in self.exported.modules:
-            if (place := self.stored.rows.get(f"{path}.weight")) is not None:
-                owner, _, slot = place[0].rpartition(".")
-                self.stacks.setdefault(owner, {}).setdefault(slot, {})[path] = place[1]
+        packed = self.exported.weights
+        for name in packed.keys() & self.stored.rows.keys():
+            place, part = self.stored.rows[name]
+            owner, _, slot = place.rpartition(".")
+            self.stacks.setdefault(owner, {}).setdefault(slot, {})[packed[name]] = part
         for name, (stack, _) in self.stored.rows.items():
-            if stack.rpartition(".")[0] in self.stacks and name.removesuffix(".weight") not in self.exported.modules:
+            if stack.rpartition(".")[0] in self.stacks and name not in packed:
                 raise UnsupportedError(
                     f"{name} is dense, but other experts of its layer are quantized: they cannot be served packed in "
                     "part; qat.checkpoints.exported.load_exported reads them densely"
@@ -142,14 +143,27 @@ class PackedQuantizer(HfQuantizer):
                 packed: dict[str, Matrices] = {}
                 for slot, paths in stacks.items():
                     high = module._parameters[slot].shape[-1 if module.is_transposed else -2]
+                    biases = self._biases(model, owner, slot)
                     for path, rows in paths.items():
                         tensors = {name: t.to(model.device) for name, t in self.exported.layer(path).items()}
                         q = TARGETS[self.exported.METHOD].unpack(self.exported.modules[path], tensors)
-                        layer, _ = self._matrix(q, None, model.dtype)
-                        packed.setdefault(slot, {})[rows.start // high, rows.start] = layer
+                        for number, one in enumerate(_one_by_one(q)):
+                            first = (rows.start or 0) + number * high
+                            layer, _ = self._matrix(one, biases.get(first // high), model.dtype)
+                            packed.setdefault(slot, {})[first // high, first] = layer
                 pack_experts(module, packed, inputs.get(owner, {}))
                 model.set_submodule(owner, module)
                 advance(1)
+
+    def _biases(self, model: "PreTrainedModel", owner: str, slot: str) -> dict[int, torch.Tensor]:
+        """The bias of each expert's matrix, where the class has biases; they are set aside with the stacks."""
+        place = f"{owner}.{slot}_bias"
+        if place.rpartition(".")[2] not in self.experts[owner]._parameters:
+            return {}
+        name = next((name for name, own in self.stored.origins.items() if own == place), None)
+        if name is None:
+            raise UnsupportedError(f"{place} is not stored as one tensor; load_exported reads such experts densely")
+        return dict(enumerate(self.exported.reader.get(name).to(model.device, model.dtype)))
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         load()
@@ -214,17 +228,26 @@ def _check_names(model: "PreTrainedModel", exported: ExportedFolder, stored: Sto
     (of quantized layers, what nothing reads)."""
     expected: set[str] = set(exported.cache_names)
     for path, module in exported.modules.items():
-        expected |= {f"{path}.{key}" for key in exported.expected_tensors(module, *exported.shape(path))}
+        keys = exported.expected_tensors(module, *exported.shape(path))
+        expected |= {exported.tensor_name(path, key) for key in keys}
     missing = sorted({*missing_names(model, stored, exported.dense_names), *(expected - exported.names)})
-    names_read = expected | (stored.tensors.keys() - {f"{path}.weight" for path in exported.modules})
-    surplus = sorted(n for n in exported.names - names_read if n.rpartition(".")[0] in exported.modules)
+    dense = stored.tensors.keys() - exported.weights.keys()
+    surplus = sorted(n for n in exported.names - expected - dense if n.rpartition(".")[0] in exported.modules)
     for names, what in ((missing, "is missing"), (surplus, "belongs to a quantized layer, but nothing reads it")):
         if names:
             raise CheckpointError(f"{exported.folder}: {some(names, 1)} {what}")
-    for name in sorted((names_read & stored.tensors.keys() & exported.names) - exported.quantized_names):
+    for name in sorted(dense & exported.names):
         size, own = exported.reader.info(name).shape, stored.tensors[name].shape
         if tuple(size) != tuple(own):
             raise CheckpointError(f"{exported.folder}: {name} is {[*size]}, config.json asks for {[*own]}")
+
+
+def _one_by_one(q: QTensor) -> list[QTensor]:
+    """The matrices of a stack."""
+    if q.codes.dim() == 2:
+        return [q]
+    scales = q.scales.stored.chunk(len(q.codes))
+    return [QTensor(q.format, codes, Scales(each)) for codes, each in zip(q.codes, scales, strict=True)]
 
 
 def multiplies_codes(input: Format, weight: QTensor) -> bool:

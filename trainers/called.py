@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qat.errors import UnsupportedError
+from qat.sites import candidates
 from qat.surgery import Coverage
 from qat.text import some
 from qat.trainers.packing import evaluating, model_inputs
@@ -32,9 +33,14 @@ def check_called(model: nn.Module, coverage: Coverage) -> None:
     device = next(model.parameters()).device
     tokens = torch.arange(PROBE_TOKENS, device=device).view(1, -1)
     batch = {"input_ids": tokens % config.get_text_config().vocab_size, "position_ids": tokens}
-    quantized: list[tuple[str, Any]] = [(m.path, model.get_submodule(m.path)) for m in coverage.modules if m.weight]
-    weights = {id(layer.weight): path for path, layer in quantized}
-    layers = [module for module in model.modules() if id(getattr(module, "weight", None)) in weights]  # tied ones too
+    quantized = {covered.path for covered in coverage.modules if covered.weight}
+    weights = {
+        id(model.get_submodule(each.module).get_parameter(each.slot.name)): each.path
+        for each in candidates(model)
+        if each.role == "weight" and each.path in quantized
+    }
+    # With a shared weight all modules that own it.
+    layers = [module for module in model.modules() if any(id(p) in weights for p in module._parameters.values())]
     with _Uses(weights) as uses, evaluating(model), torch.no_grad():
         hooks = [hook for layer in layers for hook in uses.watch(layer)]
         try:

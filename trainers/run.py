@@ -15,7 +15,7 @@ from qat.checkpoints import resume
 from qat.checkpoints.hf import load_configured, load_tokenizer
 from qat.checkpoints.progress import counted
 from qat.errors import Interrupted, UnsupportedError
-from qat.init.calibration import initialise, observe
+from qat.init.calibration import initialise, observe, unreached
 from qat.modes import dense
 from qat.numbers.numerics import qsnr
 from qat.sites import Site, weights
@@ -210,6 +210,8 @@ def _baselines(job: Job, parts: Parts, evaluator: Evaluator, console: Console) -
     autocast = torch.autocast(parts.device.type, parts.dtype or torch.bfloat16, enabled=parts.dtype is not None)
     with autocast:
         mean_square = observe(parts.student, batches)
+    for sentence in unreached(parts.student):
+        console.print(sentence, highlight=False)
     rtn = job.scheme.rtn()
     initialise(parts.student, batches, rtn, mean_square, _tracked)
     evaluate(parts.student, "ptq")

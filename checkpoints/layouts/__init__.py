@@ -1,6 +1,5 @@
 """Checkpoint layouts, a folder each: `write.py` (the interface of `Target`), `read.py` (the independent `Reader`) and
-`engines.py` (the rows of the support table: which engine loads what). A new one is its folder and its name in
-`FOLDERS`."""
+`engines.py` (the rows of the support table: which engine loads what). A new one is its folder."""
 
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +11,7 @@ from qat.checkpoints.layouts.target import Target, TargetLayer
 from qat.errors import CheckpointError, ConfigError, UnsupportedError, nearest
 from qat.numbers.format import Format
 
-FOLDERS = ("compressed_tensors", "modelopt", "fp8")
+FOLDERS = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/write.py")))
 
 TARGETS: dict[str, Target] = {}
 """Writers by the name that users type, which is config.json's `quant_method`."""
@@ -33,6 +32,7 @@ __all__ = [
     "check_layer",
     "find_target",
     "holders",
+    "no_layout",
     "open_export",
     "table",
 ]
@@ -50,9 +50,18 @@ def find_target(name: str) -> Target:
         raise ConfigError(f"no export target called {name!r}; nearest: {nearest(name, TARGETS)}") from None
 
 
-def holders(weight: Format, input: Format | None) -> list[str]:
-    """Names of the targets that hold a pair of formats."""
-    return sorted(name for name, target in TARGETS.items() if support.find(target.ROWS, weight, input))
+def holders(weight: Format, input: Format | None, stacks_of: str = "") -> list[str]:
+    """Names of the targets that hold a pair of formats: in matrices, or in the stacked experts of a `model_type`."""
+    able = (name for name, target in TARGETS.items() if support.find(target.ROWS, weight, input))
+    return sorted(name for name in able if _holds(TARGETS[name], stacks_of))
+
+
+def no_layout(layer: TargetLayer) -> str:
+    """Why no target at all holds the layer, or ""."""
+    if (reason := _not_stored(layer)) or holders(layer.weight, layer.input, layer.stacks_of):
+        return reason
+    pair = layer.weight.name + (f" with {layer.input.name} inputs" if layer.input else "")
+    return f"no export target holds {pair}" + (f" in the experts of {layer.stacks_of}" if layer.stacks_of else "")
 
 
 def check_layer(target: Target, layer: TargetLayer) -> None:
@@ -61,11 +70,42 @@ def check_layer(target: Target, layer: TargetLayer) -> None:
     Raises:
         UnsupportedError: names the layer, the nearest formats, and the targets that can.
     """
-    able = holders(layer.weight, layer.input)
+    stacks_of = layer.stacks_of
+    able = holders(layer.weight, layer.input, stacks_of)
+    if reason := _not_stored(layer):
+        raise UnsupportedError(f"{layer.path} can be trained and evaluated, but not exported: {reason}")
+    if not _holds(target, stacks_of):
+        raise UnsupportedError(f"{layer.path}: {_other_kind(target, layer, able)}")
     if support.find(target.ROWS, layer.weight, layer.input) is None:
         reason = support.refusal(target.METHOD, target.ROWS, layer.weight, layer.input, able)
         raise UnsupportedError(f"{layer.path}: {reason}")
     target.check(layer)
+
+
+def _not_stored(layer: TargetLayer) -> str:
+    """Why no target holds the layer, whatever its formats, or ""."""
+    if layer.transposed and not layer.stacks_of:
+        return "no layout holds matrices that are stored transposed"
+    if not any(_holds(target, layer.stacks_of) for target in TARGETS.values()):
+        return f"no layout holds the experts of {layer.stacks_of}, which are stored as whole stacks"
+    return ""
+
+
+def _other_kind(target: Target, layer: TargetLayer, able: list[str]) -> str:
+    """Why a target of matrices does not hold a stack, or the other way round, and what to do."""
+    instead = f"export it with --target {' or '.join(able)}"
+    if target.STACKS_OF:
+        what = f"{target.METHOD} holds the experts of {', '.join(target.STACKS_OF)} only; skip this layer"
+        return f"{what}, or {instead}" if able else what
+    if not able:
+        other = next(each for each in TARGETS.values() if _holds(each, layer.stacks_of))
+        instead = support.refusal(other.METHOD, other.ROWS, layer.weight, layer.input)
+    return f"{target.METHOD} holds matrices, but {layer.stacks_of} stores its experts as whole stacks; {instead}"
+
+
+def _holds(target: Target, stacks_of: str) -> bool:
+    """Whether a target is for the stacked experts of that `model_type`, or for matrices where it is ""."""
+    return stacks_of in target.STACKS_OF if stacks_of else not target.STACKS_OF
 
 
 def open_export(folder: Path) -> ExportedFolder:

@@ -6,6 +6,7 @@ all layouts share; the rest is in each one's `read.py`.
 """
 
 import hashlib
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -16,10 +17,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from qat.checkpoints.hf import read_json
+from qat.checkpoints.layouts.bits import Array, bf16_bits, fields, minifloat_values, raw_rows
 from qat.checkpoints.layouts.caches import ReadsCaches, refuse_unread
 from qat.checkpoints.names import StoredNames
 from qat.checkpoints.record import RECORD, read_record
@@ -42,19 +43,19 @@ _UNREAD_TENSORS = {
     "q_scale": "quantized attention",
 }
 
-Array = NDArray[Any]
 Spec = tuple[str, tuple[int, ...]]  # safetensors type and shape
 
 
 @dataclass(frozen=True)
 class PackedModule:
     """One quantized layer in the words of compressed-tensors, whatever the layout: QuantizationArgs of weight and
-    input, and the format string."""
+    input, and the format string. `joint` stands between its path and the names of its tensors."""
 
     path: str
     format: str
     weights: dict[str, Any]
     input: dict[str, Any] | None
+    joint: str = "."
 
     @property
     def bits(self) -> int:
@@ -103,6 +104,9 @@ class ExportedFolder(ReadsCaches, ABC):
     SCALE: ClassVar[str] = "weight_scale"  # the tensor that marks a layer as quantized
     SCALES: ClassVar[tuple[str, ...]]  # every scale a quantized layer may have; but for SCALE, one number each
     SUFFIXES: ClassVar[tuple[str, ...]]  # every tensor a quantized layer may have, besides its bias
+    JOINT: ClassVar[str] = "."  # between a layer's path and the names of its tensors
+    DENSE: ClassVar[str] = ".weight"  # what follows the path in the name of its dense tensor
+    TRANSPOSED: ClassVar[bool] = False  # whether dense tensors are stored (..., columns, rows)
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -139,12 +143,13 @@ class ExportedFolder(ReadsCaches, ABC):
         """The layer `path` as `group` describes it."""
 
     @abstractmethod
-    def expected_tensors(self, module: PackedModule, rows: int, columns: int) -> dict[str, Spec]:
-        """Type and shape of every tensor that a layer (rows, columns) must have, by its name below its path."""
+    def expected_tensors(self, module: PackedModule, *shape: int) -> dict[str, Spec]:
+        """Type and shape of every tensor that a layer of that shape must have, by its name below its path."""
 
     @abstractmethod
     def _scale(self, module: PackedModule, tensors: dict[str, Tensor]) -> Array:
-        """float32 multiplier of each block (block rows, block columns), from tensors that `layer` has checked."""
+        """float32 multiplier of each block (block rows, block columns), matrices of a stack one below the other, from
+        tensors that `layer` has checked."""
 
     @abstractmethod
     def plain_loading(self, model: "PreTrainedModel", names: StoredNames) -> PlainLoading:
@@ -156,6 +161,11 @@ class ExportedFolder(ReadsCaches, ABC):
     def _zero_points(self, module: PackedModule, tensors: dict[str, Tensor], rows: int) -> Array | None:
         return None
 
+    @classmethod
+    def tensor_name(cls, path: str, key: str) -> str:
+        """What a layer's tensor is called that is `key` below the layer's path."""
+        return f"{path}{cls.JOINT}{key}"
+
     # What follows for every layout.
 
     @cached_property
@@ -166,7 +176,7 @@ class ExportedFolder(ReadsCaches, ABC):
     @cached_property
     def modules(self) -> dict[str, PackedModule]:
         """Quantized layers by path: those with a stored scale, described by the group that targets them."""
-        mark = f".{self.SCALE}"
+        mark = self.tensor_name("", self.SCALE)
         return {p: self._describe(p) for p in sorted(n.removesuffix(mark) for n in self.names if n.endswith(mark))}
 
     def _describe(self, path: str) -> PackedModule:
@@ -176,15 +186,20 @@ class ExportedFolder(ReadsCaches, ABC):
         return self._module(path, groups[0])
 
     @cached_property
+    def weights(self) -> dict[str, str]:
+        """Paths of the quantized layers by the name of their dense tensor."""
+        return {path + self.DENSE: path for path in self.modules}
+
+    @cached_property
     def quantized_names(self) -> frozenset[str]:
         """Stored tensors that belong to quantized weights, inputs and caches."""
-        of_modules = frozenset(f"{path}.{suffix}" for path in self.modules for suffix in self.SUFFIXES)
+        of_modules = frozenset(self.tensor_name(path, key) for path in self.modules for key in self.SUFFIXES)
         return (of_modules | self.cache_names) & self.names
 
     @cached_property
     def dense_names(self) -> frozenset[str]:
-        """Names of the tensors of the dense model: `weight` in place of what is stored of quantized layers."""
-        return (self.names - self.quantized_names) | {f"{path}.weight" for path in self.modules}
+        """Names of the tensors of the dense model: one in place of what is stored of each quantized layer."""
+        return (self.names - self.quantized_names) | self.weights.keys()
 
     @cached_property
     def fused(self) -> list[list[str]]:
@@ -198,10 +213,14 @@ class ExportedFolder(ReadsCaches, ABC):
             raise CheckpointError(f"{self.folder / RECORD}: `fused` must be lists of layers")
         return [list(group) for group in recorded]
 
-    def shape(self, path: str) -> tuple[int, int]:
-        """Rows and columns of a quantized layer, as its codes are stored."""
+    def oriented(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """From the shape of a dense tensor to that of the weight as it multiplies."""
+        return (*shape[:-2], shape[-1], shape[-2]) if self.TRANSPOSED else shape
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """Shape of a quantized weight as it multiplies, from that of its codes: (rows, columns)."""
         module = self.modules[path]
-        name = f"{path}.{self._codes_name(module)}"
+        name = self.tensor_name(path, self._codes_name(module))
         shape = self.reader.info(name).shape
         if len(shape) != 2:
             raise CheckpointError(f"{name} is {[*shape]}, not a matrix")
@@ -216,7 +235,7 @@ class ExportedFolder(ReadsCaches, ABC):
         """
         tensors = {}
         for key, (code, shape) in self.expected_tensors(self.modules[path], *self.shape(path)).items():
-            name = f"{path}.{key}"
+            name = self.tensor_name(path, key)
             if name not in self.names:
                 raise CheckpointError(f"{self.folder}: {name} is missing")
             info = self.reader.info(name)
@@ -240,11 +259,13 @@ class ExportedFolder(ReadsCaches, ABC):
         return scale.to(torch.float32).reshape(1)
 
     def dense(self, path: str) -> Tensor:
-        """The BF16 weight of a quantized layer, (rows, columns), as loaders dequantize it; raises as `layer`."""
-        module, tensors = self.modules[path], self.layer(path)
-        rows, columns = self.shape(path)
+        """The BF16 weight of a quantized layer as it multiplies, (..., rows, columns), as loaders dequantize it; raises
+        as `layer`."""
+        module, tensors, shape = self.modules[path], self.layer(path), self.shape(path)
+        rows, columns = math.prod(shape[:-1]), shape[-1]
         scale, zero = self._scale(module, tensors), self._zero_points(module, tensors, rows)
-        codes, table = raw_rows(tensors[self._codes_name(module)]), code_values(module)
+        codes = raw_rows(tensors[self._codes_name(module)].flatten(0, len(shape) - 2))
+        table = code_values(module)
         out = np.empty((rows, columns), dtype=np.uint16)
         step = max(1, _CHUNK // max(columns, 1))
         for start in range(0, rows, step):
@@ -254,13 +275,13 @@ class ExportedFolder(ReadsCaches, ABC):
             value = table[chunk]
             if zero is not None:
                 value = value - per_weight(zero)
-            out[part] = _bf16_bits(value * per_weight(scale))
-        return torch.from_numpy(out.view(np.int16)).view(torch.bfloat16)
+            out[part] = bf16_bits(value * per_weight(scale))
+        return torch.from_numpy(out.view(np.int16)).view(torch.bfloat16).view(shape)
 
     def static_input(self, path: str) -> Tensor | None:
         """The calibrated scale (or, above E4M3 block scales, the divisor) of a layer's input, float32 [1], or None."""
         name = self.modules[path].static_input
-        return None if name is None else self._sound_value(f"{path}.{name}")
+        return None if name is None else self._sound_value(self.tensor_name(path, name))
 
     def dense_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the dense model, quantized layers unpacked, one at a time; raises as `layer`, and where a
@@ -270,16 +291,17 @@ class ExportedFolder(ReadsCaches, ABC):
             raise CheckpointError(
                 f"{self.folder}: {stray[0]} belongs to no {self.METHOD} layer; was it made for another target?"
             )
-        for path in self.modules:
-            yield f"{path}.weight", self.dense(path)
+        for name, path in self.weights.items():
+            weight = self.dense(path)
+            yield name, weight.transpose(-1, -2).contiguous() if self.TRANSPOSED else weight
         for name in sorted(self.names - self.quantized_names):
             yield name, self.reader.get(name)
 
-    def theoretical_bits(self, module: PackedModule, rows: int, columns: int) -> float:
+    def theoretical_bits(self, module: PackedModule, *shape: int) -> float:
         """Bits per weight that the configuration promises: code, and share of scale and zero point."""
-        code, shape = self.expected_tensors(module, rows, columns)[self.SCALE]
+        code, grid = self.expected_tensors(module, *shape)[self.SCALE]
         per_scale = {"F32": 32, "BF16": 16}.get(code, 8) + (0 if module.weights["symmetric"] else module.bits)
-        return module.bits + int(np.prod(shape)) * per_scale / (rows * columns)
+        return module.bits + math.prod(grid) * per_scale / math.prod(shape)
 
 
 def bad_scales(scale: Tensor) -> int:
@@ -290,24 +312,6 @@ def bad_scales(scale: Tensor) -> int:
     return int((~(torch.isfinite(values) & (values > 0))).sum())
 
 
-# --- bits -----------------------------------------------------------------------------------------
-
-
-def raw_rows(tensor: Tensor) -> Array:
-    """The bytes of a 2-D tensor, (rows, bytes per row)."""
-    flat = tensor.contiguous().view(torch.uint8).numpy()
-    return flat.reshape(tensor.shape[0], -1)
-
-
-def fields(rows: Array, bits: int, count: int) -> Array:
-    """The first `count` fields of `bits` bits of each row of bytes, least significant bit first."""
-    first = np.arange(count) * bits
-    padded = np.pad(rows, ((0, 0), (0, 1))).astype(np.uint16)
-    pair = padded[:, first // 8] | padded[:, first // 8 + 1] << 8
-    result: Array = (pair >> (first % 8).astype(np.uint16)) & (2**bits - 1)
-    return result
-
-
 def code_values(module: PackedModule) -> Array:
     """float32 value of every code: offset binary where packed, two's complement where not, or a small float."""
     count = 1 << (module.bits if module.packed else 8)
@@ -315,39 +319,7 @@ def code_values(module: PackedModule) -> Array:
         codes = np.arange(count, dtype=np.float32)
         return codes - count // 2 if module.packed else np.where(codes < count // 2, codes, codes - count)
     exponent, mantissa = {4: (2, 1), 6: (2, 3), 8: (4, 3)}[module.bits]
-    return _minifloat_values(exponent, mantissa)
-
-
-def _minifloat_values(exponent: int, mantissa: int) -> Array:
-    codes = np.arange(1 << (1 + exponent + mantissa))
-    field, fraction = (codes >> mantissa) & ((1 << exponent) - 1), codes & ((1 << mantissa) - 1)
-    lowest = 2 - (1 << (exponent - 1)) - mantissa  # exponent of one unit of a subnormal's fraction
-    whole = np.where(field == 0, fraction, fraction + (1 << mantissa))
-    value = np.ldexp(whole.astype(np.float32), lowest + np.maximum(field, 1) - 1)
-    value = np.where(codes >> (exponent + mantissa), -value, value)
-    if exponent == 4:  # E4M3: all ones is not a number
-        value[(codes & (codes.size // 2 - 1)) == codes.size // 2 - 1] = np.nan
-    return value.astype(np.float32)
-
-
-def float_values(tensor: Tensor) -> Array:
-    """float32 values of a stored float tensor, from its bits."""
-    if tensor.dtype in (torch.float32, torch.float16):
-        return tensor.numpy().astype(np.float32)
-    if tensor.dtype == torch.bfloat16:
-        return (tensor.view(torch.int16).numpy().view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    if tensor.dtype == torch.float8_e4m3fn:
-        return _minifloat_values(4, 3)[tensor.view(torch.uint8).numpy()]
-    raise UnsupportedError(f"scales of type {tensor.dtype} are not part of the layout")
-
-
-def scale_values(tensor: Tensor) -> Array:
-    """float32 values of stored scales; uint8 holds E8M0 exponents."""
-    if tensor.dtype != torch.uint8:
-        return float_values(tensor)
-    exponent = tensor.numpy().astype(np.uint32)
-    bits = np.where(exponent == 0, 1 << 22, exponent << 23).astype(np.uint32)  # 2^-127 is subnormal
-    return bits.view(np.float32)
+    return minifloat_values(exponent, mantissa)
 
 
 def _expander(args: dict[str, Any], part: slice, columns: int) -> Callable[[Array], Array]:
@@ -360,14 +332,6 @@ def _expander(args: dict[str, Any], part: slice, columns: int) -> Callable[[Arra
         return lambda values: values[rows][:, np.arange(columns) // block_columns]
     group = args.get("group_size") or 0
     return lambda values: np.repeat(values[part], group, axis=1) if group > 0 else values[part]
-
-
-def _bf16_bits(values: Array) -> Array:
-    """Round float32 to BF16, half to even, as uint16."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    result: Array = np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
-    return result
 
 
 def digest(tensor: Tensor) -> str:

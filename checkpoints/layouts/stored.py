@@ -36,11 +36,11 @@ def take(
         CheckpointError: it is missing, or has another type or shape; names it.
     """
     if name not in tensors:
-        raise CheckpointError(f"{module.path}.{name} is missing")
+        raise CheckpointError(f"{module.path}{module.joint}{name} is missing")
     tensor = tensors[name]
     if tensor.dtype != dtype or tuple(tensor.shape) not in shapes:
-        wanted = " or ".join(str([*shape]) for shape in shapes)
-        raise CheckpointError(f"{module.path}.{name} is {tensor.dtype} {[*tensor.shape]}, not {dtype} {wanted}")
+        given, wanted = f"{tensor.dtype} {[*tensor.shape]}", " or ".join(str([*shape]) for shape in shapes)
+        raise CheckpointError(f"{module.path}{module.joint}{name} is {given}, not {dtype} {wanted}")
     return tensor
 
 
@@ -50,7 +50,7 @@ def take_scale(
     """`take` for scales, which must be finite and positive."""
     scale = take(module, tensors, name, dtype, *shapes)
     if broken(scale):
-        raise CheckpointError(f"{module.path}.{name} must be finite and positive everywhere, but is not")
+        raise CheckpointError(f"{module.path}{module.joint}{name} must be finite and positive everywhere, but is not")
     return scale
 
 
@@ -65,7 +65,7 @@ def take_narrow(
     scale = take_scale(module, tensors, name, torch.float32, *shapes)
     narrow = scale.to(fmt.scale.storage)
     if not torch.equal(narrow.to(scale.dtype), scale):
-        path = f"{module.path}.{name}"
+        path = f"{module.path}{module.joint}{name}"
         raise CheckpointError(f"{path} holds scales that {fmt.name} cannot: they are not exact in {fmt.scale}")
     return narrow
 

@@ -16,14 +16,29 @@ from qat.numbers.numerics import QTensor
 
 @dataclass(frozen=True)
 class TargetLayer:
-    """One quantized linear layer: its name in the checkpoint, its shape (rows, columns) and its formats; `module` is
-    its path in transformers' model, where that differs."""
+    """One quantized weight.
+
+    Attributes:
+        path: its name in the checkpoint.
+        shape: (rows, columns), or (experts, rows, columns) where the checkpoint holds a stack as one tensor.
+        weight, input: its formats.
+        module: path in transformers' model, where that differs.
+        model_type: of the model's config.
+        transposed: whether the dense tensor is stored (..., columns, rows).
+    """
 
     path: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     weight: Format
     input: Format | None
     module: str = ""
+    model_type: str = ""
+    transposed: bool = False
+
+    @property
+    def stacks_of(self) -> str:
+        """The `model_type` whose stacks are stored as one tensor; "" for a matrix."""
+        return self.model_type if len(self.shape) > 2 else ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -45,6 +60,10 @@ class Target(Protocol):
     """Whether a format with one scale per tensor is stored as that one number, so that layers which engines fuse must
     agree in it. (Global scales above block scales must agree in every target.)"""
 
+    STACKS_OF: tuple[str, ...]
+    """The `model_type`s whose stacks of experts the layout holds as one tensor each, and nothing else; empty for a
+    layout of matrices."""
+
     CACHES: CacheLayout | None
     """How it describes quantized caches, None where it cannot."""
 
@@ -52,10 +71,10 @@ class Target(Protocol):
         """Raise UnsupportedError where the target cannot hold the layer, although a row covers its formats."""
 
     def pack(self, q: QTensor, input: Format | None, amax: Tensor | None) -> dict[str, Tensor]:
-        """Stored tensors of one layer by their name below the layer's path, on CPU.
+        """Stored tensors of one layer by their name below the layer's path (see the reader's `tensor_name`), on CPU.
 
         Args:
-            q: the quantized weight (rows, columns).
+            q: the quantized weight, of the layer's shape.
             input: format of the layer's input.
             amax: the input's calibrated range, float32 scalar; needed where that format has a static part.
         """

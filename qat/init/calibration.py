@@ -104,7 +104,8 @@ def calibrate(model: nn.Module, batches: Batches, scheme: InitPlan) -> list[str]
     """Run `batches` through the unquantized model, then fix activation ranges and initialise weights and scales as the
     scheme says; returns what is worth telling."""
     text = list(batches)
-    return initialise(model, text, scheme, observe(model, text))
+    mean_square = observe(model, text)
+    return [*unreached(model), *initialise(model, text, scheme, mean_square)]
 
 
 def initialise(
@@ -161,6 +162,19 @@ def observe(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
         except FormatError as error:
             raise FormatError(f"{site.role} of {site.path}: {error}") from error
     return sums.means()
+
+
+def unreached(model: nn.Module) -> list[str]:
+    """A sentence where the text of `observe` did not reach every part that data chooses between (experts)."""
+    owners: dict[str, Site] = {site.module: site for site in sites(model, "weight")}
+    counts = {module: site.owner.unreached() for module, site in owners.items()}
+    missed, all_parts = (sum(count[index] for count in counts.values()) for index in (0, 1))
+    layers = sum(count[1] > 0 for count in counts.values())
+    if not missed:
+        return []
+    reached = f"{missed} of {all_parts} experts of {layers} layers were reached by no calibration token"
+    shared = any(site.input is not None for module, site in owners.items() if counts[module][0])
+    return [reached + ("; they share their layer's input range" if shared else "")]
 
 
 def _multiplied(model: nn.Module) -> list[Site]:

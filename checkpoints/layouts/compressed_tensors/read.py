@@ -7,19 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qat.checkpoints.layouts.bits import Array, fields, float_values, raw_rows, scale_values
 from qat.checkpoints.layouts.caches import says_nothing
-from qat.checkpoints.layouts.reader import (
-    Array,
-    ExportedFolder,
-    PackedModule,
-    PlainLoading,
-    Spec,
-    code_values,
-    fields,
-    float_values,
-    raw_rows,
-    scale_values,
-)
+from qat.checkpoints.layouts.reader import ExportedFolder, PackedModule, PlainLoading, Spec, code_values
 from qat.checkpoints.matrices import dense_parts
 from qat.checkpoints.names import StoredNames, wanted_while_loading
 from qat.errors import CheckpointError, UnsupportedError
@@ -85,11 +75,11 @@ class Reader(ExportedFolder):
             raise UnsupportedError(f"{path} has format {form!r}; readable: {', '.join(_PACKED + _PLAIN)}")
         return PackedModule(path, form, scheme["weights"], scheme["input_activations"])
 
-    def expected_tensors(self, module: PackedModule, rows: int, columns: int) -> dict[str, Spec]:
+    def expected_tensors(self, module: PackedModule, *shape: int) -> dict[str, Spec]:
         """See the function."""
-        return expected_tensors(module, rows, columns)
+        return expected_tensors(module, *shape)
 
-    def shape(self, path: str) -> tuple[int, int]:
+    def shape(self, path: str) -> tuple[int, ...]:
         """Rows and columns of a quantized layer; integers in words say them in `weight_shape`."""
         module = self.modules[path]
         if module.format != "pack-quantized":
@@ -133,7 +123,7 @@ class Reader(ExportedFolder):
             return PlainLoading("transformers reads NVFP4 experts without their global scale (its issue 48371)")
         if affine and of_experts:
             return PlainLoading("transformers does not load asymmetric packed experts")
-        if dense_parts(model, names, self.modules) and not fp8:
+        if dense_parts(model, names, self.weights) and not fp8:
             return PlainLoading(
                 "transformers cannot load dense tensors that it merges (fused experts) beside this format"
             )

@@ -37,6 +37,7 @@ from qat.training.activations import static_part
 
 METHOD = "compressed-tensors"
 FUSES_TENSOR_SCALES = False  # one scale per tensor is written once per row
+STACKS_OF = ()
 LAYOUT_VERSION = "0.18.0"  # the first release that packs every width as written here
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from qat.checkpoints.layouts.reader import Array, ExportedFolder, PackedModule, PlainLoading, Spec, scale_values
+from qat.checkpoints.layouts.bits import Array, scale_values
+from qat.checkpoints.layouts.reader import ExportedFolder, PackedModule, PlainLoading, Spec
 from qat.checkpoints.names import StoredNames
 from qat.errors import UnsupportedError
 
@@ -48,8 +49,9 @@ class Reader(ExportedFolder):
         inputs = {**shared, "dynamic": True, "strategy": "group", "group_size": self._block[1]}
         return PackedModule(path, "float-quantized", weights, inputs)
 
-    def expected_tensors(self, module: PackedModule, rows: int, columns: int) -> dict[str, Spec]:
+    def expected_tensors(self, module: PackedModule, *shape: int) -> dict[str, Spec]:
         """Type and shape of every tensor that a layer (rows, columns) must have, by its name below its path."""
+        rows, columns = shape
         grid = (-(-rows // self._block[0]), -(-columns // self._block[1]))
         return {"weight": ("F8_E4M3", (rows, columns)), "weight_scale_inv": ("F32", grid)}
 

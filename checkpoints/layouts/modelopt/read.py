@@ -10,18 +10,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from qat.checkpoints.hf import read_json
+from qat.checkpoints.layouts.bits import Array, float_values, scale_values
 from qat.checkpoints.layouts.caches import refuse_unread, says_nothing
 from qat.checkpoints.layouts.modelopt.engines import NO_PLAIN
-from qat.checkpoints.layouts.reader import (
-    UNREAD_KEYS,
-    Array,
-    ExportedFolder,
-    PackedModule,
-    PlainLoading,
-    Spec,
-    float_values,
-    scale_values,
-)
+from qat.checkpoints.layouts.reader import UNREAD_KEYS, ExportedFolder, PackedModule, PlainLoading, Spec
 from qat.checkpoints.names import StoredNames
 from qat.errors import CheckpointError, UnsupportedError
 
@@ -100,8 +92,9 @@ class Reader(ExportedFolder):
     def _module(self, path: str, group: str) -> PackedModule:
         return PackedModule(path, self._form, self._weights, self._input)
 
-    def expected_tensors(self, module: PackedModule, rows: int, columns: int) -> dict[str, Spec]:
+    def expected_tensors(self, module: PackedModule, *shape: int) -> dict[str, Spec]:
         """Type and shape of every tensor that a layer (rows, columns) must have, by its name below its path."""
+        rows, columns = shape
         args = module.weights
         group = args.get("group_size", 0)
         specs: dict[str, Spec] = {

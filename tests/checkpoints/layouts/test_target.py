@@ -29,9 +29,10 @@ def test_a_writer_has_the_whole_interface(name: str, toy: None) -> None:
     assert READERS[name].SCALE in READERS[name].SCALES and set(READERS[name].SCALES) <= set(READERS[name].SUFFIXES)
 
 
-def test_every_folder_is_listed() -> None:
+def test_every_folder_is_a_target() -> None:
     root = Path(inspect.getfile(find_target)).parent
-    assert {path.parent.name for path in root.glob("*/write.py")} == set(FOLDERS)
+    folders = {path.name for path in root.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == set(FOLDERS) and len(TARGETS) == len(FOLDERS)
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from qat.checkpoints.layouts.reader import Array, ExportedFolder, PackedModule, PlainLoading, Spec, scale_values
+from qat.checkpoints.layouts.bits import Array, scale_values
+from qat.checkpoints.layouts.reader import ExportedFolder, PackedModule, PlainLoading, Spec
 from qat.checkpoints.names import StoredNames
 
 if TYPE_CHECKING:
@@ -35,8 +36,9 @@ class Reader(ExportedFolder):
     def _module(self, path: str, group: str) -> PackedModule:
         return PackedModule(path, "int-quantized", ARGS, None)
 
-    def expected_tensors(self, module: PackedModule, rows: int, columns: int) -> dict[str, Spec]:
+    def expected_tensors(self, module: PackedModule, *shape: int) -> dict[str, Spec]:
         """Codes and scales."""
+        rows, columns = shape
         return {"weight": ("I8", (rows, columns)), "toy_scale": ("BF16", (rows, 1))}
 
     def _scale(self, module: PackedModule, tensors: dict[str, Tensor]) -> Array:
