@@ -26,10 +26,11 @@ FOLLOWS := torch|triton|transformers|tokenizers|huggingface_hub|setuptools|nvidi
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-vllm test-versions $(VERSIONS:%=test-versions-%) lint clean
+.PHONY: help setup quickstart tutorials test test-vllm test-versions $(VERSIONS:%=test-versions-%) lint clean
 
 help:
 	@echo "make quickstart     train, export, verify and sample the embedded 135M model"
+	@echo "make tutorials      docs/tutorials as printed, on the embedded model (10 minutes)"
 	@echo "make test           set up, then ruff, mypy and the CPU tests"
 	@echo "make test-vllm      exports inside vLLM itself, in an environment of its own (x86-64 Linux, 3 GB)"
 	@echo "make test-versions  the CPU tests with other versions: $(VERSIONS) (x86-64 Linux, 7 GB and 15 minutes each)"
@@ -63,6 +64,10 @@ quickstart: setup
 	@$(BIN)/qat verify $(OUT)
 	@echo "quickstart 4/4: generate from the export"
 	@$(BIN)/qat generate $(OUT) --chat "What is the sea?"
+
+tutorials: setup
+	@echo "tutorials: docs/tutorials as printed, in a temporary folder"
+	@$(BIN)/python tests/tutorials.py
 
 lint: setup
 	@echo "lint 1/2: ruff"

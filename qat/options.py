@@ -11,21 +11,32 @@ def path(text: str) -> Path:
 
 def train(parser: argparse.ArgumentParser) -> None:
     """`qat train`."""
-    parser.add_argument("config", help="YAML file of the run (see configs/)")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="change a value: steps=200 optim.lr=3e-4")
+    parser.add_argument("config", help="YAML file of the run: model, rules, text, steps (start from one in configs/)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="a.b=c", help="change single keys: steps=200 optim.lr=3e-4 name=hotter"
+    )
     parser.add_argument("--resume", action="store_true", help="continue the run from its last saved state, exactly; "
                         "only steps= may grow, and models, texts and the run's folder may have moved")  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="print coverage, memory and time; train nothing")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would be quantized, how much memory and time it takes, and what "
+        "export will refuse; load and train nothing",
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON document on stdout")
 
 
 def export(parser: argparse.ArgumentParser) -> None:
     """`qat export`."""
-    parser.add_argument("trained", type=path, metavar="RUN", help="folder of a run")
+    parser.add_argument("trained", type=path, metavar="RUN", help="folder of a run: runs/NAME")
     parser.add_argument("out", type=path, metavar="OUT", help="folder to write; must not exist, or be empty")
     layouts = "file layout: compressed-tensors, modelopt, fp8 or mxfp4 (default: %(default)s); see docs/export.md"
     parser.add_argument("--target", default="compressed-tensors", help=layouts)
-    parser.add_argument("--checkpoint", default="best", help="which of the run's checkpoints (default: %(default)s)")
+    parser.add_argument(
+        "--checkpoint",
+        default="best",
+        help="which of RUN/checkpoints: best (default) is the student with the lowest held-out KL",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if an export wrote it")
     moved(parser)
 
@@ -38,7 +49,11 @@ def moved(parser: argparse.ArgumentParser) -> None:
 def verify(parser: argparse.ArgumentParser) -> None:
     """`qat verify`."""
     parser.add_argument("folder", type=path, metavar="DIR", help="an exported checkpoint")
-    parser.add_argument("--no-logits", action="store_true", help="skip loading it in plain transformers")
+    parser.add_argument(
+        "--no-logits",
+        action="store_true",
+        help="compare files only; do not load it in plain transformers and compare logits",
+    )
     parser.add_argument("--json", action="store_true", help="print the checks as JSON")
 
 
@@ -47,10 +62,18 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=path, metavar="DIR", help="a run, an exported checkpoint, or a plain model")
     parser.add_argument("--teacher", help="model to compare with (default: what DIR was made from)")
     parser.add_argument(
-        "--text", nargs="+", metavar="FILE", help="text, as data.source (default: the shipped held-out text)"
+        "--text",
+        nargs="+",
+        metavar="FILE",
+        help="what to measure on: files, as data.source (default: the shipped prose)",
     )
     moved(parser)
-    parser.add_argument("--tokens", type=int, default=8192, help="how much text to read (default: %(default)s)")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=8192,
+        help="how much of it; below 4096, a few per cent are noise (default: %(default)s)",
+    )
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="lm-eval tasks (pip install 'qat-native[eval]')")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
@@ -66,7 +89,11 @@ def generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     moved(parser)
-    parser.add_argument("--dense", action="store_true", help="unpack an export's weights once, as `qat eval` does")
+    parser.add_argument(
+        "--dense",
+        action="store_true",
+        help="unpack an export's weights once, as `qat eval` does: more memory, no kernels",
+    )
 
 
 def serve(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +117,12 @@ def formats(parser: argparse.ArgumentParser) -> None:
 
 def kernels(parser: argparse.ArgumentParser) -> None:
     """`qat kernels`."""
-    parser.add_argument("--tokens", type=int, default=1, help="of the product to explain (default: %(default)s)")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=1,
+        help="rows of the input: 1 is decoding, many is a prompt (default: %(default)s)",
+    )
     parser.add_argument("--rows", type=int, default=4096, help="of the weight (default: %(default)s)")
     parser.add_argument("--columns", type=int, default=4096, help="of the weight (default: %(default)s)")
     parser.add_argument("--input", metavar="FORMAT", help="of quantized inputs (default: inputs in 16 bits)")

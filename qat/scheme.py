@@ -70,8 +70,9 @@ class Rule(Strict):
             raise ValueError(f"rule {self.match!r} has no `weight` format, so it takes no `input` format either")
         if (self.key is None) != (self.value is None):
             raise ValueError(f"rule {self.match!r} must give both `key` and `value` a format: caches hold both")
-        if any(isinstance(step, Smooth) for step in self.init or ()):
-            raise ValueError(f"rule {self.match!r}: smooth concerns the whole model; put it into scheme.init")
+        for step in self.init or ():
+            if step.WHOLE_MODEL:
+                raise ValueError(f"rule {self.match!r}: {step.kind} concerns the whole model; put it into scheme.init")
         if self.match.startswith("re:"):
             try:
                 re.compile(self.match[3:])
@@ -144,7 +145,7 @@ class Scheme(Strict):
     def search_of(self, rule: Rule) -> Search:
         """How the scales of a rule's weights are searched; "amax" where they follow the format's own rule."""
         steps = self.init if rule.init is None else rule.init
-        return next((step.search for step in steps if not isinstance(step, Smooth)), "amax")
+        return next((getattr(step, "search", "amax") for step in steps if step.MAKES_SCALES), "amax")
 
     def rtn(self) -> "Scheme":
         """The same formats without any initialisation: round-to-nearest (RTN)."""

@@ -143,7 +143,8 @@ def _plain(name: str, storage: torch.dtype, bits: int, smallest: float) -> Scale
 
 def _positive(name: str, storage: torch.dtype, element: Element, reach: int) -> MinifloatScale:
     smallest, sweep = element.min_normal / 2**element.mantissa_bits, tuple(range(-reach, reach + 1))
-    return MinifloatScale(name, storage, element.significant_bits, smallest, element.max, sweep, element=element)
+    largest = min(element.max, torch.finfo(storage).max)  # some give codes to infinity that `element` counts as numbers
+    return MinifloatScale(name, storage, element.significant_bits, smallest, largest, sweep, element=element)
 
 
 F32 = _plain("f32", torch.float32, 24, TINY)

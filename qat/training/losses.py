@@ -77,7 +77,7 @@ class JensenShannon(_Loss):
 
 
 DistillLoss = ForwardKL | ReverseKL | JensenShannon
-Loss = Annotated[CrossEntropy | ForwardKL | ReverseKL | JensenShannon, Field(discriminator="kind")]
+Loss = Annotated[CrossEntropy | DistillLoss, Field(discriminator="kind")]
 
 
 class _PerToken(torch.autograd.Function):

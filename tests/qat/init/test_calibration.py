@@ -1,19 +1,25 @@
 """Calibration: ranges, weighted and compensated starts, and the inputs they are fitted to."""
 
+import typing
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from qat.errors import FormatError
 from qat.init import gptq
-from qat.init.calibration import calibrate, initialise, input_products, observe
+from qat.init.calibration import InitStep, calibrate, initialise, input_products, observe
 from qat.init.scales import initial_scales
+from qat.modes import dense
 from qat.numbers.catalog import lookup
 from qat.numbers.numerics import fake_quantize
-from qat.scheme import Rule
+from qat.numbers.scale import broken
+from qat.scheme import Rule, Step
 from qat.sites import weights
 from qat.surgery import apply
 from tests.qat.test_surgery import LAYERS, batches, build, logits, rules, usual
+
+STEPS = typing.get_args(typing.get_args(Step)[0])
 
 
 def inputs_of(model: nn.Module, path: str) -> Tensor:
@@ -153,3 +159,20 @@ def test_starts_follow_the_scheme() -> None:
     plain = weights(apply(build(), usual("int4_g64", start="amax", learn="none", round_bf16=False)))
     layer = plain["model.layers.0.mlp.up_proj"]
     assert torch.equal(layer.value(), fake_quantize(layer.weight, lookup("int4_g64")))
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
+def test_every_step_leaves_scales_to_train_from(step: type[InitStep]) -> None:
+    """And one that concerns the whole model leaves alone what the unquantized model computes."""
+    scheme = usual("nvfp4", "int8_token").model_copy(update={"init": (step(),)})
+    model = apply(build(), scheme)
+    with dense(model, inputs=True):
+        before = logits(model)
+    calibrate(model, batches(), scheme)
+    for site in weights(model).values():
+        assert not broken(site.quantizer.scales().stored, site.quantizer.format.scale)
+    with dense(model, inputs=True):
+        after = logits(model)
+    assert logits(model).isfinite().all()
+    if step.WHOLE_MODEL:
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-4 * float(before.abs().max()))

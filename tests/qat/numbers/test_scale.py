@@ -24,7 +24,7 @@ from qat.quantizer import WeightQuantizer
 from qat.serving.inputs import problem as inputs_problem
 from qat.serving.packed import pack, unpack
 
-TYPES = (F32, BF16, F16, UE4M3, E8M0)
+TYPES = tuple(value for value in vars(numbers).values() if isinstance(value, ScaleType))
 every_type = pytest.mark.parametrize("scale", TYPES, ids=str)
 
 
