@@ -13,6 +13,7 @@ from tests.architecture_rules import FOLDERS, ROOT, Source, sources
 ELSEWHERE = {
     "checkpoints/layouts/__init__.py": "checkpoints/layouts/test_target.py: a target is found by its folder",
     "checkpoints/layouts/arguments.py": "checkpoints/layouts/test_support.py: both ways for every supported pair",
+    "checkpoints/layouts/bits.py": "checkpoints/layouts/test_reader.py: the arithmetic of every reader",
     "checkpoints/layouts/kinds.py": "checkpoints/layouts/test_support.py: the words of the tables' rows",
     "checkpoints/layouts/stored.py": "checkpoints/layouts/test_compressed_tensors.py: its streams of bits",
     "checkpoints/matrices.py": "checkpoints/test_export.py: between sites and files, tested by what is written",
