@@ -89,8 +89,8 @@ def _layers(model: nn.Module, names: StoredNames) -> dict[str, tuple[TargetCache
 
 def _what_is_held(target: Target) -> str:
     flagged = ", ".join(fmt.name for fmt in CATALOG.values() if engine_flag(fmt))
-    held = ", ".join(target.CACHES.holds()) if target.CACHES is not None else "no caches"
-    return f"it holds {held}; qat.json alone can say {flagged}"
+    formats = ", ".join(target.CACHES.holds()) if target.CACHES is not None else "no caches"
+    return f"it holds {formats}; qat.json alone can say {flagged}"
 
 
 def exportable(fmt: Format, targets: Iterable[Target]) -> bool:

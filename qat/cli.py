@@ -109,13 +109,13 @@ def _train(arguments: argparse.Namespace) -> None:
         from qat.trainers.estimate import estimate
         from qat.trainers.estimate_table import print_estimate
 
-        found = estimate(job)
+        result = estimate(job)
         if arguments.json:
-            _print_json(found.to_dict())
+            _print_json(result.to_dict())
         else:
             from rich.console import Console
 
-            print_estimate(found, Console())
+            print_estimate(result, Console())
         return
     from qat.kernels.load import load_for_training
     from qat.trainers.run import train
@@ -164,17 +164,17 @@ def _eval(arguments: argparse.Namespace) -> None:
     from qat.trainers.inspect import evaluate_folder
 
     texts, tasks = arguments.text or [], arguments.tasks or []
-    found = evaluate_folder(
+    result = evaluate_folder(
         arguments.folder, arguments.teacher, texts, arguments.tokens, tasks, arguments.model, arguments.device
     )
     if arguments.json:
-        _print_json(found)
+        _print_json(result)
         return
-    for row in found["rows"]:
+    for row in result["rows"]:
         kl = "" if row["kl"] is None else f"  KL to teacher {row['kl']:.4f}  top-1 agreement {row['top1']:.1%}"
         ppl = "beyond measure" if row["ppl"] is None else f"{row['ppl']:.2f}"
         print(f"{row['name']}: NLL {row['nll']:.4f}  perplexity {ppl}{kl}  ({row['tokens']} tokens)")
-    for task, metrics in found.get("tasks", {}).items():
+    for task, metrics in result.get("tasks", {}).items():
         print(f"{task}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
 
@@ -235,12 +235,12 @@ def _analyze(arguments: argparse.Namespace) -> None:
 
     if arguments.most < 1:
         raise ConfigError(f"--most {arguments.most} must be positive")
-    found = analyze(arguments.model, arguments.formats)
-    pictures = write(found, arguments.out) if arguments.out else []
+    result = analyze(arguments.model, arguments.formats)
+    pictures = write(result, arguments.out) if arguments.out else []
     if arguments.json:
-        _print_json(found.to_dict())
+        _print_json(result.to_dict())
         return
-    print(*lines(found, arguments.most), sep="\n")
+    print(*lines(result, arguments.most), sep="\n")
     if pictures:
         print("written: " + ", ".join(map(str, pictures)))
 
@@ -314,9 +314,9 @@ def _training_kernels(as_json: bool) -> None:
     if as_json:
         return _print_json(answers)
     print("what `qat train` runs here, by format and operator:")
-    for name, told in answers.items():
+    for name, by_operator in answers.items():
         kinds: dict[tuple[str, str], list[str]] = {}
-        for operator, answer in told.items():
+        for operator, answer in by_operator.items():
             kinds.setdefault((answer["kernel"], answer["why"]), []).append(operator.removeprefix("qat::"))
         for (kernel, why), operators in kinds.items():
             print(f"{name:<20}{kernel:<11}{', '.join(operators)}: {why}")

@@ -128,20 +128,20 @@ def chat(document: Document, tokenizer: "PreTrainedTokenizerBase") -> Chat:
             "instruct model, or set chat: never and name a text_field"
         )
     tools = tuple(_wrapped(tool) for tool in document.tools)
-    found = Chat(document.where, document.messages, tools, document.context, tokenizer)
+    rendered = Chat(document.where, document.messages, tools, document.context, tokenizer)
     try:
         tokenizer.get_chat_template(tools=list(tools) or None)
     except ValueError as error:
         raise DataError(f"{document.where}: {str(error)[:300]}; name one of them `default`") from None
     if any(message.get("tool_calls") for message in document.messages):
-        found = _with_calls(found)
+        rendered = _with_calls(rendered)
     if tools:
-        text = found.render()
+        text = rendered.render()
         missing = [str(tool["function"]["name"]) for tool in tools if str(tool["function"]["name"]) not in text]
         if missing:
             warnings.warn("the chat template does not show tools to the model, so it learns to call tools that it "
                           "does not see; data.tools_field=null leaves them out on purpose", stacklevel=2)  # fmt: skip
-    return found
+    return rendered
 
 
 # ---- tool calls
@@ -260,7 +260,7 @@ def _turn(given: Chat, index: int, full: str) -> Span:
         begin = _parting(given, index, before, full, through)
     if full.startswith(through):
         return Span(begin, begin + len(given.closed(through[begin:])))
-    turn = _kept(given.messages[index], through[begin:], full[begin:])
+    turn = _common_ending(given.messages[index], through[begin:], full[begin:])
     if turn:
         return Span(begin, begin + len(given.closed(turn)))
     shared = _shared(through, full)
@@ -273,7 +273,7 @@ def _turn(given: Chat, index: int, full: str) -> Span:
     )
 
 
-def _kept(message: Message, last: str, here: str) -> str:
+def _common_ending(message: Message, last: str, here: str) -> str:
     """The end of a turn, as it is rendered `last`, that `here` begins with, if it is all that the assistant wrote."""
     start = last.find(here[:1])
     while start >= 0:

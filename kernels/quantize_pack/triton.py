@@ -15,8 +15,8 @@ from qat.kernels.fake_quantize.triton import constants, rounded, takes
 from qat.numbers.catalog import lookup
 from qat.numbers.format import Format
 from qat.serving.packed import problem
+from qat.serving.quantize_pack import quantize_pack_reference
 from qat.serving.words import PART, tile
-from qat.training.ops import quantize_pack_reference
 
 VALUES = 4096  # in the registers of one program
 
@@ -60,12 +60,12 @@ def quantize_pack_kernel(
     PARTS: tl.constexpr = 16 // BITS
     across = tl.cdiv(stride_words, TILES * PART)
     row = (tl.program_id(0) // across) * TILE_ROWS + tl.arange(0, TILE_ROWS)[:, None, None]
-    tile = (tl.program_id(0) % across) * TILES + tl.arange(0, TILES)[None, :, None]
+    at_tile = (tl.program_id(0) % across) * TILES + tl.arange(0, TILES)[None, :, None]
     place = tl.arange(0, PART)[None, None, :]
     in_row = row < R
     word = tl.zeros((TILE_ROWS, TILES, PART), tl.int32)
     for part in tl.static_range(PARTS):
-        column = tile * (PART * PARTS) + part * PART + place
+        column = at_tile * (PART * PARTS) + part * PART + place
         inside = in_row & (column < C)
         value = tl.load(weight + row.to(tl.int64) * C + column, mask=inside, other=0.0).to(tl.float32)
         if GROUP == 0:
@@ -78,8 +78,8 @@ def quantize_pack_kernel(
         value = tl.where(inside, value, 0.0)
         code = encoded(value, tl.where(inside, zero, 0.0), KIND, BITS, MANTISSA, MIN_NORMAL)
         word |= code << (part * BITS)
-    word_at = words + row.to(tl.int64) * stride_words + tile * PART + place
-    tl.store(word_at, word.to(tl.int16), mask=in_row & (tile * PART < stride_words))
+    word_at = words + row.to(tl.int64) * stride_words + at_tile * PART + place
+    tl.store(word_at, word.to(tl.int16), mask=in_row & (at_tile * PART < stride_words))
 
 
 def arguments(fmt: Format, rows: int, columns: int) -> dict[str, Any]:

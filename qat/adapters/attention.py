@@ -37,8 +37,8 @@ class _Gate:
             key, value = by_row(self._module.key_quantizer, key), by_row(self._module.value_quantizer, value)
         if self._cache is None:
             return key, value
-        kept: tuple[Tensor, Tensor] = self._cache.update(key, value, *args, **kwargs)
-        return kept
+        cached: tuple[Tensor, Tensor] = self._cache.update(key, value, *args, **kwargs)
+        return cached
 
     def __getattr__(self, name: str) -> Any:
         if self._cache is None:

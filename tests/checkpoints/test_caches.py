@@ -178,11 +178,12 @@ def test_layers_without_projections_are_refused(tmp_path: Path) -> None:
         check_export(apply(load_model(source), scheme), source)
 
 
-def test_uncalibrated_ranges_are_not_written(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("amax", [float("nan"), float("inf"), 0.0])
+def test_ranges_that_are_no_range_are_not_written(amax: float, source: Path, tmp_path: Path) -> None:
     model = quantized(source, rules("int4_g64", "fp8_tensor", "fp8_tensor"))
     quantizer: InputQuantizer = sites(model, "value")[1].quantizer
-    quantizer.amax.fill_(float("nan"))
-    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn: the range of its value is nan"):
+    quantizer.amax.fill_(amax)
+    with pytest.raises(CheckpointError, match=rf"layers\.1\.self_attn: the range of its value is {amax}; run"):
         quiet_export(model, source, tmp_path / "out")
 
 

@@ -36,7 +36,7 @@ def sharing(folder: Path) -> dict[str, int]:
     """How many layers share the quantized input of each, where it is served."""
     model = load_exported(folder)
     hooks = {path: next(iter(model.get_submodule(path)._forward_pre_hooks.values())) for path in (Q, K, V, O)}
-    return {path[-6:]: hook.consumers for path, hook in hooks.items()}  # type: ignore[attr-defined]  # a ServedInput
+    return {path[-6:]: hook.same.readers for path, hook in hooks.items()}  # type: ignore[attr-defined]  # a ServedInput
 
 
 def test_sets_that_were_trained_as_one_are_recorded_and_used(source: Path, tmp_path: Path) -> None:

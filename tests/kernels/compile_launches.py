@@ -1,4 +1,4 @@
-"""Run by test_launches.py: every kernel compiled exactly as its host code launches it, without a GPU.
+"""Run by test_device.py: every kernel compiled exactly as its host code launches it, without a GPU.
 
 The operators run on small tensors of the CPU while a recorder stands in each kernel's place. What it is called with is
 specialised as Triton's JIT specialises a launch (an integer of 1 becomes a constant, one that 16 divides and a pointer

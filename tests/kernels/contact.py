@@ -22,12 +22,12 @@ from qat.serving.inputs import problem as input_problem
 from qat.serving.matmul import MatmulWeight, hold, quantized_matmul
 from qat.serving.packed import pack, packed_linear
 from qat.serving.packed import problem as packing_problem
+from qat.serving.quantize_pack import quantize_pack_reference
 from qat.training.activations import fake_quantize_input_reference, static_part
 from qat.training.losses import ForwardKL, chunked
 from qat.training.ops import (
     fake_quantize_backward_reference,
     fake_quantize_reference,
-    quantize_pack_reference,
     quantized_linear_reference,
 )
 from qat.training.rows import KINDS, reference

@@ -18,12 +18,12 @@ from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.format import Format
 from qat.numbers.numerics import Scales, find_scales
 from qat.serving.packed import problem as packing_problem
+from qat.serving.quantize_pack import quantize_pack_reference
 from qat.training.activations import fake_quantize_input_reference, static_part
 from qat.training.gradients import backward
 from qat.training.ops import (
     fake_quantize_backward_reference,
     fake_quantize_reference,
-    quantize_pack_reference,
     quantized_linear_reference,
 )
 from tests.kernels.interpreted import mend

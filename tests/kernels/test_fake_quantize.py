@@ -1,28 +1,18 @@
 """The training kernels without a GPU: interpreted in a process of their own, where values and codes must be the
 reference's to the bit, trained with, and compiled for every architecture. And their operators as PyTorch sees them."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import Tensor
 
-from qat.errors import FormatError, UnsupportedError
-from qat.kernels.explain import explain_training
 from qat.kernels.fake_quantize.choose import plan, problem
-from qat.kernels.load import cpu_problem, load, load_for_training
 from qat.numbers.catalog import CATALOG, lookup
-from qat.numbers.numerics import find_scales, quantize
-from qat.serving.packed import pack
-from qat.serving.packed import problem as packing_problem
-from qat.serving.words import from_words
+from qat.numbers.numerics import find_scales
 from qat.training.activations import fake_quantize_input, static_part, vllm_scales
 from qat.training.gradients import Estimator
-from qat.training.ops import quantize_pack
 from tests.kernels.processes import in_a_process
 
 triton = pytest.importorskip("triton")
-PACKED = [name for name, fmt in CATALOG.items() if packing_problem(fmt) is None]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -68,42 +58,7 @@ def test_inputs_of_no_tokens_stay_empty() -> None:
         assert y.shape == x.shape and x.grad is not None
 
 
-@pytest.mark.parametrize("name", PACKED)
-def test_packed_words_are_the_codes_of_the_packer(name: str) -> None:
-    fmt = lookup(name)
-    weight = quantize(normal(6, 384), fmt)
-    assert torch.equal(quantize_pack(normal(6, 384), name, weight.scales), pack(weight).words)
-
-
-def test_packing_rounds_by_the_divisor_and_keeps_nan_apart() -> None:
-    fmt, x = lookup("int4_g32"), normal(2, 128)
-    scales = find_scales(x, fmt)
-    x[0, 3] = torch.nan
-    divided = dataclasses.replace(scales, divisor=scales.effective() * 0.5)
-    expected = quantize(x, fmt, divided).codes
-    codes = from_words(quantize_pack(x, fmt.name, divided), 4, 128, offset=True)
-    assert torch.equal(codes, expected) and codes[0, 3] == 0 and bool((expected != quantize(x, fmt).codes).any())
-    with pytest.raises(UnsupportedError, match="nf4_g64 weights cannot be packed"):
-        quantize_pack(x, "nf4_g64", find_scales(normal(2, 128), lookup("nf4_g64")))
-
-
-def test_opcheck_of_the_packing() -> None:
-    x, fmt = normal(3, 96), lookup("int4_g32_asym")
-    scales = find_scales(x, fmt)
-    given = (x, scales.effective(), scales.zero_point, fmt.name)
-    torch.library.opcheck(torch.ops.qat.quantize_pack.default, given)
-
-
 # --- what runs where ----------------------------------------------------------------------------------------------
-
-
-def test_only_two_element_types_per_block_keep_the_reference() -> None:
-    assert [name for name, fmt in CATALOG.items() if problem(fmt)] == ["if4"]
-    told = explain_training("if4")["qat::fake_quantize"]
-    assert told == {"kernel": "reference", "why": "its element type is chosen per block"}
-    assert "static" in explain_training("fp8_tensor")["qat::fake_quantize_input"]["why"]
-    with pytest.raises(FormatError, match="nearest: nvfp4"):
-        explain_training("nvpf4")
 
 
 def test_tiles_cover_the_matrix_and_stay_inside_blocks() -> None:
@@ -117,17 +72,6 @@ def test_tiles_cover_the_matrix_and_stay_inside_blocks() -> None:
             assert cut.block_rows % cut.tile_rows == 0 or cut.block_rows == 1, name
             assert cut.block_columns in (0, cut.tile_columns), name
             assert cut.segments * cut.segment >= cut.columns > (cut.segments - 1) * cut.segment, name
-
-
-def test_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    load_for_training()
-    here = "Triton kernels for fake_quantize," if torch.cuda.is_available() else "C kernels for fake_quantize_input"
-    assert here in capsys.readouterr().err or cpu_problem()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setenv("QAT_KERNELS", "0")
-    assert load() == []
-    load_for_training()
-    assert "no kernels (QAT_KERNELS=0): fake quantization runs its reference" in capsys.readouterr().err
 
 
 # --- the kernels themselves ---------------------------------------------------------------------------------------

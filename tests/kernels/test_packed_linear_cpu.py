@@ -2,15 +2,12 @@
 
 import copy
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from qat.errors import FormatError, UnsupportedError
-from qat.kernels import compiler
-from qat.kernels.explain import explain
 from qat.kernels.load import cpu_problem, load
 from qat.kernels.packed_linear.cpu import FEW, packed_linear
 from qat.kernels.packed_linear.cpu import problem as cpu_kernel_problem
@@ -225,43 +222,3 @@ def test_scales_are_found_again_by_row() -> None:
     weight = pack(q)
     assert weight.scales.shape == (6, 6) and weight.scales.t().is_contiguous()
     assert torch.equal(unpack(weight).dequantize(), q.dequantize())
-
-
-def test_what_runs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    few, many = explain("int4_g64", 1, 64, 64), explain("int4_g64", FEW + 1, 64, 64)
-    assert few["kernel"] == many["kernel"] == "c" and "registers" in few["why"] and "slices" in many["why"]
-    monkeypatch.setattr("qat.kernels.explain.cpu_problem", lambda: "no C compiler found")
-    told = explain("int4_g64", 1, 64, 64)
-    assert told["kernel"] == "reference" and "slower than BF16: no C compiler" in told["why"]
-
-
-def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QAT_CACHE", str(tmp_path / "cache"))
-    source = tmp_path / "broken.c"
-    source.write_text("int f( {")
-    with pytest.raises(OSError, match=r"cannot compile broken\.c: .*error"):
-        compiler.load_library(source)
-    monkeypatch.setattr(compiler, "compiler", lambda: None)
-    with pytest.raises(OSError, match="no C compiler found"):
-        compiler.load_library(source)
-    assert not [path for path in (tmp_path / "cache" / "kernels").iterdir() if path.suffix == ".so"]
-
-
-def test_a_damaged_library_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QAT_CACHE", str(tmp_path))
-    source = tmp_path / "one" / "one.c"
-    source.parent.mkdir()
-    source.write_text("int one(void) { return 1; }")
-    path = compiler._compiled(source, (*compiler.FLAGS, "-ffp-contract=fast"))
-    path.write_bytes(path.read_bytes()[:100])
-    assert compiler.load_library(source).one() == 1
-
-
-def test_a_slow_compiler_is_a_missing_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = tmp_path / "cc"
-    slow.write_text("#!/bin/sh\nsleep 30\n")
-    slow.chmod(0o755)
-    monkeypatch.setattr(compiler, "compiler", lambda: str(slow))
-    monkeypatch.setattr(compiler, "SECONDS", 0.2)
-    with pytest.raises(OSError, match=r"took more than 0\.2 s"):
-        compiler.load_library(tmp_path / "any.c")

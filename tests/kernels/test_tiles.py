@@ -56,6 +56,11 @@ def test_tiles_of_products(tokens: int, rows: int, x: str, w: str, operands: tup
     assert (tiles.block_n, tiles.block_m, tiles.segments, tiles.parallel) == (block_n, block_m, segments, parallel)
 
 
+def test_a_group_as_wide_as_a_row_is_one_scale_per_row() -> None:
+    assert [matmul.group(lookup("int4_g64"), columns) for columns in (32, 64, 65, 128)] == [0, 0, 64, 64]
+    assert matmul.group(lookup("int8_channel"), 128) == 0
+
+
 def test_two_stages_always_fit() -> None:
     """Into the shared memory of every GPU; fewer tokens per tile where they would not."""
     for shared in (227, 163, 99):

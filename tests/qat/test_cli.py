@@ -90,7 +90,7 @@ def test_formats_lists_the_catalogue(capsys: pytest.CaptureFixture[str]) -> None
 def test_errors_are_one_sentence_and_status_2(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.chdir(Path(__file__).parents[2])
     assert main(arguments) == 2
     printed = capsys.readouterr()
     assert message in printed.err and "Traceback" not in printed.err and not printed.out

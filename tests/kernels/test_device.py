@@ -9,7 +9,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qat.kernels.device import INTERPRETED, device_of, on_its_device
-from qat.kernels.load import KERNELS
 from tests.kernels.processes import in_a_process
 
 
@@ -39,18 +38,6 @@ def test_a_kernel_runs_with_its_tensors_device_current(monkeypatch: pytest.Monke
         launch(torch.empty(1), 3)
     assert [index for index, _ in seen] == [1, 0, 0] and current == [0]
     assert seen[0][1] == (None, there, "name") and seen[2][1][1] == 3
-
-
-def test_every_kernel_is_registered_with_the_guard(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qat.kernels import load
-
-    registered = {}
-    monkeypatch.setattr(torch.library, "register_kernel", lambda name, key, kernel: registered.update({name: kernel}))
-    monkeypatch.setattr(load, "_loaded", set())
-    for operator, files in KERNELS.items():
-        load.register(operator, "cuda", files["cuda"])
-    assert registered.keys() == {f"qat::{operator}" for operator in KERNELS}
-    assert all(kernel.__wrapped__.__name__ == name.removeprefix("qat::") for name, kernel in registered.items())
 
 
 def test_rules_ask_the_device_of_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None:

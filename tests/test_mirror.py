@@ -1,0 +1,89 @@
+"""Tests mirror the tree: a file's tests are where its path says, or stand in the table below with a reason.
+
+`qat/init/gptq.py` is tested by `tests/qat/init/test_gptq.py`. A folder that is one subject (a kernel, a target) may
+have one test file of the folder's name, and `<folder>/cpu.py` one called `test_<folder>_cpu.py`.
+"""
+
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+from tests.architecture_rules import FOLDERS, ROOT, Source, sources
+
+ELSEWHERE = {
+    "checkpoints/layouts/__init__.py": "checkpoints/layouts/test_target.py: a target is found by its folder",
+    "checkpoints/layouts/arguments.py": "checkpoints/layouts/test_support.py: both ways for every supported pair",
+    "checkpoints/layouts/kinds.py": "checkpoints/layouts/test_support.py: the words of the tables' rows",
+    "checkpoints/layouts/stored.py": "checkpoints/layouts/test_compressed_tensors.py: its streams of bits",
+    "checkpoints/matrices.py": "checkpoints/test_export.py: between sites and files, tested by what is written",
+    "checkpoints/names.py": "checkpoints/test_export_plan.py: names are half of the plan",
+    "checkpoints/positions.py": "trainers/test_limits.py: what a table of positions limits",
+    "checkpoints/record.py": "checkpoints/test_export.py: a record is read back from an export",
+    "engines/experts.py": "engines/test_transformers.py: experts that the engine serves",
+    "engines/front.py": "engines/test_serve.py: over a socket, as clients see it",
+    "engines/replies.py": "engines/test_serve.py: over a socket, as clients see it",
+    "kernels/fake_quantize_input/triton.py": "kernels/test_fake_quantize.py: one process interprets both",
+    "kernels/quantize_input/codes/triton.py": "kernels/test_quantize_input.py: the arithmetic of that kernel",
+    "kernels/quantize_pack/triton.py": "kernels/test_fake_quantize.py: one process interprets both",
+    "kernels/quantized_matmul/block_scaled/triton.py": "kernels/test_quantized_matmul.py: the same product elsewhere",
+    "qat/__init__.py": "test_imports.py: names that are found without importing the rest",
+    "qat/adapters/__init__.py": "qat/test_surgery.py: a list of files, tested by what is found through it",
+    "qat/adapters/embedding.py": "qat/test_quantizer.py: the modules that a quantizer meets first",
+    "qat/adapters/linear.py": "qat/test_quantizer.py: the modules that a quantizer meets first",
+    "qat/errors.py": "qat/test_config.py: types without code, and the nearest name",
+    "qat/numbers/catalog.py": "qat/numbers/test_format.py: literals, which parametrise the tests of everything else",
+    "qat/options.py": "qat/test_cli.py: options are half of the command",
+    "qat/sites.py": "qat/test_surgery.py: sites are what surgery leaves",
+    "trainers/analysis_plots.py": "trainers/test_analyze.py: pictures of the same analysis",
+    "trainers/device.py": "trainers/test_inspect.py: devices that people type",
+    "trainers/estimate_table.py": "trainers/test_estimate.py: the estimate as printed",
+    "trainers/exportable.py": "trainers/test_called.py: what is refused before the first step",
+    "trainers/fit.py": "trainers/test_run.py: the loop of a run",
+    "trainers/footprint.py": "trainers/test_estimate.py: one question, bytes and seconds",
+    "trainers/job.py": "configs/test_configs.py: every recipe is a job",
+    "trainers/machine.py": "trainers/test_machines.py: what is said of a machine that misbehaves",
+    "trainers/overlap.py": "trainers/test_data.py: compares two sets of rows",
+    "trainers/parts.py": "trainers/test_run.py: a dataclass",
+    "trainers/selfwritten.py": "trainers/test_data.py: text that the teacher writes is a source of data",
+}
+
+
+def places(path: str) -> list[str]:
+    """Test files, from the repository root, that may be this file's own."""
+    file = PurePosixPath("tests") / path
+    places = [file.parent / f"test_{file.stem}.py"]
+    if len(file.parts) > 3:
+        folder = file.parent
+        places += [folder.parent / f"test_{folder.name}.py", folder.parent / f"test_{folder.name}_{file.stem}.py"]
+    return [place.as_posix() for place in places]
+
+
+def untested(root: Path, source: Source) -> bool:
+    """Whether no test file has this file's name; an `__init__.py` that is only a docstring needs none."""
+    only_words = len(source.tree.body) == 1 and source.path.endswith("__init__.py")
+    return not only_words and not any((root / place).is_file() for place in places(source.path))
+
+
+SOURCES = [source for source in sources() if source.layer != "tests"]
+
+
+def test_every_file_is_tested_where_its_path_says() -> None:
+    missing = [s.path for s in SOURCES if untested(ROOT, s) and s.path not in ELSEWHERE]
+    assert not missing, f"give each a test file of its name, or a line in ELSEWHERE: {missing}"
+
+
+@pytest.mark.parametrize("path", ELSEWHERE)
+def test_the_table_is_true(path: str) -> None:
+    """The file is there, still without a test file of its own, and the one that is named exists."""
+    place, _, reason = ELSEWHERE[path].partition(": ")
+    assert any(source.path == path and untested(ROOT, source) for source in SOURCES)
+    assert (ROOT / "tests" / place).is_file() and reason
+
+
+def test_where_tests_are_looked_for(tmp_path: Path) -> None:
+    assert places("qat/scheme.py") == ["tests/qat/test_scheme.py"]
+    assert places("qat/init/gptq.py")[0] == "tests/qat/init/test_gptq.py"
+    assert "tests/kernels/test_packed_linear_cpu.py" in places("kernels/packed_linear/cpu.py")
+    assert "tests/checkpoints/layouts/test_fp8.py" in places("checkpoints/layouts/fp8/write.py")
+    assert untested(tmp_path, Source("qat/scheme.py", "x = 1")) and "qat" in FOLDERS
+    assert not untested(tmp_path, Source("qat/init/__init__.py", '"""Doc."""'))
