@@ -30,7 +30,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@echo "make quickstart     train, export, verify and sample the embedded 135M model"
-	@echo "make tutorials      docs/tutorials as printed, on the embedded model (10 minutes)"
+	@echo "make tutorials      docs/tutorials as printed, on the embedded model, in a temporary folder"
 	@echo "make test           set up, then ruff, mypy and the CPU tests"
 	@echo "make test-vllm      exports inside vLLM itself, in an environment of its own (x86-64 Linux, 3 GB)"
 	@echo "make test-versions  the CPU tests with other versions: $(VERSIONS) (x86-64 Linux, 7 GB and 15 minutes each)"
