@@ -61,6 +61,19 @@ def test_a_group_as_wide_as_a_row_is_one_scale_per_row() -> None:
     assert matmul.group(lookup("int8_channel"), 128) == 0
 
 
+@pytest.mark.parametrize(
+    ("x", "w", "capability", "kilobytes"),
+    [
+        ("nvfp4", "nvfp4", 90, 8),  # 64 rows of 32 words, 16 tokens of 128 FP16 operands
+        ("fp8_token", "fp8_channel", 80, 20),  # 64 rows and 16 tokens of 128 FP16 operands
+        ("int8_token", "int8_channel", 90, 10),  # the same in bytes
+    ],
+)
+def test_a_stage_is_what_one_step_reads(x: str, w: str, capability: int, kilobytes: int) -> None:
+    tiles = matmul.choose(1, 4096, 4096, lookup(x), lookup(w), Device(capability, 132, 227 * 1024))
+    assert tiles.why.endswith(f"stages of {kilobytes} KB")
+
+
 def test_two_stages_always_fit() -> None:
     """Into the shared memory of every GPU; fewer tokens per tile where they would not."""
     for shared in (227, 163, 99):
