@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qat.adapters import candidates
 from qat.checkpoints.layouts.caches import TargetCache, cache_format, engine_flag
 from qat.checkpoints.layouts.reader import ExportedFolder
 from qat.checkpoints.layouts.target import Target
@@ -18,7 +19,7 @@ from qat.errors import CheckpointError, UnsupportedError
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.format import Format
 from qat.quantizer import InputQuantizer
-from qat.sites import CACHED, Quantizers, Site, candidates, sites
+from qat.sites import CACHED, Quantizers, Site, sites
 from qat.training.activations import static_part
 
 if TYPE_CHECKING:

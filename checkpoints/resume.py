@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qat.adapters import candidates
 from qat.checkpoints.folders import atomic_folder
 from qat.checkpoints.hf import ModelConfig, load_configured
 from qat.checkpoints.origin import is_path, locate
 from qat.config import load_yaml, validate
 from qat.errors import CheckpointError
 from qat.scheme import Rule, Scheme, upgraded
-from qat.sites import candidates
 from qat.surgery import apply
 
 BEST = "best"

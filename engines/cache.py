@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from qat.adapters import candidates
 from qat.errors import UnsupportedError
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales, quantize
 from qat.quantizer import InputQuantizer
-from qat.sites import CACHED, candidates, sites
+from qat.sites import CACHED, sites
 from qat.training.activations import vllm_scales
 
 _RULE = "vllm"  # whose arithmetic the rows follow

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qat.errors import TrainingError
-from qat.init.observers import Observer, RangeObserver
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales, quantize
+from qat.observers import Observer, RangeObserver
 from qat.training.activations import ActivationRule, fake_quantize_input, static_part
 from qat.training.gradients import Estimator
 from qat.training.ops import fake_quantize, quantized_linear

@@ -13,12 +13,12 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from qat.config import Strict
 from qat.families import Sets
-from qat.init.calibration import InitStep
 from qat.init.gptq import Gptq
-from qat.init.observers import Observer
 from qat.init.scales import ScaleSearch, Search
 from qat.init.smooth import Smooth
+from qat.init.step import InitStep
 from qat.numbers.catalog import lookup
+from qat.observers import Observer
 from qat.quantizer import Learn
 from qat.sites import Role
 from qat.training.activations import ActivationRule

@@ -6,7 +6,7 @@ calibration, initialisation, optimizer groups, export, evaluation) asks for `sit
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -148,45 +148,9 @@ class Quantized(nn.Module):
         return 0, 0
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A tensor that a rule of a scheme has to speak of, or may (keys and values).
-
-    Attributes:
-        path, role: as in `Site`.
-        module: path of the module that owns it.
-        slot: its description; of a tensor that no adapter knows, the parameter's name and shape.
-        adapter: who can quantize it; None where nobody can.
-    """
-
-    path: str
-    role: Role
-    module: str
-    slot: Slot
-    adapter: Adapter | None = field(default=None, compare=False)
-
-
 def site_path(module: str, slot: str) -> str:
     """What rules call a weight."""
     return module if slot == "weight" else f"{module}.{slot}"
-
-
-def candidates(model: nn.Module) -> Iterator[Candidate]:
-    """Every weight of two or more dimensions, and every cache, in the model's order; shared modules under each path."""
-    from qat.adapters import adapter_for
-
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Quantizer):
-            continue
-        adapter = adapter_for(module)
-        slots = {slot.name: slot for slot in adapter.slots(module)} if adapter is not None else {}
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() >= 2 and not name.endswith("bias"):  # experts have a bias each
-                known = slots.pop(name, None)
-                slot = known or Slot(name, "weight", tuple(parameter.shape))
-                yield Candidate(site_path(path, name), "weight", path, slot, adapter if known else None)
-        for slot in slots.values():
-            yield Candidate(path, slot.role, path, slot, adapter)
 
 
 def sites(model: nn.Module, *roles: Role) -> list[Site]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.adapters import unknown_kind
+from qat.adapters import Candidate, candidates, unknown_kind
 from qat.errors import ConfigError, FormatError, UnsupportedError
 from qat.families import find_family, fused_sets
 from qat.init.scales import initial_scales, shared_global_scale
@@ -20,7 +20,7 @@ from qat.numbers.catalog import lookup
 from qat.numbers.numerics import width_problem
 from qat.quantizer import InputQuantizer, WeightQuantizer
 from qat.scheme import Rule, Scheme
-from qat.sites import CACHED, Candidate, Quantizers, Role, candidates, sites
+from qat.sites import CACHED, Quantizers, Role, sites
 
 DENSE_BITS = 16.0  # what an unquantized weight costs in a BF16 checkpoint
 

@@ -14,8 +14,7 @@ The rooms of `qat`, every arrow an import (`errors` and `config` from anywhere, 
        |            |
       init  ------- +  <-  scheme  <-  surgery  what happens before step 1; the rules; putting it together
 
-    Two arrows go back, and are all that do: `sites` asks `adapters` for its list inside a function, and `quantizer` has
-    `init.observers` among its sources of scales.
+    No arrow goes back.
 """
 
 import ast
@@ -57,11 +56,12 @@ ROOMS = {
     "errors": set(),
     "config": set(),
     "families": set(),
-    "quantizer": {"numbers", "training", "init"},
-    "sites": {"numbers", "quantizer", "adapters"},
+    "observers": {"numbers"},
+    "quantizer": {"numbers", "training", "observers"},
+    "sites": {"numbers", "quantizer"},
     "modes": {"quantizer", "sites", "float32"},
     "float32": {"quantizer"},
-    "scheme": {"numbers", "training", "init", "quantizer", "sites", "families"},
+    "scheme": {"numbers", "training", "init", "observers", "quantizer", "sites", "families"},
     "surgery": {"numbers", "init", "adapters", "quantizer", "sites", "families", "scheme"},
 }
 

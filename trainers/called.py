@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from qat.adapters import candidates
 from qat.errors import UnsupportedError
-from qat.sites import candidates
 from qat.surgery import Coverage
 from qat.text import some
 from qat.trainers.packing import evaluating, model_inputs

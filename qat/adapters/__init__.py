@@ -1,12 +1,15 @@
 """The kinds of modules that can be quantized, one file each with an `ADAPTER`; a new kind is a new file here."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 
 from torch import nn
 
-from qat.sites import Adapter
+from qat.quantizer import Quantizer
+from qat.sites import Adapter, Role, Slot, site_path
 
 
 @cache
@@ -18,6 +21,40 @@ def _adapters() -> tuple[Adapter, ...]:
 def adapter_for(module: nn.Module) -> Adapter | None:
     """Who knows modules of this kind, or None."""
     return next((adapter for adapter in _adapters() if adapter.takes(module)), None)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A tensor that a rule of a scheme has to speak of, or may (keys and values).
+
+    Attributes:
+        path, role: as in `Site`.
+        module: path of the module that owns it.
+        slot: its description; of a tensor that no adapter knows, the parameter's name and shape.
+        adapter: who can quantize it; None where nobody can.
+    """
+
+    path: str
+    role: Role
+    module: str
+    slot: Slot
+    adapter: Adapter | None = field(default=None, compare=False)
+
+
+def candidates(model: nn.Module) -> Iterator[Candidate]:
+    """Every weight of two or more dimensions, and every cache, in the model's order; shared modules under each path."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Quantizer):
+            continue
+        adapter = adapter_for(module)
+        slots = {slot.name: slot for slot in adapter.slots(module)} if adapter is not None else {}
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() >= 2 and not name.endswith("bias"):  # experts have a bias each
+                known = slots.pop(name, None)
+                slot = known or Slot(name, "weight", tuple(parameter.shape))
+                yield Candidate(site_path(path, name), "weight", path, slot, adapter if known else None)
+        for slot in slots.values():
+            yield Candidate(path, slot.role, path, slot, adapter)
 
 
 def unknown_kind(module: nn.Module) -> str:

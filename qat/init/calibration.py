@@ -1,57 +1,21 @@
-"""What a few batches of text are for before training: activation ranges, and the steps that put weights and scales
-where training begins.
-
-A step is a frozen config class with `run`, in a file of its own in this folder; `Scheme.init` lists them in order.
-"""
+"""What a few batches of text are for before training: activation ranges, what weights are multiplied with, and the
+steps (`qat.init.step`) that put weights and scales where training begins."""
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from qat.config import Strict
 from qat.errors import FormatError
+from qat.init.scales import ScaleSearch
+from qat.init.step import Calibration, InitStep, Track
 from qat.modes import dense
 from qat.quantizer import SameTensor
 from qat.sites import Site, sites, weights
 
-Track = Callable[[dict[str, Site]], Iterable[tuple[str, Site]]]
 Batches = Iterable[dict[str, Tensor]]  # keyword arguments of the model
-
-
-@dataclass
-class Calibration:
-    """What a step has to work with.
-
-    Attributes:
-        model: with a scheme applied, and activation ranges fixed.
-        batches: of calibration text.
-        sites: the weights that the step is for, by path.
-        mean_square: of each channel of what a weight is multiplied with, by path.
-        track: goes over sites, and may show how far it is.
-    """
-
-    model: nn.Module
-    batches: list[dict[str, Tensor]]
-    sites: dict[str, Site]
-    mean_square: dict[str, Tensor]
-    track: Track = dict.items
-
-
-class InitStep(Strict):
-    """One step of an initialisation. `kind` is its name in `Scheme.init`; what it makes is said by the constants."""
-
-    MAKES_SCALES: ClassVar[bool] = False
-    WHOLE_MODEL: ClassVar[bool] = False
-
-    kind: str
-
-    def run(self, calibration: Calibration) -> str | None:
-        """Change weights or scales in place; returns a sentence for the user, or None."""
-        raise NotImplementedError
 
 
 class InitPlan(Protocol):
@@ -131,8 +95,6 @@ def initialise(
 
 def _with_scales(steps: tuple[InitStep, ...]) -> tuple[InitStep, ...]:
     """Where no step makes scales, they follow the format's own rule (round to nearest, RTN)."""
-    from qat.init.scales import ScaleSearch  # which is a step
-
     own_rule = () if any(step.MAKES_SCALES for step in steps) else (ScaleSearch(search="amax", weighted=False),)
     return (*steps, *own_rule)
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from qat.errors import FormatError
-from qat.init.calibration import Calibration, InitStep, input_products
+from qat.init.calibration import input_products
 from qat.init.scales import Search, search_scales, share_global_scales
+from qat.init.step import Calibration, InitStep
 from qat.numbers.format import Format
 from qat.numbers.numerics import Scales, rounded
 from qat.sites import Site

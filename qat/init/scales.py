@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import FormatError
-from qat.init.calibration import Calibration, InitStep
+from qat.init.step import Calibration, InitStep
 from qat.numbers.format import Format
 from qat.numbers.numerics import (
     Scales,

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from qat.errors import UnsupportedError
 from qat.families import find_family
-from qat.init.calibration import Calibration, InitStep, observe
+from qat.init.calibration import observe
+from qat.init.step import Calibration, InitStep
 from qat.modes import dense
 from qat.sites import weights
 

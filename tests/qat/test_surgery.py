@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from qat.adapters import candidates
 from qat.adapters.embedding import QatEmbedding
 from qat.adapters.linear import QatLinear
 from qat.errors import ConfigError, FormatError, UnsupportedError
@@ -16,7 +17,7 @@ from qat.numbers.catalog import lookup
 from qat.numbers.numerics import find_scales
 from qat.quantizer import InputQuantizer, WeightQuantizer
 from qat.scheme import Rule, Scheme, upgraded
-from qat.sites import candidates, weights
+from qat.sites import weights
 from qat.surgery import apply, plan, report, trained_together
 
 SIZES: dict[str, Any] = {

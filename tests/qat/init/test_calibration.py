@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from qat.errors import FormatError
 from qat.init import gptq
-from qat.init.calibration import InitStep, calibrate, initialise, input_products, observe
+from qat.init.calibration import calibrate, initialise, input_products, observe
 from qat.init.scales import initial_scales
+from qat.init.step import InitStep
 from qat.modes import dense
 from qat.numbers.catalog import lookup
 from qat.numbers.numerics import fake_quantize

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.ao.quantization.observer import MovingAverageMinMaxObserver
 
 from qat.errors import FormatError
-from qat.init.observers import Histogram, Observer, RangeObserver
 from qat.numbers.catalog import lookup
+from qat.observers import Histogram, Observer, RangeObserver
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

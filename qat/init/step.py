@@ -1,0 +1,45 @@
+"""One step of what happens before training: a frozen config class with `run`, in a file of its own in this folder;
+`Scheme.init` lists them in order."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from qat.config import Strict
+from qat.sites import Site
+
+Track = Callable[[dict[str, Site]], Iterable[tuple[str, Site]]]
+
+
+@dataclass
+class Calibration:
+    """What a step has to work with.
+
+    Attributes:
+        model: with a scheme applied, and activation ranges fixed.
+        batches: of calibration text.
+        sites: the weights that the step is for, by path.
+        mean_square: of each channel of what a weight is multiplied with, by path.
+        track: goes over sites, and may show how far it is.
+    """
+
+    model: nn.Module
+    batches: list[dict[str, Tensor]]
+    sites: dict[str, Site]
+    mean_square: dict[str, Tensor]
+    track: Track = dict.items
+
+
+class InitStep(Strict):
+    """One step of an initialisation. `kind` is its name in `Scheme.init`; what it makes is said by the constants."""
+
+    MAKES_SCALES: ClassVar[bool] = False
+    WHOLE_MODEL: ClassVar[bool] = False
+
+    kind: str
+
+    def run(self, calibration: Calibration) -> str | None:
+        """Change weights or scales in place; returns a sentence for the user, or None."""
+        raise NotImplementedError
