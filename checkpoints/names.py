@@ -84,7 +84,7 @@ def stored_names(model: "PreTrainedModel", names: Iterable[str] = ()) -> StoredN
         tensors[short], origins[short] = own[place], place
     apart = _in_parts(model, merged, parts, own)
     numbers = _row_numbers(merged)
-    ends = {place: (int(each[0, 0]), int(each[-1, -1])) for place, each in numbers.items()}
+    ends = {place: (int(each[0, 0, 0]), int(each[-1, -1, 0])) for place, each in numbers.items()}
     rows = _in_parts(model, numbers, parts, own)
     of_stacks = {name: rows_of for name, each in rows.items() if (rows_of := _rows_of(each, ends)) is not None}
     whole = set(stacks(model))
@@ -142,23 +142,28 @@ def _in_parts(
     return tensors
 
 
+_TWICE = 2
+
+
 def _row_numbers(merged: dict[str, Tensor]) -> dict[str, Tensor]:
-    """For every stack the numbers of its rows, over all stacks; they go the way that the rows go."""
+    """For every stack the numbers of its rows, over all stacks; they go the way that the rows go. Each stands twice,
+    because transformers 5.17 takes dimensions of one away."""
     numbers: dict[str, Tensor] = {}
     first = 0
     for place, tensor in merged.items():
         if tensor.dim() == 3:
             count = tensor.shape[0] * tensor.shape[1]
-            numbers[place] = torch.arange(first, first + count, device="cpu").view(*tensor.shape[:2], 1)
+            own = torch.arange(first, first + count, device="cpu").view(*tensor.shape[:2], 1)
+            numbers[place] = own.repeat(1, 1, _TWICE)
             first += count
     return numbers
 
 
 def _rows_of(numbers: Tensor, ends: dict[str, tuple[int, int]]) -> tuple[str, slice] | None:
     """The stack that consecutive row numbers belong to (`ends` are its first and last), and which of its rows."""
-    if numbers.shape[1:] != (1,) or not bool((numbers.diff(dim=0) == 1).all()):
+    if numbers.shape[1:] != (_TWICE,) or not bool((numbers.diff(dim=0) == 1).all()):
         return None
-    first, last = int(numbers[0]), int(numbers[-1])
+    first, last = int(numbers[0, 0]), int(numbers[-1, 0])
     return next(
         ((place, slice(first - low, last - low + 1)) for place, (low, high) in ends.items() if low <= first <= high),
         None,

@@ -187,6 +187,9 @@ class PackedQuantizer(HfQuantizer):
         quantize_caches(model, self.exported, "vllm", self.stored)
         for reason, paths in dense.items():
             warnings.warn(f"{some(paths, 1)}: {reason}", stacklevel=2)
+        for parameter in model.parameters():  # transformers 5.17 leaves what it renames in the type of the file
+            if parameter.dtype == torch.bfloat16 and model.dtype == torch.float32:
+                parameter.data = parameter.data.to(model.dtype)
         _warn_of_slow_paths(model)
         del self.exported, self.layers, self.experts  # open files: they would keep the model from being copied
         return model
