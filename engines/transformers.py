@@ -135,7 +135,8 @@ class PackedQuantizer(HfQuantizer):
             names = "|".join(re.escape(name) for name in (*self.stacks, *sorted(stored)))
             _expect(model, [rf"^(?:{names})\."])
 
-    def _pack_experts(self, model: "PreTrainedModel") -> None:
+    def _pack_experts(self, model: "PreTrainedModel", dense: dict[str, list[str]]) -> None:
+        """Put packed experts in their places; those that have to be dense are added to `dense`, by reason."""
         inputs = stack_inputs(self.exported, "vllm", self.stored.rows)
         with progress("packing experts", len(self.stacks)) as advance:
             for owner, stacks in self.stacks.items():
@@ -149,7 +150,9 @@ class PackedQuantizer(HfQuantizer):
                         q = TARGETS[self.exported.METHOD].unpack(self.exported.modules[path], tensors)
                         for number, one in enumerate(_one_by_one(q)):
                             first = (rows.start or 0) + number * high
-                            layer, _ = self._matrix(one, biases.get(first // high), model.dtype)
+                            layer, reason = self._matrix(one, biases.get(first // high), model.dtype)
+                            if reason is not None:
+                                _note_dense(dense, one, reason, path)
                             packed.setdefault(slot, {})[first // high, first] = layer
                 pack_experts(module, packed, inputs.get(owner, {}))
                 model.set_submodule(owner, module)
@@ -178,12 +181,11 @@ class PackedQuantizer(HfQuantizer):
                 except FormatError as error:
                     raise CheckpointError(f"{module.path}: {error}") from error
                 if reason is not None:
-                    what = f"{q.format.name} weights are dense, no faster than BF16: {reason}"
-                    dense.setdefault(what, []).append(path)
+                    _note_dense(dense, q, reason, path)
                 model.set_submodule(path, layer.train(stored.training))
                 advance(1)
         hook_inputs(model, self.exported, "vllm", {module.path: path for path, module in self.layers.items()})
-        self._pack_experts(model)
+        self._pack_experts(model, dense)
         quantize_caches(model, self.exported, "vllm", self.stored)
         for reason, paths in dense.items():
             warnings.warn(f"{some(paths, 1)}: {reason}", stacklevel=2)
@@ -224,6 +226,10 @@ def _expect(model: "PreTrainedModel", patterns: list[str]) -> None:
     """Let transformers find tensors in the file that it has no place for."""
     known = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     model._keys_to_ignore_on_load_unexpected = known | set(patterns)
+
+
+def _note_dense(dense: dict[str, list[str]], q: QTensor, reason: str, path: str) -> None:
+    dense.setdefault(f"{q.format.name} weights are dense, no faster than BF16: {reason}", []).append(path)
 
 
 def _check_names(model: "PreTrainedModel", exported: ExportedFolder, stored: StoredNames) -> None:

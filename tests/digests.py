@@ -136,7 +136,7 @@ def main() -> None:
         before = json.loads(given.before.read_text())
         different = sorted(name for name in found.keys() | before if found.get(name) != before.get(name))
         print("\n".join(f"{name}: {before.get(name)} -> {found.get(name)}" for name in different))
-        print(f"{len(found) - len(different)} equal, {len(different)} differ")
+        print(f"{len(found.keys() | before) - len(different)} equal, {len(different)} differ")
         sys.exit(bool(different))
 
 

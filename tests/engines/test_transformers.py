@@ -316,3 +316,11 @@ def test_experts_quantized_in_part_are_refused(tmp_path: Path) -> None:
         UnsupportedError, match=r"0\.down_proj\.weight is dense, but other experts of its layer are quantized"
     ):
         load_packed(tmp_path / "out")
+
+
+def test_experts_that_cannot_be_packed_are_named(tmp_path: Path) -> None:
+    source = tiny_model("qwen3_moe", tmp_path / "source", num_hidden_layers=1)
+    model = quantized(source, [pair_rules("int3_g32", None, "*.experts.*"), {"match": "*", "skip": "the rest"}])
+    quiet_export(model, source, tmp_path / "out")
+    with pytest.warns(UserWarning, match=r"experts\.\d.*int3_g32 weights are dense, no faster than BF16"):
+        load_packed(tmp_path / "out")
