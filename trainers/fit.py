@@ -60,6 +60,7 @@ def fit(
     )
     parts.student.train()
     trainer.fit(module)
+    parts.student.to(parts.device)  # Lightning leaves it on the CPU
     return loop
 
 

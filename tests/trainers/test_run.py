@@ -190,3 +190,9 @@ def test_a_smoothed_student_of_a_larger_teacher_is_exported_as_it_was_trained(tm
     export(job.folder, tmp_path / "out", "compressed-tensors")
     checked = verify(tmp_path / "out")
     assert checked.ok and "difference 0.0" in checked.checks[-1].detail
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_student_is_evaluated_where_it_was_trained(tmp_path: Path, model: Path) -> None:
+    report = train(load_job(write(tmp_path, model)), table=False)
+    assert "GPU" in report["machine"] or "NVIDIA" in report["machine"]
