@@ -35,8 +35,9 @@ def held() -> Held:
 
 
 def quantized(folder: Path, held: Held, weight: str, input: str | None = None) -> Any:
-    model = apply(load_model(folder).float(), usual(weight, input))
-    calibrate(model, [{"input_ids": held.rows(range(5))["input_ids"]}])
+    scheme = usual(weight, input)
+    model = apply(load_model(folder).float(), scheme)
+    calibrate(model, [{"input_ids": held.rows(range(5))["input_ids"]}], scheme)
     return model.eval()
 
 
