@@ -24,11 +24,11 @@ def _in_mode(quantizers: Sequence[Quantizer], mode: Mode) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def dense(model: nn.Module, inputs: bool = False) -> Iterator[None]:
-    """Weights, and with `inputs` everything else, pass through unquantized inside this context (inputs that are being
-    observed always do)."""
-    kinds = Quantizer if inputs else WeightQuantizer
-    with _in_mode([m for m in model.modules() if isinstance(m, kinds)], "dense"):
+def dense(model: nn.Module, inputs: bool = False, weights: bool = True) -> Iterator[None]:
+    """Weights, and with `inputs` everything else, or that alone, pass through unquantized inside this context (inputs
+    that are being observed always do)."""
+    every = [module for module in model.modules() if isinstance(module, Quantizer)]
+    with _in_mode([m for m in every if (weights if isinstance(m, WeightQuantizer) else inputs)], "dense"):
         yield
 
 
@@ -36,8 +36,9 @@ def dense(model: nn.Module, inputs: bool = False) -> Iterator[None]:
 def served(model: nn.Module) -> Iterator[None]:
     """The model as an export stores it, inside this context: what is not quantized has its BF16 value, unless the
     model keeps it in float32, and on a CPU each weight is quantized once instead of at every call. Nothing may be
-    trained inside."""
-    quantizers = [m for m in model.modules() if isinstance(m, WeightQuantizer) and m.start.device.type == "cpu"]
+    trained inside. What is dense stays dense."""
+    on_cpu = [m for m in model.modules() if isinstance(m, WeightQuantizer) and m.start.device.type == "cpu"]
+    quantizers = [quantizer for quantizer in on_cpu if quantizer.mode == "quantized"]
     on_grid, unrounded = {id(site.parameter) for site in sites(model, "weight")}, float32_names(model)
     own = {id(t): t for name, t in own_tensors(model).items() if t.is_floating_point() and name not in unrounded}
     originals = [(tensor, tensor.data) for key, tensor in own.items() if key not in on_grid]
