@@ -6,6 +6,7 @@ memory are the two streams, the block's dense outputs, and a copy of its weights
 """
 
 import contextlib
+import inspect
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -165,23 +166,25 @@ def walk(calibration: Calibration, steps: Sequence[BlockStep]) -> list[str | Non
     Raises:
         UnsupportedError: hidden states do not simply go from one numbered block to the next.
     """
-    model, batches = calibration.model, calibration.batches
+    model = calibration.model
+    batches = [_without_cache(model, batch) for batch in calibration.batches]
     modules = dict(model.named_modules())
-    paths = [path for path in dict.fromkeys(map(block_of, calibration.sites)) if path in modules and _numbered(path)]
-    calls, dense_stream = _record(model, batches, {path: modules[path] for path in paths})
+    lists = {parent for parent, _, number in map(_parted, map(block_of, calibration.sites)) if number.isdecimal()}
+    blocks = {path: m for path, m in modules.items() if _parted(path)[0] in lists and _parted(path)[2].isdecimal()}
+    calls, dense_stream = _record(model, batches, blocks)
     by_block: dict[str, dict[str, Site]] = {path: {} for path in calls}
     outside: dict[str, Site] = {}
     for path, site in calibration.sites.items():
         by_block.get(block_of(path), outside)[path] = site
     for step in steps:
         step.run_outside(replace(calibration, sites=outside))
-    served = [_entering(model, modules[next(iter(calls))], batch)[0] for batch in batches]
+    served = [_entering(model, blocks[next(iter(calls))], batch)[0] for batch in batches]
     counts: list[Counter[str]] = [Counter() for _ in steps]
-    tracked: dict[str, Any] = {path: modules[path] for path in calls}
+    tracked: dict[str, Any] = {path: blocks[path] for path in calls}
     for path, module in calibration.track(tracked):
         own = replace(calibration, sites=by_block[path])
         block = Block(path, module, own, calls.pop(path), dense_stream, served)
-        for step, total in zip(steps, counts, strict=True):
+        for step, total in zip(steps if own.sites else (), counts, strict=False):
             total.update(step.run_block(block))
             torch.clear_autocast_cache()
         dense_stream = block.target
@@ -190,8 +193,13 @@ def walk(calibration: Calibration, steps: Sequence[BlockStep]) -> list[str | Non
     return [step.sentence(total) for step, total in zip(steps, counts, strict=True)]
 
 
+def _without_cache(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """A cache would grow at every further call of a block."""
+    return {**batch, "use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else batch
+
+
 def _record(
-    model: nn.Module, batches: Sequence[dict[str, Tensor]], blocks: dict[str, nn.Module]
+    model: nn.Module, batches: Sequence[dict[str, Any]], blocks: dict[str, nn.Module]
 ) -> tuple[dict[str, list[Call]], list[Tensor]]:
     """How the dense model calls its blocks, by path in their order, and the hidden states that enter the first."""
     calls: dict[str, list[Call]] = {}
@@ -235,11 +243,11 @@ def _record(
         for handle in handles:
             handle.remove()
     if not calls:
-        raise UnsupportedError(f"{type(model).__name__} has no numbered blocks with quantized weights; {_INSTEAD}")
+        raise UnsupportedError(f"{type(model).__name__} calls no numbered blocks with quantized weights; {_INSTEAD}")
     return calls, entering
 
 
-def _entering(model: nn.Module, first: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
+def _entering(model: nn.Module, first: nn.Module, batch: dict[str, Any]) -> list[Tensor]:
     """The hidden states that enter the first block of the model as it is now."""
     found: list[Tensor] = []
 
@@ -270,5 +278,5 @@ def block_of(path: str) -> str:
     return ".".join(names[: number + 1])
 
 
-def _numbered(path: str) -> bool:
-    return path.rpartition(".")[2].isdecimal()
+def _parted(path: str) -> tuple[str, str, str]:
+    return path.rpartition(".")

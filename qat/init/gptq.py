@@ -100,9 +100,7 @@ def inverse(gram: Tensor) -> Inverse:
     zero = diagonal == 0
     diagonal[zero] = 1.0
     damping = DAMPING * diagonal.mean()
-    for attempt in range(
-        4
-    ):  # float32 sums over few tokens may leave a negative direction: damp more
+    for attempt in range(4):  # float32 sums over few tokens may leave a negative direction: damp more
         diagonal += damping
         factor, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
