@@ -33,6 +33,18 @@ def dense(model: nn.Module, inputs: bool = False, weights: bool = True) -> Itera
 
 
 @contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Each weight is quantized once inside this context, at its first use; nothing may be changed inside."""
+    quantizers = [m for m in model.modules() if isinstance(m, WeightQuantizer)]
+    try:
+        with _in_mode(quantizers, "frozen"):
+            yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.forget()
+
+
+@contextlib.contextmanager
 def served(model: nn.Module) -> Iterator[None]:
     """The model as an export stores it, inside this context: what is not quantized has its BF16 value, unless the
     model keeps it in float32, and on a CPU each weight is quantized once instead of at every call. Nothing may be
