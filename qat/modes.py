@@ -1,7 +1,7 @@
 """The modes of all quantizers of a model at once: unquantized for a comparison, or as a server holds it."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -42,6 +42,17 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for quantizer in quantizers:
             quantizer.forget()
+
+
+@contextlib.contextmanager
+def only(model: nn.Module, paths: Collection[str], others: bool = False) -> Iterator[None]:
+    """Everything passes through unquantized inside this context but the weights of these paths and what they are
+    multiplied with; with `others`, nothing does but those."""
+    named = [site for site in sites(model, "weight") if site.path in paths]
+    chosen = {id(quantizer) for site in named for quantizer in (site.quantizer, site.input)}
+    every = [module for module in model.modules() if isinstance(module, Quantizer)]
+    with _in_mode([quantizer for quantizer in every if (id(quantizer) in chosen) == others], "dense"):
+        yield
 
 
 @contextlib.contextmanager
