@@ -27,8 +27,8 @@ from tests.tiny import tiny_model
 from tests.trainers.jobs import curve, metrics, saved_steps, write
 
 ROTATED = {  # a state that more than numbers belong to
-    "rules": [{"match": "*_proj", "weight": "mxfp4", "input": "mxfp4"}, {"match": "*", "skip": "kept in BF16"}],
-    "init": ["smooth", "hadamard", "gptq"],
+    "rules": [{"match": "*_proj", "weight": "nvfp4", "input": "nvfp4"}, {"match": "*", "skip": "kept in BF16"}],
+    "init": ["smooth", {"kind": "hadamard", "size": 16}, "gptq"],
 }
 
 

@@ -4,7 +4,6 @@ One group per size of block: `weight_input` is what happened to the stored weigh
 to whatever reaches the layer, before it is quantized. Nothing is stored: the matrix is Sylvester's.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from qat.errors import CheckpointError, UnsupportedError
@@ -32,7 +31,7 @@ def transform_config(targets: dict[int, list[str]]) -> dict[str, Any]:
     return {"config_groups": groups}
 
 
-def rotations(config: Any, where: str) -> list[tuple[int, Sequence[str], Sequence[str]]]:
+def rotations(config: Any, where: str) -> list[tuple[int, list[str], list[str]]]:
     """(size, targets, ignored) of each rotation of inputs.
 
     Raises:
