@@ -19,7 +19,7 @@ from qat.init.calibration import initialise, observe, unreached
 from qat.modes import dense
 from qat.numbers.numerics import qsnr
 from qat.sites import Site, weights
-from qat.surgery import Coverage, apply, report
+from qat.surgery import Coverage, apply, report, rotate_inputs
 from qat.trainers import claim, limits, why
 from qat.trainers.callbacks import Keeper
 from qat.trainers.called import check_called
@@ -105,6 +105,7 @@ def _train(job: Job, resume_run: bool, console: Console, interruptions: Interrup
         if job.eval.why:
             why.keep_start(run, parts.student)
     else:
+        rotate_inputs(parts.student, job.scheme)
         claim.check_text(saved, text, job.steps, console)
         keeper = Keeper(run, job, choosing, saved["best"])
     saved.update(text=text, steps=job.steps)
