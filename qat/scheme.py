@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from qat.config import Strict
 from qat.families import Sets
 from qat.init.gptq import Gptq
+from qat.init.permute import Permute
 from qat.init.scales import ScaleSearch, Search
 from qat.init.smooth import Smooth
 from qat.init.step import InitStep
@@ -25,7 +26,7 @@ from qat.training.activations import ActivationRule
 from qat.training.gradients import Estimator
 
 TiedPolicy = Literal["error", "share", "untie"]
-_Step = Annotated[ScaleSearch | Gptq | Smooth, Field(discriminator="kind")]
+_Step = Annotated[ScaleSearch | Gptq | Smooth | Permute, Field(discriminator="kind")]
 
 
 def _by_name(step: Any) -> Any:
@@ -100,9 +101,10 @@ class Scheme(Strict):
     trained.
 
     Attributes:
-        init: steps before the first one of training, in order: `smooth` (see `qat.init.smooth`), `scales` (a search for
-            block scales) or `gptq` (that, and error-compensated rounding); each by its name, or as a table with
-            `kind`. An empty list leaves scales at the format's own rule (RTN). All but that need calibration.
+        init: steps before the first one of training, in order: `smooth` and `permute` (see these files of `qat.init`),
+            `scales` (a search for block scales) or `gptq` (that, and error-compensated rounding); each by its name, or
+            as a table with `kind`. An empty list leaves scales at the format's own rule (RTN). All but that need
+            calibration.
         learn: "none" keeps the scales; "lsq" learns one scale per block; "dual_lsq" learns separate scales for
             rounding and for dequantizing (only the second is stored).
         observer: how static activation ranges are found.
@@ -131,6 +133,18 @@ class Scheme(Strict):
             steps = upgraded(data)["init"]
             raise ValueError(f"{', '.join(given)} became `init`, a list of steps; write init: {_as_yaml(steps)}")
         return data
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "Scheme":
+        made = [step.kind for step in self.init if step.MAKES_SCALES]
+        first = next((index for index, step in enumerate(self.init) if step.MAKES_SCALES), len(self.init))
+        late = [step.kind for step in self.init[first:] if step.WHOLE_MODEL]
+        if late:
+            raise ValueError(
+                f"{', '.join(late)} in scheme.init comes after {made[0]}, whose scales would no longer fit; "
+                f"put {made[0]} last"
+            )
+        return self
 
     def rule_for(self, path: str, module: str = "", role: Role = "weight") -> Rule | None:
         """The first rule that speaks of a tensor, by its own path or its module's; or None."""
