@@ -15,6 +15,7 @@ from qat.config import Strict
 from qat.families import Sets
 from qat.init.gptq import Gptq
 from qat.init.hadamard import Hadamard
+from qat.init.permute import Permute
 from qat.init.scales import ScaleSearch, Search
 from qat.init.smooth import Smooth
 from qat.init.step import InitStep
@@ -26,7 +27,7 @@ from qat.training.activations import ActivationRule
 from qat.training.gradients import Estimator
 
 TiedPolicy = Literal["error", "share", "untie"]
-_Step = Annotated[ScaleSearch | Gptq | Smooth | Hadamard, Field(discriminator="kind")]
+_Step = Annotated[ScaleSearch | Gptq | Smooth | Permute | Hadamard, Field(discriminator="kind")]
 
 
 def _by_name(step: Any) -> Any:
@@ -45,7 +46,9 @@ def _in_order(steps: tuple[InitStep, ...]) -> tuple[InitStep, ...]:
         after = [step.kind for step in steps[place + 1 :] if step.WHOLE_MODEL and not step.MAKES_SCALES]
         if before or after or len(places) > 1:
             wrong = f"`{before[0]}` before it" if before else f"`{after[0]}` after it" if after else "it twice"
-            raise ValueError(f"hadamard stands once, after smooth and before scales or gptq; init has {wrong}")
+            raise ValueError(
+                f"hadamard stands once, after smooth and permute and before scales or gptq; init has {wrong}"
+            )
     return steps
 
 
@@ -115,10 +118,10 @@ class Scheme(Strict):
     trained.
 
     Attributes:
-        init: steps before the first one of training, in order: `smooth` (see `qat.init.smooth`), `scales` (a search for
-            block scales), `gptq` (that, and error-compensated rounding), `hadamard` (see `qat.init.hadamard`); each by
-            its name, or as a table with `kind`. An empty list leaves scales at the format's own rule (RTN). All but
-            that need calibration.
+        init: steps before the first one of training, in order: `smooth` and `permute` (see these files of `qat.init`),
+            `hadamard` (see `qat.init.hadamard`), `scales` (a search for block scales) or `gptq` (that, and
+            error-compensated rounding); each by its name, or as a table with `kind`. An empty list leaves scales at the
+            format's own rule (RTN). All but that need calibration.
         learn: "none" keeps the scales; "lsq" learns one scale per block; "dual_lsq" learns separate scales for
             rounding and for dequantizing (only the second is stored).
         observer: how static activation ranges are found.
@@ -147,6 +150,18 @@ class Scheme(Strict):
             steps = upgraded(data)["init"]
             raise ValueError(f"{', '.join(given)} became `init`, a list of steps; write init: {_as_yaml(steps)}")
         return data
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "Scheme":
+        made = [step.kind for step in self.init if step.MAKES_SCALES]
+        first = next((index for index, step in enumerate(self.init) if step.MAKES_SCALES), len(self.init))
+        late = [step.kind for step in self.init[first:] if step.WHOLE_MODEL]
+        if late:
+            raise ValueError(
+                f"{', '.join(late)} in scheme.init comes after {made[0]}, whose scales would no longer fit; "
+                f"put {made[0]} last"
+            )
+        return self
 
     def rule_for(self, path: str, module: str = "", role: Role = "weight") -> Rule | None:
         """The first rule that speaks of a tensor, by its own path or its module's; or None."""
