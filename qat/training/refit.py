@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qat.numbers.format import Format
-from qat.numbers.numerics import Scales, per_block, rounded, to_blocks
+from qat.numbers.numerics import Scales, rounded, to_blocks
 from qat.numbers.scale import TINY, select
 
 TRIALS = (0.8, 0.9, 1.0, 1.1, 1.25)  # around the scale in force; weights move little between two refits
