@@ -16,6 +16,7 @@ from qat.families import Sets
 from qat.init.gptq import Gptq
 from qat.init.hadamard import Hadamard
 from qat.init.permute import Permute
+from qat.init.reconstruct import Reconstruct
 from qat.init.scales import ScaleSearch, Search
 from qat.init.smooth import Smooth
 from qat.init.step import InitStep
@@ -27,7 +28,7 @@ from qat.training.activations import ActivationRule
 from qat.training.gradients import Estimator
 
 TiedPolicy = Literal["error", "share", "untie"]
-_Step = Annotated[ScaleSearch | Gptq | Smooth | Permute | Hadamard, Field(discriminator="kind")]
+_Step = Annotated[ScaleSearch | Gptq | Reconstruct | Smooth | Permute | Hadamard, Field(discriminator="kind")]
 
 
 def _by_name(step: Any) -> Any:

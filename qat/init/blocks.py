@@ -64,8 +64,11 @@ class Block:
     def run(self, hidden: Tensor, index: int) -> Tensor:
         """What the block as it is now makes of hidden states of batch `index`."""
         args, kwargs = self.calls[index]
-        named = _HIDDEN in kwargs
-        output = self.module(*args, **{**kwargs, _HIDDEN: hidden}) if named else self.module(hidden, *args, **kwargs)
+        if _HIDDEN in kwargs:
+            kwargs = {**kwargs, _HIDDEN: hidden}
+        else:
+            args = (hidden, *args)
+        output = self.module(*args, **kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
