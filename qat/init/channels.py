@@ -19,10 +19,10 @@ Axes = tuple[int | None, ...]  # of each dimension; None where its order means n
 
 _ACTIVATIONS = ("elu", "gelu", "hardswish", "leaky_relu", "mish", "relu", "relu6", "sigmoid", "silu", "tanh")
 _ARITHMETIC = ("add", "addcmul", "sub", "mul", "div", "truediv", "true_divide", "pow", "square", "sqrt", "rsqrt", "exp")
-_ARITHMETIC += ("log", "erf", "abs", "neg", "positive", "reciprocal", "clamp", "clip", "maximum", "minimum", "where")
+_MORE = ("log", "erf", "abs", "neg", "positive", "reciprocal", "clamp", "clip", "maximum", "minimum", "where")
 _COPIES = ("to", "type", "type_as", "float", "half", "bfloat16", "clone", "contiguous", "detach", "dropout")
-_COPIES += ("softplus", "zeros_like", "ones_like", "empty_like", "nan_to_num", "softmax", "log_softmax", "normalize")
-_ALIKE = frozenset((*_ACTIVATIONS, *_ARITHMETIC, *_COPIES))
+_EVENLY = ("softplus", "zeros_like", "ones_like", "empty_like", "nan_to_num", "softmax", "log_softmax", "normalize")
+_ALIKE = frozenset((*_ACTIVATIONS, *_ARITHMETIC, *_MORE, *_COPIES, *_EVENLY))
 _SUMS = frozenset(("mean", "sum", "var", "std", "norm", "amax", "vector_norm"))
 _VIEWS = frozenset(("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand"))
 _SWAPS = frozenset(("transpose", "swapaxes", "permute", "t"))
