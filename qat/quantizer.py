@@ -22,8 +22,9 @@ from qat.observers import Observer, RangeObserver
 from qat.training.activations import ActivationRule, fake_quantize_input, static_part
 from qat.training.gradients import Estimator
 from qat.training.ops import fake_quantize, quantized_linear
+from qat.training.refit import refit
 
-Learn = Literal["none", "lsq", "dual_lsq"]
+Learn = Literal["none", "lsq", "dual_lsq", "refit"]
 Mode = Literal["quantized", "dense", "frozen"]
 Transform = Callable[[Tensor], Tensor]
 
@@ -107,7 +108,7 @@ class WeightQuantizer(Quantizer):
         for name in ("start", "global_scale", "zero_point", "choice"):
             self.register_buffer(name, None)
         zeros = torch.zeros(scales.stored.shape, device=scales.stored.device)
-        self.log_scale = nn.Parameter(zeros) if learn != "none" else None
+        self.log_scale = nn.Parameter(zeros) if learn in ("lsq", "dual_lsq") else None
         self.log_divisor = nn.Parameter(zeros.clone()) if learn == "dual_lsq" else None
         self._value: Tensor | None = None
         self.set_scales(scales)
@@ -119,6 +120,20 @@ class WeightQuantizer(Quantizer):
         for correction in (self.log_scale, self.log_divisor):
             if correction is not None:
                 nn.init.zeros_(correction)
+
+    @torch.no_grad()
+    def refit(self, weight: Tensor, importance: Tensor | None = None) -> None:
+        """Move the scales to where `weight` (..., rows, columns) loses least now, see `qat.training.refit`; in place.
+
+        Args:
+            importance: of each weight's error; unused where transforms mix the columns that it speaks of.
+        """
+        with torch.autocast(weight.device.type, enabled=False):
+            importance = None if self.transforms else importance
+            found = refit(self.transformed(weight), self.format, self._stored(self._latent()), importance)
+            self.start.copy_(found.effective())
+        if self.zero_point is not None and found.zero_point is not None:
+            self.zero_point.copy_(found.zero_point)
 
     def _latent(self) -> Tensor:
         return self.start if self.log_scale is None else self.start * self.log_scale.exp()
