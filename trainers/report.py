@@ -45,6 +45,7 @@ class RunReport:
         machine: accelerator, or CPU and threads.
         finished_at: ISO 8601, UTC.
         qsnr: (layer, dB at the start, dB after training), each against the weights that were quantized.
+        rates: (learning rate, KL on the text that decides) of those that `optim.lr: auto` tried.
         texts: what was read of the training and the held-out text, and what of it was left out.
     """
 
@@ -74,6 +75,7 @@ class RunReport:
     qsnr: list[tuple[str, float, float]] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
     caches: list[tuple[str, str, int, float, float]] = field(default_factory=list)
+    rates: list[list[float]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `report.json`: plain JSON values, with None for what is not a finite number."""
@@ -232,6 +234,7 @@ def _provenance(report: dict[str, Any]) -> list[str]:
         "method": f"{report['method']}, seed {report['seed']}, precision {report['precision']}",
         "training": f"{trained} ({speed})",
         "student": f"step {report['best_step']:,}, the one with the lowest held-out KL (chosen on this text)",
+        **_rates(report.get("rates") or []),
         "machine": f"{report['machine']}; peak memory {size(report['peak_memory_bytes'])}",
         "versions": versions,
         **{f"{name} text": text for name, text in report.get("texts", {}).items()},
@@ -240,6 +243,13 @@ def _provenance(report: dict[str, Any]) -> list[str]:
         "finished": report["finished_at"],
     }
     return [f"- {name}: {value}" for name, value in facts.items()]
+
+
+def _rates(tried: list[list[float]]) -> dict[str, str]:
+    """What `optim.lr: auto` tried, the chosen one first."""
+    best = sorted(tried, key=lambda pair: (math.inf if pair[1] is None else pair[1], pair[0]))
+    said = ", ".join(f"{rate:.3g} (KL {_cell(kl, '{:.4f}')})" for rate, kl in best)
+    return {"learning rate": f"{said}; the first was chosen after a few steps with each"} if tried else {}
 
 
 def print_table(report: RunReport, console: "Console") -> None:
