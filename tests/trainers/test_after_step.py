@@ -19,7 +19,7 @@ def trained(learn: str, config: OptimConfig, model: nn.Module | None = None) -> 
     """A model and its optimizer after one step."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64)) if model is None else model
-    rules = ({"match": "0", "weight": "int4_g32"}, {"match": "1", "skip": "stays"})
+    rules = ({"match": "0", "weight": "int4_g32"}, {"match": "*", "skip": "stays"})
     apply(model, Scheme.model_validate({"rules": rules, "learn": learn, "init": []}))
     optimizer = build(model, config)
     model(torch.randn(16, 64)).square().sum().backward()
