@@ -125,6 +125,8 @@ class Scheme(Strict):
             format's own rule (RTN). All but that need calibration.
         learn: "none" keeps the scales; "lsq" learns one scale per block; "dual_lsq" learns separate scales for
             rounding and for dequantizing (only the second is stored).
+            "refit" finds the best scale for the weights every few steps (`optim.refit_every`).
+        learn_inputs: learn the ranges of static input formats (one scale per tensor) from where calibration put them.
         observer: how static activation ranges are found.
         activation_rule: whose arithmetic dynamic activations follow.
         estimator: gradient of rounding for inputs; weights always pass straight through.
@@ -136,6 +138,7 @@ class Scheme(Strict):
     rules: tuple[Rule, ...]
     init: Init = (ScaleSearch(),)
     learn: Learn = "dual_lsq"
+    learn_inputs: bool = False
     observer: Observer = "minmax"
     activation_rule: ActivationRule = "vllm"
     estimator: Estimator = "clipped"
@@ -162,6 +165,19 @@ class Scheme(Strict):
                 f"{', '.join(late)} in scheme.init comes after {made[0]}, whose scales would no longer fit; "
                 f"put {made[0]} last"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _ranges_exist(self) -> "Scheme":
+        inputs = sorted({rule.input for rule in self.rules if rule.input is not None})
+        if self.learn_inputs and not any(lookup(name).is_static for name in inputs):
+            raise ValueError(
+                f"learn_inputs: no rule has an input format with one scale per tensor (fp8_tensor, int8_tensor), but "
+                f"{', '.join(inputs) or 'none'}. Scales that follow the data are the engine's, which has no factor to "
+                "learn; the per-tensor part of NVFP4 is a power of two that only places its block scales"
+            )
+        if self.learn_inputs and self.activation_rule != "vllm":
+            raise ValueError(f"learn_inputs needs activation_rule: vllm, not {self.activation_rule}")
         return self
 
     def rule_for(self, path: str, module: str = "", role: Role = "weight") -> Rule | None:

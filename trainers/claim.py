@@ -28,7 +28,7 @@ from qat.errors import CheckpointError, ConfigError
 from qat.trainers import report
 from qat.trainers.data import DataConfig
 from qat.trainers.job import JOB, Job, recorded
-from qat.trainers.optim import schedule
+from qat.trainers.optim import best_rate, schedule
 from qat.trainers.sources import BUILT_IN
 
 LOCK, METRICS = ".lock", "metrics.csv"
@@ -199,7 +199,7 @@ def take_up(run: Path, job: Job, console: Console) -> dict[str, Any]:
         raise ConfigError(f"steps={job.steps}, but {state['step']} steps of {run} are done; give at least as many")
     state.setdefault("steps", old.steps)
     if job.steps != state["steps"]:
-        _say_schedule(job, state["steps"], state["step"], console)
+        _say_schedule(job, state, console)
     _clear_unfinished(run / "checkpoints")
     _record(run, job)
     return state
@@ -236,8 +236,10 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path} was {old!r}, now {new!r}"]
 
 
-def _say_schedule(job: Job, before: int, step: int, console: Console) -> None:
-    was, now = (schedule(job.optim, step, steps) * job.optim.lr for steps in (before, job.steps))
+def _say_schedule(job: Job, state: dict[str, Any], console: Console) -> None:
+    before, step = state["steps"], state["step"]
+    peak = best_rate(state["rates"]) if job.optim.lr == "auto" else job.optim.lr
+    was, now = (schedule(job.optim, step, steps) * peak for steps in (before, job.steps))
     console.print(
         f"steps: {before} -> {job.steps}. {step} are done; the learning rate, which would be {was:.3g} now, is "
         f"{now:.3g} and falls to its end at step {job.steps}",

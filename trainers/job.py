@@ -13,7 +13,7 @@ from qat.trainers.data import DataConfig
 from qat.trainers.evaluate import EvalConfig
 from qat.trainers.optim import OptimConfig
 from qat.trainers.sources import overlapping
-from qat.training.losses import CrossEntropy, ForwardKL, Loss
+from qat.training.objectives import CrossEntropy, ForwardKL, Loss
 
 JOB = "job.yaml"  # of a run's folder
 Precision = Literal["auto", "fp32", "bf16-mixed"]

@@ -46,6 +46,7 @@ class RunReport:
         machine: accelerator, or CPU and threads.
         finished_at: ISO 8601, UTC.
         qsnr: (layer, dB at the start, dB after training), each against the weights that were quantized.
+        rates: (learning rate, KL on the text that decides) of those that `optim.lr: auto` tried.
         texts: what was read of the training, the held-out and the choosing text, and what of it was left out.
         choosing: "ptq", "best_ptq" and "student" on the text that decided; empty where that was the held-out text.
         choosing_hash: digest of its rows.
@@ -81,6 +82,7 @@ class RunReport:
     choosing: list[Row] = field(default_factory=list)
     choosing_hash: str = ""
     why: dict[str, Any] = field(default_factory=dict)
+    rates: list[list[float]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `report.json`: plain JSON values, with None for what is not a finite number."""
@@ -241,6 +243,7 @@ def _provenance(report: dict[str, Any]) -> list[str]:
         "method": f"{report['method']}, seed {report['seed']}, precision {report['precision']}",
         "training": f"{trained} ({speed})",
         "student": f"step {report['best_step']:,}, the one with the lowest {_chosen(report)}",
+        **_rates(report.get("rates") or []),
         "machine": f"{report['machine']}; peak memory {size(report['peak_memory_bytes'])}",
         "versions": versions,
         **{f"{name} text": text for name, text in report.get("texts", {}).items()},
@@ -259,6 +262,13 @@ def _chosen(report: dict[str, Any]) -> str:
         return "held-out KL (chosen on the very text that is reported, which flatters it)"
     path = " → ".join(_cell(rows[name], "{:.4f}") for name in ("ptq", "best_ptq", "student"))
     return f"KL on the choosing text ({path}: RTN, initialisation, student), which is not reported above"
+
+
+def _rates(tried: list[list[float]]) -> dict[str, str]:
+    """What `optim.lr: auto` tried, the chosen one first."""
+    best = sorted(tried, key=lambda pair: (math.inf if pair[1] is None else pair[1], pair[0]))
+    said = ", ".join(f"{rate:.3g} (KL {_cell(kl, '{:.4f}')})" for rate, kl in best)
+    return {"learning rate": f"{said}; the first was chosen after a few steps with each"} if tried else {}
 
 
 def print_table(report: RunReport, console: "Console") -> None:

@@ -20,7 +20,7 @@ from qat.modes import dense
 from qat.numbers.numerics import qsnr
 from qat.sites import Site, weights
 from qat.surgery import Coverage, apply, report, rotate_inputs
-from qat.trainers import claim, limits, why
+from qat.trainers import claim, limits, rates, why
 from qat.trainers.callbacks import Keeper
 from qat.trainers.called import check_called
 from qat.trainers.data import Batches, Blocks, load_blocks
@@ -109,6 +109,7 @@ def _train(job: Job, resume_run: bool, console: Console, interruptions: Interrup
         claim.check_text(saved, text, job.steps, console)
         keeper = Keeper(run, job, choosing, saved["best"])
     saved.update(text=text, steps=job.steps)
+    job = rates.settled(job, parts, keeper.evaluator, saved, console)
     loop = fit(job, parts, keeper, saved, resume.last_state(run) if resume_run else None, interruptions, loggers)
     if interruptions.signal is not None:
         raise interruptions.stop()
@@ -159,7 +160,7 @@ def _load(job: Job, source: Path, reference: Path, console: Console) -> Parts:
         name = "activation_checkpointing_enable"
         getattr(student, name if hasattr(student, name) else "gradient_checkpointing_enable")({"use_reentrant": False})
     apply(student, job.scheme, defer_init=True)
-    freeze(student, job.optim.freeze)
+    freeze(student, job.optim)
     dtype = torch.bfloat16 if mixed else None
     rows = (train_rows, heldout, calibration, choosing)
     return Parts(student.to(device), teacher, *rows, coverage, device, dtype, parameters)
@@ -339,6 +340,7 @@ def _report(
         precision="bf16-mixed" if parts.dtype is torch.bfloat16 else "fp32",
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         qsnr=_qsnr(parts),
+        rates=saved.get("rates", []),
     )
 
 

@@ -17,24 +17,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 Axes = tuple[int | None, ...]  # of each dimension; None where its order means nothing (batch, or size 1)
 
-_ACTIVATIONS = (
-    "elu",
-    "gelu",
-    "hardswish",
-    "leaky_relu",
-    "mish",
-    "relu",
-    "relu6",
-    "sigmoid",
-    "silu",
-    "softplus",
-    "tanh",
-)
+_ACTIVATIONS = ("elu", "gelu", "hardswish", "leaky_relu", "mish", "relu", "relu6", "sigmoid", "silu", "tanh")
 _ARITHMETIC = ("add", "addcmul", "sub", "mul", "div", "truediv", "true_divide", "pow", "square", "sqrt", "rsqrt", "exp")
-_ARITHMETIC += ("log", "erf", "abs", "neg", "positive", "reciprocal", "clamp", "clip", "maximum", "minimum", "where")
+_MORE = ("log", "erf", "abs", "neg", "positive", "reciprocal", "clamp", "clip", "maximum", "minimum", "where")
 _COPIES = ("to", "type", "type_as", "float", "half", "bfloat16", "clone", "contiguous", "detach", "dropout")
-_COPIES += ("zeros_like", "ones_like", "empty_like", "nan_to_num", "softmax", "log_softmax", "normalize")
-_ALIKE = frozenset((*_ACTIVATIONS, *_ARITHMETIC, *_COPIES))
+_EVENLY = ("softplus", "zeros_like", "ones_like", "empty_like", "nan_to_num", "softmax", "log_softmax", "normalize")
+_ALIKE = frozenset((*_ACTIVATIONS, *_ARITHMETIC, *_MORE, *_COPIES, *_EVENLY))
 _SUMS = frozenset(("mean", "sum", "var", "std", "norm", "amax", "vector_norm"))
 _VIEWS = frozenset(("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand"))
 _SWAPS = frozenset(("transpose", "swapaxes", "permute", "t"))
@@ -159,6 +147,7 @@ class _Watch(TorchFunctionMode):
             if plain in names:
                 return rule
         own = {"linear": self._linear, "matmul": self._product, "mm": self._product, "addmm": self._addmm}
+        own |= {"grouped_mm": self._grouped, "grouped_mm_fallback": self._grouped}
         own |= {"embedding": self._embedding, "layer_norm": self._norm, "rms_norm": self._norm}
         return {**own, "getitem": self._picked, "index_add": self._index_add}.get(name)
 
@@ -228,6 +217,15 @@ class _Watch(TorchFunctionMode):
         for tensor in (a, b):
             self._fix(self._of(tensor)[:-2], name)
         return (*(None,) * (output.dim() - 2), self._of(a)[-2], self._of(b)[-1])
+
+    def _grouped(self, name: str, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Axes | None:
+        """Rows with the matrix of a stack (experts, columns, rows) that each was sent to."""
+        x, stack = args[:2]
+        if x.dim() != 2 or stack.dim() != 3:
+            return None
+        self._fix(self._of(stack)[:1], name)
+        self._join(self._of(x)[1], self._of(stack)[1], name)
+        return None, self._of(stack)[2]
 
     def _addmm(self, name: str, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Axes | None:
         bias, a, b = args[:3]

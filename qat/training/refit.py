@@ -18,6 +18,7 @@ from qat.numbers.scale import TINY, select
 
 TRIALS = (0.8, 0.9, 1.0, 1.1, 1.25)  # around the scale in force; weights move little between two refits
 POWERS = (0.5, 1.0, 2.0)  # where scales are powers of two
+NOISE = 1e-6  # of a block's energy: what float32 sums may be off, which a gain has to exceed
 CPU_VALUES = 1 << 18  # per piece: what is made of it stays in the cache of a core
 
 
@@ -84,8 +85,9 @@ def _refit(blocked: Tensor, fmt: Format, scales: Scales, importance: Tensor | No
             continue
         assert least is not None
         for candidate, at in _solved(fmt, trial, sums):
-            loss = _loss(candidate.effective(), at)
-            better = loss < least
+            scale = candidate.effective()
+            loss = _loss(scale, at)
+            better = loss < least - NOISE * scale.square() * at.vv
             least = torch.where(better, loss, least)
             zero = candidate.zero_point
             if zero is not None and best.zero_point is not None:

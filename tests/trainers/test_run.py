@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,8 @@ def test_every_method_loss_and_learning_mode_trains(tmp_path: Path, model: Path)
             {"loss": {"kind": "jsd"}},
             {"loss": {"kind": "reverse_kl"}, "scheme": {**scheme, "learn": "lsq"}},
             {"scheme": {**scheme, "learn": "none"}, "activation_checkpointing": True, "optim": {"lr": 1e-3}},
+            {"scheme": {**scheme, "learn": "refit"}, "loss": {"kind": "cakld", "hidden": 0.1}},
+            {"optim": {"train": "scales", "scale_lr": 1e-2, "decay": "linear", "final": 0.0}},
         )
     ):
         job = load_job(write(tmp_path, model, name=f"run{number}", steps=2, **changes))
@@ -76,10 +79,21 @@ def test_every_method_loss_and_learning_mode_trains(tmp_path: Path, model: Path)
         assert math.isfinite(report["rows"][-1]["kl"])
 
 
-def test_resume_after_kill_repeats_the_uninterrupted_run(tmp_path: Path, model: Path) -> None:
-    whole = load_job(write(tmp_path, model, name="whole", scheme=ROTATED))
+FOLLOWED = {  # what follows a step: refits, damping, an average of the weights
+    "scheme": {
+        "rules": [{"match": "*_proj", "weight": "int4_g32_asym", "input": "int8_tensor"}, {"match": "*", "skip": "no"}],
+        "learn": "refit",
+        "learn_inputs": True,
+    },
+    "optim": {"lr": 1e-3, "ema": 0.9, "refit_every": 1, "cage": {"strength": 100, "begin": 0.1}},
+}
+
+
+@pytest.mark.parametrize("changes", [{"scheme": ROTATED}, FOLLOWED], ids=["rotated", "followed"])
+def test_resume_after_kill_repeats_the_uninterrupted_run(tmp_path: Path, model: Path, changes: dict[str, Any]) -> None:
+    whole = load_job(write(tmp_path, model, name="whole", **changes))
     train(whole, table=False)
-    path = write(tmp_path, model, name="cut", scheme=ROTATED)
+    path = write(tmp_path, model, name="cut", **changes)
     cut = load_job(path)
     process = command(path)
     for _ in poll(120):

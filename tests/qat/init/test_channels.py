@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.init.channels import Channels, channels
-from tests.qat.test_surgery import build, ids
+from tests.qat.test_surgery import MOE, build, ids
 
 
 def by_name(model: nn.Module) -> dict[tuple[str, int], Channels]:
@@ -52,6 +52,14 @@ def test_a_split_fixes_what_it_reads() -> None:
     assert not of["model.embed_tokens.weight", 1].why
 
 
+def test_experts() -> None:
+    of = by_name(build("qwen3_moe", **MOE))
+    stream = of["model.embed_tokens.weight", 1]
+    assert not stream.why and of["model.layers.0.mlp.gate.weight", 1] is stream
+    assert of["model.layers.0.mlp.experts.gate_up_proj", 2] is stream is of["model.layers.0.mlp.experts.down_proj", 1]
+    assert of["model.layers.0.mlp.experts.down_proj", 2].why == "chunk"
+
+
 class Peek(nn.Module):
     """Reads one channel by its number."""
 
@@ -85,4 +93,4 @@ def test_a_vector_of_unknown_origin_fixes_what_it_is_added_to() -> None:
     model = build("llama")
     model.model.layers[0].mlp = Constant(model.model.layers[0].mlp)
     of = by_name(model)
-    assert of["model.embed_tokens.weight", 1].why == "add" and not of["model.layers.0.mlp.up_proj.weight", 0].why
+    assert of["model.embed_tokens.weight", 1].why == "add" and not of["model.layers.0.mlp.inner.up_proj.weight", 0].why
