@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from qat.config import Strict
 from qat.families import Sets
+from qat.init.blocks import BlockStep
 from qat.init.gptq import Gptq
 from qat.init.hadamard import Hadamard
 from qat.init.permute import Permute
@@ -40,7 +41,8 @@ Step = Annotated[_Step, BeforeValidator(_by_name)]
 
 
 def _in_order(steps: tuple[InitStep, ...]) -> tuple[InitStep, ...]:
-    """Channels that are rotated in groups can no longer be moved one by one, and scales fit the weight they saw."""
+    """Channels that are rotated in groups can no longer be moved one by one, scales fit the weight they saw, and what
+    goes block by block needs the weights as they were."""
     places = [place for place, step in enumerate(steps) if isinstance(step, Hadamard)]
     for place in places:
         before = [step.kind for step in steps[:place] if step.MAKES_SCALES]
@@ -50,6 +52,12 @@ def _in_order(steps: tuple[InitStep, ...]) -> tuple[InitStep, ...]:
             raise ValueError(
                 f"hadamard stands once, after smooth and permute and before scales or gptq; init has {wrong}"
             )
+    walks = [place for place, step in enumerate(steps) if isinstance(step, BlockStep) and step.by_block]
+    if walks and any(isinstance(step, Gptq) and not step.sequential for step in steps[: walks[-1]]):
+        raise ValueError(
+            f"gptq before {steps[walks[-1]].kind} must be {{kind: gptq, sequential: true}}: else the weights that the "
+            "blocks are compared with would be gone"
+        )
     return steps
 
 
@@ -121,8 +129,9 @@ class Scheme(Strict):
     Attributes:
         init: steps before the first one of training, in order: `smooth` and `permute` (see these files of `qat.init`),
             `hadamard` (see `qat.init.hadamard`), `scales` (a search for block scales) or `gptq` (that, and
-            error-compensated rounding); each by its name, or as a table with `kind`. An empty list leaves scales at the
-            format's own rule (RTN). All but that need calibration.
+            error-compensated rounding), and `reconstruct` (blocks fitted to their dense outputs); each by its name, or
+            as a table with `kind`. An empty list leaves scales at the format's own rule (RTN). All but that need
+            calibration.
         learn: "none" keeps the scales; "lsq" learns one scale per block; "dual_lsq" learns separate scales for
             rounding and for dequantizing (only the second is stored).
             "refit" finds the best scale for the weights every few steps (`optim.refit_every`).

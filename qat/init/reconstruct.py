@@ -43,6 +43,10 @@ class Reconstruct(BlockStep):
     norm_lr: float = Field(default=1e-3, ge=0.0)
     rows: int = Field(default=2, ge=1)
 
+    def passes(self, rows: int) -> float:
+        """See `BlockStep`: a backward pass takes two forward ones."""
+        return 3 * self.steps * self.rows / rows + (1 + LOOKS) / KEPT_BACK
+
     def run_block(self, block: Block) -> Counter[str]:
         """See `BlockStep`."""
         fit = _Fit(block)
