@@ -112,8 +112,9 @@ def check_values(plan: ExportPlan) -> None:
     check_ranges(plan.caches)
     for path, site in plan.linears.items():
         quantizer = site.input
-        if quantizer is not None and quantizer.needs_calibration and not 0 < float(quantizer.amax) < math.inf:
-            raise CheckpointError(f"{path}: the range of its input is {float(quantizer.amax)}; run qat.calibrate first")
+        limit = float(quantizer.limit) if quantizer is not None and quantizer.needs_calibration else 1.0
+        if not 0 < limit < math.inf:
+            raise CheckpointError(f"{path}: the range of its input is {limit}; run qat.calibrate first")
     check_fused(plan)
 
 

@@ -270,13 +270,14 @@ class _Makers:
             return None
         key = members[0]
         if key not in self.inputs:
-            self.inputs[key] = self._following(rule.input, self._parameter(candidate).device)
+            learn = self.scheme.learn_inputs and lookup(rule.input).is_static
+            self.inputs[key] = self._following(rule.input, self._parameter(candidate).device, learn)
             self.inputs[key].consumers = len(members)
         return self.inputs[key]
 
-    def _following(self, name: str, device: torch.device) -> InputQuantizer:
-        scheme = self.scheme
-        return InputQuantizer(lookup(name), scheme.activation_rule, scheme.estimator, scheme.observer).to(device)
+    def _following(self, name: str, device: torch.device, learn: bool = False) -> InputQuantizer:
+        scheme, fmt = self.scheme, lookup(name)
+        return InputQuantizer(fmt, scheme.activation_rule, scheme.estimator, scheme.observer, learn).to(device)
 
     def _parameter(self, candidate: Candidate) -> nn.Parameter:
         return self.model.get_submodule(candidate.module).get_parameter(candidate.slot.name)

@@ -338,15 +338,16 @@ def _step_seconds(job: Job, facts: Facts, machine: Machine) -> float:
 
 
 def _other_seconds(job: Job, facts: Facts, machine: Machine) -> float:
-    """Evaluating (BF16, two initialisations, every so many steps, the end), calibrating, searching; GPTQ multiplies
-    inputs with themselves, and every weight with its row of products."""
+    """Evaluating (BF16, two initialisations, every so many steps, the end and what is left of the gap), calibrating,
+    searching; GPTQ multiplies inputs with themselves, and every weight with its row of products."""
     student, teacher = (forward_flops(a, job.eval.data.seq_len) for a in (facts.student, facts.teacher))
     least = facts.student.shape.layers * machine.per_layer / 3  # a forward pass has no backward
     head = 2.0 * facts.teacher.shape.hidden * facts.teacher.shape.vocabulary
     during = job.steps // job.eval.every if job.eval.every else 1
-    evaluation = job.eval.tokens * (2 * teacher + (3 + during) * (student + head))
-    passes = (3 + during) * job.eval.tokens / (job.eval.batch * job.eval.data.seq_len)
-    values = (3 + during) * job.eval.tokens * facts.input_values
+    often = 3 + during + 2 * (job.eval.choose is not None) + 3 * job.eval.why
+    evaluation = job.eval.tokens * (2 * teacher + often * (student + head))
+    passes = often * job.eval.tokens / (job.eval.batch * job.eval.data.seq_len)
+    values = often * job.eval.tokens * facts.input_values
     text, products = job.calibration or job.data, facts.input_products(job)
     observed = sum(step.WHOLE_MODEL or step.kind == "hadamard" for step in job.scheme.init)
     reads = 1 + observed + -(-FP32 * products // PRODUCTS)  # of the calibration text

@@ -31,7 +31,7 @@ def export_notes(job: Job, folder: Path | None, model: Any) -> list[str]:
         ShardReader(weights).verify_complete()
     check_called(model, report(model, job.scheme))
     bare: Any = rotate_inputs(apply(copy.deepcopy(model), job.scheme, defer_init=True), job.scheme)
-    freeze(bare, job.optim.freeze)
+    freeze(bare, job.optim)
     return [f"export: {note}" for note in check_export(bare, weights)]
 
 
