@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from qat.config import Strict
+from qat.fallback import Fallback
 from qat.families import Sets
 from qat.init.gptq import Gptq
 from qat.init.scales import ScaleSearch, Search
@@ -111,6 +112,7 @@ class Scheme(Strict):
         fused: sets of layer names that engines merge; by default what is usual for the model (`qat.families`).
         tied: what to do when one tensor serves as embedding and head and the rules treat the two differently.
         round_bf16: round dequantized weights to BF16 in the forward pass, as a BF16 server does.
+        fallback: give the layers that suffer most other formats; decided once, before training, and recorded as rules.
     """
 
     rules: tuple[Rule, ...]
@@ -122,6 +124,7 @@ class Scheme(Strict):
     fused: Sets | None = None
     tied: TiedPolicy = "error"
     round_bf16: bool = True
+    fallback: Fallback | None = None
 
     @model_validator(mode="before")
     @classmethod
