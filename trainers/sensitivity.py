@@ -186,7 +186,8 @@ SCORES: tuple[sensitivity.Score, ...] = ("mse", "quartile", "std", "kurtosis")
 
 def value(one: Measured, by: str) -> float | None:
     """Its KL, or one of its scores; None where it is not known."""
-    found = one.kl if by == "kl" else one.scores[by]  # type: ignore[index]  # a Score
+    known: dict[str, float | None] = {"kl": one.kl, **one.scores}
+    found = known[by]
     return None if found is None or found != found else found
 
 

@@ -57,7 +57,7 @@ def test_sets_are_fused_layers_and_shared_tensors() -> None:
     found = sets(apply(build(), usual("int4_g32")))
     assert [len(members) for members in found] == [3, 1, 2, 1] * 2
     assert found[0] == tuple(f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
-    shared = Scheme(rules=({"match": "*", "weight": "int8_channel"},), tied="share")  # type: ignore[arg-type]
+    shared = Scheme.model_validate({"rules": [{"match": "*", "weight": "int8_channel"}], "tied": "share"})
     tied = sets(apply(build(tie_word_embeddings=True), shared))
     assert ("model.embed_tokens", "lm_head") in tied and sum(map(len, tied)) == 16
 
