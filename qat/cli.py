@@ -268,6 +268,27 @@ def _sensitivity(arguments: argparse.Namespace) -> None:
         print("written: " + ", ".join(map(str, written)))
 
 
+def _assign(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from qat.trainers.assign import assign, write
+    from qat.trainers.job import load_job
+
+    job = load_job(arguments.config, arguments.overrides)
+    found = assign(
+        job,
+        bits=arguments.bits,
+        size=arguments.bytes,
+        formats=arguments.formats,
+        tokens=arguments.tokens,
+        console=Console(stderr=True),
+    )
+    write(found, arguments.out)
+    if arguments.json:
+        return _print_json(found.to_dict())
+    print(*found.lines(), f"written: {arguments.out}", sep="\n")
+
+
 # --- formats ----------------------------------------------------------------------------------------
 
 
@@ -352,6 +373,11 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[a
     "verify": (options.verify, _verify, "check an exported checkpoint against the trained model, bit for bit"),
     "generate": (options.generate, _generate, "continue a prompt on this machine, streaming, and print tokens/s"),
     "analyze": (options.analyze, _analyze, "say which weights of a model lose most in which format"),
+    "assign": (
+        options.assign,
+        _assign,
+        "choose formats layer by layer under a budget of bits, and write the run's YAML",
+    ),
     "serve": (options.serve, _serve, "serve a model over HTTP, OpenAI-compatible, its weights packed"),
     "formats": (options.formats, _formats, "list the number formats"),
     "kernels": (options.kernels, _kernels, "say which kernel multiplies with packed weights here, and why"),

@@ -144,3 +144,18 @@ def analyze(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--most", type=int, default=20, metavar="N", help="weights to print (default: %(default)s)")
     parser.add_argument("--out", type=path, metavar="DIR", help="also write the numbers as JSON, and plots, there")
     parser.add_argument("--json", action="store_true", help="print all weights as JSON")
+
+
+def assign(parser: argparse.ArgumentParser) -> None:
+    """`qat assign`."""
+    parser.add_argument("config", help="YAML file of a run, whose layers get formats of their own")
+    parser.add_argument("out", type=path, metavar="OUT.yaml", help="the same run with rules for them")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="change single keys of CONFIG")
+    parser.add_argument("--bits", type=float, metavar="B", help="budget per weight of the layers that CONFIG quantizes")
+    parser.add_argument("--bytes", type=int, metavar="N", help="budget of all weights of the model instead")
+    parser.add_argument("--formats", type=lambda text: text.split(","), default=[], metavar="A,B/C,...",
+                        help="WEIGHT, WEIGHT/INPUT or bf16 (default: CONFIG's own, 8 bits and bf16)")  # fmt: skip
+    parser.add_argument(
+        "--tokens", type=int, default=512, metavar="N", help="of calibration text (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the choice as JSON")
