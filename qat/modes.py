@@ -24,12 +24,24 @@ def _in_mode(quantizers: Sequence[Quantizer], mode: Mode) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def dense(model: nn.Module, inputs: bool = False) -> Iterator[None]:
-    """Weights, and with `inputs` everything else, pass through unquantized inside this context (inputs that are being
-    observed always do)."""
-    kinds = Quantizer if inputs else WeightQuantizer
-    with _in_mode([m for m in model.modules() if isinstance(m, kinds)], "dense"):
+def dense(model: nn.Module, inputs: bool = False, weights: bool = True) -> Iterator[None]:
+    """Weights, and with `inputs` everything else, or that alone, pass through unquantized inside this context (inputs
+    that are being observed always do)."""
+    every = [module for module in model.modules() if isinstance(module, Quantizer)]
+    with _in_mode([m for m in every if (weights if isinstance(m, WeightQuantizer) else inputs)], "dense"):
         yield
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Each weight is quantized once inside this context, at its first use; nothing may be changed inside."""
+    quantizers = [m for m in model.modules() if isinstance(m, WeightQuantizer)]
+    try:
+        with _in_mode(quantizers, "frozen"):
+            yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.forget()
 
 
 @contextlib.contextmanager

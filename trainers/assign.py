@@ -24,7 +24,7 @@ from qat.errors import ConfigError, UnsupportedError
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.scale import BF16, F32, ScaleType
 from qat.scheme import Rule, Scheme
-from qat.surgery import DENSE_BITS, apply, plan, report, trained_together, treated
+from qat.surgery import DENSE_BITS, apply, plan, report, rotate_inputs, trained_together, treated
 from qat.trainers.exportable import student_without_numbers
 from qat.trainers.job import Job
 from qat.trainers.sensitivity import Bench, merged
@@ -245,7 +245,8 @@ def _check_together(student: Any, scheme: Scheme, source: Path, paths: list[str]
     set_of = {path: members[0] for members in trained_together(student, scheme, paths) for path in members}
     order = list(dict.fromkeys(set_of.get(path, path) for path in paths))
     formats = {path: pairs[order.index(set_of.get(path, path)) % len(pairs)] for path in paths}
-    bare: Any = apply(copy.deepcopy(student), treated(student, scheme, formats, REASON), defer_init=True)
+    mixture = treated(student, scheme, formats, REASON)
+    bare: Any = rotate_inputs(apply(copy.deepcopy(student), mixture, defer_init=True), mixture)
     _, refused = refusals(bare, source)
     if len(refused) == len(TARGETS):
         raise UnsupportedError(

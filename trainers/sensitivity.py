@@ -8,7 +8,7 @@ rotations): error compensation and training come later and help all layers.
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from qat.checkpoints.origin import locate
 from qat.checkpoints.progress import counted
 from qat.config import write_text_atomic
 from qat.errors import ConfigError
+from qat.init.blocks import BlockStep
 from qat.init.calibration import initialise, observe
 from qat.init.scales import ScaleSearch
+from qat.init.step import InitStep
 from qat.modes import only
 from qat.scheme import Scheme
 from qat.sensitivity import Scores
@@ -143,12 +145,16 @@ class Bench:
 
 
 def _without_compensation(scheme: Scheme) -> Scheme:
-    """Steps for the whole model stay; those that make scales become a plain search."""
+    """Steps that go over to other inputs (smoothing, rotations) stay; those that make scales or move weights for their
+    rounding's sake become a plain search."""
 
-    def steps(given: Any) -> Any:
-        return (*(step for step in given if step.WHOLE_MODEL and not step.MAKES_SCALES), ScaleSearch())
+    def steps(given: Iterable[InitStep]) -> tuple[InitStep, ...]:
+        kept = (step for step in given if not step.MAKES_SCALES and not isinstance(step, BlockStep))
+        return (*kept, ScaleSearch())
 
-    rules = tuple(rule.model_copy(update={"init": None}) for rule in scheme.rules)
+    rules = tuple(
+        rule if rule.init is None else rule.model_copy(update={"init": steps(rule.init)}) for rule in scheme.rules
+    )
     return scheme.model_copy(update={"init": steps(scheme.init), "rules": rules, "fallback": None})
 
 
