@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from qat.config import Strict
+from qat.fallback import Fallback
 from qat.families import Sets
 from qat.init.blocks import BlockStep
 from qat.init.gptq import Gptq
@@ -142,6 +143,7 @@ class Scheme(Strict):
         fused: sets of layer names that engines merge; by default what is usual for the model (`qat.families`).
         tied: what to do when one tensor serves as embedding and head and the rules treat the two differently.
         round_bf16: round dequantized weights to BF16 in the forward pass, as a BF16 server does.
+        fallback: give the layers that suffer most other formats; decided once, before training, and recorded as rules.
     """
 
     rules: tuple[Rule, ...]
@@ -154,6 +156,7 @@ class Scheme(Strict):
     fused: Sets | None = None
     tied: TiedPolicy = "error"
     round_bf16: bool = True
+    fallback: Fallback | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -178,6 +178,8 @@ def _export_notes(job: Job, facts: Facts) -> list[str]:
 
 def _notes(job: Job, plans: tuple[Plan, ...]) -> list[str]:
     notes = [job.unproven] if job.unproven else []
+    if (fallback := job.scheme.fallback) is not None:
+        notes.append(f"which {fallback.count} layers fall back is decided when training begins, and not counted here")
     if "teacher" in (job.data.source, job.calibration.source if job.calibration else None):
         notes.append("the time in which the teacher writes text is not counted")
     if shards(job) > 1 and not job.activation_checkpointing:
