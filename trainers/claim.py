@@ -80,7 +80,12 @@ def _anchored(job: Job) -> Job:
         "model": anchored(job.model),
         "teacher": job.teacher and anchored(job.teacher),
         "data": _anchored_text(job.data),
-        "eval": job.eval.model_copy(update={"data": _anchored_text(job.eval.data)}),
+        "eval": job.eval.model_copy(
+            update={
+                "data": _anchored_text(job.eval.data),
+                "choose": job.eval.choose and _anchored_text(job.eval.choose),
+            }
+        ),
         "calibration": job.calibration and _anchored_text(job.calibration),
     }
     return job.model_copy(update=changes)
@@ -208,7 +213,7 @@ def _comparable(job: Job) -> dict[str, Any]:
     data = _plain(job)
     for key in ("name", "runs", "steps"):
         del data[key]
-    for text in (data["data"], data["eval"]["data"], data["calibration"]):
+    for text in (data["data"], data["eval"]["data"], data["eval"]["choose"], data["calibration"]):
         if text and Path(text["source"]).is_absolute():
             text["source"] = "a local text"
     for model in (data["model"], data["teacher"]):

@@ -332,7 +332,8 @@ def _per_token(job: Job, facts: Facts, a: int) -> float:
         fp32, one cast copy per layer in bf16. Attention: a (2 Q + 2 K) without a mask, a (4 Q + S) with one, since
         masked heads are repeated; no square of S unless eager. Feed-forward: 4 a F. Quantized inputs add the copy
         before (or after)
-    rounding: 8 H if its gradient is clipped, a Q, a F if clipped, and two scales per block.
+    rounding: 8 H if its gradient is clipped, a Q (twice if rotated and clipped), a F if clipped, and two scales per
+        block.
     """
     shape = facts.student.shape
     hidden, query, key, ffn = shape.hidden, shape.query, shape.key, shape.ffn
@@ -349,7 +350,8 @@ def _per_token(job: Job, facts: Facts, a: int) -> float:
     if inputs:
         clipped = job.scheme.estimator == "clipped"
         columns = lookup(str(inputs[0].input)).block_for(1, hidden)[1]
-        quantized = a * query + (2 * FP32 * hidden + a * ffn) * clipped
+        rotated = any(m.rotation for m in inputs)  # then what is clipped is no longer the output that attention keeps
+        quantized = a * query * (1 + (clipped and rotated)) + (2 * FP32 * hidden + a * ffn) * clipped
         quantized += 2 * FP32 * (2 * hidden + query + ffn) / columns
     return norms + fed + attention + 4 * a * ffn + facts.input_share * quantized
 
