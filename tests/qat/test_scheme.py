@@ -104,7 +104,7 @@ def test_unknown_formats_are_answered_with_three_names() -> None:
 @pytest.mark.parametrize(
     ("field", "bad", "allowed"),
     [
-        ("learn", "yes", "'none', 'lsq', 'dual_lsq' or 'refit'"),
+        ("learn", "yes", "'none', 'lsq', 'dual_lsq', 'focus' or 'refit'"),
         ("observer", "max", "'minmax', 'moving_average', 'percentile', 'mse' or 'kl'"),
         ("estimator", "dge", "'ste' or 'clipped'"),
         ("tied", "split", "'error', 'share' or 'untie'"),
@@ -144,3 +144,14 @@ def test_rules_may_have_an_initialisation_and_learning_of_their_own() -> None:
     own = scheme({"match": "a", "weight": "int4_g32", "init": ["gptq"]}, {"match": "*", "weight": "int4_g32"})
     assert own.init_of("a", "") == (Gptq(),) and own.init_of("b", "") == (ScaleSearch(),)
     assert own.rtn().init_of("a", "") == ()
+
+
+def test_learning_modes_that_formats_do_not_have_are_refused() -> None:
+    for learn, names in (("focus", ("int4_channel", "fp8_b128", "int8_tensor")), ("dual_lsq", ())):
+        for name in names:
+            message = refused({"match": "*", "weight": name}, learn=learn)
+            assert "parts of 8, which" in message and name in message
+    message = refused({"match": "*", "weight": "nvfp4", "input": "nvfp4"}, learn_inputs="true")
+    assert "no rule has an input format with one scale per tensor" in message and "nvfp4" in message
+    static = {"match": "*", "weight": "fp8_tensor", "input": "fp8_tensor"}
+    assert "activation_rule: vllm" in refused(static, learn_inputs="true", activation_rule="compressed_tensors")
