@@ -24,7 +24,7 @@ from qat.init.smooth import Smooth
 from qat.init.step import InitStep
 from qat.numbers.catalog import lookup
 from qat.observers import Observer
-from qat.quantizer import Learn
+from qat.quantizer import Learn, parts_of
 from qat.sites import Role
 from qat.training.activations import ActivationRule
 from qat.training.gradients import Estimator
@@ -135,6 +135,7 @@ class Scheme(Strict):
             calibration.
         learn: "none" keeps the scales; "lsq" learns one scale per block; "dual_lsq" learns separate scales for
             rounding and for dequantizing (only the second is stored).
+            "focus" is that with a divisor of its own for each eight values (formats with groups along the row);
             "refit" finds the best scale for the weights every few steps (`optim.refit_every`).
         learn_inputs: learn the ranges of static input formats (one scale per tensor) from where calibration put them.
         observer: how static activation ranges are found.
@@ -177,6 +178,16 @@ class Scheme(Strict):
                 f"{', '.join(late)} in scheme.init comes after {made[0]}, whose scales would no longer fit; "
                 f"put {made[0]} last"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_have_parts(self) -> "Scheme":
+        for rule in self.rules:
+            if rule.weight is not None and (rule.learn or self.learn) == "focus" and not parts_of(lookup(rule.weight)):
+                raise ValueError(
+                    f"learn: focus divides groups along the row into parts of 8, which {rule.weight} does not have; use "
+                    f"`learn: dual_lsq` for {rule.match!r}"
+                )
         return self
 
     @model_validator(mode="after")

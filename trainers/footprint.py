@@ -297,7 +297,7 @@ def _streams(job: Job, facts: Facts) -> int:
 
 
 def _states(job: Job, facts: Facts, device: str) -> dict[str, int]:
-    learned = {"lsq": 1, "dual_lsq": 2}.get(job.scheme.learn, 0) * facts.blocks
+    learned = {"lsq": 1, "dual_lsq": 2, "focus": 5}.get(job.scheme.learn, 0) * facts.blocks
     trained = facts.trainable + learned
     buckets = 2 if job.devices > 1 and shards(job) == 1 else 1
     teacher = (BF16 if device == "cuda" else FP32) * facts.teacher.parameters
@@ -316,7 +316,7 @@ def _saved_weights(job: Job, facts: Facts, mixed: bool) -> int:
     """The quantized copies that linear layers keep; under autocast also the BF16 copies of unquantized layers."""
     quantized = facts.quantized
     per_weight = BF16 if job.scheme.round_bf16 else FP32
-    per_block = FP32 * {"lsq": 2, "dual_lsq": 4}.get(job.scheme.learn, 1)
+    per_block = FP32 * {"lsq": 2, "dual_lsq": 4, "focus": 10}.get(job.scheme.learn, 1)
     total = per_weight * quantized + per_block * facts.blocks
     if job.activation_checkpointing:
         total //= facts.student.shape.layers

@@ -105,7 +105,7 @@ def test_unknown_formats_are_answered_with_three_names() -> None:
 @pytest.mark.parametrize(
     ("field", "bad", "allowed"),
     [
-        ("learn", "yes", "'none', 'lsq', 'dual_lsq' or 'refit'"),
+        ("learn", "yes", "'none', 'lsq', 'dual_lsq', 'focus' or 'refit'"),
         ("observer", "max", "'minmax', 'moving_average', 'percentile', 'mse' or 'kl'"),
         ("estimator", "dge", "'ste' or 'clipped'"),
         ("tied", "split", "'error', 'share' or 'untie'"),
@@ -152,3 +152,14 @@ def test_the_weights_that_blocks_are_compared_with_must_still_be_there() -> None
         scheme({"match": "*", "weight": "int4_g32"}, init=["gptq", "reconstruct"])
     both = scheme({"match": "*", "weight": "int4_g32"}, init=[{"kind": "gptq", "sequential": True}, "reconstruct"])
     assert [step.kind for step in both.init] == ["gptq", "reconstruct"]
+
+
+def test_learning_modes_that_formats_do_not_have_are_refused() -> None:
+    for learn, names in (("focus", ("int4_channel", "fp8_b128", "int8_tensor")), ("dual_lsq", ())):
+        for name in names:
+            message = refused({"match": "*", "weight": name}, learn=learn)
+            assert "parts of 8, which" in message and name in message
+    message = refused({"match": "*", "weight": "nvfp4", "input": "nvfp4"}, learn_inputs="true")
+    assert "no rule has an input format with one scale per tensor" in message and "nvfp4" in message
+    static = {"match": "*", "weight": "fp8_tensor", "input": "fp8_tensor"}
+    assert "activation_rule: vllm" in refused(static, learn_inputs="true", activation_rule="compressed_tensors")
