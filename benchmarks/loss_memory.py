@@ -18,7 +18,8 @@ def measure(kind: str, tokens: int, vocabulary: int, hidden: int, chunk: int) ->
     from torch import nn
 
     from qat.trainers.memory import peak_bytes
-    from qat.training.losses import ForwardKL, chunked
+    from qat.training.losses import chunked
+    from qat.training.objectives import ForwardKL
 
     torch.manual_seed(0)
     heads = [nn.Linear(hidden, vocabulary, bias=False) for _ in range(2)]

@@ -68,7 +68,8 @@ def step(model: Any, optimizer: Any, ids: Any) -> float:
     import torch
 
     from qat.trainers.forward import Head
-    from qat.training.losses import CrossEntropy, chunked
+    from qat.training.losses import chunked
+    from qat.training.objectives import CrossEntropy
 
     began = time.perf_counter()
     with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):

@@ -216,7 +216,7 @@ def _packed(plan: ExportPlan, path: str, record: dict[str, Any]) -> dict[str, Te
         raise CheckpointError(f"{site.name} holds NaN or infinity; nothing was written")
     if not torch.equal(q.dequantize(torch.bfloat16), trained):
         raise CheckpointError(f"{site.name}: its codes do not decode to the weight of the forward pass")
-    amax = site.input.amax if site.input is not None else None
+    amax = site.input.limit if site.input is not None else None
     tensors = {}
     for key, tensor in plan.target.pack(q, layer.input, amax).items():
         name = layout.tensor_name(path, key)

@@ -32,6 +32,7 @@ from qat.checkpoints.names import (
 from qat.checkpoints.shards import ShardReader, TensorInfo
 from qat.errors import CheckpointError, UnsupportedError
 from qat.float32 import float32_names, own_tensors
+from qat.numbers.hadamard import rotation
 from qat.sites import Site, sites
 from qat.text import some
 
@@ -74,7 +75,9 @@ class ExportPlan:
         matrix = self.linears[path]
         input = matrix.input.format if matrix.input is not None else None
         module, kind = self.names.modules.get(path, ""), self.model.config.model_type
-        return TargetLayer(path, tuple(matrix.weight.shape), matrix.format, input, module, kind, matrix.transposed)
+        rotated = rotation(matrix.input.transforms) if matrix.input is not None else 0
+        shape, weight = tuple(matrix.weight.shape), matrix.format
+        return TargetLayer(path, shape, weight, input, module, kind, matrix.transposed, rotated)
 
 
 def plan_export(model: "PreTrainedModel", source: Path | None, target: Target) -> ExportPlan:
@@ -109,8 +112,9 @@ def check_values(plan: ExportPlan) -> None:
     check_ranges(plan.caches)
     for path, site in plan.linears.items():
         quantizer = site.input
-        if quantizer is not None and quantizer.needs_calibration and not 0 < float(quantizer.amax) < math.inf:
-            raise CheckpointError(f"{path}: the range of its input is {float(quantizer.amax)}; run qat.calibrate first")
+        limit = float(quantizer.limit) if quantizer is not None and quantizer.needs_calibration else 1.0
+        if not 0 < limit < math.inf:
+            raise CheckpointError(f"{path}: the range of its input is {limit}; run qat.calibrate first")
     check_fused(plan)
 
 
@@ -334,6 +338,8 @@ def _notes(plan: ExportPlan, source: Path | None) -> list[str]:
         notes.update(
             dict.fromkeys(f"{pair}: {note}" for note in support.notes(plan.target.ROWS, layer.weight, layer.input))
         )
+        if layer.rotation and plan.target.ROTATED is not None:
+            notes.update(dict.fromkeys(support.notes((plan.target.ROTATED,), layer.weight, layer.input)))
     for path, site in plan.embeddings.items():
         name = site.format.name
         notes[f"{path} is quantized to {name} in training; this target stores its values as dense BF16"] = None

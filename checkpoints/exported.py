@@ -19,6 +19,7 @@ from qat.checkpoints.names import StoredNames, stored_names
 from qat.checkpoints.progress import progress
 from qat.errors import CheckpointError, UnsupportedError
 from qat.numbers.format import Format
+from qat.numbers.hadamard import BlockHadamard
 from qat.quantizer import SameTensor
 from qat.serving.inputs import quantize_input
 from qat.serving.matmul import QuantizedLinear
@@ -35,17 +36,26 @@ class ServedInput:
     Threads may run one model at once.
 
     Args:
-        fmt: the input's format.
+        fmt: the input's format; None only rotates it.
         rule: whose arithmetic, see `qat.training.activations`.
         static: stored scale or divisor, float32 [1], where the format has one.
         consumers: how many layers read the same tensor.
         codes: give codes and scales (`qat.serving.inputs`) to a layer that multiplies those, instead of rounded values.
+        rotation: size of the block Hadamard that comes before rounding, 0 without.
     """
 
     def __init__(
-        self, fmt: Format, rule: str, static: Tensor | None, consumers: int = 1, *, codes: bool = False
+        self,
+        fmt: Format | None,
+        rule: str,
+        static: Tensor | None,
+        consumers: int = 1,
+        *,
+        codes: bool = False,
+        rotation: int = 0,
     ) -> None:
         self.format, self.rule, self.static, self.codes = fmt, rule, static, codes
+        self.rotate = BlockHadamard(rotation) if rotation else None
         self.same = SameTensor(consumers)
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -58,6 +68,9 @@ class ServedInput:
         return quantized
 
     def _quantized(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = x if self.rotate is None else self.rotate(x)
+        if self.format is None:
+            return (x,)
         static = self.static
         if static is not None and static.device != x.device:  # once: a copy waits for the device, no graph captures one
             self.static = static = static.to(x.device)
@@ -82,7 +95,7 @@ def load_exported(
         activation_rule: "vllm" or "compressed_tensors".
         dtype: float32, or bfloat16 to compute as a BF16 server does.
         attn_implementation: as in transformers; by default what it chooses itself.
-        quantize_inputs: False leaves inputs alone (weights only).
+        quantize_inputs: False leaves inputs in `dtype` (weights only), rotated where the checkpoint asks for it.
         expert_inputs: False leaves those of fused experts alone, as plain transformers does.
         caches: False leaves keys and values alone.
 
@@ -118,8 +131,7 @@ def load_exported(
     _check_layers(exported, stored, type(model).__name__)
     if caches:
         quantize_caches(model, exported, activation_rule, stored)
-    if quantize_inputs:
-        hook_inputs(model, exported, activation_rule, stored.modules)
+    hook_inputs(model, exported, activation_rule, stored.modules, quantize_inputs)
     if quantize_inputs and expert_inputs:
         _quantize_stack_inputs(model, stack_inputs(exported, activation_rule, stored.rows))
     loaded: PreTrainedModel = model.eval()
@@ -141,8 +153,11 @@ def _check_layers(exported: ExportedFolder, stored: StoredNames, kind: str) -> N
             raise CheckpointError(f"{path} is stored, but {kind} has no such layer")
 
 
-def hook_inputs(model: nn.Module, exported: ExportedFolder, rule: str, own: dict[str, str]) -> None:
-    """Hook a `ServedInput` on every layer whose input the checkpoint quantizes; `QuantizedLinear`s get codes.
+def hook_inputs(
+    model: nn.Module, exported: ExportedFolder, rule: str, own: dict[str, str], quantize: bool = True
+) -> None:
+    """Hook a `ServedInput` on every layer whose input the checkpoint quantizes or rotates; `QuantizedLinear`s get
+    codes.
 
     Layers that an engine fuses share one where they ask for the same: other tools calibrate each layer by itself.
 
@@ -151,19 +166,22 @@ def hook_inputs(model: nn.Module, exported: ExportedFolder, rule: str, own: dict
         exported: says how.
         rule: whose arithmetic, see `qat.training.activations`.
         own: path in the model by checkpoint path; matrices of experts have none, see `stack_inputs`.
+        quantize: False only rotates.
 
     Raises:
         UnsupportedError: an input quantization that the catalogue does not know.
     """
     groups = {path: members for members in exported.fused for path in members}
-    shared: dict[tuple[str, str, float | None, bool], ServedInput] = {}
+    shared: dict[tuple[Any, ...], ServedInput] = {}
     for path, module in exported.modules.items():
-        if module.input is None or path not in own:
+        fmt = input_format(module.input) if quantize and module.input is not None else None
+        if path not in own or (fmt is None and not module.rotation):
             continue
         layer, first = model.get_submodule(own[path]), groups.get(path, [path])[0]
-        fmt, static, codes = input_format(module.input), exported.static_input(path), isinstance(layer, QuantizedLinear)
-        key = first, fmt.name, None if static is None else float(static), codes
-        hook = shared.setdefault(key, ServedInput(fmt, rule, static, consumers=0, codes=codes))
+        static, codes = exported.static_input(path), isinstance(layer, QuantizedLinear)
+        key = first, fmt and fmt.name, None if static is None else float(static), codes, module.rotation
+        hook = ServedInput(fmt, rule, static, consumers=0, codes=codes, rotation=module.rotation)
+        hook = shared.setdefault(key, hook)
         hook.same.readers += 1
         layer.register_forward_pre_hook(hook)
 
@@ -183,6 +201,8 @@ def stack_inputs(
     stacks: dict[str, dict[str, ServedInput]] = {}
     for path, module in exported.modules.items():
         place = rows.get(path + exported.DENSE)
+        if module.rotation and place is not None:
+            raise UnsupportedError(f"{path}: rotated inputs of fused experts cannot be read")
         if module.input is None or place is None:
             continue
         wanted = ServedInput(input_format(module.input), rule, exported.static_input(path))

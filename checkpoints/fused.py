@@ -66,7 +66,7 @@ def _difference(plan: "ExportPlan", members: list[str]) -> str:
     matrices = [plan.linears[path] for path in members]
     scales = [matrix.quantizer.scales() for matrix in matrices]
     above = {float(s.global_scale) for s in scales if s.global_scale is not None}
-    ranges = {float(q.amax) for m in matrices if (q := m.input) is not None and q.needs_calibration}
+    ranges = {float(q.limit) for m in matrices if (q := m.input) is not None and q.needs_calibration}
     values = (("global scales", above), ("input ranges", ranges))
     return next((f"{what} differ: {sorted(own)}" for what, own in values if len(own) > 1), "")
 

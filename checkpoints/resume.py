@@ -24,7 +24,7 @@ from qat.checkpoints.origin import is_path, locate
 from qat.config import load_yaml, validate
 from qat.errors import CheckpointError
 from qat.scheme import Rule, Scheme, upgraded
-from qat.surgery import apply
+from qat.surgery import apply, rotate_inputs
 
 BEST = "best"
 STUDENT = "student.safetensors"
@@ -201,7 +201,8 @@ def load_student(
     source = locate(config, moved, f"say where the model that {run} was made from is now: --model PATH")
     model = load_configured(config, source)
     tensors = load_file(folder / STUDENT)
-    apply(model, _before_experts(scheme, model, tensors), defer_init=True)
+    scheme = _before_experts(scheme, model, tensors)
+    rotate_inputs(apply(model, scheme, defer_init=True), scheme)
     restore_student(model, tensors)
     # A path of this machine means nothing elsewhere, so only names that others can resolve are passed on.
     portable = None if is_path(config) else config.id

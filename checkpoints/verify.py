@@ -8,7 +8,7 @@ import gc
 import hashlib
 import io
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -222,7 +222,7 @@ def _fused(subject: _Subject) -> str:
     groups = [members for members in exported.fused if any(path in exported.modules for path in members)]
     for members in groups:
         modules = [exported.modules.get(path) for path in members]
-        schemes = {repr((m.format, m.weights, m.input)) if m else "dense" for m in modules}
+        schemes = {repr((m.format, m.weights, m.input, m.rotation)) if m else "dense" for m in modules}
         if len(schemes) > 1:
             problems.append(f"{', '.join(members)} are quantized differently")
             continue
@@ -348,7 +348,7 @@ def _compare(subject: _Subject, tokens: int, how: PlainLoading) -> str:
     vocabulary = subject.model.config.get_text_config().vocab_size
     ids = (torch.arange(tokens) * 7919 + 13).remainder(vocabulary)[None]
     with redirect_stderr(io.StringIO()):  # compressed-tensors draws three progress bars
-        theirs = _run(lambda: _plain(subject.folder, how.options), ids)
+        theirs = _run(lambda: _plain(subject.folder, how), ids)
     ours = _run(
         lambda: load_exported(
             subject.folder,
@@ -374,10 +374,14 @@ def _run(load: Callable[[], "PreTrainedModel"], ids: Tensor) -> Tensor:
     return logits
 
 
-def _plain(folder: Path, options: Mapping[str, Any]) -> "PreTrainedModel":
+def _plain(folder: Path, how: PlainLoading) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that an option was passed on top of config.json
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **how.options)
+    if how.transforms:
+        from compressed_tensors.transform import TransformConfig, apply_transform_config
+
+        apply_transform_config(model, TransformConfig.model_validate(how.transforms))
     return model.eval()

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qat.checkpoints.hf import load_tokenizer, read_json
+from qat.checkpoints.layouts.caches import says_nothing
+from qat.checkpoints.layouts.compressed_tensors.transforms import KEY
 from qat.checkpoints.positions import most_positions
 from qat.engines.transformers import METHODS, load_packed
 from qat.errors import CheckpointError, ConfigError
@@ -29,7 +31,7 @@ def serve(
 
     Args:
         folder: of an exported checkpoint or a plain model.
-        engine: what computes; auto takes vLLM where it is installed.
+        engine: what computes; auto takes vLLM where it is installed, unless the checkpoint asks for rotated inputs.
         host: address to listen on.
         port: to listen on.
         device: where the model runs.
@@ -51,8 +53,10 @@ def serve(
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} holds no model (config.json); give what `qat export` wrote, or a model")
     config = read_json(folder / "config.json")
-    if engine == "auto":
-        engine = "vllm" if importlib.util.find_spec("vllm") else "transformers"
+    quantization = config.get("quantization_config") or {}
+    if engine == "auto":  # vLLM rotates on CUDA only, and more coarsely than was trained
+        exact = says_nothing(quantization.get(KEY))
+        engine = "vllm" if exact and importlib.util.find_spec("vllm") else "transformers"
     if engine == "vllm":
         if device != "auto":
             raise ConfigError(f"--device {device} is for --engine transformers; vLLM runs on the device of its build")
@@ -60,7 +64,7 @@ def serve(
     if importlib.util.find_spec("uvicorn") is None:
         raise ConfigError("serving needs uvicorn: pip install 'qat-native[serve]'")
     _check_device(device)
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    method = quantization.get("quant_method")
     if method is not None and method not in METHODS:
         print(f"qat serve: {method} checkpoints are left to transformers itself", file=sys.stderr)
     _check_port(host, port)

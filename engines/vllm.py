@@ -31,8 +31,10 @@ from vllm.model_executor.parameter import (
 from vllm.platforms import current_platform
 
 from qat.checkpoints.layouts.arguments import input_format, weight_format
+from qat.checkpoints.layouts.caches import says_nothing
 from qat.checkpoints.layouts.compressed_tensors.codes import read_layer
 from qat.checkpoints.layouts.compressed_tensors.read import expected_tensors
+from qat.checkpoints.layouts.compressed_tensors.transforms import KEY
 from qat.checkpoints.layouts.compressed_tensors.write import METHOD as CHECKPOINTS
 from qat.checkpoints.layouts.reader import PackedModule
 from qat.errors import CheckpointError, UnsupportedError
@@ -185,9 +187,15 @@ class Config(CompressedTensorsConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Claim compressed-tensors checkpoints unless the user named another method."""
+        """Claim compressed-tensors checkpoints unless the user named another method, or their inputs are rotated: that
+        is left to vLLM, which rotates them on CUDA."""
         ours = hf_quant_cfg.get("quant_method") == CHECKPOINTS and user_quant in (None, METHOD)
-        return METHOD if ours else None
+        if not ours or says_nothing(hf_quant_cfg.get(KEY)):
+            return METHOD if ours else None
+        if user_quant == METHOD:
+            raise UnsupportedError(f"--quantization {METHOD} does not rotate inputs ({KEY}); use {CHECKPOINTS}")
+        logger.info_once("qat: left to vLLM: %s rotates inputs, which this plugin does not", KEY)
+        return None
 
     def get_scheme(self, layer: nn.Module, layer_name: str | None = None) -> Any:
         """The scheme of one (fused) layer, None where it is not quantized."""

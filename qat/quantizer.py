@@ -22,8 +22,9 @@ from qat.observers import Observer, RangeObserver
 from qat.training.activations import ActivationRule, fake_quantize_input, static_part
 from qat.training.gradients import Estimator
 from qat.training.ops import fake_quantize, quantized_linear
+from qat.training.refit import refit
 
-Learn = Literal["none", "lsq", "dual_lsq"]
+Learn = Literal["none", "lsq", "dual_lsq", "refit"]
 Mode = Literal["quantized", "dense", "frozen"]
 Transform = Callable[[Tensor], Tensor]
 
@@ -107,7 +108,7 @@ class WeightQuantizer(Quantizer):
         for name in ("start", "global_scale", "zero_point", "choice"):
             self.register_buffer(name, None)
         zeros = torch.zeros(scales.stored.shape, device=scales.stored.device)
-        self.log_scale = nn.Parameter(zeros) if learn != "none" else None
+        self.log_scale = nn.Parameter(zeros) if learn in ("lsq", "dual_lsq") else None
         self.log_divisor = nn.Parameter(zeros.clone()) if learn == "dual_lsq" else None
         self._value: Tensor | None = None
         self.set_scales(scales)
@@ -119,6 +120,20 @@ class WeightQuantizer(Quantizer):
         for correction in (self.log_scale, self.log_divisor):
             if correction is not None:
                 nn.init.zeros_(correction)
+
+    @torch.no_grad()
+    def refit(self, weight: Tensor, importance: Tensor | None = None) -> None:
+        """Move the scales to where `weight` (..., rows, columns) loses least now, see `qat.training.refit`; in place.
+
+        Args:
+            importance: of each weight's error; unused where transforms mix the columns that it speaks of.
+        """
+        with torch.autocast(weight.device.type, enabled=False):
+            importance = None if self.transforms else importance
+            found = refit(self.transformed(weight), self.format, self._stored(self._latent()), importance)
+            self.start.copy_(found.effective())
+        if self.zero_point is not None and found.zero_point is not None:
+            self.zero_point.copy_(found.zero_point)
 
     def _latent(self) -> Tensor:
         return self.start if self.log_scale is None else self.start * self.log_scale.exp()
@@ -212,13 +227,17 @@ class InputQuantizer(Quantizer):
     """Fake quantization of a tensor that follows the data, by the serving engine's rule.
 
     `amax` is the calibrated range (a float32 scalar, NaN until `calibrate`): static formats derive their scale from it,
-    NVFP4-like formats their per-tensor scale; dynamic formats ignore it.
+    NVFP4-like formats their per-tensor scale; dynamic formats ignore it. With `learn` (static formats only) a
+    logarithmic correction of it is a parameter, with LSQ's gradient; `limit` is then the range in force.
     """
 
     amax: Tensor
 
-    def __init__(self, fmt: Format, rule: ActivationRule, estimator: Estimator, observer: Observer) -> None:
+    def __init__(
+        self, fmt: Format, rule: ActivationRule, estimator: Estimator, observer: Observer, learn: bool = False
+    ) -> None:
         super().__init__(fmt)
+        self.log_range = nn.Parameter(torch.zeros(())) if learn else None
         self.rule, self.estimator, self.observer_kind = rule, estimator, observer
         self.register_buffer("amax", torch.tensor(float("nan")))
         self._observer: RangeObserver | None = None
@@ -239,6 +258,11 @@ class InputQuantizer(Quantizer):
         """Whether the format has a static part."""
         return self.format.global_scale or self.format.is_static
 
+    @property
+    def limit(self) -> Tensor:
+        """The range in force: calibrated, and learned where it is."""
+        return self.amax if self.log_range is None else self.amax * self.log_range.detach().exp()
+
     def observe(self) -> None:
         """Pass inputs through unchanged and collect their range, until `freeze`."""
         self._observer = RangeObserver(self.observer_kind, self.format)
@@ -252,6 +276,8 @@ class InputQuantizer(Quantizer):
         """Fix the range from what was observed."""
         if self._observer is not None and self.needs_calibration:
             self.amax.fill_(self._observer.amax())
+            if self.log_range is not None:
+                nn.init.zeros_(self.log_range)
         self.cancel()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -270,12 +296,21 @@ class InputQuantizer(Quantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         """x (..., columns) on its grid."""
-        return fake_quantize_input(self.transformed(x), self.format, self.rule, self.estimator, self.static())
+        static = self.static()
+        if self.log_range is None or static is None or not torch.is_grad_enabled():
+            return fake_quantize_input(self.transformed(x), self.format, self.rule, self.estimator, static)
+        # LSQ's share of a scale that so many values have in common, so that it does not fill the gradient's norm.
+        share = 1 / math.sqrt(max(1, x.numel()) * self.format.element.max)
+        moved = static * share * (self.log_range - self.log_range.detach())  # an exact zero with the gradient
+        scales, multiplier = Scales(static.view(1, 1)), (static + moved).view(1, 1)
+        return fake_quantize(
+            self.transformed(x), self.format.name, scales, multiplier=multiplier, estimator=self.estimator
+        )
 
     def static(self) -> Tensor | None:
         """What a checkpoint stores of it, see `qat.training.activations.static_part`."""
         self._check_calibrated()
-        return static_part(self.format, self.amax)
+        return static_part(self.format, self.limit)
 
     def _check_calibrated(self) -> None:
         if self._ready or not self.needs_calibration:

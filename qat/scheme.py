@@ -9,11 +9,13 @@ import fnmatch
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from qat.config import Strict
 from qat.families import Sets
 from qat.init.gptq import Gptq
+from qat.init.hadamard import Hadamard
+from qat.init.permute import Permute
 from qat.init.scales import ScaleSearch, Search
 from qat.init.smooth import Smooth
 from qat.init.step import InitStep
@@ -25,7 +27,7 @@ from qat.training.activations import ActivationRule
 from qat.training.gradients import Estimator
 
 TiedPolicy = Literal["error", "share", "untie"]
-_Step = Annotated[ScaleSearch | Gptq | Smooth, Field(discriminator="kind")]
+_Step = Annotated[ScaleSearch | Gptq | Smooth | Permute | Hadamard, Field(discriminator="kind")]
 
 
 def _by_name(step: Any) -> Any:
@@ -34,7 +36,23 @@ def _by_name(step: Any) -> Any:
 
 
 Step = Annotated[_Step, BeforeValidator(_by_name)]
-Init = tuple[Step, ...]
+
+
+def _in_order(steps: tuple[InitStep, ...]) -> tuple[InitStep, ...]:
+    """Channels that are rotated in groups can no longer be moved one by one, and scales fit the weight they saw."""
+    places = [place for place, step in enumerate(steps) if isinstance(step, Hadamard)]
+    for place in places:
+        before = [step.kind for step in steps[:place] if step.MAKES_SCALES]
+        after = [step.kind for step in steps[place + 1 :] if step.WHOLE_MODEL and not step.MAKES_SCALES]
+        if before or after or len(places) > 1:
+            wrong = f"`{before[0]}` before it" if before else f"`{after[0]}` after it" if after else "it twice"
+            raise ValueError(
+                f"hadamard stands once, after smooth and permute and before scales or gptq; init has {wrong}"
+            )
+    return steps
+
+
+Init = Annotated[tuple[Step, ...], AfterValidator(_in_order)]
 
 
 class Rule(Strict):
@@ -100,11 +118,14 @@ class Scheme(Strict):
     trained.
 
     Attributes:
-        init: steps before the first one of training, in order: `smooth` (see `qat.init.smooth`), `scales` (a search for
-            block scales) or `gptq` (that, and error-compensated rounding); each by its name, or as a table with
-            `kind`. An empty list leaves scales at the format's own rule (RTN). All but that need calibration.
+        init: steps before the first one of training, in order: `smooth` and `permute` (see these files of `qat.init`),
+            `hadamard` (see `qat.init.hadamard`), `scales` (a search for block scales) or `gptq` (that, and
+            error-compensated rounding); each by its name, or as a table with `kind`. An empty list leaves scales at the
+            format's own rule (RTN). All but that need calibration.
         learn: "none" keeps the scales; "lsq" learns one scale per block; "dual_lsq" learns separate scales for
             rounding and for dequantizing (only the second is stored).
+            "refit" finds the best scale for the weights every few steps (`optim.refit_every`).
+        learn_inputs: learn the ranges of static input formats (one scale per tensor) from where calibration put them.
         observer: how static activation ranges are found.
         activation_rule: whose arithmetic dynamic activations follow.
         estimator: gradient of rounding for inputs; weights always pass straight through.
@@ -116,6 +137,7 @@ class Scheme(Strict):
     rules: tuple[Rule, ...]
     init: Init = (ScaleSearch(),)
     learn: Learn = "dual_lsq"
+    learn_inputs: bool = False
     observer: Observer = "minmax"
     activation_rule: ActivationRule = "vllm"
     estimator: Estimator = "clipped"
@@ -132,6 +154,31 @@ class Scheme(Strict):
             raise ValueError(f"{', '.join(given)} became `init`, a list of steps; write init: {_as_yaml(steps)}")
         return data
 
+    @model_validator(mode="after")
+    def _in_order(self) -> "Scheme":
+        made = [step.kind for step in self.init if step.MAKES_SCALES]
+        first = next((index for index, step in enumerate(self.init) if step.MAKES_SCALES), len(self.init))
+        late = [step.kind for step in self.init[first:] if step.WHOLE_MODEL]
+        if late:
+            raise ValueError(
+                f"{', '.join(late)} in scheme.init comes after {made[0]}, whose scales would no longer fit; "
+                f"put {made[0]} last"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ranges_exist(self) -> "Scheme":
+        inputs = sorted({rule.input for rule in self.rules if rule.input is not None})
+        if self.learn_inputs and not any(lookup(name).is_static for name in inputs):
+            raise ValueError(
+                f"learn_inputs: no rule has an input format with one scale per tensor (fp8_tensor, int8_tensor), but "
+                f"{', '.join(inputs) or 'none'}. Scales that follow the data are the engine's, which has no factor to "
+                "learn; the per-tensor part of NVFP4 is a power of two that only places its block scales"
+            )
+        if self.learn_inputs and self.activation_rule != "vllm":
+            raise ValueError(f"learn_inputs needs activation_rule: vllm, not {self.activation_rule}")
+        return self
+
     def rule_for(self, path: str, module: str = "", role: Role = "weight") -> Rule | None:
         """The first rule that speaks of a tensor, by its own path or its module's; or None."""
         matching = (rule for rule in self.rules if rule.matches(path) or (module and rule.matches(module)))
@@ -146,6 +193,12 @@ class Scheme(Strict):
         """How the scales of a rule's weights are searched; "amax" where they follow the format's own rule."""
         steps = self.init if rule.init is None else rule.init
         return next((getattr(step, "search", "amax") for step in steps if step.MAKES_SCALES), "amax")
+
+    def rotation_of(self, path: str, module: str) -> int:
+        """Size of the block Hadamard that the input of a weight meets once it is initialised; 0 without one."""
+        rule = self.rule_for(path, module)
+        steps = () if rule is None or rule.input is None else self.init_of(path, module)
+        return next((step.size for step in steps if isinstance(step, Hadamard)), 0)
 
     def rtn(self) -> "Scheme":
         """The same formats without any initialisation: round-to-nearest (RTN)."""
@@ -174,7 +227,7 @@ def upgraded(scheme: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_yaml(steps: list[dict[str, Any]]) -> str:
-    usual = {"smooth": Smooth(), "scales": ScaleSearch(), "gptq": Gptq()}
+    usual: dict[str, InitStep] = {"smooth": Smooth(), "scales": ScaleSearch(), "gptq": Gptq()}
     shown = []
     for step in steps:
         changed = {key: value for key, value in step.items() if value != getattr(usual[step["kind"]], key)}

@@ -17,6 +17,7 @@ from qat.errors import ConfigError, FormatError, UnsupportedError
 from qat.families import find_family, fused_sets
 from qat.init.scales import initial_scales, shared_global_scale
 from qat.numbers.catalog import lookup
+from qat.numbers.hadamard import BlockHadamard, rotation, size_problem
 from qat.numbers.numerics import width_problem
 from qat.quantizer import InputQuantizer, WeightQuantizer
 from qat.scheme import Rule, Scheme
@@ -27,7 +28,7 @@ DENSE_BITS = 16.0  # what an unquantized weight costs in a BF16 checkpoint
 
 @dataclass(frozen=True)
 class Covered:
-    """One weight, and what the scheme says of it."""
+    """One weight, and what the scheme says of it; `rotation` is the size of its input's block Hadamard, 0 without."""
 
     path: str
     shape: tuple[int, ...]
@@ -35,6 +36,7 @@ class Covered:
     input: str | None
     skip: str | None
     bits: float
+    rotation: int = 0
 
     @property
     def parameters(self) -> int:
@@ -76,7 +78,8 @@ class Coverage:
         """(weight format or reason, input format, modules, parameters, bits per weight), largest first."""
         groups: dict[tuple[str, str], list[Covered]] = defaultdict(list)
         for module in self.modules:
-            groups[module.weight or f"not quantized: {module.skip}", module.input or "-"].append(module)
+            input = (module.input or "-") + (f" rotated by {module.rotation}" if module.rotation else "")
+            groups[module.weight or f"not quantized: {module.skip}", input].append(module)
         rows = []
         for (weight, input), members in groups.items():
             count = sum(m.parameters for m in members)
@@ -124,11 +127,44 @@ def _plan(model: nn.Module, scheme: Scheme) -> list[tuple[Candidate, Rule]]:
         if getattr(rule, candidate.role) is not None:
             _check_candidate(candidate, model, rule)
     rules = {candidate.path: rule for candidate, rule in planned if candidate.role == "weight"}
+    rotations = _rotations(planned, scheme)
     for members in trained_together(model, scheme, rules):
-        if len({(rules[m].weight, rules[m].input) for m in members}) > 1:
-            treatments = ", ".join(f"{m}: {rules[m].weight or 'skip'}/{rules[m].input or '-'}" for m in members)
+        if len({(rules[m].weight, rules[m].input, rotations.get(m)) for m in members}) > 1:
+            treatments = ", ".join(f"{m}: {_treatment(rules[m], rotations.get(m))}" for m in members)
             raise ConfigError(f"engines fuse these layers, so they need one treatment: {treatments}")
     return planned
+
+
+def _treatment(rule: Rule, rotated: int | None) -> str:
+    return f"{rule.weight or 'skip'}/{rule.input or '-'}" + (f" rotated by {rotated}" if rotated else "")
+
+
+def _rotations(planned: list[tuple[Candidate, Rule]], scheme: Scheme) -> dict[str, int]:
+    """Sizes of the block Hadamards that inputs will meet, by path of the weight, if they can."""
+    read = (candidate for candidate, _ in planned if candidate.role == "weight")
+    given = {c.path: (c, size) for c in read if (size := scheme.rotation_of(c.path, c.module))}
+    for path, (candidate, size) in given.items():
+        *stack, _, columns = candidate.slot.shape
+        if problem := size_problem(size, columns):
+            raise FormatError(f"{path}: hadamard: {problem}; set its `size`, or give the layer's rule an `init`")
+        if stack:
+            raise UnsupportedError(
+                f"{path}: no loader rotates the inputs of fused experts; give them a rule with an `init` of their own "
+                "that leaves hadamard out"
+            )
+    if not given and any(step.kind == "hadamard" for step in scheme.init):
+        raise ConfigError("hadamard rotates quantized inputs, but no rule has an `input` format; leave it out of init")
+    return {path: size for path, (_, size) in given.items()}
+
+
+def rotate_inputs(model: nn.Module, scheme: Scheme) -> nn.Module:
+    """Leave the input quantizers of `model` as the steps of the scheme leave them, where its weights are (or will be)
+    those of an initialised model: `hadamard` folds its rotation into weights. Returns the model."""
+    for site in sites(model, "weight"):
+        size = scheme.rotation_of(site.path, site.module)
+        if site.input is not None and size:
+            site.input.transforms = (BlockHadamard(size),)
+    return model
 
 
 def _check_rules_used(scheme: Scheme, planned: list[tuple[Candidate, Rule]], everything: list[Candidate]) -> None:
@@ -234,13 +270,14 @@ class _Makers:
             return None
         key = members[0]
         if key not in self.inputs:
-            self.inputs[key] = self._following(rule.input, self._parameter(candidate).device)
+            learn = self.scheme.learn_inputs and lookup(rule.input).is_static
+            self.inputs[key] = self._following(rule.input, self._parameter(candidate).device, learn)
             self.inputs[key].consumers = len(members)
         return self.inputs[key]
 
-    def _following(self, name: str, device: torch.device) -> InputQuantizer:
-        scheme = self.scheme
-        return InputQuantizer(lookup(name), scheme.activation_rule, scheme.estimator, scheme.observer).to(device)
+    def _following(self, name: str, device: torch.device, learn: bool = False) -> InputQuantizer:
+        scheme, fmt = self.scheme, lookup(name)
+        return InputQuantizer(fmt, scheme.activation_rule, scheme.estimator, scheme.observer, learn).to(device)
 
     def _parameter(self, candidate: Candidate) -> nn.Parameter:
         return self.model.get_submodule(candidate.module).get_parameter(candidate.slot.name)
@@ -279,6 +316,10 @@ def _resolve_tied(model: nn.Module, planned: list[tuple[Candidate, Rule]], schem
                 f"{rule.weight or 'skip'}; skip both, or set scheme.tied to `share` (one format for both) "
                 "or `untie` (two tensors in the export)"
             )
+        elif any(scheme.rotation_of(each, "") for each in (other, path)):
+            raise ConfigError(
+                f"{other} and {path} are one tensor (tied), which hadamard cannot rotate; use tied: untie"
+            )
 
 
 def _comes_apart(rules: dict[str, Rule], first: str, second: str, scheme: Scheme) -> bool:
@@ -302,13 +343,16 @@ def report(model: nn.Module, scheme: Scheme | None = None) -> Coverage:
         if other != path and not (scheme and _comes_apart(rules, other, path, scheme)):
             continue
         rule, site = rules.get(path), quantized.get(path)
-        if rule is not None:
+        rotated = 0
+        if rule is not None and scheme is not None:
             weight, input, skip = rule.weight, rule.input, rule.skip
+            rotated = scheme.rotation_of(path, candidate.module)
         elif site is not None:
             weight, input, skip = site.format.name, site.input.format.name if site.input else None, None
+            rotated = rotation(site.input.transforms) if site.input else 0
         else:
             weight, input, skip = None, None, "not part of the scheme"
-        rows.append(Covered(path, shape, weight, input, skip, _bits(weight, shape)))
+        rows.append(Covered(path, shape, weight, input, skip, _bits(weight, shape), rotated))
     return Coverage(tuple(rows), _caches(model, scheme))
 
 

@@ -121,7 +121,7 @@ BROKEN: list[tuple[Rule, str, str]] = [
     (safe_loading, "checkpoints/hf.py", "def f(*, trust_remote_code=True): ..."),
 ]
 ALLOWED: list[tuple[Rule, str, str]] = [
-    (import_arrows, "trainers/job.py", "from qat.checkpoints.hf import load\nfrom qat.training.losses import Loss"),
+    (import_arrows, "trainers/job.py", "from qat.checkpoints.hf import load\nfrom qat.training.objectives import Loss"),
     (import_arrows, "kernels/matmul/triton.py", "from qat.kernels.device import round_to\nimport qat.training.ops"),
     (import_arrows, "qat/cli.py", "def f():\n    from qat.trainers import job\n    import qat.kernels.load"),
     (import_arrows, "qat/__init__.py", "if TYPE_CHECKING:\n    from qat.trainers.job import Job"),

@@ -18,6 +18,8 @@ from torch.nn import functional
 
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.numerics import QTensor, quantize
+from tests.tiny import tiny_model
+from tests.trainers.jobs import write
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -253,21 +255,23 @@ def test_kills_lose_nothing() -> None:
     assert done.stdout.count(": ok\n") == 8 and "all of 8 kills passed" in done.stdout
 
 
-def test_the_recovery_table_trains_with_kernels(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recovery = _script("recovery")
-    loaded = []
+def test_a_recovery_table_runs_at_once_goes_on_and_names_what_failed(tmp_path: Path) -> None:
+    recipe, table = write(tmp_path, tiny_model("llama", tmp_path / "model")), tmp_path / "table.yaml"
+    table.write_text(
+        json.dumps({"a seed 0": [str(recipe)], "a seed 1": [str(recipe), "seed=1"], "bad": [str(recipe), "steps=0"]})
+    )
+    command = [sys.executable, str(FOLDER / "recovery.py"), "--table", str(table), "--runs", str(tmp_path / "runs")]
 
-    def train(job: Any, **_: Any) -> None:
-        loaded.append(capsys.readouterr().err)
-        job.folder.mkdir(parents=True)
-        rows = [{"name": name, "kl": 1.0} for name in ("ptq", "best_ptq", "student")]
-        report = {"rows": rows, "gap_closed": {"kl": 0.5, "nll": 0.5}, "best_step": 1}
-        (job.folder / "report.json").write_text(json.dumps(report))
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, "--jobs", "2", *more], capture_output=True, text=True, check=False, cwd=FOLDER.parent
+        )
 
-    monkeypatch.setattr("qat.trainers.run.train", train)
-    monkeypatch.setattr(sys, "argv", ["recovery.py", "--seeds", "1", "--runs", str(tmp_path)])
-    recovery.main()
-    assert "kernels for " in loaded[0] or "no kernels (" in loaded[0]
-    assert capsys.readouterr().out.count("50.0%") == 8
+    done = run()
+    assert done.returncode == 1 and "| bad | failed" in done.stdout
+    assert re.search(r"^a: .*% \+- .*, 2 seeds$", done.stdout, re.M)
+    reports = [tmp_path / "runs" / f"a-seed-{seed}" / "report.json" for seed in (0, 1)]
+    before = [path.stat().st_mtime_ns for path in reports]
+    again = run("--only", "seed")  # what is finished is not repeated
+    assert again.returncode == 0 and [path.stat().st_mtime_ns for path in reports] == before
+    assert f"| {json.loads(reports[0].read_text())['gap_closed']['kl']:.1%} |" in again.stdout

@@ -223,7 +223,8 @@ class StepLoop(lit.Callback):
         self.metrics.write(row)
         if "heldout_kl" in row:
             mark = " (best)" if self.keeper.best["step"] == step else ""
-            self.meter.say(f"step {step}: held-out KL {row['heldout_kl']:.4f}{mark}")
+            text = "choosing" if self.job.eval.choose is not None else "held-out"
+            self.meter.say(f"step {step}: {text} KL {row['heldout_kl']:.4f}{mark}")
         self.meter.advance(1, f"loss {row['loss']:.4f}  {row['tokens_per_second']:.0f} tokens/s")
         for logger in trainer.loggers:
             logger.log_metrics({k: v for k, v in row.items() if v != ""}, step=step)

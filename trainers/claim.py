@@ -28,7 +28,7 @@ from qat.errors import CheckpointError, ConfigError
 from qat.trainers import report
 from qat.trainers.data import DataConfig
 from qat.trainers.job import JOB, Job, recorded
-from qat.trainers.optim import schedule
+from qat.trainers.optim import best_rate, schedule
 from qat.trainers.sources import BUILT_IN
 
 LOCK, METRICS = ".lock", "metrics.csv"
@@ -80,7 +80,12 @@ def _anchored(job: Job) -> Job:
         "model": anchored(job.model),
         "teacher": job.teacher and anchored(job.teacher),
         "data": _anchored_text(job.data),
-        "eval": job.eval.model_copy(update={"data": _anchored_text(job.eval.data)}),
+        "eval": job.eval.model_copy(
+            update={
+                "data": _anchored_text(job.eval.data),
+                "choose": job.eval.choose and _anchored_text(job.eval.choose),
+            }
+        ),
         "calibration": job.calibration and _anchored_text(job.calibration),
     }
     return job.model_copy(update=changes)
@@ -194,7 +199,7 @@ def take_up(run: Path, job: Job, console: Console) -> dict[str, Any]:
         raise ConfigError(f"steps={job.steps}, but {state['step']} steps of {run} are done; give at least as many")
     state.setdefault("steps", old.steps)
     if job.steps != state["steps"]:
-        _say_schedule(job, state["steps"], state["step"], console)
+        _say_schedule(job, state, console)
     _clear_unfinished(run / "checkpoints")
     _record(run, job)
     return state
@@ -208,7 +213,7 @@ def _comparable(job: Job) -> dict[str, Any]:
     data = _plain(job)
     for key in ("name", "runs", "steps"):
         del data[key]
-    for text in (data["data"], data["eval"]["data"], data["calibration"]):
+    for text in (data["data"], data["eval"]["data"], data["eval"]["choose"], data["calibration"]):
         if text and Path(text["source"]).is_absolute():
             text["source"] = "a local text"
     for model in (data["model"], data["teacher"]):
@@ -231,8 +236,10 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path} was {old!r}, now {new!r}"]
 
 
-def _say_schedule(job: Job, before: int, step: int, console: Console) -> None:
-    was, now = (schedule(job.optim, step, steps) * job.optim.lr for steps in (before, job.steps))
+def _say_schedule(job: Job, state: dict[str, Any], console: Console) -> None:
+    before, step = state["steps"], state["step"]
+    peak = best_rate(state["rates"]) if job.optim.lr == "auto" else job.optim.lr
+    was, now = (schedule(job.optim, step, steps) * peak for steps in (before, job.steps))
     console.print(
         f"steps: {before} -> {job.steps}. {step} are done; the learning rate, which would be {was:.3g} now, is "
         f"{now:.3g} and falls to its end at step {job.steps}",

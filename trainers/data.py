@@ -49,9 +49,10 @@ class DataConfig(Strict):
     """Which text to train or evaluate on, and how it becomes rows of tokens.
 
     Attributes:
-        source: `embedded` (the help texts inside Python), `heldout` (the text shipped for evaluation),
-            `teacher` (text the teacher writes), a local .jsonl, .json, .csv, .tsv, .parquet, .txt or .md file
-            (all but .parquet also as .gz, .bz2, .xz or .zst), a folder of such files, or a hub id `owner/name`.
+        source: `embedded` (the help texts inside Python), `heldout` (the text shipped for evaluation) or a half of its
+            documents (`heldout/choosing`, `heldout/reporting`), `teacher` (text the teacher writes), a local .jsonl,
+            .json, .csv, .tsv, .parquet, .txt or .md file (all but .parquet also as .gz, .bz2, .xz or .zst), a folder
+            of such files, or a hub id `owner/name`.
         config_name, split, revision: of a hub data set.
         records: what a record is, a key of `records.SHAPES`; `auto` goes by the fields that are there.
         text_field, messages_field: where a record holds its text, or its chat of {role, content} messages.

@@ -7,6 +7,7 @@ by name, and where none is here an H100 is assumed, and said to be.
 import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +17,8 @@ import torch
 from qat.checkpoints.hf import is_local, resolve
 from qat.init.gptq import PRODUCTS
 from qat.init.scales import initial_scales
-from qat.numbers.catalog import CATALOG, lookup
+from qat.numbers.catalog import lookup
+from qat.numbers.hadamard import BlockHadamard
 from qat.numbers.numerics import find_scales
 from qat.quantizer import InputQuantizer, WeightQuantizer
 from qat.scheme import Rule, Scheme
@@ -231,16 +233,18 @@ def _cpu(job: Job, facts: Facts) -> Machine:
     per_update = _seconds(lambda: large.mul_(1.0)) / (2 * FP32 * large.numel()) * OPTIMIZER_TRAFFIC
     per_activation_byte = _byte_seconds(tokens * shape.ffn)
     per_logit_byte = _byte_seconds(min(job.loss_chunk or chunk_tokens(0, 0, None), tokens) * shape.vocabulary)
-    sums, total = [0.0, 0.0, 0.0], 0
-    for weight, input, _, count, _ in facts.coverage.by_format():
-        if weight in CATALOG:
-            measured = (
-                _weight_seconds(job.scheme, weight),
-                _input_seconds(job.scheme, input),
-                _search_seconds(job.scheme, weight),
-            )
-            sums = [s + count * seconds for s, seconds in zip(sums, measured, strict=True)]
-            total += count
+    counts: Counter[tuple[str, str | None, int]] = Counter()
+    for module in facts.coverage.modules:
+        if module.weight is not None:
+            counts[module.weight, module.input, module.rotation] += module.parameters
+    sums, total = [0.0, 0.0, 0.0], counts.total()
+    for (weight, input, rotated), count in counts.items():
+        measured = (
+            _weight_seconds(job.scheme, weight),
+            _input_seconds(job.scheme, input, rotated),
+            _search_seconds(job.scheme, weight),
+        )
+        sums = [s + count * seconds for s, seconds in zip(sums, measured, strict=True)]
     threads = torch.get_num_threads()
     name = f"this CPU, {threads} thread{'s' if threads > 1 else ''}"
     per_weight, per_input, per_search = (value / max(total, 1) for value in sums)
@@ -261,12 +265,13 @@ def _weight_seconds(scheme: Scheme, name: str) -> float:
     return _seconds(lambda: quantizer(leaf).sum().backward()) / leaf.numel()
 
 
-def _input_seconds(scheme: Scheme, name: str) -> float:
-    if name not in CATALOG:
+def _input_seconds(scheme: Scheme, name: str | None, rotated: int) -> float:
+    if name is None:
         return 0.0
     leaf = torch.randn(SIDE, SIDE).requires_grad_()
     quantizer = InputQuantizer(lookup(name), scheme.activation_rule, scheme.estimator, scheme.observer)
     quantizer.amax.fill_(float(leaf.detach().abs().amax()))
+    quantizer.transforms = (BlockHadamard(rotated),) if rotated else ()
     return _seconds(lambda: quantizer(leaf).sum().backward()) / leaf.numel()
 
 
@@ -333,19 +338,19 @@ def _step_seconds(job: Job, facts: Facts, machine: Machine) -> float:
 
 
 def _other_seconds(job: Job, facts: Facts, machine: Machine) -> float:
-    """Evaluating (BF16, two initialisations, every so many steps, the end), calibrating, searching; GPTQ multiplies
-    inputs with themselves, and every weight with its row of products."""
+    """Evaluating (BF16, two initialisations, every so many steps, the end and what is left of the gap), calibrating,
+    searching; GPTQ multiplies inputs with themselves, and every weight with its row of products."""
     student, teacher = (forward_flops(a, job.eval.data.seq_len) for a in (facts.student, facts.teacher))
     least = facts.student.shape.layers * machine.per_layer / 3  # a forward pass has no backward
     head = 2.0 * facts.teacher.shape.hidden * facts.teacher.shape.vocabulary
     during = job.steps // job.eval.every if job.eval.every else 1
-    evaluation = job.eval.tokens * (2 * teacher + (3 + during) * (student + head))
-    passes = (3 + during) * job.eval.tokens / (job.eval.batch * job.eval.data.seq_len)
-    values = (3 + during) * job.eval.tokens * facts.input_values
+    often = 3 + during + 2 * (job.eval.choose is not None) + 3 * job.eval.why
+    evaluation = job.eval.tokens * (2 * teacher + often * (student + head))
+    passes = often * job.eval.tokens / (job.eval.batch * job.eval.data.seq_len)
+    values = often * job.eval.tokens * facts.input_values
     text, products = job.calibration or job.data, facts.input_products(job)
-    reads = (
-        1 + sum(step.WHOLE_MODEL for step in job.scheme.init) + -(-FP32 * products // PRODUCTS)
-    )  # of the calibration text
+    observed = sum(step.WHOLE_MODEL or step.kind == "hadamard" for step in job.scheme.init)
+    reads = 1 + observed + -(-FP32 * products // PRODUCTS)  # of the calibration text
     per_token = reads * forward_flops(facts.student, text.seq_len) + 2.0 * products
     calibrated = job.calibration_rows * text.seq_len * per_token
     if products:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from qat.checkpoints.progress import progress
@@ -21,6 +21,7 @@ from qat.modes import served
 from qat.trainers.data import Blocks, DataConfig
 from qat.trainers.forward import Head, hidden_states, split
 from qat.trainers.packing import evaluating
+from qat.trainers.sources import overlapping
 from qat.training.losses import IGNORE
 
 CHUNK = 512  # tokens whose logits exist at once
@@ -31,18 +32,40 @@ class EvalConfig(Strict):
     """The held-out text and how often to evaluate on it.
 
     Attributes:
-        data: where the text comes from; it must not be the training text.
-        tokens: how much of it.
-        every: steps between evaluations while training, 0 for only at the end.
+        data: the text whose scores are reported; it must not be the training text.
+        choose: the text that decides (which step is the best, when to stop), so that what is reported decided nothing.
+            null is the same text as `data`, whose scores then flatter the student. With neither given: the two halves
+            of the shipped text.
+        tokens: how much of each.
+        every: steps between evaluations of the choosing text while training, 0 for only at the end.
         patience: stop after so many evaluations without a better KL, 0 for never.
         batch: rows per forward pass.
+        why: measure where the rest of the gap sits (`qat.trainers.why`): at most three more evaluations at the end.
     """
 
-    data: DataConfig = DataConfig(source="heldout")
+    data: DataConfig = DataConfig(source="heldout/reporting")
+    choose: DataConfig | None = None
     tokens: int = Field(default=8192, ge=16)
     every: int = Field(default=20, ge=0)
     patience: int = Field(default=0, ge=0)
     batch: int = Field(default=2, ge=1)
+    why: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _halves(cls, given: Any) -> Any:
+        if isinstance(given, dict) and not given.keys() & {"data", "choose"}:
+            return {**given, "choose": DataConfig(source="heldout/choosing")}
+        return given
+
+    @model_validator(mode="after")
+    def _apart(self) -> "EvalConfig":
+        if self.choose is not None and overlapping(self.choose, self.data):
+            raise ValueError(
+                f"choose {self.choose.source!r} and data {self.data.source!r} hold the same documents, so what is "
+                "reported would have decided; give another text, or choose: null to say that it is one text"
+            )
+        return self
 
 
 @dataclass(frozen=True)

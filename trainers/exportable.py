@@ -8,7 +8,7 @@ from typing import Any
 from qat.checkpoints.architecture import empty_model, read_config
 from qat.checkpoints.export import check_export
 from qat.checkpoints.shards import INDEX, SINGLE, ShardReader
-from qat.surgery import apply, report
+from qat.surgery import apply, report, rotate_inputs
 from qat.trainers.called import check_called
 from qat.trainers.job import Job
 from qat.trainers.optim import freeze
@@ -30,8 +30,8 @@ def export_notes(job: Job, folder: Path | None, model: Any) -> list[str]:
     if weights is not None:
         ShardReader(weights).verify_complete()
     check_called(model, report(model, job.scheme))
-    bare: Any = apply(copy.deepcopy(model), job.scheme, defer_init=True)
-    freeze(bare, job.optim.freeze)
+    bare: Any = rotate_inputs(apply(copy.deepcopy(model), job.scheme, defer_init=True), job.scheme)
+    freeze(bare, job.optim)
     return [f"export: {note}" for note in check_export(bare, weights)]
 
 

@@ -42,15 +42,23 @@ def fit(
     if start >= job.steps or loop.give_up():
         return loop
     restore = _Restore(folder, average)
+    parts.student.train()
+    lightning(job, parts, job.steps - start, [restore, loop], loggers).fit(module)
+    parts.student.to(parts.device)  # Lightning leaves it on the CPU
+    return loop
+
+
+def lightning(job: Job, parts: Parts, steps: int, callbacks: list[Any], loggers: list[Any]) -> lit.Trainer:
+    """A trainer for so many steps, which keeps and shows nothing itself."""
     rank_zero_only.rank = 0  # type: ignore[attr-defined]  # Lightning read a launcher's variables on import
-    trainer = lit.Trainer(
-        max_steps=job.steps - start,
+    return lit.Trainer(
+        max_steps=steps,
         accumulate_grad_batches=job.rows // (job.micro_rows * job.devices),
         precision="bf16-mixed" if parts.dtype is torch.bfloat16 else "32-true",
         accelerator=parts.device.type,
         devices=job.devices,
         strategy=job.strategy,
-        callbacks=[restore, loop],
+        callbacks=callbacks,
         plugins=[_Alone()],
         logger=loggers or False,
         enable_checkpointing=False,
@@ -58,10 +66,6 @@ def fit(
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    parts.student.train()
-    trainer.fit(module)
-    parts.student.to(parts.device)  # Lightning leaves it on the CPU
-    return loop
 
 
 class _Alone(LightningEnvironment):

@@ -7,7 +7,6 @@ models in configs/architectures stand in. Formulas count what autograd keeps; te
 import json
 import math
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from qat.numbers.catalog import lookup
 from qat.surgery import Coverage, report, trained_together
 from qat.trainers.evaluate import CHUNK
 from qat.trainers.job import Job
+from qat.trainers.optim import is_frozen, parameter_kinds
 from qat.trainers.teacher import compare
 from qat.training.losses import LOGIT_BYTES, chunk_tokens
 
@@ -123,7 +123,7 @@ def job_facts(job: Job) -> Facts:
     student = read_architecture(job.model)
     teacher = student if job.teacher is None else read_architecture(job.teacher)
     coverage = report(student.model, job.scheme)
-    frozen = [n for n, _ in student.model.named_parameters() if any(fnmatchcase(n, p) for p in job.optim.freeze)]
+    frozen = [n for n, kind in parameter_kinds(student.model).items() if is_frozen(n, kind, job.optim)]
     sizes = {name: parameter.numel() for name, parameter in student.model.named_parameters()}
     frozen_ids = {id(student.model.get_parameter(name)) for name in frozen}
     blocks = 0
@@ -288,7 +288,7 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
 
 
 def _states(job: Job, facts: Facts, device: str) -> dict[str, int]:
-    learned = {"none": 0, "lsq": 1, "dual_lsq": 2}[job.scheme.learn] * facts.blocks
+    learned = {"lsq": 1, "dual_lsq": 2}.get(job.scheme.learn, 0) * facts.blocks
     trained = facts.trainable + learned
     buckets = 2 if job.devices > 1 and shards(job) == 1 else 1
     teacher = (BF16 if device == "cuda" else FP32) * facts.teacher.parameters
@@ -307,7 +307,7 @@ def _saved_weights(job: Job, facts: Facts, mixed: bool) -> int:
     """The quantized copies that linear layers keep; under autocast also the BF16 copies of unquantized layers."""
     quantized = facts.quantized
     per_weight = BF16 if job.scheme.round_bf16 else FP32
-    per_block = FP32 * {"none": 1, "lsq": 2, "dual_lsq": 4}[job.scheme.learn]
+    per_block = FP32 * {"lsq": 2, "dual_lsq": 4}.get(job.scheme.learn, 1)
     total = per_weight * quantized + per_block * facts.blocks
     if job.activation_checkpointing:
         total //= facts.student.shape.layers
@@ -332,7 +332,8 @@ def _per_token(job: Job, facts: Facts, a: int) -> float:
         fp32, one cast copy per layer in bf16. Attention: a (2 Q + 2 K) without a mask, a (4 Q + S) with one, since
         masked heads are repeated; no square of S unless eager. Feed-forward: 4 a F. Quantized inputs add the copy
         before (or after)
-    rounding: 8 H if its gradient is clipped, a Q, a F if clipped, and two scales per block.
+    rounding: 8 H if its gradient is clipped, a Q (twice if rotated and clipped), a F if clipped, and two scales per
+        block.
     """
     shape = facts.student.shape
     hidden, query, key, ffn = shape.hidden, shape.query, shape.key, shape.ffn
@@ -349,7 +350,8 @@ def _per_token(job: Job, facts: Facts, a: int) -> float:
     if inputs:
         clipped = job.scheme.estimator == "clipped"
         columns = lookup(str(inputs[0].input)).block_for(1, hidden)[1]
-        quantized = a * query + (2 * FP32 * hidden + a * ffn) * clipped
+        rotated = any(m.rotation for m in inputs)  # then what is clipped is no longer the output that attention keeps
+        quantized = a * query * (1 + (clipped and rotated)) + (2 * FP32 * hidden + a * ffn) * clipped
         quantized += 2 * FP32 * (2 * hidden + query + ffn) / columns
     return norms + fed + attention + 4 * a * ffn + facts.input_share * quantized
 

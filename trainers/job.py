@@ -12,7 +12,8 @@ from qat.scheme import Scheme, upgraded
 from qat.trainers.data import DataConfig
 from qat.trainers.evaluate import EvalConfig
 from qat.trainers.optim import OptimConfig
-from qat.training.losses import CrossEntropy, ForwardKL, Loss
+from qat.trainers.sources import overlapping
+from qat.training.objectives import CrossEntropy, ForwardKL, Loss
 
 JOB = "job.yaml"  # of a run's folder
 Precision = Literal["auto", "fp32", "bf16-mixed"]
@@ -88,10 +89,10 @@ class Job(Strict):
             raise ValueError(
                 f"rows ({self.rows}) must be a multiple of micro_rows x devices ({self.micro_rows} x {self.devices})"
             )
-        if self.data.source == self.eval.data.source and self.data.split == self.eval.data.split:
-            raise ValueError(
-                f"data and eval.data are both {self.data.source!r}: evaluate on text that is not trained on"
-            )
+        for key, text in (("eval.data", self.eval.data), ("eval.choose", self.eval.choose)):
+            if text is not None and overlapping(self.data, text):
+                both = f"both {text.source!r}" if text.source == self.data.source else "the same documents"
+                raise ValueError(f"data and {key} are {both}: evaluate on text that is not trained on")
         return self
 
     @property

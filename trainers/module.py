@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from qat.errors import TrainingError
 from qat.trainers import optim
+from qat.trainers.after_step import AfterStep
 from qat.trainers.data import Batches
 from qat.trainers.forward import Head, heads, hidden_states
 from qat.trainers.job import Job
@@ -57,6 +58,7 @@ class QatModule(lit.LightningModule):
         self.student, self.job, self.batches, self.start_step = student, job, batches, start_step
         self._teacher = (teacher,)
         self._heads: tuple[Head, Head | None] | None = None
+        self._after: AfterStep | None = None
         self._losses: list[Tensor] = []  # of the step's micro-batches; read once, so that a GPU need not wait for each
         self.step_loss = 0.0
         self.step_tokens = 0
@@ -79,6 +81,7 @@ class QatModule(lit.LightningModule):
             self.teacher.to(self.device).eval().requires_grad_(False)
         with torch.autocast(self.device.type, enabled=False):
             self._heads = heads(self.student, self.teacher)
+        self._after = AfterStep(self.student, self.job.optim, self.job.steps)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Micro-batches from the current step to the last."""
@@ -113,7 +116,7 @@ class QatModule(lit.LightningModule):
             if not math.isfinite(measure):
                 raise TrainingError(
                     f"the {what} became {measure} at step {self.step + 1}; the last good checkpoint is kept. Lower "
-                    f"optim.lr (now {self.job.optim.lr:g}), or look for bad rows in {self.job.data.source!r}"
+                    f"optim.lr (now {self.job.optim.peak:g}), or look for bad rows in {self.job.data.source!r}"
                 )
 
     def configure_optimizers(self) -> Any:
@@ -125,6 +128,12 @@ class QatModule(lit.LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """One step, and what follows it before anything is evaluated or saved."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        assert self._after is not None
+        self._after(self.step + 1, getattr(optimizer, "optimizer", optimizer))  # Lightning counts the step afterwards
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         """Clip by the norm over all trained parameters, and remember loss, norm and the rates in force for the log.

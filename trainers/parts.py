@@ -15,7 +15,8 @@ class Parts:
 
     Attributes:
         student, teacher: both on `device`.
-        train, heldout, calibration: rows of text.
+        train, heldout, calibration: rows of text; what is reported is read on `heldout`.
+        choosing: what decides anything is read on these rows; the very same object where one text does both.
         coverage: which weights got which format.
         dtype: of autocast; None computes in float32.
         parameters: of the model that is trained, without learned scales.
@@ -27,8 +28,14 @@ class Parts:
     train: Blocks
     heldout: Blocks
     calibration: Blocks
+    choosing: Blocks
     coverage: Coverage
     device: torch.device
     dtype: torch.dtype | None
     parameters: int
     qsnr_start: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def chosen_apart(self) -> bool:
+        """Whether a text of its own decides."""
+        return self.choosing is not self.heldout

@@ -23,6 +23,7 @@ COLOURS = {"bf16": "#6B6B6B", "ptq": "#D55E00", "best_ptq": "#E69F00", "student"
 NAMES = {"bf16": "BF16", "ptq": "RTN", "best_ptq": "PTQ\ninit", "student": "trained\nstudent"}
 _LIGHT = "#A9CCE3"  # the student's colour, thinned: single steps behind their mean
 _INK = "#333333"
+_SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B6B6B")
 STYLE: Any = {  # matplotlib types each key of it on its own
     "figure.dpi": 150,
     "savefig.dpi": 150,
@@ -61,6 +62,8 @@ def draw(run: Path, report: dict[str, Any], qsnr: Qsnr | None) -> list[Path]:
         pictures.append(save(_recovery(report), run / "plots" / "recovery.png"))
         if qsnr:
             pictures.append(save(_qsnr(report, qsnr), run / "plots" / "qsnr.png"))
+        if moved := report["why"].get("moved"):
+            pictures.append(save(_flipped(report, moved["sites"]), run / "plots" / "flipped.png"))
     return pictures
 
 
@@ -146,12 +149,13 @@ def _cut_spikes(axes: "Axes", values: Any) -> None:
 
 
 def _heldout(axes: "Axes", report: dict[str, Any], history: dict[str, Any], last: float) -> None:
-    rows = {row["name"]: row for row in report["rows"]}
+    rows = {row["name"]: row for row in report["choosing"] or report["rows"]}  # of the text measured while training
     evaluated = np.isfinite(history["heldout_kl"])
     points = dict(zip(history["step"][evaluated].tolist(), history["heldout_kl"][evaluated].tolist(), strict=True))
     if rows["best_ptq"]["kl"] is not None:  # training starts from the PTQ initialisation
         points = {0.0: rows["best_ptq"]["kl"], **points}
-    axes.set_ylabel("held-out KL to the teacher\n(nats per token)")
+    text = "choosing" if report["choosing"] else "held-out"
+    axes.set_ylabel(f"{text} KL to the teacher\n(nats per token)")
     if not points:
         axes.text(0.5, 0.5, "no KL was measured", transform=axes.transAxes, ha="center")
         return
@@ -284,6 +288,27 @@ def _dumbbells(axes: "Axes", points: list[tuple[int, float, float]], last: int) 
     axes.scatter(layer, final, s=size / 3, color=COLOURS["student"], zorder=3, label="after training")
     axes.set_xlim(-0.04 * last - 0.6, 1.04 * last + 0.6)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+# --- flipped.png: where did training change codes at all? ----------------------------------------
+
+
+def _flipped(report: dict[str, Any], shares: dict[str, float]) -> "Figure":
+    kinds = by_kind([(path, 0.0, 100 * share) for path, share in shares.items()])
+    figure = new_figure(8.0, 3.9)
+    axes = figure.subplots()
+    total = 100 * report["why"]["moved"]["flipped"]
+    figure.suptitle(f"{report['name']}: {total:.2f} % of the codes changed in training", x=0.01, ha="left", fontsize=12)
+    for index, (kind, points) in enumerate(kinds.items()):
+        layer, _, share = zip(*points, strict=True)
+        colour, marker = _SERIES[index % len(_SERIES)], "osD^vPX"[index % 7]
+        axes.plot(layer, share, color=colour, marker=marker, markersize=4, linewidth=1.2, label=kind)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("% of codes unlike\nthose at the start")
+    axes.locator_params(axis="x", integer=True)
+    figure.legend(loc="outside right upper", fontsize=9)
+    return figure
 
 
 def by_kind(qsnr: Qsnr) -> dict[str, list[tuple[int, float, float]]]:

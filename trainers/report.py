@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qat.config import write_text_atomic
 from qat.text import duration, percent, size
+from qat.trainers import why
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,7 +46,11 @@ class RunReport:
         machine: accelerator, or CPU and threads.
         finished_at: ISO 8601, UTC.
         qsnr: (layer, dB at the start, dB after training), each against the weights that were quantized.
-        texts: what was read of the training and the held-out text, and what of it was left out.
+        rates: (learning rate, KL on the text that decides) of those that `optim.lr: auto` tried.
+        texts: what was read of the training, the held-out and the choosing text, and what of it was left out.
+        choosing: "ptq", "best_ptq" and "student" on the text that decided; empty where that was the held-out text.
+        choosing_hash: digest of its rows.
+        why: what `qat.trainers.why` measured: "moved", "gap" and "disagreement"; empty where it was not asked to.
     """
 
     name: str
@@ -74,6 +79,10 @@ class RunReport:
     qsnr: list[tuple[str, float, float]] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
     caches: list[tuple[str, str, int, float, float]] = field(default_factory=list)
+    choosing: list[Row] = field(default_factory=list)
+    choosing_hash: str = ""
+    why: dict[str, Any] = field(default_factory=dict)
+    rates: list[list[float]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `report.json`: plain JSON values, with None for what is not a finite number."""
@@ -159,6 +168,7 @@ def remarks(report: dict[str, Any]) -> list[str]:
         )
     if _less(student["kl"], best["kl"]) and _less(student["top1"], best["top1"]):
         sentences.append("KL is better than after the best PTQ initialisation, but top-1 agreement is worse.")
+    sentences += why.warnings_of(report["why"])
     if student["tokens"] < FEW_TOKENS:
         few = f"Only {student['tokens']:,} held-out tokens were evaluated"
         sentences.append(f"{few}; differences of a few per cent are noise.")
@@ -190,6 +200,7 @@ def page(run: Path, report: dict[str, Any], pictures: list[Path]) -> str:
             "PTQ back to BF16."
         ],
         notes,
+        why.lines(report["why"]),
         [f"![{picture.stem}]({picture.as_posix()})" for picture in pictures],
         ["## What is stored how"],
         _markdown(["weights", "inputs", "modules", "parameters", "bits per weight"], scheme, left=2),
@@ -231,15 +242,33 @@ def _provenance(report: dict[str, Any]) -> list[str]:
     facts = {
         "method": f"{report['method']}, seed {report['seed']}, precision {report['precision']}",
         "training": f"{trained} ({speed})",
-        "student": f"step {report['best_step']:,}, the one with the lowest held-out KL (chosen on this text)",
+        "student": f"step {report['best_step']:,}, the one with the lowest {_chosen(report)}",
+        **_rates(report.get("rates") or []),
         "machine": f"{report['machine']}; peak memory {size(report['peak_memory_bytes'])}",
         "versions": versions,
         **{f"{name} text": text for name, text in report.get("texts", {}).items()},
         "held-out rows": f"sha256 `{report['eval_hash']}`",
+        **({"choosing rows": f"sha256 `{report['choosing_hash']}`"} if report["choosing"] else {}),
         "training rows": f"sha256 `{report['data_hash']}`; held-out 13-grams found there: {overlap}",
         "finished": report["finished_at"],
     }
     return [f"- {name}: {value}" for name, value in facts.items()]
+
+
+def _chosen(report: dict[str, Any]) -> str:
+    """By what the student was chosen."""
+    rows = {row["name"]: row["kl"] for row in report["choosing"]}
+    if not rows:
+        return "held-out KL (chosen on the very text that is reported, which flatters it)"
+    path = " → ".join(_cell(rows[name], "{:.4f}") for name in ("ptq", "best_ptq", "student"))
+    return f"KL on the choosing text ({path}: RTN, initialisation, student), which is not reported above"
+
+
+def _rates(tried: list[list[float]]) -> dict[str, str]:
+    """What `optim.lr: auto` tried, the chosen one first."""
+    best = sorted(tried, key=lambda pair: (math.inf if pair[1] is None else pair[1], pair[0]))
+    said = ", ".join(f"{rate:.3g} (KL {_cell(kl, '{:.4f}')})" for rate, kl in best)
+    return {"learning rate": f"{said}; the first was chosen after a few steps with each"} if tried else {}
 
 
 def print_table(report: RunReport, console: "Console") -> None:

@@ -19,11 +19,11 @@ from qat.init.calibration import initialise, observe, unreached
 from qat.modes import dense
 from qat.numbers.numerics import qsnr
 from qat.sites import Site, weights
-from qat.surgery import Coverage, apply, report
-from qat.trainers import claim, limits
+from qat.surgery import Coverage, apply, report, rotate_inputs
+from qat.trainers import claim, limits, rates, why
 from qat.trainers.callbacks import Keeper
 from qat.trainers.called import check_called
-from qat.trainers.data import Batches, load_blocks
+from qat.trainers.data import Batches, Blocks, load_blocks
 from qat.trainers.evaluate import Evaluator, gap_closed
 from qat.trainers.exportable import export_notes, student_without_numbers
 from qat.trainers.fit import fit, quiet_lightning, start_loggers
@@ -35,6 +35,7 @@ from qat.trainers.optim import freeze
 from qat.trainers.overlap import overlap
 from qat.trainers.packing import LEAKS, leakage, model_inputs
 from qat.trainers.parts import Parts
+from qat.trainers.plots import read_metrics
 from qat.trainers.report import CONTAMINATED, RunReport, print_table, write_report
 from qat.trainers.teacher import settled
 
@@ -91,22 +92,37 @@ def _train(job: Job, resume_run: bool, console: Console, interruptions: Interrup
     parts = _load(job, source, reference, console)
     _print_coverage(parts.coverage, console)
     text = {"data": parts.train.digest, "eval.data": parts.heldout.digest}
-    evaluator = Evaluator(parts.teacher, parts.heldout, job.eval.batch, parts.device, parts.dtype)
+    if parts.chosen_apart:
+        text["eval.choose"] = parts.choosing.digest
+    reporting, choosing = _evaluators(job, parts)
     if not resume_run:
-        saved = {"rows": _baselines(job, parts, evaluator, console)}
-        keeper = Keeper(run, job, evaluator, {})
-        keeper.best = {"step": 0, "kl": saved["rows"][-1]["kl"], "since": 0}
-        resume.save_best(run, resume.student_tensors(parts.student), {**saved["rows"][-1], "step": 0})
+        rows, chosen = _baselines(job, parts, reporting, choosing, console)
+        saved = {"rows": rows, "choosing": chosen}
+        keeper = Keeper(run, job, choosing, {})
+        first = (chosen or rows)[-1]
+        keeper.best = {"step": 0, "kl": first["kl"], "since": 0}
+        resume.save_best(run, resume.student_tensors(parts.student), {**first, "step": 0})
+        if job.eval.why:
+            why.keep_start(run, parts.student)
     else:
+        rotate_inputs(parts.student, job.scheme)
         claim.check_text(saved, text, job.steps, console)
-        keeper = Keeper(run, job, evaluator, saved["best"])
+        keeper = Keeper(run, job, choosing, saved["best"])
     saved.update(text=text, steps=job.steps)
+    job = rates.settled(job, parts, keeper.evaluator, saved, console)
     loop = fit(job, parts, keeper, saved, resume.last_state(run) if resume_run else None, interruptions, loggers)
     if interruptions.signal is not None:
         raise interruptions.stop()
     if loop.stopped_by:
         console.print(f"stopped early: {loop.stopped_by}")
-    return _finish(job, parts, keeper, saved)
+    return _finish(job, parts, keeper, reporting, saved)
+
+
+def _evaluators(job: Job, parts: Parts) -> tuple[Evaluator, Evaluator]:
+    """Of the text that is reported, and of the one that decides."""
+    settings = (job.eval.batch, parts.device, parts.dtype)
+    reporting = Evaluator(parts.teacher, parts.heldout, *settings)
+    return reporting, Evaluator(parts.teacher, parts.choosing, *settings) if parts.chosen_apart else reporting
 
 
 def _load(job: Job, source: Path, reference: Path, console: Console) -> Parts:
@@ -129,31 +145,39 @@ def _load(job: Job, source: Path, reference: Path, console: Console) -> Parts:
     limits.warn(limits.check_lengths(job, student, teacher))
     train_rows = load_blocks(job.data, tokenizer, num_tokens=job.steps * job.rows * job.data.seq_len, teacher=teacher)
     heldout = load_blocks(job.eval.data, tokenizer, num_tokens=job.eval.tokens)
+    choosing = heldout
+    if job.eval.choose is not None:
+        choosing = load_blocks(job.eval.choose, tokenizer, num_tokens=job.eval.tokens)
     calibration = train_rows
     if job.calibration is not None:
         tokens = job.calibration_rows * job.calibration.seq_len
         calibration = load_blocks(job.calibration, tokenizer, num_tokens=tokens, teacher=teacher)
-    limits.check_rows(
-        tokenizer, {"data": train_rows, "eval.data": heldout, "calibration": calibration}, student, teacher
-    )
-    console.print(f"training text: {train_rows.summary}", highlight=False, soft_wrap=True)
-    console.print(f"held-out text: {heldout.summary}", highlight=False, soft_wrap=True)
-    shared = overlap(train_rows, heldout)
-    if shared > CONTAMINATED:
-        console.print(f"[yellow]warning: {shared:.1%} of the held-out 13-grams also occur in the training text")
+    texts = {"data": train_rows, "eval.data": heldout, "eval.choose": choosing, "calibration": calibration}
+    limits.check_rows(tokenizer, texts, student, teacher)
+    _print_texts(train_rows, heldout, choosing, console)
     if job.activation_checkpointing:
         # transformers 5.23 renamed the method; 5.17 only knows the old name.
         name = "activation_checkpointing_enable"
         getattr(student, name if hasattr(student, name) else "gradient_checkpointing_enable")({"use_reentrant": False})
     apply(student, job.scheme, defer_init=True)
-    freeze(student, job.optim.freeze)
+    freeze(student, job.optim)
     dtype = torch.bfloat16 if mixed else None
-    rows = (train_rows, heldout, calibration)
+    rows = (train_rows, heldout, calibration, choosing)
     return Parts(student.to(device), teacher, *rows, coverage, device, dtype, parameters)
 
 
+def _print_texts(train_rows: Blocks, heldout: Blocks, choosing: Blocks, console: Console) -> None:
+    texts = {"training": train_rows, "held-out": heldout} | ({"choosing": choosing} if choosing is not heldout else {})
+    for name, blocks in texts.items():
+        console.print(f"{name} text: {blocks.summary}", highlight=False, soft_wrap=True)
+    shared = overlap(train_rows, heldout)
+    if shared > CONTAMINATED:
+        console.print(f"[yellow]warning: {shared:.1%} of the held-out 13-grams also occur in the training text")
+
+
 def _check_packing(job: Job, *models: Any) -> None:
-    texts = {"data": job.data, "eval.data": job.eval.data, "calibration": job.calibration}
+    texts = {"data": job.data, "eval.data": job.eval.data, "eval.choose": job.eval.choose}
+    texts["calibration"] = job.calibration
     packed = [name for name, text in texts.items() if text is not None and text.pack]
     for model in models if packed else ():
         leak = leakage(model)
@@ -191,18 +215,25 @@ def _print_coverage(coverage: Coverage, console: Console) -> None:
         )
 
 
-def _baselines(job: Job, parts: Parts, evaluator: Evaluator, console: Console) -> list[dict[str, Any]]:
-    """Evaluate BF16, RTN, and the PTQ initialisation that training begins from; leaves the student there."""
+def _baselines(
+    job: Job, parts: Parts, reporting: Evaluator, choosing: Evaluator, console: Console
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Evaluate BF16, RTN, and the PTQ initialisation that training begins from; leaves the student there.
+
+    Returns:
+        The rows on the held-out text, and the quantized ones on the choosing text where that is another.
+    """
     rows: list[dict[str, Any]] = []
+    chosen: list[dict[str, Any]] = []
 
     def evaluate(model: nn.Module, name: str) -> None:
-        row = evaluator.score(model, f"evaluating {name}").row(name)
-        console.print(
-            f"{name:>9}: held-out KL {row['kl']:.4f}  NLL {row['nll']:.4f}  top-1 {row['top1']:.1%}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        row = reporting.score(model, f"evaluating {name}").row(name)
+        text = f"{name:>9}: held-out KL {row['kl']:.4f}  NLL {row['nll']:.4f}  top-1 {row['top1']:.1%}"
         rows.append(row)
+        if choosing is not reporting and name != "bf16":
+            chosen.append(choosing.score(model, f"evaluating {name} on the choosing text").row(name))
+            text += f"  choosing KL {chosen[-1]['kl']:.4f}"
+        console.print(text, highlight=False, soft_wrap=True)
 
     with dense(parts.student, inputs=True):
         evaluate(parts.student if job.teacher is not None else parts.teacher, "bf16")
@@ -216,7 +247,8 @@ def _baselines(job: Job, parts: Parts, evaluator: Evaluator, console: Console) -
     initialise(parts.student, batches, rtn, mean_square, _tracked)
     evaluate(parts.student, "ptq")
     if rtn == job.scheme:
-        rows.append({**rows[-1], "name": "best_ptq"})
+        for scores in (rows, chosen):
+            scores += [{**row, "name": "best_ptq"} for row in scores[-1:]]
     else:
         with autocast:
             sentences = initialise(parts.student, batches, job.scheme, mean_square, _tracked)
@@ -224,7 +256,7 @@ def _baselines(job: Job, parts: Parts, evaluator: Evaluator, console: Console) -
             console.print(sentence, highlight=False)
         evaluate(parts.student, "best_ptq")
     parts.qsnr_start = {path: _site_qsnr(site) for path, site in weights(parts.student).items()}
-    return rows
+    return rows, chosen
 
 
 def _calibration(job: Job, parts: Parts) -> list[dict[str, Any]]:
@@ -245,18 +277,34 @@ def _tracked(sites: dict[str, Site]) -> Iterator[tuple[str, Site]]:
     return counted(sites.items(), "initialising weights", len(sites), "layers")
 
 
-def _finish(job: Job, parts: Parts, keeper: Keeper, saved: dict[str, Any]) -> RunReport:
+def _finish(job: Job, parts: Parts, keeper: Keeper, reporting: Evaluator, saved: dict[str, Any]) -> RunReport:
     """Evaluate the best student again, from disk, and write the report."""
     run = job.folder
     best = run / "checkpoints" / resume.BEST
     resume.restore_student(parts.student, load_file(best / resume.STUDENT))
-    rows = [*saved["rows"], keeper.evaluator.score(parts.student, "the student reads held-out text").row("student")]
-    built = _report(job, parts, keeper, saved, rows)
+    rows = [*saved["rows"], reporting.score(parts.student, "the student reads held-out text").row("student")]
+    measured: dict[str, Any] = {}
+    if job.eval.why:
+        measured = {
+            "moved": why.moved(run, parts.student),
+            "gap": why.gap(reporting, parts.student, rows[-1]["kl"]),
+            "disagreement": why.disagreement(
+                read_metrics(run / claim.METRICS), (saved.get("choosing") or saved["rows"])[-1]["kl"]
+            ),
+        }
+    built = _report(job, parts, keeper, saved, rows, measured)
     write_report(run, built)
     return built
 
 
-def _report(job: Job, parts: Parts, keeper: Keeper, saved: dict[str, Any], rows: list[dict[str, Any]]) -> RunReport:
+def _report(
+    job: Job, parts: Parts, keeper: Keeper, saved: dict[str, Any], rows: list[dict[str, Any]], measured: dict[str, Any]
+) -> RunReport:
+    chosen = saved.get("choosing") or []
+    if chosen:
+        best = resume.read_state(job.folder / "checkpoints" / resume.BEST)
+        chosen = [*chosen, {**{key: best[key] for key in chosen[0]}, "name": "student"}]
+    texts = {"training": parts.train, "held-out": parts.heldout} | ({"choosing": parts.choosing} if chosen else {})
     by_name = {row["name"]: row for row in rows}
     rtn, initial, student, bf16 = (by_name[name] for name in ("ptq", "best_ptq", "student", "bf16"))
     count = parts.parameters
@@ -280,7 +328,10 @@ def _report(job: Job, parts: Parts, keeper: Keeper, saved: dict[str, Any], rows:
         best_step=keeper.best["step"],
         eval_hash=parts.heldout.digest,
         data_hash=parts.train.digest,
-        texts={"training": parts.train.summary, "held-out": parts.heldout.summary},
+        texts={name: blocks.summary for name, blocks in texts.items()},
+        choosing=chosen,
+        choosing_hash=parts.choosing.digest,
+        why=measured,
         overlap=overlap(parts.train, parts.heldout),
         scheme=parts.coverage.by_format(),
         caches=parts.coverage.by_cache(),
@@ -289,6 +340,7 @@ def _report(job: Job, parts: Parts, keeper: Keeper, saved: dict[str, Any], rows:
         precision="bf16-mixed" if parts.dtype is torch.bfloat16 else "fp32",
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         qsnr=_qsnr(parts),
+        rates=saved.get("rates", []),
     )
 
 

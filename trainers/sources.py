@@ -25,7 +25,13 @@ from qat.trainers.records import Document, document
 if TYPE_CHECKING:
     from qat.trainers.data import DataConfig
 
-BUILT_IN = ("embedded", "heldout", "teacher")
+# Which documents of the held-out text: what decides something in a run and what is reported of it are different ones.
+HELDOUT_PARTS = {
+    "heldout": slice(None),
+    "heldout/choosing": slice(1, None, 2),
+    "heldout/reporting": slice(0, None, 2),
+}
+BUILT_IN = ("embedded", *HELDOUT_PARTS, "teacher")
 HELDOUT = Path(__file__).parent / "text" / "heldout.txt"
 
 WHOLE_FILE_BYTES = 64 << 20  # larger files are identified by size, time and both ends instead of every byte
@@ -65,6 +71,14 @@ def is_hub(config: "DataConfig") -> bool:
     return _kind(config.source) == "hub"
 
 
+def overlapping(one: "DataConfig", other: "DataConfig") -> bool:
+    """Whether two configurations read the same documents, in full or in part, as far as their names tell."""
+    parts = [HELDOUT_PARTS.get(config.source) for config in (one, other)]
+    if parts[0] is not None and parts[1] is not None:
+        return "heldout" in (one.source, other.source) or one.source == other.source
+    return one.source == other.source and one.split == other.split
+
+
 def fingerprint(config: "DataConfig") -> str:
     """What identifies the content of a pinned source: its bytes, or for a hub data set `id@commit`."""
     kind = _kind(config.source)
@@ -90,8 +104,8 @@ def documents(config: "DataConfig") -> Iterator[Document]:
     kind = _kind(config.source)
     if kind == "embedded":
         texts: Iterator[Document] = (Document(f"topic {name!r}", text) for name, text in _topics())
-    elif kind == "heldout":
-        texts = _separated(HELDOUT)
+    elif kind in HELDOUT_PARTS:
+        texts = iter(list(_separated(HELDOUT))[HELDOUT_PARTS[kind]])
     elif kind == "hub":
         texts = _hub_documents(config)
     else:
@@ -100,7 +114,7 @@ def documents(config: "DataConfig") -> Iterator[Document]:
 
 
 def _kind(source: str) -> str:
-    """One of embedded, heldout, teacher, text, records, folder, hub."""
+    """One of `BUILT_IN`, text, records, folder, hub."""
     if source in BUILT_IN:
         return source
     path = Path(source).expanduser()
@@ -155,7 +169,7 @@ def _separated(path: Path) -> Iterator[Document]:
 def _files(source: str) -> list[Path]:
     """The files of a local source, sorted; hidden ones are left out, other unknown ones are warned
     about."""
-    path = HELDOUT if source == "heldout" else Path(source).expanduser()
+    path = HELDOUT if source in HELDOUT_PARTS else Path(source).expanduser()
     if path.is_file():
         return [path]
     inside = list(_inside(path, ()))

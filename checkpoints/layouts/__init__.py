@@ -74,6 +74,12 @@ def check_layer(target: Target, layer: TargetLayer) -> None:
     able = holders(layer.weight, layer.input, stacks_of)
     if reason := _not_stored(layer):
         raise UnsupportedError(f"{layer.path} can be trained and evaluated, but not exported: {reason}")
+    if layer.rotation and target.ROTATED is None:
+        others = " or ".join(name for name in able if TARGETS[name].ROTATED is not None)
+        instead = f"export it with --target {others}, or " if others else ""
+        raise UnsupportedError(
+            f"{layer.path}: {target.METHOD} cannot say that inputs are rotated; {instead}leave hadamard out of init"
+        )
     if not _holds(target, stacks_of):
         raise UnsupportedError(f"{layer.path}: {_other_kind(target, layer, able)}")
     if support.find(target.ROWS, layer.weight, layer.input) is None:
@@ -125,4 +131,5 @@ def open_export(folder: Path) -> ExportedFolder:
 
 def table() -> str:
     """The table of docs/export.md: which engine loads what, of every target."""
-    return support.markdown({name: target.ROWS for name, target in TARGETS.items()})
+    rotated = {name: (target.ROTATED,) if target.ROTATED is not None else () for name, target in TARGETS.items()}
+    return support.markdown({name: target.ROWS for name, target in TARGETS.items()}, rotated)

@@ -49,13 +49,15 @@ Spec = tuple[str, tuple[int, ...]]  # safetensors type and shape
 @dataclass(frozen=True)
 class PackedModule:
     """One quantized layer in the words of compressed-tensors, whatever the layout: QuantizationArgs of weight and
-    input, and the format string. `joint` stands between its path and the names of its tensors."""
+    input, and the format string. `joint` stands between its path and the names of its tensors; `rotation` is the size
+    of the block Hadamard that its input meets before it is quantized, 0 without."""
 
     path: str
     format: str
     weights: dict[str, Any]
     input: dict[str, Any] | None
     joint: str = "."
+    rotation: int = 0
 
     @property
     def bits(self) -> int:
@@ -84,12 +86,14 @@ class PlainLoading:
         options: what `from_pretrained` needs besides the folder.
         quantizes_inputs: whether it quantizes inputs as the checkpoint asks.
         remark: what is special, for the report.
+        transforms: a TransformConfig of compressed-tensors, whose library has to apply it to the loaded model.
     """
 
     obstacle: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     quantizes_inputs: bool = True
     remark: str = ""
+    transforms: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ExportedFolder(ReadsCaches, ABC):
@@ -104,6 +108,7 @@ class ExportedFolder(ReadsCaches, ABC):
     SCALE: ClassVar[str] = "weight_scale"  # the tensor that marks a layer as quantized
     SCALES: ClassVar[tuple[str, ...]]  # every scale a quantized layer may have; but for SCALE, one number each
     SUFFIXES: ClassVar[tuple[str, ...]]  # every tensor a quantized layer may have, besides its bias
+    UNREAD: ClassVar[Mapping[str, str]] = UNREAD_KEYS  # keys of the configuration that ask for what is not implemented
     JOINT: ClassVar[str] = "."  # between a layer's path and the names of its tensors
     DENSE: ClassVar[str] = ".weight"  # what follows the path in the name of its dense tensor
     TRANSPOSED: ClassVar[bool] = False  # whether dense tensors are stored (..., columns, rows)
@@ -116,7 +121,7 @@ class ExportedFolder(ReadsCaches, ABC):
         method = self.quantization.get("quant_method")
         if method != self.METHOD:
             raise CheckpointError(f"{self.where} describes {method or 'nothing'}, not {self.METHOD}")
-        refuse_unread(self.quantization, self.where, UNREAD_KEYS)
+        refuse_unread(self.quantization, self.where, self.UNREAD)
         self._check_configuration()
         self.reader = ShardReader(folder)
         for name in sorted(self.names):

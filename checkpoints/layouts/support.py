@@ -64,7 +64,7 @@ def pairs(rows: Sequence[Row]) -> list[tuple[str, str | None]]:
 def notes(rows: Sequence[Row], weight: Format, input: Format | None) -> list[str]:
     """What engines are known to do differently with the pair, one sentence each."""
     row = find(rows, weight, input)
-    return [sentence for cell in row.cells for sentence in cell.surprises] if row else []
+    return list(dict.fromkeys(sentence for cell in row.cells for sentence in cell.surprises)) if row else []
 
 
 def refusal(target: str, rows: Sequence[Row], weight: Format, input: Format | None, others: Sequence[str] = ()) -> str:
@@ -95,8 +95,8 @@ def _nearest(fmt: Format, names: set[str], count: int = 3) -> str:
     return ", ".join(sorted(sorted(names), key=distance)[:count])
 
 
-def markdown(tables: Mapping[str, Sequence[Row]]) -> str:
-    """The table of docs/export.md, with its footnotes, of the rows by target."""
+def markdown(tables: Mapping[str, Sequence[Row]], besides: Mapping[str, Sequence[Row]]) -> str:
+    """The table of docs/export.md, with its footnotes, of the rows by target, and of those for any pair of formats."""
     marks: dict[str, int] = {}
     heads = [f"{engine} {version}" for engine, version in ENGINES.items()]
     lines = ["| target | scheme | weights | inputs | " + " | ".join(heads) + " |", "|---" * (4 + len(heads)) + "|"]
@@ -109,6 +109,9 @@ def markdown(tables: Mapping[str, Sequence[Row]]) -> str:
             shown = [_names(dict.fromkeys(side)) for side in zip(*names[row.scheme], strict=True)]
             cells = [_mark(cell, marks) for cell in row.cells]
             lines.append("| " + " | ".join([f"`{target}`", row.scheme, *shown, *cells]) + " |")
+        for row in besides.get(target, ()):
+            cells = [_mark(cell, marks) for cell in row.cells]
+            lines.append("| " + " | ".join([f"`{target}`", row.scheme, "any", "any", *cells]) + " |")
     return "\n".join([*lines, "", *(f"{number}. {sentence}." for sentence, number in marks.items())]) + "\n"
 
 

@@ -25,6 +25,7 @@ class TargetLayer:
         module: path in transformers' model, where that differs.
         model_type: of the model's config.
         transposed: whether the dense tensor is stored (..., columns, rows).
+        rotation: size of the block Hadamard that its input meets, 0 without; the weight is rotated already.
     """
 
     path: str
@@ -34,6 +35,7 @@ class TargetLayer:
     module: str = ""
     model_type: str = ""
     transposed: bool = False
+    rotation: int = 0
 
     @property
     def stacks_of(self) -> str:
@@ -63,6 +65,9 @@ class Target(Protocol):
     STACKS_OF: tuple[str, ...]
     """The `model_type`s whose stacks of experts the layout holds as one tensor each, and nothing else; empty for a
     layout of matrices."""
+
+    ROTATED: Row | None
+    """Which engine rotates inputs where a checkpoint of this layout says so, None where it cannot say it."""
 
     CACHES: CacheLayout | None
     """How it describes quantized caches, None where it cannot."""

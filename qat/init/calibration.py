@@ -3,12 +3,14 @@ steps (`qat.init.step`) that put weights and scales where training begins."""
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from qat.errors import FormatError
+from qat.init.blocks import BlockStep, walk
 from qat.init.scales import ScaleSearch
 from qat.init.step import Calibration, InitStep, Track
 from qat.modes import dense
@@ -79,24 +81,49 @@ def initialise(
     mean_square: dict[str, Tensor],
     track: Track = dict.items,
 ) -> list[str]:
-    """From an observed model to where training begins: the steps of the scheme, in order."""
+    """From an observed model to where training begins: the steps of the scheme, in order. Those that go block by block
+    come after all others, so that the blocks before one are as they will be."""
     groups: dict[tuple[InitStep, ...], dict[str, Site]] = {}
     for path, site in weights(model).items():
         groups.setdefault(scheme.init_of(path, site.module), {})[path] = site
-    sentences = []
-    for steps in sorted(groups, key=lambda steps: not any(step.WHOLE_MODEL for step in steps)):
-        calibration = Calibration(model, batches, groups[steps], mean_square, track)
-        with torch.no_grad():
-            for step in _with_scales(steps):
-                sentences.append(step.run(calibration))
-        mean_square = calibration.mean_square
+    sentences: list[str | None] = []
+    later: list[tuple[tuple[InitStep, ...], Calibration]] = []
+    with torch.no_grad():
+        for steps in sorted(groups, key=lambda steps: not any(step.WHOLE_MODEL for step in steps)):
+            calibration = Calibration(model, batches, groups[steps], mean_square, track)
+            all_steps = _with_scales(steps)
+            first = next((index for index, step in enumerate(all_steps) if _by_block(step)), len(all_steps))
+            sentences += [step.run(calibration) for step in all_steps[:first]]
+            mean_square = calibration.mean_square
+            later.append((all_steps[first:], calibration))
+        for steps, calibration in later:
+            calibration.mean_square = mean_square
+            sentences += _run_later(steps, calibration)
     return [sentence for sentence in sentences if sentence]
 
 
+def _run_later(steps: tuple[InitStep, ...], calibration: Calibration) -> list[str | None]:
+    """Steps that follow each other and go block by block share one walk."""
+    sentences: list[str | None] = []
+    for by_block, together in groupby(steps, _by_block):
+        if by_block:
+            sentences += walk(calibration, [step for step in together if isinstance(step, BlockStep)])
+        else:
+            sentences += [step.run(calibration) for step in together]
+    return sentences
+
+
+def _by_block(step: InitStep) -> bool:
+    return isinstance(step, BlockStep) and step.by_block
+
+
 def _with_scales(steps: tuple[InitStep, ...]) -> tuple[InitStep, ...]:
-    """Where no step makes scales, they follow the format's own rule (round to nearest, RTN)."""
-    own_rule = () if any(step.MAKES_SCALES for step in steps) else (ScaleSearch(search="amax", weighted=False),)
-    return (*steps, *own_rule)
+    """Where no step makes scales, they follow the format's own rule (round to nearest, RTN), before any block is
+    looked at."""
+    if any(step.MAKES_SCALES for step in steps):
+        return steps
+    first = next((index for index, step in enumerate(steps) if _by_block(step)), len(steps))
+    return (*steps[:first], ScaleSearch(search="amax", weighted=False), *steps[first:])
 
 
 @torch.no_grad()

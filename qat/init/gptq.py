@@ -3,39 +3,44 @@
 Columns are rounded one after another; what a column loses is made up for by the columns still to come, as far as the
 inputs seen in calibration are correlated. The result is not codes but *latent* weights that round to them, so that
 everything else (fake quantization, learned scales, export) goes on as from any other.
+
+With `sequential` the model is gone through block by block, so that each layer is fitted to the inputs that the
+quantized layers before it give, and can make up for a part of what those have lost (GPTAQ, arXiv 2504.02692; Qronos,
+2505.11695; QEP, 2504.09629).
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from qat.errors import FormatError
+from qat.init.blocks import Block, BlockStep, block_of
 from qat.init.calibration import input_products
 from qat.init.scales import Search, search_scales, share_global_scales
-from qat.init.step import Calibration, InitStep
+from qat.init.step import Calibration
 from qat.numbers.format import Format
 from qat.numbers.numerics import Scales, rounded
 from qat.sites import Site
 
 # Share of the mean diagonal added to it. Ten times the paper's: directions that calibration hardly excites are not
-# free,
-# since served inputs are quantized themselves and come from other text.
+# free, since served inputs are quantized themselves and come from other text.
 DAMPING = 0.1
 _TOGETHER = 64  # columns between two updates of everything to their right
 
 
-def compensate(weight: Tensor, fmt: Format, scales: Scales, gram: Tensor) -> Tensor:
+def compensate(weight: Tensor, fmt: Format, scales: Scales, gram: "Tensor | Inverse") -> Tensor:
     """Latent weights whose nearest rounding is the GPTQ solution.
 
     Args:
         weight: (rows, columns), or a stack (experts, rows, columns).
         fmt: a format whose blocks lie within one row.
         scales: fixed scales of `weight`.
-        gram: (columns, columns) mean of x x^T over the layer's inputs x.
+        gram: (columns, columns) mean of x x^T over the layer's inputs x, or what `inverse` made of it.
 
     Raises:
         FormatError: the format's blocks span several rows.
@@ -45,7 +50,7 @@ def compensate(weight: Tensor, fmt: Format, scales: Scales, gram: Tensor) -> Ten
     rows, columns = weight.shape
     if not fmt.is_rowwise:
         raise FormatError(f"{fmt.name}: error compensation needs blocks within one row; use init: scales")
-    upper = _inverse_factor(gram)
+    upper = (gram if isinstance(gram, Inverse) else inverse(gram)).upper
     width = fmt.block_for(rows, columns)[1]
     work = weight.detach().to(torch.float32).t().contiguous()  # (columns, rows): one column is contiguous
     for start in range(0, columns, _TOGETHER):
@@ -73,25 +78,58 @@ def _round_column(values: Tensor, fmt: Format, scales: Scales, block: int) -> Te
     return rounded(values.view(-1, 1, 1, 1), fmt, own).view(-1) * own.effective().view(-1)
 
 
-def _inverse_factor(gram: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse of the damped Gram matrix; inputs that were always zero count as one."""
+@dataclass(frozen=True)
+class Inverse:
+    """Of a damped Gram matrix.
+
+    Attributes:
+        upper: float32 upper Cholesky factor of the inverse.
+        dead: inputs that were always zero, which count as one.
+        singular: whether it took more damping than usual.
+    """
+
+    upper: Tensor
+    dead: int
+    singular: bool
+
+
+def inverse(gram: Tensor) -> Inverse:
+    """Damp a Gram matrix and factorise its inverse."""
     matrix = gram.to(torch.float64).clone()
     diagonal = matrix.diagonal()
-    diagonal[diagonal == 0] = 1.0
+    zero = diagonal == 0
+    diagonal[zero] = 1.0
     damping = DAMPING * diagonal.mean()
-    for _ in range(4):  # float32 sums over few tokens may leave a slightly negative direction: damp ten times more
+    for attempt in range(4):  # float32 sums over few tokens may leave a negative direction: damp more
         diagonal += damping
         factor, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
-            return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).to(torch.float32)
+            upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).to(torch.float32)
+            return Inverse(upper, int(zero.sum()), attempt > 0)
         damping = damping * 10
     raise FormatError("the inputs' second moments are not positive definite; calibrate on more, or other, text")
+
+
+def corrected(weight: Tensor, lost: Tensor, gram: Tensor, share: float) -> Tensor:
+    """Weights (rows, columns) that make up for what their inputs have lost: W + b W (X - X') X'^T (X' X'^T + d I)^-1.
+
+    Args:
+        lost: (columns, columns) mean of (x - x') x'^T, with x the inputs in the dense model, x' as they are now.
+        gram: (columns, columns) mean of x' x'^T.
+        share: b, how much of the least squares solution is taken; all of it follows the calibration text closely.
+    """
+    matrix = gram.to(torch.float64).clone()
+    diagonal = matrix.diagonal()
+    diagonal[diagonal == 0] = 1.0
+    diagonal += DAMPING * diagonal.mean()
+    moved = torch.linalg.solve(matrix, lost.to(torch.float64), left=False)
+    return (weight.to(torch.float64) + share * (weight.to(torch.float64) @ moved)).to(weight.dtype)
 
 
 PRODUCTS = 4 << 30  # bytes of input products at a time: Llama 8B has 33 GB of them in all, 1 GB per block
 
 
-class Gptq(InitStep):
+class Gptq(BlockStep):
     """Scales by search, then weights moved so that each column makes up for what earlier ones lost in rounding.
 
     The inputs' second moments are taken as the inputs will be quantized when served. Weights that multiply nothing
@@ -99,6 +137,8 @@ class Gptq(InitStep):
 
     Attributes:
         search, weighted: see `qat.init.scales.ScaleSearch`.
+        sequential: take them after the quantized blocks and layers before, not in the dense model.
+        correction: how much of what the inputs have lost by then the weights make up for, see `corrected`.
     """
 
     MAKES_SCALES = True
@@ -106,6 +146,44 @@ class Gptq(InitStep):
     kind: Literal["gptq"] = "gptq"
     search: Search = "auto"
     weighted: bool = True
+    sequential: bool = False
+    correction: float = Field(default=0.0, ge=0.0, le=1.0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Gptq":
+        if self.correction and not self.sequential:
+            raise ValueError("gptq: correction needs the inputs of the quantized model; set sequential: true too")
+        return self
+
+    @property
+    def by_block(self) -> bool:
+        """See `BlockStep`."""
+        return self.sequential
+
+    def run_outside(self, calibration: Calibration) -> None:
+        """See `BlockStep`: as if it were not sequential."""
+        self.run(calibration)
+
+    def run_block(self, block: Block) -> Counter[str]:
+        """See `BlockStep`. Layers that come later read what the compensated earlier ones give."""
+        counts: Counter[str] = Counter()
+        sites = dict(block.sites)
+        for group in block.groups():
+            gram, lost = _moments(block, group[0], self.correction > 0 and group[0].weight.dim() == 2)
+            if lost is not None:
+                for site in group:
+                    site.weight.copy_(corrected(site.weight, lost, gram, self.correction))
+            own = replace(block.calibration, sites={site.path: sites.pop(site.path) for site in group})
+            share_global_scales(own)
+            for site in group:
+                search_scales(site, self.search, gram.diagonal() if self.weighted else None)
+            inverses = _Inverses(counts)
+            for site in group:
+                _compensate(site, inverses.of(gram))
+        share_global_scales(replace(block.calibration, sites=sites))
+        for site in sites.values():
+            search_scales(site, self.search)
+        return counts
 
     def run(self, calibration: Calibration) -> str | None:
         """Go through the model in parts, of which there are never more products than PRODUCTS bytes, or one block's.
@@ -120,6 +198,7 @@ class Gptq(InitStep):
             if path not in mean_square:
                 search_scales(site, self.search)
         postponed: list[tuple[Tensor, Tensor]] = []
+        inverses = _Inverses(Counter())
         counted = Counter(id(weight) for _, weight in calibration.model.named_parameters(remove_duplicate=False))
         for paths in _parts({path: square for path, square in mean_square.items() if path in sites}):
             part = {path: sites[path] for path in paths}
@@ -129,20 +208,67 @@ class Gptq(InitStep):
             for path, site in calibration.track(part):
                 gram = products[path]
                 search_scales(site, self.search, gram.diagonal() if self.weighted else None)
-                _compensate(site, gram)
+                _compensate(site, inverses.of(gram))
             for weight, original in zip(shared, before, strict=True):
                 postponed.append((weight, weight.clone()))
                 weight.copy_(original)
             torch.clear_autocast_cache()  # it holds BF16 copies of the weights as they were
         for parameter, compensated in postponed:
             parameter.copy_(compensated)
-        return None
+        return self.sentence(inverses.counts)
+
+    def sentence(self, counts: Counter[str]) -> str | None:
+        """See `BlockStep`."""
+        said = []
+        if counts["dead"]:
+            said.append(f"{counts['dead']} of {counts['channels']} input channels were zero in all of the text")
+        if counts["singular"]:
+            said.append(f"{counts['singular']} of {counts['grams']} second moments of inputs were singular")
+        return f"gptq: {'; '.join(said)}; more calibration text may help" if said else None
 
 
-def _compensate(site: Site, gram: Tensor) -> None:
+class _Inverses:
+    """One inverse for the layers that read one tensor; counts what is wrong with each."""
+
+    def __init__(self, counts: Counter[str]) -> None:
+        self.counts = counts
+        self._last: tuple[Tensor, Inverse] | None = None
+
+    def of(self, gram: Tensor) -> Inverse:
+        """The same again, if it is the Gram matrix asked for last."""
+        if self._last is None or self._last[0] is not gram:
+            made = inverse(gram)
+            self._last = gram, made
+            self.counts.update(dead=made.dead, channels=len(gram), singular=made.singular, grams=1)
+        return self._last[1]
+
+
+def _moments(block: Block, site: Site, with_lost: bool) -> tuple[Tensor, Tensor | None]:
+    """Means of x' x'^T and (x - x') x'^T over what the site and its group are multiplied with."""
+    columns, device = site.weight.shape[-1], site.weight.device
+    gram = torch.zeros(columns, columns, device=device)
+    lost = torch.zeros_like(gram) if with_lost else None
+    tokens = 0
+    for dense, served in block.reads(site):
+        if served is None:
+            lost = None if dense is not None else lost
+            continue
+        with torch.autocast(device.type, enabled=False):  # BF16 products would not stay positive definite
+            x = served.float() if site.input is None else site.input.quantize(served.float())
+            gram += x.t() @ x
+            tokens += len(x)
+            if dense is None or dense.shape != served.shape:  # experts that a router chose otherwise
+                lost = None
+            elif lost is not None:
+                wanted = dense.float() if site.input is None else site.input.transformed(dense.float())
+                lost += (wanted - x).t() @ x
+    return gram / max(tokens, 1), None if lost is None else lost / max(tokens, 1)
+
+
+def _compensate(site: Site, factor: Inverse) -> None:
     quantizer = site.quantizer
     with torch.autocast(site.weight.device.type, enabled=False):
-        site.weight.copy_(compensate(site.weight, quantizer.format, quantizer.scales(), gram))
+        site.weight.copy_(compensate(site.weight, quantizer.format, quantizer.scales(), factor))
 
 
 def _parts(mean_square: dict[str, Tensor]) -> Iterator[list[str]]:
@@ -150,7 +276,7 @@ def _parts(mean_square: dict[str, Tensor]) -> Iterator[list[str]]:
     blocks, as many at a time as PRODUCTS allows. Layers that read one tensor share a mean square and their products."""
     blocks: dict[str, list[str]] = defaultdict(list)
     for path in mean_square:
-        blocks[_block(path)].append(path)
+        blocks[block_of(path)].append(path)
     part: list[str] = []
     size = 0
     for paths in reversed(blocks.values()):
@@ -161,10 +287,3 @@ def _parts(mean_square: dict[str, Tensor]) -> Iterator[list[str]]:
         part, size = [*part, *paths], size + more
     if part:
         yield part
-
-
-def _block(path: str) -> str:
-    """ "model.layers.3" of everything below it; a layer outside of numbered blocks is one by itself."""
-    names = path.split(".")
-    number = next((index for index, name in enumerate(names) if name.isdecimal()), len(names))
-    return ".".join(names[: number + 1])

@@ -4,11 +4,14 @@ It moves magnitude between a linear layer's input channels and the columns of it
 2211.10438): whatever produced the channel is divided by s, the columns that read it are multiplied by s. The factors
 are powers of two, so BF16 weights stay exact and the unquantized model computes bit for bit what it did (norms that
 multiply by 1 + w are rounded once more), and nothing is added to the checkpoint.
+
+How far to go is one number for the model, or searched at each place (`strength: auto`): s = rms(x)^a / rms(w)^b whose
+a and b lose least in the products with both sides quantized. Where inputs are not, that is AWQ's search (2306.00978).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -17,13 +20,16 @@ from torch import Tensor, nn
 from qat.errors import UnsupportedError
 from qat.families import find_family
 from qat.init.calibration import observe
-from qat.init.step import Calibration, InitStep
+from qat.init.samples import Sample, lost, portions, samples, some_rows
+from qat.init.step import Calibration, InitStep, Track
 from qat.modes import dense
 from qat.sites import weights
 
 _PROBE = 16  # tokens that show what feeds what
 _MOST = 8  # largest exponent of a factor
 _TOLERANCE = 1e-3  # of the logits: powers of two change nothing, but 1 + w in BF16 or float32 is rounded
+_BALANCES = tuple((step / 10, 1 - step / 10) for step in range(1, 10))  # exponents (a, b) of inputs and weights
+_FREE = (0.0, 0.25, 0.5, 0.75, 1.0)  # b by itself, for the best a
 
 
 @dataclass(frozen=True)
@@ -44,14 +50,24 @@ class Fold:
 
 
 @torch.no_grad()
-def smooth(model: nn.Module, mean_square: dict[str, Tensor], strength: float, input_ids: Tensor) -> list[Fold]:
+def smooth(
+    model: nn.Module,
+    mean_square: dict[str, Tensor],
+    strength: float | Literal["auto"],
+    input_ids: Tensor,
+    batches: Iterable[dict[str, Tensor]] = (),
+    track: Track = dict.items,
+) -> list[Fold]:
     """Balance inputs against weights in place: s = rms(x)^strength / rms(w)^(1 - strength) per channel.
 
     Args:
         model: with a scheme applied; the weights of its layers, and the norms before them, change.
         mean_square: of each input channel, by path of the layer (see `qat.init.calibration.observe`).
-        strength: 0.5 gives both sides the same root mean square; 1 moves everything into the weights.
+        strength: 0.5 gives both sides the same root mean square; 1 moves everything into the weights; "auto" searches
+            both exponents for each fold.
         input_ids: (rows, tokens), to find out what feeds what and to check that nothing else changed.
+        batches: calibration text for "auto", which does not need `mean_square`.
+        track: goes over what is searched, and may show how far it is.
 
     Returns:
         Where magnitude was moved.
@@ -64,8 +80,16 @@ def smooth(model: nn.Module, mean_square: dict[str, Tensor], strength: float, in
     with dense(model, inputs=True), torch.autocast(probe.device.type, enabled=False):
         before = model(input_ids=probe).logits.float()
         folds = find_folds(model, probe)
+    searched = _search(model, folds, list(batches), track) if strength == "auto" else {}
+    with dense(model, inputs=True), torch.autocast(probe.device.type, enabled=False):
         for fold in folds:
-            _move(model, fold, next(mean_square[path] for path in fold.readers if path in mean_square), strength)
+            if strength == "auto":
+                exponents = searched.get(fold.source)
+            else:
+                square = next(mean_square[path] for path in fold.readers if path in mean_square)
+                exponents = _exponents(fold, square, _matrix(model, fold), strength, 1 - strength)
+            if exponents is not None:
+                _move(model, fold, exponents)
         torch.clear_autocast_cache()  # it holds BF16 copies of the weights as they were, if the caller has autocast on
         after = model(input_ids=probe).logits.float()
     if not folds:
@@ -86,18 +110,20 @@ class Smooth(InitStep):
     """Move magnitude between input channels and weight columns before anything is quantized.
 
     Attributes:
-        strength: 0.5 balances them; 1 moves everything into the weights.
+        strength: 0.5 balances them; 1 moves everything into the weights; `auto` searches at each place, by what the
+            products there lose on a few hundred tokens.
     """
 
     WHOLE_MODEL = True
 
     kind: Literal["smooth"] = "smooth"
-    strength: float = Field(default=0.5, gt=0.0, le=1.0)
+    strength: Annotated[float, Field(gt=0.0, le=1.0)] | Literal["auto"] = 0.5
 
     def run(self, calibration: Calibration) -> str | None:
         """Smooth, and observe again what the model's layers read."""
         model, batches = calibration.model, calibration.batches
-        folds = smooth(model, calibration.mean_square, self.strength, batches[0]["input_ids"])
+        probe = batches[0]["input_ids"]
+        folds = smooth(model, calibration.mean_square, self.strength, probe, batches, calibration.track)
         calibration.mean_square = observe(model, batches)
         smoothed = len({path for fold in folds for path in fold.readers})
         return f"smoothed the inputs of {smoothed} of {len(weights(model))} layers"
@@ -162,16 +188,70 @@ def _is_norm(module: nn.Module) -> bool:
     return "weight" in own and all(p.dim() == 1 for p in own.values()) and not any(module.children())
 
 
-def _move(model: nn.Module, fold: Fold, mean_square: Tensor, strength: float) -> None:
-    readers: list[Any] = [model.get_submodule(path) for path in fold.readers]
-    matrix = torch.cat([reader.weight.detach().float() for reader in readers])
-    exponent = strength * _log2_rms(mean_square) - (1 - strength) * _log2_rms(matrix.square().mean(dim=0))
+# --- how far --------------------------------------------------------------------------------------
+
+
+def _search(model: nn.Module, folds: list[Fold], batches: list[dict[str, Tensor]], track: Track) -> dict[str, Tensor]:
+    """Exponents by the fold's source, where moving magnitude loses less than leaving it."""
+    sites = weights(model)
+    by_source = {fold.source: fold for fold in folds}
+    readers = {fold.source: [path for path in fold.readers if path in sites] for fold in folds}
+    found: dict[str, Tensor] = {}
+    for part in portions(readers, model):
+        seen = samples(model, batches, {path for paths in part.values() for path in paths})
+        first = {next(iter(paths)): source for source, paths in part.items()}
+        for path, _ in track({path: sites[path] for path in first}):
+            source = first[path]
+            if path in seen:
+                quantized = [(sites[reader], some_rows(sites[reader].weight)) for reader in readers[source]]
+                best = _best(by_source[source], seen[path], _matrix(model, by_source[source]), quantized)
+                if best is not None:
+                    found[source] = best
+    return found
+
+
+def _best(fold: Fold, sample: Sample, matrix: Tensor, readers: list[tuple[Any, Tensor]]) -> Tensor | None:
+    def error(exponents: Tensor | None) -> float:
+        factors = sample.x.new_ones(()) if exponents is None else _columns(fold, exponents)
+        moved = [(site, rows * factors) for site, rows in readers]
+        return lost(moved, sample.x / factors, (sample.amax / factors).amax())
+
+    best, balance, least = None, _BALANCES[0], error(None)
+    for a, b in _BALANCES:
+        exponents = _exponents(fold, sample.mean_square, matrix, a, b)
+        now = error(exponents)
+        if now < least:
+            best, balance, least = exponents, (a, b), now
+    for b in _FREE:
+        exponents = _exponents(fold, sample.mean_square, matrix, balance[0], b)
+        now = error(exponents)
+        if now < least:
+            best, least = exponents, now
+    return best
+
+
+def _matrix(model: nn.Module, fold: Fold) -> Tensor:
+    """Everything that reads the channels, (rows, columns)."""
+    return torch.cat([model.get_submodule(path).get_parameter("weight").detach().float() for path in fold.readers])
+
+
+def _exponents(fold: Fold, mean_square: Tensor, matrix: Tensor, a: float, b: float) -> Tensor:
+    """Powers of two of s = rms(x)^a / rms(w)^b: (heads, 1, width), of one repetition."""
+    exponent = a * _log2_rms(mean_square) - b * _log2_rms(matrix.square().mean(dim=0))
     heads = exponent.view(-1, fold.repeats, fold.width).mean(dim=1, keepdim=True)
-    heads = (heads - heads.mean()).round().clamp(-_MOST, _MOST)
-    columns = torch.exp2(heads.expand(-1, fold.repeats, -1).reshape(-1))
-    for reader in readers:
-        reader.weight.mul_(columns.to(reader.weight))
-    _divide(model.get_submodule(fold.source), torch.exp2(heads.reshape(-1)))
+    return (heads - heads.mean()).round().clamp(-_MOST, _MOST)
+
+
+def _columns(fold: Fold, exponents: Tensor) -> Tensor:
+    return torch.exp2(exponents.expand(-1, fold.repeats, -1).reshape(-1))
+
+
+def _move(model: nn.Module, fold: Fold, exponents: Tensor) -> None:
+    columns = _columns(fold, exponents)
+    for path in fold.readers:
+        weight = model.get_submodule(path).get_parameter("weight")
+        weight.mul_(columns.to(weight))
+    _divide(model.get_submodule(fold.source), torch.exp2(exponents.reshape(-1)))
 
 
 def _log2_rms(mean_square: Tensor) -> Tensor:

@@ -3,14 +3,14 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from qat.config import Strict
 from qat.sites import Site
 
-Track = Callable[[dict[str, Site]], Iterable[tuple[str, Site]]]
+Track = Callable[[dict[str, Any]], Iterable[tuple[str, Any]]]
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Calibration:
         batches: of calibration text.
         sites: the weights that the step is for, by path.
         mean_square: of each channel of what a weight is multiplied with, by path.
-        track: goes over sites, and may show how far it is.
+        track: goes over sites or blocks, and may show how far it is.
     """
 
     model: nn.Module

@@ -1,4 +1,4 @@
-"""What training minimises. A loss is a frozen config class, `Loss` the registry, `qat.training.rows` the arithmetic.
+"""The loss over a batch, whatever it is per token (`qat.training.objectives`).
 
 Losses work on hidden states and the output head in chunks of tokens, so that the logits of student and teacher over the
 whole vocabulary never exist at once: each chunk's logits are made, turned into a loss and, where they stood, into their
@@ -7,94 +7,17 @@ gradient, and that into gradients of hidden states and head, all in the forward 
 """
 
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qat.config import Strict
+from qat.training.objectives import CrossEntropy, DistillLoss
 from qat.training.rows import IGNORE as IGNORE
-from qat.training.rows import KINDS, distill_rows
 
 Replace = Callable[[Tensor, slice], Tensor]
 Sums = list[Tensor | None]
-
-
-class _Loss(Strict):
-    kind: str
-    needs_teacher: ClassVar[bool] = True
-
-    def tokens(self, student: Tensor, teacher: Tensor | None, targets: Tensor) -> Tensor:
-        """Loss per token (tokens,), at least float32, from logits (tokens, vocabulary) of both models; differentiable.
-
-        A loss that `qat.training.rows` does not know overrides this; it may rely on float32 logits.
-        """
-        value: Tensor = _PerToken.apply(self, student, teacher, targets)
-        return value
-
-    def replace(self, student: Tensor, teacher: Tensor | None, targets: Tensor) -> Tensor:
-        """`tokens`, without a graph; the student's logits are overwritten with the gradient of the sum."""
-        if self.kind in KINDS:
-            settings = {name: getattr(self, name) for name in ("temperature", "beta") if hasattr(self, name)}
-            return distill_rows(student, teacher, targets, self.kind, **settings)
-        dtype = torch.promote_types(student.dtype, torch.float32)
-        leaf = student.detach().to(dtype).requires_grad_()
-        with torch.enable_grad():
-            value = self.tokens(leaf, None if teacher is None else teacher.to(dtype), targets)
-            (gradient,) = torch.autograd.grad(value.sum(), leaf)
-        student.copy_(gradient)
-        return value.detach()
-
-
-class CrossEntropy(_Loss):
-    """Next-token cross-entropy: plain QAT."""
-
-    kind: Literal["cross_entropy"] = "cross_entropy"
-    needs_teacher: ClassVar[bool] = False
-
-
-class ForwardKL(_Loss):
-    """KL(teacher || student) over the full vocabulary; the QAD loss (arXiv 2601.20088). `temperature`^2 rescales it."""
-
-    kind: Literal["forward_kl"] = "forward_kl"
-    temperature: float = Field(default=1.0, gt=0)
-
-
-class ReverseKL(_Loss):
-    """KL(student || teacher): mode-seeking; for on-policy refinement."""
-
-    kind: Literal["reverse_kl"] = "reverse_kl"
-    temperature: float = Field(default=1.0, gt=0)
-
-
-class JensenShannon(_Loss):
-    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, with p the teacher and q the student."""
-
-    kind: Literal["jsd"] = "jsd"
-    beta: float = Field(default=0.5, gt=0, lt=1)
-
-
-DistillLoss = ForwardKL | ReverseKL | JensenShannon
-Loss = Annotated[CrossEntropy | DistillLoss, Field(discriminator="kind")]
-
-
-class _PerToken(torch.autograd.Function):
-    """A loss per row of whole logits, with the gradient that `replace` leaves."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: _Loss, student: Tensor, teacher: Tensor | None, targets: Tensor) -> Tensor:
-        gradient = student.detach().clone()
-        value = loss.replace(gradient, teacher, targets)
-        ctx.save_for_backward(gradient)
-        return value
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return None, gradient * grad[:, None].to(gradient.dtype), None, None
 
 
 # --- heads ------------------------------------------------------------------------------------------------------------
@@ -302,8 +225,9 @@ def chunked(
 
     if torch.is_grad_enabled():
         total: Tensor = _ChunkedLoss.apply(replace, head, chunk, student, *head.parameters)
-        return total
-    total = torch.zeros((), device=student.device)
-    for part in _parts(len(labels), chunk):
-        total = total + replace(head.logits(student[part]), part).sum()
-    return total
+    else:
+        total = torch.zeros((), device=student.device)
+        for part in _parts(len(labels), chunk):
+            total = total + replace(head.logits(student[part]), part).sum()
+    beside = loss.hidden_loss(student, teacher)
+    return total if beside is None else total + beside

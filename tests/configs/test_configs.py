@@ -29,6 +29,7 @@ def test_recipe_runs_two_steps(path: Path, tmp_path: Path) -> None:
         "calibration_rows=2",
         "checkpoint_every=0",
         "data.source=embedded",
+        "data.generate=null",
         "data.config_name=null",
         "data.seq_len=32",
         "data.max_tokens=4096",

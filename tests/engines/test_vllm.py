@@ -91,9 +91,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     small = tiny_model("llama", root / "small", num_hidden_layers=1)
     plain = root / "plain"
     export_pair(small, plain, ("int4_g64", "int8_token"))
+    rotated = root / "rotated"
+    export_pair(small, rotated, ("mxfp4", "mxfp4"), init=("hadamard",))
     damaged = {name: broken(plain, root / name, changes) for name, (changes, _) in BROKEN.items()}
-    folders = {"mixed": mixed, "plugin": plain, "stock": plain, **damaged}
-    options = {"stock": {"quantization": "compressed-tensors"}}
+    folders = {"mixed": mixed, "plugin": plain, "stock": plain, "rotated": rotated, **damaged}
+    options = {"stock": {"quantization": "compressed-tensors"}, "rotated": {"quantization": "qat"}}
     tasks = [{"folder": str(folder), "options": options.get(name, {})} for name, folder in folders.items()]
     return {**dict(zip(folders, run(root, tasks), strict=True)), "log": (root / "log.txt").read_text()}
 
@@ -140,6 +142,10 @@ def test_naming_the_method_gives_vllm_back(found: dict[str, Any]) -> None:
     assert {row["scheme"] for row in found["plugin"]["rows"]} == {"Packed"}
     assert found["stock"].get("error") is None
     assert "Packed" not in {row["scheme"] for row in found["stock"]["rows"]}
+
+
+def test_rotated_inputs_are_refused(found: dict[str, Any]) -> None:
+    assert "--quantization qat does not rotate inputs (transform_config)" in found["rotated"]["error"]
 
 
 @pytest.mark.parametrize("name", BROKEN)

@@ -24,7 +24,8 @@ from qat.serving.packed import pack, packed_linear
 from qat.serving.packed import problem as packing_problem
 from qat.serving.quantize_pack import quantize_pack_reference
 from qat.training.activations import fake_quantize_input_reference, static_part
-from qat.training.losses import ForwardKL, chunked
+from qat.training.losses import chunked
+from qat.training.objectives import ForwardKL
 from qat.training.ops import (
     fake_quantize_backward_reference,
     fake_quantize_reference,

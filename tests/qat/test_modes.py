@@ -25,6 +25,25 @@ def test_dense_is_the_original_model_and_ends_cleanly() -> None:
     assert all(m.mode == "quantized" for m in model.modules() if isinstance(m, WeightQuantizer))
 
 
+def test_one_half_is_dense_and_stays_so_when_served() -> None:
+    """On a CPU `served` rounds weights once: not those that are dense."""
+    original, both = build(), apply(build(), usual("int3_g64", "int4_token"))
+    plain = logits(original)
+    with dense(both, inputs=True), served(both):
+        dense_as_served = logits(both)
+    with served(original):
+        assert not torch.equal(logits(original), plain)  # it rounds to BF16
+    for parameter, other in zip(original.parameters(), build().parameters(), strict=True):
+        assert torch.equal(parameter, other)
+    only_weights = logits(apply(build(), usual("int3_g64")))
+    with dense(both, inputs=True, weights=False):
+        assert torch.equal(logits(both), only_weights)
+    with dense(both):
+        assert not torch.equal(logits(both), plain) and not torch.equal(logits(both), only_weights)
+    with torch.no_grad():
+        assert (dense_as_served - plain).abs().max() < 0.1 * (only_weights - plain).abs().max()
+
+
 def test_served_rounds_what_is_stored_in_bf16_and_restores_it() -> None:
     model = apply(build(), usual("nvfp4"))
     before = {n: (p.data_ptr(), p.detach().clone()) for n, p in model.named_parameters()}

@@ -19,7 +19,7 @@ from qat.scheme import Learn
 from qat.training.ops import fake_quantize
 
 every_format = pytest.mark.parametrize("name", CATALOG)
-every_mode = pytest.mark.parametrize("learn", ["none", "lsq", "dual_lsq"])
+every_mode = pytest.mark.parametrize("learn", ["none", "lsq", "dual_lsq", "refit"])
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -56,7 +56,7 @@ def test_the_forward_pass_is_what_an_export_stores(name: str, learn: Learn) -> N
 @every_mode
 def test_learning_modes_own_the_right_parameters(learn: Learn) -> None:
     quantizer = weight_quantizer("nvfp4", normal(4, 64), learn)
-    names = {"none": [], "lsq": ["log_scale"], "dual_lsq": ["log_scale", "log_divisor"]}[learn]
+    names = {"lsq": ["log_scale"], "dual_lsq": ["log_scale", "log_divisor"]}.get(learn, [])
     assert [n for n, _ in quantizer.named_parameters()] == names
     assert all(p.shape == (4, 4) and not p.any() for p in quantizer.parameters())
     assert (quantizer.divisor() is not None) is (learn == "dual_lsq")
@@ -322,3 +322,64 @@ def test_a_layer_in_training_computes_what_it_computes_without_gradients(autocas
     assert torch.equal(trained, evaluated)
     trained.float().square().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == p.dtype and p.grad.any() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "int4_g32_asym", "mxfp4", "if4", "fp8_b128"])
+def test_what_a_refit_found_is_multiplied_with_stored_and_restored(name: str) -> None:
+    weight, fmt = normal(64, 256), lookup(name)
+    quantizer = WeightQuantizer(fmt, find_scales(weight * 1.4, fmt), "refit")
+    before = (quantizer(weight) - weight).square().sum()
+    buffers = {key: tensor.data_ptr() for key, tensor in quantizer.named_buffers()}
+    quantizer.refit(weight)
+    assert (quantizer(weight) - weight).square().sum() < before
+    assert buffers == {key: tensor.data_ptr() for key, tensor in quantizer.named_buffers()}  # in place
+    assert torch.equal(quantizer.quantize(weight).dequantize(torch.bfloat16).float(), quantizer(weight))
+    again = WeightQuantizer(fmt, find_scales(normal(64, 256, seed=4), fmt), "refit")
+    again.load_state_dict(quantizer.state_dict())
+    assert torch.equal(again(weight), quantizer(weight))
+
+
+def test_a_learned_range_finds_the_clip_that_loses_least() -> None:
+    """One outlier stretches the calibrated range; descent on the error comes as near as a search over ranges."""
+    x, fmt = normal(64, 64), lookup("int8_tensor")
+    x[0, 0] = 60.0
+    x.requires_grad_()
+    quantizer = InputQuantizer(fmt, "vllm", "clipped", "minmax", learn=True)
+    quantizer.amax.fill_(float(x.detach().abs().amax()))
+
+    def error() -> Tensor:
+        return (quantizer(x)[1:] - x[1:]).square().sum()
+
+    optimizer = torch.optim.Adam([quantizer.log_range], lr=0.05, betas=(0.9, 0.95))
+    first = float(error().detach())
+    for step in range(200):
+        optimizer.param_groups[0]["lr"] = 0.05 if step < 120 else 0.005
+        optimizer.zero_grad()
+        error().backward()
+        optimizer.step()
+    found, best = float(error().detach()), first
+    for ratio in torch.logspace(-3, 0, 200).tolist():
+        other = InputQuantizer(fmt, "vllm", "clipped", "minmax")
+        other.amax.fill_(float(quantizer.amax) * ratio)
+        best = min(best, float((other(x)[1:] - x[1:]).square().sum().detach()))
+    assert found < first and found < 1.3 * best
+    fixed = InputQuantizer(fmt, "vllm", "clipped", "minmax")
+    fixed.amax.fill_(float(quantizer.limit))
+    assert torch.equal(fixed(x), quantizer(x))  # what an export stores of it
+    with torch.no_grad():
+        assert torch.equal(fixed(x), quantizer(x))
+
+
+def test_the_gradient_of_a_learned_range_is_that_of_its_scale() -> None:
+    """LSQ's: round(v) - v inside, the bound outside, times the scale and LSQ's share."""
+    x = (3 * normal(8, 64)).double().float().requires_grad_()
+    quantizer = InputQuantizer(lookup("int8_tensor"), "vllm", "clipped", "minmax", learn=True)
+    quantizer.amax.fill_(4.0)
+    grad = normal(8, 64, seed=1)
+    of_x, of_range = torch.autograd.grad((quantizer(x) * grad).sum(), [x, quantizer.log_range])
+    scale = float(quantizer.static())
+    v = x.detach().double() / scale
+    inside = v.abs() <= 127
+    expected = (grad * torch.where(inside, v.round() - v, 127 * v.sign())).sum() * scale / math.sqrt(8 * 64 * 127)
+    torch.testing.assert_close(of_range.double(), expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(of_x, grad * inside)

@@ -104,7 +104,7 @@ def test_unknown_formats_are_answered_with_three_names() -> None:
 @pytest.mark.parametrize(
     ("field", "bad", "allowed"),
     [
-        ("learn", "yes", "'none', 'lsq' or 'dual_lsq'"),
+        ("learn", "yes", "'none', 'lsq', 'dual_lsq' or 'refit'"),
         ("observer", "max", "'minmax', 'moving_average', 'percentile', 'mse' or 'kl'"),
         ("estimator", "dge", "'ste' or 'clipped'"),
         ("tied", "split", "'error', 'share' or 'untie'"),

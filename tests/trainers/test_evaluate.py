@@ -13,7 +13,7 @@ import torch
 from qat.cli import main
 from qat.errors import DataError, TrainingError
 from qat.trainers.data import Blocks
-from qat.trainers.evaluate import Evaluator, Scores, gap_closed
+from qat.trainers.evaluate import EvalConfig, Evaluator, Scores, gap_closed
 from qat.trainers.packing import collate
 from qat.training.losses import IGNORE
 from tests.tiny import VOCABULARY, tiny_model
@@ -128,6 +128,18 @@ def test_text_without_a_target_is_named(models: dict[str, Path], held: Held) -> 
 def test_perplexity_has_no_limit() -> None:
     assert Scores(2.0, 0.0, 0.0, 1).ppl == pytest.approx(math.exp(2.0))
     assert Scores(800.0, 0.0, 0.0, 1).ppl == math.inf
+
+
+def test_what_decides_is_another_text_only_where_it_is_said() -> None:
+    default = EvalConfig()
+    assert default.choose is not None
+    assert (default.choose.source, default.data.source) == ("heldout/choosing", "heldout/reporting")
+    assert EvalConfig.model_validate({"tokens": 64}).choose == default.choose
+    for old in ({"data": {"source": "heldout"}}, {"data": {"source": "mine.txt"}, "tokens": 64}):
+        assert EvalConfig.model_validate(old).choose is None
+    assert EvalConfig.model_validate(default.model_dump()) == default
+    with pytest.raises(ValueError, match="hold the same documents"):
+        EvalConfig.model_validate({"data": {"source": "heldout"}, "choose": {"source": "heldout/choosing"}})
 
 
 def test_gap_closed_is_a_share_of_the_way_down() -> None:

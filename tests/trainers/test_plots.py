@@ -118,3 +118,16 @@ def test_words_of_the_qsnr_picture_do_not_collide(count: int) -> None:
         figure = plots._qsnr(build().to_dict(), [*layers(count), ("lm_head", 20.0, 19.0)])
     assert words_collide(figure) == []
     assert sum(axes.get_visible() for axes in figure.axes) == 8
+
+
+@pytest.mark.parametrize("count", [2, 80])
+def test_words_of_the_picture_of_codes_do_not_collide(count: int) -> None:
+    import matplotlib
+
+    sites = {path: abs(value) / 100 for path, value, _ in layers(count)}
+    moved = {"codes": 1, "flipped": 0.2, "sites": sites, "drift": {}}
+    with matplotlib.rc_context(plots.STYLE):
+        figure = plots._flipped(build(why={"moved": moved}).to_dict(), sites)
+    assert words_collide(figure) == []
+    lines = figure.axes[0].get_lines()
+    assert len(lines) == 7 and lines[0].get_ydata()[0] == pytest.approx(100 * sites["model.layers.0.self_attn.q_proj"])

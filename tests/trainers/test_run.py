@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,11 @@ from qat.trainers.job import load_job
 from qat.trainers.run import train
 from tests.tiny import tiny_model
 from tests.trainers.jobs import curve, metrics, saved_steps, write
+
+ROTATED = {  # a state that more than numbers belong to
+    "rules": [{"match": "*_proj", "weight": "nvfp4", "input": "nvfp4"}, {"match": "*", "skip": "kept in BF16"}],
+    "init": ["smooth", {"kind": "hadamard", "size": 16}, "gptq"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +70,8 @@ def test_every_method_loss_and_learning_mode_trains(tmp_path: Path, model: Path)
             {"loss": {"kind": "jsd"}},
             {"loss": {"kind": "reverse_kl"}, "scheme": {**scheme, "learn": "lsq"}},
             {"scheme": {**scheme, "learn": "none"}, "activation_checkpointing": True, "optim": {"lr": 1e-3}},
+            {"scheme": {**scheme, "learn": "refit"}, "loss": {"kind": "cakld", "hidden": 0.1}},
+            {"optim": {"train": "scales", "scale_lr": 1e-2, "decay": "linear", "final": 0.0}},
         )
     ):
         job = load_job(write(tmp_path, model, name=f"run{number}", steps=2, **changes))
@@ -71,10 +79,21 @@ def test_every_method_loss_and_learning_mode_trains(tmp_path: Path, model: Path)
         assert math.isfinite(report["rows"][-1]["kl"])
 
 
-def test_resume_after_kill_repeats_the_uninterrupted_run(tmp_path: Path, model: Path) -> None:
-    whole = load_job(write(tmp_path, model, name="whole"))
+FOLLOWED = {  # what follows a step: refits, damping, an average of the weights
+    "scheme": {
+        "rules": [{"match": "*_proj", "weight": "int4_g32_asym", "input": "int8_tensor"}, {"match": "*", "skip": "no"}],
+        "learn": "refit",
+        "learn_inputs": True,
+    },
+    "optim": {"lr": 1e-3, "ema": 0.9, "refit_every": 1, "cage": {"strength": 100, "begin": 0.1}},
+}
+
+
+@pytest.mark.parametrize("changes", [{"scheme": ROTATED}, FOLLOWED], ids=["rotated", "followed"])
+def test_resume_after_kill_repeats_the_uninterrupted_run(tmp_path: Path, model: Path, changes: dict[str, Any]) -> None:
+    whole = load_job(write(tmp_path, model, name="whole", **changes))
     train(whole, table=False)
-    path = write(tmp_path, model, name="cut")
+    path = write(tmp_path, model, name="cut", **changes)
     cut = load_job(path)
     process = command(path)
     for _ in poll(120):
@@ -146,6 +165,35 @@ def test_a_start_that_failed_early_can_be_repeated(tmp_path: Path, model: Path) 
     with pytest.raises(DataError, match="empty"):
         train(load_job(write(tmp_path, model, data=data)), table=False)
     assert train(load_job(write(tmp_path, model, steps=2)), table=False)["steps"] == 2
+
+
+def test_one_half_decides_and_the_other_is_reported(tmp_path: Path, model: Path) -> None:
+    texts = {
+        key: {"source": f"heldout/{half}", "seq_len": 32}
+        for key, half in (("data", "reporting"), ("choose", "choosing"))
+    }
+    job = load_job(write(tmp_path, model, name="halves", eval={**texts, "tokens": 256, "every": 2}))
+    said = io.StringIO()
+    report = train(job, table=False, console=Console(file=said, width=200))
+    old = load_job(write(tmp_path, model, name="old", eval={"data": texts["data"], "tokens": 256, "every": 2}))
+    same = train(old, table=False)
+    assert same["choosing"] == [] and same["rows"][:3] == report["rows"][:3]
+    chosen = {row["name"]: row["kl"] for row in report["choosing"]}
+    seen = [float(row["heldout_kl"]) for row in metrics(job) if row["heldout_kl"]]
+    assert list(chosen) == ["ptq", "best_ptq", "student"] and chosen["student"] == min(chosen["best_ptq"], *seen)
+    assert report["choosing_hash"] != report["eval_hash"] == same["eval_hash"]
+    assert "choosing KL" in said.getvalue()
+    page = (job.folder / "report.md").read_text()
+    assert "KL on the choosing text" in page and "flatters" in (old.folder / "report.md").read_text()
+    moved, gap = report["why"]["moved"], report["why"]["gap"]
+    assert 0 < moved["flipped"] < 1 and len(moved["sites"]) == 14 and gap["both"] == report["rows"][-1]["kl"]
+    assert "## What training did" in page and (job.folder / "plots/flipped.png").is_file()
+
+
+def test_data_that_is_evaluated_on_is_refused(tmp_path: Path, model: Path) -> None:
+    data = {"source": "heldout", "seq_len": 32}
+    with pytest.raises(ConfigError, match=r"eval\.data are the same documents"):
+        load_job(write(tmp_path, model, data=data, eval={"tokens": 64}))
 
 
 def test_early_stop(tmp_path: Path, model: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from qat.errors import DataError
 from qat.trainers import files, sources
 from qat.trainers.data import DataConfig
-from qat.trainers.sources import HELDOUT, documents, fingerprint, pinned
+from qat.trainers.sources import HELDOUT, documents, fingerprint, overlapping, pinned
 
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
@@ -42,6 +42,24 @@ def test_heldout_is_the_shipped_file() -> None:
     found = read("heldout")
     assert len(found) > 10 and not any("\n---\n" in text or text.startswith("---") for text in found)
     assert "\n---\n".join(found) == HELDOUT.read_text(encoding="utf-8").strip("\n")
+
+
+def test_halves_of_the_heldout_text_share_no_document() -> None:
+    whole, choosing, reporting = (read(f"heldout{half}") for half in ("", "/choosing", "/reporting"))
+    assert sorted(choosing + reporting) == sorted(whole) and not set(choosing) & set(reporting)
+    sizes = [sum(map(len, half)) for half in (choosing, reporting)]
+    assert max(sizes) < 1.25 * min(sizes)
+    assert choosing == whole[1::2]  # fixed: numbers of different runs are of the same text
+
+
+def test_the_same_documents_are_known_by_their_names() -> None:
+    def same(one: str, other: str) -> bool:
+        return overlapping(DataConfig(source=one), DataConfig(source=other))
+
+    assert same("heldout", "heldout/reporting") and same("heldout/choosing", "heldout/choosing")
+    assert same("embedded", "embedded") and not same("embedded", "heldout")
+    assert not same("heldout/choosing", "heldout/reporting")
+    assert not overlapping(DataConfig(source="a/b"), DataConfig(source="a/b", split="test"))
 
 
 def test_each_file_kind(tmp_path: Path) -> None:

@@ -32,6 +32,15 @@ _MX_A8 = "vLLM gives the FP8 inputs of MXFP4 layers float32 scales, and quantize
 _MX_AS_A16 = "TensorRT-LLM reads MXFP4 layers as weight-only"
 _MX6 = "vLLM 0.33 and compressed-tensors before 0.20 have no MXFP6"
 _MX8_A16 = "vLLM also quantizes the inputs of weight-only MXFP8 layers where its kernel does"
+_IGNORES = (
+    "plain transformers ignores `transform_config` and computes garbage; with compressed-tensors, "
+    "`apply_transform_config` of its `input` parts makes up for it"
+)
+_HADACORE = (
+    "vLLM rotates inputs in 16 bits on CUDA, on one rank, and where layers have no bias; with NVFP4 its QuTLASS "
+    "kernels also give inputs scales of another rule"
+)
+_UNREAD = "SGLang and TensorRT-LLM are not known to read `transform_config`, and would compute garbage without"
 
 ROWS: tuple[Row, ...] = (
     Row("4- and 8-bit integers", lambda w, a: a is None and int_weight(w, 4, 8), (EXACT, YES, YES, NO)),
@@ -122,4 +131,10 @@ ROWS: tuple[Row, ...] = (
     ),
     Row("MXFP8", lambda w, a: mx(w, E4M3) and mx(a, E4M3), (EXACT, YES, NO, NO)),
     Row("MXFP8 weights", lambda w, a: mx(w, E4M3) and a is None, (EXACT, cell("yes", _MX8_A16), NO, NO)),
+)
+
+ROTATED = Row(
+    "inputs rotated by a block Hadamard (`init: [hadamard, ...]`)",
+    lambda w, a: a is not None,
+    (cell("no", _IGNORES), cell("yes", _HADACORE), cell("?", _UNREAD), cell("?", _UNREAD)),
 )

@@ -2,6 +2,8 @@
 
 import importlib.util
 import re
+from collections.abc import Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from qat.checkpoints.layouts.bits import Array, fields, float_values, raw_rows, scale_values
 from qat.checkpoints.layouts.caches import says_nothing
+from qat.checkpoints.layouts.compressed_tensors.transforms import KEY, online, rotations
 from qat.checkpoints.layouts.reader import ExportedFolder, PackedModule, PlainLoading, Spec, code_values
 from qat.checkpoints.matrices import dense_parts
 from qat.checkpoints.names import StoredNames, wanted_while_loading
@@ -30,6 +33,7 @@ class Reader(ExportedFolder):
     METHOD = "compressed-tensors"
     SCALES = ("weight_scale", "weight_global_scale", "input_scale", "input_global_scale")
     SUFFIXES = (*SCALES, "weight", "weight_packed", "weight_shape", "weight_zero_point", "input_zero_point")
+    UNREAD = MappingProxyType({})  # transforms are read
 
     def _check_configuration(self) -> None:
         """Besides, `config_groups` get the defaults that other tools leave away: nobody else sees incomplete ones."""
@@ -48,6 +52,8 @@ class Reader(ExportedFolder):
             raise CheckpointError(f"{self.where}: config_groups is {groups!r}, not a table of at least one group")
         complete = {name: _complete_group(group, f"{self.where}: {name}") for name, group in groups.items()}
         self.quantization = {**self.quantization, "config_groups": complete}
+        given = self.quantization.get(KEY)
+        self.rotations = [] if says_nothing(given) else rotations(given, f"{self.where}: {KEY}")
 
     def _cache_args(self) -> dict[str, Any] | None:
         scheme = self.quantization.get("kv_cache_scheme")
@@ -73,7 +79,13 @@ class Reader(ExportedFolder):
         form = scheme.get("format") or self.quantization.get("format")
         if form not in _PACKED + _PLAIN:
             raise UnsupportedError(f"{path} has format {form!r}; readable: {', '.join(_PACKED + _PLAIN)}")
-        return PackedModule(path, form, scheme["weights"], scheme["input_activations"])
+        return PackedModule(path, form, scheme["weights"], scheme["input_activations"], rotation=self._rotation(path))
+
+    def _rotation(self, path: str) -> int:
+        sizes = {size for size, targets, ignored in self.rotations if _any(path, targets) and not _any(path, ignored)}
+        if len(sizes) > 1:
+            raise UnsupportedError(f"{self.where}: {KEY} rotates the input of {path} more than once")
+        return sizes.pop() if sizes else 0
 
     def expected_tensors(self, module: PackedModule, *shape: int) -> dict[str, Spec]:
         """See the function."""
@@ -133,13 +145,15 @@ class Reader(ExportedFolder):
             return PlainLoading(
                 f"transformers cannot load packed layers of {', '.join(wanted)}, whose weights it initialises"
             )
+        left = online(self.quantization[KEY]) if self.rotations else {}
+        remark = "with its transform_config applied by compressed-tensors, " if left else ""
         if not affine:
-            return PlainLoading()
+            return PlainLoading(transforms=left, remark=remark)
         from transformers import CompressedTensorsConfig
 
         options = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
-        remark = "with dequantize=True, as asymmetric weights need, "
-        return PlainLoading(options=options, quantizes_inputs=False, remark=remark)
+        remark += "with dequantize=True, as asymmetric weights need, "
+        return PlainLoading(options=options, quantizes_inputs=False, remark=remark, transforms=left)
 
 
 def _complete_group(group: Any, where: str) -> dict[str, Any]:
@@ -195,6 +209,10 @@ def _complete_args(
             f"{where}.block_structure is {block!r}, but strategy 'block' needs [rows, columns], and no other has one"
         )
     return args
+
+
+def _any(path: str, targets: Sequence[str]) -> bool:
+    return any(_rank(path, target, True) is not None for target in targets)
 
 
 def _rank(path: str, target: str, linear: bool) -> tuple[int, str] | None:

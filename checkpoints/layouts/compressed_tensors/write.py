@@ -24,7 +24,9 @@ from qat.checkpoints.layouts import support
 from qat.checkpoints.layouts.arguments import Args, input_args, weight_args
 from qat.checkpoints.layouts.caches import CacheLayout, TargetCache, cache_args
 from qat.checkpoints.layouts.compressed_tensors.codes import read_layer
+from qat.checkpoints.layouts.compressed_tensors.engines import ROTATED as ROTATED
 from qat.checkpoints.layouts.compressed_tensors.engines import ROWS
+from qat.checkpoints.layouts.compressed_tensors.transforms import KEY, transform_config
 from qat.checkpoints.layouts.reader import PackedModule
 from qat.checkpoints.layouts.stored import bit_stream
 from qat.checkpoints.layouts.target import TargetLayer
@@ -152,9 +154,12 @@ def quantization_config(layers: list[TargetLayer], ignored: list[str]) -> dict[s
     """config.json's `quantization_config`. Targets of different groups never overlap, because loaders resolve overlaps
     differently; one group that covers every linear layer is simply called "Linear"."""
     groups: dict[str, tuple[Layout, list[str]]] = {}
+    rotated: dict[int, list[str]] = {}
     for layer in layers:
         how = layout(layer.weight, layer.input)
         groups.setdefault(repr(how), (how, []))[1].extend(layer.names)
+        if layer.rotation:
+            rotated.setdefault(layer.rotation, []).extend(layer.names)
     everything = [name for layer in layers for name in layer.names] + ignored
     # vLLM knows the output head by its name only, so "Linear" would miss it.
     uniform = len(groups) == 1 and not any(is_outside(name) for layer in layers for name in layer.names)
@@ -176,7 +181,13 @@ def quantization_config(layers: list[TargetLayer], ignored: list[str]) -> dict[s
             }
             for index, (how, paths) in enumerate(groups.values())
         },
+        **_rotations(rotated, everything),
     }
+
+
+def _rotations(rotated: dict[int, list[str]], everything: list[str]) -> dict[str, Any]:
+    targets = {size: patterns(paths, everything) for size, paths in rotated.items()}
+    return {KEY: transform_config(targets)} if targets else {}
 
 
 # --- caches ---------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales
 
 FUSES_TENSOR_SCALES = False  # it has none
+ROTATED = None
 STACKS_OF = ("gpt_oss",)
 CACHES = None
 

@@ -116,7 +116,8 @@ def test_a_checkpoint_labelled_as_another_target_is_refused(target: str, other: 
         ("compressed-tensors", {"version": "99.0"}, "version '99.0' of the format; readable: 0.x"),
         ("compressed-tensors", {"config_groups": None}, "config_groups is None, not a table"),
         ("compressed-tensors", {"config_groups": {"W4A16": ["Linear"]}}, "W4A16 is .*perhaps a preset"),
-        ("compressed-tensors", {"transform_config": {"config_groups": {"R4": {}, "R1": 1}}}, "transform_config asks"),
+        ("compressed-tensors", {"transform_config": {"config_groups": {"R4": {}, "R1": 1}}}, "transform_config is"),
+        ("modelopt", {"transform_config": {"config_groups": {"R4": 1}}}, "transform_config asks"),
         ("compressed-tensors", {"kv_cache_scheme": {"num_bits": 8}}, "quantized caches, but no k_scale is stored"),
         ("compressed-tensors", {"kv_cache_scheme": {"strategy": "attn_head"}}, r"kv_cache_scheme\.strategy is .attn_h"),
         (

@@ -5,11 +5,16 @@ import torch
 from torch import Tensor
 
 from qat.errors import FormatError
-from qat.init.gptq import DAMPING, compensate
+from qat.init.calibration import initialise, observe
+from qat.init.gptq import DAMPING, Gptq, compensate, corrected
 from qat.init.scales import initial_scales
+from qat.modes import dense
 from qat.numbers.catalog import lookup
 from qat.numbers.format import Format
 from qat.numbers.numerics import Scales, fake_quantize
+from qat.sites import weights
+from qat.surgery import apply
+from tests.qat.test_surgery import batches, build, logits, usual
 
 
 def layer(rows: int = 24, columns: int = 192) -> tuple[Tensor, Tensor]:
@@ -70,3 +75,65 @@ def test_blocks_over_several_rows_are_refused() -> None:
     fmt = lookup("fp8_b128")
     with pytest.raises(FormatError, match="use init: scales"):
         compensate(weight, fmt, initial_scales(weight, fmt, "amax"), inputs.T @ inputs)
+
+
+def test_inputs_that_lost_nothing_leave_the_weights_as_they_are() -> None:
+    weight, inputs = layer()
+    gram = inputs.T @ inputs / len(inputs)
+    assert torch.equal(corrected(weight, torch.zeros_like(gram), gram, 1.0), weight)
+
+
+def test_the_correction_is_the_damped_least_squares_solution() -> None:
+    """|W X - W' X'|^2 + d |W' - W|^2, by stacking what damps below the inputs."""
+    weight, inputs = layer()
+    worse = (
+        inputs + 0.3 * inputs.roll(1, 1) + 0.2 * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(1))
+    )
+    gram, lost = worse.T @ worse / len(worse), (inputs - worse).T @ worse / len(worse)
+    damping = (DAMPING * gram.diagonal().mean() * len(worse)).sqrt() * torch.eye(192)
+    stacked, wanted = torch.cat([worse, damping]), torch.cat([inputs @ weight.T, damping @ weight.T])
+    expected = torch.linalg.lstsq(stacked.double(), wanted.double()).solution.T.float()
+    torch.testing.assert_close(corrected(weight, lost, gram, 1.0), expected, rtol=1e-3, atol=1e-5)
+    half = corrected(weight, lost, gram, 0.5)
+    torch.testing.assert_close(half, (weight + expected) / 2, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("input", [None, "int8_token"])
+def test_sequential_fits_layers_to_what_the_quantized_ones_before_give(input: str | None) -> None:
+    plain = usual("int3_g64", input).model_copy(update={"init": (Gptq(),)})
+    text, found = list(batches()), {}
+    for name, step in {
+        "plain": Gptq(),
+        "sequential": Gptq(sequential=True),
+        "corrected": Gptq(sequential=True, correction=1.0),
+    }.items():
+        model = apply(build(), plain)
+        with dense(model, inputs=True):
+            target = logits(model)
+        said = initialise(model, text, plain.model_copy(update={"init": (step,)}), observe(model, text))
+        assert said == []
+        found[name] = model, float((logits(model) - target).square().mean())
+    names = found if input is None else ("plain", "sequential")  # nothing before the first layers is quantized
+    first = [weights(found[name][0])["model.layers.0.self_attn.k_proj"].weight for name in names]
+    assert all(torch.equal(first[0], weight) for weight in first)
+    assert found["corrected"][1] < found["plain"][1]
+
+
+def test_a_correction_without_sequential_is_refused() -> None:
+    with pytest.raises(ValueError, match="set sequential: true too"):
+        Gptq(correction=0.5)
+
+
+def test_dead_inputs_and_singular_moments_are_counted() -> None:
+    for sequential in (False, True):
+        model, scheme = build(), usual("int4_g64")
+        with torch.no_grad():
+            model.model.layers[0].post_attention_layernorm.weight[:5] = 0.0
+        apply(model, scheme)
+        said = initialise(
+            model,
+            list(batches()),
+            scheme.model_copy(update={"init": (Gptq(sequential=sequential),)}),
+            observe(model, batches()),
+        )
+        assert said == ["gptq: 5 of 1280 input channels were zero in all of the text; more calibration text may help"]

@@ -169,3 +169,32 @@ def test_nothing_to_smooth_is_said() -> None:
     scheme = Scheme(rules=rules, init=("smooth",))
     with pytest.raises(UnsupportedError, match="nothing to smooth in LlamaForCausalLM"):
         calibrate(apply(build("llama"), scheme), batches(), scheme)
+
+
+@pytest.mark.parametrize(("kind", "config"), [("llama", {}), ("gemma3_text", GEMMA3), ("qwen2", {})])
+@pytest.mark.parametrize("inputs", ["nvfp4", None])
+def test_a_searched_strength_keeps_the_model_and_loses_less(kind: str, config: dict, inputs: str | None) -> None:
+    def error(*steps: object) -> float:
+        model = uneven(kind, **config)
+        with torch.no_grad():
+            before = model(input_ids=ids()).logits
+        scheme = usual("int4_g32", inputs).model_copy(update={"init": Scheme(rules=(), init=steps).init})
+        calibrate(apply(model, scheme), batches(), scheme)
+        with torch.no_grad():
+            with dense(model, inputs=True):
+                torch.testing.assert_close(model(input_ids=ids()).logits, before, rtol=0, atol=1e-4)
+            return float((model(input_ids=ids()).logits - before).square().mean())
+
+    assert error({"kind": "smooth", "strength": "auto"}) < 0.9 * error()
+
+
+def test_a_fixed_strength_is_what_it_was() -> None:
+    """The formula, once more: s = rms(x)^a / rms(w)^(1 - a) as a power of two."""
+    model, _ = prepared("llama", num_key_value_heads=4)
+    mean_square = observe(model, batches())
+    layer = model.model.layers[0]
+    x, w = mean_square["model.layers.0.mlp.up_proj"], torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight])
+    exponent = 0.3 * x.sqrt().log2() - (1 - 0.3) * w.detach().square().mean(dim=0).sqrt().log2()
+    expected = layer.post_attention_layernorm.weight.detach() / torch.exp2((exponent - exponent.mean()).round())
+    smooth(model, mean_square, 0.3, ids())
+    assert torch.equal(layer.post_attention_layernorm.weight, expected)

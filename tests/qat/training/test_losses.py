@@ -14,23 +14,26 @@ from qat.errors import UnsupportedError
 from qat.numbers.catalog import lookup
 from qat.numbers.numerics import find_scales
 from qat.quantizer import WeightQuantizer
-from qat.training.losses import (
-    IGNORE,
+from qat.training.losses import IGNORE, as_linear, chunk_tokens, chunked
+from qat.training.objectives import (
+    ConfidenceAwareKL,
     CrossEntropy,
     DistillLoss,
     ForwardKL,
     JensenShannon,
     Loss,
+    Mixture,
     ReverseKL,
+    TopKL,
     _Loss,
-    as_linear,
-    chunk_tokens,
-    chunked,
 )
 
 MEMBERS = typing.get_args(typing.get_args(Loss)[0])
+WITHOUT_DEFAULTS = {Mixture: {"losses": ({"kind": "forward_kl"}, {"kind": "top_kl", "k": 5}), "weights": (0.75, 0.5)}}
 LOSSES = [
-    *(member() for member in MEMBERS),
+    *(member(**WITHOUT_DEFAULTS.get(member, {})) for member in MEMBERS),
+    TopKL(k=4, temperature=2.0),
+    ConfidenceAwareKL(gamma=0.25),
     ForwardKL(temperature=2.5),
     ReverseKL(temperature=0.5),
     JensenShannon(beta=0.2),
@@ -46,6 +49,13 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def bucketed(of: Categorical, by: Categorical, k: int) -> Categorical:
+    """The k columns where `by` is largest, and all others as one."""
+    order = by.probs.argsort(dim=-1, descending=True)
+    probs = of.probs.gather(-1, order)
+    return Categorical(probs=torch.cat((probs[:, :k], probs[:, k:].sum(-1, keepdim=True)), dim=-1), validate_args=False)
+
+
 def reference(loss: CrossEntropy | DistillLoss, student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
     """Per token, written with torch.distributions."""
     if isinstance(loss, CrossEntropy):
@@ -56,6 +66,14 @@ def reference(loss: CrossEntropy | DistillLoss, student: Tensor, teacher: Tensor
         return kl_divergence(p, q) * t**2
     if isinstance(loss, ReverseKL):
         return kl_divergence(q, p) * t**2
+    if isinstance(loss, ConfidenceAwareKL):
+        gamma = p.log_prob(targets).exp().detach() if loss.gamma is None else loss.gamma
+        return gamma * kl_divergence(q, p) + (1 - gamma) * kl_divergence(p, q)
+    if isinstance(loss, TopKL):
+        return kl_divergence(*(bucketed(each, p, loss.k) for each in (p, q))) * t**2
+    if isinstance(loss, Mixture):
+        parts = [reference(part, student, teacher, targets) for part in loss.losses]
+        return sum((w * part for w, part in zip(loss.weights, parts, strict=True)), torch.zeros(()))
     assert isinstance(loss, JensenShannon)
     mixture = Categorical(probs=loss.beta * p.probs + (1 - loss.beta) * q.probs)
     return loss.beta * kl_divergence(p, mixture) + (1 - loss.beta) * kl_divergence(q, mixture)
@@ -352,7 +370,9 @@ def test_bf16_models_get_a_float32_loss_and_bf16_gradients() -> None:
 def test_losses_are_chosen_by_kind_and_are_strict() -> None:
     adapter: TypeAdapter[CrossEntropy | DistillLoss] = TypeAdapter(Loss)
     kinds = [member.model_fields["kind"].default for member in MEMBERS]
-    assert [type(adapter.validate_python({"kind": kind})) for kind in kinds] == list(MEMBERS)
+    more = [WITHOUT_DEFAULTS.get(member, {}) for member in MEMBERS]
+    found = [type(adapter.validate_python({"kind": k, **m})) for k, m in zip(kinds, more, strict=True)]
+    assert found == list(MEMBERS)
     assert all(kind == loss.model_dump()["kind"] for kind, loss in zip(kinds, LOSSES, strict=False))
     assert "needs_teacher" not in ForwardKL().model_dump()
     for bad in (

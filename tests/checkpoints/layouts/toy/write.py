@@ -17,6 +17,7 @@ from tests.checkpoints.layouts.toy.engines import ROWS as ROWS
 CACHES = None
 METHOD = "toy"
 FUSES_TENSOR_SCALES = False
+ROTATED = None
 STACKS_OF = ()
 
 

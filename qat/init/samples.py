@@ -1,0 +1,138 @@
+"""A few tokens of what each weight is multiplied with, and what its product loses when both are quantized: by this the
+steps that fold something into weights choose."""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.init.calibration import Batches
+from qat.modes import dense
+from qat.numbers.numerics import fake_quantize, finite_amax
+from qat.quantizer import InputQuantizer, SameTensor
+from qat.sites import Site, weights
+
+TOKENS = 512  # per input
+ROWS = 512  # of a weight whose product is looked at
+BYTES = 1 << 30  # of samples at a time; Llama 8B has 1.7 GB of them in all
+
+
+@dataclass
+class Sample:
+    """What one or several weights are multiplied with, as it is before any transform and quantizer.
+
+    Attributes:
+        x: (tokens, columns) float32.
+        amax, mean_square: (columns,) over all the text, of which x is a part.
+    """
+
+    x: Tensor
+    amax: Tensor
+    mean_square: Tensor
+
+
+@torch.no_grad()
+def samples(model: nn.Module, batches: Batches, paths: Collection[str]) -> dict[str, Sample]:
+    """By path of the weight, from the unquantized model; weights that read the same tensor share theirs."""
+    text, by_path = list(batches), weights(model)
+    taken = {path: _Taken(-(-TOKENS // len(text))) for path in paths}
+    same = SameTensor()
+    owner: dict[str, str] = {}
+
+    def see(path: str, x: Tensor) -> None:
+        first = same.seen(x)
+        if first is not None and owner.setdefault(path, first) == first:
+            return
+        owner[path] = path
+        same.remember(x, path)
+        taken[path].add(x.detach().flatten(0, -2))
+
+    handles: list[Any] = [by_path[path].watch(lambda x, path=path: see(path, x)) for path in paths]
+    try:
+        with dense(model, inputs=True):
+            for batch in text:
+                model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    made = {path: taken[path].sample() for path in set(owner.values()) if taken[path].parts}
+    return {path: made[first] for path, first in owner.items() if first in made}
+
+
+class _Taken:
+    """Tokens at even distances of every batch."""
+
+    def __init__(self, per_batch: int) -> None:
+        self.per_batch, self.count = per_batch, 0
+        self.parts: list[Tensor] = []
+        self.amax = self.squares = torch.zeros(())
+
+    def add(self, x: Tensor) -> None:
+        if not len(x):
+            return
+        step = max(1, len(x) // self.per_batch)
+        self.parts.append(x[step // 2 :: step][: self.per_batch].float())
+        x = x.float()
+        amax, squares = x.abs().amax(dim=0), x.square().sum(dim=0)
+        self.amax = torch.maximum(self.amax, amax) if self.count else amax
+        self.squares = self.squares + squares if self.count else squares
+        self.count += len(x)
+
+    def sample(self) -> Sample:
+        return Sample(torch.cat(self.parts), self.amax, self.squares / self.count)
+
+
+def portions(groups: Mapping[str, Collection[str]], model: nn.Module) -> Iterator[dict[str, Collection[str]]]:
+    """Groups of paths by name, as many at a time as BYTES of samples allow."""
+    by_path, part, size = weights(model), dict[str, Collection[str]](), 0
+    for name, paths in groups.items():
+        read = {by_path[path].fused or (path,): by_path[path].weight.shape[-1] for path in paths}
+        more = 4 * TOKENS * sum(read.values())
+        if part and size + more > BYTES:
+            yield part
+            part, size = {}, 0
+        part[name] = paths
+        size += more
+    if part:
+        yield part
+
+
+def some_rows(weight: Tensor) -> Tensor:
+    """(rows, columns) float32 at even distances, of a matrix or of a stack."""
+    flat = weight.detach().flatten(0, -2)
+    return flat[:: max(1, len(flat) // ROWS)][:ROWS].float()
+
+
+@torch.no_grad()
+def lost(readers: list[tuple[Site, Tensor]], x: Tensor, amax: Tensor) -> float:
+    """What products lose when both sides are quantized as the sites will, weights by their format's own scales: the
+    squared error as a share of the product's square, summed over the weights.
+
+    Args:
+        readers: weights that are multiplied with x, each (rows, columns) float32 with its site.
+        x: (tokens, columns) float32.
+        amax: largest magnitude that such inputs have, which static parts of their scales follow.
+    """
+    total, seen = 0.0, dict[InputQuantizer | None, Tensor]()
+    with torch.autocast(x.device.type, enabled=False):
+        for site, weight in readers:
+            if site.input not in seen:
+                seen[site.input] = x if site.input is None else _quantized(site.input, x, amax)
+            exact = x @ weight.t()
+            got = seen[site.input] @ fake_quantize(site.quantizer.transformed(weight), site.format).t()
+            energy = exact.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+            total += float((got - exact).square().sum() / energy)
+    return total
+
+
+def _quantized(input: InputQuantizer, x: Tensor, amax: Tensor) -> Tensor:
+    before = input.amax.clone()
+    if input.needs_calibration:
+        input.amax.copy_(finite_amax(input.transformed(x)) if input.transforms else amax)
+    try:
+        y: Tensor = input.quantize(x)
+        return y
+    finally:
+        input.amax.copy_(before)
