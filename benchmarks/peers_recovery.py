@@ -20,6 +20,7 @@ import sys
 import venv
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Of its files."""
-        return f"{self.tool}-{self.format}-{self.method}-{self.text}".replace("+", "-").replace(" ", "-")
+        return f"{self.tool}-{self.format}-{self.method}-{self.text}".replace(" ", "")
 
 
 def cells(rates: dict[str, float]) -> list[Cell]:
@@ -75,9 +76,7 @@ def cells(rates: dict[str, float]) -> list[Cell]:
         )  # fmt: skip
 
     for name in RECIPES:
-        rows += [tuned(name, 200, 1), tuned(name, 200, 8)]
-    for name in RECIPES:
-        rows += [tuned(name, 0, 8), tuned(name, 200, 1, "train"), tuned(name, 200, 1, enable_alg_ext=True)]
+        rows += [tuned(name, 0, 8), tuned(name, 200, 1)]
     methods = {
         "int4_g64": ("rtn", "gptq", "awq+rtn", "awq+gptq"),
         "nvfp4": ("rtn", "gptq", "awq+rtn", "smoothquant+gptq"),
@@ -92,6 +91,8 @@ def cells(rates: dict[str, float]) -> list[Cell]:
     for name in RECIPES:
         rows.append(Cell("torchao", name, "prepared"))
         rows += [Cell("torchao", name, how, "train", 81920, {"lr": rates[name]}) for how in ("qad", "qat")]
+    for name in RECIPES:  # its own default, eight times our training
+        rows += [tuned(name, 200, 1, "train"), tuned(name, 200, 1, enable_alg_ext=True), tuned(name, 200, 8)]
     return rows
 
 
@@ -250,12 +251,20 @@ def options() -> argparse.Namespace:
     parser.add_argument("--run", nargs="*", type=Path, help="finished runs of ours; nothing behind it leaves ours out")
     parser.add_argument("--tools", nargs="+", choices=REQUIREMENTS, default=list(REQUIREMENTS))
     parser.add_argument("--formats", nargs="+", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--only", help="cells whose name contains this")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="cells whose names match one")
     parser.add_argument("--threads", type=int, default=0, help="of each cell (default: as many as there are)")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "peers")
     parser.add_argument("--environments", type=Path, default=ROOT / ".versions" / "peers")
     parser.add_argument("--table", action="store_true", help="only from the cells that are there")
     return parser.parse_args()
+
+
+def wanted(cell: Cell, arguments: argparse.Namespace) -> bool:
+    """Whether the command line asks for a cell."""
+    if arguments.table and not (arguments.out / f"{cell.name}.json").is_file():
+        return False
+    named = any(fnmatchcase(cell.name, pattern) for pattern in arguments.only)
+    return named and cell.tool in arguments.tools and cell.format in arguments.formats
 
 
 def main() -> None:
@@ -267,12 +276,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     model, texts = prepare(arguments.out, arguments.formats)
     rates = {name: load_job(ROOT / "configs" / recipe, []).optim.lr for name, recipe in RECIPES.items()}
-    chosen = [
-        cell
-        for cell in cells(rates)
-        if cell.tool in arguments.tools and cell.format in arguments.formats and (arguments.only or "") in cell.name
-        and (not arguments.table or (arguments.out / f"{cell.name}.json").is_file())
-    ]  # fmt: skip
+    chosen = [cell for cell in cells(rates) if wanted(cell, arguments)]
     heldout = json.loads((arguments.out / "heldout.json").read_text())
     runs = arguments.run if arguments.run is not None else [trained(name, arguments.out) for name in arguments.formats]
     rows = [row for run in runs for row in ours(run, heldout)]

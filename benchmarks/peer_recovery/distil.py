@@ -1,7 +1,7 @@
 """The training loop that modelopt and torchao leave to their users, with the settings of our recipes.
 
-AdamW, a learning rate that warms up over 5 % of the steps and falls by a cosine to a tenth, gradients clipped to norm 1,
-embeddings frozen, bfloat16 autocast over float32 weights. Rows come in the order of the file, and documents are kept
+AdamW; a learning rate that warms up over 5 % of the steps and falls by a cosine to a tenth; gradients clipped to norm
+1; embeddings frozen; bfloat16 autocast over float32 weights. Rows come in the order of the file, and documents are kept
 apart. The loss is the peer's own where it has one.
 """
 
