@@ -38,7 +38,7 @@ REQUIREMENTS = {
     "torchao": ("torch==2.13.0", "transformers==5.24.0", "accelerate==1.15.0", "torchao==0.18.0"),
 }
 DISTRIBUTIONS = {"llm-compressor": "llmcompressor", "modelopt": "nvidia-modelopt"}
-HELDOUT = ("heldout/reporting", "heldout/choosing", "heldout")  # the first decides the order and the gap
+HELDOUT = ("heldout/reporting", "heldout/choosing")  # the first decides the order and the gap
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,14 @@ class Cell:
     def name(self) -> str:
         """Of its files."""
         return f"{self.tool}-{self.format}-{self.method}-{self.text}".replace(" ", "")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A file of rows, and the digest of each text in it."""
+
+    path: Path
+    digests: dict[str, str]
 
 
 def cells(rates: dict[str, float]) -> list[Cell]:
@@ -110,52 +118,47 @@ def environment(tool: str, folder: Path) -> Path:
     return python
 
 
-def prepare(out: Path, names: Iterable[str]) -> tuple[str, dict[str, str]]:
-    """The model's folder and, by format, the file of its recipe's rows and the held-out ones."""
+def prepare(out: Path, names: Iterable[str]) -> tuple[str, dict[str, Texts]]:
+    """The model's folder and, by format, its recipe's rows and the held-out ones."""
     import torch
     from safetensors.torch import save_file
 
     from qat.checkpoints.hf import load_model, load_tokenizer, resolve
-    from qat.errors import QatError
     from qat.trainers.data import DataConfig, load_blocks
     from qat.trainers.job import load_job
 
-    digests, files, source, teacher = {}, {}, "", None
+    made: dict[str, Texts] = {}
     for name in names:
         job = load_job(ROOT / "configs" / RECIPES[name], [])
         folder = resolve(job.model)
-        source, tokenizer = str(folder), load_tokenizer(folder)
-        teacher = teacher if teacher is not None else load_model(folder, torch.float32).eval()
+        tokenizer, teacher = load_tokenizer(folder), load_model(folder, torch.float32).eval()
         calibration = job.calibration or job.data
         wanted = {
             "train": (job.data, job.steps * job.rows * job.data.seq_len),
             "calibration": (calibration, job.calibration_rows * calibration.seq_len),
             **{text: (DataConfig(source=text), job.eval.tokens) for text in HELDOUT},
         }
-        tensors = {}
+        tensors, digests = {}, {}
         for text, (config, tokens) in wanted.items():
-            try:
-                blocks = load_blocks(config, tokenizer, num_tokens=tokens, teacher=teacher)
-            except QatError:
-                if text not in HELDOUT[:2]:
-                    raise
-                continue  # no halves
+            blocks = load_blocks(config, tokenizer, num_tokens=tokens, teacher=teacher)
             batch = blocks.rows(list(range(len(blocks))))
             tensors |= {f"{text}.{key}": batch[key] for key in ("input_ids", "position_ids", "targets")}
-            if text in HELDOUT:
-                digests[blocks.digest] = text
-        files[name] = str(out / f"texts-{name}.safetensors")
-        save_file(tensors, files[name])
-    (out / "heldout.json").write_text(json.dumps(digests, indent=1))
-    return source, files
+            digests[text] = blocks.digest
+        made[name] = Texts(out / f"texts-{name}.safetensors", digests)
+        save_file(tensors, made[name].path)
+    return str(folder), made
 
 
-def measured(cell: Cell, model: str, texts: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def measured(cell: Cell, model: str, texts: Texts, arguments: argparse.Namespace) -> dict[str, Any]:
     """The cell's result, from its file if it was run before with the same settings."""
     from qat.numbers.catalog import lookup
 
     out: Path = arguments.out
-    asked = {**asdict(cell), "model": model, "texts": texts, "group": lookup(cell.format).group, "seed": 0}
+    read = {cell.text, *(["train"] if "lr" in cell.settings else []), *HELDOUT}
+    asked = {
+        **asdict(cell), "model": model, "texts": str(texts.path), "group": lookup(cell.format).group, "seed": 0,
+        "digests": {name: digest for name, digest in texts.digests.items() if name in read},
+    }  # fmt: skip
     request, answer, log = (out / f"{cell.name}{end}" for end in (".cell.json", ".json", ".log"))
     if not (answer.is_file() and request.is_file() and json.loads(request.read_text()) == asked):
         answer.unlink(missing_ok=True)
@@ -277,7 +280,7 @@ def main() -> None:
     model, texts = prepare(arguments.out, arguments.formats)
     rates = {name: load_job(ROOT / "configs" / recipe, []).optim.lr for name, recipe in RECIPES.items()}
     chosen = [cell for cell in cells(rates) if wanted(cell, arguments)]
-    heldout = json.loads((arguments.out / "heldout.json").read_text())
+    heldout = {one.digests[text]: text for one in texts.values() for text in HELDOUT}
     runs = arguments.run if arguments.run is not None else [trained(name, arguments.out) for name in arguments.formats]
     rows = [row for run in runs for row in ours(run, heldout)]
     for cell in counted(chosen, "peers", len(chosen), "cells"):
