@@ -92,7 +92,7 @@ def test_a_chat_is_the_template_with_two_turns_of_the_teachers(teacher: Any) -> 
 def test_templates_that_do_not_say_where_a_turn_ends() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
-    with pytest.raises(DataError, match="has none; set generate.chats to 0"):
+    with pytest.raises(DataError, match=r"has none; set generate\.chats to 0"):
         template(tokenizer)
     tokenizer.chat_template = "{{ '[INST]' + messages[0]['content'] + ' [/INST]' }}"
     with pytest.raises(DataError, match=r"ends a user's turn with ' \[/INST\]'"):
