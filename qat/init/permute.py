@@ -58,6 +58,7 @@ class Permute(InitStep):
     """Reorder channels before anything is quantized, where that makes quantized products better."""
 
     WHOLE_MODEL = True
+    MOVES_STREAM = True
 
     kind: Literal["permute"] = "permute"
 
