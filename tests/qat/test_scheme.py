@@ -1,5 +1,6 @@
 """Schemes as people write them: which rule speaks of a module, and what a wrong rule is told."""
 
+import re
 from typing import Any
 
 import pytest
@@ -144,6 +145,13 @@ def test_rules_may_have_an_initialisation_and_learning_of_their_own() -> None:
     own = scheme({"match": "a", "weight": "int4_g32", "init": ["gptq"]}, {"match": "*", "weight": "int4_g32"})
     assert own.init_of("a", "") == (Gptq(),) and own.init_of("b", "") == (ScaleSearch(),)
     assert own.rtn().init_of("a", "") == ()
+
+
+def test_the_weights_that_blocks_are_compared_with_must_still_be_there() -> None:
+    with pytest.raises(ValueError, match=re.escape("gptq before reconstruct must be {kind: gptq, sequential: true}")):
+        scheme({"match": "*", "weight": "int4_g32"}, init=["gptq", "reconstruct"])
+    both = scheme({"match": "*", "weight": "int4_g32"}, init=[{"kind": "gptq", "sequential": True}, "reconstruct"])
+    assert [step.kind for step in both.init] == ["gptq", "reconstruct"]
 
 
 def test_learning_modes_that_formats_do_not_have_are_refused() -> None:
