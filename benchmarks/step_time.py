@@ -92,7 +92,7 @@ def refit_seconds(model: Any, optimizer: Any, ids: Any) -> float:
     from qat.trainers.optim import OptimConfig
 
     after, times = AfterStep(model, OptimConfig(refit_every=1), 10**6), []
-    for index in range(4):
+    for _ in range(4):
         began = time.perf_counter()
         after(1, optimizer)
         if ids.is_cuda:
