@@ -273,10 +273,11 @@ def test_the_module_uses_the_rule(name: str, rule: str) -> None:
 
 def test_the_gradient_of_a_learned_range_is_that_of_its_scale() -> None:
     """LSQ's: round(v) - v inside, the bound outside, times the scale and LSQ's share."""
-    x = (3 * normal(8, 64)).double().float().requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+    x = (3 * torch.randn(8, 64, generator=generator)).requires_grad_()
     quantizer = InputQuantizer(lookup("int8_tensor"), "vllm", "clipped", "minmax", learn=True)
     quantizer.amax.fill_(4.0)
-    grad = normal(8, 64, seed=1)
+    grad = torch.randn(8, 64, generator=generator)
     of_x, of_range = torch.autograd.grad((quantizer(x) * grad).sum(), [x, quantizer.log_range])
     scale = float(quantizer.static())
     v = x.detach().double() / scale
