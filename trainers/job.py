@@ -88,8 +88,8 @@ class Job(Strict):
         moving = [step.kind for step in self.scheme.init if step.MOVES_STREAM]
         if moving and getattr(self.loss, "hidden", 0.0):
             raise ValueError(
-                f"loss.hidden compares final hidden states with the teacher's, but {moving[0]} in scheme.init puts their "
-                "channels elsewhere; leave one of the two out"
+                f"loss.hidden compares final hidden states with the teacher's, but {moving[0]} in scheme.init puts "
+                "their channels elsewhere; leave one of the two out"
             )
         if self.rows % (self.micro_rows * self.devices):
             raise ValueError(
