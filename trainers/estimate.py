@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from qat.checkpoints.hf import is_local, resolve
+from qat.init.blocks import STREAMS, BlockStep
 from qat.init.gptq import PRODUCTS
 from qat.init.scales import initial_scales
 from qat.numbers.catalog import lookup
@@ -352,7 +353,9 @@ def _other_seconds(job: Job, facts: Facts, machine: Machine) -> float:
     values = often * job.eval.tokens * facts.input_values
     text, products = job.calibration or job.data, facts.input_products(job)
     observed = sum(step.WHOLE_MODEL or step.kind == "hadamard" for step in job.scheme.init)
-    reads = 1 + observed + -(-FP32 * products // PRODUCTS)  # of the calibration text
+    walks = [step for step in job.scheme.init if isinstance(step, BlockStep) and step.by_block]
+    in_blocks = sum(step.passes(job.calibration_rows) for step in walks) + STREAMS * bool(walks)
+    reads = 1 + observed + in_blocks + -(-FP32 * products // PRODUCTS)  # of the calibration text
     per_token = reads * forward_flops(facts.student, text.seq_len) + 2.0 * products
     calibrated = job.calibration_rows * text.seq_len * per_token
     if products:
