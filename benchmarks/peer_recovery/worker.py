@@ -102,17 +102,16 @@ def run(cell: dict[str, Any], scores: Path) -> dict[str, Any]:
     began = time.perf_counter()
     student = tool.quantize(cell, rows).float().eval()
     seconds = time.perf_counter() - began
-    weights, inputs = products(student, rows["heldout"], cell["group"])
+    judged = [name for name in named if name.startswith("heldout")]
+    weights, inputs = products(student, rows[judged[0]], cell["group"])
     teacher = load(cell["model"], torch.float32)
     result: dict[str, Any] = {"seconds": seconds, "four_bit_weights": weights, "four_bit_inputs": inputs, "scores": {}}
     kept = {}
-    for name in named:
-        if name.startswith("heldout"):
-            found = judge(student, teacher, rows[name])
-            result["scores"][name] = {k: float(v.double().mean()) for k, v in found.items()} | {
-                "tokens": len(found["kl"])
-            }
-            kept |= {f"{name}.{k}": v for k, v in found.items()}
+    for name in judged:
+        found = judge(student, teacher, rows[name])
+        means = {key: float(value.double().mean()) for key, value in found.items()}
+        result["scores"][name] = means | {"tokens": len(found["kl"])}
+        kept |= {f"{name}.{key}": value for key, value in found.items()}
     save_file(kept, scores)
     return result
 
