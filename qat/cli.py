@@ -235,6 +235,10 @@ def _analyze(arguments: argparse.Namespace) -> None:
 
     if arguments.most < 1:
         raise ConfigError(f"--most {arguments.most} must be positive")
+    if arguments.model.endswith((".yaml", ".yml")):
+        return _sensitivity(arguments)
+    if arguments.overrides or arguments.tokens is not None or arguments.all_but or arguments.no_kl:
+        raise ConfigError("--tokens, --all-but, --no-kl and a.b=c go with a run's YAML file; a model has no scheme")
     result = analyze(arguments.model, arguments.formats)
     pictures = write(result, arguments.out) if arguments.out else []
     if arguments.json:
@@ -243,6 +247,46 @@ def _analyze(arguments: argparse.Namespace) -> None:
     print(*lines(result, arguments.most), sep="\n")
     if pictures:
         print("written: " + ", ".join(map(str, pictures)))
+
+
+def _sensitivity(arguments: argparse.Namespace) -> None:
+    from qat.trainers.job import load_job
+    from qat.trainers.sensitivity import TOKENS, analyze_job, write
+
+    if arguments.formats:
+        raise ConfigError("--formats goes with a model; the formats of a run stand in its scheme")
+    if arguments.no_kl and arguments.all_but:
+        raise ConfigError("--all-but says which KL is measured, and --no-kl that none is")
+    tokens = TOKENS if arguments.tokens is None else arguments.tokens
+    job = load_job(arguments.model, arguments.overrides)
+    result = analyze_job(job, tokens, kl=not arguments.no_kl, others=arguments.all_but)
+    written = write(result, arguments.out) if arguments.out else []
+    if arguments.json:
+        return _print_json(result.to_dict())
+    print(*result.lines(arguments.most), sep="\n")
+    if written:
+        print("written: " + ", ".join(map(str, written)))
+
+
+def _assign(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from qat.trainers.assign import assign, write
+    from qat.trainers.job import load_job
+
+    job = load_job(arguments.config, arguments.overrides)
+    found = assign(
+        job,
+        bits=arguments.bits,
+        size=arguments.bytes,
+        formats=arguments.formats,
+        tokens=arguments.tokens,
+        console=Console(stderr=True),
+    )
+    write(found, arguments.out)
+    if arguments.json:
+        return _print_json(found.to_dict())
+    print(*found.lines(), f"written: {arguments.out}", sep="\n")
 
 
 # --- formats ----------------------------------------------------------------------------------------
@@ -329,6 +373,11 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[a
     "verify": (options.verify, _verify, "check an exported checkpoint against the trained model, bit for bit"),
     "generate": (options.generate, _generate, "continue a prompt on this machine, streaming, and print tokens/s"),
     "analyze": (options.analyze, _analyze, "say which weights of a model lose most in which format"),
+    "assign": (
+        options.assign,
+        _assign,
+        "choose formats layer by layer under a budget of bits, and write the run's YAML",
+    ),
     "serve": (options.serve, _serve, "serve a model over HTTP, OpenAI-compatible, its weights packed"),
     "formats": (options.formats, _formats, "list the number formats"),
     "kernels": (options.kernels, _kernels, "say which kernel multiplies with packed weights here, and why"),

@@ -132,9 +132,30 @@ def kernels(parser: argparse.ArgumentParser) -> None:
 
 def analyze(parser: argparse.ArgumentParser) -> None:
     """`qat analyze`."""
-    parser.add_argument("model", metavar="MODEL", help="a folder, hub id, .gguf file or embedded:smollm2-135m")
+    parser.add_argument("model", metavar="MODEL|CONFIG", help="a folder, hub id, .gguf file or embedded:smollm2-135m; "
+                        "or a run's YAML file, to measure what its scheme costs each layer")  # fmt: skip
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="with CONFIG: change single keys")
     formats = "candidates (default: 4 bits in groups and 8 bits per channel; names: qat formats)"
     parser.add_argument("--formats", type=lambda text: text.split(","), default=[], metavar="A,B,...", help=formats)
+    parser.add_argument("--tokens", type=int, metavar="N", help="with CONFIG: of text (default: 512)")
+    parser.add_argument("--all-but", action="store_true", help="with CONFIG: KL saved by leaving one set of layers "
+                        "unquantized, not that of quantizing it alone")  # fmt: skip
+    parser.add_argument("--no-kl", action="store_true", help="with CONFIG: only the scores that one pass gives")
     parser.add_argument("--most", type=int, default=20, metavar="N", help="weights to print (default: %(default)s)")
-    parser.add_argument("--out", type=path, metavar="DIR", help="also write analysis.json and two plots there")
+    parser.add_argument("--out", type=path, metavar="DIR", help="also write the numbers as JSON, and plots, there")
     parser.add_argument("--json", action="store_true", help="print all weights as JSON")
+
+
+def assign(parser: argparse.ArgumentParser) -> None:
+    """`qat assign`."""
+    parser.add_argument("config", help="YAML file of a run, whose layers get formats of their own")
+    parser.add_argument("out", type=path, metavar="OUT.yaml", help="the same run with rules for them")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="change single keys of CONFIG")
+    parser.add_argument("--bits", type=float, metavar="B", help="budget per weight of the layers that CONFIG quantizes")
+    parser.add_argument("--bytes", type=int, metavar="N", help="budget of all weights of the model instead")
+    parser.add_argument("--formats", type=lambda text: text.split(","), default=[], metavar="A,B/C,...",
+                        help="WEIGHT, WEIGHT/INPUT or bf16 (default: CONFIG's own, 8 bits and bf16)")  # fmt: skip
+    parser.add_argument(
+        "--tokens", type=int, default=512, metavar="N", help="of calibration text (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the choice as JSON")

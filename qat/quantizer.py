@@ -24,9 +24,16 @@ from qat.training.gradients import Estimator
 from qat.training.ops import fake_quantize, quantized_linear
 from qat.training.refit import refit
 
-Learn = Literal["none", "lsq", "dual_lsq", "refit"]
+Learn = Literal["none", "lsq", "dual_lsq", "focus", "refit"]
+PART = 8  # values of a block that share a divisor where it is finer than the block (FOCUS)
 Mode = Literal["quantized", "dense", "frozen"]
 Transform = Callable[[Tensor], Tensor]
+
+
+def parts_of(fmt: Format) -> int:
+    """Into how many parts of `PART` values a block of `fmt` divides; 0 where it does not, or into one."""
+    group = fmt.group or 0
+    return group // PART if group > PART and group % PART == 0 else 0
 
 
 class Quantizer(nn.Module):
@@ -108,8 +115,10 @@ class WeightQuantizer(Quantizer):
         for name in ("start", "global_scale", "zero_point", "choice"):
             self.register_buffer(name, None)
         zeros = torch.zeros(scales.stored.shape, device=scales.stored.device)
-        self.log_scale = nn.Parameter(zeros) if learn in ("lsq", "dual_lsq") else None
-        self.log_divisor = nn.Parameter(zeros.clone()) if learn == "dual_lsq" else None
+        self.log_scale = nn.Parameter(zeros) if learn in ("lsq", "dual_lsq", "focus") else None
+        self.parts = parts_of(fmt) if learn == "focus" else 1
+        divided = learn in ("dual_lsq", "focus")
+        self.log_divisor = nn.Parameter(zeros.repeat_interleave(self.parts, dim=1)) if divided else None
         self._value: Tensor | None = None
         self.set_scales(scales)
 
@@ -149,7 +158,10 @@ class WeightQuantizer(Quantizer):
 
     def divisor(self) -> Tensor | None:
         """The scale that divides before rounding, where it is learned separately."""
-        return None if self.log_divisor is None else self.start * self.log_divisor.exp()
+        if self.log_divisor is None:
+            return None
+        start = self.start if self.parts == 1 else self.start.repeat_interleave(self.parts, dim=1)
+        return start * self.log_divisor.exp()
 
     @torch.no_grad()
     def scales(self) -> Scales:

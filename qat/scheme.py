@@ -12,22 +12,25 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from qat.config import Strict
+from qat.fallback import Fallback
 from qat.families import Sets
+from qat.init.blocks import BlockStep
 from qat.init.gptq import Gptq
 from qat.init.hadamard import Hadamard
 from qat.init.permute import Permute
+from qat.init.reconstruct import Reconstruct
 from qat.init.scales import ScaleSearch, Search
 from qat.init.smooth import Smooth
 from qat.init.step import InitStep
 from qat.numbers.catalog import lookup
 from qat.observers import Observer
-from qat.quantizer import Learn
+from qat.quantizer import Learn, parts_of
 from qat.sites import Role
 from qat.training.activations import ActivationRule
 from qat.training.gradients import Estimator
 
 TiedPolicy = Literal["error", "share", "untie"]
-_Step = Annotated[ScaleSearch | Gptq | Smooth | Permute | Hadamard, Field(discriminator="kind")]
+_Step = Annotated[ScaleSearch | Gptq | Reconstruct | Smooth | Permute | Hadamard, Field(discriminator="kind")]
 
 
 def _by_name(step: Any) -> Any:
@@ -39,7 +42,8 @@ Step = Annotated[_Step, BeforeValidator(_by_name)]
 
 
 def _in_order(steps: tuple[InitStep, ...]) -> tuple[InitStep, ...]:
-    """Channels that are rotated in groups can no longer be moved one by one, and scales fit the weight they saw."""
+    """Channels that are rotated in groups can no longer be moved one by one, scales fit the weight they saw, and what
+    goes block by block needs the weights as they were."""
     places = [place for place, step in enumerate(steps) if isinstance(step, Hadamard)]
     for place in places:
         before = [step.kind for step in steps[:place] if step.MAKES_SCALES]
@@ -49,6 +53,12 @@ def _in_order(steps: tuple[InitStep, ...]) -> tuple[InitStep, ...]:
             raise ValueError(
                 f"hadamard stands once, after smooth and permute and before scales or gptq; init has {wrong}"
             )
+    walks = [place for place, step in enumerate(steps) if isinstance(step, BlockStep) and step.by_block]
+    if walks and any(isinstance(step, Gptq) and not step.sequential for step in steps[: walks[-1]]):
+        raise ValueError(
+            f"gptq before {steps[walks[-1]].kind} must be {{kind: gptq, sequential: true}}: else the weights that the "
+            "blocks are compared with would be gone"
+        )
     return steps
 
 
@@ -120,10 +130,12 @@ class Scheme(Strict):
     Attributes:
         init: steps before the first one of training, in order: `smooth` and `permute` (see these files of `qat.init`),
             `hadamard` (see `qat.init.hadamard`), `scales` (a search for block scales) or `gptq` (that, and
-            error-compensated rounding); each by its name, or as a table with `kind`. An empty list leaves scales at the
-            format's own rule (RTN). All but that need calibration.
+            error-compensated rounding), and `reconstruct` (blocks fitted to their dense outputs); each by its name, or
+            as a table with `kind`. An empty list leaves scales at the format's own rule (RTN). All but that need
+            calibration.
         learn: "none" keeps the scales; "lsq" learns one scale per block; "dual_lsq" learns separate scales for
             rounding and for dequantizing (only the second is stored).
+            "focus" is that with a divisor of its own for each eight values (formats with groups along the row);
             "refit" finds the best scale for the weights every few steps (`optim.refit_every`).
         learn_inputs: learn the ranges of static input formats (one scale per tensor) from where calibration put them.
         observer: how static activation ranges are found.
@@ -132,6 +144,7 @@ class Scheme(Strict):
         fused: sets of layer names that engines merge; by default what is usual for the model (`qat.families`).
         tied: what to do when one tensor serves as embedding and head and the rules treat the two differently.
         round_bf16: round dequantized weights to BF16 in the forward pass, as a BF16 server does.
+        fallback: give the layers that suffer most other formats; decided once, before training, and recorded as rules.
     """
 
     rules: tuple[Rule, ...]
@@ -144,6 +157,7 @@ class Scheme(Strict):
     fused: Sets | None = None
     tied: TiedPolicy = "error"
     round_bf16: bool = True
+    fallback: Fallback | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -164,6 +178,16 @@ class Scheme(Strict):
                 f"{', '.join(late)} in scheme.init comes after {made[0]}, whose scales would no longer fit; "
                 f"put {made[0]} last"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_have_parts(self) -> "Scheme":
+        for rule in self.rules:
+            if rule.weight is not None and (rule.learn or self.learn) == "focus" and not parts_of(lookup(rule.weight)):
+                raise ValueError(
+                    f"learn: focus divides groups along the row into parts of 8, which {rule.weight} does not have; use "
+                    f"`learn: dual_lsq` for {rule.match!r}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ not divide a layer and fused layers that disagree are errors that name the layer
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,6 +206,26 @@ def _check_candidate(candidate: Candidate, model: nn.Module, rule: Rule) -> None
             )
 
 
+def treated(model: nn.Module, scheme: Scheme, formats: Mapping[str, tuple[str | None, str | None]], why: str) -> Scheme:
+    """The scheme with rules of their own for these weights, before all others; rules left without effect go.
+
+    Args:
+        model: without quantizers, or with.
+        scheme: has a rule for each of the weights; what it says of `init` and `learn` goes on to hold.
+        formats: of a weight and its input by the weight's path; None leaves either as it is.
+        why: the reason to skip a weight without a format.
+    """
+    rules = []
+    for path, (weight, input) in formats.items():
+        module = next((c.module for c in candidates(model) if c.path == path), "")
+        old = scheme.rule_for(path, module)
+        kept = {} if old is None or weight is None else {"init": old.init, "learn": old.learn}
+        rules.append(Rule(match=path, weight=weight, input=input, skip=None if weight else why, **kept))
+    first = scheme.model_copy(update={"rules": (*rules, *scheme.rules), "fallback": None})
+    used = {id(first.rule_for(candidate.path, candidate.module, candidate.role)) for candidate in candidates(model)}
+    return first.model_copy(update={"rules": tuple(rule for rule in first.rules if id(rule) in used)})
+
+
 def trained_together(model: nn.Module, scheme: Scheme, paths: Iterable[str]) -> list[list[str]]:
     """Sets of `paths` that engines merge: by the scheme, or else by what is usual for the model."""
     config = getattr(model, "config", None)
@@ -220,6 +240,11 @@ def apply(model: nn.Module, scheme: Scheme, *, defer_init: bool = False) -> nn.M
     scheme wants it, and gives static activation ranges their values. `defer_init` takes the format's own rule instead
     of searching, for callers that calibrate, or load trained scales, right afterwards.
     """
+    if scheme.fallback is not None:
+        raise ConfigError(
+            "scheme.fallback is decided by `qat train`, from text, and recorded as rules in the run's job.yaml; "
+            "apply that scheme, or leave fallback out"
+        )
     planned = _plan(model, scheme)
     _resolve_tied(model, planned, scheme)
     quantized = [(c, rule) for c, rule in planned if getattr(rule, c.role) is not None]

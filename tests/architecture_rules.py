@@ -61,7 +61,9 @@ ROOMS = {
     "sites": {"numbers", "quantizer"},
     "modes": {"quantizer", "sites", "float32"},
     "float32": {"quantizer"},
-    "scheme": {"numbers", "training", "init", "observers", "quantizer", "sites", "families"},
+    "sensitivity": {"modes", "sites"},
+    "fallback": {"numbers", "sensitivity"},
+    "scheme": {"numbers", "training", "init", "observers", "quantizer", "sites", "families", "fallback"},
     "surgery": {"numbers", "init", "adapters", "quantizer", "sites", "families", "scheme"},
 }
 

@@ -172,6 +172,11 @@ def _clear_unfinished(root: Path) -> None:
 # --- a resume -------------------------------------------------------------------------------------
 
 
+def started(run: Path) -> Job:
+    """The job that a run was started with."""
+    return _anchored(validate(Job, recorded(load_yaml(run / JOB)), str(run / JOB)))
+
+
 def take_up(run: Path, job: Job, console: Console) -> dict[str, Any]:
     """Check that the job on disk is this one; returns the saved state.
 
@@ -182,7 +187,7 @@ def take_up(run: Path, job: Job, console: Console) -> dict[str, Any]:
         ConfigError: the job differs in anything else; names every key.
     """
     state = resume.read_state(resume.last_state(run))
-    old = _anchored(validate(Job, recorded(load_yaml(run / JOB)), str(run / JOB)))
+    old = started(run)
     for name, one, other in (("model", old.model, job.model), ("teacher", old.teacher, job.teacher)):
         if one and other and one.fingerprint and one.fingerprint != other.fingerprint:
             raise ConfigError(

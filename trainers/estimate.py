@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from qat.checkpoints.hf import is_local, resolve
+from qat.init.blocks import STREAMS, BlockStep
 from qat.init.gptq import PRODUCTS
 from qat.init.scales import initial_scales
 from qat.numbers.catalog import lookup
@@ -177,6 +178,8 @@ def _export_notes(job: Job, facts: Facts) -> list[str]:
 
 def _notes(job: Job, plans: tuple[Plan, ...]) -> list[str]:
     notes = [job.unproven] if job.unproven else []
+    if (fallback := job.scheme.fallback) is not None:
+        notes.append(f"which {fallback.count} layers fall back is decided when training begins, and not counted here")
     if "teacher" in (job.data.source, job.calibration.source if job.calibration else None):
         notes.append("the time in which the teacher writes text is not counted")
     if shards(job) > 1 and not job.activation_checkpointing:
@@ -350,7 +353,9 @@ def _other_seconds(job: Job, facts: Facts, machine: Machine) -> float:
     values = often * job.eval.tokens * facts.input_values
     text, products = job.calibration or job.data, facts.input_products(job)
     observed = sum(step.WHOLE_MODEL or step.kind == "hadamard" for step in job.scheme.init)
-    reads = 1 + observed + -(-FP32 * products // PRODUCTS)  # of the calibration text
+    walks = [step for step in job.scheme.init if isinstance(step, BlockStep) and step.by_block]
+    in_blocks = sum(step.passes(job.calibration_rows) for step in walks) + STREAMS * bool(walks)
+    reads = 1 + observed + in_blocks + -(-FP32 * products // PRODUCTS)  # of the calibration text
     per_token = reads * forward_flops(facts.student, text.seq_len) + 2.0 * products
     calibrated = job.calibration_rows * text.seq_len * per_token
     if products:

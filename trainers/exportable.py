@@ -30,7 +30,8 @@ def export_notes(job: Job, folder: Path | None, model: Any) -> list[str]:
     if weights is not None:
         ShardReader(weights).verify_complete()
     check_called(model, report(model, job.scheme))
-    bare: Any = rotate_inputs(apply(copy.deepcopy(model), job.scheme, defer_init=True), job.scheme)
+    scheme = job.scheme.model_copy(update={"fallback": None})
+    bare: Any = rotate_inputs(apply(copy.deepcopy(model), scheme, defer_init=True), scheme)
     freeze(bare, job.optim)
     return [f"export: {note}" for note in check_export(bare, weights)]
 

@@ -15,6 +15,7 @@ from torch import nn
 from qat.checkpoints.architecture import check_config, empty_model, quiet
 from qat.checkpoints.hf import ModelConfig, describe, is_local, resolve
 from qat.errors import CheckpointError
+from qat.init.blocks import STREAMS, BlockStep
 from qat.init.gptq import PRODUCTS, Gptq
 from qat.numbers.catalog import lookup
 from qat.surgery import Coverage, report, trained_together
@@ -282,13 +283,21 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
         "holes in the heap": int(heap * (saved_weights + activations + working)),
     }
     products = min(FP32 * facts.input_products(job), PRODUCTS)
-    calibrating = parts["master weights"] + parts["scales"] + parts["teacher"] + products
+    calibrating = parts["master weights"] + parts["scales"] + parts["teacher"] + products + _streams(job, facts)
     beyond = max(0, calibrating - sum(training.values()))
     return {**training, "input products of calibration": beyond, "libraries and device context": RUNTIME[device]}
 
 
+def _streams(job: Job, facts: Facts) -> int:
+    """Hidden states of the calibration text, where a step of the initialisation goes block by block."""
+    if not any(isinstance(step, BlockStep) and step.by_block for step in job.scheme.init):
+        return 0
+    text = job.calibration or job.data
+    return STREAMS * FP32 * job.calibration_rows * text.seq_len * facts.student.shape.hidden
+
+
 def _states(job: Job, facts: Facts, device: str) -> dict[str, int]:
-    learned = {"lsq": 1, "dual_lsq": 2}.get(job.scheme.learn, 0) * facts.blocks
+    learned = {"lsq": 1, "dual_lsq": 2, "focus": 5}.get(job.scheme.learn, 0) * facts.blocks
     trained = facts.trainable + learned
     buckets = 2 if job.devices > 1 and shards(job) == 1 else 1
     teacher = (BF16 if device == "cuda" else FP32) * facts.teacher.parameters
@@ -307,7 +316,7 @@ def _saved_weights(job: Job, facts: Facts, mixed: bool) -> int:
     """The quantized copies that linear layers keep; under autocast also the BF16 copies of unquantized layers."""
     quantized = facts.quantized
     per_weight = BF16 if job.scheme.round_bf16 else FP32
-    per_block = FP32 * {"lsq": 2, "dual_lsq": 4}.get(job.scheme.learn, 1)
+    per_block = FP32 * {"lsq": 2, "dual_lsq": 4, "focus": 10}.get(job.scheme.learn, 1)
     total = per_weight * quantized + per_block * facts.blocks
     if job.activation_checkpointing:
         total //= facts.student.shape.layers

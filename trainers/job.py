@@ -85,6 +85,12 @@ class Job(Strict):
             raise ValueError(f"method qat trains on the next token, but loss {self.loss.kind} needs a teacher; use qad")
         if self.method == "qad" and self.loss is not None and not self.loss.needs_teacher:
             raise ValueError(f"method qad imitates a teacher, but loss {self.loss.kind} ignores it; use method: qat")
+        moving = [step.kind for step in self.scheme.init if step.MOVES_STREAM]
+        if moving and getattr(self.loss, "hidden", 0.0):
+            raise ValueError(
+                f"loss.hidden compares final hidden states with the teacher's, but {moving[0]} in scheme.init puts their "
+                "channels elsewhere; leave one of the two out"
+            )
         if self.rows % (self.micro_rows * self.devices):
             raise ValueError(
                 f"rows ({self.rows}) must be a multiple of micro_rows x devices ({self.micro_rows} x {self.devices})"

@@ -20,7 +20,7 @@ from qat.modes import dense
 from qat.numbers.numerics import qsnr
 from qat.sites import Site, weights
 from qat.surgery import Coverage, apply, report, rotate_inputs
-from qat.trainers import claim, limits, rates, why
+from qat.trainers import claim, fallback, limits, rates, why
 from qat.trainers.callbacks import Keeper
 from qat.trainers.called import check_called
 from qat.trainers.data import Batches, Blocks, load_blocks
@@ -84,8 +84,11 @@ def _train(job: Job, resume_run: bool, console: Console, interruptions: Interrup
     job, source, reference = claim.located(job)
     saved: dict[str, Any] = {}
     if resume_run:
+        if job.scheme.fallback is not None:
+            job = fallback.settled_before(job, claim.started(run))
         saved = claim.take_up(run, job, console)
     else:
+        job = fallback.decided(job, source, console)
         claim.start(run, job, console)
     loggers = start_loggers(job)
     lit.seed_everything(job.seed, verbose=False)

@@ -20,6 +20,7 @@ from qat.init.step import Calibration, InitStep
 from qat.modes import dense, frozen
 from qat.sites import Site
 
+STREAMS = 3  # of hidden states: what enters a block twice, and what leaves it; each is one pass over the text
 _HIDDEN = "hidden_states"
 _INSTEAD = "take steps that do not go block by block (gptq without `sequential`, no reconstruct)"
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a block without its hidden states
@@ -64,8 +65,11 @@ class Block:
     def run(self, hidden: Tensor, index: int) -> Tensor:
         """What the block as it is now makes of hidden states of batch `index`."""
         args, kwargs = self.calls[index]
-        named = _HIDDEN in kwargs
-        output = self.module(*args, **{**kwargs, _HIDDEN: hidden}) if named else self.module(hidden, *args, **kwargs)
+        if _HIDDEN in kwargs:
+            kwargs = {**kwargs, _HIDDEN: hidden}
+        else:
+            args = (hidden, *args)
+        output = self.module(*args, **kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
@@ -131,9 +135,8 @@ class Block:
 
         handle = site.watch(see)
         try:
-            self.run(hidden, index)
-        except _Reached:
-            pass
+            with contextlib.suppress(_Reached):
+                self.run(hidden, index)
         finally:
             handle.remove()
         return seen[0] if seen else None
@@ -146,6 +149,10 @@ class BlockStep(InitStep):
     def by_block(self) -> bool:
         """Whether it does so with these settings; if not, `run` is called."""
         return True
+
+    def passes(self, rows: int) -> float:
+        """What it costs, in forward passes over `rows` of calibration text."""
+        raise NotImplementedError
 
     def run_outside(self, calibration: Calibration) -> None:
         """Initialise the sites that lie in no block, before the walk."""

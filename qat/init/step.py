@@ -37,6 +37,7 @@ class InitStep(Strict):
 
     MAKES_SCALES: ClassVar[bool] = False
     WHOLE_MODEL: ClassVar[bool] = False
+    MOVES_STREAM: ClassVar[bool] = False  # the residual stream: final hidden states are no longer the teacher's
 
     kind: str
 

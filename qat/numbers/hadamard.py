@@ -56,7 +56,7 @@ class BlockHadamard:
         """x (..., columns) rotated, in x's dtype, computed in `dtype`."""
         with torch.autocast(x.device.type, enabled=False):
             blocks = x.to(dtype).unflatten(-1, (-1, self.size))
-            rotated = blocks @ _signs(self.size, x.device, dtype) / math.sqrt(self.size)
+            rotated = (blocks @ _signs(self.size, x.device, dtype)).div_(math.sqrt(self.size))
             return rotated.flatten(-2).to(x.dtype)
 
 

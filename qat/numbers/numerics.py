@@ -29,7 +29,8 @@ class Scales:
         global_scale: float32 power of two that multiplies `stored`, a scalar or of a shape that broadcasts, or None.
         zero_point: int8, same shape as `stored`, or None.
         choice: uint8, index of the element type per block, or None where the format has one.
-        divisor: float32, same shape: divides before rounding where it differs from the stored scale (Dual-LSQ).
+        divisor: float32, same shape: divides before rounding where it differs from the stored scale (Dual-LSQ). It may
+            have several columns to one of `stored`: blocks in equal parts, each divided by its own (FOCUS).
         type: how `stored` decodes; by default as its dtype says, see `qat.numbers.scale.type_of`.
     """
 
@@ -197,10 +198,17 @@ def per_block(grid: Tensor) -> Tensor:
     return grid[:, None, :, None]
 
 
+def in_parts(blocked: Tensor, divisor: Tensor) -> Tensor:
+    """A blocked tensor, viewed as `divisor` divides it: whole blocks, or equal parts of their columns."""
+    if divisor.shape[1] == blocked.shape[2]:
+        return blocked
+    return blocked.reshape(*blocked.shape[:2], divisor.shape[1], -1)
+
+
 def rounded(blocked: Tensor, fmt: Format, scales: Scales) -> Tensor:
     """Element values (zero point already subtracted) of a blocked float32 tensor; a new tensor."""
     divisor = scales.effective() if scales.divisor is None else scales.divisor
-    x = blocked / per_block(divisor)
+    x = (in_parts(blocked, divisor) / per_block(divisor)).reshape(blocked.shape)
     if scales.zero_point is not None:
         zero = per_block(scales.zero_point).to(torch.float32)
         half = 2 ** (fmt.element.bits - 1)

@@ -45,5 +45,7 @@ def quantize_pack(weight: Tensor, format: str, scales: Scales) -> Tensor:
         UnsupportedError: a format that cannot be packed.
     """
     divisor = scales.effective() if scales.divisor is None else scales.divisor
+    if divisor.shape != scales.stored.shape:  # finer than the blocks: only the reference divides so
+        return quantize_pack_reference(weight, divisor, scales.zero_point, format)
     words: Tensor = torch.ops.qat.quantize_pack(weight, divisor, scales.zero_point, format)
     return words

@@ -7,7 +7,7 @@ With v = x / divisor, forward y = round(clip(v)) * multiplier, the estimators ar
     dy/ddivisor    = -v * multiplier / divisor where v is not clipped, else 0
 
 and with multiplier == divisor == s their sum is LSQ's rule (arXiv 1902.08153): round(v) - v inside, the bound outside.
-Learning the two separately is Dual-LSQ. Activation scales follow the data and get no gradient.
+Learning the two separately is Dual-LSQ, with a divisor for each eight values of a block FOCUS. Activation scales follow the data and get no gradient.
 """
 
 from typing import Literal
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qat.numbers.format import Format
-from qat.numbers.numerics import from_blocks, per_block, to_blocks
+from qat.numbers.numerics import from_blocks, in_parts, per_block, to_blocks
 
 Estimator = Literal["ste", "clipped"]
 
@@ -37,7 +37,8 @@ def backward(
     Args:
         grad: d loss / d y, shape of x.
         x, y: input and output of the fake quantization, (..., columns).
-        divisor, multiplier: (block rows, block columns), float32; without a divisor, the multiplier is the one scale.
+        divisor, multiplier: (block rows, block columns), float32; without a divisor, the multiplier is the one scale. A
+            divisor may have several columns to a block, see `qat.numbers.numerics.Scales`.
         zero_point: (block rows, block columns) or None.
         estimator: "ste" or "clipped".
         needs: which of the three to compute.
@@ -49,21 +50,24 @@ def backward(
     if needs_divisor or needs_multiplier:  # for one scale the two nearly cancel: no products or sums in BF16
         blocked_grad = blocked_grad.to(torch.promote_types(grad.dtype, torch.float32))
     clipped = torch.zeros(())  # made only when someone asks
+    parts = dividing.shape[1] // max(1, multiplier.shape[1])
+    of_parts = multiplier if parts == 1 else multiplier.repeat_interleave(parts, dim=1)
     if needs_divisor or (needs_x and estimator == "clipped"):
-        clipped = _clipped(to_blocks(x, fmt), dividing, zero_point, fmt)
+        zeros = zero_point if zero_point is None or parts == 1 else zero_point.repeat_interleave(parts, dim=1)
+        clipped = _clipped(in_parts(to_blocks(x, fmt), dividing), dividing, zeros, fmt)
     if needs_multiplier:
         grad_multiplier = (blocked_grad * to_blocks(y, fmt)).sum(dim=(1, 3)) / multiplier
     if needs_divisor:
-        moved = (blocked_grad * to_blocks(x, fmt)).masked_fill_(clipped, 0.0)
+        moved = in_parts(blocked_grad * to_blocks(x, fmt), dividing).masked_fill_(clipped, 0.0)
         # Divided twice: the square of a tiny divisor (of a block of zeros) would be 0, of a huge one infinity.
-        grad_divisor = -(moved.sum(dim=(1, 3)) / dividing) * (multiplier / dividing)
+        grad_divisor = -(moved.sum(dim=(1, 3)) / dividing) * (of_parts / dividing)
     if needs_x:
         passed = blocked_grad
         if divisor is not None:
-            passed = passed * per_block(multiplier / divisor)
+            passed = in_parts(passed, divisor) * per_block(of_parts / divisor)
         if estimator == "clipped":
-            passed = passed.masked_fill(clipped, 0.0)
-        grad_x = from_blocks(passed, x.shape, fmt).to(grad.dtype)
+            passed = in_parts(passed, dividing).masked_fill(clipped, 0.0)
+        grad_x = from_blocks(passed.reshape(blocked_grad.shape), x.shape, fmt).to(grad.dtype)
     return grad_x, grad_divisor, grad_multiplier
 
 

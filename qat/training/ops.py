@@ -122,7 +122,8 @@ _fake_quantize_backward = torch.library.custom_op(
 @_fake_quantize_backward.register_fake
 def _(grad: Tensor, x: Tensor, y: Tensor | None, divisor: Tensor | None, *args: Any) -> list[Tensor]:
     multiplier, needs = args[0], args[-1]
-    shapes = (torch.empty_like(grad, memory_format=torch.contiguous_format), *[torch.empty_like(multiplier)] * 2)
+    dividing = torch.empty_like(multiplier if divisor is None else divisor)
+    shapes = (torch.empty_like(grad, memory_format=torch.contiguous_format), dividing, torch.empty_like(multiplier))
     return [torch.empty_like(like) for like, need in zip(shapes, needs, strict=True) if need]
 
 

@@ -19,11 +19,13 @@ from qat.checkpoints.layouts.compressed_tensors import write as target
 from qat.checkpoints.layouts.reader import digest
 from qat.checkpoints.layouts.support import pairs
 from qat.checkpoints.resume import save_best, student_tensors
-from qat.checkpoints.shards import ShardReader, ShardWriter
+from qat.checkpoints.shards import SINGLE, ShardReader, ShardWriter
 from qat.checkpoints.verify import verify
 from qat.errors import CheckpointError, ConfigError, UnsupportedError
 from qat.modes import served
 from qat.numbers.catalog import lookup
+from qat.sites import weights
+from qat.training.activations import static_part
 from tests.checkpoints.exports import (
     AFFINE,
     SKIP_HEAD,
@@ -101,13 +103,31 @@ def test_architectures(kind: str, pair: Pair, tmp_path: Path) -> None:
 LEARNED: list[Pair] = [("int4_g64", None), ("nvfp4", "nvfp4"), ("mxfp4", "mxfp4"), ("fp8_b128", None)]
 
 
-@pytest.mark.parametrize("learn", ["lsq", "dual_lsq"])
+@pytest.mark.parametrize("learn", ["lsq", "dual_lsq", "focus"])
 @pytest.mark.parametrize("pair", LEARNED, ids=str)
 def test_learned_scales_are_what_is_stored(learn: str, pair: Pair, small: Path, tmp_path: Path) -> None:
+    if learn == "focus" and pair[0] == "fp8_b128":
+        pytest.skip("has no parts of eight")
     model = export_pair(small, tmp_path / "out", pair, learn=learn)
     learned = [p for name, p in model.named_parameters() if "log_" in name]
     assert learned and all(bool((p != 0).all()) for p in learned)
     assert_proven(tmp_path / "out")
+
+
+def test_learned_ranges_are_what_is_stored(llama: Path, tmp_path: Path) -> None:
+    """A static input scale follows the learned range, in the file and in what loads it."""
+    model = export_pair(llama, tmp_path / "out", ("fp8_tensor", "fp8_tensor"), learn_inputs=True)
+    site = next(iter(weights(model).values()))
+    assert site.input is not None and site.input.log_range is not None and float(site.input.log_range) != 0
+    assert_proven(tmp_path / "out")
+    stored = load_file(tmp_path / "out" / SINGLE)[f"{site.path}.input_scale"]
+    expected = static_part(site.input.format, site.input.amax * site.input.log_range.exp())
+    assert expected is not None and torch.equal(stored.float().reshape(1), expected)
+    assert not torch.equal(expected, static_part(site.input.format, site.input.amax))
+    with torch.no_grad(), served(model):
+        wanted = model(ids()).logits
+    with torch.no_grad():
+        assert torch.equal(load_exported(tmp_path / "out")(ids()).logits, wanted)
 
 
 @pytest.mark.parametrize("pair", [("int4_g64", None), ("nvfp4", "nvfp4"), ("int8_channel", "int8_token")], ids=str)

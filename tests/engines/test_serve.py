@@ -322,3 +322,20 @@ def test_missing_engines_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch
         serve(folder, "vllm", "127.0.0.1", 1, "cpu", "auto")
     with pytest.raises(ConfigError, match="serving needs uvicorn: pip install"):
         serve(folder, "transformers", "127.0.0.1", 1, "cpu", "auto")
+
+
+def test_checkpoints_with_rotated_inputs_are_not_for_vllm(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qat.errors import ConfigError
+
+    started: list[list[str]] = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else name)
+    monkeypatch.setattr("os.execv", lambda program, command: started.append(command))
+    serve(folder, "auto", "127.0.0.1", 1, "auto", "auto")
+    assert len(started) == 1
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["transform_config"] = {"config_groups": {"hadamard_32": {"type": "hadamard"}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="serving needs uvicorn"):
+        serve(tmp_path, "auto", "127.0.0.1", 1, "auto", "auto")

@@ -103,8 +103,9 @@ def all_shapes() -> None:
             same(kernels.fake_quantize(*given), fake_quantize_reference(*given), f"{name} {tuple(x.shape)}")
     x, weight, bias = normal(3, 96), normal(40, 96), normal(40)
     scale = find_scales(weight, lookup("int4_g32")).effective()
-    for dtype in FLOATS[:2]:
-        given = (x.to(dtype), weight, bias, scale, scale, None, None, "int4_g32", True)
+    parts = scale.repeat_interleave(4, dim=1) * (0.9 + 0.2 * torch.rand(40, 12, generator=GENERATOR))
+    for dtype, rounding in ((FLOATS[0], scale), (FLOATS[1], scale), (FLOATS[0], parts)):  # parts of a block: not ours
+        given = (x.to(dtype), weight, bias, rounding, scale, None, None, "int4_g32", True)
         pairs = zip(kernels.quantized_linear(*given), quantized_linear_reference(*given), strict=True)
         for found, expected in pairs:
             same(found, expected, "quantized_linear")

@@ -22,6 +22,24 @@ every_format = pytest.mark.parametrize("name", CATALOG)
 every_mode = pytest.mark.parametrize("learn", ["none", "lsq", "dual_lsq", "refit"])
 
 
+def test_parts_of_eight_learn_divisors_that_no_export_holds() -> None:
+    """FOCUS: with equal divisors it is Dual-LSQ; with others the codes change and the stored scales do not."""
+    weight, fmt = normal(6, 64), lookup("nvfp4")
+    dual, focus = (WeightQuantizer(fmt, find_scales(weight, fmt), learn) for learn in ("dual_lsq", "focus"))
+    assert [tuple(p.shape) for p in focus.parameters()] == [(6, 4), (6, 8)]
+    assert torch.equal(focus(weight), dual(weight))
+    grads = [torch.autograd.grad(q(weight).square().sum(), list(q.parameters())) for q in (dual, focus)]
+    torch.testing.assert_close(grads[1][1].view(6, 4, 2).sum(-1), grads[0][1])
+    nn.init.normal_(focus.log_divisor, std=0.3)
+    assert torch.equal(focus.quantize(weight).dequantize(torch.bfloat16).float(), focus(weight))
+    assert torch.equal(focus.scales().effective(), dual.scales().effective())
+    changed = (focus(weight) != dual(weight)).view(6, 8, 8).any(-1)
+    assert changed.any() and not changed.all()
+    layer = QatLinear.wrap(nn.Linear(64, 6), focus, None)
+    layer(normal(3, 64)).square().sum().backward()
+    assert focus.log_divisor.grad is not None and focus.log_divisor.grad.any()
+
+
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 

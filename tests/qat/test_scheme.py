@@ -1,5 +1,6 @@
 """Schemes as people write them: which rule speaks of a module, and what a wrong rule is told."""
 
+import re
 from typing import Any
 
 import pytest
@@ -104,7 +105,7 @@ def test_unknown_formats_are_answered_with_three_names() -> None:
 @pytest.mark.parametrize(
     ("field", "bad", "allowed"),
     [
-        ("learn", "yes", "'none', 'lsq', 'dual_lsq' or 'refit'"),
+        ("learn", "yes", "'none', 'lsq', 'dual_lsq', 'focus' or 'refit'"),
         ("observer", "max", "'minmax', 'moving_average', 'percentile', 'mse' or 'kl'"),
         ("estimator", "dge", "'ste' or 'clipped'"),
         ("tied", "split", "'error', 'share' or 'untie'"),
@@ -144,3 +145,21 @@ def test_rules_may_have_an_initialisation_and_learning_of_their_own() -> None:
     own = scheme({"match": "a", "weight": "int4_g32", "init": ["gptq"]}, {"match": "*", "weight": "int4_g32"})
     assert own.init_of("a", "") == (Gptq(),) and own.init_of("b", "") == (ScaleSearch(),)
     assert own.rtn().init_of("a", "") == ()
+
+
+def test_the_weights_that_blocks_are_compared_with_must_still_be_there() -> None:
+    with pytest.raises(ValueError, match=re.escape("gptq before reconstruct must be {kind: gptq, sequential: true}")):
+        scheme({"match": "*", "weight": "int4_g32"}, init=["gptq", "reconstruct"])
+    both = scheme({"match": "*", "weight": "int4_g32"}, init=[{"kind": "gptq", "sequential": True}, "reconstruct"])
+    assert [step.kind for step in both.init] == ["gptq", "reconstruct"]
+
+
+def test_learning_modes_that_formats_do_not_have_are_refused() -> None:
+    for learn, names in (("focus", ("int4_channel", "fp8_b128", "int8_tensor")), ("dual_lsq", ())):
+        for name in names:
+            message = refused({"match": "*", "weight": name}, learn=learn)
+            assert "parts of 8, which" in message and name in message
+    message = refused({"match": "*", "weight": "nvfp4", "input": "nvfp4"}, learn_inputs="true")
+    assert "no rule has an input format with one scale per tensor" in message and "nvfp4" in message
+    static = {"match": "*", "weight": "fp8_tensor", "input": "fp8_tensor"}
+    assert "activation_rule: vllm" in refused(static, learn_inputs="true", activation_rule="compressed_tensors")

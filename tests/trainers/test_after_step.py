@@ -1,5 +1,6 @@
 """What follows a step: damping by its formula, refits that read Adam's second moment, each tensor once."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -61,13 +62,13 @@ def test_the_moment_lies_as_the_weight_multiplies() -> None:
 
     config = OptimConfig(refit_every=1)
     torch.manual_seed(1)
-    linear, conv = nn.Linear(64, 32), Conv1D(32, 64)
+    linear, conv, last = nn.Linear(64, 32), Conv1D(32, 64), nn.Linear(32, 8)
     with torch.no_grad():
         conv.weight.copy_(linear.weight.t())
         conv.bias.copy_(linear.bias)
     found = []
     for first in (linear, conv):
-        model, optimizer = trained("refit", config, nn.Sequential(first, nn.Identity(), nn.Linear(32, 8)))
+        model, optimizer = trained("refit", config, nn.Sequential(first, nn.Identity(), copy.deepcopy(last)))
         AfterStep(model, config, 5)(1, optimizer)
         found.append(weights(model)["0"].quantizer.start)
     assert isinstance(model[0], QatConv1D)

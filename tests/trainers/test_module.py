@@ -185,3 +185,10 @@ def test_every_row_of_a_step_is_read_once(batches: Batches) -> None:
             ids = torch.cat([part["input_ids"] for part in parts])
             assert sorted(ids.tolist()) == sorted(whole["input_ids"].tolist())
             assert {int(part["step_tokens"]) for part in parts} == {int((whole["targets"] != IGNORE).sum())}
+
+
+def test_hidden_states_that_a_step_moves_are_not_compared() -> None:
+    scheme = {"rules": [{"match": "*", "weight": "nvfp4"}], "init": ["permute", "scales"]}
+    with pytest.raises(ValueError, match="permute in scheme.init puts their channels elsewhere"):
+        job(scheme=scheme, loss={"kind": "forward_kl", "hidden": 0.1})
+    assert job(scheme=scheme, loss={"kind": "forward_kl"}).objective.hidden == 0

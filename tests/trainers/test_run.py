@@ -71,6 +71,7 @@ def test_every_method_loss_and_learning_mode_trains(tmp_path: Path, model: Path)
             {"loss": {"kind": "reverse_kl"}, "scheme": {**scheme, "learn": "lsq"}},
             {"scheme": {**scheme, "learn": "none"}, "activation_checkpointing": True, "optim": {"lr": 1e-3}},
             {"scheme": {**scheme, "learn": "refit"}, "loss": {"kind": "cakld", "hidden": 0.1}},
+            {"scheme": {**scheme, "learn": "focus"}},
             {"optim": {"train": "scales", "scale_lr": 1e-2, "decay": "linear", "final": 0.0}},
         )
     ):

@@ -6,6 +6,7 @@ promise.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -184,3 +185,30 @@ def test_a_transposed_gradient_is_read_by_index_not_by_memory() -> None:
         y = fake_quantize(x, fmt.name, scales, multiplier=leaf)
         found.append(torch.autograd.grad(y, leaf, w)[0])
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int4_g32", "int4_g32_asym", "if4"])
+@pytest.mark.parametrize("estimator", ["ste", "clipped"])
+def test_parts_of_a_block_are_blocks_of_their_own_under_one_multiplier(name: str, estimator: Estimator) -> None:
+    """Divisors of eight values each: value and gradients are those of a format whose blocks have eight values, where
+    both share the stored scale; a gradient of the shared multiplier is the sum of its parts'."""
+    fmt, x, _, multiplier, scales = case(name)
+    parts = (fmt.group or 0) // 8
+    small = replace(fmt, name="small", block=(1, 8))
+    divisor = (multiplier * 0.8).repeat_interleave(parts, dim=1) * (0.9 + 0.2 * torch.rand(6, 128 // 8))
+    apart = {
+        field: None if (value := getattr(scales, field)) is None else value.repeat_interleave(parts, dim=1)
+        for field in ("zero_point", "choice")
+    }
+    wide = multiplier.repeat_interleave(parts, dim=1)
+    y = from_blocks(rounded(to_blocks(x, fmt), fmt, replace(scales, divisor=divisor)), x.shape, fmt)
+    assert torch.equal(
+        y, from_blocks(rounded(to_blocks(x, small), small, Scales(wide, divisor=divisor, **apart)), x.shape, small)
+    )
+    grad = normal(*x.shape, seed=9)
+    every = (True, True, True)
+    found = backward(grad, x, y, divisor, multiplier, scales.zero_point, fmt, estimator, every)
+    expected = backward(grad, x, y, divisor, wide, apart["zero_point"], small, estimator, every)
+    torch.testing.assert_close(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1])
+    torch.testing.assert_close(found[2], expected[2].unflatten(1, (-1, parts)).sum(-1))
