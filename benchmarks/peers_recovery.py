@@ -232,13 +232,14 @@ def table(rows: list[dict[str, Any]], name: str) -> list[str]:
     lines = [
         f"### {name}, {bits:.2f} bits per weight, judged on {text}",
         "",
-        "| tool | method | text | passes | seconds | KL | NLL | top-1 | KL gap closed |",
+        "| tool | method | text | passes | seconds (of CPU) | KL | NLL | top-1 | KL gap closed |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in sorted(good, key=lambda row: float(row["scores"][text]["kl"])):
         score = row["scores"][text]
         closed = "" if not plain else f"{1 - score['kl'] / plain:.1%}"
         seconds = "" if row.get("seconds") is None else f"{row['seconds']:,.0f}"
+        seconds += f" ({row['cpu_seconds']:,.0f})" if "cpu_seconds" in row else ""
         passes = "" if row.get("passes") is None else f"{row['passes']:,}"
         lines.append(
             f"| {row['label']} | {row['method']} | {row['text']} | {passes} | {seconds} | {score['kl']:.4f} "
