@@ -65,6 +65,7 @@ class Rows:
         self.device = next(model.parameters()).device
         self.index = torch.arange(rows, device=self.device)
         self.used = 0
+        self.place = torch.zeros_like(self.index)
         self._cache: Any = None
         self._takes_places = "position_ids" in inspect.signature(model.forward).parameters
         if apart:
@@ -146,7 +147,7 @@ def fast_bf16(device: torch.device) -> bool:
     """Whether BF16 is faster than float32 there: on GPUs, and on CPUs with AMX or AVX-512 BF16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    capabilities = torch.cpu.get_capabilities()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in every release
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
