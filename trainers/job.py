@@ -123,6 +123,19 @@ class Job(Strict):
         return self.runs / self.name
 
     @property
+    def texts(self) -> dict[str, tuple[DataConfig, int]]:
+        """The texts of the job by the keys that configure them, and how many tokens of each are wanted."""
+        texts = {
+            "data": (self.data, self.steps * self.tokens_per_step),
+            "eval.data": (self.eval.data, self.eval.tokens),
+        }
+        if self.eval.choose is not None:
+            texts["eval.choose"] = (self.eval.choose, self.eval.tokens)
+        if self.calibration is not None:
+            texts["calibration"] = (self.calibration, self.calibration_rows * self.calibration.seq_len)
+        return texts
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens read by one optimizer step, padding included."""
         return self.rows * self.data.seq_len
