@@ -32,9 +32,10 @@ def main() -> None:
 
     from qat import Rule, Scheme, apply, calibrate
     from qat.checkpoints.hf import ModelConfig, load_model, load_tokenizer, resolve
-    from qat.trainers.data import Batches, DataConfig, Generate, load_blocks
+    from qat.trainers.data import Batches, DataConfig, load_blocks
     from qat.trainers.evaluate import Evaluator
     from qat.trainers.packing import model_inputs
+    from qat.trainers.selfwritten import Generate
 
     source = resolve(ModelConfig(id="embedded:smollm2-135m"))
     tokenizer, teacher = load_tokenizer(source), load_model(source, torch.float32).eval()

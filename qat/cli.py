@@ -126,6 +126,22 @@ def _train(arguments: argparse.Namespace) -> None:
         _print_json(report)
 
 
+# --- teacher --------------------------------------------------------------------------------------
+
+
+def _teacher(arguments: argparse.Namespace) -> None:
+    from qat.trainers.job import load_job
+    from qat.trainers.memory import keep_freed_blocks
+    from qat.trainers.written import lines, write
+
+    keep_freed_blocks()
+    written = write(load_job(arguments.config, arguments.overrides))
+    if arguments.json:
+        _print_json([one.to_dict() for one in written])
+    else:
+        print(*lines(written), sep="\n")
+
+
 # --- export and verify ------------------------------------------------------------------------------
 
 
@@ -368,6 +384,7 @@ def _training_kernels(as_json: bool) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Any], str]] = {
     "train": (options.train, _train, "run quantization-aware training or distillation from a YAML file"),
+    "teacher": (options.teacher, _teacher, "write the text that a job's teacher writes, now, and show some of it"),
     "eval": (options.evaluate, _eval, "evaluate a run, an export or a model: KL to the teacher, NLL, top-1 agreement"),
     "export": (options.export, _export, "write a trained run as a native low-precision checkpoint"),
     "verify": (options.verify, _verify, "check an exported checkpoint against the trained model, bit for bit"),

@@ -26,6 +26,20 @@ def train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as one JSON document on stdout")
 
 
+def teacher(parser: argparse.ArgumentParser) -> None:
+    """`qat teacher`."""
+    parser.add_argument("config", help="YAML file of the run; its texts with source: teacher, or parts of a mix, are "
+                        "written now, and qat train with the same file then starts at once")  # fmt: skip
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="a.b=c",
+        help="change single keys: data.source=teacher data.generate.chats=0.5 (half the documents are chats in the "
+        "model's own template, if it has one) data.seed=1 (other text); give qat train the same ones",
+    )
+    parser.add_argument("--json", action="store_true", help="print folders, counts and samples as one JSON document")
+
+
 def export(parser: argparse.ArgumentParser) -> None:
     """`qat export`."""
     parser.add_argument("trained", type=path, metavar="RUN", help="folder of a run: runs/NAME")

@@ -47,7 +47,6 @@ ELSEWHERE = {
     "trainers/overlap.py": "trainers/test_data.py: compares two sets of rows",
     "trainers/parts.py": "trainers/test_run.py: a dataclass",
     "trainers/sensitivity_plot.py": "trainers/test_sensitivity.py: the picture of the same table",
-    "trainers/selfwritten.py": "trainers/test_data.py: text that the teacher writes is a source of data",
 }
 
 

@@ -92,6 +92,8 @@ def _anchored(job: Job) -> Job:
 
 
 def _anchored_text(config: DataConfig) -> DataConfig:
+    if config.mix:
+        return config.model_copy(update={"mix": tuple(_anchored_text(part) for part in config.mix)})
     path = Path(config.source).expanduser()
     if config.source in BUILT_IN or not path.exists():
         return config
@@ -219,8 +221,9 @@ def _comparable(job: Job) -> dict[str, Any]:
     for key in ("name", "runs", "steps"):
         del data[key]
     for text in (data["data"], data["eval"]["data"], data["eval"]["choose"], data["calibration"]):
-        if text and Path(text["source"]).is_absolute():
-            text["source"] = "a local text"
+        for part in (text, *text["mix"]) if text else ():
+            if Path(part["source"]).is_absolute():
+                part["source"] = "a local text"
     for model in (data["model"], data["teacher"]):
         if model and Path(model["id"]).is_absolute():
             model["id"] = "a local model"
@@ -243,7 +246,7 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 def _say_schedule(job: Job, state: dict[str, Any], console: Console) -> None:
     before, step = state["steps"], state["step"]
-    peak = best_rate(state["rates"]) if job.optim.lr == "auto" else job.optim.lr
+    peak = best_rate(state["rates"]) if isinstance(job.optim.lr, str) else job.optim.lr
     was, now = (schedule(job.optim, step, steps) * peak for steps in (before, job.steps))
     console.print(
         f"steps: {before} -> {job.steps}. {step} are done; the learning rate, which would be {was:.3g} now, is "

@@ -5,10 +5,11 @@ hash of all that decides its content: memory stays bounded, and the next run sta
 depends on nothing but the seed and its index, resuming exactly needs no sampler state.
 """
 
+import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -25,24 +26,16 @@ from qat.checkpoints.folders import atomic_folder
 from qat.checkpoints.progress import progress
 from qat.config import Strict
 from qat.errors import ConfigError, DataError
-from qat.trainers import rows, selfwritten, sources, tokens
+from qat.trainers import mixing, rows, selfwritten, sources, tokens
 from qat.trainers.packing import CHANNELS, Batch, collate
 from qat.trainers.records import CHATS
+from qat.trainers.selfwritten import Generate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CACHE_VERSION = 3  # raise it when the same key would give other rows
 _META = "meta.json"
-
-
-class Generate(Strict):
-    """How the teacher writes its own text (`source: teacher`)."""
-
-    temperature: float = Field(default=1.0, ge=0.01, le=100)
-    greedy_tokens: int = Field(default=4, ge=0)
-    tokens: int | None = Field(default=None, ge=1)
-    batch: int = Field(default=16, ge=1)
 
 
 class DataConfig(Strict):
@@ -65,6 +58,8 @@ class DataConfig(Strict):
         max_tokens: read no more than this.
         seed: of the text a teacher writes.
         generate: how a teacher writes.
+        mix: several texts, each as `{share: ..., source: ..., ...}` with keys of its own; their rows are interleaved by
+            their shares. `source` is then `mix`, and may be left out.
     """
 
     source: str = Field(default="embedded", min_length=1)
@@ -83,6 +78,22 @@ class DataConfig(Strict):
     max_tokens: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     generate: Generate = Generate()
+    mix: tuple["Part", ...] = ()
+
+    @property
+    def parts(self) -> "tuple[DataConfig, ...]":
+        """The texts of a mix; else this one."""
+        return self.mix or (self,)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mixed(cls, given: Any) -> Any:
+        """Parts have rows like the whole's."""
+        if not isinstance(given, dict) or not given.get("mix") or not isinstance(given["mix"], list | tuple):
+            return given
+        rows_of_all = {key: given[key] for key in ("seq_len", "pack") if key in given}
+        parts = [{**rows_of_all, **part} if isinstance(part, dict) else part for part in given["mix"]]
+        return {"source": mixing.MIX, **given, "mix": parts}
 
     @field_validator("generate", mode="before")
     @classmethod
@@ -91,6 +102,8 @@ class DataConfig(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> "DataConfig":
+        if problem := mixing.problem(self):
+            raise ValueError(problem)
         if self.source != "teacher" and self.generate != Generate():
             raise ValueError(
                 f"generate only works with source: teacher, but source is {self.source!r}; leave it out "
@@ -104,6 +117,19 @@ class DataConfig(Strict):
                 "raise it or set pack: false"
             )
         return self
+
+
+class Part(DataConfig):
+    """One text of a mix.
+
+    Attributes:
+        share: of the rows, in proportion to the other parts'.
+    """
+
+    share: float = Field(gt=0, allow_inf_nan=False)
+
+
+DataConfig.model_rebuild()
 
 
 @dataclass(frozen=True)
@@ -245,6 +271,8 @@ def load_blocks(
     Raises:
         DataError: the source cannot be read, or holds less than one row.
     """
+    if config.mix:
+        return _load_mix(config, tokenizer, planned(config, num_tokens).rows, cache_dir, teacher)
     config = sources.pinned(config)
     plan = planned(config, num_tokens)
     source = sources.fingerprint(config)
@@ -253,19 +281,55 @@ def load_blocks(
             raise DataError("source 'teacher' needs the teacher model, but none was given")
         source = f"teacher sha256:{selfwritten.weights_digest(teacher)}"
     key = _key(config, source, tokens.fingerprint(tokenizer), plan)
-    folder = (cache_dir.expanduser() if cache_dir else cache_folder("data")) / key
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
+    with _folder(key, cache_dir) as folder:
         cached = _open(folder)
         if cached is not None:
             return cached
         what = f"{'writing' if config.source == 'teacher' else 'tokenising'} {config.source}"
         total = plan.rows * config.seq_len if plan.rows else plan.tokens
-        with atomic_folder(folder, overwrite=True) as partial, progress(what, total, "tokens") as step:
-            documents = _encoded(config, tokenizer, teacher, step)
-            meta = {"source": source, **rows.write(partial, documents, config, plan, tokenizer)}
-            (partial / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        return _read(folder)
+        with (
+            progress(what, total, "tokens") as step,
+            contextlib.closing(_encoded(config, tokenizer, teacher, plan, step)) as documents,
+        ):
+            return _made(folder, source, lambda partial: rows.write(partial, documents, config, plan, tokenizer))
+
+
+@contextlib.contextmanager
+def _folder(key: str, cache_dir: Path | None) -> Generator[Path, None, None]:
+    """Where rows of this key are cached, locked."""
+    folder = (cache_dir.expanduser() if cache_dir else cache_folder("data")) / key
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        yield folder
+
+
+def _load_mix(
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    wanted: int | None,
+    cache_dir: Path | None,
+    teacher: nn.Module | None,
+) -> Blocks:
+    """The rows of each part, from the cache or built now, and then those of the mix."""
+    shares = [part.share for part in config.mix]
+    counts = [None] * len(shares) if wanted is None else mixing.counts(shares, wanted)
+    parts = []
+    for part, count in zip(config.mix, counts, strict=True):
+        tokens_of = None if count is None else count * part.seq_len
+        one = DataConfig(**{name: getattr(part, name) for name in DataConfig.model_fields})
+        parts.append(load_blocks(one, tokenizer, num_tokens=tokens_of, cache_dir=cache_dir, teacher=teacher))
+    key = [CACHE_VERSION, mixing.MIX, [part.digest for part in parts], counts]
+    source = "; ".join(f"{share:g} {part.source}" for share, part in zip(shares, parts, strict=True))
+    with _folder(hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32], cache_dir) as folder:
+        made = _open(folder)
+        return made or _made(folder, f"{mixing.MIX} {source}", lambda partial: mixing.write(partial, parts, counts))
+
+
+def _made(folder: Path, source: str, write: Callable[[Path], dict[str, Any]]) -> Blocks:
+    """The rows that `write` writes, kept in `folder`."""
+    with atomic_folder(folder, overwrite=True) as partial:
+        (partial / _META).write_text(json.dumps({"source": source, **write(partial)}, indent=1), encoding="utf-8")
+    return _read(folder)
 
 
 def planned(config: DataConfig, num_tokens: int | None) -> rows.Plan:
@@ -291,13 +355,15 @@ def _encoded(
     config: DataConfig,
     tokenizer: "PreTrainedTokenizerBase",
     teacher: nn.Module | None,
+    plan: rows.Plan,
     step: Callable[[int], None],
-) -> Iterator[tokens.Tokens]:
+) -> Generator[tokens.Tokens, None, None]:
     """Tokenised documents of the source, counted by `step` as they are made."""
     if teacher is not None and config.source == "teacher":
-        yield from selfwritten.write(
-            teacher, tokenizer, config.generate, seq_len=config.seq_len, seed=config.seed, advance=step
-        )
+        needed = None if plan.rows is None else plan.rows * config.seq_len
+        limits = {"wanted": needed} if config.pack else {"documents": plan.rows}
+        settings: dict[str, Any] = {"seq_len": config.seq_len, "seed": config.seed, **limits}
+        yield from selfwritten.write(teacher, tokenizer, config.generate, advance=step, **settings)
         return
     for document in tokens.encode(sources.documents(config), tokenizer):
         step(len(document.ids))

@@ -180,7 +180,8 @@ def _notes(job: Job, plans: tuple[Plan, ...]) -> list[str]:
     notes = [job.unproven] if job.unproven else []
     if (fallback := job.scheme.fallback) is not None:
         notes.append(f"which {fallback.count} layers fall back is decided when training begins, and not counted here")
-    if "teacher" in (job.data.source, job.calibration.source if job.calibration else None):
+    texts = [*job.data.parts, *(job.calibration.parts if job.calibration is not None else ())]
+    if any(text.source == "teacher" for text in texts):
         notes.append("the time in which the teacher writes text is not counted")
     if shards(job) > 1 and not job.activation_checkpointing:
         notes.append(

@@ -88,8 +88,8 @@ class Job(Strict):
         moving = [step.kind for step in self.scheme.init if step.MOVES_STREAM]
         if moving and getattr(self.loss, "hidden", 0.0):
             raise ValueError(
-                f"loss.hidden compares final hidden states with the teacher's, but {moving[0]} in scheme.init puts their "
-                "channels elsewhere; leave one of the two out"
+                f"loss.hidden compares final hidden states with the teacher's, but {moving[0]} in scheme.init puts "
+                "their channels elsewhere; leave one of the two out"
             )
         if self.rows % (self.micro_rows * self.devices):
             raise ValueError(
@@ -120,6 +120,19 @@ class Job(Strict):
     def folder(self) -> Path:
         """Where this run writes."""
         return self.runs / self.name
+
+    @property
+    def texts(self) -> dict[str, tuple[DataConfig, int]]:
+        """The texts of the job by the keys that configure them, and how many tokens of each are wanted."""
+        texts = {
+            "data": (self.data, self.steps * self.tokens_per_step),
+            "eval.data": (self.eval.data, self.eval.tokens),
+        }
+        if self.eval.choose is not None:
+            texts["eval.choose"] = (self.eval.choose, self.eval.tokens)
+        if self.calibration is not None:
+            texts["calibration"] = (self.calibration, self.calibration_rows * self.calibration.seq_len)
+        return texts
 
     @property
     def tokens_per_step(self) -> int:

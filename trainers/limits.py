@@ -135,12 +135,11 @@ def _largest_id(config: DataConfig, wanted: int, tokenizer: "PreTrainedTokenizer
 
 
 def _texts(job: "Job") -> dict[str, tuple[DataConfig, int]]:
-    """The texts of a job by the keys that configure them, and how many tokens of each are wanted."""
-    texts = {"data": (job.data, job.steps * job.tokens_per_step), "eval.data": (job.eval.data, job.eval.tokens)}
-    if job.eval.choose is not None:
-        texts["eval.choose"] = (job.eval.choose, job.eval.tokens)
-    if job.calibration is not None:
-        texts["calibration"] = (job.calibration, job.calibration_rows * job.calibration.seq_len)
+    """`Job.texts`, each part of a mix by a key of its own."""
+    texts = {}
+    for name, (config, wanted) in job.texts.items():
+        keys = [f"{name}.mix.{index}" for index in range(len(config.mix))] or [name]
+        texts |= {key: (part, wanted) for key, part in zip(keys, config.parts, strict=True)}
     return texts
 
 

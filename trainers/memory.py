@@ -1,4 +1,4 @@
-"""The process's memory: how the allocator treats freed blocks on CPUs, and how much was used at the peak.
+"""The process's memory: how the allocator treats freed blocks on CPUs, how much was used at the peak, what is free.
 
 Training frees and takes again the same megabytes thousands of times per step. By default glibc gives such blocks back
 to the kernel each time, which then has to clear every page anew; keeping them, and using huge pages for large
@@ -36,3 +36,14 @@ def peak_bytes(device: torch.device) -> int:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free now: of the device, or of this machine; where that cannot be known, half of what it has."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -38,6 +38,7 @@ from qat.trainers.parts import Parts
 from qat.trainers.plots import read_metrics
 from qat.trainers.report import CONTAMINATED, RunReport, print_table, write_report
 from qat.trainers.teacher import settled
+from qat.trainers.written import device_and_mixed, load_teacher
 
 
 def train(job: Job, *, resume_run: bool = False, console: Console | None = None, table: bool = True) -> dict[str, Any]:
@@ -129,16 +130,12 @@ def _evaluators(job: Job, parts: Parts) -> tuple[Evaluator, Evaluator]:
 
 
 def _load(job: Job, source: Path, reference: Path, console: Console) -> Parts:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, mixed = device_and_mixed(job)
     repeatable(device)
-    mixed = job.precision == "bf16-mixed" or (job.precision == "auto" and device.type == "cuda")
     tokenizer = load_tokenizer(source, job.model.trust_remote_code)
     for note in export_notes(job, source, student_without_numbers(job, source)):
         console.print(note, highlight=False, soft_wrap=True, markup=False)
-    teacher_dtype = torch.bfloat16 if mixed and device.type == "cuda" else torch.float32
-    # On the device at once: it may write the text of `source: teacher`.
-    teacher: nn.Module = load_configured(job.teacher or job.model, reference, teacher_dtype)
-    teacher.to(device)
+    teacher = load_teacher(job, reference)
     student: nn.Module = load_configured(job.model, source)
     coverage = report(student, job.scheme)
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed):  # flash attention takes nothing wider
@@ -146,15 +143,12 @@ def _load(job: Job, source: Path, reference: Path, console: Console) -> Parts:
         _check_packing(job, student, *([teacher] if job.teacher is not None else []))
     parameters = sum(p.numel() for p in student.parameters())
     limits.warn(limits.check_lengths(job, student, teacher))
-    train_rows = load_blocks(job.data, tokenizer, num_tokens=job.steps * job.rows * job.data.seq_len, teacher=teacher)
-    heldout = load_blocks(job.eval.data, tokenizer, num_tokens=job.eval.tokens)
-    choosing = heldout
-    if job.eval.choose is not None:
-        choosing = load_blocks(job.eval.choose, tokenizer, num_tokens=job.eval.tokens)
-    calibration = train_rows
-    if job.calibration is not None:
-        tokens = job.calibration_rows * job.calibration.seq_len
-        calibration = load_blocks(job.calibration, tokenizer, num_tokens=tokens, teacher=teacher)
+    loaded = {
+        name: load_blocks(config, tokenizer, num_tokens=wanted, teacher=teacher)
+        for name, (config, wanted) in job.texts.items()
+    }
+    train_rows, heldout = loaded["data"], loaded["eval.data"]
+    choosing, calibration = loaded.get("eval.choose", heldout), loaded.get("calibration", train_rows)
     texts = {"data": train_rows, "eval.data": heldout, "eval.choose": choosing, "calibration": calibration}
     limits.check_rows(tokenizer, texts, student, teacher)
     _print_texts(train_rows, heldout, choosing, console)

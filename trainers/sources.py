@@ -73,8 +73,11 @@ def is_hub(config: "DataConfig") -> bool:
 
 def overlapping(one: "DataConfig", other: "DataConfig") -> bool:
     """Whether two configurations read the same documents, in full or in part, as far as their names tell."""
-    parts = [HELDOUT_PARTS.get(config.source) for config in (one, other)]
-    if parts[0] is not None and parts[1] is not None:
+    return any(_same(first, second) for first in one.parts for second in other.parts)
+
+
+def _same(one: "DataConfig", other: "DataConfig") -> bool:
+    if one.source in HELDOUT_PARTS and other.source in HELDOUT_PARTS:
         return "heldout" in (one.source, other.source) or one.source == other.source
     return one.source == other.source and one.split == other.split
 

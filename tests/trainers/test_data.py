@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 from qat.config import validate
 from qat.errors import ConfigError, DataError
 from qat.trainers import data, tokens
-from qat.trainers.data import Batches, Blocks, DataConfig, Generate, load_blocks
+from qat.trainers.data import Batches, Blocks, DataConfig, load_blocks
 from qat.trainers.overlap import overlap
+from qat.trainers.selfwritten import Generate
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TEXTS = [
@@ -274,7 +275,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def written(teacher: Any, cache: Path, *, seed: int = 0, pack: bool = False, **generate: Any) -> Blocks:
-    generate = {"tokens": 24 * 12, "batch": 5, **generate}
+    generate = {"tokens": 24 * 12, "batch": 5, "precision": "fp32", **generate}
     config = DataConfig(source="teacher", seq_len=24, pack=pack, seed=seed, generate=Generate(**generate))
     return load_blocks(config, tiny_tokenizer(), cache_dir=cache, teacher=teacher)
 
