@@ -10,6 +10,7 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ class Block:
             elif site not in known:
                 known.append(site)
 
-        handles = [site.watch(lambda x, site=site: note(site, x)) for site in self.sites.values()]
+        handles = [site.watch(partial(note, site)) for site in self.sites.values()]
         try:
             for index, hidden in enumerate(self.served):
                 self.run(hidden, index)
