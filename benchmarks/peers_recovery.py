@@ -118,7 +118,7 @@ def environment(tool: str, folder: Path) -> Path:
     return python
 
 
-def prepare(out: Path, names: Iterable[str]) -> tuple[str, dict[str, Texts]]:
+def prepare(out: Path, names: Iterable[str], changes: list[str]) -> tuple[str, dict[str, Texts]]:
     """The model's folder and, by format, its recipe's rows and the held-out ones."""
     import torch
     from safetensors.torch import save_file
@@ -129,7 +129,7 @@ def prepare(out: Path, names: Iterable[str]) -> tuple[str, dict[str, Texts]]:
 
     made: dict[str, Texts] = {}
     for name in names:
-        job = load_job(ROOT / "configs" / RECIPES[name], [])
+        job = load_job(ROOT / "configs" / RECIPES[name], changes)
         folder = resolve(job.model)
         tokenizer, teacher = load_tokenizer(folder), load_model(folder, torch.float32).eval()
         calibration = job.calibration or job.data
@@ -206,14 +206,14 @@ def ours(run: Path, heldout: dict[str, str]) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
-def trained(name: str, out: Path) -> Path:
+def trained(name: str, out: Path, changes: list[str]) -> Path:
     """The folder of a run of the shipped recipe, which is run if it is not there."""
     from qat.checkpoints.resume import has_state
     from qat.kernels.load import load_for_training
     from qat.trainers.job import load_job
     from qat.trainers.run import train
 
-    job = load_job(ROOT / "configs" / RECIPES[name], [f"runs={out / 'ours'}"])
+    job = load_job(ROOT / "configs" / RECIPES[name], ["precision=bf16-mixed", *changes, f"runs={out / 'ours'}"])
     if not (job.folder / "report.json").is_file():
         load_for_training()
         train(job, resume_run=has_state(job.folder), table=False)
@@ -232,13 +232,14 @@ def table(rows: list[dict[str, Any]], name: str) -> list[str]:
     lines = [
         f"### {name}, {bits:.2f} bits per weight, judged on {text}",
         "",
-        "| tool | method | text | passes | seconds | KL | NLL | top-1 | KL gap closed |",
+        "| tool | method | text | passes | seconds (of CPU) | KL | NLL | top-1 | KL gap closed |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in sorted(good, key=lambda row: float(row["scores"][text]["kl"])):
         score = row["scores"][text]
         closed = "" if not plain else f"{1 - score['kl'] / plain:.1%}"
         seconds = "" if row.get("seconds") is None else f"{row['seconds']:,.0f}"
+        seconds += f" ({row['cpu_seconds']:,.0f})" if "cpu_seconds" in row else ""
         passes = "" if row.get("passes") is None else f"{row['passes']:,}"
         lines.append(
             f"| {row['label']} | {row['method']} | {row['text']} | {passes} | {seconds} | {score['kl']:.4f} "
@@ -252,6 +253,7 @@ def options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", nargs="*", type=Path, help="finished runs of ours; nothing behind it leaves ours out")
+    parser.add_argument("--set", nargs="+", default=[], metavar="a.b=c", help="in our recipes; steps=1: starts alone")
     parser.add_argument("--tools", nargs="+", choices=REQUIREMENTS, default=list(REQUIREMENTS))
     parser.add_argument("--formats", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="cells whose names match one")
@@ -277,11 +279,13 @@ def main() -> None:
     from qat.trainers.job import load_job
 
     arguments.out.mkdir(parents=True, exist_ok=True)
-    model, texts = prepare(arguments.out, arguments.formats)
+    model, texts = prepare(arguments.out, arguments.formats, arguments.set)
     rates = {name: load_job(ROOT / "configs" / recipe, []).optim.lr for name, recipe in RECIPES.items()}
     chosen = [cell for cell in cells(rates) if wanted(cell, arguments)]
     heldout = {one.digests[text]: text for one in texts.values() for text in HELDOUT}
-    runs = arguments.run if arguments.run is not None else [trained(name, arguments.out) for name in arguments.formats]
+    runs = arguments.run
+    if runs is None:
+        runs = [trained(name, arguments.out, arguments.set) for name in arguments.formats]
     rows = [row for run in runs for row in ours(run, heldout)]
     for cell in counted(chosen, "peers", len(chosen), "cells"):
         rows.append(measured(cell, model, texts[cell.format], arguments))

@@ -18,6 +18,7 @@ import sys
 import time
 from typing import Any
 
+EVERY = 5  # steps between two refits, as in `optim.refit_every`
 CASES = {
     "int4_g64 weight-only": ("int4_g64", None),
     "nvfp4 weight-only": ("nvfp4", None),
@@ -83,6 +84,23 @@ def step(model: Any, optimizer: Any, ids: Any) -> float:
     return time.perf_counter() - began
 
 
+def refit_seconds(model: Any, optimizer: Any, ids: Any) -> float:
+    """Median seconds of refitting all scales once."""
+    import torch
+
+    from qat.trainers.after_step import AfterStep
+    from qat.trainers.optim import OptimConfig
+
+    after, times = AfterStep(model, OptimConfig(refit_every=1), 10**6), []
+    for _ in range(4):
+        began = time.perf_counter()
+        after(1, optimizer)
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
 def peak(case: str | None, options: argparse.Namespace) -> int:
     """Peak bytes of three steps in a fresh process; `case` None is the unquantized model."""
     command = [sys.executable, "-P", __file__, "--peak", case or "none", "--tokens", str(options.tokens)]
@@ -95,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="timed, of each model; 0 measures memory only")
     parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--learn", default="dual_lsq", help="none, lsq or dual_lsq")
+    parser.add_argument("--learn", default="dual_lsq", help="as scheme.learn")
     parser.add_argument("--case", action="append", choices=list(CASES), help="only this one; may be repeated")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--model", default="embedded", choices=("embedded", "llama-1b"))
@@ -142,6 +160,12 @@ def main() -> None:
         print(
             f"{name:<22} {medians[1]:.2f} s against {medians[0]:.2f} s: {rows[-1]['time_ratio']:.3f}x time", flush=True
         )
+        if arguments.learn == "refit":
+            rows[-1]["refit_s"] = refit_seconds(*quantized, ids)
+            share = rows[-1]["refit_s"] / EVERY / medians[1]
+            print(
+                f"{'':<22} a refit takes {rows[-1]['refit_s']:.2f} s; every {EVERY} steps: {1 + share:.3f}x", flush=True
+            )
         del quantized
     if arguments.json:
         about = {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine(),

@@ -116,7 +116,7 @@ class WeightQuantizer(Quantizer):
             self.register_buffer(name, None)
         zeros = torch.zeros(scales.stored.shape, device=scales.stored.device)
         self.log_scale = nn.Parameter(zeros) if learn in ("lsq", "dual_lsq", "focus") else None
-        self.parts = parts_of(fmt) if learn == "focus" else 1
+        self.parts = parts_of(fmt) or 1 if learn == "focus" else 1
         divided = learn in ("dual_lsq", "focus")
         self.log_divisor = nn.Parameter(zeros.repeat_interleave(self.parts, dim=1)) if divided else None
         self._value: Tensor | None = None

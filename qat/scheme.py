@@ -185,8 +185,8 @@ class Scheme(Strict):
         for rule in self.rules:
             if rule.weight is not None and (rule.learn or self.learn) == "focus" and not parts_of(lookup(rule.weight)):
                 raise ValueError(
-                    f"learn: focus divides groups along the row into parts of 8, which {rule.weight} does not have; use "
-                    f"`learn: dual_lsq` for {rule.match!r}"
+                    f"learn: focus divides groups along the row into parts of 8, which {rule.weight} does not have; "
+                    f"use `learn: dual_lsq` for {rule.match!r}"
                 )
         return self
 

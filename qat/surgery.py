@@ -5,7 +5,7 @@ not divide a layer and fused layers that disagree are errors that name the layer
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -204,26 +204,6 @@ def _check_candidate(candidate: Candidate, model: nn.Module, rule: Rule) -> None
                 f"{candidate.path}: {name} has blocks of {fmt.block[0] or 'all'} rows, which would span experts of "
                 f"{rows} rows; use a channel, group or 128-row format that divides them"
             )
-
-
-def treated(model: nn.Module, scheme: Scheme, formats: Mapping[str, tuple[str | None, str | None]], why: str) -> Scheme:
-    """The scheme with rules of their own for these weights, before all others; rules left without effect go.
-
-    Args:
-        model: without quantizers, or with.
-        scheme: has a rule for each of the weights; what it says of `init` and `learn` goes on to hold.
-        formats: of a weight and its input by the weight's path; None leaves either as it is.
-        why: the reason to skip a weight without a format.
-    """
-    rules = []
-    for path, (weight, input) in formats.items():
-        module = next((c.module for c in candidates(model) if c.path == path), "")
-        old = scheme.rule_for(path, module)
-        kept = {} if old is None or weight is None else {"init": old.init, "learn": old.learn}
-        rules.append(Rule(match=path, weight=weight, input=input, skip=None if weight else why, **kept))
-    first = scheme.model_copy(update={"rules": (*rules, *scheme.rules), "fallback": None})
-    used = {id(first.rule_for(candidate.path, candidate.module, candidate.role)) for candidate in candidates(model)}
-    return first.model_copy(update={"rules": tuple(rule for rule in first.rules if id(rule) in used)})
 
 
 def trained_together(model: nn.Module, scheme: Scheme, paths: Iterable[str]) -> list[list[str]]:

@@ -1,5 +1,6 @@
 """benchmarks/peers_recovery.py judges as our reports do, sees a model that is not quantized, and names what failed."""
 
+import argparse
 import dataclasses
 import importlib.util
 import json
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qat import Rule, Scheme, apply, calibrate
@@ -130,3 +132,35 @@ def test_every_cell_has_files_of_its_own_and_a_tool_that_is_installed() -> None:
     assert {cell.format for cell in cells} == driver.RECIPES.keys()
     for tool in driver.REQUIREMENTS:
         assert (FOLDER / "peer_recovery" / f"with_{tool.replace('-', '_')}.py").is_file()
+
+
+SMOKE = [
+    ("auto-round", "int4_g64", "1 x 2", {"iters": 1, "batch_size": 2}),
+    ("auto-round", "nvfp4", "1 x 2", {"iters": 1, "batch_size": 2}),
+    ("auto-round", "mxfp4", "0 x 2", {"iters": 0, "batch_size": 2}),
+    *[("llm-compressor", name, how, {}) for name in driver.RECIPES for how in ("rtn", "gptq")],
+    ("llm-compressor", "nvfp4", "smoothquant+gptq", {}),
+    ("modelopt", "int4_g64", "awq_lite", {}),
+    ("modelopt", "int4_g64", "max+qad", {"lr": 1e-3}),
+    ("torchao", "int4_g64", "qad", {"lr": 1e-3}),
+    ("torchao", "mxfp4", "qat", {"lr": 1e-3}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tool", "name", "method", "settings"), SMOKE)
+def test_tools_that_are_installed_quantize_a_tiny_model(
+    tmp_path: Path, folder: Path, rows: dict[str, Tensor], tool: str, name: str, method: str, settings: dict[str, Any]
+) -> None:
+    """Every adapter against the tool's real version; what it returns multiplies four bits and is judged."""
+    environments = FOLDER.parent / ".versions" / "peers"
+    if not (environments / tool / "requirements.txt").is_file():
+        pytest.skip(f"{tool} is not installed: python benchmarks/peers_recovery.py installs it")
+    tensors = {f"{text}.{k}": rows[k] for text in ("train", "calibration", *driver.HELDOUT) for k in rows}
+    texts = driver.Texts(tmp_path / "texts.safetensors", {})
+    save_file({key: value.clone() for key, value in tensors.items()}, texts.path)
+    arguments = argparse.Namespace(out=tmp_path, environments=environments, threads=1)
+    row = driver.measured(driver.Cell(tool, name, method, settings=settings), str(folder), texts, arguments)
+    assert "error" not in row, next(tmp_path.glob("*.log")).read_text()[-3000:]
+    assert row["four_bit_weights"] == 14
+    assert all(0 < row["scores"][text]["kl"] < 1 for text in driver.HELDOUT)

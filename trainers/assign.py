@@ -24,8 +24,9 @@ from qat.errors import ConfigError, UnsupportedError
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.scale import BF16, F32, ScaleType
 from qat.scheme import Rule, Scheme
-from qat.surgery import DENSE_BITS, apply, plan, report, rotate_inputs, trained_together, treated
+from qat.surgery import DENSE_BITS, apply, plan, report, rotate_inputs, trained_together
 from qat.trainers.exportable import student_without_numbers
+from qat.trainers.fallback import treated
 from qat.trainers.job import Job
 from qat.trainers.sensitivity import Bench, merged
 

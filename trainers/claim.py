@@ -246,7 +246,7 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 def _say_schedule(job: Job, state: dict[str, Any], console: Console) -> None:
     before, step = state["steps"], state["step"]
-    peak = best_rate(state["rates"]) if job.optim.lr == "auto" else job.optim.lr
+    peak = best_rate(state["rates"]) if isinstance(job.optim.lr, str) else job.optim.lr
     was, now = (schedule(job.optim, step, steps) * peak for steps in (before, job.steps))
     console.print(
         f"steps: {before} -> {job.steps}. {step} are done; the learning rate, which would be {was:.3g} now, is "

@@ -1,17 +1,18 @@
 """Which layers fall back to other formats (`Scheme.fallback`): measured on calibration text before training, and from
 then on rules like any other, so that a run is reproducible and a resumed one decides nothing again."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import nn
 
 from qat.adapters import candidates
 from qat.errors import ConfigError
 from qat.fallback import Fallback
-from qat.scheme import Scheme
-from qat.surgery import plan, trained_together, treated
+from qat.scheme import Rule, Scheme
+from qat.surgery import plan, trained_together
 from qat.trainers.exportable import export_notes, student_without_numbers
 from qat.trainers.job import Job
 from qat.trainers.sensitivity import Measured, measure, ranked, value
@@ -56,6 +57,28 @@ def _with(job: Job, scheme: Scheme) -> Job:
 
 def _fallen(student: Any, scheme: Scheme, fallback: Fallback, paths: Iterable[str]) -> Scheme:
     return treated(student, scheme, dict.fromkeys(paths, (fallback.weight, fallback.input)), REASON)
+
+
+def treated(model: nn.Module, scheme: Scheme, formats: Mapping[str, tuple[str | None, str | None]], why: str) -> Scheme:
+    """The scheme with rules of their own for these weights, before all others; rules left without effect go.
+
+    Args:
+        model: without quantizers, or with.
+        scheme: has a rule for each of the weights; what it says of `init` and `learn` goes on to hold.
+        formats: of a weight and its input by the weight's path; None leaves either as it is.
+        why: the reason to skip a weight without a format.
+    """
+    rules = []
+    for path, (weight, input) in formats.items():
+        module = next((c.module for c in candidates(model) if c.path == path), "")
+        old = scheme.rule_for(path, module)
+        rule = Rule(match=path, weight=weight, input=input, skip=None if weight else why)
+        if old is not None and weight is not None:
+            rule = rule.model_copy(update={"init": old.init, "learn": old.learn})
+        rules.append(rule)
+    first = scheme.model_copy(update={"rules": (*rules, *scheme.rules), "fallback": None})
+    used = {id(first.rule_for(candidate.path, candidate.module, candidate.role)) for candidate in candidates(model)}
+    return first.model_copy(update={"rules": tuple(rule for rule in first.rules if id(rule) in used)})
 
 
 def _say(chosen: list[Measured], fallback: Fallback, console: Console) -> None:

@@ -98,7 +98,7 @@ class OptimConfig(Strict):
     @property
     def peak(self) -> float:
         """The rate in force; `auto` has been replaced before anything asks."""
-        if self.lr == "auto":
+        if isinstance(self.lr, str):
             raise ConfigError("optim.lr: auto is settled by a run; give a number here")
         return self.lr
 

@@ -196,7 +196,7 @@ class _Desk:
         grown = 0
         for document, token in zip(self.open, written, strict=True):
             ready = document.ready
-            document.fed += 1
+            document.fed += not document.done  # else its row waits to be taken out
             if ready:
                 grown += document.take(token)
                 if document.done:

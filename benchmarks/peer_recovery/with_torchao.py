@@ -24,6 +24,17 @@ def base(name: str) -> Any:
     )
 
 
+def in_float32(module: nn.Module) -> None:
+    """Take a layer out of autocast: the MX and NVFP4 layers refuse outputs of another type than their inputs."""
+    inner = module.forward
+
+    def forward(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return inner(x.float())
+
+    module.forward = forward  # type: ignore[method-assign] # of this one layer
+
+
 def quantize(cell: dict[str, Any], rows: dict[str, dict[str, Tensor]]) -> nn.Module:
     """The prepared model after training: its layers round weights and inputs as the converted ones will."""
     from torchao.quantization import quantize_
@@ -35,6 +46,9 @@ def quantize(cell: dict[str, Any], rows: dict[str, dict[str, Tensor]]) -> nn.Mod
         QATConfig(base(cell["format"]), step="prepare"),
         filter_fn=lambda module, path: isinstance(module, nn.Linear) and path != "lm_head",
     )
+    for module in model.modules():
+        if type(module).__name__ in ("MXFakeQuantizedLinear", "NVFP4FakeQuantizedLinear"):
+            in_float32(module)
     if cell["method"] != "prepared":
         loss = {"qat": cross_entropy, "qad": forward_kl}[cell["method"]]
         train(model, load(cell["model"], torch.float32), rows["train"], cell["settings"]["lr"], loss)

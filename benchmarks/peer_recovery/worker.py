@@ -99,20 +99,19 @@ def run(cell: dict[str, Any], scores: Path) -> dict[str, Any]:
     named = sorted({key.partition(".")[0] for key in texts})
     rows = {name: {k.partition(".")[2]: v for k, v in texts.items() if k.startswith(f"{name}.")} for name in named}
     tool = importlib.import_module(f"with_{cell['tool'].replace('-', '_')}")
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     student = tool.quantize(cell, rows).float().eval()
-    seconds = time.perf_counter() - began
-    weights, inputs = products(student, rows["heldout"], cell["group"])
+    cost = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - worked}
+    judged = [name for name in named if name.startswith("heldout")]
+    weights, inputs = products(student, rows[judged[0]], cell["group"])
     teacher = load(cell["model"], torch.float32)
-    result: dict[str, Any] = {"seconds": seconds, "four_bit_weights": weights, "four_bit_inputs": inputs, "scores": {}}
+    result: dict[str, Any] = {**cost, "four_bit_weights": weights, "four_bit_inputs": inputs, "scores": {}}
     kept = {}
-    for name in named:
-        if name.startswith("heldout"):
-            found = judge(student, teacher, rows[name])
-            result["scores"][name] = {k: float(v.double().mean()) for k, v in found.items()} | {
-                "tokens": len(found["kl"])
-            }
-            kept |= {f"{name}.{k}": v for k, v in found.items()}
+    for name in judged:
+        found = judge(student, teacher, rows[name])
+        means = {key: float(value.double().mean()) for key, value in found.items()}
+        result["scores"][name] = means | {"tokens": len(found["kl"])}
+        kept |= {f"{name}.{key}": value for key, value in found.items()}
     save_file(kept, scores)
     return result
 

@@ -135,9 +135,8 @@ class Block:
 
         handle = site.watch(see)
         try:
-            self.run(hidden, index)
-        except _Reached:
-            pass
+            with contextlib.suppress(_Reached):
+                self.run(hidden, index)
         finally:
             handle.remove()
         return seen[0] if seen else None

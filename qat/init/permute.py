@@ -13,6 +13,7 @@ channels within their heads. `qat.init.channels` says which are free; nothing is
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ from qat.errors import UnsupportedError
 from qat.families import find_family
 from qat.init.calibration import observe
 from qat.init.channels import Channels, Member, channels
-from qat.init.samples import Sample, lost, portions, samples, some_rows
+from qat.init.samples import Products, Sample, portions, samples
 from qat.init.step import Calibration, InitStep, Track
 from qat.modes import dense
 from qat.quantizer import Quantizer, Transform
@@ -31,7 +32,7 @@ from qat.sites import Site, weights
 _PROBE = 16  # tokens that show what is joined with what
 _TOLERANCE = 1e-3  # of the logits, for float32; a wrong order changes them altogether
 _TOLERANCE_SHORT = 0.1  # where weights have 16 bits
-_GAIN = 0.995  # of the error, at most: below that the order stays
+_GAIN = 0.995  # the share of its error that another order must stay below
 
 
 @dataclass(frozen=True)
@@ -220,34 +221,38 @@ def _orders(
 
 
 def _best(place: Place, readers: list[tuple[Site, Sample]]) -> Tensor | None:
-    reading: dict[int, tuple[Sample, list[tuple[Site, Tensor]]]] = {}
+    of: dict[int, tuple[Sample, list[Site]]] = {}
     for site, sample in readers:
-        reading.setdefault(id(sample), (sample, []))[1].append((site, some_rows(site.weight)))
+        of.setdefault(id(sample), (sample, []))[1].append(site)
+    products = [Products(sample, sites) for sample, sites in of.values()]
 
-    def error(order: Tensor | None) -> float:
-        total = 0.0
-        for sample, sites in reading.values():
-            index = None if order is None else _index(order, sample.x.shape[-1])
-            moved = [(site, rows if index is None else rows[:, index]) for site, rows in sites]
-            total += lost(moved, sample.x if index is None else sample.x[:, index], sample.amax.amax())
+    def error(order: Tensor) -> Tensor:
+        total = torch.zeros((), device=order.device)
+        for each in products:
+            index = _index(order, each.sample.x.shape[-1])
+            total += each.lost(partial(_at, index), partial(_at, index), each.sample.amax.amax())
         return total
 
-    best, least = None, _GAIN * error(None)
-    for order in _candidates(place, list(reading.values())):
-        now = error(order)
-        if now < least:
-            best, least = order, now
-    return best
+    as_it_is = torch.arange(place.width, device=products[0].sample.x.device).expand(place.heads, -1)
+    orders = [as_it_is, *_candidates(place, products)]
+    errors = torch.stack([error(order) for order in orders])
+    errors[0] *= _GAIN
+    best = int(errors.argmin())
+    return orders[best] if best else None
 
 
-def _candidates(place: Place, reading: list[tuple[Sample, list[tuple[Site, Tensor]]]]) -> Iterator[Tensor]:
+def _at(index: Tensor, x: Tensor) -> Tensor:
+    return x[:, index]
+
+
+def _candidates(place: Place, products: list[Products]) -> Iterator[Tensor]:
     """Orders by three measures of size (inputs on average, at most, and weights), for every block that is in use."""
     measures = (
-        [sample.mean_square.sqrt() for sample, _ in reading],
-        [sample.amax for sample, _ in reading],
-        [rows.square().mean(dim=0).sqrt() for _, sites in reading for _, rows in sites],
+        [each.sample.mean_square.sqrt() for each in products],
+        [each.sample.amax for each in products],
+        [rows.square().mean(dim=0).sqrt() for each in products for rows in each.rows],
     )
-    blocks = {_block(site) or 0 for _, sites in reading for site, _ in sites}
+    blocks = {_block(site) or 0 for each in products for site in each.sites}
     for measure in measures:
         shares = torch.stack([each / each.mean().clamp_min(torch.finfo(torch.float32).tiny) for each in measure])
         size = shares.clamp_min(1e-6).log().mean(dim=0).view(place.heads, -1, place.width).mean(dim=1)

@@ -1,7 +1,7 @@
 """A few tokens of what each weight is multiplied with, and what its product loses when both are quantized: by this the
 steps that fold something into weights choose."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from qat.quantizer import InputQuantizer, SameTensor
 from qat.sites import Site, weights
 
 TOKENS = 512  # per input
-ROWS = 512  # of a weight whose product is looked at
+ROWS = 256  # of a weight whose product is looked at
 BYTES = 1 << 30  # of samples at a time; Llama 8B has 1.7 GB of them in all
 
 
@@ -105,26 +105,39 @@ def some_rows(weight: Tensor) -> Tensor:
     return flat[:: max(1, len(flat) // ROWS)][:ROWS].float()
 
 
-@torch.no_grad()
-def lost(readers: list[tuple[Site, Tensor]], x: Tensor, amax: Tensor) -> float:
-    """What products lose when both sides are quantized as the sites will, weights by their format's own scales: the
-    squared error as a share of the product's square, summed over the weights.
+class Products:
+    """Products of one input with the weights that read it, and what they lose when both sides are quantized.
 
     Args:
-        readers: weights that are multiplied with x, each (rows, columns) float32 with its site.
-        x: (tokens, columns) float32.
-        amax: largest magnitude that such inputs have, which static parts of their scales follow.
+        sample: of the input.
+        sites: the weights; of each, some rows are looked at.
     """
-    total, seen = 0.0, dict[InputQuantizer | None, Tensor]()
-    with torch.autocast(x.device.type, enabled=False):
-        for site, weight in readers:
-            if site.input not in seen:
-                seen[site.input] = x if site.input is None else _quantized(site.input, x, amax)
-            exact = x @ weight.t()
-            got = seen[site.input] @ fake_quantize(site.quantizer.transformed(weight), site.format).t()
-            energy = exact.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
-            total += float((got - exact).square().sum() / energy)
-    return total
+
+    def __init__(self, sample: Sample, sites: list[Site]) -> None:
+        self.sample, self.sites = sample, sites
+        self.rows = [some_rows(site.weight) for site in sites]
+        with torch.autocast(sample.x.device.type, enabled=False):
+            self.exact = [sample.x @ rows.t() for rows in self.rows]
+
+    def lost(self, change: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor], amax: Tensor) -> Tensor:
+        """The squared error as a share of the product's square, summed over the weights (scalar), when sites quantize
+        as they will; weights by their format's own scales.
+
+        Args:
+            change: of the columns of weights, for nothing but another way to write the same product.
+            back: the same for inputs.
+            amax: largest magnitude that such inputs have, which static parts of their scales follow.
+        """
+        x, total = back(self.sample.x), torch.zeros((), device=self.sample.x.device)
+        read: dict[InputQuantizer | None, Tensor] = {None: x}
+        with torch.autocast(x.device.type, enabled=False):
+            for site, rows, exact in zip(self.sites, self.rows, self.exact, strict=True):
+                if site.input is not None and site.input not in read:
+                    read[site.input] = _quantized(site.input, x, amax)
+                got = read[site.input] @ fake_quantize(site.quantizer.transformed(change(rows)), site.format).t()
+                energy = exact.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+                total += (got - exact).square().sum() / energy
+        return total
 
 
 def _quantized(input: InputQuantizer, x: Tensor, amax: Tensor) -> Tensor:

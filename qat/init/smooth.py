@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qat.errors import UnsupportedError
 from qat.families import find_family
 from qat.init.calibration import observe
-from qat.init.samples import Sample, lost, portions, samples, some_rows
+from qat.init.samples import Products, portions, samples
 from qat.init.step import Calibration, InitStep, Track
 from qat.modes import dense
 from qat.sites import weights
@@ -203,31 +203,32 @@ def _search(model: nn.Module, folds: list[Fold], batches: list[dict[str, Tensor]
         for path, _ in track({path: sites[path] for path in first}):
             source = first[path]
             if path in seen:
-                quantized = [(sites[reader], some_rows(sites[reader].weight)) for reader in readers[source]]
-                best = _best(by_source[source], seen[path], _matrix(model, by_source[source]), quantized)
+                products = Products(seen[path], [sites[reader] for reader in readers[source]])
+                best = _best(by_source[source], products, _matrix(model, by_source[source]))
                 if best is not None:
                     found[source] = best
     return found
 
 
-def _best(fold: Fold, sample: Sample, matrix: Tensor, readers: list[tuple[Any, Tensor]]) -> Tensor | None:
-    def error(exponents: Tensor | None) -> float:
-        factors = sample.x.new_ones(()) if exponents is None else _columns(fold, exponents)
-        moved = [(site, rows * factors) for site, rows in readers]
-        return lost(moved, sample.x / factors, (sample.amax / factors).amax())
+def _best(fold: Fold, products: Products, matrix: Tensor) -> Tensor | None:
+    """Exponents that lose least, or None where that is to leave all as it is."""
+    sample = products.sample
 
-    best, balance, least = None, _BALANCES[0], error(None)
-    for a, b in _BALANCES:
-        exponents = _exponents(fold, sample.mean_square, matrix, a, b)
-        now = error(exponents)
-        if now < least:
-            best, balance, least = exponents, (a, b), now
-    for b in _FREE:
-        exponents = _exponents(fold, sample.mean_square, matrix, balance[0], b)
-        now = error(exponents)
-        if now < least:
-            best, least = exponents, now
-    return best
+    def error(exponents: Tensor) -> Tensor:
+        factors = _columns(fold, exponents)
+        amax = (sample.amax / factors).amax()
+        return products.lost(lambda rows: rows * factors, lambda x: x / factors, amax)
+
+    def exponents(balance: tuple[float, float]) -> Tensor:
+        return _exponents(fold, sample.mean_square, matrix, *balance)
+
+    tried = [torch.zeros_like(exponents((0.0, 0.0))), *map(exponents, _BALANCES)]
+    errors = [error(each) for each in tried]
+    a = _BALANCES[max(0, int(torch.stack(errors).argmin()) - 1)][0]
+    more = [exponents((a, b)) for b in _FREE]
+    tried, errors = [*tried, *more], [*errors, *map(error, more)]
+    best = int(torch.stack(errors).argmin())
+    return tried[best] if best else None
 
 
 def _matrix(model: nn.Module, fold: Fold) -> Tensor:

@@ -7,7 +7,8 @@ With v = x / divisor, forward y = round(clip(v)) * multiplier, the estimators ar
     dy/ddivisor    = -v * multiplier / divisor where v is not clipped, else 0
 
 and with multiplier == divisor == s their sum is LSQ's rule (arXiv 1902.08153): round(v) - v inside, the bound outside.
-Learning the two separately is Dual-LSQ, with a divisor for each eight values of a block FOCUS. Activation scales follow the data and get no gradient.
+Learning the two separately is Dual-LSQ, with a divisor for each eight values of a block FOCUS. Activation scales follow
+the data and get no gradient.
 """
 
 from typing import Literal

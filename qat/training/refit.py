@@ -78,7 +78,8 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 def _refit(blocked: Tensor, fmt: Format, scales: Scales, importance: Tensor | None) -> Scales:
     kept = scales.effective()
-    best, least = scales, None
+    best = scales
+    least: Tensor | None = None
     for trial, sums in _trials(blocked, fmt, scales, importance):
         if trial.divisor is None:  # the scales in force come first
             least = _loss(kept, sums)

@@ -189,6 +189,6 @@ def test_every_row_of_a_step_is_read_once(batches: Batches) -> None:
 
 def test_hidden_states_that_a_step_moves_are_not_compared() -> None:
     scheme = {"rules": [{"match": "*", "weight": "nvfp4"}], "init": ["permute", "scales"]}
-    with pytest.raises(ValueError, match="permute in scheme.init puts their channels elsewhere"):
+    with pytest.raises(ValueError, match=r"permute in scheme\.init puts their channels elsewhere"):
         job(scheme=scheme, loss={"kind": "forward_kl", "hidden": 0.1})
     assert job(scheme=scheme, loss={"kind": "forward_kl"}).objective.hidden == 0

@@ -82,7 +82,7 @@ def test_what_is_trained_can_be_scales_alone(train: str, kinds: set[str]) -> Non
 
 
 def test_scales_alone_need_some_that_learn() -> None:
-    with pytest.raises(ConfigError, match=r"optim.train: scales, but the scheme learns none"):
+    with pytest.raises(ConfigError, match=r"optim\.train: scales, but the scheme learns none"):
         freeze(quantized("none"), OptimConfig(train="scales"))
 
 

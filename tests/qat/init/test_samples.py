@@ -1,9 +1,10 @@
 """Samples: real inputs of each weight, statistics of all, and the loss of a product against plain arithmetic."""
 
 import torch
+from torch import Tensor
 
 from qat.init.calibration import observe
-from qat.init.samples import TOKENS, lost, portions, samples, some_rows
+from qat.init.samples import ROWS, TOKENS, Products, portions, samples, some_rows
 from qat.numbers.numerics import find_scales, quantize
 from qat.sites import weights
 from qat.surgery import apply
@@ -37,20 +38,27 @@ def test_what_a_product_loses() -> None:
     model = apply(build(), usual("nvfp4", "mxfp4"))
     path = "model.layers.0.mlp.down_proj"
     site, sample = weights(model)[path], samples(model, batches(), [path])[path]
-    rows = some_rows(site.weight)
     x, w = sample.x, site.weight.detach()
     exact = x.double() @ w.double().t()
     got = quantize(x, site.input.format, find_scales(x, site.input.format)).dequantize().double()
     got = got @ quantize(w, site.format, find_scales(w, site.format)).dequantize().double().t()
     expected = float((got - exact).square().sum() / exact.square().sum())
-    assert abs(lost([(site, rows)], x, sample.amax.amax()) / expected - 1) < 1e-3
-    assert abs(lost([(site, rows)] * 2, x, sample.amax.amax()) / expected - 2) < 2e-3
+
+    def same(t: Tensor) -> Tensor:
+        return t
+
+    for count in (1, 2):
+        total = Products(sample, [site] * count).lost(same, same, sample.amax.amax())
+        assert abs(float(total) / expected - count) < 1e-3
+    # a power of two changes nothing
+    total = Products(sample, [site]).lost(lambda t: t * 2, lambda t: t / 2, sample.amax.amax() / 2)
+    assert abs(float(total) / expected - 1) < 1e-3
 
 
 def test_rows_of_a_stack_and_portions() -> None:
     stack = torch.arange(4 * 300 * 2.0).view(4, 300, 2)
     rows = some_rows(stack)
-    assert rows.shape == (512, 2) and rows[-1, 0] > 1000
+    assert rows.shape == (ROWS, 2) and rows[-1, 0] > 1000
     model = apply(build(), usual())
     groups = {path: [path] for path in weights(model)}
     assert [list(part) for part in portions(groups, model)] == [list(groups)]

@@ -4,6 +4,7 @@ vLLM's reference functions (version 0.33) are written here a second time, from t
 differ from ours at exact ties only, because some multiply by a reciprocal where we divide.
 """
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -268,3 +269,19 @@ def test_the_module_uses_the_rule(name: str, rule: str) -> None:
     quantizer.freeze()
     expected = dynamic_fake_quantize(x, lookup(name), rule, "ste", quantizer.amax)
     assert torch.equal(quantizer(x), expected)
+
+
+def test_the_gradient_of_a_learned_range_is_that_of_its_scale() -> None:
+    """LSQ's: round(v) - v inside, the bound outside, times the scale and LSQ's share."""
+    generator = torch.Generator().manual_seed(0)
+    x = (3 * torch.randn(8, 64, generator=generator)).requires_grad_()
+    quantizer = InputQuantizer(lookup("int8_tensor"), "vllm", "clipped", "minmax", learn=True)
+    quantizer.amax.fill_(4.0)
+    grad = torch.randn(8, 64, generator=generator)
+    of_x, of_range = torch.autograd.grad((quantizer(x) * grad).sum(), [x, quantizer.log_range])
+    scale = float(quantizer.static())
+    v = x.detach().double() / scale
+    inside = v.abs() <= 127
+    expected = (grad * torch.where(inside, v.round() - v, 127 * v.sign())).sum() * scale / math.sqrt(8 * 64 * 127)
+    torch.testing.assert_close(of_range.double(), expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(of_x, grad * inside)
