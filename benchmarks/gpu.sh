@@ -82,7 +82,7 @@ for part in "${@:-first}"; do
                     --tokens 4096 --json "$OUT/steps-$model.json"
             done
             ;;
-        recovery) step recovery recovery 540 "$PYTHON" benchmarks/recovery.py precision=bf16-mixed steps=400 rows=8 ;;
+        recovery) step recovery recovery 540 "$PYTHON" benchmarks/recovery.py --jobs 8 precision=bf16-mixed steps=400 rows=8 micro_rows=8 ;;
         peers) # some tune or compile for minutes at their first call
             for peer in ${PEERS:-gemlite humming vllm triton_kernels liger}; do
                 step peers "peers-$peer" 580 "$PYTHON" benchmarks/operators.py --device "$DEVICE" --peers "$peer" \

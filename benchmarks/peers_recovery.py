@@ -118,7 +118,7 @@ def environment(tool: str, folder: Path) -> Path:
     return python
 
 
-def prepare(out: Path, names: Iterable[str]) -> tuple[str, dict[str, Texts]]:
+def prepare(out: Path, names: Iterable[str], changes: list[str]) -> tuple[str, dict[str, Texts]]:
     """The model's folder and, by format, its recipe's rows and the held-out ones."""
     import torch
     from safetensors.torch import save_file
@@ -129,7 +129,7 @@ def prepare(out: Path, names: Iterable[str]) -> tuple[str, dict[str, Texts]]:
 
     made: dict[str, Texts] = {}
     for name in names:
-        job = load_job(ROOT / "configs" / RECIPES[name], [])
+        job = load_job(ROOT / "configs" / RECIPES[name], changes)
         folder = resolve(job.model)
         tokenizer, teacher = load_tokenizer(folder), load_model(folder, torch.float32).eval()
         calibration = job.calibration or job.data
@@ -279,7 +279,7 @@ def main() -> None:
     from qat.trainers.job import load_job
 
     arguments.out.mkdir(parents=True, exist_ok=True)
-    model, texts = prepare(arguments.out, arguments.formats)
+    model, texts = prepare(arguments.out, arguments.formats, arguments.set)
     rates = {name: load_job(ROOT / "configs" / recipe, []).optim.lr for name, recipe in RECIPES.items()}
     chosen = [cell for cell in cells(rates) if wanted(cell, arguments)]
     heldout = {one.digests[text]: text for one in texts.values() for text in HELDOUT}

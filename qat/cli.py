@@ -98,7 +98,7 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=1, allow_nan=False))
 
 
-# --- train ----------------------------------------------------------------------------------------
+# --- train and teacher ----------------------------------------------------------------------------
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -124,9 +124,6 @@ def _train(arguments: argparse.Namespace) -> None:
     report = train(job, resume_run=arguments.resume, table=not arguments.json)
     if arguments.json:
         _print_json(report)
-
-
-# --- teacher --------------------------------------------------------------------------------------
 
 
 def _teacher(arguments: argparse.Namespace) -> None:
@@ -390,11 +387,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[a
     "verify": (options.verify, _verify, "check an exported checkpoint against the trained model, bit for bit"),
     "generate": (options.generate, _generate, "continue a prompt on this machine, streaming, and print tokens/s"),
     "analyze": (options.analyze, _analyze, "say which weights of a model lose most in which format"),
-    "assign": (
-        options.assign,
-        _assign,
-        "choose formats layer by layer under a budget of bits, and write the run's YAML",
-    ),
+    "assign": (options.assign, _assign, "choose formats layer by layer under a budget of bits, as a run's YAML"),
     "serve": (options.serve, _serve, "serve a model over HTTP, OpenAI-compatible, its weights packed"),
     "formats": (options.formats, _formats, "list the number formats"),
     "kernels": (options.kernels, _kernels, "say which kernel multiplies with packed weights here, and why"),

@@ -72,8 +72,10 @@ def treated(model: nn.Module, scheme: Scheme, formats: Mapping[str, tuple[str | 
     for path, (weight, input) in formats.items():
         module = next((c.module for c in candidates(model) if c.path == path), "")
         old = scheme.rule_for(path, module)
-        kept = {} if old is None or weight is None else {"init": old.init, "learn": old.learn}
-        rules.append(Rule(match=path, weight=weight, input=input, skip=None if weight else why, **kept))
+        rule = Rule(match=path, weight=weight, input=input, skip=None if weight else why)
+        if old is not None and weight is not None:
+            rule = rule.model_copy(update={"init": old.init, "learn": old.learn})
+        rules.append(rule)
     first = scheme.model_copy(update={"rules": (*rules, *scheme.rules), "fallback": None})
     used = {id(first.rule_for(candidate.path, candidate.module, candidate.role)) for candidate in candidates(model)}
     return first.model_copy(update={"rules": tuple(rule for rule in first.rules if id(rule) in used)})

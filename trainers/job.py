@@ -86,7 +86,8 @@ class Job(Strict):
         if self.method == "qad" and self.loss is not None and not self.loss.needs_teacher:
             raise ValueError(f"method qad imitates a teacher, but loss {self.loss.kind} ignores it; use method: qat")
         moving = [step.kind for step in self.scheme.init if step.MOVES_STREAM]
-        if moving and getattr(self.loss, "hidden", 0.0):
+        beside: float = getattr(self.loss, "hidden", 0.0)
+        if moving and beside:
             raise ValueError(
                 f"loss.hidden compares final hidden states with the teacher's, but {moving[0]} in scheme.init puts "
                 "their channels elsewhere; leave one of the two out"

@@ -136,7 +136,7 @@ def _largest_id(config: DataConfig, wanted: int, tokenizer: "PreTrainedTokenizer
 
 def _texts(job: "Job") -> dict[str, tuple[DataConfig, int]]:
     """`Job.texts`, each part of a mix by a key of its own."""
-    texts = {}
+    texts: dict[str, tuple[DataConfig, int]] = {}
     for name, (config, wanted) in job.texts.items():
         keys = [f"{name}.mix.{index}" for index in range(len(config.mix))] or [name]
         texts |= {key: (part, wanted) for key, part in zip(keys, config.parts, strict=True)}

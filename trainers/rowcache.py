@@ -24,6 +24,9 @@ _WRONG = 0.1  # relative difference of logits above which a model does not keep 
 class _Layer(DynamicLayer):
     """Keys and values of one layer, in buffers (rows, heads, columns, width)."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, places: "Rows") -> None:
         super().__init__()
         self.places = places
@@ -65,6 +68,7 @@ class Rows:
         self.device = next(model.parameters()).device
         self.index = torch.arange(rows, device=self.device)
         self.used = 0
+        self.place = torch.zeros_like(self.index)
         self._cache: Any = None
         self._takes_places = "position_ids" in inspect.signature(model.forward).parameters
         if apart:
@@ -83,12 +87,12 @@ class Rows:
         if not self.apart:
             output = self.model(input_ids=step, past_key_values=self._cache if places[0] else None, use_cache=True)
             self._cache = output.past_key_values
-            return output.logits[:, -1].float()  # type: ignore[no-any-return]
+            return _last(output)
         self.place, self.used = torch.tensor(places, device=self.device), max(places) + 1
         seen = (torch.arange(self.used, device=self.device) <= self.place[:, None]).long()
         where = {"position_ids": self.place[:, None]} if self._takes_places else {}
         output = self.model(input_ids=step, attention_mask=seen, past_key_values=self._cache, use_cache=True, **where)
-        return output.logits[:, -1].float()  # type: ignore[no-any-return]
+        return _last(output)
 
     def keep(self, rows: list[int]) -> None:
         """Only these rows go on; not in step."""
@@ -97,6 +101,11 @@ class Rows:
         self.index = torch.arange(len(rows), device=self.device)
         for layer in self._cache.layers:
             layer.keep(chosen)
+
+
+def _last(output: Any) -> Tensor:
+    logits: Tensor = output.logits[:, -1].float()
+    return logits
 
 
 def apart(model: Any, columns: int) -> bool:
@@ -146,7 +155,7 @@ def fast_bf16(device: torch.device) -> bool:
     """Whether BF16 is faster than float32 there: on GPUs, and on CPUs with AMX or AVX-512 BF16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    capabilities = torch.cpu.get_capabilities()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every release
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 

@@ -190,13 +190,13 @@ class _Desk:
         self, settings: Generate, generator: torch.Generator, advance: Callable[[int], None]
     ) -> Iterator[_Document]:
         """One more token of each document; gives those whose turn it is."""
-        feed = [document.ids[min(document.fed, len(document.ids) - 1)] for document in self.open]
-        logits = self.rows.step(feed, [document.fed for document in self.open])
+        places = [min(document.fed, len(document.ids) - 1) for document in self.open]  # those that are done stay
+        logits = self.rows.step([d.ids[place] for d, place in zip(self.open, places, strict=True)], places)
         written = _choose(logits, self.open, settings.temperature, generator)
         grown = 0
         for document, token in zip(self.open, written, strict=True):
             ready = document.ready
-            document.fed += 1
+            document.fed += not document.done  # else its row waits to be taken out
             if ready:
                 grown += document.take(token)
                 if document.done:

@@ -192,14 +192,14 @@ SCORES: tuple[sensitivity.Score, ...] = ("mse", "quartile", "std", "kurtosis")
 
 def value(one: Measured, by: str) -> float | None:
     """Its KL, or one of its scores; None where it is not known."""
-    known: dict[str, float | None] = {"kl": one.kl, **one.scores}
-    found = known[by]
+    found = one.kl if by == "kl" else next(score for name, score in one.scores.items() if name == by)
     return None if found is None or found != found else found
 
 
 def ranked(found: list[Measured], by: str) -> list[Measured]:
     """Those that suffer most first; those of whom it is not known last."""
-    return sorted(found, key=lambda one: -(value(one, by) if value(one, by) is not None else -torch.inf))
+    known = [(value(one, by), one) for one in found]
+    return [one for _, one in sorted(known, key=lambda pair: math.inf if pair[0] is None else -pair[0])]
 
 
 def agreement(found: list[Measured], by: str) -> float | None:

@@ -8,8 +8,9 @@ memory are the two streams, the block's dense outputs, and a copy of its weights
 import contextlib
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,17 +94,14 @@ class Block:
         """Sites that read one tensor together, in the order in which they read."""
         seen: list[tuple[Tensor, list[Site]]] = []
 
-        def noting(site: Site) -> Callable[[Tensor], None]:
-            def note(x: Tensor) -> None:
-                known = next((members for tensor, members in seen if tensor is x), None)
-                if known is None:
-                    seen.append((x, [site]))
-                elif site not in known:
-                    known.append(site)
+        def note(site: Site, x: Tensor) -> None:
+            known = next((members for tensor, members in seen if tensor is x), None)
+            if known is None:
+                seen.append((x, [site]))
+            elif site not in known:
+                known.append(site)
 
-            return note
-
-        handles = [site.watch(noting(site)) for site in self.sites.values()]
+        handles = [site.watch(partial(note, site)) for site in self.sites.values()]
         try:
             for index, hidden in enumerate(self.served):
                 self.run(hidden, index)

@@ -32,7 +32,7 @@ _SWAPS = frozenset(("transpose", "swapaxes", "permute", "t"))
 class Member:
     """One dimension of a parameter that goes through channels: `groups` x `repeats` x `width` of them."""
 
-    parameter: nn.Parameter
+    parameter: Tensor
     dim: int
 
 

@@ -3,6 +3,7 @@ steps that fold something into weights choose."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def samples(model: nn.Module, batches: Batches, paths: Collection[str]) -> dict[
         same.remember(x, path)
         taken[path].add(x.detach().flatten(0, -2))
 
-    handles: list[Any] = [by_path[path].watch(lambda x, path=path: see(path, x)) for path in paths]
+    handles: list[Any] = [by_path[path].watch(partial(see, path)) for path in paths]
     try:
         with dense(model, inputs=True):
             for batch in text:

@@ -71,7 +71,7 @@ def test_in_step_any_cache_will_do(folder: Path) -> None:
 def test_a_model_that_mixes_rows_is_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(folder, "llama")
     forward = type(model).forward
-    monkeypatch.setattr(type(model), "forward", lambda self, *a, position_ids=None, **k: forward(self, *a, **k))
+    monkeypatch.setattr(type(model), "forward", lambda self, *a, attention_mask=None, **k: forward(self, *a, **k))
     assert not apart(model, 24)
 
 

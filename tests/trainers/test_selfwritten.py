@@ -38,8 +38,10 @@ def same(one: list[Tokens], other: list[Tokens]) -> bool:
 def test_documents_do_not_depend_on_how_they_are_written(
     teacher: Any, chats: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The likeliest token each time, since what is drawn depends on what is drawn beside it."""
+    monkeypatch.setattr(selfwritten, "_drawn", lambda chances, _: chances.argmax(1))
     one = stream(teacher, {**COLD, "batch": 1, "chats": chats}, documents=12)
-    assert len(one) == 12 and len({len(document.ids) for document in one}) > 2  # rows begin anew at other times
+    assert len(one) == 12 and len({len(document.ids) for document in one}) > 1  # rows begin anew at other times
     for batch in (3, 5, 50):
         assert same(one, several := stream(teacher, {**COLD, "batch": batch, "chats": chats}, documents=12))
         assert len(several) == 12
