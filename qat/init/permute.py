@@ -174,7 +174,7 @@ def _in_heads(model: nn.Module, reader: str) -> Place | None:
             continue
         made = source.out_features
         if isinstance(width, int) and made % width == 0 and read.in_features % made == 0:
-            bias = () if source.bias is None else (Member(source.bias, 0),)
+            bias = () if source.bias is None else (Member(source.get_parameter("bias"), 0),)
             members = (Member(source.weight, 0), *bias, Member(read.weight, 1))
             return Place(f"values of {first} within heads", members, (reader,), width, made // width)
     return None
