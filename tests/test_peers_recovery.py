@@ -103,7 +103,7 @@ def test_a_row_that_does_not_multiply_its_format_is_no_number() -> None:
 def test_the_table_begins_with_the_best_and_ends_with_what_failed(tmp_path: Path) -> None:
     def scored(kl: float) -> dict[str, Any]:
         return {
-            "scores": {"heldout": {"kl": kl, "nll": 3.0, "top1": 0.75, "tokens": 9}},
+            "scores": {driver.HELDOUT[0]: {"kl": kl, "nll": 3.0, "top1": 0.75, "tokens": 9}},
             "seconds": 12.3,
             "text": "train",
         }
@@ -115,14 +115,14 @@ def test_the_table_begins_with_the_best_and_ends_with_what_failed(tmp_path: Path
         "rows": [{"name": k, "kl": v, "nll": 3.0, "top1": 0.7, "tokens": 9} for k, v in names.items()],
     }  # fmt: skip
     (tmp_path / "report.json").write_text(json.dumps(report))
-    rows = list(driver.ours(tmp_path, {"ab": "heldout"}))
+    rows = list(driver.ours(tmp_path, {"ab": driver.HELDOUT[0]}))
     rows.append({"tool": "x", "label": "x 1", "format": "nvfp4", "method": "m", "passes": 512, **scored(0.1)})
     rows.append({"tool": "y", "label": "y 2", "format": "nvfp4", "method": "m", "text": "", "error": "needs a GPU"})
     lines = driver.table(rows, "nvfp4")[4:-1]
     assert [line.split("|")[1].strip() for line in lines] == ["x 1", *[f"ours ({tmp_path.name})"] * 2, "y 2"]
     assert "| 75.0% |" in lines[0] and "| 50.0% |" in lines[1] and "needs a GPU" in lines[3]
     with pytest.raises(SystemExit, match="other rows"):
-        list(driver.ours(tmp_path, {"cd": "heldout"}))
+        list(driver.ours(tmp_path, {"cd": driver.HELDOUT[0]}))
 
 
 def test_every_cell_has_files_of_its_own_and_a_tool_that_is_installed() -> None:
