@@ -170,9 +170,10 @@ def measured(cell: Cell, model: str, texts: Texts, arguments: argparse.Namespace
         python = environment(cell.tool, arguments.environments)
         with log.open("w") as file:
             code = subprocess.run([python, WORKER, request, answer], env=given, stdout=file, stderr=file).returncode
-        if not answer.is_file():
+        if not answer.is_file():  # killed: not kept, so it is run again
             last = log.read_text(errors="replace").strip().splitlines() or [""]
-            answer.write_text(json.dumps({"error": f"exit status {code}: {last[-1][:200]}", "versions": {}}))
+            error = f"exit status {code}: {last[-1][:200]}"
+            return checked(cell, {"error": error, "versions": {}})
     return checked(cell, json.loads(answer.read_text()))
 
 
@@ -245,7 +246,11 @@ def table(rows: list[dict[str, Any]], name: str) -> list[str]:
             f"| {row['label']} | {row['method']} | {row['text']} | {passes} | {seconds} | {score['kl']:.4f} "
             f"| {score['nll']:.4f} | {score['top1']:.1%} | {closed} |"
         )
-    lines += [f"| {r['label']} | {r['method']} | {r['text']} | {r['error']} | | | | | |" for r in mine if "error" in r]
+    lines += [
+        f"| {r['label']} | {r['method']} | {r['text']} | {r['error'].replace('|', '/')} | | | | | |"
+        for r in mine
+        if "error" in r
+    ]
     return [*lines, ""]
 
 

@@ -117,12 +117,26 @@ def test_the_table_begins_with_the_best_and_ends_with_what_failed(tmp_path: Path
     (tmp_path / "report.json").write_text(json.dumps(report))
     rows = list(driver.ours(tmp_path, {"ab": driver.HELDOUT[0]}))
     rows.append({"tool": "x", "label": "x 1", "format": "nvfp4", "method": "m", "passes": 512, **scored(0.1)})
-    rows.append({"tool": "y", "label": "y 2", "format": "nvfp4", "method": "m", "text": "", "error": "needs a GPU"})
+    rows.append({"tool": "y", "label": "y 2", "format": "nvfp4", "method": "m", "text": "", "error": "needs | a GPU"})
     lines = driver.table(rows, "nvfp4")[4:-1]
     assert [line.split("|")[1].strip() for line in lines] == ["x 1", *[f"ours ({tmp_path.name})"] * 2, "y 2"]
-    assert "| 75.0% |" in lines[0] and "| 50.0% |" in lines[1] and "needs a GPU" in lines[3]
+    assert "| 75.0% |" in lines[0] and "| 50.0% |" in lines[1] and "needs / a GPU" in lines[3]
     with pytest.raises(SystemExit, match="other rows"):
         list(driver.ours(tmp_path, {"cd": driver.HELDOUT[0]}))
+
+
+def test_a_cell_that_was_killed_is_run_again(tmp_path: Path) -> None:
+    python = tmp_path / "torchao" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    (tmp_path / "torchao" / "requirements.txt").write_text("\n".join(driver.REQUIREMENTS["torchao"]))
+    python.write_text("#!/bin/sh\necho was here >> ran\nkill -TERM $$\n".replace("ran", str(tmp_path / "ran")))
+    python.chmod(0o755)
+    arguments = argparse.Namespace(out=tmp_path, environments=tmp_path, threads=1)
+    for times in (1, 2):
+        texts = driver.Texts(tmp_path / "texts.safetensors", {})
+        row = driver.measured(driver.Cell("torchao", "int4_g64", "prepared"), "model", texts, arguments)
+        assert row["error"].startswith("exit status -15")
+        assert (tmp_path / "ran").read_text().count("was here") == times
 
 
 def test_every_cell_has_files_of_its_own_and_a_tool_that_is_installed() -> None:
