@@ -124,7 +124,7 @@ def _train(arguments: argparse.Namespace) -> int | None:
 
     load_for_training()
     report = train(job, resume_run=arguments.resume, table=not arguments.json)
-    if arguments.json and strategy.is_first():
+    if arguments.json and strategy.is_first(job):
         _print_json(report)
     return None
 

@@ -8,6 +8,7 @@ one, and rank 0's numbers are then sent to all (`share`), so that nothing rests 
 """
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -160,9 +161,9 @@ def must_launch(job: "Job") -> bool:
     return job.devices > 1 and _placed() is None
 
 
-def is_first() -> bool:
+def is_first(job: "Job") -> bool:
     """Whether this process speaks for its run."""
-    placed = _placed()
+    placed = _placed() if job.devices > 1 else None
     return placed is None or placed.first
 
 
@@ -170,12 +171,13 @@ def launch(job: "Job", arguments: list[str]) -> int:
     """Run `qat ARGUMENTS` as `job.devices` processes of this machine and wait for them; returns the exit status.
 
     Raises:
-        TrainingError: a rank died without saying why.
+        TrainingError: a rank died without a word; says which.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from qat.trainers.claim import how_to_go_on
     from qat.trainers.interrupts import STATUS
 
     check(job)
@@ -192,21 +194,23 @@ def launch(job: "Job", arguments: list[str]) -> int:
         # One that a signal ended is the cause: the others lost it, and said so.
         failures = sorted(error.failures.items(), key=lambda item: (item[1].exitcode > 0, item[1].timestamp))
         rank, failure = failures[0]
-        if failure.exitcode > 0:
-            return int(failure.exitcode)
+        if failure.exitcode in (2, *STATUS.values()):
+            return int(failure.exitcode)  # with a message of its own
+        how = f"ended with status {failure.exitcode}"
+        if failure.exitcode < 0:
+            how = f"was ended by {signal.Signals(-failure.exitcode).name}"
         raise TrainingError(
-            f"rank {rank} (process {failure.pid}) was ended by {signal.Signals(-failure.exitcode).name}, and the "
-            f"others with it. What was saved is kept; continue with --resume"
+            f"rank {rank} (process {failure.pid}) {how}, and the others with it; {how_to_go_on(job.folder)}"
         ) from error
     return 0
 
 
 def _quiet_agent() -> None:
-    """The agent reports every failed process in a page of its own; `launch` says it in a line."""
-    import logging
-
-    for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    """The agent reports every failed process in a page of its own; `launch` says it in a line. Each of its files sets
+    the level of its own logger when it is imported, which `launch` has done."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 @contextlib.contextmanager
@@ -246,9 +250,10 @@ def _connected(ranks: Ranks) -> Iterator[None]:
     distributed.init_process_group(backend, rank=ranks.rank, world_size=ranks.size, timeout=WAITING)
     try:
         yield
-    except QatError:
+    except QatError as error:
         if not ranks.first:
             time.sleep(APART)
+            error.args = (f"rank {ranks.rank}: {error}",)
         raise
     except RuntimeError as error:
         if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
@@ -285,6 +290,9 @@ class Placed(LightningEnvironment):
     def node_rank(self) -> int:
         """Of this machine."""
         return self.ranks.rank // self.ranks.local_size
+
+    def teardown(self) -> None:
+        """Leave the launcher's variables as they are: Lightning would take WORLD_SIZE out."""
 
 
 def trainer_arguments(ranks: Ranks) -> dict[str, Any]:
