@@ -104,6 +104,7 @@ def _print_json(value: Any) -> None:
 def _train(arguments: argparse.Namespace) -> int | None:
     from qat.trainers import strategy
     from qat.trainers.job import load_job
+
     job = load_job(arguments.config, arguments.overrides)
     if arguments.dry_run:
         from qat.trainers.estimate import estimate
@@ -113,8 +114,7 @@ def _train(arguments: argparse.Namespace) -> int | None:
         if arguments.json:
             _print_json(result.to_dict())
         else:
-            from rich.console import Console
-            print_estimate(result, Console())
+            print_estimate(result)
         return None
     if strategy.must_launch(job):
         flags = ["--resume"] * arguments.resume + ["--json"] * arguments.json

@@ -134,7 +134,7 @@ def check(job: "Job") -> None:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if job.devices > 1 and 0 < gpus < here:
         raise ConfigError(f"devices is {job.devices}, of which {here} on this machine, but it has {gpus} GPUs; "
-                          f"set devices={gpus}, or CUDA_VISIBLE_DEVICES= to train with processes on the CPU")  # fmt: skip
+                          f"set devices={gpus}, or CUDA_VISIBLE_DEVICES= to train with processes on CPUs")  # fmt: skip
 
 
 # --- starting -------------------------------------------------------------------------------------
@@ -231,7 +231,9 @@ def joined(job: "Job") -> Iterator[Ranks]:
             f"torchrun --nproc-per-node {job.devices}"
         )
     if ranks.size != job.devices:
-        raise ConfigError(f"{ranks.size} processes were started, but devices is {job.devices}; set devices={ranks.size}")
+        raise ConfigError(
+            f"{ranks.size} processes were started, but devices is {job.devices}; set devices={ranks.size}"
+        )
     with _connected(ranks):
         yield ranks
 

@@ -74,13 +74,15 @@ def job_file(home: Path, kind: str, name: str, **changes: Any) -> Path:
 def command(*arguments: str, launcher: tuple[str, ...] = (), **variables: str) -> "subprocess.Popen[str]":
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
     full = [sys.executable, *launcher, "-m", "qat.cli", *arguments]
-    return subprocess.Popen(
-        full, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    return subprocess.Popen(full, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def finished(*processes: "subprocess.Popen[str]") -> list[str]:
-    said = [process.communicate(timeout=TIMEOUT) for process in processes]
+    try:
+        said = [process.communicate(timeout=TIMEOUT) for process in processes]
+    finally:
+        for process in processes:
+            process.terminate()
     for process, (_, error) in zip(processes, said, strict=True):
         assert process.returncode == 0, error
     return [out + error for out, error in said]
