@@ -129,15 +129,15 @@ class Evaluator:
                     teacher = self.teacher_hidden[index].to(self.device)[keep]
                 sums += self._sums(head, hidden[keep], teacher, targets[keep]).cpu()
                 count += len(keep)
-        *sums, count = self.ranks.sum(torch.cat([sums, torch.tensor([count])])).tolist()
-        if not count:
+        *totals, tokens = self.ranks.sum(torch.cat([sums, torch.tensor([count])])).tolist()
+        if not tokens:
             raise DataError(f"the held-out text ({self.blocks.source}) has no token to predict; give a longer one")
-        nll, kl, top1 = (each / count for each in sums)
+        nll, kl, top1 = (total / tokens for total in totals)
         if not math.isfinite(nll):
             raise TrainingError(
                 f"{what}: the next-token loss is {nll}, so {type(model).__name__} computes NaN or infinity"
             )
-        return Scores(nll, kl, top1, int(count))
+        return Scores(nll, kl, top1, int(tokens))
 
     @torch.no_grad()
     def _hidden(self, model: nn.Module, what: str) -> Iterator[tuple[Tensor, Tensor]]:
