@@ -230,6 +230,9 @@ def test_places_that_launchers_give(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"SLURM_{name}", value)
     assert strategy._placed() == Ranks(9, 16, 1, 8)
     assert strategy.Placed(Ranks(9, 16, 1, 8)).node_rank() == 1
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "gpu[07-09],cpu1")
+    monkeypatch.setenv("SLURM_JOB_ID", "1234567")
+    assert strategy._meeting_point() == ("gpu07", "19567")
     monkeypatch.setenv("ENVIRONMENT", "BATCH")
     assert strategy._placed() == Ranks(9, 16, 1, 8)
     monkeypatch.delenv("SLURM_STEP_ID")  # the batch script itself, where nothing was started yet
