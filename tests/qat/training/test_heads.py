@@ -1,6 +1,8 @@
 """Which heads are products, and that what they claim to be is what they compute."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,9 @@ from qat.numbers.numerics import find_scales
 from qat.quantizer import WeightQuantizer
 from qat.trainers.forward import Head
 from qat.training.heads import AnyHead, ProductHead, WholeHead, as_product
+from qat.training.losses import chunked
+from qat.training.objectives import CrossEntropy, DistillLoss
+from tests.qat.training.test_losses import LOSSES, problem, whole
 
 HIDDEN, VOCABULARY = 8, 33
 STEPS = (("multiply", 0.5), ("softcap", 2.0), ("divide", 1.5))
@@ -83,3 +88,25 @@ def test_a_soft_cap_keeps_one_more_copy_of_the_logits() -> None:
     assert product is not None and ProductHead(product, "cpu").copies == 2
     plain = as_product(nn.Linear(4, 9))
     assert plain is not None and ProductHead(plain, "cpu").copies == 1
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("steps", [(), (("softcap", 2.0),), (("multiply", 0.5), ("softcap", 3.0), ("divide", 1.5))])
+def test_gradients_are_those_of_the_whole_loss(loss: CrossEntropy | DistillLoss, bias: bool, steps: Any) -> None:
+    """Every head that is a product, the first rows of one among them, to 1e-5 of the largest in float32."""
+    generator = torch.Generator().manual_seed(3)
+    weight, teacher_weight = (torch.randn(VOCABULARY + 7, HIDDEN, generator=generator) for _ in range(2))
+    layer, other = (nn.Linear(HIDDEN, VOCABULARY + 7, bias=bias) for _ in range(2))
+    layer.weight.data, other.weight.data = weight, teacher_weight
+    hidden, _, teacher, _, targets = problem(masked=True)
+    heads = Head(layer, steps, VOCABULARY), Head(other, steps, VOCABULARY)
+    assert as_product(heads[0]) is not None
+    found = []
+    for total, dtype in ((partial(chunked, chunk=5), torch.float32), (whole, torch.float64)):
+        leaf = hidden.to(dtype).requires_grad_()
+        both = heads[0].to(dtype), heads[1].to(dtype)
+        value = total(loss, leaf, both[0], teacher.to(dtype), both[1], targets)
+        found.append([value.detach(), *torch.autograd.grad(value, [leaf, *layer.parameters()])])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()

@@ -2,7 +2,6 @@
 
 import typing
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from qat.errors import UnsupportedError
 from qat.numbers.catalog import lookup
 from qat.numbers.numerics import find_scales
 from qat.quantizer import InputQuantizer, WeightQuantizer
-from qat.trainers.forward import Head
 from qat.training.heads import Product, as_product
 from qat.training.losses import IGNORE, chunk_tokens, chunked
 from qat.training.objectives import (
@@ -212,28 +210,6 @@ def test_a_quantized_head_learns_its_scales_through_chunks(
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         assert a.any()
-
-
-@every_loss
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("steps", [(), (("softcap", 2.0),), (("multiply", 0.5), ("softcap", 3.0), ("divide", 1.5))])
-def test_gradients_are_those_of_the_whole_loss(loss: CrossEntropy | DistillLoss, bias: bool, steps: Any) -> None:
-    """Every head that is a product, the first rows of one among them, to 1e-5 of the largest in float32."""
-    generator = torch.Generator().manual_seed(3)
-    weight, teacher_weight = (torch.randn(VOCABULARY + 7, HIDDEN, generator=generator) for _ in range(2))
-    layer, other = (nn.Linear(HIDDEN, VOCABULARY + 7, bias=bias) for _ in range(2))
-    layer.weight.data, other.weight.data = weight, teacher_weight
-    hidden, _, teacher, _, targets = problem(masked=True)
-    heads = Head(layer, steps, VOCABULARY), Head(other, steps, VOCABULARY)
-    assert as_product(heads[0]) is not None
-    found = []
-    for total, dtype in ((chunked_total(5), torch.float32), (whole, torch.float64)):
-        leaf = hidden.to(dtype).requires_grad_()
-        both = heads[0].to(dtype), heads[1].to(dtype)
-        value = total(loss, leaf, both[0], teacher.to(dtype), both[1], targets)
-        found.append([value.detach(), *torch.autograd.grad(value, [leaf, *layer.parameters()])])
-    for a, b in zip(*found, strict=True):
-        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
 @every_loss
