@@ -105,7 +105,8 @@ class Site:
 
     @property
     def weight(self) -> Tensor:
-        """The parameter as it multiplies: (rows, columns) or (experts, rows, columns); a view that may be written."""
+        """The parameter as it multiplies: (rows, columns) or (experts, rows, columns); a view that may be written,
+        unless the layer carries an adapter, whose update is then added."""
         return self.owner.matrix(self.slot)
 
     @property
@@ -128,6 +129,7 @@ class Quantized(nn.Module):
     """A module with quantizers on some of its slots: what the adapters' modules have in common."""
 
     IS_TABLE = False
+    LOW_RANK = False  # whether it can carry an adapter (`qat.lora`)
     TRANSPOSED = False  # whether parameters are stored (..., columns, rows)
 
     def quantizers(self) -> dict[str, Quantizers]:

@@ -16,6 +16,7 @@ from qat.checkpoints.hf import load_configured, load_tokenizer
 from qat.checkpoints.progress import counted
 from qat.errors import Interrupted, UnsupportedError
 from qat.init.calibration import initialise, observe, unreached
+from qat.lora import attach
 from qat.modes import dense
 from qat.numbers.numerics import qsnr
 from qat.sites import Site, weights
@@ -100,16 +101,23 @@ def _train(job: Job, resume_run: bool, console: Console, interruptions: Interrup
         text["eval.choose"] = parts.choosing.digest
     reporting, choosing = _evaluators(job, parts)
     if not resume_run:
+        before = resume.fingerprints(parts.student) if job.lora is not None else {}
         rows, chosen = _baselines(job, parts, reporting, choosing, console)
+        _adapt(job, parts)
+        if job.lora is not None:
+            resume.save_base(run, parts.student, before)
         saved = {"rows": rows, "choosing": chosen}
         keeper = Keeper(run, job, choosing, {})
         first = (chosen or rows)[-1]
         keeper.best = {"step": 0, "kl": first["kl"], "since": 0}
-        resume.save_best(run, resume.student_tensors(parts.student), {**first, "step": 0})
+        resume.save_best(run, resume.student_tensors(parts.student), {**first, "step": 0}, job.lora)
         if job.eval.why:
             why.keep_start(run, parts.student)
     else:
         rotate_inputs(parts.student, job.scheme)
+        _adapt(job, parts)
+        if job.lora is not None:
+            resume.restore_base(run, parts.student)
         claim.check_text(saved, text, job.steps, console)
         keeper = Keeper(run, job, choosing, saved["best"])
     saved.update(text=text, steps=job.steps)
@@ -157,10 +165,18 @@ def _load(job: Job, source: Path, reference: Path, console: Console) -> Parts:
         name = "activation_checkpointing_enable"
         getattr(student, name if hasattr(student, name) else "gradient_checkpointing_enable")({"use_reentrant": False})
     apply(student, job.scheme, defer_init=True)
-    freeze(student, job.optim)
+    if job.lora is None:  # else once there are adapters
+        freeze(student, job.optim)
     dtype = torch.bfloat16 if mixed else None
     rows = (train_rows, heldout, calibration, choosing)
     return Parts(student.to(device), teacher, *rows, coverage, device, dtype, parameters)
+
+
+def _adapt(job: Job, parts: Parts) -> None:
+    """Put the job's adapters on the initialised student, and freeze what is not trained."""
+    if job.lora is not None:
+        attach(parts.student, job.lora)
+        freeze(parts.student, job.optim)
 
 
 def _print_texts(train_rows: Blocks, heldout: Blocks, choosing: Blocks, console: Console) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from qat.lora import LowRank
 from qat.quantizer import InputQuantizer, WeightQuantizer
 from qat.sites import Quantized, Quantizers, Slot
 
@@ -12,12 +13,15 @@ from qat.sites import Quantized, Quantizers, Slot
 class QatLinear(Quantized, nn.Linear):
     """A linear layer whose weight, and optionally input, is fake-quantized. Parameter names stay those of nn.Linear.
 
-    `fused` are the paths of the set that is trained as one, this layer's among them.
+    `fused` are the paths of the set that is trained as one, this layer's among them; `lora` is a trained update of the
+    weight, added before rounding.
     """
 
+    LOW_RANK = True
     weight_quantizer: WeightQuantizer
     input_quantizer: InputQuantizer | None
     fused: tuple[str, ...] = ()
+    lora: LowRank | None
 
     @classmethod
     def wrap(cls, linear: nn.Linear, weight: WeightQuantizer, input: InputQuantizer | None) -> "QatLinear":
@@ -26,6 +30,7 @@ class QatLinear(Quantized, nn.Linear):
             layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.weight_quantizer, layer.input_quantizer = weight, input
+        layer.lora = None
         layer.train(linear.training)
         return layer
 
@@ -33,11 +38,15 @@ class QatLinear(Quantized, nn.Linear):
         """By slot."""
         return {"weight": Quantizers(self.weight_quantizer, self.input_quantizer, self.fused)}
 
+    def matrix(self, slot: str) -> Tensor:
+        """The weight with its update; not a view of the parameter where there is one."""
+        return self.weight if self.lora is None else self.lora.merged(self.weight)
+
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in_features) -> (..., out_features)."""
         if self.input_quantizer is not None:
             input = self.input_quantizer(input)
-        return self.weight_quantizer.linear(input, self.weight, self.bias)
+        return self.weight_quantizer.linear(input, self.matrix("weight"), self.bias)
 
 
 class LinearAdapter:
