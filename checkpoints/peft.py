@@ -32,7 +32,7 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], config: LoraConfig) 
     paths = sorted({layer for layer, _, _ in own})
     PeftConfig(
         r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # a float where peft's annotation says int
+        lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=paths,
         use_dora=config.dora,

@@ -20,6 +20,9 @@ from qat.sites import Site, sites
 from qat.text import some
 
 
+TINY = torch.finfo(torch.float32).tiny
+
+
 class LoraConfig(Strict):
     """Train low-rank updates of frozen weights, and learned scales, instead of the weights.
 
@@ -45,6 +48,10 @@ class LoraConfig(Strict):
         """`targets`, as a tuple."""
         return (self.targets,) if isinstance(self.targets, str) else self.targets
 
+    def wants(self, path: str) -> bool:
+        """Whether a quantized linear layer of this path gets an adapter."""
+        return not self.patterns or any(fnmatchcase(path, pattern) for pattern in self.patterns)
+
 
 class LowRank(nn.Module):
     """A trained update of one frozen weight (rows, columns): A (rank, columns) as peft draws it, and B = 0."""
@@ -67,7 +74,7 @@ class LowRank(nn.Module):
             total = weight.float() + (self.B @ A) * self.scaling
             if self.magnitude is None:
                 return total
-            norm = torch.linalg.vector_norm(total.detach(), dim=1)
+            norm = torch.linalg.vector_norm(total.detach(), dim=1).clamp(min=TINY)  # a row of zeros stays one
             return (self.magnitude / norm).view(-1, 1) * total
 
 
@@ -80,26 +87,24 @@ def targets(model: nn.Module, config: LoraConfig) -> list[Site]:
     """
     quantized = sites(model, "weight")
     found = {site.path: site for site in quantized if not config.patterns and site.owner.LOW_RANK}
-    names = [path for path, module in model.named_modules() if getattr(module, "weight", None) is not None]
+    linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     for pattern in config.patterns:
         chosen = {site.path: site for site in quantized if fnmatchcase(site.path, pattern)}
-        skipped = [path for path in names if fnmatchcase(path, pattern) and path not in chosen]
+        skipped = [path for path in linears if fnmatchcase(path, pattern) and path not in chosen]
         if skipped:
             raise ConfigError(
                 f"lora.targets {pattern!r} matches {some(skipped)}, which the scheme does not quantize; an adapter "
                 "there would be merged unrounded: give the layer a format, or name only quantized layers"
             )
         if not chosen:
-            raise ConfigError(f"lora.targets {pattern!r} matches no layer; quantized are {some(list(_ends(quantized)))}")
+            ends = dict.fromkeys("*" + site.path.rsplit(".", 1)[-1] for site in quantized)
+            raise ConfigError(f"lora.targets {pattern!r} matches no layer; quantized are {some(list(ends))}")
         found |= chosen
     if not found:
         raise ConfigError("lora: the scheme quantizes no linear layer that an adapter could be put on")
-    _check([found[site.path] for site in quantized if site.path in found], config)
-    return [site for site in quantized if site.path in found]
-
-
-def _ends(quantized: list[Site]) -> dict[str, None]:
-    return dict.fromkeys("*" + site.path.rsplit(".", 1)[-1] for site in quantized)
+    chosen_sites = [site for site in quantized if site.path in found]
+    _check(chosen_sites, config)
+    return chosen_sites
 
 
 def _check(chosen: list[Site], config: LoraConfig) -> None:

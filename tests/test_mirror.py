@@ -41,7 +41,6 @@ ELSEWHERE = {
     "trainers/estimate_table.py": "trainers/test_estimate.py: the estimate as printed",
     "trainers/exportable.py": "trainers/test_called.py: what is refused before the first step",
     "trainers/fit.py": "trainers/test_run.py: the loop of a run",
-    "trainers/footprint.py": "trainers/test_estimate.py: one question, bytes and seconds",
     "trainers/job.py": "configs/test_configs.py: every recipe is a job",
     "trainers/machine.py": "trainers/test_machines.py: what is said of a machine that misbehaves",
     "trainers/overlap.py": "trainers/test_data.py: compares two sets of rows",

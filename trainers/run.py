@@ -300,6 +300,7 @@ def _finish(job: Job, parts: Parts, keeper: Keeper, reporting: Evaluator, saved:
     if job.eval.why:
         measured = {
             "moved": why.moved(run, parts.student),
+            "lora": job.lora is not None,
             "gap": why.gap(reporting, parts.student, rows[-1]["kl"]),
             "disagreement": why.disagreement(
                 read_metrics(run / claim.METRICS), (saved.get("choosing") or saved["rows"])[-1]["kl"]
