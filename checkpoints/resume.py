@@ -77,7 +77,9 @@ def fingerprints(model: nn.Module) -> dict[str, str]:
     """Digests of the matrices, to tell after the initialisation which of them it moved."""
     matrices = {n for n, p in model.named_parameters() if p.dim() >= 2}
     tensors = _every_tensor(model)
-    return {n: digest(tensors[n]) for n in counted(matrices & tensors.keys(), "reading weights", len(matrices), "weights")}
+    return {
+        n: digest(tensors[n]) for n in counted(matrices & tensors.keys(), "reading weights", len(matrices), "weights")
+    }
 
 
 def save_base(run: Path, model: nn.Module, before: dict[str, str]) -> None:
@@ -102,8 +104,12 @@ def restore_base(run: Path, model: nn.Module) -> None:
         raise CheckpointError(f"{run} trained adapters, but the base they belong to ({file}) is missing")
     tensors, state = load_file(file), model.state_dict(keep_vars=True)
     needed = {n for n in _fixed(model) & state.keys() if n not in dict(model.named_parameters())}
-    if wrong := [n for n in needed | tensors.keys() if n not in state or n not in tensors or state[n].shape != tensors[n].shape]:
-        raise CheckpointError(f"{file} does not fit this model: {sorted(wrong)[:3]}; was the scheme or the model changed?")
+    if wrong := [
+        n for n in needed | tensors.keys() if n not in state or n not in tensors or state[n].shape != tensors[n].shape
+    ]:
+        raise CheckpointError(
+            f"{file} does not fit this model: {sorted(wrong)[:3]}; was the scheme or the model changed?"
+        )
     with torch.no_grad():
         for name, tensor in tensors.items():
             state[name].copy_(tensor)

@@ -2,25 +2,22 @@
 
 The update is added before rounding, so that what is trained is what will be stored: `LowRank.merged` is the one
 function that the forward pass, every reader of a site and the merge before an export call, so they agree bit for bit.
-The quantizer and its scales stay what the initialisation left. Arithmetic is float32, whatever autocast says.
+The quantizer and its scales stay what the initialisation left.
 """
 
-import math
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
+from qat.adapters import candidates
 from qat.config import Strict
 from qat.errors import ConfigError, UnsupportedError
 from qat.sites import Site, sites
 from qat.text import some
-
-
-TINY = torch.finfo(torch.float32).tiny
+from qat.training.low_rank import LowRank
 
 
 class LoraConfig(Strict):
@@ -53,31 +50,6 @@ class LoraConfig(Strict):
         return not self.patterns or any(fnmatchcase(path, pattern) for pattern in self.patterns)
 
 
-class LowRank(nn.Module):
-    """A trained update of one frozen weight (rows, columns): A (rank, columns) as peft draws it, and B = 0."""
-
-    def __init__(self, weight: Tensor, config: LoraConfig) -> None:
-        super().__init__()
-        rows, columns = weight.shape
-        self.scaling, self.dropout = config.alpha / config.rank, config.dropout
-        drawn = nn.init.kaiming_uniform_(torch.empty(config.rank, columns), a=math.sqrt(5))  # equal on every device
-        self.A = nn.Parameter(drawn.to(weight.device))
-        self.B = nn.Parameter(torch.zeros(rows, config.rank, device=weight.device))
-        norm = torch.linalg.vector_norm(weight.detach().float(), dim=1) if config.dora else None
-        self.magnitude = None if norm is None else nn.Parameter(norm)
-
-    def merged(self, weight: Tensor) -> Tensor:
-        """W + s BA, float32; with DoRA magnitude x direction of it, no gradient passing the norm (as in peft)."""
-        with torch.autocast(weight.device.type, enabled=False):
-            drops = self.training and self.dropout > 0
-            A = self.A * functional.dropout(torch.ones_like(self.A[0]), self.dropout) if drops else self.A
-            total = weight.float() + (self.B @ A) * self.scaling
-            if self.magnitude is None:
-                return total
-            norm = torch.linalg.vector_norm(total.detach(), dim=1).clamp(min=TINY)  # a row of zeros stays one
-            return (self.magnitude / norm).view(-1, 1) * total
-
-
 def targets(model: nn.Module, config: LoraConfig) -> list[Site]:
     """The sites that get an adapter, each checked.
 
@@ -85,12 +57,12 @@ def targets(model: nn.Module, config: LoraConfig) -> list[Site]:
         ConfigError: a pattern matches nothing or only layers that are not quantized; a rank is larger than its matrix.
         UnsupportedError: a pattern matches what cannot carry one.
     """
-    quantized = sites(model, "weight")
-    found = {site.path: site for site in quantized if not config.patterns and site.owner.LOW_RANK}
-    linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    quantized, every = sites(model, "weight"), [c for c in candidates(model) if c.role == "weight"]
+    able = {candidate.path for candidate in every if candidate.slot.low_rank}
+    found = {site.path: site for site in quantized if not config.patterns and site.path in able}
     for pattern in config.patterns:
         chosen = {site.path: site for site in quantized if fnmatchcase(site.path, pattern)}
-        skipped = [path for path in linears if fnmatchcase(path, pattern) and path not in chosen]
+        skipped = [c.path for c in every if fnmatchcase(c.path, pattern) and c.path not in chosen]
         if skipped:
             raise ConfigError(
                 f"lora.targets {pattern!r} matches {some(skipped)}, which the scheme does not quantize; an adapter "
@@ -102,19 +74,20 @@ def targets(model: nn.Module, config: LoraConfig) -> list[Site]:
         found |= chosen
     if not found:
         raise ConfigError("lora: the scheme quantizes no linear layer that an adapter could be put on")
-    chosen_sites = [site for site in quantized if site.path in found]
-    _check(chosen_sites, config)
-    return chosen_sites
-
-
-def _check(chosen: list[Site], config: LoraConfig) -> None:
-    tied: dict[int, str] = {}
-    for site in chosen:
-        if not site.owner.LOW_RANK:
+    for site in found.values():
+        if site.path not in able:
             raise UnsupportedError(
                 f"lora: {site.path} ({type(site.owner).__name__}) cannot carry an adapter, only linear layers can; "
                 "leave it out of lora.targets"
             )
+    in_order = [site for site in quantized if site.path in found]
+    _check_sizes(in_order, config)
+    return in_order
+
+
+def _check_sizes(chosen: list[Site], config: LoraConfig) -> None:
+    tied: dict[int, str] = {}
+    for site in chosen:
         rows, columns = site.parameter.shape
         if config.rank > min(rows, columns):
             raise ConfigError(f"lora.rank {config.rank} is larger than {site.path} ({rows} x {columns}); lower it")
@@ -135,7 +108,9 @@ def attach(model: nn.Module, config: LoraConfig) -> None:
             parameter.requires_grad_(False)
     for site in chosen:
         owner: Any = site.owner
-        owner.lora = LowRank(site.parameter, config).train(owner.training)
+        scaling = config.alpha / config.rank
+        update = LowRank(site.parameter, config.rank, scaling, dropout=config.dropout, dora=config.dora)
+        owner.lora = update.train(owner.training)
 
 
 def adapters(model: nn.Module) -> dict[str, Any]:

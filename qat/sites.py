@@ -29,6 +29,7 @@ class Slot:
         no_input: why the weight takes no input format; "" where it does.
         transposed: whether the parameter is stored (..., columns, rows).
         refused: why it cannot be quantized at all; "" where it can.
+        low_rank: whether the weight can carry a trained update (`qat.lora`).
     """
 
     name: str
@@ -37,6 +38,7 @@ class Slot:
     no_input: str = ""
     transposed: bool = False
     refused: str = ""
+    low_rank: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,6 @@ class Quantized(nn.Module):
     """A module with quantizers on some of its slots: what the adapters' modules have in common."""
 
     IS_TABLE = False
-    LOW_RANK = False  # whether it can carry an adapter (`qat.lora`)
     TRANSPOSED = False  # whether parameters are stored (..., columns, rows)
 
     def quantizers(self) -> dict[str, Quantizers]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from qat.adapters import candidates
 from qat.checkpoints.architecture import check_config, empty_model, quiet
 from qat.checkpoints.hf import ModelConfig, describe, is_local, resolve
 from qat.errors import CheckpointError
@@ -73,7 +74,7 @@ class Architecture:
 @dataclass(frozen=True)
 class Facts:
     """What the formulas need to know of a job: both architectures, the scheme's coverage, the number of trained
-    parameters (scales not counted), of block scales, whether the output layer is trained, and parameters of adapters."""
+    parameters (scales not counted), of block scales, whether the output layer is trained, and adapters' parameters."""
 
     student: Architecture
     teacher: Architecture
@@ -146,8 +147,8 @@ def job_facts(job: Job) -> Facts:
 
 def _adapters(config: LoraConfig, model: nn.Module, coverage: Coverage) -> int:
     """Their parameters, as `qat.lora.attach` would put them on these layers."""
-    linears = {path for path, module in model.named_modules() if type(module) is nn.Linear}
-    shapes = [m.shape for m in coverage.modules if m.weight and m.path in linears and config.wants(m.path)]
+    able = {candidate.path for candidate in candidates(model) if candidate.slot.low_rank}
+    shapes = [m.shape for m in coverage.modules if m.weight and m.path in able and config.wants(m.path)]
     return sum(config.rank * (rows + columns) + rows * config.dora for rows, columns in shapes)
 
 

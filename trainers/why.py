@@ -167,8 +167,8 @@ def _unmoved(measured: Measured) -> list[str]:
     if not (measured.get("lora") and moved and moved["flipped"] < FEW):
         return []
     return [
-        f"Only {moved['flipped']:.3%} of the codes differ from the initialisation's: the adapters were too small to move "
-        "weights past the edges of their cells. Raise optim.lora_lr or lora.alpha, or train longer (docs/train.md)."
+        f"Only {moved['flipped']:.3%} of the codes differ from the initialisation's: the adapters were too small to "
+        "move weights past the edges of their cells. Raise optim.lora_lr or lora.alpha, or train longer (docs/train.md)."
     ]
 
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from qat.lora import LowRank
 from qat.quantizer import InputQuantizer, WeightQuantizer
 from qat.sites import Quantized, Quantizers, Slot
+from qat.training.low_rank import LowRank
 
 
 class QatLinear(Quantized, nn.Linear):
@@ -16,8 +16,6 @@ class QatLinear(Quantized, nn.Linear):
     `fused` are the paths of the set that is trained as one, this layer's among them; `lora` is a trained update of the
     weight, added before rounding.
     """
-
-    LOW_RANK = True
     weight_quantizer: WeightQuantizer
     input_quantizer: InputQuantizer | None
     fused: tuple[str, ...] = ()
@@ -58,7 +56,7 @@ class LinearAdapter:
 
     def slots(self, module: nn.Module) -> list[Slot]:
         """Its weight."""
-        return [Slot("weight", "weight", tuple(module.get_parameter("weight").shape))]
+        return [Slot("weight", "weight", tuple(module.get_parameter("weight").shape), low_rank=True)]
 
     def attach(self, module: nn.Module, quantizers: Mapping[str, Quantizers]) -> nn.Module:
         """A `QatLinear`."""

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qat.errors import ConfigError, QatError
-from qat.lora import LoraConfig, LowRank, adapters, attach, merge
+from qat.lora import LoraConfig, adapters, attach, merge
 from qat.sites import weights
+from qat.training.low_rank import LowRank
 from tests.checkpoints.exports import pair_rules, quantized
 from tests.qat.adapters.test_experts import KINDS
 from tests.tiny import tiny_model
@@ -103,36 +104,10 @@ def test_gradients_are_those_of_the_sum(tmp_path: Path) -> None:
     assert torch.allclose(layer.lora.A.grad, 2 * layer.lora.B.t() @ whole, rtol=1e-4, atol=1e-4)
 
 
-def test_dropout_leaves_out_input_channels_while_training() -> None:
-    torch.manual_seed(0)
-    lora = LowRank(torch.zeros(64, 128), LoraConfig(rank=4, dropout=0.5))
-    nn.init.normal_(lora.B)
-    weight, plain = torch.zeros(64, 128), (lora.B @ lora.A * 8).detach()
-    dropped = lora.merged(weight).detach()
-    left_out = (dropped == 0).all(dim=0)
-    assert 32 < int(left_out.sum()) < 96
-    assert torch.allclose(dropped[:, ~left_out], 2 * plain[:, ~left_out], rtol=1e-5)
-    assert torch.equal(lora.eval().merged(weight), plain)
-
-
 def test_norms_are_trained_where_asked(tmp_path: Path) -> None:
     model = student(tmp_path, LoraConfig(rank=4, norms=True))
     trained = {name.rsplit(".", 2)[-2] for name, p in model.named_parameters() if p.requires_grad}
     assert {"lora", "input_layernorm", "norm"} <= trained and "q_proj" not in trained
-
-
-def test_a_row_of_zeros_has_no_direction() -> None:
-    lora = LowRank(torch.zeros(4, 8), LoraConfig(rank=2, dora=True))
-    assert torch.equal(lora.merged(torch.zeros(4, 8)), torch.zeros(4, 8))
-
-
-def test_autocast_does_not_reach_the_update() -> None:
-    lora = LowRank(torch.randn(8, 16), LoraConfig(rank=2))
-    nn.init.normal_(lora.B)
-    weight = torch.randn(8, 16)
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = lora.merged(weight)
-    assert inside.dtype == torch.float32 and torch.equal(inside, lora.merged(weight))
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,14 @@ def test_adapters_are_all_that_has_moments(tmp_path: Path) -> None:
 
 def test_adapters_of_an_8b_model_need_much_less() -> None:
     recipe = ROOT / "configs" / "qad" / "llama-3.1-8b-nvfp4-8gpu.yaml"
-    common = ["strategy=auto", "devices=1", "rows=1", "micro_rows=1", "activation_checkpointing=true", "scheme.learn=none"]
+    common = [
+        "strategy=auto",
+        "devices=1",
+        "rows=1",
+        "micro_rows=1",
+        "activation_checkpointing=true",
+        "scheme.learn=none",
+    ]
     full, low = (load_job(recipe, [*common, *more]) for more in ([], ["lora={rank: 16}"]))
     before, after = (sum(memory(each, job_facts(each), "cuda", True).values()) for each in (full, low))
     assert before >= 2.5 * after
