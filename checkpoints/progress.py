@@ -17,6 +17,13 @@ QUIET_SECONDS = 2.0  # before a bar is drawn
 FIRST_LINE_SECONDS, LINE_SECONDS = 10.0, 30.0  # without a terminal: before the first line, and between lines
 
 T = TypeVar("T")
+_muted = False
+
+
+def mute() -> None:
+    """Show nothing from here on, in this process: another one of the same run does."""
+    global _muted
+    _muted = True
 
 
 @contextlib.contextmanager
@@ -61,7 +68,7 @@ class Meter:
         self.done = self._before = done
         self.note = ""
         self._began = time.monotonic()
-        self._terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._terminal = sys.stderr is not None and sys.stderr.isatty() and not _muted
         self._quiet = QUIET_SECONDS if quiet_seconds is None else quiet_seconds
         self._next_line = self._began + FIRST_LINE_SECONDS
         self._lines = 0
@@ -112,7 +119,7 @@ class Meter:
 
 
 def _print(text: str) -> None:
-    if sys.stderr is not None:  # print would take stdout for None
+    if sys.stderr is not None and not _muted:  # print would take stdout for None
         print(text, file=sys.stderr, flush=True)
 
 

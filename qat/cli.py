@@ -101,7 +101,8 @@ def _print_json(value: Any) -> None:
 # --- train and teacher ----------------------------------------------------------------------------
 
 
-def _train(arguments: argparse.Namespace) -> None:
+def _train(arguments: argparse.Namespace) -> int | None:
+    from qat.trainers import strategy
     from qat.trainers.job import load_job
 
     job = load_job(arguments.config, arguments.overrides)
@@ -113,17 +114,19 @@ def _train(arguments: argparse.Namespace) -> None:
         if arguments.json:
             _print_json(result.to_dict())
         else:
-            from rich.console import Console
-
-            print_estimate(result, Console())
-        return
+            print_estimate(result)
+        return None
+    if strategy.must_launch(job):
+        flags = ["--resume"] * arguments.resume + ["--json"] * arguments.json
+        return strategy.launch(job, ["train", *flags, arguments.config, *arguments.overrides])
     from qat.kernels.load import load_for_training
     from qat.trainers.run import train
 
     load_for_training()
     report = train(job, resume_run=arguments.resume, table=not arguments.json)
-    if arguments.json:
+    if arguments.json and strategy.is_first(job):
         _print_json(report)
+    return None
 
 
 def _teacher(arguments: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import csv
 import io
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,14 +117,16 @@ class Keeper:
 
     def __init__(self, run: Path, job: Job, evaluator: Evaluator, best: dict[str, Any]) -> None:
         self.run, self.job, self.evaluator, self.best = run, job, evaluator, best
+        self.ranks = evaluator.ranks
 
     def evaluate(self, model: nn.Module, step: int) -> Scores:
         """Score the model; keep it if its held-out KL is the lowest yet."""
         scores = self.evaluator.score(model)
         if not self.best or scores.kl < self.best["kl"]:
             self.best = {"step": step, "kl": scores.kl, "since": 0}
-            state = {"step": step, **scores.row("student")}
-            resume.save_best(self.run, resume.student_tensors(model), state, self.job.lora)
+            if self.ranks.first:
+                state = {"step": step, **scores.row("student")}
+                resume.save_best(self.run, resume.student_tensors(model), state, self.job.lora)
         else:
             self.best["since"] += 1
         return scores
@@ -190,7 +193,9 @@ class StepLoop(lit.Callback):
             row.update(self._evaluate(module, step))
         self._record(trainer, row, step)
         module.step_loss, module.step_tokens = 0.0, 0
-        stop = self.give_up() or self.interruptions.signal is not None
+        if number := self.keeper.ranks.most(self.interruptions.signal or 0):  # one rank may have had it alone
+            self.interruptions.signal = signal.Signals(number)
+        stop = self.give_up() or bool(number)
         due = self.job.checkpoint_every and step % self.job.checkpoint_every == 0
         if due or step == self.job.steps or stop:
             self.save(module, step)
@@ -231,7 +236,9 @@ class StepLoop(lit.Callback):
             logger.log_metrics({k: v for k, v in row.items() if v != ""}, step=step)
 
     def save(self, module: QatModule, step: int) -> None:
-        """Write the resumable state."""
+        """Write the resumable state; every rank has it whole, so the first one does."""
+        if not self.keeper.ranks.first:
+            return
         if self.metrics is not None:
             self.metrics.sync()
         values = self.average.values if self.average is not None else None

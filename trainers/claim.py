@@ -182,7 +182,7 @@ def started(run: Path) -> Job:
 def take_up(run: Path, job: Job, console: Console) -> dict[str, Any]:
     """Check that the job on disk is this one; returns the saved state.
 
-    More steps are allowed, and a model, text or run that moved.
+    More steps are allowed, other devices, and a model, text or run that moved.
 
     Raises:
         CheckpointError: there is nothing to resume.
@@ -204,6 +204,13 @@ def take_up(run: Path, job: Job, console: Console) -> dict[str, Any]:
         )
     if job.steps < state["step"]:
         raise ConfigError(f"steps={job.steps}, but {state['step']} steps of {run} are done; give at least as many")
+    if job.devices != old.devices:
+        console.print(
+            f"devices: {old.devices} -> {job.devices}. Every step reads the same rows, but sums them in another order: "
+            "the curve goes on as it would have, up to rounding",
+            highlight=False,
+            soft_wrap=True,
+        )
     state.setdefault("steps", old.steps)
     if job.steps != state["steps"]:
         _say_schedule(job, state, console)
@@ -213,12 +220,12 @@ def take_up(run: Path, job: Job, console: Console) -> dict[str, Any]:
 
 
 def _comparable(job: Job) -> dict[str, Any]:
-    """The job without what may differ: the steps, where the run lies, and where its models and texts lie.
+    """The job without what may differ: steps, devices, and where the run, its models and its texts lie.
 
     Models are compared by their fingerprints, and texts when their rows are read (`check_text`).
     """
     data = _plain(job)
-    for key in ("name", "runs", "steps"):
+    for key in ("name", "runs", "steps", "devices", "strategy"):
         del data[key]
     for text in (data["data"], data["eval"]["data"], data["eval"]["choose"], data["calibration"]):
         for part in (text, *text["mix"]) if text else ():

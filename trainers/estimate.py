@@ -28,6 +28,7 @@ from qat.trainers.exportable import export_notes
 from qat.trainers.footprint import BF16, FP32, GIB, Facts, flops_per_token, forward_flops, job_facts, memory, shards
 from qat.trainers.job import Job
 from qat.trainers.memory import keep_freed_blocks
+from qat.trainers.strategy import refusal
 from qat.training.losses import chunk_tokens
 
 HEADROOM = 0.95  # share of a device's memory that may be planned for
@@ -177,7 +178,7 @@ def _export_notes(job: Job, facts: Facts) -> list[str]:
 
 
 def _notes(job: Job, plans: tuple[Plan, ...]) -> list[str]:
-    notes = [job.unproven] if job.unproven else []
+    notes = [reason] if (reason := refusal(job)) else []
     if (fallback := job.scheme.fallback) is not None:
         notes.append(f"which {fallback.count} layers fall back is decided when training begins, and not counted here")
     texts = [*job.data.parts, *(job.calibration.parts if job.calibration is not None else ())]

@@ -10,8 +10,9 @@ from qat.trainers.footprint import GIB
 COMMON_GPUS = (16, 24, 48, 80, 141, 180)  # GiB of cards in use
 
 
-def print_estimate(estimate: Estimate, console: Console) -> None:
+def print_estimate(estimate: Estimate, console: Console | None = None) -> None:
     """The model, a table of memory and time with one column per device, and what would fit where."""
+    console = console or Console()
     for line in _summary(estimate):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     per = "per device" if estimate.devices > 1 else "in all"

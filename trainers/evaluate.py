@@ -22,6 +22,7 @@ from qat.trainers.data import Blocks, DataConfig
 from qat.trainers.forward import Head, hidden_states, split
 from qat.trainers.packing import evaluating
 from qat.trainers.sources import overlapping
+from qat.trainers.strategy import ALONE, Ranks
 from qat.training.losses import IGNORE
 
 CHUNK = 512  # tokens whose logits exist at once
@@ -94,6 +95,7 @@ class Evaluator:
         teacher: the reference; None scores next-token loss only (KL and agreement are NaN).
         blocks: held-out rows.
         device, dtype: where the forward runs, and the autocast dtype (None for the model's own).
+        ranks: who shares the rows; each then has the scores of all.
     """
 
     def __init__(
@@ -103,7 +105,9 @@ class Evaluator:
         batch: int = 2,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.blocks, self.batch, self.device, self.dtype = blocks, batch, torch.device(device), dtype
         self.teacher_head: Head | None = None
         self.teacher_hidden: list[Tensor] = []
@@ -125,21 +129,25 @@ class Evaluator:
                     teacher = self.teacher_hidden[index].to(self.device)[keep]
                 sums += self._sums(head, hidden[keep], teacher, targets[keep]).cpu()
                 count += len(keep)
-        if not count:
+        *totals, tokens = self.ranks.sum(torch.cat([sums, torch.tensor([count])])).tolist()
+        if not tokens:
             raise DataError(f"the held-out text ({self.blocks.source}) has no token to predict; give a longer one")
-        nll, kl, top1 = (sums / count).tolist()
+        nll, kl, top1 = (total / tokens for total in totals)
         if not math.isfinite(nll):
             raise TrainingError(
                 f"{what}: the next-token loss is {nll}, so {type(model).__name__} computes NaN or infinity"
             )
-        return Scores(nll, kl, top1, count)
+        return Scores(nll, kl, top1, int(tokens))
 
     @torch.no_grad()
     def _hidden(self, model: nn.Module, what: str) -> Iterator[tuple[Tensor, Tensor]]:
-        rows = len(self.blocks)
-        with progress(what, rows, "rows") as advance:
-            for start in range(0, rows, self.batch):
-                batch = self.blocks.rows(list(range(start, min(start + self.batch, rows))))
+        """Of every batch that is this rank's."""
+        rows = list(range(len(self.blocks)))
+        parts = [rows[start : start + self.batch] for start in range(0, len(rows), self.batch)]
+        own = parts[self.ranks.rank :: self.ranks.size]
+        with progress(what, sum(map(len, own)), "rows") as advance:
+            for part in own:
+                batch = self.blocks.rows(part)
                 batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
                 with self._autocast():
                     hidden = hidden_states(model, batch)

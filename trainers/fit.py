@@ -1,4 +1,4 @@
-"""The optimizer steps of a run, driven by Lightning: one process on one device, from a saved state or the start."""
+"""The optimizer steps of a run, driven by Lightning, from a saved state or the start."""
 
 import logging
 import warnings
@@ -7,8 +7,6 @@ from typing import Any
 
 import lightning as lit
 import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from safetensors.torch import load_file
 
 from qat.checkpoints import resume
@@ -19,6 +17,7 @@ from qat.trainers.interrupts import Interruptions
 from qat.trainers.job import Job
 from qat.trainers.module import QatModule
 from qat.trainers.parts import Parts
+from qat.trainers.strategy import trainer_arguments
 
 
 def fit(
@@ -36,7 +35,7 @@ def fit(
         start = int(resume.read_state(folder)["step"])
         resume.restore_student(parts.student, load_file(folder / resume.STUDENT))
     teacher = parts.teacher if job.objective.needs_teacher else None
-    module = QatModule(parts.student, teacher, job, Batches(parts.train, job.rows, job.seed), start)
+    module = QatModule(parts.student, teacher, job, Batches(parts.train, job.rows, job.seed), start, parts.ranks)
     average = Average(parts.student, job.optim.ema) if job.optim.ema else None
     loop = StepLoop(job.folder, job, keeper, average, saved, interruptions)
     if start >= job.steps or loop.give_up():
@@ -50,38 +49,19 @@ def fit(
 
 def lightning(job: Job, parts: Parts, steps: int, callbacks: list[Any], loggers: list[Any]) -> lit.Trainer:
     """A trainer for so many steps, which keeps and shows nothing itself."""
-    rank_zero_only.rank = 0  # type: ignore[attr-defined]  # Lightning read a launcher's variables on import
     return lit.Trainer(
         max_steps=steps,
         accumulate_grad_batches=job.rows // (job.micro_rows * job.devices),
         precision="bf16-mixed" if parts.dtype is torch.bfloat16 else "32-true",
         accelerator=parts.device.type,
-        devices=job.devices,
-        strategy=job.strategy,
         callbacks=callbacks,
-        plugins=[_Alone()],
         logger=loggers or False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
+        **trainer_arguments(parts.ranks),
     )
-
-
-class _Alone(LightningEnvironment):
-    """One process is the whole run, whatever SLURM, torchrun or MPI left in the environment.
-
-    Lightning would take ranks and sizes from their variables, and under SLURM put handlers of its own on signals. More
-    than one device is refused by `Job.unproven`; where that is proven, the launcher's environment belongs here.
-    """
-
-    def local_rank(self) -> int:
-        """0."""
-        return 0
-
-    def node_rank(self) -> int:
-        """0."""
-        return 0
 
 
 class _Restore(lit.Callback):

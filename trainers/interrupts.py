@@ -22,9 +22,13 @@ class Interruptions:
     """Handles the signals of `STATUS` inside its `with` block (in the main thread; elsewhere Python cannot).
 
     A signal raises `Interrupted`, or between `finish_steps` and `end_at_once` is only noted in `signal`.
+
+    Args:
+        quiet: another process of the run says what a signal does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
         self.signal: signal.Signals | None = None
         self._finishing = False
         self._previous: dict[signal.Signals, Any] = {}
@@ -67,7 +71,8 @@ class Interruptions:
         if self._finishing and not (again and name == signal.SIGINT):
             if not again:
                 self.signal = name
-                _say(f"{name.name}: finishing this step, then saving (Ctrl-C again ends at once)")
+                if not self.quiet:
+                    _say(f"{name.name}: finishing this step, then saving (Ctrl-C again ends at once)")
             return
         self.signal = self.signal or name
         raise Interrupted(STATUS[name])

@@ -47,7 +47,9 @@ class Job(Strict):
         calibration_rows: how much of it.
         checkpoint_every: steps between resumable checkpoints, 0 for only at the end.
         precision: "auto" is bf16-mixed on GPUs and fp32 on CPUs. Master weights are always fp32.
-        strategy: how several devices share the work; only "auto" (one device) can be trained so far.
+        strategy: how several devices share the work. "ddp": each holds the whole model and reads its share of the
+            rows; "auto" is ddp where there are several devices.
+        devices: over all machines; one process each. Without GPUs they are processes on the CPU.
         loss_chunk: tokens whose logits exist at once; by default `qat.training.losses.chunk_tokens`.
         activation_checkpointing: recompute activations in the backward pass to save memory.
     """
@@ -102,6 +104,11 @@ class Job(Strict):
             )
         if self.lora is not None and self.optim.cage.strength:
             raise ValueError("optim.cage moves weights, which lora leaves frozen; leave one of the two out")
+        if self.devices > self.rows:
+            raise ValueError(
+                f"devices ({self.devices}) are more than rows ({self.rows}), and each reads at least one row per step; "
+                f"give rows={self.devices} or more, or fewer devices"
+            )
         if self.rows % (self.micro_rows * self.devices):
             raise ValueError(
                 f"rows ({self.rows}) must be a multiple of micro_rows x devices ({self.micro_rows} x {self.devices})"
@@ -116,16 +123,6 @@ class Job(Strict):
     def objective(self) -> Any:
         """The loss in force."""
         return self.loss or (ForwardKL() if self.method == "qad" else CrossEntropy())
-
-    @property
-    def unproven(self) -> str | None:
-        """Why `train` refuses this job although it can be estimated, or None."""
-        if self.strategy == "auto" and self.devices == 1:
-            return None
-        return (
-            f"strategy {self.strategy} on {self.devices} devices can be estimated (--dry-run) but not trained yet: "
-            "ddp, fsdp and deepspeed are not proven; use strategy=auto devices=1"
-        )
 
     @property
     def folder(self) -> Path:

@@ -10,11 +10,12 @@ import torch
 _PACKAGES = {"torch": "torch", "transformers": "transformers", "lightning": "lightning", "qat": "qat-native"}
 
 
-def machine(device: torch.device) -> str:
-    """The accelerator's name, or the CPU's with the number of threads."""
+def machine(device: torch.device, count: int = 1) -> str:
+    """The accelerator's name, or the CPU's with the number of threads; and how many train together."""
+    times = f"{count} x " if count > 1 else ""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+        return times + torch.cuda.get_device_name(device)
+    return f"{times}{_cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def _cpu_name() -> str:

@@ -20,6 +20,7 @@ from qat.trainers.data import Batches
 from qat.trainers.forward import Head, heads, hidden_states
 from qat.trainers.job import Job
 from qat.trainers.packing import Batch
+from qat.trainers.strategy import ALONE, Ranks
 from qat.training.losses import IGNORE, chunked
 
 
@@ -49,13 +50,21 @@ class QatModule(lit.LightningModule):
         job: the run.
         blocks: training rows.
         start_step: optimizer steps already done.
+        ranks: the processes that train together.
     """
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module | None, job: Job, batches: Batches, start_step: int
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        job: Job,
+        batches: Batches,
+        start_step: int,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__()
         self.student, self.job, self.batches, self.start_step = student, job, batches, start_step
+        self.ranks = ranks
         self._teacher = (teacher,)
         self._heads: tuple[Head, Head | None] | None = None
         self._after: AfterStep | None = None
@@ -109,9 +118,9 @@ class QatModule(lit.LightningModule):
 
     def _finite(self) -> None:
         """Stop before the optimizer writes NaN into the weights."""
-        for value in self._losses:
-            self.step_loss += float(value)
+        own = sum(float(value) for value in self._losses)
         self._losses.clear()
+        self.step_loss += float(self.ranks.sum(torch.tensor(own, dtype=torch.float64)))
         for what, measure in (("loss", self.step_loss), ("norm of the gradients", self.grad_norm)):
             if not math.isfinite(measure):
                 raise TrainingError(

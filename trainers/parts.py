@@ -7,6 +7,7 @@ import torch
 
 from qat.surgery import Coverage
 from qat.trainers.data import Blocks
+from qat.trainers.strategy import ALONE, Ranks
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Parts:
         dtype: of autocast; None computes in float32.
         parameters: of the model that is trained, without learned scales.
         qsnr_start: dB by layer before training.
+        ranks: the processes that train together.
     """
 
     student: Any
@@ -34,6 +36,7 @@ class Parts:
     dtype: torch.dtype | None
     parameters: int
     qsnr_start: dict[str, float] = field(default_factory=dict)
+    ranks: Ranks = ALONE
 
     @property
     def chosen_apart(self) -> bool:

@@ -1,5 +1,7 @@
 """A run from job to report: load, calibrate, evaluate baselines, train with Lightning, evaluate the best, report."""
 
+import contextlib
+import warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,15 +15,14 @@ from torch import nn
 
 from qat.checkpoints import resume
 from qat.checkpoints.hf import load_configured, load_tokenizer
-from qat.checkpoints.progress import counted
+from qat.checkpoints.progress import counted, mute
 from qat.errors import Interrupted, UnsupportedError
 from qat.init.calibration import initialise, observe, unreached
-from qat.lora import attach
 from qat.modes import dense
 from qat.numbers.numerics import qsnr
 from qat.sites import Site, weights
 from qat.surgery import Coverage, apply, report, rotate_inputs
-from qat.trainers import claim, fallback, limits, rates, why
+from qat.trainers import adapted, claim, fallback, limits, rates, strategy, why
 from qat.trainers.callbacks import Keeper
 from qat.trainers.called import check_called
 from qat.trainers.data import Batches, Blocks, load_blocks
@@ -38,6 +39,7 @@ from qat.trainers.packing import LEAKS, leakage, model_inputs
 from qat.trainers.parts import Parts
 from qat.trainers.plots import read_metrics
 from qat.trainers.report import CONTAMINATED, RunReport, print_table, write_report
+from qat.trainers.strategy import Ranks
 from qat.trainers.teacher import settled
 from qat.trainers.written import device_and_mixed, load_teacher
 
@@ -45,25 +47,40 @@ from qat.trainers.written import device_and_mixed, load_teacher
 def train(job: Job, *, resume_run: bool = False, console: Console | None = None, table: bool = True) -> dict[str, Any]:
     """Run a job to its report; returns the report as written to report.json, and prints it unless `table` is False.
 
+    A job for several devices runs in as many processes, each of which calls this; only the first one writes and prints.
+
     Raises:
         CheckpointError: the run exists already, or there is nothing to resume.
-        ConfigError: `--resume` with a job that differs from the one on disk.
+        ConfigError: `--resume` with a job that differs from the one on disk, or other processes than it asks for.
+        UnsupportedError: a strategy that cannot be trained here.
     """
     console = console or Console(stderr=True)
     quiet_lightning()
     keep_freed_blocks()
-    if job.unproven:
-        raise UnsupportedError(job.unproven)
-    claim.check_there(job)
-    job, notes = settled(job)
-    for note in notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    strategy.check(job)
+    with strategy.joined(job) as ranks:
+        if not ranks.first:
+            console.quiet = True
+            mute()
+            warnings.simplefilter("ignore")
+        built = _claimed(job, resume_run, console, ranks)
+    if ranks.first:
+        console.print(f"report: {job.folder / 'report.md'}", highlight=False, soft_wrap=True)
+        if table:
+            print_table(built, Console())
+    return built.to_dict()
+
+
+def _claimed(job: Job, resume_run: bool, console: Console, ranks: Ranks) -> RunReport:
+    """`_train` by whoever may write the folder; a run that ends early says how to go on."""
+    job = ranks.lead(lambda: _settled(job, console))
     run = job.folder
-    if resume_run and not run.exists():
-        resume.last_state(run)  # refused before a folder is made for the lock
-    with claim.locked(run), Interruptions() as interruptions:
+    with contextlib.ExitStack() as held, Interruptions(quiet=not ranks.first) as interruptions:
+        if resume_run and not run.exists():
+            resume.last_state(run)  # refused before a folder is made for the lock
+        ranks.lead(lambda: held.enter_context(claim.locked(run)))
         try:
-            built = _train(job, resume_run, console, interruptions)
+            return _train(job, resume_run, console, interruptions, ranks)
         except Interrupted:
             signal = interruptions.signal
             by = signal.name if signal is not None else "a signal"
@@ -72,14 +89,18 @@ def train(job: Job, *, resume_run: bool = False, console: Console | None = None,
         except OSError:
             console.print(f"the run ended early; {claim.how_to_go_on(run)}", highlight=False, soft_wrap=True)
             raise
-    console.print(f"report: {run / 'report.md'}", highlight=False, soft_wrap=True)
-    if table:
-        print_table(built, Console())
-    return built.to_dict()
 
 
-def _train(job: Job, resume_run: bool, console: Console, interruptions: Interruptions) -> RunReport:
-    """`train` in a locked folder, with the signals handled."""
+def _settled(job: Job, console: Console) -> Job:
+    claim.check_there(job)
+    job, notes = settled(job)
+    for note in notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    return job
+
+
+def _taken(job: Job, resume_run: bool, console: Console) -> tuple[Job, Path, Path, dict[str, Any]]:
+    """The job as recorded, the folders of its models, and the saved state of a run that is resumed."""
     run = job.folder
     if not resume_run:
         claim.refuse_restart(run)
@@ -92,32 +113,37 @@ def _train(job: Job, resume_run: bool, console: Console, interruptions: Interrup
     else:
         job = fallback.decided(job, source, console)
         claim.start(run, job, console)
-    loggers = start_loggers(job)
+    return job, source, reference, saved
+
+
+def _train(job: Job, resume_run: bool, console: Console, interruptions: Interruptions, ranks: Ranks) -> RunReport:
+    """`train` in a locked folder, with the signals handled."""
+    run = job.folder
+    job, source, reference, saved = ranks.lead(lambda: _taken(job, resume_run, console))
+    loggers: list[Any] = []
+    ranks.lead(lambda: loggers.extend(start_loggers(job)))
     lit.seed_everything(job.seed, verbose=False)
-    parts = _load(job, source, reference, console)
+    parts = _load(job, source, reference, console, ranks)
     _print_coverage(parts.coverage, console)
     text = {"data": parts.train.digest, "eval.data": parts.heldout.digest}
     if parts.chosen_apart:
         text["eval.choose"] = parts.choosing.digest
     reporting, choosing = _evaluators(job, parts)
     if not resume_run:
-        before = resume.fingerprints(parts.student) if job.lora is not None else {}
+        before = adapted.fingerprints(job, parts)
         rows, chosen = _baselines(job, parts, reporting, choosing, console)
-        _adapt(job, parts)
-        if job.lora is not None:
-            resume.save_base(run, parts.student, before)
+        adapted.begin(job, parts, before)
         saved = {"rows": rows, "choosing": chosen}
         keeper = Keeper(run, job, choosing, {})
         first = (chosen or rows)[-1]
         keeper.best = {"step": 0, "kl": first["kl"], "since": 0}
-        resume.save_best(run, resume.student_tensors(parts.student), {**first, "step": 0}, job.lora)
-        if job.eval.why:
-            why.keep_start(run, parts.student)
+        if ranks.first:
+            resume.save_best(run, resume.student_tensors(parts.student), {**first, "step": 0}, job.lora)
+            if job.eval.why:
+                why.keep_start(run, parts.student)
     else:
         rotate_inputs(parts.student, job.scheme)
-        _adapt(job, parts)
-        if job.lora is not None:
-            resume.restore_base(run, parts.student)
+        adapted.take_up(job, parts)
         claim.check_text(saved, text, job.steps, console)
         keeper = Keeper(run, job, choosing, saved["best"])
     saved.update(text=text, steps=job.steps)
@@ -132,12 +158,12 @@ def _train(job: Job, resume_run: bool, console: Console, interruptions: Interrup
 
 def _evaluators(job: Job, parts: Parts) -> tuple[Evaluator, Evaluator]:
     """Of the text that is reported, and of the one that decides."""
-    settings = (job.eval.batch, parts.device, parts.dtype)
+    settings = (job.eval.batch, parts.device, parts.dtype, parts.ranks)
     reporting = Evaluator(parts.teacher, parts.heldout, *settings)
     return reporting, Evaluator(parts.teacher, parts.choosing, *settings) if parts.chosen_apart else reporting
 
 
-def _load(job: Job, source: Path, reference: Path, console: Console) -> Parts:
+def _load(job: Job, source: Path, reference: Path, console: Console, ranks: Ranks) -> Parts:
     device, mixed = device_and_mixed(job)
     repeatable(device)
     tokenizer = load_tokenizer(source, job.model.trust_remote_code)
@@ -169,14 +195,7 @@ def _load(job: Job, source: Path, reference: Path, console: Console) -> Parts:
         freeze(student, job.optim)
     dtype = torch.bfloat16 if mixed else None
     rows = (train_rows, heldout, calibration, choosing)
-    return Parts(student.to(device), teacher, *rows, coverage, device, dtype, parameters)
-
-
-def _adapt(job: Job, parts: Parts) -> None:
-    """Put the job's adapters on the initialised student, and freeze what is not trained."""
-    if job.lora is not None:
-        attach(parts.student, job.lora)
-        freeze(parts.student, job.optim)
+    return Parts(student.to(device), teacher, *rows, coverage, device, dtype, parameters, ranks=ranks)
 
 
 def _print_texts(train_rows: Blocks, heldout: Blocks, choosing: Blocks, console: Console) -> None:
@@ -258,6 +277,7 @@ def _baselines(
         console.print(sentence, highlight=False)
     rtn = job.scheme.rtn()
     initialise(parts.student, batches, rtn, mean_square, _tracked)
+    parts.ranks.share(parts.student)
     evaluate(parts.student, "ptq")
     if rtn == job.scheme:
         for scores in (rows, chosen):
@@ -265,6 +285,7 @@ def _baselines(
     else:
         with autocast:
             sentences = initialise(parts.student, batches, job.scheme, mean_square, _tracked)
+        parts.ranks.share(parts.student)
         for sentence in sentences:
             console.print(sentence, highlight=False)
         evaluate(parts.student, "best_ptq")
@@ -292,22 +313,27 @@ def _tracked(sites: dict[str, Site]) -> Iterator[tuple[str, Site]]:
 
 def _finish(job: Job, parts: Parts, keeper: Keeper, reporting: Evaluator, saved: dict[str, Any]) -> RunReport:
     """Evaluate the best student again, from disk, and write the report."""
-    run = job.folder
+    run, ranks = job.folder, parts.ranks
     best = run / "checkpoints" / resume.BEST
+    ranks.wait()
     resume.restore_student(parts.student, load_file(best / resume.STUDENT))
     rows = [*saved["rows"], reporting.score(parts.student, "the student reads held-out text").row("student")]
     measured: dict[str, Any] = {}
     if job.eval.why:
         measured = {
-            "moved": why.moved(run, parts.student),
+            "moved": why.moved(run, parts.student) if ranks.first else None,
             "lora": job.lora is not None,
             "gap": why.gap(reporting, parts.student, rows[-1]["kl"]),
             "disagreement": why.disagreement(
                 read_metrics(run / claim.METRICS), (saved.get("choosing") or saved["rows"])[-1]["kl"]
             ),
         }
-    built = _report(job, parts, keeper, saved, rows, measured)
-    write_report(run, built)
+    return ranks.lead(lambda: _written(job, parts, keeper, saved, rows, measured))
+
+
+def _written(*found: Any) -> RunReport:
+    built = _report(*found)
+    write_report(found[0].folder, built)
     return built
 
 
@@ -349,7 +375,7 @@ def _report(
         overlap=overlap(parts.train, parts.heldout),
         scheme=parts.coverage.by_format(),
         caches=parts.coverage.by_cache(),
-        machine=machine(parts.device),
+        machine=machine(parts.device, parts.ranks.size),
         versions=versions(),
         precision="bf16-mixed" if parts.dtype is torch.bfloat16 else "fp32",
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),

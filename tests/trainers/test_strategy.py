@@ -1,0 +1,247 @@
+"""Several processes against one that accumulates the same micro-batches: curves, codes, crashes, launchers, refusals.
+
+The processes run on the CPU with gloo. Every launch is a real command, because starting is half of what is tested.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from qat.checkpoints.resume import load_student
+from qat.cli import main
+from qat.errors import ConfigError, UnsupportedError
+from qat.sites import weights
+from qat.trainers import strategy
+from qat.trainers.evaluate import Scores
+from qat.trainers.job import load_job
+from qat.trainers.strategy import ALONE, Ranks
+from tests.tiny import tiny_model
+from tests.trainers.jobs import metrics, write
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "num_hidden_layers": 2}
+STEPS = 12
+TOLERANCE = 1e-5
+SAME_CODES = 0.999
+TIMEOUT = 300  # of a command, on a machine that has other things to do
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS")
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("multi")
+    for kind, name in (("llama", "dense"), ("qwen3_moe", "experts")):
+        tiny_model(kind, folder / name, **{**SMALL, "moe_intermediate_size": 64})
+    return folder
+
+
+def job_file(home: Path, kind: str, name: str, **changes: Any) -> Path:
+    rules = [
+        {"match": "lm_head", "skip": "kept in BF16"},
+        {"match": "model.embed_tokens", "skip": "kept in BF16"},
+        {"match": "*.gate", "skip": "a router"},
+        {"match": "re:.*(_proj|experts.*)", "weight": "nvfp4", "input": "nvfp4"},
+    ]
+    if kind == "dense":
+        del rules[2]
+    settings = {
+        "scheme": {"rules": rules, "learn": "dual_lsq"},
+        "steps": STEPS,
+        "micro_rows": 1,
+        "checkpoint_every": 4,
+        "eval": {"data": {"source": "heldout", "seq_len": 32}, "tokens": 480, "every": 4},
+        "optim": {"lr": 1e-3, "ema": 0.9},
+    }
+    return write(home, home / kind, name=name, **{**settings, **changes})
+
+
+def command(*arguments: str, launcher: tuple[str, ...] = (), **variables: str) -> "subprocess.Popen[str]":
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+    full = [sys.executable, *launcher, "-m", "qat.cli", *arguments]
+    return subprocess.Popen(full, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finished(*processes: "subprocess.Popen[str]") -> list[str]:
+    try:
+        said = [process.communicate(timeout=TIMEOUT) for process in processes]
+    finally:
+        for process in processes:
+            process.terminate()
+    for process, (_, error) in zip(processes, said, strict=True):
+        assert process.returncode == 0, error
+    return [out + error for out, error in said]
+
+
+def close(one: Path, other: Path) -> None:
+    """Two runs have one curve."""
+    rows = [metrics(load_job(path)) for path in (one, other)]
+    assert len(rows[0]) == len(rows[1]) == STEPS
+    for left, right in zip(*rows, strict=True):
+        for key in ("loss", "heldout_kl", "heldout_nll"):
+            assert (left[key] == "") == (right[key] == ""), (key, left["step"])
+            if left[key]:
+                assert float(left[key]) == pytest.approx(float(right[key]), rel=TOLERANCE), (key, left["step"])
+        assert left["tokens"] == right["tokens"] and left["lr"] == right["lr"]
+
+
+def codes(path: Path) -> dict[str, torch.Tensor]:
+    student, _, _ = load_student(load_job(path).folder)
+    return {name: site.quantizer.quantize(site.weight).codes for name, site in weights(student).items()}
+
+
+def same_codes(one: Path, other: Path) -> float:
+    left, right = codes(one), codes(other)
+    assert left.keys() == right.keys()
+    equal = sum(int((left[name] == right[name]).sum()) for name in left)
+    return equal / sum(each.numel() for each in left.values())
+
+
+@pytest.fixture(scope="module")
+def alone(home: Path) -> dict[str, Path]:
+    files = {kind: job_file(home, kind, f"{kind}-alone") for kind in ("dense", "experts")}
+    for path in files.values():
+        assert main(["train", str(path)]) == 0
+    return files
+
+
+@pytest.fixture(scope="module")
+def pair(home: Path) -> Path:
+    path = job_file(home, "dense", "dense-ddp")
+    said = finished(command("train", str(path), "devices=2", "strategy=ddp"))[0]
+    assert said.count("held-out text:") == said.count("report:") == 1, "only the first rank speaks"
+    return path
+
+
+@pytest.mark.multi
+def test_two_processes_are_one_that_accumulates(alone: dict[str, Path], pair: Path) -> None:
+    close(alone["dense"], pair)
+    assert same_codes(alone["dense"], pair) >= SAME_CODES
+    one, two = (json.loads((load_job(path).folder / "report.json").read_text()) for path in (alone["dense"], pair))
+    assert two["machine"].startswith("2 x ") and one["tokens"] == two["tokens"]
+    for left, right in zip(one["rows"], two["rows"], strict=True):
+        assert left["tokens"] == right["tokens"] and left["nll"] == pytest.approx(right["nll"], rel=TOLERANCE)
+
+
+@pytest.mark.multi
+def test_experts_whose_processes_torchrun_starts(home: Path, alone: dict[str, Path]) -> None:
+    path = job_file(home, "experts", "experts-ddp", devices=2)
+    finished(command("train", str(path), launcher=("-m", "torch.distributed.run", "--nproc-per-node", "2")))
+    close(alone["experts"], path)
+    assert same_codes(alone["experts"], path) >= SAME_CODES
+
+
+@pytest.mark.multi
+def test_a_killed_rank_is_named_and_the_run_goes_on_as_if_nothing_had_happened(home: Path, pair: Path) -> None:
+    path = job_file(home, "dense", "killed", devices=2)
+    process = command("train", str(path))
+    state = load_job(path).folder / "checkpoints" / "step-00000004" / "state.json"
+    while not state.is_file():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if "RANK" in child.environ()]
+    next(child for child in ranks if child.environ()["RANK"] == "1").send_signal(signal.SIGKILL)
+    said = process.communicate(timeout=TIMEOUT)[1]
+    assert process.returncode == 2 and "was ended by SIGKILL, and the others with it; continue with: " in said, said
+    assert "rank 1 (process " in said and "--resume" in said
+    assert "Traceback" not in said
+    assert not [child for child in ranks if child.is_running()]
+
+    elsewhere = job_file(home, "dense", "elsewhere")
+    shutil.copytree(load_job(path).folder, load_job(elsewhere).folder)
+    variables = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_JOB_ID": str(os.getpid())}
+    finished(
+        *(
+            command("train", str(path), "--resume", SLURM_PROCID=rank, SLURM_LOCALID=rank, **variables)
+            for rank in ("0", "1")
+        )
+    )
+    assert [_exact(row) for row in metrics(load_job(path))] == [_exact(row) for row in metrics(load_job(pair))]
+    assert same_codes(path, pair) == 1.0
+    assert main(["train", str(elsewhere), "--resume"]) == 0  # on one device
+    close(elsewhere, pair)
+
+
+def _exact(row: dict[str, str]) -> dict[str, str]:
+    return {key: value for key, value in row.items() if key not in ("seconds", "tokens_per_second")}
+
+
+@pytest.mark.multi
+def test_a_state_is_exported_to_the_same_bytes_on_one_rank_and_on_two(home: Path, pair: Path, tmp_path: Path) -> None:
+    run = load_job(pair).folder
+    assert main(["export", str(run), str(tmp_path / "one")]) == 0
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+    finished(command("export", str(run), str(tmp_path / "two"), launcher=launcher))
+    for file in sorted((tmp_path / "one").iterdir()):
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
+
+
+# --- what is refused, and where a process stands ----------------------------------------------------
+
+
+def test_bad_input_is_named_before_anything_starts(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(job_file(home, "dense", "refused"))
+    for given, expected in (
+        (["devices=8"], "devices (8) are more than rows (4)"),
+        (["devices=3"], "must be a multiple of micro_rows x devices"),
+        (["devices=2", "strategy=deepspeed"], "deepspeed"),
+    ):
+        assert main(["train", path, *given]) == 2
+        assert expected in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert main(["train", path, "devices=2"]) == 2
+    assert "it has 1 GPUs; set devices=1" in capsys.readouterr().err
+    assert not load_job(path).folder.exists()
+
+
+def test_a_group_of_another_size_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = load_job(job_file(home, "dense", "sized", devices=2))
+    with pytest.raises(ConfigError, match="this is one process; start it with `qat train`"), strategy.joined(job):
+        pass
+    for name, value in zip(LAUNCHERS, ("0", "4", "0", "localhost", "1234"), strict=False):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="4 processes were started, but devices is 2; set devices=4"):
+        strategy.joined(job).__enter__()
+    assert not strategy.must_launch(job)
+
+
+def test_places_that_launchers_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert strategy._placed() is None
+    slurm = {"PROCID": "9", "LOCALID": "1", "NTASKS": "16", "NNODES": "2", "STEP_ID": "0"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert strategy._placed() == Ranks(9, 16, 1, 8)
+    assert strategy.Placed(Ranks(9, 16, 1, 8)).node_rank() == 1
+    monkeypatch.setenv("ENVIRONMENT", "BATCH")
+    assert strategy._placed() == Ranks(9, 16, 1, 8)
+    monkeypatch.delenv("SLURM_STEP_ID")  # the batch script itself, where nothing was started yet
+    assert strategy._placed() is None
+    for name, value in zip(LAUNCHERS, ("3", "4", "1", "host", "1234"), strict=False):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert strategy._placed() == Ranks(3, 4, 1, 2)
+
+
+def test_one_process_asks_nobody() -> None:
+    values = torch.tensor([1.0, float("nan")])
+    assert ALONE.sum(values) is values and ALONE.most(-3) == -3 and ALONE.lead(lambda: Scores) is Scores
+    with pytest.raises(UnsupportedError, match="x"):
+        ALONE.lead(lambda: (_ for _ in ()).throw(UnsupportedError("x")))
