@@ -5,6 +5,11 @@ kills the process leaves the last good one loadable. Nothing is pickled.
 
     runs/<name>/checkpoints/best/            student.safetensors, state.json
     runs/<name>/checkpoints/step-00000040/   student, optimizer, average, random state
+
+With LoRA those hold what training moves, and best/ the adapter in peft's format; what the initialisation moved and
+training does not is kept once:
+
+    runs/<name>/checkpoints/base/            base.safetensors
 """
 
 import json
@@ -20,20 +25,45 @@ from torch import Tensor, nn
 from qat.adapters import candidates
 from qat.checkpoints.folders import atomic_folder
 from qat.checkpoints.hf import ModelConfig, load_configured
+from qat.checkpoints.layouts.reader import digest
 from qat.checkpoints.origin import is_path, locate
+from qat.checkpoints.peft import write_adapter
+from qat.checkpoints.progress import counted
 from qat.config import load_yaml, validate
 from qat.errors import CheckpointError
+from qat.lora import LoraConfig, adapters, attach, is_adapter, merge
+from qat.quantizer import WeightQuantizer
 from qat.scheme import Rule, Scheme, upgraded
 from qat.surgery import apply, rotate_inputs
 
-BEST = "best"
-STUDENT = "student.safetensors"
+BEST, BASE = "best", "base"
+STUDENT, _FROZEN = "student.safetensors", "base.safetensors"
 _OPTIMIZER, _AVERAGE, _RANDOM = "optimizer.safetensors", "average.safetensors", "random.safetensors"
 _STATE = "state.json"
 
 
 def student_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and persistent buffer by name, a shared one once (under its first name), on CPU."""
+    """Every parameter and persistent buffer that training may move by name, a shared one once (under its first name),
+    on CPU. With adapters that is all but matrices and what of the quantizers is fixed."""
+    tensors = _every_tensor(model)
+    if not adapters(model):
+        return tensors
+    fixed = _fixed(model)
+    return {name: tensor for name, tensor in tensors.items() if name not in fixed}
+
+
+def _fixed(model: nn.Module) -> set[str]:
+    """Tensors that stay as they are while adapters are trained."""
+    fixed = {n for n, p in model.named_parameters() if p.dim() >= 2 and not is_adapter(n)}
+    refitted = set()
+    for path, module in model.named_modules():
+        if isinstance(module, WeightQuantizer):
+            fixed -= {f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)}
+            refitted |= {f"{path}.{n}" for n, _ in module.named_buffers(recurse=False) if module.learn == "refit"}
+    return fixed | ({name for name, _ in model.named_buffers()} - refitted)
+
+
+def _every_tensor(model: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -41,6 +71,48 @@ def student_tensors(model: nn.Module) -> dict[str, Tensor]:
             seen.add(id(tensor))
             tensors[name] = tensor.detach().cpu().contiguous()
     return tensors
+
+
+def fingerprints(model: nn.Module) -> dict[str, str]:
+    """Digests of the matrices, to tell after the initialisation which of them it moved."""
+    matrices = {n for n, p in model.named_parameters() if p.dim() >= 2}
+    tensors = _every_tensor(model)
+    return {
+        n: digest(tensors[n]) for n in counted(matrices & tensors.keys(), "reading weights", len(matrices), "weights")
+    }
+
+
+def save_base(run: Path, model: nn.Module, before: dict[str, str]) -> None:
+    """Keep what the initialisation left and adapters do not move: scales and ranges, and matrices that differ from
+    `before`."""
+    fixed = _fixed(model)
+    tensors = {n: t for n, t in _every_tensor(model).items() if n in fixed and before.get(n) != digest(t)}
+    folder = run / "checkpoints" / BASE
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(folder, overwrite=True, expected_bytes=_bytes(tensors)) as partial:
+        save_file(tensors, partial / _FROZEN)
+
+
+def restore_base(run: Path, model: nn.Module) -> None:
+    """Put the base of a run with adapters into the model that it was trained from.
+
+    Raises:
+        CheckpointError: it is missing, or of another model.
+    """
+    file = run / "checkpoints" / BASE / _FROZEN
+    if not file.is_file():
+        raise CheckpointError(f"{run} trained adapters, but the base they belong to ({file}) is missing")
+    tensors, state = load_file(file), model.state_dict(keep_vars=True)
+    needed = {n for n in _fixed(model) & state.keys() if n not in dict(model.named_parameters())}
+    if wrong := [
+        n for n in needed | tensors.keys() if n not in state or n not in tensors or state[n].shape != tensors[n].shape
+    ]:
+        raise CheckpointError(
+            f"{file} does not fit this model: {sorted(wrong)[:3]}; was the scheme or the model changed?"
+        )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            state[name].copy_(tensor)
 
 
 def restore_student(model: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -63,12 +135,14 @@ def restore_student(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             state[name].copy_(tensor)
 
 
-def save_best(run: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Replace the best student."""
+def save_best(run: Path, tensors: dict[str, Tensor], state: dict[str, Any], lora: LoraConfig | None = None) -> None:
+    """Replace the best student; what is trained with `lora` also gets an adapter's files."""
     folder = run / "checkpoints" / BEST
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder, overwrite=True, expected_bytes=_bytes(tensors)) as partial:
         save_file(tensors, partial / STUDENT)
+        if lora is not None:
+            write_adapter(partial, tensors, lora)
         (partial / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
 
 
@@ -184,7 +258,8 @@ def load_student(
         moved: where the model that the run was made from is now, if its path changed.
 
     Returns:
-        The model with its fake-quantized layers and trained values, the source folder, and the saved state.
+        The model with its fake-quantized layers and trained values (adapters merged), the source folder, and the saved
+        state.
 
     Raises:
         CheckpointError: not a run, no such checkpoint, or its model is gone or another one.
@@ -203,7 +278,13 @@ def load_student(
     tensors = load_file(folder / STUDENT)
     scheme = _before_experts(scheme, model, tensors)
     rotate_inputs(apply(model, scheme, defer_init=True), scheme)
-    restore_student(model, tensors)
+    if job.get("lora") is None:
+        restore_student(model, tensors)
+    else:
+        attach(model, validate(LoraConfig, job["lora"], str(run / "job.yaml")))
+        restore_base(run, model)
+        restore_student(model, tensors)
+        merge(model)
     # A path of this machine means nothing elsewhere, so only names that others can resolve are passed on.
     portable = None if is_path(config) else config.id
     return model, source, {**read_state(folder), "model": portable}

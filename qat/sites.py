@@ -29,6 +29,7 @@ class Slot:
         no_input: why the weight takes no input format; "" where it does.
         transposed: whether the parameter is stored (..., columns, rows).
         refused: why it cannot be quantized at all; "" where it can.
+        low_rank: whether the weight can carry a trained update (`qat.lora`).
     """
 
     name: str
@@ -37,6 +38,7 @@ class Slot:
     no_input: str = ""
     transposed: bool = False
     refused: str = ""
+    low_rank: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ class Site:
 
     @property
     def weight(self) -> Tensor:
-        """The parameter as it multiplies: (rows, columns) or (experts, rows, columns); a view that may be written."""
+        """The parameter as it multiplies: (rows, columns) or (experts, rows, columns); a view that may be written,
+        unless the layer carries an adapter, whose update is then added."""
         return self.owner.matrix(self.slot)
 
     @property

@@ -64,6 +64,7 @@ ROOMS = {
     "sensitivity": {"modes", "sites"},
     "fallback": {"numbers", "sensitivity"},
     "scheme": {"numbers", "training", "init", "observers", "quantizer", "sites", "families", "fallback"},
+    "lora": {"training", "adapters", "sites"},
     "surgery": {"numbers", "init", "adapters", "quantizer", "sites", "families", "scheme"},
 }
 

@@ -25,7 +25,7 @@ class AfterStep:
     def __init__(self, model: nn.Module, config: OptimConfig, steps: int) -> None:
         self.config, self.steps = config, steps
         once = {id(site.quantizer): site for site in sites(model, "weight")}
-        self.trained = [site for site in once.values() if site.parameter.requires_grad]
+        self.trained = [site for site in once.values() if site.weight.requires_grad]
         self.refitted = [site for site in self.trained if site.quantizer.learn == "refit"]
 
     @torch.no_grad()

@@ -125,7 +125,8 @@ class Keeper:
         if not self.best or scores.kl < self.best["kl"]:
             self.best = {"step": step, "kl": scores.kl, "since": 0}
             if self.ranks.first:
-                resume.save_best(self.run, resume.student_tensors(model), {"step": step, **scores.row("student")})
+                state = {"step": step, **scores.row("student")}
+                resume.save_best(self.run, resume.student_tensors(model), state, self.job.lora)
         else:
             self.best["since"] += 1
         return scores
@@ -211,7 +212,7 @@ class StepLoop(lit.Callback):
             "tokens": self.saved["tokens"],
             "seconds": round(self.saved["seconds"], 3),
             "loss": module.step_loss,
-            "lr": rates.get("weight", rates.get("flat", "")),
+            "lr": next((rates[kind] for kind in ("weight", "lora", "flat") if kind in rates), ""),
             "scale_lr": rates.get("scale", ""),
             "grad_norm": module.grad_norm,
             "tokens_per_second": round(module.step_tokens / seconds, 2),

@@ -7,7 +7,9 @@ from typing import Any
 
 from qat.checkpoints.architecture import empty_model, read_config
 from qat.checkpoints.export import check_export
+from qat.checkpoints.peft import check_package
 from qat.checkpoints.shards import INDEX, SINGLE, ShardReader
+from qat.lora import attach
 from qat.surgery import apply, report, rotate_inputs
 from qat.trainers.called import check_called
 from qat.trainers.job import Job
@@ -24,7 +26,7 @@ def export_notes(job: Job, folder: Path | None, model: Any) -> list[str]:
 
     Raises:
         CheckpointError, UnsupportedError: no target can hold it, its tensors do not fit, or layers are never called.
-        ConfigError: `optim.freeze` matches nothing, or everything.
+        ConfigError: `optim.freeze` matches nothing, or everything; `lora` cannot be had as configured.
     """
     weights = folder if folder is not None and any((folder / name).is_file() for name in (SINGLE, INDEX)) else None
     if weights is not None:
@@ -32,8 +34,12 @@ def export_notes(job: Job, folder: Path | None, model: Any) -> list[str]:
     check_called(model, report(model, job.scheme))
     scheme = job.scheme.model_copy(update={"fallback": None})
     bare: Any = rotate_inputs(apply(copy.deepcopy(model), scheme, defer_init=True), scheme)
+    notes = [f"export: {note}" for note in check_export(bare, weights)]
+    if job.lora is not None:
+        check_package()
+        attach(bare, job.lora)
     freeze(bare, job.optim)
-    return [f"export: {note}" for note in check_export(bare, weights)]
+    return notes
 
 
 def student_without_numbers(job: Job, folder: Path) -> Any:

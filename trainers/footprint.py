@@ -12,11 +12,13 @@ from typing import Any
 
 from torch import nn
 
+from qat.adapters import candidates
 from qat.checkpoints.architecture import check_config, empty_model, quiet
 from qat.checkpoints.hf import ModelConfig, describe, is_local, resolve
 from qat.errors import CheckpointError
 from qat.init.blocks import STREAMS, BlockStep
 from qat.init.gptq import PRODUCTS, Gptq
+from qat.lora import LoraConfig
 from qat.numbers.catalog import lookup
 from qat.surgery import Coverage, report, trained_together
 from qat.trainers.evaluate import CHUNK
@@ -72,7 +74,7 @@ class Architecture:
 @dataclass(frozen=True)
 class Facts:
     """What the formulas need to know of a job: both architectures, the scheme's coverage, the number of trained
-    parameters (scales not counted), of block scales, and whether the output layer is trained."""
+    parameters (scales not counted), of block scales, whether the output layer is trained, and adapters' parameters."""
 
     student: Architecture
     teacher: Architecture
@@ -80,6 +82,7 @@ class Facts:
     trainable: int
     blocks: int
     head_trained: bool
+    adapters: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -134,8 +137,19 @@ def job_facts(job: Job) -> Facts:
             blocks += math.prod((*experts, *lookup(module.weight).grid_shape(rows, columns)))
     head: Any = student.model.get_output_embeddings()  # type: ignore[operator]  # a transformers method
     trainable = sum(sizes.values()) - sum(sizes[name] for name in frozen)
+    head_trained, added = id(head.weight) not in frozen_ids and job.lora is None, 0
+    if job.lora is not None:
+        added = _adapters(job.lora, student.model, coverage)
+        trainable = added + job.lora.norms * sum(p.numel() for p in student.model.parameters() if p.dim() < 2)
     notes = _compared(job, student.model, teacher.model)
-    return Facts(student, teacher, coverage, trainable, blocks, id(head.weight) not in frozen_ids, notes)
+    return Facts(student, teacher, coverage, trainable, blocks, head_trained, added, notes)
+
+
+def _adapters(config: LoraConfig, model: nn.Module, coverage: Coverage) -> int:
+    """Their parameters, as `qat.lora.attach` would put them on these layers."""
+    able = {candidate.path for candidate in candidates(model) if candidate.slot.low_rank}
+    shapes = [m.shape for m in coverage.modules if m.weight and m.path in able and config.wants(m.path)]
+    return sum(config.rank * (rows + columns) + rows * config.dora for rows, columns in shapes)
 
 
 def _compared(job: Job, student: Any, teacher: Any) -> tuple[str, ...]:
@@ -250,7 +264,7 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
     step before are still there (Lightning clears them just before the backward pass).
 
     States, divided by the devices under fsdp and deepspeed, with P parameters, P' of them trained, S learned scales:
-        masters 4 P; gradients 4 (P' + S), twice that under ddp, which copies them into buckets; moments 8 (P' + S);
+        masters 4 P (LoRA: with P' more, which alone are trained); gradients 4 (P' + S), twice that under ddp, which copies them into buckets; moments 8 (P' + S);
         scales 4 S and 4 per block for their start; average 4 (P' + S); teacher 2 P on GPUs, 4 P on CPUs.
     Kept for the backward pass, T tokens per device and forward pass:
         quantized weights 2 per weight (4 without round_bf16), up to 16 per scale; activations as in `_per_token`;
@@ -302,7 +316,7 @@ def _states(job: Job, facts: Facts, device: str) -> dict[str, int]:
     buckets = 2 if job.devices > 1 and shards(job) == 1 else 1
     teacher = (BF16 if device == "cuda" else FP32) * facts.teacher.parameters
     parts = {
-        "master weights": FP32 * facts.student.parameters,
+        "master weights": FP32 * (facts.student.parameters + facts.adapters),
         "scales": FP32 * (learned + facts.blocks),
         "gradients": FP32 * trained * buckets,
         "Adam moments": 2 * FP32 * trained,
@@ -318,6 +332,8 @@ def _saved_weights(job: Job, facts: Facts, mixed: bool) -> int:
     per_weight = BF16 if job.scheme.round_bf16 else FP32
     per_block = FP32 * {"lsq": 2, "dual_lsq": 4, "focus": 10}.get(job.scheme.learn, 1)
     total = per_weight * quantized + per_block * facts.blocks
+    if job.lora is not None and (job.lora.dora or job.scheme.learn in ("lsq", "dual_lsq", "focus")):
+        total += FP32 * quantized  # the merged weights, which no parameter holds
     if job.activation_checkpointing:
         total //= facts.student.shape.layers
     plain = facts.student.multiplied - quantized

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from qat.checkpoints.hf import ModelConfig
 from qat.config import Strict, load_yaml, override, validate
 from qat.errors import ConfigError
+from qat.lora import LoraConfig
 from qat.scheme import Scheme, upgraded
 from qat.trainers.data import DataConfig
 from qat.trainers.evaluate import EvalConfig
@@ -36,6 +37,7 @@ class Job(Strict):
         model: the student before quantization.
         teacher: whom to imitate and to be compared with; by default the student's own BF16 weights.
         scheme: which weights and inputs get which format.
+        lora: train low-rank updates of frozen weights instead of the weights.
         loss: by default forward KL for qad and cross-entropy for qat.
         steps: optimizer steps.
         rows: rows of `data.seq_len` tokens per optimizer step, over all devices.
@@ -57,6 +59,7 @@ class Job(Strict):
     model: ModelConfig
     teacher: ModelConfig | None = None
     scheme: Scheme
+    lora: LoraConfig | None = None
     data: DataConfig = DataConfig()
     loss: Loss | None = None
     optim: OptimConfig = OptimConfig()
@@ -94,6 +97,13 @@ class Job(Strict):
                 f"loss.hidden compares final hidden states with the teacher's, but {moving[0]} in scheme.init puts "
                 "their channels elsewhere; leave one of the two out"
             )
+        if self.lora is not None and self.optim.train != "all":
+            raise ValueError(
+                f"optim.train: {self.optim.train} beside lora, which says itself what is trained: adapters, learned "
+                "scales and with lora.norms the norms; leave optim.train out"
+            )
+        if self.lora is not None and self.optim.cage.strength:
+            raise ValueError("optim.cage moves weights, which lora leaves frozen; leave one of the two out")
         if self.devices > self.rows:
             raise ValueError(
                 f"devices ({self.devices}) are more than rows ({self.rows}), and each reads at least one row per step; "

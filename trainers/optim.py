@@ -1,7 +1,7 @@
-"""The optimizer: AdamW with groups for weights, norms and learned scales, warm-up, then a cosine or a line.
+"""The optimizer: AdamW with groups for weights, norms, learned scales and adapters, warm-up, then a cosine or a line.
 
 Scales are logarithmic corrections, so their learning rate is a relative change per step and needs no tuning per layer;
-they and the norms are never decayed.
+they, the norms and adapters are never decayed.
 """
 
 import math
@@ -14,11 +14,13 @@ from torch import nn
 
 from qat.config import Strict
 from qat.errors import ConfigError
+from qat.lora import is_adapter
 from qat.quantizer import Quantizer
 
+LORA_RATE = 10.0  # of adapters, over that of weights
 Train = Literal["all", "scales", "scales_and_norms"]
 KINDS: dict[str, tuple[str, ...]] = {
-    "all": ("weight", "flat", "scale"),
+    "all": ("weight", "flat", "scale", "lora"),
     "scales": ("scale",),
     "scales_and_norms": ("flat", "scale"),
 }
@@ -61,6 +63,7 @@ class OptimConfig(Strict):
         search: the rates that "auto" tries.
         scale_lr: of learned scales and input ranges: relative change per step.
         norm_lr: of norms and biases; by default as `lr`.
+        lora_lr: of adapters; by default ten times `lr`, the usual ratio for updates that begin at zero.
         warmup: share of the steps with a linearly rising rate.
         decay: how the rate falls afterwards.
         final: share of the peak rate left at the last step.
@@ -76,6 +79,7 @@ class OptimConfig(Strict):
     search: RateSearch = RateSearch()
     scale_lr: float = Field(default=1e-3, ge=0)
     norm_lr: float | None = Field(default=None, ge=0)
+    lora_lr: float | None = Field(default=None, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(default=0.0, ge=0)
     warmup: float = Field(default=0.05, ge=0, le=1)
@@ -144,25 +148,26 @@ def schedule(config: OptimConfig, step: int, steps: int) -> float:
 
 
 def parameter_kinds(model: nn.Module) -> dict[str, str]:
-    """ "weight", "flat" (norms, biases) or "scale" (what quantizers learn) of every parameter, by name."""
+    """ "weight", "flat" (norms, biases), "scale" (what quantizers learn) or "lora" of every parameter, by name."""
     scales = {
         f"{path}.{name}"
         for path, module in model.named_modules()
         if isinstance(module, Quantizer)
         for name, _ in module.named_parameters(recurse=False)
     }
-    parameters = model.named_parameters()
-    return {n: "scale" if n in scales else "weight" if p.dim() >= 2 else "flat" for n, p in parameters}
+    kinds = {n: "weight" if p.dim() >= 2 else "flat" for n, p in model.named_parameters()}
+    return {n: "scale" if n in scales else "lora" if is_adapter(n) else kind for n, kind in kinds.items()}
 
 
 def build(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters of `model`; every group carries its `peak` learning rate."""
     kinds = parameter_kinds(model)
-    groups: dict[str, list[nn.Parameter]] = {"weight": [], "flat": [], "scale": []}
+    groups: dict[str, list[nn.Parameter]] = {"weight": [], "flat": [], "scale": [], "lora": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[kinds[name]].append(parameter)
     rates = {"flat": config.peak if config.norm_lr is None else config.norm_lr}
+    rates["lora"] = LORA_RATE * config.peak if config.lora_lr is None else config.lora_lr
     settings: list[dict[str, Any]] = []
     for kind, parameters in groups.items():
         if parameters:

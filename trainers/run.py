@@ -22,7 +22,7 @@ from qat.modes import dense
 from qat.numbers.numerics import qsnr
 from qat.sites import Site, weights
 from qat.surgery import Coverage, apply, report, rotate_inputs
-from qat.trainers import claim, fallback, limits, rates, strategy, why
+from qat.trainers import adapted, claim, fallback, limits, rates, strategy, why
 from qat.trainers.callbacks import Keeper
 from qat.trainers.called import check_called
 from qat.trainers.data import Batches, Blocks, load_blocks
@@ -130,17 +130,20 @@ def _train(job: Job, resume_run: bool, console: Console, interruptions: Interrup
         text["eval.choose"] = parts.choosing.digest
     reporting, choosing = _evaluators(job, parts)
     if not resume_run:
+        before = adapted.fingerprints(job, parts)
         rows, chosen = _baselines(job, parts, reporting, choosing, console)
+        adapted.begin(job, parts, before)
         saved = {"rows": rows, "choosing": chosen}
         keeper = Keeper(run, job, choosing, {})
         first = (chosen or rows)[-1]
         keeper.best = {"step": 0, "kl": first["kl"], "since": 0}
         if ranks.first:
-            resume.save_best(run, resume.student_tensors(parts.student), {**first, "step": 0})
+            resume.save_best(run, resume.student_tensors(parts.student), {**first, "step": 0}, job.lora)
             if job.eval.why:
                 why.keep_start(run, parts.student)
     else:
         rotate_inputs(parts.student, job.scheme)
+        adapted.take_up(job, parts)
         claim.check_text(saved, text, job.steps, console)
         keeper = Keeper(run, job, choosing, saved["best"])
     saved.update(text=text, steps=job.steps)
@@ -188,7 +191,8 @@ def _load(job: Job, source: Path, reference: Path, console: Console, ranks: Rank
         name = "activation_checkpointing_enable"
         getattr(student, name if hasattr(student, name) else "gradient_checkpointing_enable")({"use_reentrant": False})
     apply(student, job.scheme, defer_init=True)
-    freeze(student, job.optim)
+    if job.lora is None:  # else once there are adapters
+        freeze(student, job.optim)
     dtype = torch.bfloat16 if mixed else None
     rows = (train_rows, heldout, calibration, choosing)
     return Parts(student.to(device), teacher, *rows, coverage, device, dtype, parameters, ranks=ranks)
@@ -318,6 +322,7 @@ def _finish(job: Job, parts: Parts, keeper: Keeper, reporting: Evaluator, saved:
     if job.eval.why:
         measured = {
             "moved": why.moved(run, parts.student) if ranks.first else None,
+            "lora": job.lora is not None,
             "gap": why.gap(reporting, parts.student, rows[-1]["kl"]),
             "disagreement": why.disagreement(
                 read_metrics(run / claim.METRICS), (saved.get("choosing") or saved["rows"])[-1]["kl"]

@@ -24,6 +24,7 @@ from qat.trainers.evaluate import Evaluator
 
 START, CODES = "start", "codes.safetensors"
 SCALES_COMPARED = 1 << 24  # of a model with more, every n-th
+FEW = 1e-3  # share of flipped codes below which adapters are said to have changed nothing
 RISING = 0.02  # of the best KL, by which the last one is higher where a text is said to behave differently
 
 Measured = dict[str, Any]
@@ -158,6 +159,20 @@ def disagreement(history: dict[str, npt.NDArray[np.float64]], start_kl: float) -
 
 def warnings_of(measured: Measured) -> list[str]:
     """What a reader must know before quoting the run."""
+    return [*_unmoved(measured), *_disagreeing(measured)]
+
+
+def _unmoved(measured: Measured) -> list[str]:
+    moved = measured.get("moved")
+    if not (measured.get("lora") and moved and moved["flipped"] < FEW):
+        return []
+    return [
+        f"Only {moved['flipped']:.3%} of the codes differ from the initialisation's: the adapters were too small to "
+        "move weights past the edges of their cells. Raise optim.lora_lr or lora.alpha, or train longer (docs/train.md)."
+    ]
+
+
+def _disagreeing(measured: Measured) -> list[str]:
     seen = measured.get("disagreement")
     if not seen:
         return []

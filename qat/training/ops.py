@@ -156,12 +156,12 @@ def _(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, bias, divisor, multiplier, zero_point, _choice, ctx.format, _round = inputs
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.bias_dtype, ctx.weight_dtype = None if bias is None else bias.dtype, weight.dtype
     ctx.set_materialize_grads(False)  # nothing flows back through the quantized weight
     needs_x, *of_weight = (ctx.needs_input_grad[index] for index in (0, 1, 3, 4))
     ctx.save_for_backward(
         x if any(of_weight) else None,
-        weight if any(of_weight) else None,
+        weight if any(of_weight[1:]) or divisor is not None else None,  # else its gradient passes unchanged
         output[1] if needs_x or any(of_weight[1:]) else None,
         divisor,
         multiplier,
@@ -177,7 +177,7 @@ def _backward_linear(ctx: Any, grad: Tensor, _grad_quantized: Tensor | None) -> 
     grad_bias = rows.sum(dim=0).to(ctx.bias_dtype) if needs_bias else None
     of_weight: Sequence[Tensor | None] = (None, None, None)
     if needs_weight or needs_divisor or needs_multiplier:
-        grad_weight = (rows.t() @ x.flatten(0, -2)).to(weight.dtype)
+        grad_weight = (rows.t() @ x.flatten(0, -2)).to(ctx.weight_dtype)
         needs = (needs_weight, needs_divisor, needs_multiplier)
         of_weight = _gradients(
             grad_weight, weight, quantized, divisor, multiplier, zero_point, ctx.format, "ste", needs

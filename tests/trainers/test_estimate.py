@@ -229,6 +229,7 @@ torch.set_num_threads(1)
 from transformers import AutoConfig, AutoModelForCausalLM
 from qat.training.losses import chunked
 from qat.init.calibration import calibrate
+from qat.lora import attach
 from qat.surgery import apply
 from qat.trainers import optim
 from qat.trainers.forward import hidden_states, split
@@ -249,6 +250,8 @@ ids = torch.randint(0, config.vocab_size, (job.micro_rows, length))
 positions = (torch.arange(length) % 97).expand(job.micro_rows, -1)
 batch = {"input_ids": ids, "position_ids": positions, "targets": ids}
 calibrate(student, [{"input_ids": ids[:1, :64]}], job.scheme)
+if job.lora is not None:
+    attach(student, job.lora)
 optimizer = optim.build(student, job.optim)
 heads = split(student), split(teacher)
 student.train()
@@ -264,14 +267,15 @@ print(base, resident("VmHWM"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the heap constants are glibc's, /proc is Linux's")
+@pytest.mark.parametrize("lora", [None, {"rank": 16}], ids=["full", "lora"])
 @pytest.mark.parametrize("exact", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_peak_is_the_measured_one(tmp_path: Path, exact: bool) -> None:
+def test_peak_is_the_measured_one(tmp_path: Path, exact: bool, lora: dict[str, Any] | None) -> None:
     """Within 25 % with the heap that a run uses; within 12 % where every block is returned at once."""
     sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 9, "num_attention_heads": 6}
     AutoConfig.for_model(
         "llama", **sizes, num_key_value_heads=2, vocab_size=16384, tie_word_embeddings=True
     ).save_pretrained(tmp_path)
-    wanted = job(tmp_path, data={"seq_len": 256})
+    wanted = job(tmp_path, data={"seq_len": 256}, **({"lora": lora, "scheme": {"learn": "none"}} if lora else {}))
     known = job_facts(wanted)
     assert 19e6 < known.student.parameters < 22e6
     parts = memory(wanted, known, "cpu", False)

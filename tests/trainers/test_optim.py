@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from qat.errors import ConfigError
+from qat.lora import LoraConfig, attach
 from qat.scheme import Rule, Scheme
 from qat.surgery import apply
 from qat.trainers.optim import Cage, OptimConfig, build, freeze, schedule
@@ -40,6 +41,16 @@ def test_scales_have_their_own_rate_and_only_matrices_decay() -> None:
         "flat": (2e-4, 0.0),
         "scale": (3e-3, 0.0),
     }
+
+
+def test_adapters_have_ten_times_the_rate_and_no_decay() -> None:
+    model = nn.Sequential(nn.Linear(32, 8))
+    apply(model, Scheme(rules=(Rule(match="0", weight="int4_g32"),), learn="none"))
+    attach(model, LoraConfig(rank=2, dora=True))
+    for given, expected in ((None, 2e-3), (5e-3, 5e-3)):
+        (group,) = build(model, OptimConfig(lr=2e-4, lora_lr=given, weight_decay=0.5)).param_groups
+        assert group["kind"] == "lora" and group["lr"] == pytest.approx(expected) and group["weight_decay"] == 0.0
+        assert [tuple(p.shape) for p in group["params"]] == [(2, 32), (8, 2), (8,)]
 
 
 def test_frozen_parameters_are_in_no_group() -> None:

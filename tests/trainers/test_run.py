@@ -22,6 +22,7 @@ from qat.checkpoints.export import export
 from qat.checkpoints.resume import load_student
 from qat.checkpoints.verify import verify
 from qat.errors import CheckpointError, ConfigError, DataError, TrainingError, UnsupportedError
+from qat.sites import weights
 from qat.trainers.job import load_job
 from qat.trainers.run import train
 from tests.tiny import tiny_model
@@ -90,7 +91,10 @@ FOLLOWED = {  # what follows a step: refits, damping, an average of the weights
 }
 
 
-@pytest.mark.parametrize("changes", [{"scheme": ROTATED}, FOLLOWED], ids=["rotated", "followed"])
+ADAPTED = {"scheme": ROTATED, "lora": {"rank": 4, "dropout": 0.1}, "optim": {"lr": 1e-4, "lora_lr": 2e-3, "ema": 0.9}}
+
+
+@pytest.mark.parametrize("changes", [{"scheme": ROTATED}, FOLLOWED, ADAPTED], ids=["rotated", "followed", "adapted"])
 def test_resume_after_kill_repeats_the_uninterrupted_run(tmp_path: Path, model: Path, changes: dict[str, Any]) -> None:
     whole = load_job(write(tmp_path, model, name="whole", **changes))
     train(whole, table=False)
@@ -245,3 +249,44 @@ def test_a_smoothed_student_of_a_larger_teacher_is_exported_as_it_was_trained(tm
 def test_on_a_gpu_the_student_is_evaluated_where_it_was_trained(tmp_path: Path, model: Path) -> None:
     report = train(load_job(write(tmp_path, model)), table=False)
     assert "GPU" in report["machine"] or "NVIDIA" in report["machine"]
+
+
+def test_adapters_are_small_on_disk_and_their_export_is_the_trained_student(tmp_path: Path, model: Path) -> None:
+    """GPTQ and smoothing move the base, which is kept once; the merged codes are those of the last forward pass."""
+    scheme = {**ROTATED, "init": ["smooth", "gptq"]}
+    changes = {"scheme": scheme, "lora": {"rank": 2, "dora": True}, "optim": {"lr": 1e-4, "lora_lr": 3e-3}}
+    job = load_job(write(tmp_path, model, **changes))
+    report = train(job, table=False)
+    folder = job.folder / "checkpoints"
+    assert 0 < report["why"]["moved"]["flipped"] < 0.5
+    tensors = load_file(folder / "best" / "student.safetensors")
+    assert not any(name.endswith("_proj.weight") for name in tensors) and any(".lora.B" in name for name in tensors)
+    base = load_file(folder / "base" / "base.safetensors")
+    assert "lm_head.weight" not in base and sum(name.endswith("_proj.weight") for name in base) == 14
+    assert json.loads((folder / "best" / "adapter_config.json").read_text())["use_dora"] is True
+    export(job.folder, tmp_path / "out")
+    assert verify(tmp_path / "out").ok
+    student, _, _ = load_student(job.folder)
+    trained = weights(student)
+    start = load_file(folder / "start" / "codes.safetensors")
+    flips = sum(int((s.quantizer.quantize(s.weight).codes != start[f"{p} codes"]).sum()) for p, s in trained.items())
+    assert flips / report["why"]["moved"]["codes"] == pytest.approx(report["why"]["moved"]["flipped"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lora": {"targets": "lm_head"}}, "lm_head, which the scheme does not quantize"),
+        ({"lora": {"targets": "*nothing"}}, "matches no layer"),
+        ({"lora": {"rank": 100}}, "rank 100 is larger than"),
+        ({"lora": {"rank": 0}}, "lora.rank"),
+        ({"lora": {}, "optim": {"train": "scales"}}, "beside lora"),
+        ({"lora": {}, "optim": {"cage": {"strength": 1.0}}}, "lora leaves frozen"),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused_before_anything_is_loaded(
+    changes: dict[str, Any], words: str, tmp_path: Path, model: Path
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        train(load_job(write(tmp_path, model, **changes)), table=False)
+    assert not (tmp_path / "runs" / "tiny" / "checkpoints").exists()

@@ -127,6 +127,12 @@ def test_no_warning_where_they_agree_or_nothing_is_clear(loss: Any, kl: dict[int
     assert why.disagreement(history(loss, kl), 0.25) is None
 
 
+def test_adapters_that_moved_nothing_are_warned_of() -> None:
+    few, more = ({"moved": {"flipped": share}, "lora": True} for share in (5e-4, 5e-3))
+    assert why.warnings_of(few)[0].startswith("Only 0.050% of the codes differ")
+    assert not why.warnings_of(more) and not why.warnings_of({**few, "lora": False})
+
+
 def test_the_page_says_which_half_costs_what() -> None:
     moved = {"codes": 1000, "flipped": 0.02, "sites": {"a": 0.01, "b": 0.03}, "drift": {"median": 0.0, "p95": 1.0}}
     gap = {"both": 0.172, "weights": 0.073, "inputs": 0.169, "neither": 0.076}

@@ -1,0 +1,138 @@
+"""Low-rank adapters (LoRA, DoRA) on quantized linear layers: a frozen weight W and a trained update, Q(W + s BA).
+
+The update is added before rounding, so that what is trained is what will be stored: `LowRank.merged` is the one
+function that the forward pass, every reader of a site and the merge before an export call, so they agree bit for bit.
+The quantizer and its scales stay what the initialisation left.
+"""
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from qat.adapters import candidates
+from qat.config import Strict
+from qat.errors import ConfigError, UnsupportedError
+from qat.sites import Site, sites
+from qat.text import some
+from qat.training.low_rank import LowRank
+
+
+class LoraConfig(Strict):
+    """Train low-rank updates of frozen weights, and learned scales, instead of the weights.
+
+    Attributes:
+        rank: of B and A, as peft's `r`.
+        alpha: the update is multiplied with alpha / rank.
+        dropout: share of an adapter's input channels that is left out of a forward pass while training. All tokens
+            leave out the same ones: the update is added to the weight before anything is multiplied with it.
+        targets: patterns of the quantized layers that get an adapter; by default every quantized linear layer.
+        dora: train every row's magnitude apart from its direction.
+        norms: train norms and biases, too.
+    """
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: str | tuple[str, ...] = ()
+    dora: bool = False
+    norms: bool = False
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """`targets`, as a tuple."""
+        return (self.targets,) if isinstance(self.targets, str) else self.targets
+
+    def wants(self, path: str) -> bool:
+        """Whether a quantized linear layer of this path gets an adapter."""
+        return not self.patterns or any(fnmatchcase(path, pattern) for pattern in self.patterns)
+
+
+def targets(model: nn.Module, config: LoraConfig) -> list[Site]:
+    """The sites that get an adapter, each checked.
+
+    Raises:
+        ConfigError: a pattern matches nothing or only layers that are not quantized; a rank is larger than its matrix.
+        UnsupportedError: a pattern matches what cannot carry one.
+    """
+    quantized, every = sites(model, "weight"), [c for c in candidates(model) if c.role == "weight"]
+    able = {candidate.path for candidate in every if candidate.slot.low_rank}
+    found = {site.path: site for site in quantized if not config.patterns and site.path in able}
+    for pattern in config.patterns:
+        chosen = {site.path: site for site in quantized if fnmatchcase(site.path, pattern)}
+        skipped = [c.path for c in every if fnmatchcase(c.path, pattern) and c.path not in chosen]
+        if skipped:
+            raise ConfigError(
+                f"lora.targets {pattern!r} matches {some(skipped)}, which the scheme does not quantize; an adapter "
+                "there would be merged unrounded: give the layer a format, or name only quantized layers"
+            )
+        if not chosen:
+            ends = dict.fromkeys("*" + site.path.rsplit(".", 1)[-1] for site in quantized)
+            raise ConfigError(f"lora.targets {pattern!r} matches no layer; quantized are {some(list(ends))}")
+        found |= chosen
+    if not found:
+        raise ConfigError("lora: the scheme quantizes no linear layer that an adapter could be put on")
+    for site in found.values():
+        if site.path not in able:
+            raise UnsupportedError(
+                f"lora: {site.path} ({type(site.owner).__name__}) cannot carry an adapter, only linear layers can; "
+                "leave it out of lora.targets"
+            )
+    in_order = [site for site in quantized if site.path in found]
+    _check_sizes(in_order, config)
+    return in_order
+
+
+def _check_sizes(chosen: list[Site], config: LoraConfig) -> None:
+    tied: dict[int, str] = {}
+    for site in chosen:
+        rows, columns = site.parameter.shape
+        if config.rank > min(rows, columns):
+            raise ConfigError(f"lora.rank {config.rank} is larger than {site.path} ({rows} x {columns}); lower it")
+        other = tied.setdefault(id(site.parameter), site.path)
+        if other != site.path:
+            raise ConfigError(f"lora: {other} and {site.path} share one weight; leave both out of lora.targets")
+
+
+def attach(model: nn.Module, config: LoraConfig) -> None:
+    """Put an adapter on every target, and freeze everything but adapters, learned scales and, as configured, norms.
+
+    The model computes the same as before, where A is drawn from torch's generator.
+    """
+    chosen = targets(model, config)
+    learned = {id(p) for site in sites(model) for p in site.quantizer.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in learned and not (config.norms and parameter.dim() < 2):
+            parameter.requires_grad_(False)
+    for site in chosen:
+        owner: Any = site.owner
+        scaling = config.alpha / config.rank
+        update = LowRank(site.parameter, config.rank, scaling, dropout=config.dropout, dora=config.dora)
+        owner.lora = update.train(owner.training)
+
+
+def adapters(model: nn.Module) -> dict[str, Any]:
+    """The layers that carry one, by path."""
+    return {path: m for path, m in model.named_modules() if isinstance(getattr(m, "lora", None), LowRank)}
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Write every update into its weight and drop it: an ordinary quantized model with the same values.
+
+    Computed on the GPU where there is one: products of other devices may differ in their last bit, and training used it.
+    """
+    gpu = torch.device("cuda") if torch.cuda.is_available() else None
+    for layer in adapters(model).values():
+        weight: nn.Parameter = layer.weight
+        device = gpu or weight.device
+        update: LowRank = layer.lora.eval().to(device)
+        weight.data = update.merged(weight.to(device)).to(weight.device)
+        layer.lora = None
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a tensor of a state dict belongs to an adapter."""
+    return name.rpartition(".")[0].endswith(".lora")

@@ -1,0 +1,45 @@
+"""The trained low-rank update of a frozen weight (LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353), added before rounding.
+
+Arithmetic is float32, whatever autocast says: the same function makes the weight of a forward pass and of an export.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+class LowRank(nn.Module):
+    """A trained update of one frozen weight (rows, columns): A (rank, columns) as peft draws it, and B = 0.
+
+    Args:
+        weight: the frozen one; gives sizes, device and, with `dora`, the first magnitudes.
+        rank: of B A.
+        scaling: what B A is multiplied with.
+        dropout: share of the columns of A that one training pass leaves out.
+        dora: learn the magnitude of every row apart.
+    """
+
+    def __init__(self, weight: Tensor, rank: int, scaling: float, *, dropout: float = 0.0, dora: bool = False) -> None:
+        super().__init__()
+        rows, columns = weight.shape
+        self.scaling, self.dropout = scaling, dropout
+        drawn = nn.init.kaiming_uniform_(torch.empty(rank, columns), a=math.sqrt(5))  # equal on every device
+        self.A = nn.Parameter(drawn.to(weight.device))
+        self.B = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
+        norm = torch.linalg.vector_norm(weight.detach().float(), dim=1) if dora else None
+        self.magnitude = None if norm is None else nn.Parameter(norm)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """W + s BA, float32; with DoRA magnitude x direction of it, no gradient passing the norm (as in peft)."""
+        with torch.autocast(weight.device.type, enabled=False):
+            drops = self.training and self.dropout > 0
+            A = self.A * functional.dropout(torch.ones_like(self.A[0]), self.dropout) if drops else self.A
+            total = weight.float() + (self.B @ A) * self.scaling
+            if self.magnitude is None:
+                return total
+            norm = torch.linalg.vector_norm(total.detach(), dim=1).clamp(min=TINY)  # a row of zeros stays one
+            return (self.magnitude / norm).view(-1, 1) * total

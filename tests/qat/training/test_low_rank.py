@@ -1,0 +1,32 @@
+"""The update by itself: what training leaves out, what has no direction, what autocast does not reach."""
+
+import torch
+from torch import nn
+
+from qat.training.low_rank import LowRank
+
+
+def test_dropout_leaves_out_input_channels_while_training() -> None:
+    torch.manual_seed(0)
+    lora = LowRank(torch.zeros(64, 128), 4, 8.0, dropout=0.5)
+    nn.init.normal_(lora.B)
+    weight, plain = torch.zeros(64, 128), (lora.B @ lora.A * 8).detach()
+    dropped = lora.merged(weight).detach()
+    left_out = (dropped == 0).all(dim=0)
+    assert 32 < int(left_out.sum()) < 96
+    assert torch.allclose(dropped[:, ~left_out], 2 * plain[:, ~left_out], rtol=1e-5)
+    assert torch.equal(lora.eval().merged(weight), plain)
+
+
+def test_a_row_of_zeros_has_no_direction() -> None:
+    lora = LowRank(torch.zeros(4, 8), 2, 1.0, dora=True)
+    assert torch.equal(lora.merged(torch.zeros(4, 8)), torch.zeros(4, 8))
+
+
+def test_autocast_does_not_reach_the_update() -> None:
+    lora = LowRank(torch.randn(8, 16), 2, 1.0)
+    nn.init.normal_(lora.B)
+    weight = torch.randn(8, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = lora.merged(weight)
+    assert inside.dtype == torch.float32 and torch.equal(inside, lora.merged(weight))

@@ -1,0 +1,49 @@
+"""What adapters weigh, counted on the model that would be trained; everything else of the estimate: `test_estimate.py`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qat.lora import attach
+from qat.surgery import apply
+from qat.trainers.footprint import job_facts, memory
+from qat.trainers.job import load_job
+from tests.tiny import tiny_model
+from tests.trainers.test_estimate import ROOT, job
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def test_adapters_are_all_that_has_moments(tmp_path: Path) -> None:
+    tiny = tiny_model("llama", tmp_path, tie_word_embeddings=True)
+    for lora in ({"rank": 4}, {"rank": 4, "dora": True, "norms": True, "targets": "*.self_attn.*_proj"}):
+        wanted = job(tiny, scheme={"learn": "none"}, lora=lora)
+        assert wanted.lora is not None
+        model = apply(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), wanted.scheme)
+        dense = sum(p.numel() for p in model.parameters())
+        attach(model, wanted.lora)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        parts = memory(wanted, job_facts(wanted), "cpu", False)
+        added = sum(p.numel() for p in model.parameters()) - dense
+        assert parts["master weights"] == 4 * (dense + added)
+        assert parts["gradients"] == 4 * trained and parts["Adam moments"] == 8 * trained
+
+
+def test_adapters_of_an_8b_model_need_much_less() -> None:
+    recipe = ROOT / "configs" / "qad" / "llama-3.1-8b-nvfp4-8gpu.yaml"
+    common = [
+        "strategy=auto",
+        "devices=1",
+        "rows=1",
+        "micro_rows=1",
+        "activation_checkpointing=true",
+        "scheme.learn=none",
+    ]
+    full, low = (load_job(recipe, [*common, *more]) for more in ([], ["lora={rank: 16}"]))
+    before, after = (sum(memory(each, job_facts(each), "cuda", True).values()) for each in (full, low))
+    assert before >= 2.5 * after
