@@ -1,7 +1,7 @@
 """Adapters in peft's own file format, beside the best student: `adapter_config.json` and `adapter_model.safetensors`.
 
-peft writes and defines the config; the tensors are those of training under peft's names. They are relative to the weights
-as the run's initialisation left them (`checkpoints/base` where that moved any).
+peft writes and defines the config; the tensors are those of training under peft's names. They are relative to the
+weights as the run's initialisation left them (`checkpoints/base` where that moved any).
 """
 
 from importlib.util import find_spec
