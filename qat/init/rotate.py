@@ -141,7 +141,7 @@ class _Matrix(nn.Module):
         self.weight = nn.Parameter(start.float())
         parametrizations.orthogonal(self, "weight", orthogonal_map="cayley", use_trivialization=True)
         with torch.no_grad():
-            self.weight = start.float()
+            setattr(self, "weight", start.float())  # noqa: B010  # by the parametrization, which takes a tensor
 
 
 class _Fit:
