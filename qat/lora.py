@@ -122,7 +122,7 @@ def adapters(model: nn.Module) -> dict[str, Any]:
 def merge(model: nn.Module) -> None:
     """Write every update into its weight and drop it: an ordinary quantized model with the same values.
 
-    Computed on the GPU where there is one: products of other devices may differ in their last bit, and training used it.
+    Computed on the GPU where there is one, as training did: products of devices may differ in their last bit.
     """
     gpu = torch.device("cuda") if torch.cuda.is_available() else None
     for layer in adapters(model).values():

@@ -145,8 +145,7 @@ def job_facts(job: Job) -> Facts:
     return Facts(student, teacher, coverage, trainable, blocks, head_trained, added, notes)
 
 
-def _adapters(config: LoraConfig, model: nn.Module, coverage: Coverage) -> int:
-    """Their parameters, as `qat.lora.attach` would put them on these layers."""
+def _adapters(config: LoraConfig, model: nn.Module, coverage: Coverage) -> int:  # parameters, as `qat.lora` adds them
     able = {candidate.path for candidate in candidates(model) if candidate.slot.low_rank}
     shapes = [m.shape for m in coverage.modules if m.weight and m.path in able and config.wants(m.path)]
     return sum(config.rank * (rows + columns) + rows * config.dora for rows, columns in shapes)
@@ -264,8 +263,8 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
     step before are still there (Lightning clears them just before the backward pass).
 
     States, divided by the devices under fsdp and deepspeed, with P parameters, P' of them trained, S learned scales:
-        masters 4 P (LoRA: with P' more, which alone are trained); gradients 4 (P' + S), twice that under ddp, which copies them into buckets; moments 8 (P' + S);
-        scales 4 S and 4 per block for their start; average 4 (P' + S); teacher 2 P on GPUs, 4 P on CPUs.
+        masters 4 P (LoRA: 4 P' more); gradients 4 (P' + S), twice that under ddp, which copies them into buckets;
+        moments 8 (P' + S); scales 4 S and 4 per block for their start; average 4 (P' + S); teacher 2 P, on CPUs 4 P.
     Kept for the backward pass, T tokens per device and forward pass:
         quantized weights 2 per weight (4 without round_bf16), up to 16 per scale; activations as in `_per_token`;
         with activation checkpointing, one layer of both and 4 x hidden x T per layer.

@@ -168,7 +168,7 @@ def _unmoved(measured: Measured) -> list[str]:
         return []
     return [
         f"Only {moved['flipped']:.3%} of the codes differ from the initialisation's: the adapters were too small to "
-        "move weights past the edges of their cells. Raise optim.lora_lr or lora.alpha, or train longer (docs/train.md)."
+        "move weights past the edges of their cells. Raise optim.lora_lr or lora.alpha, or train longer."
     ]
 
 

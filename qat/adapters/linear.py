@@ -16,6 +16,7 @@ class QatLinear(Quantized, nn.Linear):
     `fused` are the paths of the set that is trained as one, this layer's among them; `lora` is a trained update of the
     weight, added before rounding.
     """
+
     weight_quantizer: WeightQuantizer
     input_quantizer: InputQuantizer | None
     fused: tuple[str, ...] = ()

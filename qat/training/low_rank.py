@@ -1,4 +1,4 @@
-"""The trained low-rank update of a frozen weight (LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353), added before rounding.
+"""The trained low-rank update of a frozen weight (LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353), before rounding.
 
 Arithmetic is float32, whatever autocast says: the same function makes the weight of a forward pass and of an export.
 """

@@ -1,4 +1,4 @@
-"""What adapters weigh, counted on the model that would be trained; everything else of the estimate: `test_estimate.py`."""
+"""What adapters weigh, counted on the model that would be trained; the rest of the estimate: `test_estimate.py`."""
 
 from pathlib import Path
 

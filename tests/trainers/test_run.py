@@ -254,7 +254,7 @@ def test_on_a_gpu_the_student_is_evaluated_where_it_was_trained(tmp_path: Path, 
 def test_adapters_are_small_on_disk_and_their_export_is_the_trained_student(tmp_path: Path, model: Path) -> None:
     """GPTQ and smoothing move the base, which is kept once; the merged codes are those of the last forward pass."""
     scheme = {**ROTATED, "init": ["smooth", "gptq"]}
-    changes = {"scheme": scheme, "lora": {"rank": 2, "dora": True}, "optim": {"lr": 1e-4, "lora_lr": 3e-3}}
+    changes = {"scheme": scheme, "lora": {"rank": 2, "dora": True}, "optim": {"lr": 1e-4, "lora_lr": 2e-4}}
     job = load_job(write(tmp_path, model, **changes))
     report = train(job, table=False)
     folder = job.folder / "checkpoints"
