@@ -16,7 +16,7 @@ def train(parser: argparse.ArgumentParser) -> None:
         "overrides", nargs="*", metavar="a.b=c", help="change single keys: steps=200 optim.lr=3e-4 name=hotter"
     )
     parser.add_argument("--resume", action="store_true", help="continue the run from its last saved state, exactly; "
-                        "only steps= may grow, devices= and strategy= change, models, texts and the folder move")  # fmt: skip
+                        "only steps= may grow, devices= and strategy= change, models and texts move")  # fmt: skip
     parser.add_argument(
         "--dry-run",
         action="store_true",

@@ -19,6 +19,7 @@ from qat.init.gptq import Gptq
 from qat.init.hadamard import Hadamard
 from qat.init.permute import Permute
 from qat.init.reconstruct import Reconstruct
+from qat.init.rotate import Rotate
 from qat.init.scales import ScaleSearch, Search
 from qat.init.smooth import Smooth
 from qat.init.step import InitStep
@@ -30,7 +31,7 @@ from qat.training.activations import ActivationRule
 from qat.training.gradients import Estimator
 
 TiedPolicy = Literal["error", "share", "untie"]
-_Step = Annotated[ScaleSearch | Gptq | Reconstruct | Smooth | Permute | Hadamard, Field(discriminator="kind")]
+_Step = Annotated[ScaleSearch | Gptq | Reconstruct | Smooth | Permute | Rotate | Hadamard, Field(discriminator="kind")]
 
 
 def _by_name(step: Any) -> Any:
@@ -51,8 +52,16 @@ def _in_order(steps: tuple[InitStep, ...]) -> tuple[InitStep, ...]:
         if before or after or len(places) > 1:
             wrong = f"`{before[0]}` before it" if before else f"`{after[0]}` after it" if after else "it twice"
             raise ValueError(
-                f"hadamard stands once, after smooth and permute and before scales or gptq; init has {wrong}"
+                f"hadamard stands once, after smooth, permute and rotate and before scales or gptq; init has {wrong}"
             )
+    turns = [place for place, step in enumerate(steps) if isinstance(step, Rotate)]
+    if len(turns) > 1:
+        raise ValueError("rotate stands once; give it both sites: {kind: rotate, sites: [residual, values]}")
+    if turns and steps[turns[0]].moves_stream and any(isinstance(step, Smooth) for step in steps[: turns[0]]):
+        raise ValueError(
+            "smooth before a rotation of the residual stream is undone by it, since norms lose their gains; put "
+            "smooth after rotate"
+        )
     walks = [place for place, step in enumerate(steps) if isinstance(step, BlockStep) and step.by_block]
     if walks and any(isinstance(step, Gptq) and not step.sequential for step in steps[: walks[-1]]):
         raise ValueError(
@@ -129,7 +138,7 @@ class Scheme(Strict):
 
     Attributes:
         init: steps before the first one of training, in order: `smooth` and `permute` (see these files of `qat.init`),
-            `hadamard` (see `qat.init.hadamard`), `scales` (a search for block scales) or `gptq` (that, and
+            `rotate` and `hadamard` (see `qat.init.hadamard`), `scales` (a search for block scales) or `gptq` (that, and
             error-compensated rounding), and `reconstruct` (blocks fitted to their dense outputs); each by its name, or
             as a table with `kind`. An empty list leaves scales at the format's own rule (RTN). All but that need
             calibration.
@@ -223,6 +232,11 @@ class Scheme(Strict):
         rule = self.rule_for(path, module)
         steps = () if rule is None or rule.input is None else self.init_of(path, module)
         return next((step.size for step in steps if isinstance(step, Hadamard)), 0)
+
+    @property
+    def unties(self) -> bool:
+        """Whether its initialisation needs a head that is not the embedding, and may make one."""
+        return any(isinstance(step, Rotate) and step.moves_stream and step.untie for step in self.init)
 
     def rtn(self) -> "Scheme":
         """The same formats without any initialisation: round-to-nearest (RTN)."""

@@ -310,7 +310,14 @@ def _resolve_tied(model: nn.Module, planned: list[tuple[Candidate, Rule]], schem
         other = first.setdefault(id(weight), path)
         if other == path:
             continue
-        if _comes_apart(rules, other, path, scheme):
+        apart = _comes_apart(rules, other, path, scheme)
+        if any(step.moves_stream and step.kind == "rotate" for step in scheme.init) and not apart:
+            raise ConfigError(
+                f"{other} and {path} are one tensor (tied), but rotating the residual stream puts the last norm's gain "
+                f"into the head only. `untie: true` of rotate makes two, which costs {2 * weight.numel():,} bytes in "
+                "BF16; or leave `residual` out of its sites"
+            )
+        if apart:
             setattr(module, candidate.slot.name, nn.Parameter(weight.detach().clone()))
             config = getattr(model, "config", None)
             if config is not None:
@@ -328,7 +335,9 @@ def _resolve_tied(model: nn.Module, planned: list[tuple[Candidate, Rule]], schem
 
 
 def _comes_apart(rules: dict[str, Rule], first: str, second: str, scheme: Scheme) -> bool:
-    """Whether `untie` gives a tied weight its own tensor: where the rules differ or quantize it."""
+    """Whether a tied weight gets its own tensor: by `untie` where the rules differ or quantize it, or for a step."""
+    if scheme.unties:
+        return True
     weights = rules[first].weight, rules[second].weight
     return scheme.tied == "untie" and (weights[0] != weights[1] or weights[1] is not None)
 

@@ -73,7 +73,7 @@ MODULE_CLASSES = {"Linear", "Embedding", "Conv1D", "QatLinear", "QatEmbedding", 
 NAMES_CLASSES = {
     "qat/init/smooth.py": "a scale moves from a norm into the linear layers that read it: the pair is the method",
     "qat/init/permute.py": "values change places between the two linear layers around attention",
-    "qat/training/losses.py": "the loss multiplies with the head chunk by chunk instead of calling it",
+    "qat/training/heads.py": "the loss multiplies with the head chunk by chunk instead of calling it",
     "checkpoints/names.py": "which names of a file are layers is asked before anything is quantized",
     "checkpoints/positions.py": "a table of positions says how long a text may be",
     "checkpoints/export_plan.py": "engines look tables up under rules of their own",

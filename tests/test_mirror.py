@@ -20,6 +20,7 @@ ELSEWHERE = {
     "checkpoints/names.py": "checkpoints/test_export_plan.py: names are half of the plan",
     "checkpoints/positions.py": "trainers/test_limits.py: what a table of positions limits",
     "checkpoints/record.py": "checkpoints/test_export.py: a record is read back from an export",
+    "qat/init/rotations.py": "qat/init/test_rotate.py: where a matrix can stand, by what the step does there",
     "qat/init/step.py": "qat/init/test_calibration.py: every step is run there",
     "engines/experts.py": "engines/test_transformers.py: experts that the engine serves",
     "engines/front.py": "engines/test_serve.py: over a socket, as clients see it",

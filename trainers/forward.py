@@ -4,7 +4,6 @@ Some architectures do more after the last matrix than `lm_head` shows (soft-capp
 that, and `split` proves on a few tokens that body plus head equals the model.
 """
 
-from collections.abc import Callable
 from itertools import chain, product
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from qat.errors import TrainingError, UnsupportedError
 from qat.trainers.packing import Batch, arrange, evaluating, model_inputs
+from qat.training.heads import STEPS, Product, as_product
 
 # Keys of configs that scale logits, and how, the usual way first; and keys of soft caps, which come after.
 SCALES: dict[str, tuple[str, ...]] = {
@@ -48,9 +48,12 @@ class Head(nn.Module):
         """The head of only the first `rows` logits, which shares this one's layer."""
         return self if rows == self.vocabulary else Head(self.linear, self.steps, rows)
 
-    def as_linear(self) -> nn.Module | None:
-        """The layer, where the logits are its output and nothing more; see `qat.training.losses.as_linear`."""
-        return self.linear if not self.steps and self.rows is None else None
+    def as_product(self) -> Product | None:
+        """See `qat.training.heads.as_product`."""
+        product = as_product(self.linear)
+        if product is not None and self.rows is not None:
+            product = product.first(self.rows)
+        return product and product.followed_by(self.steps)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """See the class."""
@@ -58,15 +61,8 @@ class Head(nn.Module):
         if self.rows is not None:
             logits = logits[..., : self.rows]
         for step, by in self.steps:  # one operation each and in the model's order: in BF16 every one rounds
-            logits = _STEPS[step](logits, by)
+            logits = STEPS[step](logits, by)
         return logits
-
-
-_STEPS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "multiply": lambda logits, by: logits * by,
-    "divide": lambda logits, by: logits / by,
-    "softcap": lambda logits, by: torch.tanh(logits / by) * by,
-}
 
 
 def hidden_states(model: Any, batch: Batch) -> Tensor:

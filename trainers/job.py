@@ -90,7 +90,7 @@ class Job(Strict):
             raise ValueError(f"method qat trains on the next token, but loss {self.loss.kind} needs a teacher; use qad")
         if self.method == "qad" and self.loss is not None and not self.loss.needs_teacher:
             raise ValueError(f"method qad imitates a teacher, but loss {self.loss.kind} ignores it; use method: qat")
-        moving = [step.kind for step in self.scheme.init if step.MOVES_STREAM]
+        moving = [step.kind for step in self.scheme.init if step.moves_stream]
         beside: float = getattr(self.loss, "hidden", 0.0)
         if moving and beside:
             raise ValueError(

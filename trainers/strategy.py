@@ -245,10 +245,7 @@ def _connected(ranks: Ranks) -> Iterator[None]:
         torch.cuda.set_device(ranks.local_rank)
         backend = "cpu:gloo,cuda:nccl"
     if "MASTER_ADDR" not in os.environ:
-        from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-
-        slurm = SLURMEnvironment(auto_requeue=False)
-        _ = slurm.main_address, slurm.main_port  # which puts both into the environment
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = _meeting_point()
     distributed.init_process_group(backend, rank=ranks.rank, world_size=ranks.size, timeout=WAITING)
     try:
         yield
@@ -263,6 +260,17 @@ def _connected(ranks: Ranks) -> Iterator[None]:
         raise TrainingError(f"rank {ranks.rank} lost another one ({str(error).splitlines()[0][:200]})") from error
     finally:
         distributed.destroy_process_group()
+
+
+def _meeting_point() -> tuple[str, str]:
+    """Address and port of rank 0 under SLURM: the first machine, and a port that follows from the job's number."""
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+    given = os.environ
+    lists = (given.get(f"SLURM_{what}NODELIST") for what in ("STEP_", "JOB_", ""))
+    machines = next((names for names in lists if names), "127.0.0.1")
+    port = 15000 + int(given.get("SLURM_JOB_ID", "0")) % 10000
+    return SLURMEnvironment.resolve_root_node_address(machines), given.get("MASTER_PORT", str(port))
 
 
 # --- Lightning ------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from qat.quantizer import InputQuantizer, WeightQuantizer
 from qat.sites import Quantized, Quantizers, Slot
+from qat.training.heads import Product
 from qat.training.low_rank import LowRank
 
 
@@ -46,6 +47,10 @@ class QatLinear(Quantized, nn.Linear):
         if self.input_quantizer is not None:
             input = self.input_quantizer(input)
         return self.weight_quantizer.linear(input, self.matrix("weight"), self.bias)
+
+    def as_product(self) -> Product:
+        """See `qat.training.heads.as_product`."""
+        return Product(self.weight_quantizer(self.matrix("weight")), self.bias, self.input_quantizer)
 
 
 class LinearAdapter:

@@ -30,10 +30,12 @@ _SWAPS = frozenset(("transpose", "swapaxes", "permute", "t"))
 
 @dataclass(frozen=True)
 class Member:
-    """One dimension of a parameter that goes through channels: `groups` x `repeats` x `width` of them."""
+    """One dimension of a parameter that goes through channels: `groups` x `repeats` x `width` of them; `read` where a
+    product sums over it."""
 
     parameter: Tensor
     dim: int
+    read: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def channels(model: nn.Module, probe: Tensor) -> list[Channels]:
     for parameter, axes in watch.parameters:
         for dim, axis in enumerate(axes):
             if axis is not None:
-                found.setdefault(watch.root(axis), []).append(Member(parameter, dim))
+                found.setdefault(watch.root(axis), []).append(Member(parameter, dim, axis in watch.read))
     return [Channels(tuple(members), watch.fixed.get(root, "")) for root, members in found.items()]
 
 
@@ -74,6 +76,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.parents: list[int] = []
         self.fixed: dict[int, str] = {}  # by root: which operation
+        self.read: set[int | None] = set()  # axes of matrices that products sum over, not by root
         self.axes: Any = WeakTensorKeyDictionary()
         self.parameters: list[tuple[nn.Parameter, Axes]] = []
         for parameter in model.parameters():
@@ -204,6 +207,7 @@ class _Watch(TorchFunctionMode):
     def _linear(self, name: str, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Axes | None:
         x, weight, bias = _named(args, kwargs, "input", "weight", "bias")
         rows, columns = self._of(weight)
+        self.read.add(columns)
         self._join(self._of(x)[-1], columns, name)
         if bias is not None:
             rows = self._join(rows, self._of(bias)[0], name)
@@ -214,6 +218,7 @@ class _Watch(TorchFunctionMode):
         if a.dim() < 2 or b.dim() < 2:
             return None
         self._join(self._of(a)[-1], self._of(b)[-2], name)
+        self.read.add(self._of(b)[-2])
         for tensor in (a, b):
             self._fix(self._of(tensor)[:-2], name)
         return (*(None,) * (output.dim() - 2), self._of(a)[-2], self._of(b)[-1])
@@ -225,11 +230,13 @@ class _Watch(TorchFunctionMode):
             return None
         self._fix(self._of(stack)[:1], name)
         self._join(self._of(x)[1], self._of(stack)[1], name)
+        self.read.add(self._of(stack)[1])
         return None, self._of(stack)[2]
 
     def _addmm(self, name: str, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Axes | None:
         bias, a, b = args[:3]
         self._join(self._of(a)[1], self._of(b)[0], name)
+        self.read.add(self._of(b)[0])
         return self._of(a)[0], self._join(self._of(b)[1], self._of(bias)[-1], name)
 
     def _embedding(self, name: str, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Axes | None:

@@ -58,9 +58,13 @@ class Permute(InitStep):
     """Reorder channels before anything is quantized, where that makes quantized products better."""
 
     WHOLE_MODEL = True
-    MOVES_STREAM = True
 
     kind: Literal["permute"] = "permute"
+
+    @property
+    def moves_stream(self) -> bool:
+        """See `InitStep`."""
+        return True
 
     def run(self, calibration: Calibration) -> str | None:
         """Permute, and observe again what the model's layers read."""
@@ -90,15 +94,14 @@ def permute(model: nn.Module, batches: list[dict[str, Tensor]], track: Track = d
     if not found:
         why = f"what its layers read is fixed: {'; '.join(fixed)}" if fixed else _no_blocks(model)
         raise UnsupportedError(f"nothing to permute in {type(model).__name__}: {why}; leave it out of scheme.init")
-    before = _logits(model, probe)
+    before = logits_of(model, probe)
     moved: Counter[str] = Counter()
     for place, order in _orders(model, batches, found, track):
         reorder(place, order)
         moved[place.name] += 1
     torch.clear_autocast_cache()  # it holds BF16 copies of the weights as they were, if the caller has autocast on
-    change = float((_logits(model, probe) - before).abs().max() / before.abs().max())
-    short = next(model.parameters()).element_size() < 4
-    if not change <= (_TOLERANCE_SHORT if short else _TOLERANCE):
+    change = float((logits_of(model, probe) - before).abs().max() / before.abs().max())
+    if not change <= tolerance(model):
         raise UnsupportedError(
             f"reordering changed the outputs of {type(model).__name__} by {change:.1%}: something reads channels that "
             "was not seen to; leave `permute` out of scheme.init for this model"
@@ -108,7 +111,13 @@ def permute(model: nn.Module, batches: list[dict[str, Tensor]], track: Track = d
     return f"reordered channels: {done}" + (f"; fixed: {'; '.join(fixed)}" if fixed else "")
 
 
-def _logits(model: nn.Module, probe: Tensor) -> Tensor:
+def tolerance(model: nn.Module) -> float:
+    """How much of its logits a fold may change, which would be nothing in exact arithmetic."""
+    return _TOLERANCE_SHORT if next(model.parameters()).element_size() < 4 else _TOLERANCE
+
+
+def logits_of(model: nn.Module, probe: Tensor) -> Tensor:
+    """Of the unquantized model."""
     with dense(model, inputs=True), torch.autocast(probe.device.type, enabled=False):
         logits: Tensor = model(input_ids=probe).logits.float()
     return logits
@@ -144,7 +153,7 @@ def places(model: nn.Module, probe: Tensor) -> tuple[list[Place], list[str]]:
     for path, site in readers.items():
         columns = (id(site.parameter), -2 if site.owner.TRANSPOSED else -1)
         each = of.get((columns[0], columns[1] % site.parameter.dim()))
-        heads = _in_heads(model, path) if each is None or each.why else None
+        heads = in_heads(model, path) if each is None or each.why else None
         if each is not None and not each.why:
             by_set.setdefault(id(each), []).append(path)
         elif heads is not None and heads.width % (_block(site) or 1) == 0:
@@ -162,7 +171,7 @@ def _place(each: Channels, readers: list[Site]) -> Place:
     return Place(name, each.members, tuple(site.path for site in readers), readers[0].weight.shape[-1])
 
 
-def _in_heads(model: nn.Module, reader: str) -> Place | None:
+def in_heads(model: nn.Module, reader: str) -> Place | None:
     """The channels of values, which attention mixes across tokens but not with each other."""
     parent, _, leaf = reader.rpartition(".")
     attention = model.get_submodule(parent)

@@ -50,7 +50,7 @@ class Reconstruct(BlockStep):
     def run_block(self, block: Block) -> Counter[str]:
         """See `BlockStep`."""
         fit = _Fit(block)
-        with torch.enable_grad(), _learning(block.module, set(fit.start)):
+        with torch.enable_grad(), learning(block.module, set(fit.start)):
             fit.run(self)
         fit.write()
         return Counter(
@@ -69,7 +69,7 @@ class Reconstruct(BlockStep):
 
 
 @contextlib.contextmanager
-def _learning(module: nn.Module, names: set[str]) -> Iterator[None]:
+def learning(module: nn.Module, names: set[str]) -> Iterator[None]:
     """Only these parameters get gradients inside this context."""
     before = {name: (p, p.requires_grad) for name, p in module.named_parameters()}
     try:
@@ -126,7 +126,7 @@ class _Fit:
         groups = [{"params": [self.moved[name] for name in names], "lr": rate} for names, rate in rates if names]
         optimizer = torch.optim.Adam(groups, betas=BETAS, foreach=True)
         falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / settings.steps)
-        order = _shuffled(self.learned_from)
+        order = shuffled(self.learned_from)
         together = max(1, settings.rows // len(self.block.target[0]))
         for step in range(1, settings.steps + 1):
             for _ in range(together):
@@ -161,8 +161,9 @@ def error(output: Tensor, target: Tensor) -> Tensor:
     return ((output - target).square().sum(-1) / target.square().sum(-1)).mean()
 
 
-def _shuffled(indices: list[int]) -> Iterator[int]:
-    generator = torch.Generator().manual_seed(0)
+def shuffled(indices: list[int], seed: int = 0) -> Iterator[int]:
+    """Endless: all of them in a new order each time."""
+    generator = torch.Generator().manual_seed(seed)
     while True:
         for place in torch.randperm(len(indices), generator=generator).tolist():
             yield indices[place]

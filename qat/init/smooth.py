@@ -172,7 +172,7 @@ def _read_by(model: nn.Module, linears: dict[str, nn.Linear], probe: Tensor) -> 
 
         return hook
 
-    norms = {path: m for path, m in model.named_modules() if _is_norm(m)}
+    norms = {path: m for path, m in model.named_modules() if is_norm(m)}
     handles = [m.register_forward_hook(produced(path)) for path, m in norms.items()]
     handles += [m.register_forward_pre_hook(read(path)) for path, m in linears.items()]
     try:
@@ -183,7 +183,8 @@ def _read_by(model: nn.Module, linears: dict[str, nn.Linear], probe: Tensor) -> 
     return readers
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
+    """Whether all it has is vectors, one of them its weight."""
     own = dict(module.named_parameters(recurse=False))
     return "weight" in own and all(p.dim() == 1 for p in own.values()) and not any(module.children())
 
@@ -268,13 +269,13 @@ def _divide(source: Any, factors: Tensor) -> None:
     if weight.dim() == 2:
         weight.div_(factors[:, None].to(weight))
     else:
-        offset = _offset(source, weight)
+        offset = offset_of(source, weight)
         weight.copy_((weight.double() + offset) / factors - offset)
     if isinstance(bias, Tensor):
         bias.div_(factors.to(bias))
 
 
-def _offset(norm: nn.Module, weight: Tensor) -> float:
+def offset_of(norm: nn.Module, weight: Tensor) -> float:
     """1 for norms that multiply by 1 + weight (Gemma's), else 0: what remains where the weight is zero."""
     original = weight.detach().clone()
     x = torch.linspace(-1, 1, weight.numel(), device=weight.device, dtype=weight.dtype)[None]

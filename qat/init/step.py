@@ -37,9 +37,14 @@ class InitStep(Strict):
 
     MAKES_SCALES: ClassVar[bool] = False
     WHOLE_MODEL: ClassVar[bool] = False
-    MOVES_STREAM: ClassVar[bool] = False  # the residual stream: final hidden states are no longer the teacher's
 
     kind: str
+
+    @property
+    def moves_stream(self) -> bool:
+        """Whether it changes what the residual stream's channels mean: final hidden states are then no longer the
+        teacher's."""
+        return False
 
     def run(self, calibration: Calibration) -> str | None:
         """Change weights or scales in place; returns a sentence for the user, or None."""

@@ -84,7 +84,8 @@ def test_body_and_head_are_the_model(name: str, dtype: torch.dtype) -> None:
     assert head.steps == MODELS[name][2]
     whole, parts = whole_and_parts(model, head)
     assert torch.equal(whole, parts)
-    assert (head.as_linear() is head.linear) == (not head.steps)
+    product = head.as_product()
+    assert product is not None and product.weight is head.linear.weight and product.steps == head.steps
 
 
 def test_heads_compare_the_rows_that_both_have() -> None:

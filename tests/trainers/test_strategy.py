@@ -182,13 +182,14 @@ def _exact(row: dict[str, str]) -> dict[str, str]:
 
 
 @pytest.mark.multi
-def test_a_state_is_exported_to_the_same_bytes_on_one_rank_and_on_two(home: Path, pair: Path, tmp_path: Path) -> None:
-    run = load_job(pair).folder
-    assert main(["export", str(run), str(tmp_path / "one")]) == 0
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
-    finished(command("export", str(run), str(tmp_path / "two"), launcher=launcher))
-    for file in sorted((tmp_path / "one").iterdir()):
-        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
+def test_every_rank_exports_a_state_to_the_same_bytes(pair: Path, tmp_path: Path) -> None:
+    run = str(load_job(pair).folder)
+    assert main(["export", run, str(tmp_path / "alone")]) == 0
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    ranks = ("0", "1")
+    finished(*(command("export", run, str(tmp_path / rank), RANK=rank, LOCAL_RANK=rank, **group) for rank in ranks))
+    for file in sorted((tmp_path / "alone").iterdir()):
+        assert [(tmp_path / rank / file.name).read_bytes() == file.read_bytes() for rank in ranks] == [True, True]
 
 
 # --- what is refused, and where a process stands ----------------------------------------------------
@@ -230,6 +231,9 @@ def test_places_that_launchers_give(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"SLURM_{name}", value)
     assert strategy._placed() == Ranks(9, 16, 1, 8)
     assert strategy.Placed(Ranks(9, 16, 1, 8)).node_rank() == 1
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "gpu[07-09],cpu1")
+    monkeypatch.setenv("SLURM_JOB_ID", "1234567")
+    assert strategy._meeting_point() == ("gpu07", "19567")
     monkeypatch.setenv("ENVIRONMENT", "BATCH")
     assert strategy._placed() == Ranks(9, 16, 1, 8)
     monkeypatch.delenv("SLURM_STEP_ID")  # the batch script itself, where nothing was started yet

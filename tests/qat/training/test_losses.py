@@ -13,8 +13,9 @@ from qat.adapters.linear import QatLinear
 from qat.errors import UnsupportedError
 from qat.numbers.catalog import lookup
 from qat.numbers.numerics import find_scales
-from qat.quantizer import WeightQuantizer
-from qat.training.losses import IGNORE, as_linear, chunk_tokens, chunked
+from qat.quantizer import InputQuantizer, WeightQuantizer
+from qat.training.heads import Product, as_product
+from qat.training.losses import IGNORE, chunk_tokens, chunked
 from qat.training.objectives import (
     ConfidenceAwareKL,
     CrossEntropy,
@@ -181,15 +182,31 @@ def test_a_tied_head_collects_both_gradients(loss: CrossEntropy | DistillLoss) -
     torch.testing.assert_close(*grads, rtol=2e-5, atol=2e-6)
 
 
-def test_a_quantized_head_learns_its_scales_through_chunks() -> None:
-    hidden, plain, teacher, teacher_head, targets = problem(masked=True)
+def quantized(layer: nn.Linear, inputs: bool) -> QatLinear:
     fmt = lookup("int4_channel")
-    quantizer = WeightQuantizer(fmt, find_scales(plain.weight, fmt), "dual_lsq")
-    head = QatLinear.wrap(plain, quantizer, None)
+    input = InputQuantizer(lookup("fp8_token"), "compressed_tensors", "ste", "minmax") if inputs else None
+    return QatLinear.wrap(layer, WeightQuantizer(fmt, find_scales(layer.weight, fmt), "dual_lsq"), input)
+
+
+@every_loss
+@pytest.mark.parametrize("inputs", [False, True])
+@pytest.mark.parametrize("cap", [None, 0.5])
+def test_a_quantized_head_learns_its_scales_through_chunks(
+    loss: CrossEntropy | DistillLoss, inputs: bool, cap: float | None
+) -> None:
+    """Its fake quantization stays in the graph, as does its input's and a soft cap behind it; it runs once."""
+    hidden, plain, teacher, teacher_head, targets = problem(masked=True)
+    layer = quantized(plain, inputs)
+    head = Honest(layer, cap)
+    calls: list[int] = []
+    layer.weight_quantizer.register_forward_hook(lambda *_: calls.append(1))
     grads = []
     for total in (chunked_total(5), whole):
-        value = total(ForwardKL(), hidden, head, teacher, teacher_head, targets)
-        grads.append(torch.autograd.grad(value, [head.weight, quantizer.log_scale, quantizer.log_divisor]))
+        leaf = hidden.clone().requires_grad_()
+        value = total(loss, leaf, head, teacher, teacher_head, targets)
+        learned = [layer.weight_quantizer.log_scale, layer.weight_quantizer.log_divisor]
+        grads.append([value.detach(), *torch.autograd.grad(value, [leaf, head.layer.weight, plain.bias, *learned])])
+        assert len(calls) == 1
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         assert a.any()
@@ -236,7 +253,7 @@ def test_the_teacher_gets_no_gradient_and_the_logits_stay_small(loss: DistillLos
 
 
 class Around(nn.Module):
-    """A head that is more than its layer, as far as `as_linear` can see."""
+    """A head that is more than its layer, as far as `as_product` can see."""
 
     def __init__(self, layer: nn.Module, softcap: float | None = None) -> None:
         super().__init__()
@@ -250,8 +267,10 @@ class Around(nn.Module):
 class Honest(Around):
     """... and one that says what it is."""
 
-    def as_linear(self) -> nn.Module | None:
-        return self.layer if self.softcap is None else None
+    def as_product(self) -> Product | None:
+        product = as_product(self.layer)
+        steps = () if self.softcap is None else (("softcap", self.softcap),)
+        return product and product.followed_by(steps)
 
 
 @every_loss
@@ -278,7 +297,7 @@ def test_a_plain_head_equals_any_head(loss: CrossEntropy | DistillLoss, autocast
 def test_soft_capped_heads_keep_their_objective(loss: CrossEntropy | DistillLoss, wrap: type[Around]) -> None:
     hidden, head, teacher, teacher_head, targets = problem(masked=True)
     heads = wrap(head, 0.5), wrap(teacher_head, 0.7)
-    assert as_linear(heads[0]) is None
+    assert (as_product(heads[0]) is None) == (wrap is Around)
     found, expected = [], []
     for results, total in ((found, chunked_total(5)), (expected, whole)):
         leaf = hidden.clone().requires_grad_()
@@ -297,19 +316,6 @@ def test_a_head_whose_backward_needs_its_output_keeps_it() -> None:
         value = total(ForwardKL(), hidden, heads[0], teacher, heads[1], targets)
         grads.append(torch.autograd.grad(value, head.weight)[0])
     torch.testing.assert_close(*grads, rtol=2e-5, atol=2e-6)
-
-
-def test_only_a_bare_linear_layer_is_plain() -> None:
-    layer = nn.Linear(4, 9)
-    assert as_linear(layer) is layer and as_linear(Honest(Honest(layer))) is layer
-    fmt = lookup("int4_channel")
-    quantized = QatLinear.wrap(layer, WeightQuantizer(fmt, find_scales(layer.weight, fmt), "none"), None)
-    normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 9))
-    hooked, replaced = nn.Linear(4, 9), nn.Linear(4, 9)
-    hooked.register_forward_hook(lambda *_: None)
-    replaced.forward = lambda x: x  # type: ignore[method-assign]  # what patching a model does
-    for other in (Around(layer), Honest(layer, 30.0), Honest(quantized), quantized, normed, hooked, replaced):
-        assert as_linear(other) is None
 
 
 def test_several_chunks_of_bf16_weights_are_summed_in_float32() -> None:
