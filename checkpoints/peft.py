@@ -6,6 +6,7 @@ weights as the run's initialisation left them (`checkpoints/base` where that mov
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -30,9 +31,10 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], config: LoraConfig) 
 
     own = {name.rpartition(".lora."): tensor for name, tensor in tensors.items() if is_adapter(name)}
     paths = sorted({layer for layer, _, _ in own})
+    alpha: Any = config.alpha  # peft only divides it by the rank, but its annotation says int
     PeftConfig(
         r=config.rank,
-        lora_alpha=config.alpha,
+        lora_alpha=alpha,
         lora_dropout=config.dropout,
         target_modules=paths,
         use_dora=config.dora,

@@ -113,10 +113,8 @@ ALONE = Ranks()
 
 def refusal(job: "Job") -> str | None:
     """Why `train` refuses this job's strategy wherever it runs, or None."""
-    if job.strategy == "deepspeed":
-        return "strategy deepspeed can be estimated (--dry-run) but not trained yet; use strategy=ddp"
-    if job.strategy == "fsdp" and job.devices > 1:
-        return "strategy fsdp can be estimated (--dry-run) but not trained yet; use strategy=ddp"
+    if job.strategy in ("deepspeed", "fsdp"):
+        return f"strategy {job.strategy} can be estimated (--dry-run) but not trained yet; use strategy=ddp"
     return None
 
 
