@@ -139,9 +139,14 @@ class _Matrix(nn.Module):
     def __init__(self, start: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(start.float())
-        parametrizations.orthogonal(self, "weight", orthogonal_map="cayley", use_trivialization=True)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(start.device.type, enabled=False):
+            parametrizations.orthogonal(self, "weight", orthogonal_map="cayley", use_trivialization=True)
             setattr(self, "weight", start.float())  # noqa: B010  # by the parametrization, which takes a tensor
+
+    def value(self) -> Tensor:
+        """The matrices in float32, whatever the caller's autocast: BF16 products would not stay orthogonal."""
+        with torch.autocast(next(self.parameters()).device.type, enabled=False):
+            return self.weight
 
 
 class _Fit:
@@ -202,7 +207,7 @@ class _Fit:
             if last:
                 self.look()
             else:
-                self.put([matrix.weight.detach() for matrix in self.matrices], ranges=False)
+                self.put([matrix.value().detach() for matrix in self.matrices], ranges=False)
 
     def _counted(self, steps: int) -> Iterator[tuple[int, str]]:
         names = {f"step {step}": step for step in range(1, steps + 1)}
@@ -211,8 +216,8 @@ class _Fit:
     def backward(self, index: int) -> None:
         """Gradients of the matrices, from those of the weights that they are in."""
         self.loss(index).backward()
-        with torch.autocast(self.matrices[0].weight.device.type, enabled=False):
-            made = [matrix.weight for matrix in self.matrices]
+        made = [matrix.value() for matrix in self.matrices]
+        with torch.autocast(made[0].device.type, enabled=False):
             leaves = [each.detach().requires_grad_() for each in made]
             for key, parameter in self.folding.parameters.items():
                 if parameter.grad is not None:
@@ -225,7 +230,7 @@ class _Fit:
     @torch.no_grad()
     def look(self) -> None:
         """Judge the matrices as they are now."""
-        now = [polished(matrix.weight.detach()) for matrix in self.matrices]
+        now = [polished(matrix.value().detach()) for matrix in self.matrices]
         self.put(now, ranges=True)
         loss = self.judge()
         self.tried = min(self.tried, loss)

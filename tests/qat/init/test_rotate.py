@@ -100,10 +100,16 @@ def error(model: nn.Module, exact: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("sites", "share"), [(["values"], 0.95), (["residual"], 0.999), (["residual", "values"], 0.999)]
+    ("sites", "share", "autocast"),
+    [
+        (["values"], 0.95, False),
+        (["values"], 0.99, True),  # learned and judged in BF16, measured here in float32
+        (["residual"], 0.999, False),
+        (["residual", "values"], 0.999, False),
+    ],
 )
 def test_learning_loses_less_and_what_it_finds_is_orthogonal(
-    sites: list[str], share: float, monkeypatch: pytest.MonkeyPatch
+    sites: list[str], share: float, autocast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[torch.Tensor] = []
     write = Folding.write
@@ -117,7 +123,8 @@ def test_learning_loses_less_and_what_it_finds_is_orthogonal(
     text = [{"input_ids": ids(0)}, *list(batches(4))[1:]]
     calibrate(apply(model, scheme.rtn(), defer_init=True), text, scheme.rtn())
     before = error(model, exact)
-    sentence = calibrate(model, text, scheme)[-1]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        sentence = calibrate(model, text, scheme)[-1]
     assert sentence.startswith("rotated: ") and error(model, exact) < share * before
     eye = torch.eye(seen[-1].shape[-1], dtype=seen[-1].dtype)
     assert seen[-1].dtype == torch.float64 and float((seen[-1].mT @ seen[-1] - eye).abs().max()) < 1e-7
