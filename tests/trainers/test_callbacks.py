@@ -65,7 +65,7 @@ class _Evaluator:
 
 def _keeper(tmp_path: Path, patience: int) -> tuple[Keeper, nn.Module]:
     model = nn.Linear(1, 1)
-    job: Any = SimpleNamespace(eval=SimpleNamespace(patience=patience))
+    job: Any = SimpleNamespace(lora=None, eval=SimpleNamespace(patience=patience))
     evaluator: Any = _Evaluator()
     return Keeper(tmp_path, job, evaluator, {}), model
 
