@@ -249,7 +249,7 @@ class InputQuantizer(Quantizer):
         self, fmt: Format, rule: ActivationRule, estimator: Estimator, observer: Observer, learn: bool = False
     ) -> None:
         super().__init__(fmt)
-        self.log_range = nn.Parameter(torch.zeros(())) if learn else None
+        self.log_range = nn.Parameter(torch.zeros(1)) if learn else None  # FSDP2 needs a dimension
         self.rule, self.estimator, self.observer_kind = rule, estimator, observer
         self.register_buffer("amax", torch.tensor(float("nan")))
         self._observer: RangeObserver | None = None
@@ -273,7 +273,7 @@ class InputQuantizer(Quantizer):
     @property
     def limit(self) -> Tensor:
         """The range in force: calibrated, and learned where it is."""
-        return self.amax if self.log_range is None else self.amax * self.log_range.detach().exp()
+        return self.amax if self.log_range is None else self.amax * self.log_range.detach().exp().squeeze(0)
 
     def observe(self) -> None:
         """Pass inputs through unchanged and collect their range, until `freeze`."""
@@ -313,7 +313,7 @@ class InputQuantizer(Quantizer):
             return fake_quantize_input(self.transformed(x), self.format, self.rule, self.estimator, static)
         # LSQ's share of a scale that so many values have in common, so that it does not fill the gradient's norm.
         share = 1 / math.sqrt(max(1, x.numel()) * self.format.element.max)
-        moved = static * share * (self.log_range - self.log_range.detach())  # an exact zero with the gradient
+        moved = static * share * (self.log_range - self.log_range.detach()).squeeze(0)  # an exact zero with the gradient
         scales, multiplier = Scales(static.view(1, 1)), (static + moved).view(1, 1)
         return fake_quantize(
             self.transformed(x), self.format.name, scales, multiplier=multiplier, estimator=self.estimator

@@ -20,6 +20,7 @@ from qat.errors import Interrupted, UnsupportedError
 from qat.init.calibration import initialise, observe, unreached
 from qat.modes import dense
 from qat.numbers.numerics import qsnr
+from qat.sharded import gathered
 from qat.sites import Site, weights
 from qat.surgery import Coverage, apply, report, rotate_inputs
 from qat.trainers import adapted, claim, fallback, limits, rates, strategy, why
@@ -147,6 +148,7 @@ def _train(job: Job, resume_run: bool, console: Console, interruptions: Interrup
         claim.check_text(saved, text, job.steps, console)
         keeper = Keeper(run, job, choosing, saved["best"])
     saved.update(text=text, steps=job.steps)
+    strategy.divide(job, parts)
     job = rates.settled(job, parts, keeper.evaluator, saved, console)
     loop = fit(job, parts, keeper, saved, resume.last_state(run) if resume_run else None, interruptions, loggers)
     if interruptions.signal is not None:
@@ -321,19 +323,22 @@ def _finish(job: Job, parts: Parts, keeper: Keeper, reporting: Evaluator, saved:
     measured: dict[str, Any] = {}
     if job.eval.why:
         measured = {
-            "moved": why.moved(run, parts.student) if ranks.first else None,
+            "moved": None,
             "lora": job.lora is not None,
             "gap": why.gap(reporting, parts.student, rows[-1]["kl"]),
             "disagreement": why.disagreement(
                 read_metrics(run / claim.METRICS), (saved.get("choosing") or saved["rows"])[-1]["kl"]
             ),
         }
-    return ranks.lead(lambda: _written(job, parts, keeper, saved, rows, measured))
+    with gathered(parts.student):
+        return ranks.lead(lambda: _written(job, parts, keeper, saved, rows, measured))
 
 
-def _written(*found: Any) -> RunReport:
-    built = _report(*found)
-    write_report(found[0].folder, built)
+def _written(job: Job, parts: Parts, *found: Any) -> RunReport:
+    if measured := found[-1]:
+        measured["moved"] = why.moved(job.folder, parts.student)
+    built = _report(job, parts, *found)
+    write_report(job.folder, built)
     return built
 
 

@@ -22,10 +22,12 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from torch import Tensor, distributed, nn
 
+from qat import sharded
 from qat.errors import ConfigError, Interrupted, QatError, TrainingError, UnsupportedError
 
 if TYPE_CHECKING:
-    from qat.trainers.job import Job
+    from qat.trainers.job import Job, Strategy
+    from qat.trainers.parts import Parts
 
 T = TypeVar("T")
 
@@ -113,8 +115,11 @@ ALONE = Ranks()
 
 def refusal(job: "Job") -> str | None:
     """Why `train` refuses this job's strategy wherever it runs, or None."""
-    if job.strategy in ("deepspeed", "fsdp"):
-        return f"strategy {job.strategy} can be estimated (--dry-run) but not trained yet; use strategy=ddp"
+    if job.strategy == "deepspeed":
+        return (
+            "strategy deepspeed can be estimated (--dry-run) but not trained; strategy=fsdp divides weights, gradients "
+            "and moments in the same way"
+        )
     return None
 
 
@@ -303,15 +308,33 @@ class Placed(LightningEnvironment):
         """Leave the launcher's variables as they are: Lightning would take WORLD_SIZE out."""
 
 
-def trainer_arguments(ranks: Ranks) -> dict[str, Any]:
+def divide(job: "Job", parts: "Parts") -> None:
+    """Divide the models of a run among its devices where its strategy says so.
+
+    Raises:
+        UnsupportedError: a model that cannot be divided.
+    """
+    if job.strategy != "fsdp" or parts.ranks.size == 1:
+        return
+    parts.teacher.requires_grad_(False)
+    for model in (parts.student, parts.teacher):
+        sharded.divide(model, parts.device, parts.ranks.size)
+    if parts.device.type == "cuda":
+        torch.cuda.empty_cache()  # of the whole tensors
+
+
+def trainer_arguments(ranks: Ranks, how: "Strategy" = "auto") -> dict[str, Any]:
     """What `lightning.Trainer` is told of the devices."""
     from lightning.fabric.utilities.rank_zero import rank_zero_only
-    from lightning.pytorch.strategies import DDPStrategy
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
     rank_zero_only.rank = ranks.rank  # type: ignore[attr-defined]  # Lightning read a launcher's variables on import
     where = {"plugins": [Placed(ranks)], "devices": ranks.local_size, "num_nodes": ranks.size // ranks.local_size}
     if ranks.size == 1:
         return {**where, "strategy": "auto"}
+    if how == "fsdp":
+        sizes: dict[str, Any] = {"data_parallel_size": ranks.size, "tensor_parallel_size": 1}
+        return {**where, "strategy": ModelParallelStrategy(**sizes, timeout=WAITING)}
     # Experts and towers that a batch does not reach have no gradient; buffers are the same everywhere and stay so.
     ddp = DDPStrategy(
         find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True, timeout=WAITING
