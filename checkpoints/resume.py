@@ -32,7 +32,7 @@ from qat.checkpoints.progress import counted
 from qat.config import load_yaml, validate
 from qat.errors import CheckpointError
 from qat.lora import LoraConfig, adapters, attach, is_adapter, merge
-from qat.quantizer import WeightQuantizer
+from qat.quantizer import LEARNED, WeightQuantizer
 from qat.scheme import Rule, Scheme, upgraded
 from qat.sharded import put, whole
 from qat.surgery import apply, rotate_inputs
@@ -73,12 +73,12 @@ def _on_cpu(tensors: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
 def _fixed(model: nn.Module) -> set[str]:
     """Tensors that stay as they are while adapters are trained."""
     fixed = {n for n, p in model.named_parameters() if p.dim() >= 2 and not is_adapter(n)}
-    refitted = set()
+    fixed |= {name for name, _ in model.named_buffers()}
     for path, module in model.named_modules():
         if isinstance(module, WeightQuantizer):
-            fixed -= {f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)}
-            refitted |= {f"{path}.{n}" for n, _ in module.named_buffers(recurse=False) if module.learn == "refit"}
-    return fixed | ({name for name, _ in model.named_buffers()} - refitted)
+            names = [n for n, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
+            fixed -= {f"{path}.{name}" for name in names if name in LEARNED or module.learn == "refit"}
+    return fixed
 
 
 def _named(model: nn.Module) -> dict[str, Tensor]:
@@ -96,7 +96,8 @@ def fingerprints(model: nn.Module) -> dict[str, str]:
     matrices = {n for n, p in model.named_parameters() if p.dim() >= 2}
     tensors = _named(model)
     return {
-        n: digest(_on_cpu({n: tensors[n]})[n]) for n in counted(matrices & tensors.keys(), "reading weights", len(matrices), "weights")
+        n: digest(_on_cpu({n: tensors[n]})[n])
+        for n in counted(matrices & tensors.keys(), "reading weights", len(matrices), "weights")
     }
 
 
@@ -176,7 +177,7 @@ def save_state(
     average: dict[str, Tensor] | None,
     state: dict[str, Any],
     write: bool = True,
-) -> None:
+) -> Path:
     """Write everything that training needs to go on after `step`, then delete older states.
 
     Args:
@@ -185,11 +186,11 @@ def save_state(
     student = student_tensors(model, write)
     moments = _on_cpu(_optimizer_tensors(model, optimizer), write)
     averages = None if average is None else _on_cpu(average, write)
-    if not write:
-        return
     root = run / "checkpoints"
-    root.mkdir(parents=True, exist_ok=True)
     folder = root / f"step-{step:08d}"
+    if not write:
+        return folder
+    root.mkdir(parents=True, exist_ok=True)
     size = _bytes(student) + _bytes(moments) + _bytes(averages or {})
     with atomic_folder(folder, overwrite=True, expected_bytes=size) as partial:
         save_file(student, partial / STUDENT)
@@ -201,6 +202,7 @@ def save_state(
     for old in _states(run):
         if old != folder:
             shutil.rmtree(old, ignore_errors=True)
+    return folder
 
 
 def _states(run: Path) -> list[Path]:

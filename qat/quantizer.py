@@ -25,6 +25,7 @@ from qat.training.ops import fake_quantize, quantized_linear
 from qat.training.refit import refit
 
 Learn = Literal["none", "lsq", "dual_lsq", "focus", "refit"]
+LEARNED = ("log_scale", "log_divisor")  # the parameters of a weight's quantizer
 PART = 8  # values of a block that share a divisor where it is finer than the block (FOCUS)
 Mode = Literal["quantized", "dense", "frozen"]
 Transform = Callable[[Tensor], Tensor]
@@ -178,7 +179,7 @@ class WeightQuantizer(Quantizer):
         scales = Scales(fmt.scale.store(self.start[part], above), above, zero, choice, type=fmt.scale)
         one = WeightQuantizer(self.format, scales, self.learn, self.round_bf16)
         one.start, one.transforms = self.start[part], self.transforms
-        for name in ("log_scale", "log_divisor"):
+        for name in LEARNED:
             if (learned := getattr(self, name)) is not None:
                 getattr(one, name).copy_(learned[part])
         return one
@@ -313,7 +314,9 @@ class InputQuantizer(Quantizer):
             return fake_quantize_input(self.transformed(x), self.format, self.rule, self.estimator, static)
         # LSQ's share of a scale that so many values have in common, so that it does not fill the gradient's norm.
         share = 1 / math.sqrt(max(1, x.numel()) * self.format.element.max)
-        moved = static * share * (self.log_range - self.log_range.detach()).squeeze(0)  # an exact zero with the gradient
+        moved = (
+            static * share * (self.log_range - self.log_range.detach()).squeeze(0)
+        )  # an exact zero with the gradient
         scales, multiplier = Scales(static.view(1, 1)), (static + moved).view(1, 1)
         return fake_quantize(
             self.transformed(x), self.format.name, scales, multiplier=multiplier, estimator=self.estimator

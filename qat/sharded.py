@@ -3,18 +3,17 @@
 `divide` gives every process a share of each tensor, one group of tensors per decoder block and one for what no block
 owns. A block's tensors are whole while it runs; those of the last group (embeddings, final norm, head) while something
 runs inside `run` or `read`, since losses use the head outside of any module's forward pass. Everything here is an
-ordinary call on a model that was not divided, so its callers do not ask.
+ordinary call on a model that was not divided, so its callers do not ask. torch's modules for it are imported by
+`divide` alone: they take a while.
 """
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from qat.errors import UnsupportedError
 from qat.quantizer import WeightQuantizer
@@ -44,6 +43,9 @@ def divide(model: nn.Module, device: torch.device, size: int) -> None:
             _as_parameters(module)
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     mesh = init_device_mesh(device.type, (size,))
     for block in blocks(model):
         fully_shard(block, mesh=mesh)
@@ -90,7 +92,8 @@ def refusal(model: nn.Module) -> str | None:
 
 def is_divided(model: nn.Module | None) -> bool:
     """Whether `divide` was called with this model."""
-    return isinstance(model, FSDPModule)
+    module = sys.modules.get("torch.distributed.fsdp")
+    return module is not None and isinstance(model, module.FSDPModule)
 
 
 def run(model: Any, work: Callable[[], T]) -> T:
@@ -102,7 +105,7 @@ def run(model: Any, work: Callable[[], T]) -> T:
 
 def close(model: Any) -> None:
     """Leave this process only its share of what `run` made whole, where no backward pass follows."""
-    if isinstance(model, FSDPModule):
+    if is_divided(model):
         model.reshard()
 
 
@@ -122,20 +125,32 @@ def read(model: Any, work: Callable[[], T]) -> T:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, in every process; every process must ask."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    values: Any = tensor.detach()
+    found: Tensor = values.full_tensor() if _is_share(tensor) else values
+    return found
+
+
+def _is_share(tensor: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def share(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, to be read and written."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.data
+    values: Any = tensor.detach()
+    own: Tensor = values.to_local() if _is_share(tensor) else tensor.data
+    return own
 
 
 @torch.no_grad()
 def put(target: Tensor, values: Tensor) -> None:
     """Write `values`, the whole ones, into a tensor that may be divided."""
-    if isinstance(target, DTensor):
+    if _is_share(target):
+        from torch.distributed.tensor import distribute_tensor
+
+        divided: Any = target
         values = values.to(target.device)
-        values = distribute_tensor(values, target.device_mesh, target.placements, src_data_rank=None)
+        values = distribute_tensor(values, divided.device_mesh, divided.placements, src_data_rank=None)
     target.copy_(values)
 
 
@@ -146,7 +161,7 @@ def swapped(values: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
     divided: list[tuple[Tensor, Tensor]] = []
     try:
         for tensor, value in values:
-            if isinstance(tensor, DTensor):
+            if _is_share(tensor):
                 own = share(tensor)
                 divided.append((own, own.clone()))
                 own.copy_(value)
@@ -164,19 +179,19 @@ def swapped(values: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
 @contextlib.contextmanager
 def edited(module: nn.Module | None, write: bool = True) -> Iterator[None]:
     """A block's (or the model's own) tensors are whole inside this context, and what is written there counts."""
-    if not isinstance(module, FSDPModule):
+    if not is_divided(module):
         yield
         return
     holder: Any = module
     divided = dict(holder.named_parameters())
-    module.unshard()
+    holder.unshard()
     try:
         yield
         for name, parameter in holder.named_parameters() if write else ():
-            if not isinstance(parameter, DTensor):
+            if not _is_share(parameter):
                 put(divided[name], parameter.detach())
     finally:
-        module.reshard()
+        holder.reshard()
 
 
 @contextlib.contextmanager
@@ -190,12 +205,12 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 def by_holder(model: nn.Module, sites: Sequence[Site]) -> list[tuple[nn.Module | None, list[Site]]]:
     """Sites by the module for `edited` that makes them whole; one group where the model is not divided."""
-    holders = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    holders = [module for module in model.modules() if is_divided(module)]
     if not holders:
         return [(None, list(sites))]
-    inner = {id(below): holder for holder in holders for below in holder.modules()}  # type: ignore[attr-defined]
+    inner = {id(below): holder for holder in holders for below in holder.modules()}
     groups: dict[int, tuple[nn.Module | None, list[Site]]] = {}
     for site in sites:
-        holder: Any = inner[id(site.owner)]
+        holder = inner[id(site.owner)]
         groups.setdefault(id(holder), (holder, []))[1].append(site)
     return list(groups.values())
