@@ -250,7 +250,7 @@ class InputQuantizer(Quantizer):
         self, fmt: Format, rule: ActivationRule, estimator: Estimator, observer: Observer, learn: bool = False
     ) -> None:
         super().__init__(fmt)
-        self.log_range = nn.Parameter(torch.zeros(1)) if learn else None  # FSDP2 needs a dimension
+        self.log_range = nn.Parameter(torch.zeros(1)) if learn else None  # FSDP2 takes no scalar
         self.rule, self.estimator, self.observer_kind = rule, estimator, observer
         self.register_buffer("amax", torch.tensor(float("nan")))
         self._observer: RangeObserver | None = None
@@ -314,9 +314,8 @@ class InputQuantizer(Quantizer):
             return fake_quantize_input(self.transformed(x), self.format, self.rule, self.estimator, static)
         # LSQ's share of a scale that so many values have in common, so that it does not fill the gradient's norm.
         share = 1 / math.sqrt(max(1, x.numel()) * self.format.element.max)
-        moved = (
-            static * share * (self.log_range - self.log_range.detach()).squeeze(0)
-        )  # an exact zero with the gradient
+        zero = (self.log_range - self.log_range.detach()).squeeze(0)  # exact, with the gradient
+        moved = static * share * zero
         scales, multiplier = Scales(static.view(1, 1)), (static + moved).view(1, 1)
         return fake_quantize(
             self.transformed(x), self.format.name, scales, multiplier=multiplier, estimator=self.estimator

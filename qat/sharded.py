@@ -82,8 +82,10 @@ def refusal(model: nn.Module) -> str | None:
     for block in blocks(model):
         for name, module in block.named_modules():
             if isinstance(module, nn.ModuleList) and name.endswith("experts"):
-                return (f"{type(model).__name__} has each expert as a module of its own, of which a batch reaches some; "
-                        "strategy fsdp needs every process to reach all, so take strategy=ddp")  # fmt: skip
+                return (
+                    f"{type(model).__name__} has each expert as a module of its own, of which a batch reaches some; "
+                    "strategy fsdp needs every process to reach all, so take strategy=ddp"
+                )
         for name, parameter in block.named_parameters():
             if of.setdefault(id(parameter), block) is not block:
                 return f"two blocks of {type(model).__name__} share {name}, which strategy fsdp cannot divide; use ddp"

@@ -29,7 +29,7 @@ from qat.trainers.exportable import export_notes
 from qat.trainers.footprint import BF16, FP32, GIB, Facts, flops_per_token, forward_flops, job_facts, memory, shards
 from qat.trainers.job import Job
 from qat.trainers.memory import keep_freed_blocks
-from qat.trainers.strategy import refusal
+from qat.trainers.strategy import divides, refusal, undividable
 from qat.training.losses import chunk_tokens
 
 HEADROOM = 0.95  # share of a device's memory that may be planned for
@@ -166,6 +166,7 @@ def estimate(job: Job) -> Estimate:
         plans=plans,
         notes=(
             *facts.notes,
+            *undividable(job, facts.student.model, facts.teacher.model),
             *_notes(job, plans),
             *_export_notes(job, facts),
             *limits.dry_run(job, facts.student.model, facts.teacher.model),
@@ -180,6 +181,8 @@ def _export_notes(job: Job, facts: Facts) -> list[str]:
 
 def _notes(job: Job, plans: tuple[Plan, ...]) -> list[str]:
     notes = [reason] if (reason := refusal(job)) else []
+    if divides(job):
+        notes.append("every device holds the undivided models until they are initialised, then its share")
     if (fallback := job.scheme.fallback) is not None:
         notes.append(f"which {fallback.count} layers fall back is decided when training begins, and not counted here")
     texts = [*job.data.parts, *(job.calibration.parts if job.calibration is not None else ())]

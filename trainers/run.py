@@ -178,6 +178,7 @@ def _load(job: Job, source: Path, reference: Path, console: Console, ranks: Rank
         check_called(student.to(device), coverage)
         _check_packing(job, student, *([teacher] if job.teacher is not None else []))
     parameters = sum(p.numel() for p in student.parameters())
+    strategy.check_models(job, student, teacher)
     limits.warn(limits.check_lengths(job, student, teacher))
     loaded = {
         name: load_blocks(config, tokenizer, num_tokens=wanted, teacher=teacher)

@@ -117,8 +117,8 @@ def refusal(job: "Job") -> str | None:
     """Why `train` refuses this job's strategy wherever it runs, or None."""
     if job.strategy == "deepspeed":
         return (
-            "strategy deepspeed can be estimated (--dry-run) but not trained; strategy=fsdp divides weights, gradients "
-            "and moments in the same way"
+            "strategy deepspeed can be estimated (--dry-run) but not trained: Lightning takes it on CUDA alone, and its "
+            "releases have no wheels, so nothing here was ever run with it; strategy=fsdp divides as ZeRO-3 does"
         )
     return None
 
@@ -308,13 +308,29 @@ class Placed(LightningEnvironment):
         """Leave the launcher's variables as they are: Lightning would take WORLD_SIZE out."""
 
 
-def divide(job: "Job", parts: "Parts") -> None:
-    """Divide the models of a run among its devices where its strategy says so.
+def divides(job: "Job") -> bool:
+    """Whether the job trains a divided model; one device has nothing to divide."""
+    return job.strategy == "fsdp" and job.devices > 1
+
+
+def undividable(job: "Job", *models: nn.Module) -> list[str]:
+    """Why models cannot be divided as the job wants."""
+    return [reason for model in models if (reason := sharded.refusal(model))] if divides(job) else []
+
+
+def check_models(job: "Job", *models: nn.Module) -> None:
+    """Refuse models that the job's strategy cannot train.
 
     Raises:
-        UnsupportedError: a model that cannot be divided.
+        UnsupportedError: with the reason.
     """
-    if job.strategy != "fsdp" or parts.ranks.size == 1:
+    if reasons := undividable(job, *models):
+        raise UnsupportedError(reasons[0])
+
+
+def divide(job: "Job", parts: "Parts") -> None:
+    """Divide the models of a run among its devices where its strategy says so."""
+    if not divides(job):
         return
     parts.teacher.requires_grad_(False)
     for model in (parts.student, parts.teacher):
