@@ -332,9 +332,8 @@ def divide(job: "Job", parts: "Parts") -> None:
     """Divide the models of a run among its devices where its strategy says so."""
     if not divides(job):
         return
-    parts.teacher.requires_grad_(False)
-    for model in (parts.student, parts.teacher):
-        sharded.divide(model, parts.device, parts.ranks.size)
+    sharded.divide(parts.student, parts.device, parts.ranks.size)
+    sharded.divide(parts.teacher.requires_grad_(False), parts.device, parts.ranks.size)
     if parts.device.type == "cuda":
         torch.cuda.empty_cache()  # of the whole tensors
 
