@@ -298,8 +298,7 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
     products = min(FP32 * facts.input_products(job), PRODUCTS)
     models = shards(job) * (parts["master weights"] + parts["scales"] + parts["teacher"])  # divided afterwards
     beyond = max(0, models + products + _streams(job, facts) - sum(training.values()))
-    what = "input products of calibration" if shards(job) == 1 else "undivided models, initialised"
-    return {**training, what: beyond, "libraries and device context": RUNTIME[device]}
+    return {**training, "initialisation, beyond that": beyond, "libraries and device context": RUNTIME[device]}
 
 
 def _streams(job: Job, facts: Facts) -> int:

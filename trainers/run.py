@@ -324,7 +324,6 @@ def _finish(job: Job, parts: Parts, keeper: Keeper, reporting: Evaluator, saved:
     measured: dict[str, Any] = {}
     if job.eval.why:
         measured = {
-            "moved": None,
             "lora": job.lora is not None,
             "gap": why.gap(reporting, parts.student, rows[-1]["kl"]),
             "disagreement": why.disagreement(
@@ -336,8 +335,8 @@ def _finish(job: Job, parts: Parts, keeper: Keeper, reporting: Evaluator, saved:
 
 
 def _written(job: Job, parts: Parts, *found: Any) -> RunReport:
-    if measured := found[-1]:
-        measured["moved"] = why.moved(job.folder, parts.student)
+    if found[-1]:  # what is measured of its weights needs all of them
+        found[-1]["moved"] = why.moved(job.folder, parts.student)
     built = _report(job, parts, *found)
     write_report(job.folder, built)
     return built

@@ -66,7 +66,7 @@ def test_learned_ranges_of_earlier_releases_have_no_dimension(tmp_path: Path) ->
     for file in folder.glob("*.safetensors"):
         tensors = load_file(file)
         save_file({n: t.view(()) if t.shape == (1,) else t for n, t in tensors.items()}, file)
-    saved, moments = model.log_range.item(), dict(optimizer.state[model.log_range])
+    saved, moments = model.log_range.item(), {k: v.clone() for k, v in optimizer.state[model.log_range].items()}
     optimizer.step()
     _, average = resume.restore_state(folder, model, optimizer)
     assert model.log_range.item() == saved and average is not None and average["log_range"].tolist() == [3.0]
