@@ -117,8 +117,8 @@ def refusal(job: "Job") -> str | None:
     """Why `train` refuses this job's strategy wherever it runs, or None."""
     if job.strategy == "deepspeed":
         return (
-            "strategy deepspeed can be estimated (--dry-run) but not trained: Lightning takes it on CUDA alone, and its "
-            "releases have no wheels, so nothing here was ever run with it; strategy=fsdp divides as ZeRO-3 does"
+            "strategy deepspeed can be estimated (--dry-run) but not trained: Lightning takes it on CUDA alone and its "
+            "releases have no wheels, so it was never run here; strategy=fsdp divides as ZeRO-3 does"
         )
     return None
 
