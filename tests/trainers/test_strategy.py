@@ -146,19 +146,19 @@ def alone(home: Path) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def pair(home: Path) -> Path:
-    path = job_file(home, "dense", "dense-ddp")
-    said = finished(command("train", str(path), "devices=2", "strategy=ddp"))[0]
-    assert said.count("held-out text:") == said.count("report:") == 1, "only the first rank speaks"
-    return path
-
-
-@pytest.fixture(scope="module")
 def divided(home: Path) -> dict[str, Path]:
+    """Runs of one pair of processes: two with divided models, one with copies; and what each rank exports."""
     files = {kind: job_file(home, kind, f"{kind}-fsdp", strategy="fsdp", devices=2) for kind in ("dense", "experts")}
-    commands = [("train", str(path)) for path in files.values()]
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "PORTS": free_ports(2)}
-    finished(*(several(*commands, RANK=rank, LOCAL_RANK=rank, **group) for rank in ("0", "1")))
+    files["copies"] = job_file(home, "dense", "dense-ddp", strategy="ddp", devices=2)
+    trained = [("train", str(path)) for path in files.values()]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "PORTS": free_ports(4)}
+    run = str(load_job(files["experts"]).folder)
+    finished(
+        *(
+            several(*trained, ("export", run, str(home / f"export-{rank}")), RANK=rank, LOCAL_RANK=rank, **group)
+            for rank in ("0", "1")
+        )
+    )
     return files
 
 
@@ -175,10 +175,11 @@ def test_divided_models_are_trained_as_whole_ones(kind: str, alone: dict[str, Pa
 
 
 @pytest.mark.multi
-def test_two_processes_are_one_that_accumulates(alone: dict[str, Path], pair: Path) -> None:
-    close(alone["dense"], pair)
-    assert same_codes(alone["dense"], pair) >= SAME_CODES
-    one, two = (json.loads((load_job(path).folder / "report.json").read_text()) for path in (alone["dense"], pair))
+def test_two_processes_are_one_that_accumulates(alone: dict[str, Path], divided: dict[str, Path]) -> None:
+    close(alone["dense"], divided["copies"])
+    assert same_codes(alone["dense"], divided["copies"]) >= SAME_CODES
+    reports = (load_job(path).folder / "report.json" for path in (alone["dense"], divided["copies"]))
+    one, two = (json.loads(report.read_text()) for report in reports)
     assert two["machine"].startswith("2 x ") and one["tokens"] == two["tokens"]
     for left, right in zip(one["rows"], two["rows"], strict=True):
         assert left["tokens"] == right["tokens"] and left["nll"] == pytest.approx(right["nll"], rel=TOLERANCE)
@@ -187,7 +188,9 @@ def test_two_processes_are_one_that_accumulates(alone: dict[str, Path], pair: Pa
 @pytest.mark.multi
 def test_experts_whose_processes_torchrun_starts(home: Path, alone: dict[str, Path]) -> None:
     path = job_file(home, "experts", "experts-ddp", devices=2)
-    finished(command("train", str(path), launcher=("-m", "torch.distributed.run", "--nproc-per-node", "2")))
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+    said = finished(command("train", str(path), launcher=launcher))[0]
+    assert said.count("held-out text:") == said.count("report:") == 1, "only the first rank speaks"
     close(alone["experts"], path)
     assert same_codes(alone["experts"], path) >= SAME_CODES
 
@@ -230,14 +233,12 @@ def _exact(row: dict[str, str]) -> dict[str, str]:
 
 
 @pytest.mark.multi
-def test_every_rank_exports_a_state_to_the_same_bytes(divided: dict[str, Path], tmp_path: Path) -> None:
-    run = str(load_job(divided["experts"]).folder)
-    assert main(["export", run, str(tmp_path / "alone")]) == 0
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-    ranks = ("0", "1")
-    finished(*(command("export", run, str(tmp_path / rank), RANK=rank, LOCAL_RANK=rank, **group) for rank in ranks))
-    for file in sorted((tmp_path / "alone").iterdir()):
-        assert [(tmp_path / rank / file.name).read_bytes() == file.read_bytes() for rank in ranks] == [True, True]
+def test_every_rank_exports_a_state_to_the_same_bytes(home: Path, divided: dict[str, Path]) -> None:
+    assert main(["export", str(load_job(divided["experts"]).folder), str(home / "export-alone")]) == 0
+    for file in sorted((home / "export-alone").iterdir()):
+        assert [(home / f"export-{rank}" / file.name).read_bytes() == file.read_bytes() for rank in (0, 1)] == [
+            True
+        ] * 2
 
 
 # --- what is refused, and where a process stands ----------------------------------------------------
