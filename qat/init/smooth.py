@@ -212,14 +212,14 @@ def _search(
             source = first[path]
             if path in seen:
                 products = Products(seen[path], [sites[reader] for reader in readers[source]])
-                searched = _Searched(by_source[source], products, _matrix(model, by_source[source]))
+                searched = Searched(by_source[source], products, _matrix(model, by_source[source]))
                 best = searched.auto() if kind == "auto" else searched.flex()
                 if best is not None:
                     found[source] = best
     return found
 
 
-class _Searched:
+class Searched:
     """What the products at one place lose by the exponents tried there; the first leave all as it is."""
 
     def __init__(self, fold: Fold, products: Products, matrix: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Blocks on disk: whole or absent, whatever kills the process, and a run that takes them up ends as if uninterrupted."""
+"""Blocks on disk: whole or absent whatever kills the process; a run that takes them up ends as if uninterrupted."""
 
 import os
 import signal
@@ -39,7 +39,10 @@ train(load_job(Path(sys.argv[1])))
 
 
 def test_a_block_is_read_with_its_key_only(tmp_path: Path) -> None:
-    store, tensors = Initialised(tmp_path), {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor(2, dtype=torch.int8)}
+    store, tensors = (
+        Initialised(tmp_path),
+        {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor(2, dtype=torch.int8)},
+    )
     assert store.read("model.layers.0", "k") is None and len(store) == 0
     store.write("model.layers.0", "k", tensors, [{"rows": 3}])
     found = store.read("model.layers.0", "k")
@@ -57,7 +60,10 @@ def test_a_block_is_read_with_its_key_only(tmp_path: Path) -> None:
 
 def test_a_run_that_is_killed_in_its_initialisation_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     model = tiny_model("llama", tmp_path / "model", num_hidden_layers=4)
-    scheme = {"rules": [{"match": "*_proj", "weight": "nvfp4", "input": "nvfp4"}, {"match": "*", "skip": "rest"}], "init": INIT}
+    scheme = {
+        "rules": [{"match": "*_proj", "weight": "nvfp4", "input": "nvfp4"}, {"match": "*", "skip": "rest"}],
+        "init": INIT,
+    }
     settings = {"scheme": scheme, "steps": 2, "calibration_rows": 4}
     jobs = {name: load_job(write(tmp_path, model, name=name, **settings)) for name in ("whole", "cut")}
     train(jobs["whole"], table=False)

@@ -216,6 +216,6 @@ def test_memory_is_the_model_one_block_and_its_streams() -> None:
         with Alive(model) as alive:
             walk(calibration, [Gptq(sequential=True)])
         peaks[layers] = alive.peak
-        print(layers, alive.peak, block)
     assert peaks[6] == pytest.approx(peaks[2], rel=0.03)
-    assert peaks[6] < 2.5 * block, "a copy of one block, and what its largest layer's compensation holds"
+    factorising = 5 * 8 * 256**2  # copies in float64 of the widest layer's second moments
+    assert peaks[6] < block + factorising
