@@ -15,6 +15,7 @@ from torch import nn
 
 from qat.checkpoints import resume
 from qat.checkpoints.hf import load_configured, load_tokenizer
+from qat.checkpoints.initialised import Initialised
 from qat.checkpoints.progress import counted, mute
 from qat.errors import Interrupted, UnsupportedError
 from qat.init.calibration import initialise, observe, unreached
@@ -140,6 +141,7 @@ def _train(job: Job, resume_run: bool, console: Console, interruptions: Interrup
         keeper.best = {"step": 0, "kl": first["kl"], "since": 0}
         if ranks.first:
             resume.save_best(run, resume.student_tensors(parts.student), {**first, "step": 0}, job.lora)
+            Initialised(run).clear()
             if job.eval.why:
                 why.keep_start(run, parts.student)
     else:
@@ -287,7 +289,8 @@ def _baselines(
             scores += [{**row, "name": "best_ptq"} for row in scores[-1:]]
     else:
         with autocast:
-            sentences = initialise(parts.student, batches, job.scheme, mean_square, _tracked)
+            store = Initialised(job.folder, parts.ranks.first)
+            sentences = initialise(parts.student, batches, job.scheme, mean_square, _tracked, store)
         parts.ranks.share(parts.student)
         for sentence in sentences:
             console.print(sentence, highlight=False)
