@@ -33,15 +33,16 @@ class AfterStep:
         """After `step` (from 1); the rates in the optimizer's groups are those it was taken with."""
         pull = self.config.cage.pull(step, self.steps)
         if pull:
-            self._damp({id(p): min(1.0, group["lr"] * pull) for group in optimizer.param_groups for p in group["params"]})
+            for group in optimizer.param_groups:
+                if group["kind"] == "weight":
+                    self._damp(min(1.0, group["lr"] * pull))
         if step % self.config.refit_every == 0 or step == self.steps:
             for site in self.refitted:
                 site.quantizer.refit(site.weight, _second_moment(site, optimizer))
 
-    def _damp(self, shares: dict[int, float]) -> None:
+    def _damp(self, share: float) -> None:
         for site in self.trained:
-            share = shares.get(id(site.parameter), 0.0)
-            if share and not site.quantizer.transforms:  # the grid is that of the transformed weight
+            if not site.quantizer.transforms:  # the grid is that of the transformed weight
                 site.weight.lerp_(site.value().to(site.weight.dtype), share)
 
 

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from qat.errors import ConfigError
 from qat.sites import sites
+from qat.text import some
 from qat.trainers.after_step import AfterStep
 from qat.trainers.optim import OptimConfig
 
@@ -40,22 +42,39 @@ class StepHook:
             self._counted[optimizer] = self._count(optimizer)
         if (count := self._counted[optimizer]) is not None:
             count.step += 1
-            count.after(count.step, optimizer)
+            count.after(count.step, _AsOurs(optimizer, count.weights) if self.config.cage.strength else optimizer)
 
     def _count(self, optimizer: torch.optim.Optimizer) -> "_Count | None":
         model = self._model()
         if model is None:
             return None
         own = {id(site.parameter) for site in sites(model, "weight")}
-        moved = [p for group in optimizer.param_groups for p in group["params"] if id(p) in own]
-        if not moved:
+        weights = {id(p) for group in optimizer.param_groups for p in group["params"]} & own
+        if not weights:
             return None
-        steps = (optimizer.state.get(parameter, {}).get("step", 1) for parameter in moved)
-        return _Count(AfterStep(model, self.config, self.steps), max(map(int, steps)) - 1)
+        steps = (s["step"] for p, s in optimizer.state.items() if id(p) in weights and "step" in s)
+        return _Count(AfterStep(model, self.config, self.steps), weights, max(map(int, steps), default=1) - 1)
 
 
 class _Count:
-    """Steps of one optimizer so far."""
+    """Steps of one optimizer so far, and which quantized weights it moves."""
 
-    def __init__(self, after: AfterStep, step: int) -> None:
-        self.after, self.step = after, step
+    def __init__(self, after: AfterStep, weights: set[int], step: int) -> None:
+        self.after, self.weights, self.step = after, weights, step
+
+
+class _AsOurs:
+    """An optimizer with the groups that `AfterStep` knows: one of quantized weights.
+
+    Raises:
+        ConfigError: they have several rates.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, weights: set[int]) -> None:
+        rates = {float(g["lr"]) for g in optimizer.param_groups if any(id(p) in weights for p in g["params"])}
+        if len(rates) > 1:
+            raise ConfigError(
+                f"cage pulls weights by their learning rate, and they have several ({some(map(str, sorted(rates)))}); "
+                "give quantized weights one, or leave cage out"
+            )
+        self.state, self.param_groups = optimizer.state, [{"kind": "weight", "lr": rates.pop()}]

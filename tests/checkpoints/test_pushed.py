@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qat
+from qat.checkpoints.export import export_model
 from qat.checkpoints.exported import load_exported
+from qat.checkpoints.hf import load_model
 from qat.checkpoints.layouts import TARGETS, open_export
 from qat.checkpoints.pushed import PackedWeights
 from qat.errors import CheckpointError, UnsupportedError
@@ -55,8 +57,6 @@ def _bytes(tensor: Tensor) -> Tensor:
 def test_it_is_what_an_export_writes(tmp_path: Path, kind: str, target: str, rules: list[dict[str, Any]]) -> None:
     source = tiny_model(kind, tmp_path / "model")
     model: Any = quantized(source, rules, learn="dual_lsq")
-    from qat.checkpoints.export import export_model
-
     export_model(model, source, tmp_path / "out", target)
     written = load_file(tmp_path / "out" / "model.safetensors")
     for given in (source, None):
@@ -70,13 +70,11 @@ def test_after_every_step_the_engine_has_the_weights_of_the_trainer(tmp_path: Pa
     """The rollout's engine is our reader: it starts from an export, and takes what is pushed for its files."""
     source = tiny_model("llama", tmp_path / "model")
     scheme = {"rules": [pair_rules("nvfp4", "nvfp4"), REST], "init": []}
-    from qat.checkpoints.hf import load_model
-
     model = qat.prepare(load_model(source), scheme, [{"input_ids": ids()}])
     engine = tmp_path / "engine"
     qat.export(model, engine)
     packed = qat.PackedWeights(model, source=source)
-    optimizer = torch.optim.AdamW(qat.parameter_groups(model, 1e-3, scale_lr=1e-2))
+    optimizer = torch.optim.AdamW(qat.parameter_groups(model, 1e-3, scale_lr=0.1))
     codes: list[dict[str, Tensor]] = []
     for step in range(3):
         batch = torch.randint(3, 384, (2, 24), generator=torch.Generator().manual_seed(step))

@@ -101,7 +101,9 @@ def _without_second_names(model: Any) -> Any:
 
 
 def test_training_mode_and_type_of_the_model(source: Path) -> None:
-    model = loaded(source).to(torch.bfloat16).train()
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).train()
     assert qat.prepare(model, PRESET, calibration()) is model
     assert model.training and all(p.dtype == torch.float32 for p in model.parameters())
 
@@ -164,7 +166,7 @@ def test_numbers_that_were_computed_in_bf16_are_refused(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model("gemma", tmp_path / "model"), dtype=torch.bfloat16)
-    with pytest.raises(UnsupportedError, match="embed_scale.*dtype=torch.float32"):
+    with pytest.raises(UnsupportedError, match=r"embed_scale.*dtype=torch\.float32"):
         qat.prepare(model, PRESET, calibration())
 
 
@@ -253,12 +255,12 @@ def test_a_quantized_head_that_is_not_called_is_refused(source: Path, head: bool
     rules = [skip, {"match": "*", "weight": "int8_channel"}] if head else as_scheme("int8_channel").rules
     model = qat.prepare(loaded(source), {"rules": rules, "init": []})
     _FusedHead(model)
-    ids = rows_of_ids = rows()[0]["input_ids"][None]
+    ids = rows()[0]["input_ids"][None]
     model.eval()(ids, fused=True)  # not a training step
     model.train()
     if head:
         with pytest.raises(UnsupportedError, match="lm_head is multiplied with outside its layer"):
-            model(rows_of_ids, fused=True)
+            model(ids, fused=True)
     else:
         model(ids, fused=True)
         assert not model._forward_hooks

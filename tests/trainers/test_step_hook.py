@@ -4,10 +4,12 @@ import gc
 import weakref
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
+from qat.errors import ConfigError
 from qat.scheme import Scheme
 from qat.sites import weights
 from qat.surgery import apply
@@ -77,6 +79,19 @@ def test_damping_has_the_rate_of_the_weight_whatever_the_groups_are_called() -> 
     assert all(map(torch.equal, *found))
 
 
+def test_damping_wants_one_rate() -> None:
+    trained = apply(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64)), _both())
+    groups = [{"params": [layer.weight], "lr": rate} for layer, rate in zip(trained, (0.1, 0.2), strict=True)]
+    config = OptimConfig.model_validate({"cage": {"strength": 1, "begin": 0.0}})
+    StepHook(trained, config, 3)
+    with pytest.raises(ConfigError, match=r"several \(0\.1, 0\.2\)"):
+        step(trained, torch.optim.SGD(groups))
+
+
+def _both() -> Scheme:
+    return Scheme.model_validate({"rules": [{"match": "*", "weight": "int4_g32"}], "init": []})
+
+
 def test_a_resumed_optimizer_counts_on() -> None:
     config = OptimConfig(lr=1e-2, refit_every=5)
     trained = model()
@@ -96,6 +111,7 @@ def test_a_resumed_optimizer_counts_on() -> None:
 
 
 def test_other_optimizers_are_left_alone_and_nothing_outlives_the_model() -> None:
+    gc.collect()
     hooks = len(_global_optimizer_post_hooks)
     trained, stranger = model(), nn.Linear(4, 4)
     StepHook(trained, OptimConfig(refit_every=1), None)
