@@ -196,7 +196,7 @@ def as_scheme(given: Scheme | Mapping[str, Any] | str | Path, calibrated: bool =
         return validate(Scheme, dict(given), "scheme")
     if isinstance(given, Path) or given.endswith((".yaml", ".yml")):
         data = load_yaml(Path(given).expanduser())
-        return validate(Scheme, data["scheme"] if "scheme" in data else data, str(given))
+        return validate(Scheme, data.get("scheme", data), str(given))
     weight, _, input = given.partition(PAIR)
     formats = {"weight": lookup(weight).name} | ({"input": lookup(input).name} if input else {})
     rules = (Rule(match="*_proj", **formats), Rule(match="*", skip="not a projection"))

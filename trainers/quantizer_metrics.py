@@ -1,13 +1,12 @@
 """What quantizers do while a model trains: how many codes flip, how many weights are clipped, how far scales drift, and
 what each layer's rounding costs.
 
-Read at evaluations, never in steps: a reading rounds every weight once more, where it lies, and waits for the device
-once. Of codes and scales an even sample is remembered.
+Read at evaluations, never in steps: a reading rounds every weight once more, where it lies, and brings five numbers of
+each to the host. Of codes and scales an even sample is remembered, on the device.
 """
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -47,8 +46,8 @@ class QuantizerMetrics:
         """Of all weights together, by number of weights:
 
         `quantizers/flip_rate`: share of the codes that differ from the start's; `flip_rate_last` from the last
-        reading's. `clip_rate`: share of the weights beyond the outermost code's own cell. `scale_drift`: median
-        |log2(scale / scale at the start)|. `qsnr`: in dB; `qsnr/LAYER` the same of each weight.
+        reading's. `clip_rate`: share of the weights beyond the outermost code's own cell. `scale_drift`: mean
+        |log2(scale / scale at the start)|, as stored. `qsnr`: in dB; `qsnr/LAYER` the same of each weight.
         """
         found = _weights(model)
         rows = torch.stack([self._row(path, site) for path, site in found.items()]).cpu().double()
@@ -71,7 +70,7 @@ class QuantizerMetrics:
                 (codes != first).float().mean(),
                 (codes != last).float().mean(),
                 clipped(weight, site.format, quantized.scales),
-                drift[torch.isfinite(drift)].median(),
+                torch.where(torch.isfinite(drift), drift, 0.0).mean(),
                 -20 * noise.log10(),
             ]
         )
@@ -122,5 +121,3 @@ def _sample(quantized: QTensor) -> tuple[Tensor, Tensor]:
 def _thinned(tensor: Tensor) -> Tensor:
     flat = tensor.flatten()
     return flat[:: math.ceil(len(flat) / SAMPLE)].clone()
-
-

@@ -44,7 +44,7 @@ def _leave_out_second_names(model: nn.Module, state: dict[str, Any], prefix: str
 
 
 def _remember(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Note what is loaded (a checkpoint in shards in several calls), and give tensors with several names all of them."""
+    """Note what is loaded (shards come in several calls), and give tensors with several names all of them."""
     read = {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
     setattr(model, _READ, getattr(model, _READ, set()) | read)
     for names in _names_of_tensors(model):

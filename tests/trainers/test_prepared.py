@@ -1,7 +1,8 @@
-"""`prepare` and `export` around Hugging Face's own Trainer: it learns, resumes, keeps its scales, and what is exported is
-what was trained; what cannot work is refused before anything is trained."""
+"""`prepare` and `export` around Hugging Face's Trainer: it learns, resumes, keeps its scales, and exports what it trained;
+what cannot work is refused before anything is trained."""
 
 import copy
+import itertools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,9 @@ def losses(used: Trainer) -> list[float]:
     [("llama", {}), ("gemma", {}), ("qwen3_moe", {}), ("llama", {"gradient_checkpointing": True})],
     ids=["llama", "tied", "experts", "checkpointing"],
 )
-def test_trainer_learns_resumes_and_exports_what_it_trained(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
+def test_trainer_learns_resumes_and_exports_what_it_trained(
+    tmp_path: Path, kind: str, settings: dict[str, Any]
+) -> None:
     source = tiny_model(kind, tmp_path / "model")
     model = made(source)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -157,7 +160,7 @@ def test_what_cannot_be_prepared_is_refused(source: Path, tmp_path: Path) -> Non
         qat.prepare(loaded(tmp_path / "saved"), PRESET, calibration())
     with pytest.raises(ConfigError, match="not prepared"):
         qat.export(loaded(source), tmp_path / "out")
-    with pytest.raises(CheckpointError, match="no model that qat.prepare"):
+    with pytest.raises(CheckpointError, match=r"no model that qat\.prepare"):
         qat.load_prepared(source)
 
 
@@ -279,7 +282,7 @@ def test_steps_of_the_trainer_refit_scales(tmp_path: Path, source: Path) -> None
     used = trainer(model, tmp_path / "out", 7)
     used.add_callback(Watch())
     used.train()
-    changed = [not torch.equal(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+    changed = [not torch.equal(a, b) for a, b in itertools.pairwise(starts)]
     assert changed == [False, True, False, False, True, False]
     check_export(model, tmp_path / "exported")
     again = made(source, {"rules": rules, "learn": "refit"}, refit_every=3)

@@ -1,4 +1,4 @@
-"""What follows a step follows every optimizer that moves the model, counts on after a resume, and ends with the model."""
+"""What follows a step follows any optimizer that moves the model, counts on after a resume, and ends with the model."""
 
 import gc
 import weakref

@@ -43,7 +43,11 @@ def check_trained(model: Any, trainer: Any, out: Path) -> None:
     trainer.train()
     assert trainer.state.global_step == 4
     kinds = parameter_kinds(model)
-    assert {kinds[n] for n, p in model.named_parameters() if not torch.equal(p, before[n])} == {"weight", "flat", "scale"}
+    assert {kinds[n] for n, p in model.named_parameters() if not torch.equal(p, before[n])} == {
+        "weight",
+        "flat",
+        "scale",
+    }
     check_export(model, out)
 
 
