@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "configs": set(),
 }
 COMPOSITION_ROOTS = ("qat/__init__.py", "qat/cli.py")
-OPTIONAL = {"wandb", "deepspeed", "lm_eval"}
+OPTIONAL = {"wandb", "tensorboard", "deepspeed", "lm_eval"}
 CORE_BANS = {"transformers", "lightning", "pytorch_lightning", "datasets", "peft", "triton", *OPTIONAL}
 
 # A folder of qat may import itself and these; a file directly in qat/ those of its row, if it has one.

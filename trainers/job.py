@@ -52,6 +52,9 @@ class Job(Strict):
         devices: over all machines; one process each. Without GPUs they are processes on the CPU.
         loss_chunk: tokens whose logits exist at once; by default `qat.training.losses.chunk_tokens`.
         activation_checkpointing: recompute activations in the backward pass to save memory.
+        wandb, tensorboard: who receives the metrics besides metrics.csv, what quantizers do (flipped codes, clipped
+            weights, drift of scales, QSNR by layer; at evaluations) and the report's plots. TensorBoard's files are in
+            the run's `tensorboard/`.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -77,6 +80,7 @@ class Job(Strict):
     loss_chunk: int | None = Field(default=None, ge=1)
     activation_checkpointing: bool = False
     wandb: Wandb | None = None
+    tensorboard: bool = False
     runs: Path = Path("runs")
 
     @field_validator("runs")

@@ -30,9 +30,10 @@ from qat.trainers.called import check_called
 from qat.trainers.data import Batches, Blocks, load_blocks
 from qat.trainers.evaluate import Evaluator, gap_closed
 from qat.trainers.exportable import export_notes, student_without_numbers
-from qat.trainers.fit import fit, quiet_lightning, start_loggers
+from qat.trainers.fit import fit, quiet_lightning
 from qat.trainers.interrupts import Interruptions
 from qat.trainers.job import Job
+from qat.trainers.loggers import finish_loggers, start_loggers
 from qat.trainers.machine import machine, repeatable, versions
 from qat.trainers.memory import keep_freed_blocks, peak_bytes
 from qat.trainers.optim import freeze
@@ -157,7 +158,9 @@ def _train(job: Job, resume_run: bool, console: Console, interruptions: Interrup
         raise interruptions.stop()
     if loop.stopped_by:
         console.print(f"stopped early: {loop.stopped_by}")
-    return _finish(job, parts, keeper, reporting, saved)
+    built = _finish(job, parts, keeper, reporting, saved)
+    finish_loggers(loggers, run)
+    return built
 
 
 def _evaluators(job: Job, parts: Parts) -> tuple[Evaluator, Evaluator]:
