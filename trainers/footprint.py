@@ -271,8 +271,8 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
     Working space, the larger of: float32 chunks of logits with two gradients of the output layer; 5 copies of
         the largest quantized weight with the gradients of one feed-forward layer; evaluation instead of training.
     On CPUs, while tensors are smaller than 32 MiB, holes in the heap; see HEAP_LOSS.
-    GPTQ keeps a matrix of 4 x width^2 per distinct input while calibrating, which no device shares; it
-        counts where it exceeds the above.
+    GPTQ keeps a matrix of 4 x width^2 per distinct input while calibrating, with the models, which are divided
+        afterwards; that counts where it exceeds the above.
 
     Args:
         device: "cuda" or "cpu".
@@ -296,9 +296,10 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
         "holes in the heap": int(heap * (saved_weights + activations + working)),
     }
     products = min(FP32 * facts.input_products(job), PRODUCTS)
-    calibrating = parts["master weights"] + parts["scales"] + parts["teacher"] + products + _streams(job, facts)
-    beyond = max(0, calibrating - sum(training.values()))
-    return {**training, "input products of calibration": beyond, "libraries and device context": RUNTIME[device]}
+    models = shards(job) * (parts["master weights"] + parts["scales"] + parts["teacher"])  # divided afterwards
+    beyond = max(0, models + products + _streams(job, facts) - sum(training.values()))
+    what = "input products of calibration" if shards(job) == 1 else "undivided models, initialised"
+    return {**training, what: beyond, "libraries and device context": RUNTIME[device]}
 
 
 def _streams(job: Job, facts: Facts) -> int:
@@ -355,9 +356,8 @@ def _per_token(job: Job, facts: Facts, a: int) -> float:
     input in float32: 8 H. Its output feeds three linear layers (attention) or two (feed-forward): 4 H each time in
         fp32, one cast copy per layer in bf16. Attention: a (2 Q + 2 K) without a mask, a (4 Q + S) with one, since
         masked heads are repeated; no square of S unless eager. Feed-forward: 4 a F. Quantized inputs add the copy
-        before (or after)
-    rounding: 8 H if its gradient is clipped, a Q (twice if rotated and clipped), a F if clipped, and two scales per
-        block.
+        before (or after) rounding: 8 H if its gradient is clipped, a Q (twice if rotated and clipped), a F if clipped,
+        and two scales per block.
     """
     shape = facts.student.shape
     hidden, query, key, ffn = shape.hidden, shape.query, shape.key, shape.ffn
