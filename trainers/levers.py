@@ -11,7 +11,7 @@ from qat.trainers.speeds import MACHINE_GPUS, Machine, launch_seconds, step_seco
 
 HEADROOM = 0.95  # share of a device's memory that may be planned for
 MOST_DEVICES = 128  # that are proposed
-LORA = {"rank": 16}
+LOW_RANK = "lora='{rank: 16}' scheme.learn=none"
 _MOMENTS, _GRADIENTS = ("Adam moments", "average of weights"), ("gradients",)
 _WORTH = 1.1  # a proposal is at least so much faster
 
@@ -76,9 +76,13 @@ def memory_advice(job: Job, facts: Facts, machine: Machine) -> list[str]:
     if machine.capacity is None or _fits(job, facts, machine):
         return []
     room = f"{machine.capacity / GIB:,.0f} GiB of {machine.name}"
-    found = [said for tried in (_levers(job, machine), _low_rank(job)) if (said := _first(job, facts, machine, tried))]
-    if found:
-        return [f"does not fit into the {room}; it would with {', or with '.join(found)}"]
+    divided = [{"strategy": "fsdp", "devices": count} for count in _counts(job)] if machine.kind == "cuda" else []
+    found = [_first(job, facts, machine, [*_levers(job), *divided])]
+    if "devices" in found[0] or not found[0]:
+        adapted = _adapted(job)
+        found += [_first(*adapted, machine, _levers(job), LOW_RANK)] if adapted is not None else []
+    if any(found):
+        return [f"does not fit into the {room}; it would with {', or with '.join(filter(None, found))}"]
     parts = memory(job, facts, machine.kind, machine.mixed)
     largest = max(parts, key=lambda name: parts[name])
     return [
@@ -87,64 +91,49 @@ def memory_advice(job: Job, facts: Facts, machine: Machine) -> list[str]:
     ]
 
 
-def _levers(job: Job, machine: Machine) -> list[dict[str, Any]]:
+def _levers(job: Job) -> list[dict[str, Any]]:
     """From the cheapest to the dearest."""
     levers: list[dict[str, Any]] = [{"micro_rows": 1}] if job.micro_rows > 1 else []
     levers += [] if job.activation_checkpointing else [{"activation_checkpointing": True}]
-    levers += [] if job.loss_chunk is not None and job.loss_chunk <= 256 else [{"loss_chunk": 256}]
-    if machine.kind == "cuda" and job.lora is None:
-        devices = max(job.devices, MACHINE_GPUS)
-        while devices <= MOST_DEVICES:
-            levers.append({"strategy": "fsdp", "devices": devices})
-            devices *= 2
-    return levers
+    return levers + ([] if job.loss_chunk is not None and job.loss_chunk <= 256 else [{"loss_chunk": 256}])
 
 
-def _low_rank(job: Job) -> list[dict[str, Any]]:
-    if job.lora is not None or job.optim.train != "all" or job.optim.cage.strength:
-        return []
-    adapters = {"lora": LORA, "scheme": job.scheme.model_copy(update={"learn": "none"})}
-    return [{"micro_rows": 1}, {"activation_checkpointing": True}, {"loss_chunk": 256}, adapters]
+def _counts(job: Job) -> list[int]:
+    counts = [max(job.devices, MACHINE_GPUS)]
+    while 2 * counts[-1] <= MOST_DEVICES:
+        counts.append(2 * counts[-1])
+    return counts
 
 
-def _first(job: Job, facts: Facts, machine: Machine, levers: list[dict[str, Any]]) -> str:
+def _adapted(job: Job) -> tuple[Job, Facts] | None:
+    """The job with adapters instead of trained weights, where it goes with its other settings."""
+    if job.lora is not None:
+        return None
+    scheme = job.scheme.model_copy(update={"learn": "none"})
+    try:
+        other = Job.model_validate({**job.model_dump(), "lora": {"rank": 16}, "scheme": scheme.model_dump()})
+        return other, job_facts(other)
+    except (QatError, ValueError):
+        return None
+
+
+def _first(job: Job, facts: Facts, machine: Machine, levers: list[dict[str, Any]], already: str = "") -> str:
     """The first levers together that are enough, without those that make no difference; "" where none are."""
     taken: dict[str, Any] = {}
-    for lever in levers:
+    for lever in [{}, *levers]:
         taken |= lever
-        if _enough(job, facts, machine, taken):
+        if _fits(changed(job, **taken), facts, machine):
             break
     else:
         return ""
-    for name in [name for name in taken if name not in ("strategy", "devices", "lora", "scheme")]:
+    for name in [name for name in taken if name not in ("strategy", "devices")]:
         rest = {key: value for key, value in taken.items() if key != name}
-        if _enough(job, facts, machine, rest):
+        if _fits(changed(job, **rest), facts, machine):
             taken = rest
-    other, known = _changed(job, facts, taken)
-    peak, speed = _peak(other, known, machine) / GIB, _speed(other, known, machine)
-    return f"{_words(taken)} ({peak:,.0f} GiB, {speed:,.0f} tokens/s)"
-
-
-def _enough(job: Job, facts: Facts, machine: Machine, taken: dict[str, Any]) -> bool:
-    return _fits(*_changed(job, facts, taken), machine)
-
-
-def _changed(job: Job, facts: Facts, taken: dict[str, Any]) -> tuple[Job, Facts]:
-    if "lora" not in taken:
-        return changed(job, **taken), facts
-    try:
-        other = Job.model_validate({**job.model_dump(), **taken, "lora": LORA})
-        return other, job_facts(other)
-    except (QatError, ValueError):  # adapters do not go with another setting of the job
-        return job, facts
-
-
-def _words(taken: dict[str, Any]) -> str:
-    said = {key: str(value).lower() if isinstance(value, bool) else value for key, value in taken.items()}
-    if "scheme" in said:
-        said |= {"lora": "'{rank: 16}'", "scheme.learn": "none"}
-        del said["scheme"]
-    return " ".join(f"{key}={value}" for key, value in said.items())
+    other = changed(job, **taken)
+    said = [f"{key}={str(value).lower() if value is True else value}" for key, value in taken.items()]
+    peak, speed = _peak(other, facts, machine) / GIB, _speed(other, facts, machine)
+    return f"{' '.join(filter(None, [already, *said]))} ({peak:,.0f} GiB, {speed:,.0f} tokens/s)"
 
 
 # --- where a GPU waits ----------------------------------------------------------------------------

@@ -39,10 +39,12 @@ GPUS: dict[str, tuple[float, float, int]] = {
 }
 ASSUMED = "H100"
 
-# How often elementwise work goes over the stored activations, and over float32 logits with a teacher and without.
-ACTIVATION_PASSES, LOGIT_PASSES = 12, {True: 15, False: 12}
-# What is assumed of a GPU, where a CPU is measured. Share of the peak that all products of a step reach together.
-UTILISATION = 0.35
+# How often elementwise work goes over stored activations, and over float32 logits without a teacher and with one. On a
+# GPU activations are written and read, read again and their gradients written and read; losses have a kernel.
+ACTIVATION_PASSES = {"cpu": 12, "cuda": 5}
+LOGIT_PASSES = {"cpu": (12, 15), "cuda": (4, 5)}
+# What is assumed of a GPU, where a CPU is measured. Share of the peak that products reach, small ones among them.
+UTILISATION = 0.45
 # Bytes of memory traffic: of the Triton kernels, per quantized weight and pass and per quantized input value, as timed
 # on an H100 (docs/measurements.md: 53 + 77 us for 16.8 M weights; 52 us, and as much backward, for 33.5 M values);
 # of the search for initial scales, which has no kernel, once; of clipping and AdamW.
@@ -95,8 +97,8 @@ def step_seconds(job: Job, facts: Facts, machine: Machine) -> float:
     the other elementwise work, and the update; a pass takes no less than its launches, nor than what devices send
     meanwhile."""
     tokens = job.micro_rows * job.data.seq_len
-    logits = LOGIT_PASSES[job.objective.needs_teacher] * FP32 * tokens * facts.student.shape.vocabulary
-    activations = ACTIVATION_PASSES * memory(job, facts, machine.kind, machine.mixed)["activations"]
+    logits = LOGIT_PASSES[machine.kind][job.objective.needs_teacher] * FP32 * tokens * facts.student.shape.vocabulary
+    activations = ACTIVATION_PASSES[machine.kind] * memory(job, facts, machine.kind, machine.mixed)["activations"]
     one_pass = (
         tokens * flops_per_token(job, facts) * machine.per_flop
         + facts.quantized * machine.per_weight

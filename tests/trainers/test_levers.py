@@ -68,7 +68,7 @@ def test_a_job_that_fits_is_left_alone_and_one_that_nothing_helps_is_told_its_la
     assert memory_advice(small, job_facts(small), h100(small)) == []
     huge = job("meta-llama/Llama-3.1-70B", lora={"rank": 16}, scheme={"learn": "none"})
     (note,) = memory_advice(huge, job_facts(huge), h100(huge))
-    assert "the largest part is master weights (263 GiB)" in note
+    assert re.search(r"the largest part is master weights \(26\d GiB\)", note)
 
 
 def test_a_waiting_gpu_gets_more_rows(half_billion: Path) -> None:
@@ -107,5 +107,5 @@ def test_recipes_for_clusters_have_believable_plans(name: str, least: int, most:
     undivided = parts.pop("undivided models, initialised")
     step, states = sum(parts.values()), 16 * known.student.parameters / wanted.devices
     assert states < step < HEADROOM * 80 * GIB
-    assert (undivided > 0) == ("70b" in name)  # every device holds the models until they are initialised
+    assert (step + undivided < HEADROOM * 80 * GIB) == ("8b" in name)  # every device holds the models at first
     assert least < speed(wanted) / wanted.devices < most

@@ -63,7 +63,7 @@ def test_large_job_takes_the_time_of_its_products() -> None:
     assert plan.device == "assumed H100 SXM" and plan.precision == "bf16-mixed"
     at_least = found.flops_per_token * found.tokens / (8 * GPUS["H100"][0])
     assert found.tokens == 10 * 32 * 4096
-    assert 1 / 0.35 <= plan.training_seconds / at_least < 1.6 / 0.35
+    assert 1 / 0.45 <= plan.training_seconds / at_least < 1.6 / 0.45
     assert plan.tokens_per_second == pytest.approx(found.tokens / plan.training_seconds)
 
 
