@@ -16,7 +16,6 @@ ELSEWHERE = {
     "checkpoints/layouts/bits.py": "checkpoints/layouts/test_reader.py: the arithmetic of every reader",
     "checkpoints/layouts/kinds.py": "checkpoints/layouts/test_support.py: the words of the tables' rows",
     "checkpoints/layouts/stored.py": "checkpoints/layouts/test_compressed_tensors.py: its streams of bits",
-    "checkpoints/matrices.py": "checkpoints/test_export.py: between sites and files, tested by what is written",
     "checkpoints/names.py": "checkpoints/test_export_plan.py: names are half of the plan",
     "checkpoints/positions.py": "trainers/test_limits.py: what a table of positions limits",
     "checkpoints/record.py": "checkpoints/test_export.py: a record is read back from an export",

@@ -355,9 +355,8 @@ def _per_token(job: Job, facts: Facts, a: int) -> float:
     input in float32: 8 H. Its output feeds three linear layers (attention) or two (feed-forward): 4 H each time in
         fp32, one cast copy per layer in bf16. Attention: a (2 Q + 2 K) without a mask, a (4 Q + S) with one, since
         masked heads are repeated; no square of S unless eager. Feed-forward: 4 a F. Quantized inputs add the copy
-        before (or after)
-    rounding: 8 H if its gradient is clipped, a Q (twice if rotated and clipped), a F if clipped, and two scales per
-        block.
+        before (or after) rounding: 8 H if its gradient is clipped, a Q (twice if rotated and clipped), a F if clipped,
+        and two scales per block.
     """
     shape = facts.student.shape
     hidden, query, key, ffn = shape.hidden, shape.query, shape.key, shape.ffn

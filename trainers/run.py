@@ -177,7 +177,7 @@ def _load(job: Job, source: Path, reference: Path, console: Console, ranks: Rank
     for note in export_notes(job, source, student_without_numbers(job, source)):
         console.print(note, highlight=False, soft_wrap=True, markup=False)
     teacher = load_teacher(job, reference)
-    student: nn.Module = load_configured(job.model, source)
+    student: nn.Module = load_configured(job.model, source, device=device)
     coverage = report(student, job.scheme)
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed):  # flash attention takes nothing wider
         check_called(student.to(device), coverage)
