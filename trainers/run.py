@@ -22,7 +22,7 @@ from qat.modes import dense
 from qat.numbers.numerics import qsnr
 from qat.sites import Site, weights
 from qat.surgery import Coverage, apply, report, rotate_inputs
-from qat.trainers import adapted, claim, fallback, limits, rates, strategy, why
+from qat.trainers import adapted, claim, fallback, limits, packed, rates, strategy, why
 from qat.trainers.callbacks import Keeper
 from qat.trainers.called import check_called
 from qat.trainers.data import Batches, Blocks, load_blocks
@@ -173,7 +173,7 @@ def _load(job: Job, source: Path, reference: Path, console: Console, ranks: Rank
     student: nn.Module = load_configured(job.model, source)
     coverage = report(student, job.scheme)
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed):  # flash attention takes nothing wider
-        check_called(student.to(device), coverage)
+        check_called(student.to(adapted.first_place(job, student, device)), coverage)
         _check_packing(job, student, *([teacher] if job.teacher is not None else []))
     parameters = sum(p.numel() for p in student.parameters())
     limits.warn(limits.check_lengths(job, student, teacher))
@@ -191,6 +191,7 @@ def _load(job: Job, source: Path, reference: Path, console: Console, ranks: Rank
         name = "activation_checkpointing_enable"
         getattr(student, name if hasattr(student, name) else "gradient_checkpointing_enable")({"use_reentrant": False})
     apply(student, job.scheme, defer_init=True)
+    adapted.hold_early(job, student)
     if job.lora is None:  # else once there are adapters
         freeze(student, job.optim)
     dtype = torch.bfloat16 if mixed else None
@@ -277,6 +278,8 @@ def _baselines(
         console.print(sentence, highlight=False)
     rtn = job.scheme.rtn()
     initialise(parts.student, batches, rtn, mean_square, _tracked)
+    for sentence in packed.put(parts.student):
+        console.print(sentence, highlight=False, soft_wrap=True)
     parts.ranks.share(parts.student)
     evaluate(parts.student, "ptq")
     if rtn == job.scheme:

@@ -1,0 +1,152 @@
+"""Packed checkpoints as models to train: the unpacked model, put at the stored scales, computes what the checkpoint
+does, whoever wrote it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qat.checkpoints import packed
+from qat.checkpoints.exported import load_exported
+from qat.checkpoints.hf import ModelConfig, load_model, resolve
+from qat.checkpoints.verify import verify
+from qat.errors import CheckpointError, UnsupportedError
+from qat.scheme import Scheme
+from qat.sites import sites, weights
+from qat.surgery import apply
+from tests.checkpoints.exports import Pair, edit, export_pair, ids, pair_rules, quiet_export, rewrite
+from tests.tiny import tiny_model
+
+REST = {"match": "*", "skip": "the rest"}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("qwen3", tmp_path_factory.mktemp("source"), num_hidden_layers=1)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAT_CACHE", str(tmp_path / "cache"))
+
+
+def begun(folder: Path, pair: Pair, match: str = "*_proj", **scheme: Any) -> Any:
+    """The student that training begins with, from a packed checkpoint."""
+    unpacked = resolve(ModelConfig(id=str(folder)))
+    found = packed.read(unpacked)
+    assert found is not None
+    rules = Scheme(rules=[pair_rules(*pair, match), REST], **{"init": (), **scheme})
+    model: Any = apply(load_model(unpacked), rules, defer_init=True)
+    assert found.put(model) == []
+    return model.eval()
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(ids()).logits
+    return result
+
+
+@pytest.mark.parametrize(
+    ("pair", "target"),
+    [
+        (("nvfp4", "nvfp4"), "compressed-tensors"),
+        (("nvfp4", "nvfp4"), "modelopt"),
+        (("nvfp4", None), "compressed-tensors"),
+        (("mxfp4", None), "compressed-tensors"),
+        (("int4_g32", None), "compressed-tensors"),
+        (("int4_g32_asym", None), "compressed-tensors"),
+        (("int8_channel", "int8_token"), "compressed-tensors"),
+        (("fp8_tensor", "fp8_tensor"), "compressed-tensors"),
+    ],
+)
+def test_training_begins_at_our_export_bit_for_bit(pair: Pair, target: str, source: Path, tmp_path: Path) -> None:
+    trained = export_pair(source, tmp_path / "export", pair, target)
+    weight = "fp8_channel" if pair[0] == "fp8_tensor" else pair[0]  # one scale per tensor is held once per row
+    model = begun(tmp_path / "export", (weight, pair[1]))
+    served = load_exported(tmp_path / "export")
+    assert torch.equal(logits(model), logits(served)) and torch.equal(logits(model), logits(trained))
+    for path, site in weights(model).items():
+        before = weights(trained)[path]
+        assert torch.equal(site.quantizer.quantize(site.weight).codes, before.quantizer.quantize(before.weight).codes)
+
+
+def test_it_is_exported_as_it_was(source: Path, tmp_path: Path) -> None:
+    export_pair(source, tmp_path / "one", ("nvfp4", "nvfp4"))
+    model = begun(tmp_path / "one", ("nvfp4", "nvfp4"))
+    quiet_export(model, resolve(ModelConfig(id=str(tmp_path / "one"))), tmp_path / "two")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.equal(one[n].view(torch.uint8), two[n].view(torch.uint8)) for n in one)
+    assert verify(tmp_path / "two").ok
+
+
+def test_it_is_unpacked_once_and_again_when_it_changes(source: Path, tmp_path: Path) -> None:
+    export_pair(source, tmp_path / "export", ("int4_g32", None))
+    config = ModelConfig(id=str(tmp_path / "export"))
+    first = resolve(config)
+    made = (first / "model.safetensors").stat().st_mtime_ns
+    assert resolve(config) == first and (first / "model.safetensors").stat().st_mtime_ns == made
+    assert (first / "tokenizer.json").is_file() and not (first / "qat.json").exists()
+    shutil.copytree(tmp_path / "export", tmp_path / "moved" / "export")
+    assert resolve(ModelConfig(id=str(tmp_path / "moved" / "export"))) == first
+    rewrite(tmp_path / "export", lambda tensors: tensors["model.norm.weight"].mul_(2))
+    assert resolve(config) != first
+
+
+# --- other tools ----------------------------------------------------------------------------------
+
+
+def by_the_library(source: Path, out: Path, name: str, targets: str, **weights_args: Any) -> Path:
+    """Packed by compressed-tensors' own compressor, with scales as llm-compressor chooses them."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    args = QuantizationArgs(symmetric=True, **weights_args)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args, format=name)
+    dense, stored = load_file(source / "model.safetensors"), {}
+    compressor = BaseCompressor.get_value_from_registry(name)
+    for key, tensor in dense.items():
+        path = key.removesuffix(".weight")
+        if targets not in key or tensor.dim() != 2:
+            stored[key] = tensor
+            continue
+        blocks = tensor.float().unflatten(1, (-1, args.group_size))
+        amax = blocks.abs().amax(-1)
+        given: dict[str, Tensor] = {"weight": tensor}
+        if name.startswith("nvfp4"):
+            divisor = 448 * 6 / tensor.float().abs().amax().reshape(1)
+            given["weight_global_scale"] = divisor
+            given["weight_scale"] = (amax / 6 * divisor).to(torch.float8_e4m3fn)
+        else:
+            given["weight_scale"] = (amax / 7.5).to(torch.bfloat16)
+        made = compressor.compress(given, scheme)
+        stored |= {f"{path}.{part}": value.contiguous() for part, value in made.items()}
+    shutil.copytree(source, out)
+    save_file(stored, out / "model.safetensors", {"format": "pt"})
+    group = {"targets": ["Linear"], "weights": args.model_dump(mode="json"), "input_activations": None}
+    ignore = [k.removesuffix(".weight") for k, t in dense.items() if t.dim() == 2 and targets not in k]
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": name,
+        "config_groups": {"group_0": group},
+        "ignore": ignore,
+    }
+    edit(out, lambda config: config.update(quantization_config=quantization))
+    return out
+
+
+def test_nvfp4_of_the_library_with_any_global_scale(source: Path, tmp_path: Path) -> None:
+    folder = by_the_library(
+        source, tmp_path / "theirs", "nvfp4-pack-quantized", "_proj", num_bits=4, type="float", strategy="tensor_group",
+        group_size=16,
+    )  # fmt: skip
+    model = begun(folder, ("nvfp4", None))
+    above = weights(model)["model.layers.0.mlp.down_proj"].quantizer.global_scale
+    assert float(above.log2()) % 1  # no power of two
+    assert torch.equal(logits(model), logits(load_exported(folder)))
