@@ -5,6 +5,7 @@ checkpoint stores it gives the same codes, which is checked here for every layer
 packed model, and all that reads models (loading, names, exports) reads an ordinary folder.
 """
 
+import copy
 import hashlib
 import json
 import re
@@ -121,7 +122,7 @@ _KEY = "quantization_config"
 
 @dataclass
 class _Layer:
-    """What is kept of one quantized tensor of the checkpoint; `lowest` counts codes that only asymmetric formats have."""
+    """What is kept of one quantized tensor of the checkpoint; `lowest` counts codes that symmetric formats lack."""
 
     format: str
     input: str | None
@@ -165,10 +166,10 @@ def _layer(exported: ExportedFolder, path: str, dense: Tensor) -> _Layer:
 
 
 def _asymmetric(q: QTensor, path: str) -> Any:
-    """Symmetric formats here round to -7 at least, other tools' to -8; with zero points, all of them zero, that fits."""
+    """Symmetric formats here round down to -7, other tools' to -8; with zero points, all of them zero, that fits."""
     name = f"{q.format.name}_asym"
     if name not in CATALOG:
-        raise UnsupportedError(f"{path} holds the lowest code of {q.format.name}, which is never rounded to; {_INSTEAD}")
+        raise UnsupportedError(f"{path} holds the lowest code of {q.format.name}, which no rounding gives; {_INSTEAD}")
     return lookup(name)
 
 
@@ -242,7 +243,9 @@ class Packed:
     def put(self, model: "PreTrainedModel") -> list[str]:
         """Put the quantized layers of `model` at the stored scales and ranges; returns what is worth telling."""
         stored = load_file(self.folder / SCALES)
-        places, fresh = self.places(model), []
+        with torch.device("meta"):  # one whose weights are all there, whatever became of this one's
+            bare: Any = type(model)._from_config(copy.deepcopy(model.config), dtype=torch.bfloat16)
+        places, fresh = self.places(bare), []
         for site in sites(model, "weight"):
             names = places.get(f"{site.module}.{site.slot}")
             if names is not None:

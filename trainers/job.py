@@ -106,14 +106,13 @@ class Job(Strict):
             )
         if self.lora is not None and self.optim.cage.strength:
             raise ValueError("optim.cage moves weights, which lora leaves frozen; leave one of the two out")
-        moved_apart = self.scheme.learn in ("dual_lsq", "focus")
-        if self.lora is not None and self.lora.base == "packed" and moved_apart:
-            if any(step.kind == "reconstruct" for step in self.scheme.init):
-                raise ValueError(
-                    f"lora.base: packed after reconstruct with scheme.learn: {self.scheme.learn}: its scales for "
-                    "rounding and for dequantizing come apart, so that codes alone do not say where training begins; "
-                    "use learn: none, or base: dense"
-                )
+        apart = self.scheme.learn in ("dual_lsq", "focus") and any(s.kind == "reconstruct" for s in self.scheme.init)
+        if self.lora is not None and self.lora.base == "packed" and apart:
+            raise ValueError(
+                f"lora.base: packed after reconstruct with scheme.learn: {self.scheme.learn}: its scales for rounding "
+                "and for dequantizing come apart, so that codes alone do not say where training begins; use learn: "
+                "none, or base: dense"
+            )
         if self.devices > self.rows:
             raise ValueError(
                 f"devices ({self.devices}) are more than rows ({self.rows}), and each reads at least one row per step; "

@@ -269,7 +269,8 @@ def _baselines(
         console.print(text, highlight=False, soft_wrap=True)
 
     with dense(parts.student, inputs=True):
-        evaluate(parts.student if job.teacher is not None else parts.teacher, "bf16")
+        own = job.teacher is not None and not packed.continues(parts.student)  # whose middles of cells are no better
+        evaluate(parts.student if own else parts.teacher, "bf16")
     batches = _calibration(job, parts)
     autocast = torch.autocast(parts.device.type, parts.dtype or torch.bfloat16, enabled=parts.dtype is not None)
     with autocast:

@@ -68,9 +68,7 @@ class HeldWeight(Stored):
     def dequantize(self) -> Tensor:
         """float32: every value in the middle of its cell."""
         fmt = self.format
-        codes = from_words(
-            self.words.view(torch.int16), fmt.element.bits, self.columns, offset=fmt.element.is_integer
-        )
+        codes = from_words(self.words.view(torch.int16), fmt.element.bits, self.columns, offset=fmt.element.is_integer)
         scales = Scales(fmt.scale.from_bytes(self.scales), self.global_scale, self.zeros, type=fmt.scale)
         return QTensor(fmt, codes, scales).dequantize()
 

@@ -11,9 +11,7 @@ from torch.nn import functional
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, make: Callable[[], Tensor], *learned: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, make: Callable[[], Tensor], *learned: Tensor) -> Tensor:
         ctx.make, ctx.learned = make, learned
         ctx.bias_dtype = None if bias is None else bias.dtype
         with torch.no_grad():

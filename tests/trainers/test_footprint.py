@@ -47,3 +47,27 @@ def test_adapters_of_an_8b_model_need_much_less() -> None:
     full, low = (load_job(recipe, [*common, *more]) for more in ([], ["lora={rank: 16}"]))
     before, after = (sum(memory(each, job_facts(each), "cuda", True).values()) for each in (full, low))
     assert before >= 2.5 * after
+
+
+def test_a_packed_base_weighs_its_codes(tmp_path: Path) -> None:
+    tiny = tiny_model("llama", tmp_path)
+    wanted = job(tiny, scheme={"learn": "none"}, lora={"rank": 4, "base": "packed"})
+    assert wanted.lora is not None
+    model = apply(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), wanted.scheme)
+    attach(model, wanted.lora)
+    held = sum(b.nbytes for name, b in model.named_buffers() if ".held." in name)
+    parameters = sum(p.nbytes for p in model.parameters())
+    parts = memory(wanted, job_facts(wanted), "cpu", False)
+    assert parts["master weights"] == pytest.approx(held + parameters, rel=1e-3)
+    assert parts["quantized weights for backward"] == 0
+
+
+def test_a_packed_base_of_an_8b_model_needs_less_still() -> None:
+    recipe = ROOT / "configs" / "qad" / "llama-3.1-8b-nvfp4-8gpu.yaml"
+    common = ["strategy=auto", "devices=1", "rows=1", "micro_rows=1", "activation_checkpointing=true"]
+    common.append("scheme.learn=none")
+    variants = ([], ["lora={rank: 16}"], ["lora={rank: 16, base: packed}"])
+    full, low, held = (load_job(recipe, [*common, *more]) for more in variants)
+    peaks = [sum(memory(each, job_facts(each), "cuda", True).values()) for each in (full, low, held)]
+    assert peaks[0] >= 2.5 * peaks[2] and peaks[2] < peaks[1]
+    print([round(peak / 2**30, 1) for peak in peaks], memory(held, job_facts(held), "cuda", True))
