@@ -86,17 +86,20 @@ def targets(model: nn.Module, config: LoraConfig) -> list[Site]:
                 "leave it out of lora.targets"
             )
     in_order = [site for site in quantized if site.path in found]
-    _check_sizes(in_order, config)
+    _check_sizes(in_order, {candidate.path: candidate.slot.shape for candidate in every}, config)
     return in_order
 
 
-def _check_sizes(chosen: list[Site], config: LoraConfig) -> None:
+def _check_sizes(chosen: list[Site], shapes: dict[str, tuple[int, ...]], config: LoraConfig) -> None:
     tied: dict[int, str] = {}
     for site in chosen:
-        rows, columns = site.parameter.shape
+        rows, columns = shapes[site.path]
         if config.rank > min(rows, columns):
             raise ConfigError(f"lora.rank {config.rank} is larger than {site.path} ({rows} x {columns}); lower it")
-        other = tied.setdefault(id(site.parameter), site.path)
+        weight = getattr(site.owner, site.slot)
+        if weight is None:  # held packed, as no shared one is
+            continue
+        other = tied.setdefault(id(weight), site.path)
         if other != site.path:
             raise ConfigError(f"lora: {other} and {site.path} share one weight; leave both out of lora.targets")
 

@@ -268,6 +268,7 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
     Working space, the larger of: float32 chunks of logits with two gradients of the output layer; 5 copies of
         the largest quantized weight with the gradients of one feed-forward layer; evaluation instead of training.
     On CPUs, while tensors are smaller than 32 MiB, holes in the heap; see HEAP_LOSS.
+    Before that, weights that are held packed later are dense, unless a packed checkpoint gave them, and
     GPTQ keeps a matrix of 4 x width^2 per distinct input while calibrating, which no device shares; it
         counts where it exceeds the above.
 
@@ -296,7 +297,7 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
     calibrating = parts["master weights"] + parts["scales"] + parts["teacher"] + products + _streams(job, facts)
     calibrating += facts.saved * lora_footprint.dense_first(job)
     beyond = max(0, calibrating - sum(training.values()))
-    return {**training, "input products of calibration": beyond, "libraries and device context": RUNTIME[device]}
+    return {**training, "initialisation, beyond that": beyond, "libraries and device context": RUNTIME[device]}
 
 
 def _streams(job: Job, facts: Facts) -> int:

@@ -365,7 +365,7 @@ def test_compensated_starts_need_a_matrix_per_distinct_input(tiny: Path, monkeyp
     assert job_facts(compensated).input_products(compensated) == 2 * (3 * 128**2 + 256**2)
     large = job("meta-llama/Llama-3.1-8B", scheme={"init": ["gptq"]}, devices=8, strategy="fsdp", rows=16)
     large = large.model_copy(update={"activation_checkpointing": True, "loss_chunk": 64})
-    assert memory(large, job_facts(large), "cuda", True)["input products of calibration"] == 0
+    assert memory(large, job_facts(large), "cuda", True)["initialisation, beyond that"] == 0
     monkeypatch.setattr(footprint, "PRODUCTS", 1 << 40)  # all at once
     parts = memory(large, job_facts(large), "cuda", True)
     needed = 4 * 32 * (3 * 4096**2 + 14336**2)

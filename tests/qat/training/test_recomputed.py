@@ -42,4 +42,5 @@ def test_autocast_computes_in_its_own_type() -> None:
         y = recomputed_linear(x, lambda: weight * 1.0, None, (weight,))
         assert y.dtype == torch.bfloat16 and torch.equal(y, functional.linear(x, weight))
     y.float().sum().backward()
-    assert x.grad is not None and x.grad.dtype == weight.grad.dtype == torch.float32  # type: ignore[union-attr]
+    assert x.grad is not None and weight.grad is not None
+    assert x.grad.dtype == weight.grad.dtype == torch.float32
