@@ -65,7 +65,7 @@ ROOMS = {
     "sensitivity": {"modes", "sites"},
     "fallback": {"numbers", "sensitivity"},
     "scheme": {"numbers", "training", "init", "observers", "quantizer", "sites", "families", "fallback"},
-    "lora": {"training", "adapters", "sites", "text"},
+    "lora": {"training", "adapters", "sites", "text", "serving"},
     "surgery": {"numbers", "init", "adapters", "quantizer", "sites", "families", "scheme"},
 }
 

@@ -24,7 +24,7 @@ from qat.numbers.numerics import qsnr
 from qat.sharded import gathered
 from qat.sites import Site, weights
 from qat.surgery import Coverage, apply, report, rotate_inputs
-from qat.trainers import adapted, claim, fallback, limits, rates, strategy, why
+from qat.trainers import adapted, claim, fallback, limits, packed, rates, strategy, why
 from qat.trainers.callbacks import Keeper
 from qat.trainers.called import check_called
 from qat.trainers.data import Batches, Blocks, load_blocks
@@ -180,7 +180,7 @@ def _load(job: Job, source: Path, reference: Path, console: Console, ranks: Rank
     student: nn.Module = load_configured(job.model, source, device=device)
     coverage = report(student, job.scheme)
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed):  # flash attention takes nothing wider
-        check_called(student.to(device), coverage)
+        check_called(student.to(adapted.first_place(job, student, device)), coverage)
         _check_packing(job, student, *([teacher] if job.teacher is not None else []))
     parameters = sum(p.numel() for p in student.parameters())
     strategy.check_models(job, student, teacher)
@@ -199,6 +199,7 @@ def _load(job: Job, source: Path, reference: Path, console: Console, ranks: Rank
         name = "activation_checkpointing_enable"
         getattr(student, name if hasattr(student, name) else "gradient_checkpointing_enable")({"use_reentrant": False})
     apply(student, job.scheme, defer_init=True)
+    adapted.hold_early(job, student)
     if job.lora is None:  # else once there are adapters
         freeze(student, job.optim)
     dtype = torch.bfloat16 if mixed else None
@@ -276,7 +277,8 @@ def _baselines(
         console.print(text, highlight=False, soft_wrap=True)
 
     with dense(parts.student, inputs=True):
-        evaluate(parts.student if job.teacher is not None else parts.teacher, "bf16")
+        own = job.teacher is not None and not packed.continues(parts.student)  # whose middles of cells are no better
+        evaluate(parts.student if own else parts.teacher, "bf16")
     batches = _calibration(job, parts)
     autocast = torch.autocast(parts.device.type, parts.dtype or torch.bfloat16, enabled=parts.dtype is not None)
     with autocast:
@@ -285,6 +287,8 @@ def _baselines(
         console.print(sentence, highlight=False)
     rtn = job.scheme.rtn()
     initialise(parts.student, batches, rtn, mean_square, _tracked)
+    for sentence in packed.put(parts.student):
+        console.print(sentence, highlight=False, soft_wrap=True)
     parts.ranks.share(parts.student)
     evaluate(parts.student, "ptq")
     if rtn == job.scheme:
