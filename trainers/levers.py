@@ -12,7 +12,7 @@ from qat.trainers.speeds import MACHINE_GPUS, Machine, launch_seconds, step_seco
 HEADROOM = 0.95  # share of a device's memory that may be planned for
 MOST_DEVICES = 128  # that are proposed
 LOW_RANK = "lora='{rank: 16}' scheme.learn=none"
-_MOMENTS, _GRADIENTS = ("Adam moments", "average of weights"), ("gradients",)
+_MOMENTS = ("Adam moments", "average of weights")
 _WORTH = 1.1  # a proposal is at least so much faster
 
 
