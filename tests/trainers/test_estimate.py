@@ -271,7 +271,7 @@ print(base, resident("VmHWM"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the heap constants are glibc's, /proc is Linux's")
-@pytest.mark.parametrize("lora", [None, {"rank": 16}], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [None, {"rank": 16}, {"rank": 16, "base": "packed"}], ids=["full", "lora", "packed"])
 @pytest.mark.parametrize("exact", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_peak_is_the_measured_one(tmp_path: Path, exact: bool, lora: dict[str, Any] | None) -> None:
     """Within 25 % with the heap that a run uses; within 12 % where every block is returned at once."""

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from qat.checkpoints.export import export
 from qat.checkpoints.exported import load_exported
+from qat.checkpoints.layouts import TARGETS, open_export
 from qat.checkpoints.resume import load_student
 from qat.checkpoints.verify import verify
 from qat.errors import ConfigError
@@ -89,6 +90,11 @@ def test_a_run_begins_at_the_checkpoint_and_its_export_is_the_trained_student(
     report = train(job, table=False, console=Console(file=said, width=200))
     rows = {row["name"]: row for row in report["rows"]}
     assert rows["bf16"]["kl"] == pytest.approx(0, abs=1e-6) and rows["ptq"]["kl"] == rows["best_ptq"]["kl"] > 0
+    start, exported = load_file(job.folder / "checkpoints" / "start" / "codes.safetensors"), open_export(checkpoint)
+    for name, module in exported.modules.items():
+        q = TARGETS[exported.METHOD].unpack(module, exported.layer(name))
+        assert torch.equal(start[f"{name} codes"], q.codes)
+        assert torch.equal(start[f"{name} scale"], q.scales.effective())
     last = saved_steps(job)[-1].name
     export(job.folder, tmp_path / "out", checkpoint=last)
     assert verify(tmp_path / "out").ok
