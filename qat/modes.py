@@ -63,7 +63,8 @@ def served(model: nn.Module) -> Iterator[None]:
     trained inside. What is dense stays dense."""
     on_cpu = [m for m in model.modules() if isinstance(m, WeightQuantizer) and m.start.device.type == "cpu"]
     quantizers = [quantizer for quantizer in on_cpu if quantizer.mode == "quantized"]
-    on_grid, unrounded = {id(site.parameter) for site in sites(model, "weight")}, float32_names(model)
+    on_grid = {id(getattr(site.owner, site.slot)) for site in sites(model, "weight")}  # None where it is held packed
+    unrounded = float32_names(model)
     own = {id(t): t for name, t in own_tensors(model).items() if t.is_floating_point() and name not in unrounded}
     dense = [tensor for key, tensor in own.items() if key not in on_grid]
     try:

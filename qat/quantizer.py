@@ -171,10 +171,12 @@ class WeightQuantizer(Quantizer):
 
     @torch.no_grad()
     def of_rows(self, rows: slice) -> "WeightQuantizer":
-        """The same for one matrix of a stack, which lies in these rows; nothing in it learns."""
+        """The same for whole blocks of rows, of one matrix where this is a stack; nothing in it learns."""
         fmt, high = self.format, self.format.block[0]
-        part = slice(rows.start // high, rows.stop // high)
-        above = None if self.global_scale is None else self.global_scale[part][0, 0]
+        part = slice(rows.start // high, -(-rows.stop // high)) if high else slice(None)
+        above = self.global_scale
+        if above is not None and above.dim():
+            above = above[part][0, 0]
         zero, choice = (None if t is None else t[part] for t in (self.zero_point, self.choice))
         scales = Scales(fmt.scale.store(self.start[part], above), above, zero, choice, type=fmt.scale)
         one = WeightQuantizer(self.format, scales, self.learn, self.round_bf16)
