@@ -120,6 +120,8 @@ def refusal(job: "Job") -> str | None:
             "strategy deepspeed can be estimated (--dry-run) but not trained: Lightning takes it on CUDA alone and its "
             "releases have no wheels, so it was never run here; strategy=fsdp divides as ZeRO-3 does"
         )
+    if divides(job) and job.lora is not None and job.lora.base == "packed":
+        return "lora.base: packed holds codes, which strategy fsdp does not divide; use lora.base=dense or strategy=ddp"
     return None
 
 

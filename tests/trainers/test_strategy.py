@@ -252,6 +252,7 @@ def test_bad_input_is_named_before_anything_starts(
         (["devices=8"], "devices (8) are more than rows (4)"),
         (["devices=3"], "must be a multiple of micro_rows x devices"),
         (["devices=2", "strategy=deepspeed"], "deepspeed"),
+        (["devices=2", "strategy=fsdp", "lora={base: packed}"], "strategy fsdp does not divide"),
     ):
         assert main(["train", path, *given]) == 2
         assert expected in capsys.readouterr().err
