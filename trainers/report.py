@@ -338,10 +338,10 @@ def print_coverage(coverage: "Coverage", console: "Console") -> None:
             markup=False,
             soft_wrap=True,
         )
-    for key, value, modules, size, dense_size in coverage.by_cache():
+    for key, value, modules, stored, dense_stored in coverage.by_cache():
         console.print(
-            f"  cached keys {key}, values {value}: {modules} modules, {size:,.0f} bytes per token "
-            f"(BF16: {dense_size:,.0f})",
+            f"  cached keys {key}, values {value}: {modules} modules, {stored:,.0f} bytes per token "
+            f"(BF16: {dense_stored:,.0f})",
             highlight=False,
             markup=False,
             soft_wrap=True,
