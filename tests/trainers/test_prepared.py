@@ -1,6 +1,5 @@
 """`prepare` and `export` around Hugging Face's Trainer: it learns, resumes, keeps its scales, and exports what it
-trained;
-what cannot work is refused before anything is trained."""
+trained; what cannot work is refused before anything is trained."""
 
 import copy
 import itertools
