@@ -42,7 +42,9 @@ def test_there_are_five_and_each_runs_something() -> None:
     assert all(any(what == "run" for _, what, _ in blocks(path)) for path in TUTORIALS)
 
 
-@pytest.mark.parametrize("pages", [TOGETHER, *ALONE, [README], [PLUG_IN]], ids=lambda pages: "+".join(path.stem for path in pages))
+@pytest.mark.parametrize(
+    "pages", [TOGETHER, *ALONE, [README], [PLUG_IN]], ids=lambda pages: "+".join(path.stem for path in pages)
+)
 def test_pages_run_as_printed(pages: list[Path], changes: dict[str, str]) -> None:
     for page in pages:
         run(page, in_process, changes)
