@@ -59,12 +59,13 @@ ROOMS = {
     "observers": {"numbers"},
     "quantizer": {"numbers", "training", "observers"},
     "sites": {"numbers", "quantizer"},
-    "modes": {"quantizer", "sites", "float32"},
+    "modes": {"quantizer", "sites", "float32", "sharded"},
+    "sharded": {"quantizer", "sites"},
     "float32": {"quantizer"},
     "sensitivity": {"modes", "sites"},
     "fallback": {"numbers", "sensitivity"},
     "scheme": {"numbers", "training", "init", "observers", "quantizer", "sites", "families", "fallback"},
-    "lora": {"training", "adapters", "sites", "text"},
+    "lora": {"training", "adapters", "sites", "text", "serving"},
     "surgery": {"numbers", "init", "adapters", "quantizer", "sites", "families", "scheme"},
 }
 

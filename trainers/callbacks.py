@@ -22,6 +22,7 @@ from qat.checkpoints import resume
 from qat.checkpoints.progress import Meter
 from qat.config import write_text_atomic
 from qat.errors import ConfigError
+from qat.sharded import is_divided, share, swapped
 from qat.trainers import why
 from qat.trainers.evaluate import Evaluator, Scores
 from qat.trainers.interrupts import Interruptions
@@ -99,20 +100,14 @@ class Average:
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, parameter in self.model.named_parameters():
             if name in self.values:
-                self.values[name].lerp_(parameter.detach(), 1 - decay)
+                share(self.values[name]).lerp_(share(parameter), 1 - decay)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """The model holds the averaged values inside this context."""
-        own = {name: p.data for name, p in self.model.named_parameters() if name in self.values}
         parameters = dict(self.model.named_parameters())
-        try:
-            for name, value in self.values.items():
-                parameters[name].data = value
+        with swapped((parameters[name], share(value)) for name, value in self.values.items()):
             yield
-        finally:
-            for name, data in own.items():
-                parameters[name].data = data
 
 
 class Keeper:
@@ -127,9 +122,10 @@ class Keeper:
         scores = self.evaluator.score(model)
         if not self.best or scores.kl < self.best["kl"]:
             self.best = {"step": step, "kl": scores.kl, "since": 0}
-            if self.ranks.first:
-                state = {"step": step, **scores.row("student")}
-                resume.save_best(self.run, resume.student_tensors(model), state, self.job.lora)
+            first = self.ranks.first
+            tensors = resume.student_tensors(model, keep=first) if first or is_divided(model) else {}
+            if first:
+                resume.save_best(self.run, tensors, {"step": step, **scores.row("student")}, self.job.lora)
         else:
             self.best["since"] += 1
         return scores
@@ -252,15 +248,16 @@ class StepLoop(lit.Callback):
             logger.log_metrics(values, step=step)
 
     def save(self, module: QatModule, step: int) -> None:
-        """Write the resumable state; every rank has it whole, so the first one does."""
-        if not self.keeper.ranks.first:
+        """Write the resumable state: the first rank does, and where the model is divided the others hand it theirs."""
+        first = self.keeper.ranks.first
+        if not (first or is_divided(module.student)):
             return
         if self.metrics is not None:
             self.metrics.sync()
         values = self.average.values if self.average is not None else None
         state = {**self.saved, "best": self.keeper.best}
         optimizer: Any = module.optimizers()
-        resume.save_state(self.run, step, module.student, optimizer.optimizer, values, state)
+        resume.save_state(self.run, step, module.student, optimizer.optimizer, values, state, write=first)
 
     def _close(self, complete: bool) -> None:
         self.interruptions.end_at_once()

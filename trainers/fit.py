@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from qat.checkpoints import resume
+from qat.sharded import put
 from qat.trainers.callbacks import Average, Keeper, StepLoop
 from qat.trainers.data import Batches
 from qat.trainers.interrupts import Interruptions
@@ -59,7 +60,7 @@ def lightning(job: Job, parts: Parts, steps: int, callbacks: list[Any], loggers:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        **trainer_arguments(parts.ranks),
+        **trainer_arguments(parts.ranks, job.strategy),
     )
 
 
@@ -77,7 +78,8 @@ class _Restore(lit.Callback):
         optimizer: Any = pl_module.optimizers()
         _, values = resume.restore_state(self.folder, pl_module.student, optimizer.optimizer)
         if self.average is not None and values is not None:
-            self.average.values = {n: t.to(self.average.values[n].device) for n, t in values.items()}
+            for name, value in values.items():
+                put(self.average.values[name], value)
 
 
 def quiet_lightning() -> None:
