@@ -23,11 +23,12 @@ from qat.modes import dense
 from qat.numbers.numerics import qsnr
 from qat.sharded import gathered
 from qat.sites import Site, weights
-from qat.surgery import Coverage, apply, report, rotate_inputs
+from qat.surgery import apply, report, rotate_inputs
 from qat.trainers import adapted, claim, fallback, limits, packed, rates, strategy, why
+from qat.trainers.announced import print_coverage, print_texts
 from qat.trainers.callbacks import Keeper
 from qat.trainers.called import check_called
-from qat.trainers.data import Batches, Blocks, load_blocks
+from qat.trainers.data import Batches, load_blocks
 from qat.trainers.evaluate import Evaluator, gap_closed
 from qat.trainers.exportable import export_notes, student_without_numbers
 from qat.trainers.fit import fit, quiet_lightning
@@ -41,7 +42,7 @@ from qat.trainers.overlap import overlap
 from qat.trainers.packing import LEAKS, leakage, model_inputs
 from qat.trainers.parts import Parts
 from qat.trainers.plots import read_metrics
-from qat.trainers.report import CONTAMINATED, RunReport, print_table, write_report
+from qat.trainers.report import RunReport, print_table, write_report
 from qat.trainers.strategy import Ranks
 from qat.trainers.teacher import settled
 from qat.trainers.written import device_and_mixed, load_teacher
@@ -127,7 +128,7 @@ def _train(job: Job, resume_run: bool, console: Console, interruptions: Interrup
     ranks.lead(lambda: loggers.extend(start_loggers(job)))
     lit.seed_everything(job.seed, verbose=False)
     parts = _load(job, source, reference, console, ranks)
-    _print_coverage(parts.coverage, console)
+    print_coverage(parts.coverage, console)
     text = {"data": parts.train.digest, "eval.data": parts.heldout.digest}
     if parts.chosen_apart:
         text["eval.choose"] = parts.choosing.digest
@@ -193,7 +194,7 @@ def _load(job: Job, source: Path, reference: Path, console: Console, ranks: Rank
     choosing, calibration = loaded.get("eval.choose", heldout), loaded.get("calibration", train_rows)
     texts = {"data": train_rows, "eval.data": heldout, "eval.choose": choosing, "calibration": calibration}
     limits.check_rows(tokenizer, texts, student, teacher)
-    _print_texts(train_rows, heldout, choosing, console)
+    print_texts(train_rows, heldout, choosing, console)
     if job.activation_checkpointing:
         # transformers 5.23 renamed the method; 5.17 only knows the old name.
         name = "activation_checkpointing_enable"
@@ -207,15 +208,6 @@ def _load(job: Job, source: Path, reference: Path, console: Console, ranks: Rank
     return Parts(student.to(device), teacher, *rows, coverage, device, dtype, parameters, ranks=ranks)
 
 
-def _print_texts(train_rows: Blocks, heldout: Blocks, choosing: Blocks, console: Console) -> None:
-    texts = {"training": train_rows, "held-out": heldout} | ({"choosing": choosing} if choosing is not heldout else {})
-    for name, blocks in texts.items():
-        console.print(f"{name} text: {blocks.summary}", highlight=False, soft_wrap=True)
-    shared = overlap(train_rows, heldout)
-    if shared > CONTAMINATED:
-        console.print(f"[yellow]warning: {shared:.1%} of the held-out 13-grams also occur in the training text")
-
-
 def _check_packing(job: Job, *models: Any) -> None:
     texts = {"data": job.data, "eval.data": job.eval.data, "eval.choose": job.eval.choose}
     texts["calibration"] = job.calibration
@@ -227,33 +219,6 @@ def _check_packing(job: Job, *models: Any) -> None:
                 f"{type(model).__name__} with {model.config._attn_implementation} attention lets packed documents see "
                 f"each other (leakage {leak:.2f}); set {' and '.join(f'{name}.pack' for name in packed)} to false"
             )
-
-
-def _print_coverage(coverage: Coverage, console: Console) -> None:
-    console.print(
-        f"{coverage.quantized_share:.1%} of the weights are quantized, {coverage.bits_per_weight:.2f} bits per weight:",
-        highlight=False,
-        soft_wrap=True,
-    )
-    rows = coverage.by_format()
-    widest, widest_input = max(len(row[0].partition(": ")[0]) for row in rows), max(len(row[1]) for row in rows)
-    for treatment, input, modules, parameters, bits in rows:
-        weight, _, reason = treatment.partition(": ")
-        console.print(
-            f"  {weight:<{widest}}  inputs {input:<{widest_input}} {modules:>5} modules"
-            f" {parameters / 1e6:>9.2f} M weights {bits:>6.2f} bits  {reason}".rstrip(),
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
-    for key, value, modules, size, dense_size in coverage.by_cache():
-        console.print(
-            f"  cached keys {key}, values {value}: {modules} modules, {size:,.0f} bytes per token "
-            f"(BF16: {dense_size:,.0f})",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
 
 
 def _baselines(
