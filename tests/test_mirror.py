@@ -37,6 +37,7 @@ ELSEWHERE = {
     "qat/options.py": "qat/test_cli.py: options are half of the command",
     "qat/sites.py": "qat/test_surgery.py: sites are what surgery leaves",
     "trainers/adapted.py": "trainers/test_run.py: between initialisation and the first step",
+    "trainers/announced.py": "trainers/test_run.py: printed before the first step of every run",
     "trainers/analysis_plots.py": "trainers/test_analyze.py: pictures of the same analysis",
     "trainers/device.py": "trainers/test_inspect.py: devices that people type",
     "trainers/estimate_table.py": "trainers/test_estimate.py: the estimate as printed",

@@ -19,8 +19,6 @@ from qat.trainers import why
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qat.surgery import Coverage
-
 JSON, PAGE = "report.json", "report.md"
 LABELS = {"bf16": "BF16", "ptq": "RTN", "best_ptq": "PTQ initialisation", "student": "trained student"}
 CONTAMINATED = 0.01  # share of the held-out 13-grams seen in training above which runs and reports warn
@@ -318,31 +316,3 @@ def _number(value: Any) -> bool:
 
 def _less(first: Any, second: Any) -> bool:
     return _number(first) and _number(second) and first < second
-
-
-def print_coverage(coverage: "Coverage", console: "Console") -> None:
-    """Say which weights and caches get which format, and what stays in 16 bits."""
-    console.print(
-        f"{coverage.quantized_share:.1%} of the weights are quantized, {coverage.bits_per_weight:.2f} bits per weight:",
-        highlight=False,
-        soft_wrap=True,
-    )
-    rows = coverage.by_format()
-    widest, widest_input = max(len(row[0].partition(": ")[0]) for row in rows), max(len(row[1]) for row in rows)
-    for treatment, input, modules, parameters, bits in rows:
-        weight, _, reason = treatment.partition(": ")
-        console.print(
-            f"  {weight:<{widest}}  inputs {input:<{widest_input}} {modules:>5} modules"
-            f" {parameters / 1e6:>9.2f} M weights {bits:>6.2f} bits  {reason}".rstrip(),
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
-    for key, value, modules, stored, dense_stored in coverage.by_cache():
-        console.print(
-            f"  cached keys {key}, values {value}: {modules} modules, {stored:,.0f} bytes per token "
-            f"(BF16: {dense_stored:,.0f})",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )

@@ -25,9 +25,10 @@ from qat.sharded import gathered
 from qat.sites import Site, weights
 from qat.surgery import apply, report, rotate_inputs
 from qat.trainers import adapted, claim, fallback, limits, packed, rates, strategy, why
+from qat.trainers.announced import print_coverage, print_texts
 from qat.trainers.callbacks import Keeper
 from qat.trainers.called import check_called
-from qat.trainers.data import Batches, Blocks, load_blocks
+from qat.trainers.data import Batches, load_blocks
 from qat.trainers.evaluate import Evaluator, gap_closed
 from qat.trainers.exportable import export_notes, student_without_numbers
 from qat.trainers.fit import fit, quiet_lightning
@@ -41,7 +42,7 @@ from qat.trainers.overlap import overlap
 from qat.trainers.packing import LEAKS, leakage, model_inputs
 from qat.trainers.parts import Parts
 from qat.trainers.plots import read_metrics
-from qat.trainers.report import CONTAMINATED, RunReport, print_coverage, print_table, write_report
+from qat.trainers.report import RunReport, print_table, write_report
 from qat.trainers.strategy import Ranks
 from qat.trainers.teacher import settled
 from qat.trainers.written import device_and_mixed, load_teacher
@@ -193,7 +194,7 @@ def _load(job: Job, source: Path, reference: Path, console: Console, ranks: Rank
     choosing, calibration = loaded.get("eval.choose", heldout), loaded.get("calibration", train_rows)
     texts = {"data": train_rows, "eval.data": heldout, "eval.choose": choosing, "calibration": calibration}
     limits.check_rows(tokenizer, texts, student, teacher)
-    _print_texts(train_rows, heldout, choosing, console)
+    print_texts(train_rows, heldout, choosing, console)
     if job.activation_checkpointing:
         # transformers 5.23 renamed the method; 5.17 only knows the old name.
         name = "activation_checkpointing_enable"
@@ -205,15 +206,6 @@ def _load(job: Job, source: Path, reference: Path, console: Console, ranks: Rank
     dtype = torch.bfloat16 if mixed else None
     rows = (train_rows, heldout, calibration, choosing)
     return Parts(student.to(device), teacher, *rows, coverage, device, dtype, parameters, ranks=ranks)
-
-
-def _print_texts(train_rows: Blocks, heldout: Blocks, choosing: Blocks, console: Console) -> None:
-    texts = {"training": train_rows, "held-out": heldout} | ({"choosing": choosing} if choosing is not heldout else {})
-    for name, blocks in texts.items():
-        console.print(f"{name} text: {blocks.summary}", highlight=False, soft_wrap=True)
-    shared = overlap(train_rows, heldout)
-    if shared > CONTAMINATED:
-        console.print(f"[yellow]warning: {shared:.1%} of the held-out 13-grams also occur in the training text")
 
 
 def _check_packing(job: Job, *models: Any) -> None:
