@@ -12,6 +12,7 @@ from qat.trainers.speeds import MACHINE_GPUS, Machine, launch_seconds, step_seco
 HEADROOM = 0.95  # share of a device's memory that may be planned for
 MOST_DEVICES = 128  # that are proposed
 LOW_RANK = "lora='{rank: 16}' scheme.learn=none"
+UNDIVIDED = "undivided models, initialised"  # of `footprint.memory`: not yet loaded in shares
 _MOMENTS = ("Adam moments", "average of weights")
 _WORTH = 1.1  # a proposal is at least so much faster
 
@@ -85,10 +86,13 @@ def memory_advice(job: Job, facts: Facts, machine: Machine) -> list[str]:
         return [f"does not fit into the {room}; it would with {', or with '.join(filter(None, found))}"]
     parts = memory(job, facts, machine.kind, machine.mixed)
     largest = max(parts, key=lambda name: parts[name])
-    return [
+    said = (
         f"does not fit into the {room}, with fewer rows, recomputed activations and more devices neither; the largest "
         f"part is {largest} ({parts[largest] / GIB:,.0f} GiB)"
-    ]
+    )
+    step = sum(parts.values()) - parts.get(UNDIVIDED, 0)
+    fits = UNDIVIDED in parts and step <= HEADROOM * machine.capacity
+    return [said + f", without which a step would fit ({step / GIB:,.0f} GiB)" * fits]
 
 
 def _levers(job: Job) -> list[dict[str, Any]]:
