@@ -34,10 +34,8 @@ def ways(job: Job, facts: Facts, machine: Machine) -> tuple[Way, ...]:
         changed(job, devices=devices, strategy=name) for devices, name in ((1, "auto"), (count, "ddp"), (count, "fsdp"))
     )
     whole = memory(ddp, facts, machine.kind, machine.mixed)
-    plain = memory(one, facts, machine.kind, machine.mixed)["gradients"]  # without the buckets of ddp
-    first = sum(whole.values()) - whole["gradients"] + plain
-    first -= sum(whole[name] * (count - 1) // count for name in _MOMENTS)
-    second = first - plain * (count - 1) // count
+    first = sum(whole.values()) - sum(whole[name] * (count - 1) // count for name in _MOMENTS)
+    second = first - whole["gradients"] * (count - 1) // count
     divided = _peak(fsdp, facts, machine)
     rows = [
         ("one device", one, _peak(one, facts, machine)),
