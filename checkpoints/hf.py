@@ -1,7 +1,7 @@
 """Loading any Hugging Face causal language model so that training starts from exactly the published weights.
 
-`resolve` turns what a config names (hub id, folder, GGUF file, the embedded model) into a local folder of
-safetensors; `load_model` reads that folder after checking what transformers would only warn about: truncated
+`resolve` turns what a config names (hub id, folder, GGUF file, packed checkpoint, the embedded model) into a local
+folder of safetensors; `load_model` reads that folder after checking what transformers would only warn about: truncated
 shards, missing or surplus tensors, wrong architecture, weights quantized already. Nothing is unpickled.
 """
 
@@ -111,7 +111,7 @@ def resolve(config: ModelConfig, weights: bool = True) -> Path:
 
         return gguf.convert(gguf.embedded_file(), cache_folder("models"))
     if path.is_dir():
-        return local_folder(path)
+        return _unpacked(local_folder(path))
     if path.suffix == ".gguf":
         from qat.checkpoints import gguf
 
@@ -123,6 +123,13 @@ def resolve(config: ModelConfig, weights: bool = True) -> Path:
     if not _HUB_ID.fullmatch(config.id):
         raise CheckpointError(f"there is no folder {path}, and {config.id!r} is not a hub id (owner/name)")
     return _download(config, weights)
+
+
+def _unpacked(folder: Path) -> Path:
+    """`folder`, or the dense model that a packed checkpoint in it was unpacked to."""
+    from qat.checkpoints import packed
+
+    return packed.convert(folder, cache_folder("models")) if packed.is_packed(folder) else folder
 
 
 def local_folder(folder: Path) -> Path:

@@ -43,6 +43,7 @@ ELSEWHERE = {
     "trainers/exportable.py": "trainers/test_called.py: what is refused before the first step",
     "trainers/fit.py": "trainers/test_run.py: the loop of a run",
     "trainers/job.py": "configs/test_configs.py: every recipe is a job",
+    "trainers/lora_footprint.py": "trainers/test_footprint.py: what adapters weigh is a part of what a job weighs",
     "trainers/machine.py": "trainers/test_machines.py: what is said of a machine that misbehaves",
     "trainers/overlap.py": "trainers/test_data.py: compares two sets of rows",
     "trainers/parts.py": "trainers/test_run.py: a dataclass",

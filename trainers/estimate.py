@@ -16,7 +16,7 @@ from qat.trainers.footprint import BF16, FP32, Facts, flops_per_token, forward_f
 from qat.trainers.job import Job
 from qat.trainers.levers import HEADROOM, Way, launch_advice, memory_advice, ways
 from qat.trainers.speeds import Machine, launch_seconds, machines, step_seconds
-from qat.trainers.strategy import refusal
+from qat.trainers.strategy import divides, refusal, undividable
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ def estimate(job: Job) -> Estimate:
         ways=ways(job, facts, devices[-1]),
         notes=(
             *facts.notes,
+            *undividable(job, facts.student.model, facts.teacher.model),
             *_notes(job, facts, devices),
             *_export_notes(job, facts),
             *limits.dry_run(job, facts.student.model, facts.teacher.model),
@@ -122,6 +123,8 @@ def _export_notes(job: Job, facts: Facts) -> list[str]:
 
 def _notes(job: Job, facts: Facts, devices: list[Machine]) -> list[str]:
     notes = [reason] if (reason := refusal(job)) else []
+    if divides(job):
+        notes.append("every device holds the undivided models until they are initialised, then its share")
     if (fallback := job.scheme.fallback) is not None:
         notes.append(f"which {fallback.count} layers fall back is decided when training begins, and not counted here")
     texts = [*job.data.parts, *(job.calibration.parts if job.calibration is not None else ())]

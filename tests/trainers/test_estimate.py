@@ -212,9 +212,10 @@ def test_sharding_divides_states_and_ddp_keeps_gradients_in_its_buckets(tiny: Pa
     assert split["quantized weights for backward"] == alone["quantized weights for backward"]
     assert whole["gradients"] == alone["gradients"]
     assert whole["master weights"] == alone["master weights"]
-    refusal, advice = estimate(sharded).notes[:2]
-    assert "not trained yet" in refusal and "activation_checkpointing" in advice
-    assert not any("not trained yet" in note for note in estimate(one).notes)
+    undivided, advice = estimate(sharded).notes[:2]
+    assert "undivided models until they are initialised" in undivided and "activation_checkpointing" in advice
+    assert "not trained" in estimate(job(tiny, strategy="deepspeed", **many)).notes[0]
+    assert not any("not trained" in note for note in (*estimate(sharded).notes, *estimate(one).notes))
 
 
 def test_checkpointing_keeps_one_layer(tiny: Path) -> None:
@@ -270,7 +271,7 @@ print(base, resident("VmHWM"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the heap constants are glibc's, /proc is Linux's")
-@pytest.mark.parametrize("lora", [None, {"rank": 16}], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [None, {"rank": 16}, {"rank": 16, "base": "packed"}], ids=["full", "lora", "packed"])
 @pytest.mark.parametrize("exact", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_peak_is_the_measured_one(tmp_path: Path, exact: bool, lora: dict[str, Any] | None) -> None:
     """Within 25 % with the heap that a run uses; within 12 % where every block is returned at once."""
