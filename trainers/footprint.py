@@ -259,8 +259,8 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
     step before are still there (Lightning clears them just before the backward pass).
 
     States, divided by the devices under fsdp and deepspeed, with P parameters, P' of them trained, S learned scales:
-        masters 4 P (LoRA: 4 P' more; what is held packed its codes and scales); gradients 4 (P' + S), twice that
-        under ddp, which copies them into buckets;
+        masters 4 P (LoRA: 4 P' more; what is held packed its codes and scales); gradients 4 (P' + S), under ddp too,
+        whose buckets they lie in;
         moments 8 (P' + S); scales 4 S and 4 per block for their start; average 4 (P' + S); teacher 2 P, on CPUs 4 P.
     Kept for the backward pass, T tokens per device and forward pass:
         quantized weights 2 per weight (4 without round_bf16), up to 16 per scale; activations as in `_per_token`;
@@ -312,12 +312,11 @@ def _streams(job: Job, facts: Facts) -> int:
 def _states(job: Job, facts: Facts, device: str) -> dict[str, int]:
     learned = {"lsq": 1, "dual_lsq": 2, "focus": 5}.get(job.scheme.learn, 0) * facts.blocks
     trained = facts.trainable + learned
-    buckets = 2 if job.devices > 1 and shards(job) == 1 else 1
     teacher = (BF16 if device == "cuda" else FP32) * facts.teacher.parameters
     parts = {
         "master weights": FP32 * (facts.student.parameters + facts.adapters) - facts.saved,
         "scales": FP32 * (learned + facts.blocks),
-        "gradients": FP32 * trained * buckets,
+        "gradients": FP32 * trained,
         "Adam moments": 2 * FP32 * trained,
         "average of weights": FP32 * trained if job.optim.ema else 0,
         "teacher": teacher,

@@ -12,6 +12,7 @@ from qat.trainers.speeds import MACHINE_GPUS, Machine, launch_seconds, step_seco
 HEADROOM = 0.95  # share of a device's memory that may be planned for
 MOST_DEVICES = 128  # that are proposed
 LOW_RANK = "lora='{rank: 16}' scheme.learn=none"
+UNDIVIDED = "undivided models, initialised"  # of `footprint.memory`: not yet loaded in shares
 _MOMENTS = ("Adam moments", "average of weights")
 _WORTH = 1.1  # a proposal is at least so much faster
 
@@ -33,10 +34,8 @@ def ways(job: Job, facts: Facts, machine: Machine) -> tuple[Way, ...]:
         changed(job, devices=devices, strategy=name) for devices, name in ((1, "auto"), (count, "ddp"), (count, "fsdp"))
     )
     whole = memory(ddp, facts, machine.kind, machine.mixed)
-    plain = memory(one, facts, machine.kind, machine.mixed)["gradients"]  # without the buckets of ddp
-    first = sum(whole.values()) - whole["gradients"] + plain
-    first -= sum(whole[name] * (count - 1) // count for name in _MOMENTS)
-    second = first - plain * (count - 1) // count
+    first = sum(whole.values()) - sum(whole[name] * (count - 1) // count for name in _MOMENTS)
+    second = first - whole["gradients"] * (count - 1) // count
     divided = _peak(fsdp, facts, machine)
     rows = [
         ("one device", one, _peak(one, facts, machine)),
@@ -85,10 +84,13 @@ def memory_advice(job: Job, facts: Facts, machine: Machine) -> list[str]:
         return [f"does not fit into the {room}; it would with {', or with '.join(filter(None, found))}"]
     parts = memory(job, facts, machine.kind, machine.mixed)
     largest = max(parts, key=lambda name: parts[name])
-    return [
+    said = (
         f"does not fit into the {room}, with fewer rows, recomputed activations and more devices neither; the largest "
         f"part is {largest} ({parts[largest] / GIB:,.0f} GiB)"
-    ]
+    )
+    step = sum(parts.values()) - parts.get(UNDIVIDED, 0)
+    fits = UNDIVIDED in parts and step <= HEADROOM * machine.capacity
+    return [said + f", without which a step would fit ({step / GIB:,.0f} GiB)" * fits]
 
 
 def _levers(job: Job) -> list[dict[str, Any]]:

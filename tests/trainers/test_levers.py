@@ -109,3 +109,5 @@ def test_recipes_for_clusters_have_believable_plans(name: str, least: int, most:
     assert states < step < HEADROOM * 80 * GIB
     assert (step + undivided < HEADROOM * 80 * GIB) == ("8b" in name)  # every device holds the models at first
     assert least < speed(wanted) / wanted.devices < most
+    notes = memory_advice(wanted, known, h100(wanted))
+    assert notes == [] if "8b" in name else f"a step would fit ({step / GIB:.0f} GiB)" in notes[0]
