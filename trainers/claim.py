@@ -231,6 +231,8 @@ def _comparable(job: Job) -> dict[str, Any]:
         for part in (text, *text["mix"]) if text else ():
             if Path(part["source"]).is_absolute():
                 part["source"] = "a local text"
+    if data["teacher_cache"]:
+        del data["teacher_cache"]["folder"]
     for model in (data["model"], data["teacher"]):
         if model and Path(model["id"]).is_absolute():
             model["id"] = "a local model"

@@ -24,6 +24,7 @@ from qat.numbers.hadamard import BlockHadamard
 from qat.numbers.numerics import find_scales
 from qat.quantizer import InputQuantizer, WeightQuantizer
 from qat.scheme import Rule, Scheme
+from qat.text import size
 from qat.trainers import limits
 from qat.trainers.exportable import export_notes
 from qat.trainers.footprint import BF16, FP32, GIB, Facts, flops_per_token, forward_flops, job_facts, memory, shards
@@ -185,6 +186,11 @@ def _notes(job: Job, plans: tuple[Plan, ...]) -> list[str]:
     texts = [*job.data.parts, *(job.calibration.parts if job.calibration is not None else ())]
     if any(text.source == "teacher" for text in texts):
         notes.append("the time in which the teacher writes text is not counted")
+    if job.teacher_cache is not None:
+        each = job.teacher_cache.bytes_per_token
+        most = size(job.steps * job.tokens_per_step * each * job.objective.needs_teacher)
+        notes.append(f"the teacher's cache takes {each} bytes per learned token, here at most {most}; asking it "
+                     "(qat teacher CONFIG) is not counted")  # fmt: skip
     if shards(job) > 1 and not job.activation_checkpointing:
         notes.append(
             f"{job.strategy} shards weights, but quantized copies stay whole on every device until the backward pass; "
@@ -329,7 +335,7 @@ def _step_seconds(job: Job, facts: Facts, machine: Machine) -> float:
     """Of one optimizer step on each device: products, fake quantization of the weights once per pass and of the inputs,
     the other elementwise work, and the update; a pass takes no less than its launches."""
     tokens = job.micro_rows * job.data.seq_len
-    logits = LOGIT_PASSES[job.objective.needs_teacher] * FP32 * tokens * facts.student.shape.vocabulary
+    logits = LOGIT_PASSES[job.asks_teacher] * FP32 * tokens * facts.student.shape.vocabulary
     activations = ACTIVATION_PASSES * memory(job, facts, machine.kind, machine.mixed)["activations"]
     one_pass = (
         tokens * flops_per_token(job, facts) * machine.per_flop
@@ -351,7 +357,7 @@ def _other_seconds(job: Job, facts: Facts, machine: Machine) -> float:
     head = 2.0 * facts.teacher.shape.hidden * facts.teacher.shape.vocabulary
     during = job.steps // job.eval.every if job.eval.every else 1
     often = 3 + during + 2 * (job.eval.choose is not None) + 3 * job.eval.why
-    evaluation = job.eval.tokens * (2 * teacher + often * (student + head))
+    evaluation = job.eval.tokens * (2 * teacher * (job.teacher_cache is None) + often * (student + head))
     passes = often * job.eval.tokens / (job.eval.batch * job.eval.data.seq_len)
     values = often * job.eval.tokens * facts.input_values
     text, products = job.calibration or job.data, facts.input_products(job)

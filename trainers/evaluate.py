@@ -139,12 +139,16 @@ class Evaluator:
             )
         return Scores(nll, kl, top1, int(tokens))
 
+    def own_rows(self) -> list[list[int]]:
+        """The rows of each batch that is this rank's."""
+        rows = list(range(len(self.blocks)))
+        parts = [rows[start : start + self.batch] for start in range(0, len(rows), self.batch)]
+        return parts[self.ranks.rank :: self.ranks.size]
+
     @torch.no_grad()
     def _hidden(self, model: nn.Module, what: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Of every batch that is this rank's."""
-        rows = list(range(len(self.blocks)))
-        parts = [rows[start : start + self.batch] for start in range(0, len(rows), self.batch)]
-        own = parts[self.ranks.rank :: self.ranks.size]
+        own = self.own_rows()
         with progress(what, sum(map(len, own)), "rows") as advance:
             for part in own:
                 batch = self.blocks.rows(part)
