@@ -76,8 +76,8 @@ def _read(job: Job, tokenizer: Any) -> Store:
         folder = cache_folder("teachers") / hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
     store = Store.read(folder)
     changed = [name for name in WORDS if store.header and store.header.get(name) != now[name]]
-    if "template" in changed:
-        changed = [name for name in changed if name != "tokenizer"]  # whose fingerprint holds the template
+    for name, follows in (("template", "tokenizer"), ("kind", "seed")):  # the second holds the first, or hangs on it
+        changed = [other for other in changed if other != follows or name not in changed]
     if changed:
         said = [_changed(name, store.header.get(name), now[name]) for name in changed]
         raise ConfigError(
@@ -147,7 +147,7 @@ def bound(job: Job, store: Store, texts: dict[str, Blocks], student: Any) -> Tau
         )
     missing = []
     keys = _keys(texts[TRAINED]) if job.objective.needs_teacher else []
-    if lost := [row for row, key in enumerate(keys) if key not in store.places]:
+    if lost := _missing(store, keys):
         missing.append(f"{len(lost):,} of the {len(keys):,} rows of data (the first is row {lost[0]})")
     missing += [key for key in EVALUATED if key in job.texts and not store.has_heldout(texts[key].digest)]
     if missing:
@@ -251,13 +251,12 @@ def fill(
     texts = {key: load_blocks(c, tokenizer, num_tokens=n, teacher=teacher) for key, (c, n) in wanted.items()}
     limits.check_rows(tokenizer, texts, teacher)
     keys = _keys(texts[TRAINED]) if job.objective.needs_teacher else []
-    missing = [row for row, key in enumerate(keys) if key not in store.places]
+    missing = _missing(store, keys)
     with store.writing() as writer:
         head = _head(job, teacher, store)
-        store.header |= {**_identity(job, tokenizer), "vocabulary": head.vocabulary, "texts": _settings(job),
-                         "computed in": f"{str(dtype or torch.float32).removeprefix('torch.')} on {device.type}"}  # fmt: skip
-        if writer_of_text:
-            store.header["weights"] = writer_of_text
+        computed = f"{str(dtype or torch.float32).removeprefix('torch.')} on {device.type}"
+        now = {"vocabulary": head.vocabulary, "texts": _settings(job), "computed in": computed}
+        store.header |= {**_identity(job, tokenizer), **now, "weights": writer_of_text or store.writer}
         store.keep_header()
         for key in EVALUATED:
             if key in texts and not store.has_heldout(texts[key].digest):
@@ -270,11 +269,18 @@ def fill(
                 for row, known in zip(part, _said(job, teacher, head, texts[TRAINED], part, keys, dtype), strict=True):
                     writer.add(keys[row], known)
                 advance(len(part))
+    return _filled(store, len(keys), len(missing), time.monotonic() - begin)
+
+
+def _missing(store: Store, keys: list[bytes]) -> list[int]:
+    """The rows that are not there."""
+    return [row for row, key in enumerate(keys) if key not in store.places]
+
+
+def _filled(store: Store, rows: int, asked: int, seconds: float) -> Filled:
     learned = sum(int(columns["starts"][-1]) for columns in store.shards)
     stored = sum(array.nbytes for columns in store.shards for array in columns.values())
-    seconds = time.monotonic() - begin
-    each = stored / max(1, learned)
-    return Filled(store.folder, len(keys), len(missing), learned, each, store.nbytes, seconds)
+    return Filled(store.folder, rows, asked, learned, stored / max(1, learned), store.nbytes, seconds)
 
 
 def _head(job: Job, teacher: Any, store: Store) -> Head:
@@ -296,10 +302,9 @@ def _said(
 ) -> list[Known]:
     """What the teacher says of each row, computed as a run computes it."""
     assert job.teacher_cache is not None
-    device = head.linear.weight.device
+    device: Any = head.linear.weight.device
     batch = {name: tensor.to(device) for name, tensor in blocks.rows(rows).items()}
     found = []
-    assert isinstance(device, torch.device)
     with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
         hidden = hidden_states(teacher, batch)
         for row, states, targets in zip(rows, hidden, batch["targets"], strict=True):

@@ -252,7 +252,8 @@ class Store:
             said = file.metadata()
             dtype = getattr(torch, said["dtype"])
             tensors = {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118 # no mapping
-        linear = nn.Linear(*tensors["weight"].shape[::-1], bias="bias" in tensors, device="meta")
+        rows, width = tensors["weight"].shape
+        linear = nn.Linear(width, rows, bias="bias" in tensors, device="meta")
         for name, tensor in tensors.items():
             setattr(linear, name, nn.Parameter(tensor, requires_grad=False))
         return Head(linear, tuple((str(step), float(by)) for step, by in json.loads(said["steps"]))), hidden

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qat.checkpoints.hf import load_configured, load_tokenizer
+from qat.checkpoints.hf import load_configured, load_tokenizer, resolve
 from qat.errors import ConfigError
 from qat.trainers import claim
 from qat.trainers.cached import Filled, fill
@@ -108,6 +108,8 @@ def write(job: Job) -> list[Written | Filled]:
     tokenizer = load_tokenizer(source, job.model.trust_remote_code)
     device, mixed = device_and_mixed(job)
     repeatable(device)
+    if job.teacher is not None:
+        reference = resolve(job.teacher)  # whose weights nobody wanted so far, where its answers are to be cached
     teacher = load_teacher(job, reference)
     written: list[Written | Filled] = []
     for key, (config, tokens) in texts.items():
@@ -115,7 +117,9 @@ def write(job: Job) -> list[Written | Filled]:
         blocks = load_blocks(config, tokenizer, num_tokens=tokens, teacher=teacher)
         written.append(Written(key, blocks, time.monotonic() - begin, samples(blocks, tokenizer)))
     if job.teacher_cache is not None:
-        digests = [one.blocks.source.partition("teacher sha256:")[2][:64] for one in written if isinstance(one, Written)]
+        digests = [
+            one.blocks.source.partition("teacher sha256:")[2][:64] for one in written if isinstance(one, Written)
+        ]
         dtype = torch.bfloat16 if mixed else None
         written.append(fill(job, tokenizer, teacher, device, dtype, next(iter(digests), "")))
     return written

@@ -142,7 +142,7 @@ def chunked(
     chunk = _automatic_chunk(head, teacher is not None, student) if chunk is None else chunk
 
     def replace(logits: Tensor, part: slice) -> Tensor:
-        reference = None if known is None else known.part(part)
+        reference: Tensor | Known | None = None if known is None else known.part(part)
         if teacher_read is not None and teacher_logits is not None:
             with torch.no_grad():
                 reference = teacher_logits(teacher_read[part])

@@ -93,8 +93,8 @@ class _Distillation(_Loss):
             return "loss.hidden compares with the teacher's hidden states, which no cache holds; use loss.hidden=0"
         if temperature != 1.0:
             return (
-                f"loss {self.kind} at temperature {temperature:g} weighs all of the teacher's columns anew, and a cache "
-                "holds some at temperature 1; use temperature: 1"
+                f"loss {self.kind} at temperature {temperature:g} weighs all of the teacher's columns anew, and a "
+                "cache holds some at temperature 1; use temperature: 1"
             )
         return None
 
