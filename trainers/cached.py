@@ -179,8 +179,20 @@ def _keys(blocks: Blocks) -> list[bytes]:
 
 def evaluators(job: Job, parts: Any) -> tuple[Evaluator, Evaluator]:
     """Of the text that is reported, and of the one that decides."""
+    if parts.taught is not None:
+        now, then = _computed(parts.device, parts.dtype), parts.taught.store.header.get("computed in")
+        note = f"the teacher was asked in {then}, and this run computes in {now}: its KL includes that rounding"
+        limits.warn([note] * (now != then))
     reporting = _evaluator(job, parts, parts.heldout)
-    return reporting, _evaluator(job, parts, parts.choosing) if parts.chosen_apart else reporting
+    if not parts.chosen_apart:
+        return reporting, reporting
+    choosing = _evaluator(job, parts, parts.choosing)
+    choosing.teacher_head = reporting.teacher_head  # one copy
+    return reporting, choosing
+
+
+def _computed(device: torch.device, dtype: torch.dtype | None) -> str:
+    return f"{str(dtype or torch.float32).removeprefix('torch.')} on {device.type}"
 
 
 def _evaluator(job: Job, parts: Any, blocks: Blocks) -> Evaluator:
@@ -254,8 +266,7 @@ def fill(
     missing = _missing(store, keys)
     with store.writing() as writer:
         head = _head(job, teacher, store)
-        computed = f"{str(dtype or torch.float32).removeprefix('torch.')} on {device.type}"
-        now = {"vocabulary": head.vocabulary, "texts": _settings(job), "computed in": computed}
+        now = {"vocabulary": head.vocabulary, "texts": _settings(job), "computed in": _computed(device, dtype)}
         store.header |= {**_identity(job, tokenizer), **now, "weights": writer_of_text or store.writer}
         store.keep_header()
         for key in EVALUATED:
