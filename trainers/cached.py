@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from qat.cache import cache_folder
 from qat.checkpoints.hf import describe
 from qat.checkpoints.progress import counted, progress
-from qat.errors import ConfigError, DataError, TrainingError
+from qat.errors import ConfigError, DataError, TrainingError, UnsupportedError
 from qat.text import size
-from qat.trainers import limits, tokens
+from qat.trainers import limits, packed, tokens
 from qat.trainers.claim import differences
 from qat.trainers.data import Blocks, load_blocks
 from qat.trainers.evaluate import Evaluator
@@ -138,7 +138,13 @@ def bound(job: Job, store: Store, texts: dict[str, Blocks], student: Any) -> Tau
     Raises:
         DataError: rows or a text are missing; says which, and which settings differ.
         ConfigError: the student has fewer columns than the teacher was asked about.
+        UnsupportedError: the student comes from a packed checkpoint.
     """
+    if packed.continues(student):
+        raise UnsupportedError(
+            f"{job.model.id} is quantized already, so the BF16 model it is compared with is the teacher itself, which its "
+            "cache does not replace; leave teacher_cache out"
+        )
     rows = len(student.get_output_embeddings().weight)
     if rows < store.vocabulary:
         raise ConfigError(

@@ -23,6 +23,7 @@ from rich.console import Console
 from qat.checkpoints import origin, resume
 from qat.checkpoints.folders import settle
 from qat.checkpoints.hf import ModelConfig, is_local, resolve
+from qat.checkpoints.initialised import Initialised
 from qat.checkpoints.origin import anchored, fingerprint, locate
 from qat.config import load_yaml, validate, write_text_atomic
 from qat.errors import CheckpointError, ConfigError
@@ -298,4 +299,6 @@ def how_to_go_on(run: Path) -> str:
     """What to type after an interruption."""
     if resume.has_state(run):
         return f"continue with: qat train {shlex.quote(str(run / JOB))} --resume"
+    if blocks := len(Initialised(run)):
+        return f"start it again: the {blocks} blocks that its initialisation has finished are kept"
     return "nothing was saved yet: start it again"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from qat.errors import TrainingError
+from qat.sharded import close, read, run, whole
 from qat.trainers import optim
 from qat.trainers.after_step import AfterStep
 from qat.trainers.cached import Taught
@@ -93,12 +94,16 @@ class QatModule(lit.LightningModule):
         """See the class."""
         return self._teacher[0]
 
+    def configure_model(self) -> None:
+        """Lightning's strategy for FSDP2 wants the model to be divided here; `qat.trainers.strategy` has done it."""
+
     def on_fit_start(self) -> None:
         """Place the teacher, find both heads, freeze what the job freezes."""
         if self.teacher is not None:
             self.teacher.to(self.device).eval().requires_grad_(False)
         with torch.autocast(self.device.type, enabled=False):
-            own, other = heads(self.student, self.teacher)
+            student, teacher = self.student, self.teacher
+            own, other = read(teacher, lambda: read(student, lambda: heads(student, teacher)))
         self._heads = own if self.taught is None else self.taught.head(own), other
         self._after = AfterStep(self.student, self.job.optim, self.job.steps)
 
@@ -111,20 +116,25 @@ class QatModule(lit.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss per token of the whole optimizer step, this micro-batch's share of it."""
-        assert self._heads is not None
-        student_head, teacher_head = self._heads
-        teacher_hidden = None
-        if self.teacher is not None and self.job.objective.needs_teacher:
-            with torch.no_grad():
-                teacher_hidden = hidden_states(self.teacher, batch)
-        hidden = hidden_states(self.student, batch)
-        models = (hidden, student_head, teacher_hidden, teacher_head)
-        total = chunked(self.job.objective, *models, batch["targets"], self.job.loss_chunk, known_in(batch))
-        value = total / batch["step_tokens"].clamp(min=1)
+        value = run(self.student, lambda: self._share(batch))
+        close(self.teacher)
         self._losses.append(value.detach())
         self.step_tokens += batch["input_ids"].numel() * self.trainer.world_size
         # Lightning divides by the accumulation count and averages over processes; the sum over the step is wanted.
         return value * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def _share(self, batch: Batch) -> Tensor:
+        """This micro-batch's share of the mean loss."""
+        assert self._heads is not None
+        student_head, teacher_head = self._heads
+        teacher, teacher_hidden = self.teacher, None
+        if teacher is not None and self.job.objective.needs_teacher:
+            with torch.no_grad():
+                teacher_hidden = run(teacher, lambda: hidden_states(teacher, batch))
+        hidden = hidden_states(self.student, batch)
+        models = (hidden, student_head, teacher_hidden, teacher_head)
+        total = chunked(self.job.objective, *models, batch["targets"], self.job.loss_chunk, known_in(batch))
+        return total / batch["step_tokens"].clamp(min=1)
 
     def _finite(self) -> None:
         """Stop before the optimizer writes NaN into the weights."""
@@ -162,6 +172,6 @@ class QatModule(lit.LightningModule):
         """
         groups = optimizer.param_groups
         parameters = [p for group in groups for p in group["params"]]
-        self.grad_norm = float(nn.utils.clip_grad_norm_(parameters, self.job.optim.clip))
+        self.grad_norm = float(whole(nn.utils.clip_grad_norm_(parameters, self.job.optim.clip)))
         self._finite()
         self.rates = {group["kind"]: group["lr"] for group in groups}
