@@ -10,6 +10,7 @@ from qat.checkpoints.hf import is_local, resolve
 from qat.init.blocks import STREAMS, BlockStep
 from qat.init.gptq import PRODUCTS
 from qat.init.rotate import Rotate
+from qat.text import size
 from qat.trainers import limits
 from qat.trainers.exportable import export_notes
 from qat.trainers.footprint import BF16, FP32, Facts, flops_per_token, forward_flops, job_facts, memory, shards
@@ -130,6 +131,11 @@ def _notes(job: Job, facts: Facts, devices: list[Machine]) -> list[str]:
     texts = [*job.data.parts, *(job.calibration.parts if job.calibration is not None else ())]
     if any(text.source == "teacher" for text in texts):
         notes.append("the time in which the teacher writes text is not counted")
+    if job.teacher_cache is not None:
+        each = job.teacher_cache.bytes_per_token
+        most = size(job.steps * job.tokens_per_step * each * job.objective.needs_teacher)
+        notes.append(f"the teacher's cache takes {each} bytes per learned token, here at most {most}; asking it "
+                     "(qat teacher CONFIG) is not counted")  # fmt: skip
     if shards(job) > 1 and not job.activation_checkpointing:
         notes.append(
             f"{job.strategy} shards weights, but quantized copies stay whole on every device until the backward pass; "
@@ -168,7 +174,7 @@ def _other_seconds(job: Job, facts: Facts, machine: Machine) -> float:
     head = 2.0 * facts.teacher.shape.hidden * facts.teacher.shape.vocabulary
     during = job.steps // job.eval.every if job.eval.every else 1
     often = 3 + during + 2 * (job.eval.choose is not None) + 3 * job.eval.why
-    evaluation = job.eval.tokens * (2 * teacher + often * (student + head))
+    evaluation = job.eval.tokens * (2 * teacher * (job.teacher_cache is None) + often * (student + head))
     passes = often * job.eval.tokens / (job.eval.batch * job.eval.data.seq_len)
     values = often * job.eval.tokens * facts.input_values
     text, products = job.calibration or job.data, facts.input_products(job)

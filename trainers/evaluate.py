@@ -131,6 +131,14 @@ class Evaluator:
             )
         return Scores(nll, kl, top1, int(tokens))
 
+    def own_rows(self) -> list[list[int]]:
+        """The rows of each batch that is this rank's."""
+        return self._parts()[self.ranks.rank :: self.ranks.size]
+
+    def _parts(self) -> list[list[int]]:
+        rows = list(range(len(self.blocks)))
+        return [rows[start : start + self.batch] for start in range(0, len(rows), self.batch)]
+
     def _own(self, model: nn.Module, what: str) -> Tensor:
         """Sums of NLL, KL and agreement over this rank's tokens, and how many they are."""
         sums = torch.zeros(3, dtype=torch.float64)
@@ -148,9 +156,7 @@ class Evaluator:
     @torch.no_grad()
     def _hidden(self, model: nn.Module, what: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Of every batch that is this rank's."""
-        rows = list(range(len(self.blocks)))
-        parts = [rows[start : start + self.batch] for start in range(0, len(rows), self.batch)]
-        own = parts[self.ranks.rank :: self.ranks.size]
+        own, parts = self.own_rows(), self._parts()
         with progress(what, sum(map(len, own)), "rows") as advance:
             for part in own:
                 batch, hidden = self._pass(model, part)

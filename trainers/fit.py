@@ -35,7 +35,8 @@ def fit(
         start = int(resume.read_state(folder)["step"])
         resume.restore_student(parts.student, load_file(folder / resume.STUDENT))
     teacher = parts.teacher if job.objective.needs_teacher else None
-    module = QatModule(parts.student, teacher, job, Batches(parts.train, job.rows, job.seed), start, parts.ranks)
+    batches = Batches(parts.train, job.rows, job.seed)
+    module = QatModule(parts.student, teacher, job, batches, start, parts.ranks, parts.taught)
     average = Average(parts.student, job.optim.ema) if job.optim.ema else None
     loop = StepLoop(job.folder, job, keeper, average, saved, interruptions)
     if start >= job.steps or loop.give_up():

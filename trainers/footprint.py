@@ -236,7 +236,7 @@ def flops_per_token(job: Job, facts: Facts) -> float:
     2 more of the student where activations are recomputed; and attention, 4 x sequence x query width per forward."""
     student = forward_flops(facts.student, job.data.seq_len)
     recomputed = student - 2 * math.prod((facts.student.shape.hidden, facts.student.shape.vocabulary))
-    teacher = forward_flops(facts.teacher, job.data.seq_len) if job.objective.needs_teacher else 0.0
+    teacher = forward_flops(facts.teacher, job.data.seq_len) if job.asks_teacher else 0.0
     return 3 * student + teacher + (recomputed if job.activation_checkpointing else 0.0)
 
 
@@ -312,7 +312,8 @@ def _streams(job: Job, facts: Facts) -> int:
 def _states(job: Job, facts: Facts, device: str) -> dict[str, int]:
     learned = {"lsq": 1, "dual_lsq": 2, "focus": 5}.get(job.scheme.learn, 0) * facts.blocks
     trained = facts.trainable + learned
-    teacher = (BF16 if device == "cuda" else FP32) * facts.teacher.parameters
+    head = facts.teacher.shape.hidden * facts.teacher.shape.vocabulary  # all that a cached one leaves, for evaluation
+    teacher = (BF16 if device == "cuda" else FP32) * (head if job.teacher_cache else facts.teacher.parameters)
     parts = {
         "master weights": FP32 * (facts.student.parameters + facts.adapters) - facts.saved,
         "scales": FP32 * (learned + facts.blocks),

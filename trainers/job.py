@@ -12,6 +12,7 @@ from qat.lora import LoraConfig
 from qat.scheme import Scheme, upgraded
 from qat.trainers.data import DataConfig
 from qat.trainers.evaluate import EvalConfig
+from qat.trainers.logitcache import TeacherCache
 from qat.trainers.optim import OptimConfig
 from qat.trainers.packed import completed
 from qat.trainers.sources import overlapping
@@ -37,6 +38,7 @@ class Job(Strict):
         method: "qad" distils a teacher; "qat" trains on the next token.
         model: the student before quantization.
         teacher: whom to imitate and to be compared with; by default the student's own BF16 weights.
+        teacher_cache: train on what the teacher said earlier (`qat teacher` asks it), without loading it.
         scheme: which weights and inputs get which format; a file whose model is quantized already may leave its rules
             out (`qat.trainers.packed`).
         lora: train low-rank updates of frozen weights instead of the weights.
@@ -63,6 +65,7 @@ class Job(Strict):
     method: Literal["qad", "qat"] = "qad"
     model: ModelConfig
     teacher: ModelConfig | None = None
+    teacher_cache: TeacherCache | None = None
     scheme: Scheme
     lora: LoraConfig | None = None
     data: DataConfig = DataConfig()
@@ -96,6 +99,9 @@ class Job(Strict):
             raise ValueError(f"method qat trains on the next token, but loss {self.loss.kind} needs a teacher; use qad")
         if self.method == "qad" and self.loss is not None and not self.loss.needs_teacher:
             raise ValueError(f"method qad imitates a teacher, but loss {self.loss.kind} ignores it; use method: qat")
+        cache = self.teacher_cache
+        if cache is not None and (beyond := self.objective.beyond(cache.kind == "sample", cache.k)):
+            raise ValueError(f"{beyond}; or leave teacher_cache out")
         moving = [step.kind for step in self.scheme.init if step.moves_stream]
         beside: float = getattr(self.loss, "hidden", 0.0)
         if moving and beside:
@@ -136,6 +142,11 @@ class Job(Strict):
     def objective(self) -> Any:
         """The loss in force."""
         return self.loss or (ForwardKL() if self.method == "qad" else CrossEntropy())
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the teacher reads along in every step."""
+        return bool(self.objective.needs_teacher) and self.teacher_cache is None
 
     @property
     def folder(self) -> Path:

@@ -17,18 +17,23 @@ from qat.errors import TrainingError
 from qat.sharded import close, read, run, whole
 from qat.trainers import optim
 from qat.trainers.after_step import AfterStep
+from qat.trainers.cached import Taught
 from qat.trainers.data import Batches
 from qat.trainers.forward import Head, heads, hidden_states
 from qat.trainers.job import Job
 from qat.trainers.packing import Batch
 from qat.trainers.strategy import ALONE, Ranks
+from qat.training.known import known_in
 from qat.training.losses import IGNORE, chunked
 
 
 class MicroBatches(IterableDataset[Batch]):
     """The micro-batches of optimizer steps `start` to `stop`, in order, each with the token count of its whole step."""
 
-    def __init__(self, batches: Batches, start: int, stop: int, micro_rows: int, world_size: int) -> None:
+    def __init__(
+        self, batches: Batches, start: int, stop: int, micro_rows: int, world_size: int, taught: Taught | None = None
+    ) -> None:
+        self.taught = taught
         self.batches, self.start, self.stop = batches, start, stop
         self.micro_rows, self.world_size = micro_rows, world_size
 
@@ -39,7 +44,8 @@ class MicroBatches(IterableDataset[Batch]):
             mine = self.batches.batch(step) if self.world_size > 1 else whole
             for first in range(0, len(mine["targets"]), self.micro_rows):
                 part = slice(first, first + self.micro_rows)
-                yield {**{name: tensor[part] for name, tensor in mine.items()}, "step_tokens": count}
+                said = {} if self.taught is None else self.taught.columns(self.batches.indices(step)[part])
+                yield {**{name: tensor[part] for name, tensor in mine.items()}, **said, "step_tokens": count}
 
 
 class QatModule(lit.LightningModule):
@@ -52,6 +58,7 @@ class QatModule(lit.LightningModule):
         blocks: training rows.
         start_step: optimizer steps already done.
         ranks: the processes that train together.
+        taught: what the teacher said earlier, in its place.
     """
 
     def __init__(
@@ -62,8 +69,10 @@ class QatModule(lit.LightningModule):
         batches: Batches,
         start_step: int,
         ranks: Ranks = ALONE,
+        taught: Taught | None = None,
     ) -> None:
         super().__init__()
+        self.taught = taught
         self.student, self.job, self.batches, self.start_step = student, job, batches, start_step
         self.ranks = ranks
         self._teacher = (teacher,)
@@ -94,14 +103,15 @@ class QatModule(lit.LightningModule):
             self.teacher.to(self.device).eval().requires_grad_(False)
         with torch.autocast(self.device.type, enabled=False):
             student, teacher = self.student, self.teacher
-            self._heads = read(teacher, lambda: read(student, lambda: heads(student, teacher)))
+            own, other = read(teacher, lambda: read(student, lambda: heads(student, teacher)))
+        self._heads = own if self.taught is None else self.taught.head(own), other
         self._after = AfterStep(self.student, self.job.optim, self.job.steps)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Micro-batches from the current step to the last."""
         world = self.trainer.world_size
         share = Batches(self.batches.blocks, self.batches.rows_per_batch, self.batches.seed, self.global_rank, world)
-        data = MicroBatches(share, self.start_step, self.job.steps, self.job.micro_rows, world)
+        data = MicroBatches(share, self.start_step, self.job.steps, self.job.micro_rows, world, self.taught)
         return DataLoader(data, batch_size=None)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -123,7 +133,7 @@ class QatModule(lit.LightningModule):
                 teacher_hidden = run(teacher, lambda: hidden_states(teacher, batch))
         hidden = hidden_states(self.student, batch)
         models = (hidden, student_head, teacher_hidden, teacher_head)
-        total = chunked(self.job.objective, *models, batch["targets"], self.job.loss_chunk)
+        total = chunked(self.job.objective, *models, batch["targets"], self.job.loss_chunk, known_in(batch))
         return total / batch["step_tokens"].clamp(min=1)
 
     def _finite(self) -> None:

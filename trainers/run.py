@@ -17,14 +17,14 @@ from qat.checkpoints import resume
 from qat.checkpoints.hf import load_configured, load_tokenizer
 from qat.checkpoints.initialised import Initialised
 from qat.checkpoints.progress import counted, mute
-from qat.errors import Interrupted, UnsupportedError
+from qat.errors import Interrupted
 from qat.init.calibration import initialise, observe, unreached
 from qat.modes import dense
 from qat.numbers.numerics import qsnr
 from qat.sharded import gathered
 from qat.sites import Site, weights
 from qat.surgery import apply, report, rotate_inputs
-from qat.trainers import adapted, claim, fallback, limits, packed, rates, strategy, why
+from qat.trainers import adapted, cached, claim, fallback, limits, packed, rates, strategy, why
 from qat.trainers.announced import print_coverage, print_texts
 from qat.trainers.callbacks import Keeper
 from qat.trainers.called import check_called
@@ -39,7 +39,7 @@ from qat.trainers.machine import machine, repeatable, versions
 from qat.trainers.memory import keep_freed_blocks, peak_bytes
 from qat.trainers.optim import freeze
 from qat.trainers.overlap import overlap
-from qat.trainers.packing import LEAKS, leakage, model_inputs
+from qat.trainers.packing import model_inputs
 from qat.trainers.parts import Parts
 from qat.trainers.plots import read_metrics
 from qat.trainers.report import RunReport, print_table, write_report
@@ -132,7 +132,7 @@ def _train(job: Job, resume_run: bool, console: Console, interruptions: Interrup
     text = {"data": parts.train.digest, "eval.data": parts.heldout.digest}
     if parts.chosen_apart:
         text["eval.choose"] = parts.choosing.digest
-    reporting, choosing = _evaluators(job, parts)
+    reporting, choosing = cached.evaluators(job, parts)
     if not resume_run:
         before = adapted.fingerprints(job, parts)
         rows, chosen = _baselines(job, parts, reporting, choosing, console)
@@ -164,36 +164,32 @@ def _train(job: Job, resume_run: bool, console: Console, interruptions: Interrup
     return built
 
 
-def _evaluators(job: Job, parts: Parts) -> tuple[Evaluator, Evaluator]:
-    """Of the text that is reported, and of the one that decides."""
-    settings = (job.eval.batch, parts.device, parts.dtype, parts.ranks)
-    reporting = Evaluator(parts.teacher, parts.heldout, *settings)
-    return reporting, Evaluator(parts.teacher, parts.choosing, *settings) if parts.chosen_apart else reporting
-
-
 def _load(job: Job, source: Path, reference: Path, console: Console, ranks: Ranks) -> Parts:
     device, mixed = device_and_mixed(job)
     repeatable(device)
     tokenizer = load_tokenizer(source, job.model.trust_remote_code)
     for note in export_notes(job, source, student_without_numbers(job, source)):
         console.print(note, highlight=False, soft_wrap=True, markup=False)
-    teacher = load_teacher(job, reference)
+    store = cached.opened(job, tokenizer)
+    teacher = None if store is not None else load_teacher(job, reference)
     student: nn.Module = load_configured(job.model, source, device=device)
+    models = [model for model in (student, teacher) if model is not None]
     coverage = report(student, job.scheme)
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed):  # flash attention takes nothing wider
         check_called(student.to(adapted.first_place(job, student, device)), coverage)
-        _check_packing(job, student, *([teacher] if job.teacher is not None else []))
+        limits.check_packing(job, *(models if job.teacher is not None else [student]))
     parameters = sum(p.numel() for p in student.parameters())
-    strategy.check_models(job, student, teacher)
-    limits.warn(limits.check_lengths(job, student, teacher))
+    strategy.check_models(job, *models)
+    limits.warn(limits.check_lengths(job, *models))
     loaded = {
-        name: load_blocks(config, tokenizer, num_tokens=wanted, teacher=teacher)
+        name: load_blocks(config, tokenizer, num_tokens=wanted, teacher=teacher if store is None else store.writer)
         for name, (config, wanted) in job.texts.items()
     }
     train_rows, heldout = loaded["data"], loaded["eval.data"]
     choosing, calibration = loaded.get("eval.choose", heldout), loaded.get("calibration", train_rows)
     texts = {"data": train_rows, "eval.data": heldout, "eval.choose": choosing, "calibration": calibration}
-    limits.check_rows(tokenizer, texts, student, teacher)
+    limits.check_rows(tokenizer, texts, *models)
+    taught = None if store is None else cached.bound(job, store, texts, student)
     print_texts(train_rows, heldout, choosing, console)
     if job.activation_checkpointing:
         # transformers 5.23 renamed the method; 5.17 only knows the old name.
@@ -205,20 +201,7 @@ def _load(job: Job, source: Path, reference: Path, console: Console, ranks: Rank
         freeze(student, job.optim)
     dtype = torch.bfloat16 if mixed else None
     rows = (train_rows, heldout, calibration, choosing)
-    return Parts(student.to(device), teacher, *rows, coverage, device, dtype, parameters, ranks=ranks)
-
-
-def _check_packing(job: Job, *models: Any) -> None:
-    texts = {"data": job.data, "eval.data": job.eval.data, "eval.choose": job.eval.choose}
-    texts["calibration"] = job.calibration
-    packed = [name for name, text in texts.items() if text is not None and text.pack]
-    for model in models if packed else ():
-        leak = leakage(model)
-        if leak > LEAKS:
-            raise UnsupportedError(
-                f"{type(model).__name__} with {model.config._attn_implementation} attention lets packed documents see "
-                f"each other (leakage {leak:.2f}); set {' and '.join(f'{name}.pack' for name in packed)} to false"
-            )
+    return Parts(student.to(device), teacher, *rows, coverage, device, dtype, parameters, ranks=ranks, taught=taught)
 
 
 def _baselines(
@@ -243,7 +226,7 @@ def _baselines(
 
     with dense(parts.student, inputs=True):
         own = job.teacher is not None and not packed.continues(parts.student)  # whose middles of cells are no better
-        evaluate(parts.student if own else parts.teacher, "bf16")
+        evaluate(parts.student if own or parts.teacher is None else parts.teacher, "bf16")
     batches = _calibration(job, parts)
     autocast = torch.autocast(parts.device.type, parts.dtype or torch.bfloat16, enabled=parts.dtype is not None)
     with autocast:

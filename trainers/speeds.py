@@ -97,7 +97,7 @@ def step_seconds(job: Job, facts: Facts, machine: Machine) -> float:
     the other elementwise work, and the update; a pass takes no less than its launches, nor than what devices send
     meanwhile."""
     tokens = job.micro_rows * job.data.seq_len
-    logits = LOGIT_PASSES[machine.kind][job.objective.needs_teacher] * FP32 * tokens * facts.student.shape.vocabulary
+    logits = LOGIT_PASSES[machine.kind][job.asks_teacher] * FP32 * tokens * facts.student.shape.vocabulary
     activations = ACTIVATION_PASSES[machine.kind] * memory(job, facts, machine.kind, machine.mixed)["activations"]
     one_pass = (
         tokens * flops_per_token(job, facts) * machine.per_flop
@@ -120,7 +120,7 @@ def launch_seconds(job: Job, facts: Facts, machine: Machine) -> float:
     launches = LINEAR_LAUNCHES * linears + OTHER_LAUNCHES * facts.student.shape.layers
     operators = LINEAR_OPERATORS * quantized
     share = 1 + 2 / 3 * job.activation_checkpointing
-    teacher = launches / 3 * job.objective.needs_teacher
+    teacher = launches / 3 * job.asks_teacher
     return (share * launches + teacher) * machine.per_launch + share * operators * machine.per_operator
 
 
@@ -132,7 +132,7 @@ def sent_bytes(job: Job, facts: Facts) -> tuple[float, float]:
     others = (job.devices - 1) / job.devices
     if shards(job) == 1:
         return 0.0, 2 * FP32 * facts.trainable * others
-    gathered = 2 * FP32 * facts.student.parameters + BF16 * facts.teacher.parameters * job.objective.needs_teacher
+    gathered = 2 * FP32 * facts.student.parameters + BF16 * facts.teacher.parameters * job.asks_teacher
     return (gathered + FP32 * facts.trainable) * others, 0.0
 
 

@@ -335,7 +335,8 @@ def divide(job: "Job", parts: "Parts") -> None:
     if not divides(job):
         return
     sharded.divide(parts.student, parts.device, parts.ranks.size)
-    sharded.divide(parts.teacher.requires_grad_(False), parts.device, parts.ranks.size)
+    if parts.teacher is not None:
+        sharded.divide(parts.teacher.requires_grad_(False), parts.device, parts.ranks.size)
     if parts.device.type == "cuda":
         torch.cuda.empty_cache()  # of the whole tensors
 

@@ -387,3 +387,13 @@ def test_too_large_a_job_is_told_so() -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]  # the StringIO above
     assert "fits in 80 GiB: NO" in text and "it would with activation_checkpointing=true" in text
     assert "ZeRO-2" in text and "GiB per device" in text
+
+
+def test_a_cached_teacher_leaves_its_output_layer_and_its_size_on_disk(tiny: Path) -> None:
+    wanted = job(tiny, teacher_cache={"k": 64})
+    facts = job_facts(wanted)
+    shape = facts.teacher.shape
+    assert memory(wanted, facts, "cpu", False)["teacher"] == 4 * shape.hidden * shape.vocabulary
+    assert flops_per_token(wanted, facts) == flops_per_token(job(tiny, method="qat"), facts)
+    notes = " ".join(estimate(wanted).notes)
+    assert "takes 388 bytes per learned token, here at most 149.0 kB" in notes  # 3 steps of 2 rows of 64 tokens
