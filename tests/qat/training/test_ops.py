@@ -56,10 +56,11 @@ def test_opcheck(name: str, estimator: str) -> None:
     fmt = lookup(name)
     for x in (sample(fmt), sample(fmt).bfloat16().T.contiguous().T):
         scales = find_scales(x, fmt)
-        multiplier = scales.effective().clone().requires_grad_()
-        divisor = (scales.effective() * 0.8).requires_grad_()
-        arguments = (x.requires_grad_(), divisor, multiplier, scales.zero_point, scales.choice, name, estimator, True)
+        multiplier, divisor = scales.effective(), scales.effective() * 0.8
+        arguments = (x, divisor, multiplier, scales.zero_point, scales.choice, name, estimator, True)
         torch.library.opcheck(torch.ops.qat.fake_quantize.default, arguments)
+        backward = (x, x, x, divisor, multiplier, scales.zero_point, name, estimator, [True, True, True])
+        torch.library.opcheck(torch.ops.qat.fake_quantize_backward.default, backward)
 
 
 def test_results_own_their_memory() -> None:
@@ -159,7 +160,10 @@ def test_a_quantized_linear_is_the_two_ops_it_replaces(fmt: Format, dtype: torch
         leaves = [t.clone().requires_grad_() for t in (x, weight, bias, multiplier, divisor)]
         settings = {"multiplier": leaves[3], "divisor": leaves[4], "round_bf16": round_bf16}
         if fused:
-            y = quantized_linear(*leaves[:3], fmt.name, scales, **settings)
+            y, on_grid = quantized_linear(*leaves[:3], fmt.name, scales, **settings)
+            assert not on_grid.requires_grad
+            again, _ = quantized_linear(*leaves[:3], fmt.name, scales, **settings, held=on_grid)
+            assert torch.equal(again, y)
         else:
             grid = fake_quantize(leaves[1], fmt.name, scales, **settings)
             y = functional.linear(leaves[0], grid.to(dtype), leaves[2].to(dtype))
@@ -173,13 +177,17 @@ def test_a_quantized_linear_is_the_two_ops_it_replaces(fmt: Format, dtype: torch
 @pytest.mark.parametrize("name", ["int4_g32_asym", "if4", "fp8_b128"])
 def test_opcheck_of_the_quantized_linear(name: str) -> None:
     fmt = lookup(name)
-    weight = sample(fmt).requires_grad_()
-    scales = find_scales(weight.detach(), fmt)
-    multiplier = scales.effective().clone().requires_grad_()
-    divisor = (scales.effective() * 0.8).requires_grad_()
-    x, bias = normal(2, 5, weight.shape[1], seed=1).requires_grad_(), normal(3, seed=2).requires_grad_()
+    weight = sample(fmt)
+    scales = find_scales(weight, fmt)
+    multiplier, divisor = scales.effective(), scales.effective() * 0.8
+    x, bias = normal(2, 5, weight.shape[1], seed=1), normal(3, seed=2)
     arguments = (x, weight, bias, divisor, multiplier, scales.zero_point, scales.choice, name, True)
     torch.library.opcheck(torch.ops.qat.quantized_linear.default, arguments)
+    _, quantized = torch.ops.qat.quantized_linear(*arguments)
+    about = (multiplier, scales.zero_point, name, torch.float32, torch.float32)
+    for needs in ([True] * 5, [False, True, False, False, True], [False, False, True, False, False]):
+        given = (normal(2, 5, 3), x, weight, quantized, divisor, *about, needs)
+        torch.library.opcheck(torch.ops.qat.quantized_linear_backward.default, given)
 
 
 def test_the_quantized_weight_waits_in_two_bytes() -> None:
@@ -205,5 +213,5 @@ def test_a_quantized_linear_makes_no_gradient_that_nobody_needs(needs: tuple[boo
     weight, x = normal(8, 64), normal(2, 64, seed=1)
     scales = find_scales(weight, lookup("int4_g32"))
     leaves = [t.requires_grad_(need) for t, need in zip((x, weight, scales.effective()), needs, strict=True)]
-    quantized_linear(leaves[0], leaves[1], None, "int4_g32", scales, multiplier=leaves[2]).sum().backward()
+    quantized_linear(leaves[0], leaves[1], None, "int4_g32", scales, multiplier=leaves[2])[0].sum().backward()
     assert [leaf.grad is not None for leaf in leaves] == list(needs)
