@@ -112,6 +112,7 @@ def chunked(
     teacher_head: nn.Module | None,
     targets: Tensor,
     chunk: int | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """Sum of `loss` over the tokens that carry one (targets != -100), holding one chunk of logits at a time.
 
@@ -120,9 +121,10 @@ def chunked(
         student_head, teacher_head: modules, hidden -> logits (tokens, vocabulary).
         targets: (batch, sequence), aligned with the logits.
         chunk: tokens per piece; by default as `chunk_tokens` says.
+        kept: where the flattened targets carry a loss; found here by default, which on a GPU waits for a count.
     """
     device = student_hidden.device.type
-    keep = (targets.flatten() != IGNORE).nonzero().squeeze(1)  # once: on a GPU each boolean index waits for a count
+    keep = (targets.flatten() != IGNORE).nonzero().squeeze(1) if kept is None else kept
     labels = targets.flatten()[keep]
     head, student, read = _head(student_head, student_hidden, keep, device)
     teacher, teacher_logits, teacher_read = None, None, None

@@ -71,6 +71,10 @@ def _expectation(weight: Tensor, ratio: Tensor, out: Tensor) -> Tensor:
     """
     total = torch.mul(weight, ratio, out=out).sum(dim=-1)
     again = total.isnan()
+    if total.device.type != "cpu":  # to look which rows would wait for the device
+        empty = (weight == 0) & again[:, None]
+        ratio.masked_fill_(empty, 0.0)
+        return torch.where(again, out.masked_fill_(empty, 0.0).sum(dim=-1), total)
     if bool(again.any()):
         empty = weight[again] == 0
         total[again] = out[again].masked_fill(empty, 0.0).sum(dim=-1)
@@ -112,7 +116,9 @@ def _cross_entropy(log_q: Tensor, targets: Tensor, room: Tensor) -> tuple[Tensor
     loss = log_q.gather(-1, column).squeeze(-1).neg_().masked_fill_(ignored, 0.0)
     gradient = torch.exp(log_q, out=room)
     gradient.scatter_add_(-1, column, -torch.ones_like(column, dtype=gradient.dtype))
-    if bool(ignored.any()):
+    if gradient.device.type != "cpu":  # as above
+        gradient.masked_fill_(ignored[:, None], 0.0)
+    elif bool(ignored.any()):
         gradient[ignored] = 0.0
     return loss, gradient
 

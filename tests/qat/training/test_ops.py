@@ -16,6 +16,7 @@ from qat.numbers.format import Format
 from qat.numbers.numerics import Scales, find_scales
 from qat.numbers.scale import BF16
 from qat.training.ops import fake_quantize, quantized_linear
+from tests.qat.training.operations import CASES, LEARN, count, layers
 
 every_format = pytest.mark.parametrize("fmt", CATALOG.values(), ids=lambda fmt: fmt.name)
 
@@ -215,3 +216,22 @@ def test_a_quantized_linear_makes_no_gradient_that_nobody_needs(needs: tuple[boo
     leaves = [t.requires_grad_(need) for t, need in zip((x, weight, scales.effective()), needs, strict=True)]
     quantized_linear(leaves[0], leaves[1], None, "int4_g32", scales, multiplier=leaves[2])[0].sum().backward()
     assert [leaf.grad is not None for leaf in leaves] == list(needs)
+
+
+# --- what a host has to launch ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_layer_issues_no_more_operations_than_a_dense_one(autocast: bool) -> None:
+    """In every format and way to learn; the goals were 21 for weights alone and 28 with inputs where dense has 14."""
+    dense = sum(count(layers(None, None, ""), autocast))
+    assert dense == (18 if autocast else 14)
+    for weight, input in CASES:
+        for learn in LEARN:
+            found = sum(count(layers(weight, input, learn), autocast))
+            assert found <= dense, (weight, input, learn, found)
+
+
+def test_layers_on_one_input_quantize_it_once() -> None:
+    alone, shared = (sum(count(layers("nvfp4", "nvfp4", "dual_lsq", readers), False)) for readers in (1, 3))
+    assert shared < alone
