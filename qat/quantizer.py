@@ -233,9 +233,14 @@ class WeightQuantizer(Quantizer):
 
     def _rounded(self, weight: Tensor) -> Tensor:
         multiplier, divisor = self.in_force()
-        scales = {"multiplier": multiplier, "divisor": divisor}
-        given, rounds = self._given(), self.round_bf16
-        return fake_quantize(self.transformed(weight), self.format.name, given, **scales, round_bf16=rounds)
+        return fake_quantize(
+            self.transformed(weight),
+            self.format.name,
+            self._given(),
+            multiplier=multiplier,
+            divisor=divisor,
+            round_bf16=self.round_bf16,
+        )
 
     def _given(self) -> Scales:
         return Scales(self.start, self.global_scale, self.zero_point, self.choice)

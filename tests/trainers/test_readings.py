@@ -109,6 +109,11 @@ def test_no_step_waits_for_the_device(name: str, tmp_path: Path, model: Path, wa
     assert watch.watched > 1000
 
 
+def test_a_reading_would_be_noticed(tmp_path: Path, model: Path, watch: Watch) -> None:
+    with watch, pytest.raises(AssertionError, match="inside a step"):
+        qat.train(job(tmp_path, model, log_every=1))
+
+
 @pytest.mark.gpu
 def test_no_step_waits_for_a_gpu(tmp_path: Path, model: Path, watch: Watch) -> None:
     """As PyTorch itself sees it (`torch.cuda.set_sync_debug_mode`)."""
