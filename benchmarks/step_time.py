@@ -79,12 +79,13 @@ def step(model: Any, optimizer: Any, ids: Any, micro: int = 1, hold: bool = Fals
     from qat.training.losses import chunked
     from qat.training.objectives import CrossEntropy
 
+    head = Head(model.get_output_embeddings())
     began = time.perf_counter()
     with held(model) if hold else contextlib.nullcontext():
         for part in ids.chunk(micro, dim=1):
             with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):
                 hidden = model.base_model(input_ids=part, use_cache=False).last_hidden_state[:, :-1]
-                loss = chunked(CrossEntropy(), hidden, Head(model), None, None, part[:, 1:]) / ids[:, 1:].numel()
+                loss = chunked(CrossEntropy(), hidden, head, None, None, part[:, 1:]) / ids[:, 1:].numel()
             loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -12,7 +12,7 @@ from qat.lora import LoraConfig, attach
 from qat.modes import dense, held, served
 from qat.numbers.catalog import lookup
 from qat.numbers.numerics import find_scales
-from qat.quantizer import WeightQuantizer
+from qat.quantizer import Learn, WeightQuantizer
 from qat.surgery import apply
 from tests.qat.test_surgery import build, logits, usual
 
@@ -83,12 +83,12 @@ def test_served_rounds_a_weight_once_and_nested_modes_return() -> None:
 # --- weights that are quantized once per step ---------------------------------------------------------------------
 
 
-def layers(learn: str = "dual_lsq", name: str = "nvfp4") -> nn.Sequential:
+def layers(learn: Learn = "dual_lsq", name: str = "nvfp4") -> nn.Sequential:
     torch.manual_seed(3)
     made = []
     for _ in range(2):
         linear, fmt = nn.Linear(64, 64), lookup(name)
-        quantizer = WeightQuantizer(fmt, find_scales(linear.weight.detach(), fmt), learn)  # type: ignore[arg-type]
+        quantizer = WeightQuantizer(fmt, find_scales(linear.weight.detach(), fmt), learn)
         for parameter in quantizer.parameters():
             nn.init.normal_(parameter, std=0.1)
         made.append(QatLinear.wrap(linear, quantizer, None))
@@ -113,7 +113,7 @@ class Counted(torch.utils._python_dispatch.TorchDispatchMode):
         super().__init__()
         self.rounded = self.derived = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # PyTorch's signature
         self.rounded += func is torch.ops.qat.quantized_linear.default
         self.derived += func is torch.ops.qat.effective_scales.default
         return func(*args, **(kwargs or {}))
@@ -121,7 +121,7 @@ class Counted(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize("learn", ["none", "lsq", "dual_lsq", "focus"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_micro_batches_share_the_weights_of_a_step(learn: str, autocast: bool) -> None:
+def test_micro_batches_share_the_weights_of_a_step(learn: Learn, autocast: bool) -> None:
     """To the bit the results and gradients of each by itself."""
     model = layers(learn)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -150,6 +150,16 @@ def test_recomputed_activations_share_the_weights_too() -> None:
     with held(model), Counted() as counted:
         after = passes(model, recomputed)
     assert counted.rounded == 2 and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_transposed_parameters_are_held_too() -> None:
+    """They multiply as another view of the parameter at every call."""
+    quantizer = layers()[0].weight_quantizer
+    parameter, x = nn.Parameter(torch.randn(64, 64)), torch.randn(3, 64)
+    expected = quantizer.linear(x, parameter.transpose(0, 1), None)
+    with held(quantizer), Counted() as counted:
+        found = [quantizer.linear(x, parameter.transpose(0, 1), None) for _ in range(3)]
+    assert counted.rounded == 1 and all(torch.equal(each, expected) for each in found)
 
 
 def test_a_held_weight_is_never_that_of_other_numbers() -> None:

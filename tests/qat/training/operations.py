@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qat.adapters.linear import QatLinear
 from qat.numbers.catalog import lookup
 from qat.numbers.numerics import find_scales
-from qat.quantizer import InputQuantizer, WeightQuantizer
+from qat.quantizer import InputQuantizer, Learn, WeightQuantizer
 
 CASES = (("int4_g64", None), ("nvfp4", None), ("nvfp4", "nvfp4"), ("mxfp4", "mxfp4"), ("int8_channel", "int8_token"))
-LEARN = ("none", "lsq", "dual_lsq", "focus", "refit")
+LEARN: tuple[Learn, ...] = ("none", "lsq", "dual_lsq", "focus", "refit")
 
 
 class Operations(TorchDispatchMode):
@@ -33,7 +33,7 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def layers(weight: str | None, input: str | None, learn: str, readers: int = 1) -> nn.ModuleList:
+def layers(weight: str | None, input: str | None, learn: Learn, readers: int = 1) -> nn.ModuleList:
     """Linear layers that read one tensor; without a format, plain ones."""
     made = nn.ModuleList()
     shared = None
@@ -45,7 +45,7 @@ def layers(weight: str | None, input: str | None, learn: str, readers: int = 1) 
         linear = nn.Linear(128, 64, bias=False)
         if weight is not None:
             fmt = lookup(weight)
-            quantizer = WeightQuantizer(fmt, find_scales(linear.weight.detach(), fmt), learn)  # type: ignore[arg-type]
+            quantizer = WeightQuantizer(fmt, find_scales(linear.weight.detach(), fmt), learn)
             linear = QatLinear.wrap(linear, quantizer, shared)
         made.append(linear)
     return made
@@ -68,7 +68,7 @@ def main() -> None:
     print(f"{'weight':<13} {'input':<11} {'':<9} " + " ".join(f"{learn:>9}" for learn in LEARN))
     for autocast in (False, True):
         how = "bf16" if autocast else "fp32"
-        print(f"{'dense':<13} {'':<11} {how:<9} {sum(count(layers(None, None, ''), autocast)):>9.0f}")
+        print(f"{'dense':<13} {'':<11} {how:<9} {sum(count(layers(None, None, 'none'), autocast)):>9.0f}")
         for weight, input in CASES:
             found = [sum(count(layers(weight, input, learn), autocast)) for learn in LEARN]
             print(f"{weight:<13} {input or '':<11} {how:<9} " + " ".join(f"{each:>9.0f}" for each in found))
