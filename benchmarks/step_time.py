@@ -5,13 +5,14 @@ take turns step by step in one process, so that a drifting machine hits both; th
 memory is measured in a process of its own per model.
 
     python benchmarks/step_time.py [--steps 20] [--tokens 1024] [--device cuda] [--model llama-1b] [--json FILE]
-    python benchmarks/step_time.py --model tiny --micro 4     # a step of four micro-batches: what `hold_weights` gains
+    python benchmarks/step_time.py --model small --micro 4     # a step of four micro-batches: what `hold_weights` gains
 
 On a GPU the kernels are loaded and the forward pass runs under BF16 autocast, as `qat train` does there.
 """
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -29,12 +30,14 @@ CASES = {
 
 LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
             "num_key_value_heads": 8, "vocab_size": 49152, "tie_word_embeddings": True}  # fmt: skip
-TINY = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 8,
-        "num_key_value_heads": 2, "vocab_size": 2048, "tie_word_embeddings": True}  # fmt: skip
+SMALL = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 9,
+         "num_key_value_heads": 3, "vocab_size": 4096, "tie_word_embeddings": True}  # fmt: skip
+RANDOM = {"llama-1b": LLAMA_1B, "small": SMALL}
 
 
 def load(name: str) -> Any:
-    """The embedded model, or a random Llama of a billion parameters, in float32."""
+    """The embedded model, or a random Llama: of a billion parameters, or of four of the embedded model's blocks; in
+    float32."""
     import torch
 
     from qat.checkpoints.hf import ModelConfig, load_model, resolve
@@ -43,8 +46,7 @@ def load(name: str) -> Any:
         return load_model(resolve(ModelConfig(id="embedded:smollm2-135m")), torch.float32)
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    sizes = TINY if name == "tiny" else LLAMA_1B
-    return AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(LlamaConfig(**RANDOM[name]), dtype=torch.float32)
 
 
 def build(weight: str | None, input: str | None, learn: str, name: str, device: str) -> tuple[Any, Any]:
@@ -146,7 +148,7 @@ def main() -> None:
     parser.add_argument("--learn", default="dual_lsq", help="as scheme.learn")
     parser.add_argument("--case", action="append", choices=list(CASES), help="only this one; may be repeated")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--model", default="embedded", choices=("embedded", "llama-1b", "tiny"))
+    parser.add_argument("--model", default="embedded", choices=("embedded", *RANDOM))
     parser.add_argument("--micro", type=int, default=1, help="micro-batches of a step; several compare `hold_weights`")
     parser.add_argument("--json")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
@@ -157,7 +159,7 @@ def main() -> None:
     import torch
 
     torch.manual_seed(0)
-    vocabulary = TINY["vocab_size"] if arguments.model == "tiny" else 49152
+    vocabulary = RANDOM.get(arguments.model, LLAMA_1B)["vocab_size"]
     ids = torch.randint(0, vocabulary, (2, arguments.tokens // 2)).to(arguments.device)
     from qat.kernels.load import load_for_training
 
@@ -197,9 +199,11 @@ def main() -> None:
         )
         if arguments.learn == "refit":
             rows[-1]["refit_s"] = refit_seconds(*quantized, ids)
-            share = rows[-1]["refit_s"] / EVERY / medians[1]
+            share = rows[-1]["refit_s"] / medians[1]
             print(
-                f"{'':<22} a refit takes {rows[-1]['refit_s']:.2f} s; every {EVERY} steps: {1 + share:.3f}x", flush=True
+                f"{'':<22} a refit takes {rows[-1]['refit_s']:.2f} s; every {EVERY} steps: {1 + share / EVERY:.3f}x; "
+                f"1.05x from every {math.ceil(share / 0.05)} on",
+                flush=True,
             )
         del quantized
     if arguments.json:

@@ -3,7 +3,7 @@ and the attention that it will run with."""
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +34,16 @@ def check_config(config: dict[str, Any], name: object, trust_remote_code: bool =
             method = quantization.get("quant_method", "an unnamed method") if named else quantization
             raise UnsupportedError(
                 f"{name} is quantized already ({method}); give the original BF16, FP16 or FP32 weights"
+                + (", or as model.id its folder on this machine to train it on" if method in _unpacked() else "")
             )
     _check_names(config, name, trust_remote_code)
+
+
+def _unpacked() -> Collection[str]:
+    """The `quant_method`s that `qat.checkpoints.packed` reads."""
+    from qat.checkpoints.layouts import READERS
+
+    return READERS
 
 
 def _check_names(config: dict[str, Any], origin: object, trust_remote_code: bool) -> None:

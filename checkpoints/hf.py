@@ -1,7 +1,7 @@
 """Loading any Hugging Face causal language model so that training starts from exactly the published weights.
 
-`resolve` turns what a config names (hub id, folder, GGUF file, the embedded model) into a local folder of
-safetensors; `load_model` reads that folder after checking what transformers would only warn about: truncated
+`resolve` turns what a config names (hub id, folder, GGUF file, packed checkpoint, the embedded model) into a local
+folder of safetensors; `load_model` reads that folder after checking what transformers would only warn about: truncated
 shards, missing or surplus tensors, wrong architecture, weights quantized already. Nothing is unpickled.
 """
 
@@ -111,7 +111,7 @@ def resolve(config: ModelConfig, weights: bool = True) -> Path:
 
         return gguf.convert(gguf.embedded_file(), cache_folder("models"))
     if path.is_dir():
-        return local_folder(path)
+        return _unpacked(local_folder(path))
     if path.suffix == ".gguf":
         from qat.checkpoints import gguf
 
@@ -123,6 +123,13 @@ def resolve(config: ModelConfig, weights: bool = True) -> Path:
     if not _HUB_ID.fullmatch(config.id):
         raise CheckpointError(f"there is no folder {path}, and {config.id!r} is not a hub id (owner/name)")
     return _download(config, weights)
+
+
+def _unpacked(folder: Path) -> Path:
+    """`folder`, or the dense model that a packed checkpoint in it was unpacked to."""
+    from qat.checkpoints import packed
+
+    return packed.convert(folder, cache_folder("models")) if packed.is_packed(folder) else folder
 
 
 def local_folder(folder: Path) -> Path:
@@ -192,10 +199,17 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    device: torch.device | None = None,
 ) -> "PreTrainedModel":
-    """The causal language model in `folder`, on CPU, every tensor accounted for and finite.
+    """The causal language model in `folder`, every tensor accounted for and finite.
 
     In float32 the weights are the exact stored BF16 values. Train or eval mode is the caller's choice.
+
+    Memory of the host: on a GPU a few tensors at a time. On a CPU one model in `dtype`; none where the file has that
+    type, since the model then lies in the mapped file, which all processes of a machine share until one writes to it.
+
+    Args:
+        device: where tensors go one by one as they are read; by default the CPU.
 
     Raises:
         CheckpointError: missing, truncated, surplus, mis-shaped, inconsistent or non-finite tensors or files.
@@ -219,6 +233,7 @@ def load_model(
                 attn_implementation=attn_implementation,
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
+                device_map=_placement(device),
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # so that they are listed, and refused below
@@ -232,9 +247,18 @@ def load_model(
     return model
 
 
-def load_configured(config: ModelConfig, folder: Path, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
+def _placement(device: torch.device | None) -> dict[str, torch.device] | None:
+    """transformers' `device_map` for a whole model; "cuda" means the GPU of this process."""
+    if device is None or device.type == "cpu":
+        return None
+    return {"": torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device}
+
+
+def load_configured(
+    config: ModelConfig, folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> "PreTrainedModel":
     """`load_model` of what a config names, which lies in `folder`, as it says."""
-    return load_model(folder, dtype, config.attn_implementation, config.trust_remote_code)
+    return load_model(folder, dtype, config.attn_implementation, config.trust_remote_code, device)
 
 
 def check_loading(model: "PreTrainedModel", info: dict[str, Any], origin: Path) -> None:

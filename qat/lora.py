@@ -5,8 +5,9 @@ function that the forward pass, every reader of a site and the merge before an e
 The quantizer and its scales stay what the initialisation left.
 """
 
+from collections import Counter
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -15,6 +16,7 @@ from torch import nn
 from qat.adapters import candidates
 from qat.config import Strict
 from qat.errors import ConfigError, UnsupportedError
+from qat.serving.held import HeldWeight
 from qat.sites import Site, sites
 from qat.text import some
 from qat.training.low_rank import LowRank
@@ -31,6 +33,8 @@ class LoraConfig(Strict):
         targets: patterns of the quantized layers that get an adapter; by default every quantized linear layer.
         dora: train every row's magnitude apart from its direction.
         norms: train norms and biases, too.
+        base: how the frozen weights are held. "dense" as float32; "packed" as codes and scales, every weight in the
+            middle of its cell (QLoRA), from which each forward and backward pass makes the weight anew.
     """
 
     rank: int = Field(default=16, ge=1)
@@ -39,6 +43,7 @@ class LoraConfig(Strict):
     targets: str | tuple[str, ...] = ()
     dora: bool = False
     norms: bool = False
+    base: Literal["dense", "packed"] = "dense"
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -81,17 +86,20 @@ def targets(model: nn.Module, config: LoraConfig) -> list[Site]:
                 "leave it out of lora.targets"
             )
     in_order = [site for site in quantized if site.path in found]
-    _check_sizes(in_order, config)
+    _check_sizes(in_order, {candidate.path: candidate.slot.shape for candidate in every}, config)
     return in_order
 
 
-def _check_sizes(chosen: list[Site], config: LoraConfig) -> None:
+def _check_sizes(chosen: list[Site], shapes: dict[str, tuple[int, ...]], config: LoraConfig) -> None:
     tied: dict[int, str] = {}
     for site in chosen:
-        rows, columns = site.parameter.shape
+        rows, columns = shapes[site.path]
         if config.rank > min(rows, columns):
             raise ConfigError(f"lora.rank {config.rank} is larger than {site.path} ({rows} x {columns}); lower it")
-        other = tied.setdefault(id(site.parameter), site.path)
+        weight = getattr(site.owner, site.slot)
+        if weight is None:  # held packed, as no shared one is
+            continue
+        other = tied.setdefault(id(weight), site.path)
         if other != site.path:
             raise ConfigError(f"lora: {other} and {site.path} share one weight; leave both out of lora.targets")
 
@@ -102,6 +110,8 @@ def attach(model: nn.Module, config: LoraConfig) -> None:
     The model computes the same as before, where A is drawn from torch's generator.
     """
     chosen = targets(model, config)
+    if config.base == "packed":
+        hold(model)
     learned = {id(p) for site in sites(model) for p in site.quantizer.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in learned and not (config.norms and parameter.dim() < 2):
@@ -109,8 +119,49 @@ def attach(model: nn.Module, config: LoraConfig) -> None:
     for site in chosen:
         owner: Any = site.owner
         scaling = config.alpha / config.rank
-        update = LowRank(site.parameter, config.rank, scaling, dropout=config.dropout, dora=config.dora)
+        update = LowRank(site.weight.detach(), config.rank, scaling, dropout=config.dropout, dora=config.dora)
         owner.lora = update.train(owner.training)
+
+
+@torch.no_grad()
+def hold(model: nn.Module) -> None:
+    """Hold every quantized linear weight as its codes, from which it is made again, instead of as a parameter; what is
+    held already stays. Without numbers (on torch's meta device) only shapes change.
+
+    Raises:
+        UnsupportedError: a weight, or its format, cannot be held so, or its codes would not come back; names it.
+    """
+    able = {c.path for c in candidates(model) if c.role == "weight" and c.slot.low_rank}
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for site in sites(model, "weight"):
+        owner: Any = site.owner
+        if site.is_table or getattr(owner, "held", None) is not None:
+            continue
+        if site.path not in able:
+            raise UnsupportedError(
+                f"lora.base: packed holds linear layers, but {site.path} ({type(owner).__name__}) is quantized, too, "
+                "and would stay dense; use base: dense, or skip it"
+            )
+        if owners[id(site.parameter)] == 1:  # else it is a table, too
+            owner.held = _held(site)
+            owner.weight = None
+
+
+def _held(site: Site) -> HeldWeight:
+    weight = site.weight
+    try:
+        held = HeldWeight(site.format, tuple(weight.shape), weight.device)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"lora.base: packed: {site.path}: {error}; use base: dense") from error
+    if not weight.is_meta:
+        q = site.quantizer.quantize(weight)
+        held.hold(q)
+        if site.quantizer.transforms or not torch.equal(site.quantizer.quantize(held.dequantize()).codes, q.codes):
+            raise UnsupportedError(
+                f"lora.base: packed: {site.path} does not round to the codes that it is made from, since its scales "
+                "for rounding and for dequantizing were moved apart before (reconstruct); use base: dense"
+            )
+    return held
 
 
 def adapters(model: nn.Module) -> dict[str, Any]:
@@ -125,12 +176,18 @@ def merge(model: nn.Module) -> None:
     Computed on the GPU where there is one, as training did: products of devices may differ in their last bit.
     """
     gpu = torch.device("cuda") if torch.cuda.is_available() else None
-    for layer in adapters(model).values():
-        weight: nn.Parameter = layer.weight
-        device = gpu or weight.device
-        update: LowRank = layer.lora.eval().to(device)
-        weight.data = update.merged(weight.to(device)).to(weight.device)
-        layer.lora = None
+    changed = adapters(model) | {p: m for p, m in model.named_modules() if getattr(m, "held", None) is not None}
+    for layer in changed.values():
+        place = layer.weight_quantizer.start.device
+        device = gpu or place
+        weight = layer.weight.to(device) if layer.held is None else layer.held.to(device).dequantize()
+        if layer.lora is not None:
+            weight = layer.lora.eval().to(device).merged(weight)
+        if layer.held is None:
+            layer.weight.data = weight.to(place)
+        else:
+            layer.weight = nn.Parameter(weight.to(place), requires_grad=False)
+        layer.lora = layer.held = None
 
 
 def is_adapter(name: str) -> bool:

@@ -8,6 +8,7 @@ from torch import nn
 
 from qat.float32 import float32_names, own_tensors
 from qat.quantizer import Mode, Quantizer, WeightQuantizer
+from qat.sharded import share, swapped
 from qat.sites import sites
 
 
@@ -78,16 +79,14 @@ def served(model: nn.Module) -> Iterator[None]:
     trained inside. What is dense stays dense."""
     on_cpu = [m for m in model.modules() if isinstance(m, WeightQuantizer) and m.start.device.type == "cpu"]
     quantizers = [quantizer for quantizer in on_cpu if quantizer.mode == "quantized"]
-    on_grid, unrounded = {id(site.parameter) for site in sites(model, "weight")}, float32_names(model)
+    on_grid = {id(getattr(site.owner, site.slot)) for site in sites(model, "weight")}  # None where it is held packed
+    unrounded = float32_names(model)
     own = {id(t): t for name, t in own_tensors(model).items() if t.is_floating_point() and name not in unrounded}
-    originals = [(tensor, tensor.data) for key, tensor in own.items() if key not in on_grid]
+    dense = [tensor for key, tensor in own.items() if key not in on_grid]
     try:
-        for tensor, data in originals:
-            tensor.data = data.to(torch.bfloat16).to(data.dtype)
-        with _in_mode(quantizers, "frozen"):
+        rounded = ((tensor, share(tensor).to(torch.bfloat16).to(tensor.dtype)) for tensor in dense)
+        with swapped(rounded), _in_mode(quantizers, "frozen"):
             yield
     finally:
-        for tensor, data in originals:
-            tensor.data = data
         for quantizer in quantizers:
             quantizer.forget()

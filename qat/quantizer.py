@@ -26,6 +26,7 @@ from qat.training.refit import refit
 from qat.training.scales import effective_scales, stored_scales
 
 Learn = Literal["none", "lsq", "dual_lsq", "focus", "refit"]
+LEARNED = ("log_scale", "log_divisor")  # the parameters of a weight's quantizer
 PART = 8  # values of a block that share a divisor where it is finer than the block (FOCUS)
 Mode = Literal["quantized", "dense", "frozen"]
 Transform = Callable[[Tensor], Tensor]
@@ -201,15 +202,17 @@ class WeightQuantizer(Quantizer):
 
     @torch.no_grad()
     def of_rows(self, rows: slice) -> "WeightQuantizer":
-        """The same for one matrix of a stack, which lies in these rows; nothing in it learns."""
+        """The same for whole blocks of rows, of one matrix where this is a stack; nothing in it learns."""
         fmt, high = self.format, self.format.block[0]
-        part = slice(rows.start // high, rows.stop // high)
-        above = None if self.global_scale is None else self.global_scale[part][0, 0]
+        part = slice(rows.start // high, -(-rows.stop // high)) if high else slice(None)
+        above = self.global_scale
+        if above is not None and above.dim():
+            above = above[part][0, 0]
         zero, choice = (None if t is None else t[part] for t in (self.zero_point, self.choice))
         scales = Scales(fmt.scale.store(self.start[part], above), above, zero, choice, type=fmt.scale)
         one = WeightQuantizer(self.format, scales, self.learn, self.round_bf16)
         one.start, one.transforms = self.start[part], self.transforms
-        for name in ("log_scale", "log_divisor"):
+        for name in LEARNED:
             if (learned := getattr(self, name)) is not None:
                 getattr(one, name).copy_(learned[part])
         return one
@@ -287,7 +290,7 @@ class InputQuantizer(Quantizer):
         self, fmt: Format, rule: ActivationRule, estimator: Estimator, observer: Observer, learn: bool = False
     ) -> None:
         super().__init__(fmt)
-        self.log_range = nn.Parameter(torch.zeros(())) if learn else None
+        self.log_range = nn.Parameter(torch.zeros(1)) if learn else None  # FSDP2 takes no scalar
         self.rule, self.estimator, self.observer_kind = rule, estimator, observer
         self.register_buffer("amax", torch.tensor(float("nan")))
         self._observer: RangeObserver | None = None
@@ -312,7 +315,7 @@ class InputQuantizer(Quantizer):
     @property
     def limit(self) -> Tensor:
         """The range in force: calibrated, and learned where it is."""
-        return self.amax if self.log_range is None else self.amax * self.log_range.detach().exp()
+        return self.amax if self.log_range is None else self.amax * self.log_range.detach().exp().squeeze(0)
 
     def observe(self) -> None:
         """Pass inputs through unchanged and collect their range, until `freeze`."""
@@ -352,7 +355,8 @@ class InputQuantizer(Quantizer):
             return fake_quantize_input(self.transformed(x), self.format, self.rule, self.estimator, static)
         # LSQ's share of a scale that so many values have in common, so that it does not fill the gradient's norm.
         share = 1 / math.sqrt(max(1, x.numel()) * self.format.element.max)
-        moved = static * share * (self.log_range - self.log_range.detach())  # an exact zero with the gradient
+        zero = (self.log_range - self.log_range.detach()).squeeze(0)  # exact, with the gradient
+        moved = static * share * zero
         scales, multiplier = Scales(static.view(1, 1)), (static + moved).view(1, 1)
         return fake_quantize(
             self.transformed(x), self.format.name, scales, multiplier=multiplier, estimator=self.estimator

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "configs": set(),
 }
 COMPOSITION_ROOTS = ("qat/__init__.py", "qat/cli.py")
-OPTIONAL = {"wandb", "deepspeed", "lm_eval"}
+OPTIONAL = {"wandb", "tensorboard", "deepspeed", "lm_eval"}
 CORE_BANS = {"transformers", "lightning", "pytorch_lightning", "datasets", "peft", "triton", *OPTIONAL}
 
 # A folder of qat may import itself and these; a file directly in qat/ those of its row, if it has one.
@@ -59,12 +59,13 @@ ROOMS = {
     "observers": {"numbers"},
     "quantizer": {"numbers", "training", "observers"},
     "sites": {"numbers", "quantizer"},
-    "modes": {"quantizer", "sites", "float32"},
+    "modes": {"quantizer", "sites", "float32", "sharded"},
+    "sharded": {"quantizer", "sites"},
     "float32": {"quantizer"},
     "sensitivity": {"modes", "sites"},
     "fallback": {"numbers", "sensitivity"},
     "scheme": {"numbers", "training", "init", "observers", "quantizer", "sites", "families", "fallback"},
-    "lora": {"training", "adapters", "sites", "text"},
+    "lora": {"training", "adapters", "sites", "text", "serving"},
     "surgery": {"numbers", "init", "adapters", "quantizer", "sites", "families", "scheme"},
 }
 

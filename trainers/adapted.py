@@ -1,10 +1,31 @@
 """When a run's student gets its adapters: after its initialisation, whose weights are then kept once as their base."""
 
+from typing import Any
+
+import torch
+
 from qat.checkpoints import resume
-from qat.lora import attach
+from qat.lora import attach, hold
+from qat.trainers import packed
 from qat.trainers.job import Job
 from qat.trainers.optim import freeze
 from qat.trainers.parts import Parts
+
+
+def first_place(job: Job, student: Any, device: torch.device) -> torch.device:
+    """Where the student is while it is dense: on the CPU where it is held packed before it goes to `device`."""
+    return torch.device("cpu") if _held_from_the_start(job, student) else device
+
+
+def hold_early(job: Job, student: Any) -> None:
+    """Hold the weights of a packed checkpoint packed before anything else, where the job asks for that."""
+    if _held_from_the_start(job, student):
+        packed.put(student)
+        hold(student)
+
+
+def _held_from_the_start(job: Job, student: Any) -> bool:
+    return job.lora is not None and job.lora.base == "packed" and packed.continues(student)
 
 
 def fingerprints(job: Job, parts: Parts) -> dict[str, str]:

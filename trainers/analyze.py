@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qat.analysis import candidates, decibels, energy, expected_qsnr, has_theory, loss, row_crest
+from qat.checkpoints import packed
 from qat.checkpoints.hf import ModelConfig, check_weights, read_json, resolve
 from qat.checkpoints.progress import counted
 from qat.checkpoints.shards import ShardReader
@@ -105,7 +106,7 @@ def analyze(model: str, formats: Iterable[str] = ()) -> Analysis:
     if len({fmt.name for fmt in selection}) < len(selection):
         raise ConfigError(f"a format is named twice: {', '.join(fmt.name for fmt in selection)}")
     folder = resolve(ModelConfig(id=model))
-    if "quantization_config" in read_json(folder / "config.json"):
+    if "quantization_config" in read_json(folder / "config.json") or packed.read(folder) is not None:
         raise UnsupportedError(f"{model} is quantized already; give the original BF16, FP16 or FP32 weights")
     check_weights(folder)
     with ShardReader(folder) as reader:

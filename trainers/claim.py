@@ -22,6 +22,7 @@ from rich.console import Console
 
 from qat.checkpoints import origin, resume
 from qat.checkpoints.folders import settle
+from qat.checkpoints.initialised import Initialised
 from qat.checkpoints.origin import anchored, fingerprint, locate
 from qat.config import load_yaml, validate, write_text_atomic
 from qat.errors import CheckpointError, ConfigError
@@ -284,4 +285,6 @@ def how_to_go_on(run: Path) -> str:
     """What to type after an interruption."""
     if resume.has_state(run):
         return f"continue with: qat train {shlex.quote(str(run / JOB))} --resume"
+    if blocks := len(Initialised(run)):
+        return f"start it again: the {blocks} blocks that its initialisation has finished are kept"
     return "nothing was saved yet: start it again"

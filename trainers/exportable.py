@@ -11,6 +11,7 @@ from qat.checkpoints.peft import check_package
 from qat.checkpoints.shards import INDEX, SINGLE, ShardReader
 from qat.lora import attach
 from qat.surgery import apply, report, rotate_inputs
+from qat.trainers import packed
 from qat.trainers.called import check_called
 from qat.trainers.job import Job
 from qat.trainers.optim import freeze
@@ -26,12 +27,14 @@ def export_notes(job: Job, folder: Path | None, model: Any) -> list[str]:
 
     Raises:
         CheckpointError, UnsupportedError: no target can hold it, its tensors do not fit, or layers are never called.
-        ConfigError: `optim.freeze` matches nothing, or everything; `lora` cannot be had as configured.
+        ConfigError: `optim.freeze` matches nothing, or everything; `lora` cannot be had as configured; the model is
+            quantized already, and the job does not go on from it.
     """
     weights = folder if folder is not None and any((folder / name).is_file() for name in (SINGLE, INDEX)) else None
     if weights is not None:
         ShardReader(weights).verify_complete()
     check_called(model, report(model, job.scheme))
+    packed.check(job, folder, model)
     scheme = job.scheme.model_copy(update={"fallback": None})
     bare: Any = rotate_inputs(apply(copy.deepcopy(model), scheme, defer_init=True), scheme)
     notes = [f"export: {note}" for note in check_export(bare, weights)]

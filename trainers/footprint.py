@@ -12,15 +12,14 @@ from typing import Any
 
 from torch import nn
 
-from qat.adapters import candidates
 from qat.checkpoints.architecture import check_config, empty_model, quiet
 from qat.checkpoints.hf import ModelConfig, describe, is_local, resolve
 from qat.errors import CheckpointError
 from qat.init.blocks import STREAMS, BlockStep
 from qat.init.gptq import PRODUCTS, Gptq
-from qat.lora import LoraConfig
 from qat.numbers.catalog import lookup
 from qat.surgery import Coverage, report, trained_together
+from qat.trainers import lora_footprint
 from qat.trainers.evaluate import CHUNK
 from qat.trainers.job import Job
 from qat.trainers.optim import is_frozen, parameter_kinds
@@ -74,7 +73,8 @@ class Architecture:
 @dataclass(frozen=True)
 class Facts:
     """What the formulas need to know of a job: both architectures, the scheme's coverage, the number of trained
-    parameters (scales not counted), of block scales, whether the output layer is trained, and adapters' parameters."""
+    parameters (scales not counted), of block scales, whether the output layer is trained, adapters' parameters, and
+    the bytes of master weights that are `saved` by holding them packed."""
 
     student: Architecture
     teacher: Architecture
@@ -84,6 +84,7 @@ class Facts:
     head_trained: bool
     adapters: int = 0
     notes: tuple[str, ...] = ()
+    saved: int = 0
 
     @property
     def quantized(self) -> int:
@@ -139,16 +140,11 @@ def job_facts(job: Job) -> Facts:
     trainable = sum(sizes.values()) - sum(sizes[name] for name in frozen)
     head_trained, added = id(head.weight) not in frozen_ids and job.lora is None, 0
     if job.lora is not None:
-        added = _adapters(job.lora, student.model, coverage)
+        added = lora_footprint.parameters(job.lora, student.model, coverage)
         trainable = added + job.lora.norms * sum(p.numel() for p in student.model.parameters() if p.dim() < 2)
     notes = _compared(job, student.model, teacher.model)
-    return Facts(student, teacher, coverage, trainable, blocks, head_trained, added, notes)
-
-
-def _adapters(config: LoraConfig, model: nn.Module, coverage: Coverage) -> int:  # parameters, as `qat.lora` adds them
-    able = {candidate.path for candidate in candidates(model) if candidate.slot.low_rank}
-    shapes = [m.shape for m in coverage.modules if m.weight and m.path in able and config.wants(m.path)]
-    return sum(config.rank * (rows + columns) + rows * config.dora for rows, columns in shapes)
+    held = lora_footprint.saved(job, student.model, coverage)
+    return Facts(student, teacher, coverage, trainable, blocks, head_trained, added, notes, held)
 
 
 def _compared(job: Job, student: Any, teacher: Any) -> tuple[str, ...]:
@@ -263,7 +259,8 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
     step before are still there (Lightning clears them just before the backward pass).
 
     States, divided by the devices under fsdp and deepspeed, with P parameters, P' of them trained, S learned scales:
-        masters 4 P (LoRA: 4 P' more); gradients 4 (P' + S), twice that under ddp, which copies them into buckets;
+        masters 4 P (LoRA: 4 P' more; what is held packed its codes and scales); gradients 4 (P' + S), twice that
+        under ddp, which copies them into buckets;
         moments 8 (P' + S); scales 4 S and 4 per block for their start; average 4 (P' + S); teacher 2 P, on CPUs 4 P.
     Kept for the backward pass, T tokens per device and forward pass:
         quantized weights 2 per weight (4 without round_bf16), up to 16 per scale; activations as in `_per_token`;
@@ -271,8 +268,9 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
     Working space, the larger of: float32 chunks of logits with two gradients of the output layer; 5 copies of
         the largest quantized weight with the gradients of one feed-forward layer; evaluation instead of training.
     On CPUs, while tensors are smaller than 32 MiB, holes in the heap; see HEAP_LOSS.
-    GPTQ keeps a matrix of 4 x width^2 per distinct input while calibrating, which no device shares; it
-        counts where it exceeds the above.
+    Before that, weights that are held packed later are dense, unless a packed checkpoint gave them, and
+        GPTQ keeps a matrix of 4 x width^2 per distinct input while calibrating, with the models, which are divided
+        afterwards; that counts where it exceeds the above.
 
     Args:
         device: "cuda" or "cpu".
@@ -296,9 +294,11 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
         "holes in the heap": int(heap * (saved_weights + activations + working)),
     }
     products = min(FP32 * facts.input_products(job), PRODUCTS)
-    calibrating = parts["master weights"] + parts["scales"] + parts["teacher"] + products + _streams(job, facts)
-    beyond = max(0, calibrating - sum(training.values()))
-    return {**training, "input products of calibration": beyond, "libraries and device context": RUNTIME[device]}
+    models = shards(job) * (parts["master weights"] + parts["scales"] + parts["teacher"])  # divided afterwards
+    models += facts.saved * lora_footprint.dense_first(job)
+    beyond = max(0, models + products + _streams(job, facts) - sum(training.values()))
+    what = "initialisation, beyond that" if shards(job) == 1 else "undivided models, initialised"
+    return {**training, what: beyond, "libraries and device context": RUNTIME[device]}
 
 
 def _streams(job: Job, facts: Facts) -> int:
@@ -315,7 +315,7 @@ def _states(job: Job, facts: Facts, device: str) -> dict[str, int]:
     buckets = 2 if job.devices > 1 and shards(job) == 1 else 1
     teacher = (BF16 if device == "cuda" else FP32) * facts.teacher.parameters
     parts = {
-        "master weights": FP32 * (facts.student.parameters + facts.adapters),
+        "master weights": FP32 * (facts.student.parameters + facts.adapters) - facts.saved,
         "scales": FP32 * (learned + facts.blocks),
         "gradients": FP32 * trained * buckets,
         "Adam moments": 2 * FP32 * trained,
@@ -327,15 +327,15 @@ def _states(job: Job, facts: Facts, device: str) -> dict[str, int]:
 
 def _saved_weights(job: Job, facts: Facts, mixed: bool) -> int:
     """The quantized copies that linear layers keep; under autocast also the BF16 copies of unquantized layers."""
-    quantized = facts.quantized
+    quantized = 0 if facts.saved else facts.quantized  # what is held packed is made again in the backward pass
     per_weight = BF16 if job.scheme.round_bf16 else FP32
     per_block = FP32 * {"lsq": 2, "dual_lsq": 4, "focus": 10}.get(job.scheme.learn, 1)
-    total = per_weight * quantized + per_block * facts.blocks
+    total = per_weight * quantized + per_block * facts.blocks * (not facts.saved)
     if job.lora is not None and (job.lora.dora or job.scheme.learn in ("lsq", "dual_lsq", "focus")):
         total += FP32 * quantized  # the merged weights, which no parameter holds
     if job.activation_checkpointing and not job.holds:
         total //= facts.student.shape.layers
-    plain = facts.student.multiplied - quantized
+    plain = facts.student.multiplied - facts.quantized
     return total + (BF16 * max(plain, 0) if mixed else 0)
 
 
@@ -355,9 +355,8 @@ def _per_token(job: Job, facts: Facts, a: int) -> float:
     input in float32: 8 H. Its output feeds three linear layers (attention) or two (feed-forward): 4 H each time in
         fp32, one cast copy per layer in bf16. Attention: a (2 Q + 2 K) without a mask, a (4 Q + S) with one, since
         masked heads are repeated; no square of S unless eager. Feed-forward: 4 a F. Quantized inputs add the copy
-        before (or after)
-    rounding: 8 H if its gradient is clipped, a Q (twice if rotated and clipped), a F if clipped, and two scales per
-        block.
+        before (or after) rounding: 8 H if its gradient is clipped, a Q (twice if rotated and clipped), a F if clipped,
+        and two scales per block.
     """
     shape = facts.student.shape
     hidden, query, key, ffn = shape.hidden, shape.query, shape.key, shape.ffn

@@ -13,6 +13,7 @@ from qat.scheme import Scheme, upgraded
 from qat.trainers.data import DataConfig
 from qat.trainers.evaluate import EvalConfig
 from qat.trainers.optim import OptimConfig
+from qat.trainers.packed import completed
 from qat.trainers.sources import overlapping
 from qat.training.objectives import CrossEntropy, ForwardKL, Loss
 
@@ -36,7 +37,8 @@ class Job(Strict):
         method: "qad" distils a teacher; "qat" trains on the next token.
         model: the student before quantization.
         teacher: whom to imitate and to be compared with; by default the student's own BF16 weights.
-        scheme: which weights and inputs get which format.
+        scheme: which weights and inputs get which format; a file whose model is quantized already may leave its rules
+            out (`qat.trainers.packed`).
         lora: train low-rank updates of frozen weights instead of the weights.
         loss: by default forward KL for qad and cross-entropy for qat.
         steps: optimizer steps.
@@ -58,6 +60,9 @@ class Job(Strict):
         log_every: steps between two readings of the losses, at each of which a GPU waits for the host; metrics.csv
             has every step all the same. A step with a gradient that is not finite is left out, and ends the run when
             it is read.
+        wandb, tensorboard: who receives the metrics besides metrics.csv, what quantizers do (flipped codes, clipped
+            weights, drift of scales, QSNR by layer; at evaluations) and the report's plots. TensorBoard's files are in
+            the run's `tensorboard/`.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -85,6 +90,7 @@ class Job(Strict):
     hold_weights: bool | None = None
     log_every: int = Field(default=1, ge=1)
     wandb: Wandb | None = None
+    tensorboard: bool = False
     runs: Path = Path("runs")
 
     @field_validator("runs")
@@ -112,6 +118,13 @@ class Job(Strict):
             )
         if self.lora is not None and self.optim.cage.strength:
             raise ValueError("optim.cage moves weights, which lora leaves frozen; leave one of the two out")
+        apart = self.scheme.learn in ("dual_lsq", "focus") and any(s.kind == "reconstruct" for s in self.scheme.init)
+        if self.lora is not None and self.lora.base == "packed" and apart:
+            raise ValueError(
+                f"lora.base: packed after reconstruct with scheme.learn: {self.scheme.learn}: its scales for rounding "
+                "and for dequantizing come apart, so that codes alone do not say where training begins; use learn: "
+                "none, or base: dense"
+            )
         if self.devices > self.rows:
             raise ValueError(
                 f"devices ({self.devices}) are more than rows ({self.rows}), and each reads at least one row per step; "
@@ -183,4 +196,4 @@ def load_job(path: str | Path, overrides: list[str] | None = None) -> Job:
     if path.name == JOB and (path.parent / "checkpoints").is_dir():
         folder = path.parent.absolute()
         data = {**recorded(data), "name": folder.name, "runs": str(folder.parent)}
-    return validate(Job, override(data, overrides or []), str(path))
+    return validate(Job, completed(override(data, overrides or [])), str(path))

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from qat.errors import TrainingError
 from qat.modes import held
+from qat.sharded import close, is_divided, read, run, whole
 from qat.trainers import optim
 from qat.trainers.after_step import AfterStep
 from qat.trainers.data import Batches
@@ -89,12 +90,16 @@ class QatModule(lit.LightningModule):
         """See the class."""
         return self._teacher[0]
 
+    def configure_model(self) -> None:
+        """Lightning's strategy for FSDP2 wants the model to be divided here; `qat.trainers.strategy` has done it."""
+
     def on_fit_start(self) -> None:
         """Place the teacher, find both heads, freeze what the job freezes."""
         if self.teacher is not None:
             self.teacher.to(self.device).eval().requires_grad_(False)
         with torch.autocast(self.device.type, enabled=False):
-            self._heads = heads(self.student, self.teacher)
+            student, teacher = self.student, self.teacher
+            self._heads = read(teacher, lambda: read(student, lambda: heads(student, teacher)))
         self._after = AfterStep(self.student, self.job.optim, self.job.steps)
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -106,22 +111,27 @@ class QatModule(lit.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss per token of the whole optimizer step, this micro-batch's share of it."""
-        assert self._heads is not None
-        student_head, teacher_head = self._heads
         if self.job.holds and not self._losses:
             self._held.enter_context(held(self.student))
-        teacher_hidden = None
-        if self.teacher is not None and self.job.objective.needs_teacher:
-            with torch.no_grad():
-                teacher_hidden = hidden_states(self.teacher, batch)
-        hidden = hidden_states(self.student, batch)
-        models = (hidden, student_head, teacher_hidden, teacher_head)
-        total = chunked(self.job.objective, *models, batch["targets"], self.job.loss_chunk, batch.get("kept"))
-        value = total / batch["step_tokens"].clamp(min=1)
+        value = run(self.student, lambda: self._share(batch))
+        close(self.teacher)
         self._losses.append(value.detach())
         self.step_tokens += batch["input_ids"].numel() * self.trainer.world_size
         # Lightning divides by the accumulation count and averages over processes; the sum over the step is wanted.
         return value * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def _share(self, batch: Batch) -> Tensor:
+        """This micro-batch's share of the mean loss."""
+        assert self._heads is not None
+        student_head, teacher_head = self._heads
+        teacher, teacher_hidden = self.teacher, None
+        if teacher is not None and self.job.objective.needs_teacher:
+            with torch.no_grad():
+                teacher_hidden = run(teacher, lambda: hidden_states(teacher, batch))
+        hidden = hidden_states(self.student, batch)
+        models = (hidden, student_head, teacher_hidden, teacher_head)
+        total = chunked(self.job.objective, *models, batch["targets"], self.job.loss_chunk, batch.get("kept"))
+        return total / batch["step_tokens"].clamp(min=1)
 
     def read(self) -> None:
         """Read what the steps since the last reading measured, which a GPU waits for.
@@ -163,10 +173,10 @@ class QatModule(lit.LightningModule):
         groups = optimizer.param_groups
         parameters = [p for group in groups for p in group["params"]]
         self._held.close()
-        norm = nn.utils.clip_grad_norm_(parameters, self.job.optim.clip)
+        norm = whole(nn.utils.clip_grad_norm_(parameters, self.job.optim.clip))
         self.readings.add(self.step + 1, self._losses, norm)
         self._losses = []
-        if self.job.log_every > 1:
+        if self.job.log_every > 1 and not is_divided(self.student):
             self.readings.guard(getattr(optimizer, "optimizer", optimizer))
         else:  # before the optimizer writes NaN into the weights
             self.read()

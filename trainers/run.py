@@ -15,22 +15,25 @@ from torch import nn
 
 from qat.checkpoints import resume
 from qat.checkpoints.hf import load_configured, load_tokenizer
+from qat.checkpoints.initialised import Initialised
 from qat.checkpoints.progress import counted, mute
 from qat.errors import Interrupted, UnsupportedError
 from qat.init.calibration import initialise, observe, unreached
 from qat.modes import dense
 from qat.numbers.numerics import qsnr
+from qat.sharded import gathered
 from qat.sites import Site, weights
 from qat.surgery import Coverage, apply, report, rotate_inputs
-from qat.trainers import adapted, claim, fallback, limits, rates, strategy, why
+from qat.trainers import adapted, claim, fallback, limits, packed, rates, strategy, why
 from qat.trainers.callbacks import Keeper
 from qat.trainers.called import check_called
 from qat.trainers.data import Batches, Blocks, load_blocks
 from qat.trainers.evaluate import Evaluator, gap_closed
 from qat.trainers.exportable import export_notes, student_without_numbers
-from qat.trainers.fit import fit, quiet_lightning, start_loggers
+from qat.trainers.fit import fit, quiet_lightning
 from qat.trainers.interrupts import Interruptions
 from qat.trainers.job import Job
+from qat.trainers.loggers import finish_loggers, start_loggers
 from qat.trainers.machine import machine, repeatable, versions
 from qat.trainers.memory import keep_freed_blocks, peak_bytes
 from qat.trainers.optim import freeze
@@ -139,6 +142,7 @@ def _train(job: Job, resume_run: bool, console: Console, interruptions: Interrup
         keeper.best = {"step": 0, "kl": first["kl"], "since": 0}
         if ranks.first:
             resume.save_best(run, resume.student_tensors(parts.student), {**first, "step": 0}, job.lora)
+            Initialised(run).clear()
             if job.eval.why:
                 why.keep_start(run, parts.student)
     else:
@@ -147,13 +151,16 @@ def _train(job: Job, resume_run: bool, console: Console, interruptions: Interrup
         claim.check_text(saved, text, job.steps, console)
         keeper = Keeper(run, job, choosing, saved["best"])
     saved.update(text=text, steps=job.steps)
+    strategy.divide(job, parts)
     job = rates.settled(job, parts, keeper.evaluator, saved, console)
     loop = fit(job, parts, keeper, saved, resume.last_state(run) if resume_run else None, interruptions, loggers)
     if interruptions.signal is not None:
         raise interruptions.stop()
     if loop.stopped_by:
         console.print(f"stopped early: {loop.stopped_by}")
-    return _finish(job, parts, keeper, reporting, saved)
+    built = _finish(job, parts, keeper, reporting, saved)
+    finish_loggers(loggers, run)
+    return built
 
 
 def _evaluators(job: Job, parts: Parts) -> tuple[Evaluator, Evaluator]:
@@ -170,12 +177,13 @@ def _load(job: Job, source: Path, reference: Path, console: Console, ranks: Rank
     for note in export_notes(job, source, student_without_numbers(job, source)):
         console.print(note, highlight=False, soft_wrap=True, markup=False)
     teacher = load_teacher(job, reference)
-    student: nn.Module = load_configured(job.model, source)
+    student: nn.Module = load_configured(job.model, source, device=device)
     coverage = report(student, job.scheme)
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed):  # flash attention takes nothing wider
-        check_called(student.to(device), coverage)
+        check_called(student.to(adapted.first_place(job, student, device)), coverage)
         _check_packing(job, student, *([teacher] if job.teacher is not None else []))
     parameters = sum(p.numel() for p in student.parameters())
+    strategy.check_models(job, student, teacher)
     limits.warn(limits.check_lengths(job, student, teacher))
     loaded = {
         name: load_blocks(config, tokenizer, num_tokens=wanted, teacher=teacher)
@@ -191,6 +199,7 @@ def _load(job: Job, source: Path, reference: Path, console: Console, ranks: Rank
         name = "activation_checkpointing_enable"
         getattr(student, name if hasattr(student, name) else "gradient_checkpointing_enable")({"use_reentrant": False})
     apply(student, job.scheme, defer_init=True)
+    adapted.hold_early(job, student)
     if job.lora is None:  # else once there are adapters
         freeze(student, job.optim)
     dtype = torch.bfloat16 if mixed else None
@@ -268,7 +277,8 @@ def _baselines(
         console.print(text, highlight=False, soft_wrap=True)
 
     with dense(parts.student, inputs=True):
-        evaluate(parts.student if job.teacher is not None else parts.teacher, "bf16")
+        own = job.teacher is not None and not packed.continues(parts.student)  # whose middles of cells are no better
+        evaluate(parts.student if own else parts.teacher, "bf16")
     batches = _calibration(job, parts)
     autocast = torch.autocast(parts.device.type, parts.dtype or torch.bfloat16, enabled=parts.dtype is not None)
     with autocast:
@@ -277,6 +287,8 @@ def _baselines(
         console.print(sentence, highlight=False)
     rtn = job.scheme.rtn()
     initialise(parts.student, batches, rtn, mean_square, _tracked)
+    for sentence in packed.put(parts.student):
+        console.print(sentence, highlight=False, soft_wrap=True)
     parts.ranks.share(parts.student)
     evaluate(parts.student, "ptq")
     if rtn == job.scheme:
@@ -284,7 +296,8 @@ def _baselines(
             scores += [{**row, "name": "best_ptq"} for row in scores[-1:]]
     else:
         with autocast:
-            sentences = initialise(parts.student, batches, job.scheme, mean_square, _tracked)
+            store = Initialised(job.folder, parts.ranks.first)
+            sentences = initialise(parts.student, batches, job.scheme, mean_square, _tracked, store)
         parts.ranks.share(parts.student)
         for sentence in sentences:
             console.print(sentence, highlight=False)
@@ -321,19 +334,21 @@ def _finish(job: Job, parts: Parts, keeper: Keeper, reporting: Evaluator, saved:
     measured: dict[str, Any] = {}
     if job.eval.why:
         measured = {
-            "moved": why.moved(run, parts.student) if ranks.first else None,
             "lora": job.lora is not None,
             "gap": why.gap(reporting, parts.student, rows[-1]["kl"]),
             "disagreement": why.disagreement(
                 read_metrics(run / claim.METRICS), (saved.get("choosing") or saved["rows"])[-1]["kl"]
             ),
         }
-    return ranks.lead(lambda: _written(job, parts, keeper, saved, rows, measured))
+    with gathered(parts.student):
+        return ranks.lead(lambda: _written(job, parts, keeper, saved, rows, measured))
 
 
-def _written(*found: Any) -> RunReport:
-    built = _report(*found)
-    write_report(found[0].folder, built)
+def _written(job: Job, parts: Parts, *found: Any) -> RunReport:
+    if found[-1]:  # what is measured of its weights needs all of them
+        found[-1]["moved"] = why.moved(job.folder, parts.student)
+    built = _report(job, parts, *found)
+    write_report(job.folder, built)
     return built
 
 

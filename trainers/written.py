@@ -64,7 +64,7 @@ def load_teacher(job: Job, reference: Path) -> nn.Module:
     """The teacher as a run has it: on the device at once, since it may write the text of `source: teacher`."""
     device, mixed = device_and_mixed(job)
     dtype = torch.bfloat16 if mixed and device.type == "cuda" else torch.float32
-    teacher: nn.Module = load_configured(job.teacher or job.model, reference, dtype)
+    teacher: nn.Module = load_configured(job.teacher or job.model, reference, dtype, device)
     return teacher.to(device)
 
 

@@ -258,7 +258,7 @@ def _forward(x: Tensor, scales: Sequence[Tensor | None], fmt: Format, round_bf16
     divisor, multiplier, zeros = (None if t is None else t.contiguous() for t in scales)
     divisor = multiplier if divisor is None else divisor
     # The cast to BF16 rounds like this by itself on a device, but not in Triton's interpreter.
-    round_here = (round_bf16 and not fmt.exact_in_bf16) or (dtype == torch.bfloat16 and not x.is_cuda)
+    round_here = (round_bf16 and fmt.rounds_in_bf16) or (dtype == torch.bfloat16 and not x.is_cuda)
     fake_quantize_kernel[(cut.tiles,)](
         x.contiguous(), divisor, multiplier, zeros, out, cut.rows, cut.columns,
         **_geometry(cut), **constants(fmt), ROUND_BF16=round_here, num_warps=cut.warps,

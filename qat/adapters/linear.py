@@ -1,6 +1,7 @@
 """Linear layers: the weight, and what it is multiplied with."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,19 +10,21 @@ from qat.quantizer import InputQuantizer, WeightQuantizer
 from qat.sites import Quantized, Quantizers, Slot
 from qat.training.heads import Product
 from qat.training.low_rank import LowRank
+from qat.training.recomputed import recomputed_linear
 
 
 class QatLinear(Quantized, nn.Linear):
     """A linear layer whose weight, and optionally input, is fake-quantized. Parameter names stay those of nn.Linear.
 
     `fused` are the paths of the set that is trained as one, this layer's among them; `lora` is a trained update of the
-    weight, added before rounding.
+    weight, added before rounding. `held` is the weight itself where it is held packed; there is no parameter then.
     """
 
     weight_quantizer: WeightQuantizer
     input_quantizer: InputQuantizer | None
     fused: tuple[str, ...] = ()
     lora: LowRank | None
+    held: Any  # a `qat.serving.held.HeldWeight`, or None
 
     @classmethod
     def wrap(cls, linear: nn.Linear, weight: WeightQuantizer, input: InputQuantizer | None) -> "QatLinear":
@@ -30,7 +33,7 @@ class QatLinear(Quantized, nn.Linear):
             layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.weight_quantizer, layer.input_quantizer = weight, input
-        layer.lora = None
+        layer.lora = layer.held = None
         layer.train(linear.training)
         return layer
 
@@ -40,13 +43,25 @@ class QatLinear(Quantized, nn.Linear):
 
     def matrix(self, slot: str) -> Tensor:
         """The weight with its update; not a view of the parameter where there is one."""
-        return self.weight if self.lora is None else self.lora.merged(self.weight)
+        return self._matrix()
+
+    def _matrix(self, drawn: Tensor | None = None) -> Tensor:
+        weight: Tensor = self.weight if self.held is None else self.held.dequantize()
+        return weight if self.lora is None else self.lora.merged(weight, drawn)
 
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in_features) -> (..., out_features)."""
         if self.input_quantizer is not None:
             input = self.input_quantizer(input)
+        if self.held is not None and self.weight_quantizer.mode == "quantized" and torch.is_grad_enabled():
+            return self._recomputed(input)
         return self.weight_quantizer.linear(input, self.matrix("weight"), self.bias)
+
+    def _recomputed(self, input: Tensor) -> Tensor:
+        """The same, the weight made from its codes again in the backward pass."""
+        drawn = None if self.lora is None else self.lora.drawn()
+        learned = [*(() if self.lora is None else self.lora.parameters()), *self.weight_quantizer.parameters()]
+        return recomputed_linear(input, lambda: self.weight_quantizer(self._matrix(drawn)), self.bias, learned)
 
     def as_product(self) -> Product:
         """See `qat.training.heads.as_product`."""
@@ -62,7 +77,8 @@ class LinearAdapter:
 
     def slots(self, module: nn.Module) -> list[Slot]:
         """Its weight."""
-        return [Slot("weight", "weight", tuple(module.get_parameter("weight").shape), low_rank=True)]
+        assert isinstance(module, nn.Linear)
+        return [Slot("weight", "weight", (module.out_features, module.in_features), low_rank=True)]
 
     def attach(self, module: nn.Module, quantizers: Mapping[str, Quantizers]) -> nn.Module:
         """A `QatLinear`."""

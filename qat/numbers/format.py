@@ -98,6 +98,12 @@ class Format:
         narrow, wide = sorted((widest, self.scale.significant_bits))
         return (wide if narrow == 1 else narrow + wide) <= 8
 
+    @property
+    def rounds_in_bf16(self) -> bool:
+        """Whether BF16 may round an element x scale product, counting global scales of other tools, which are no powers
+        of two."""
+        return self.global_scale or not self.exact_in_bf16
+
     def bits_per_weight(self, rows: int, columns: int) -> float:
         """Stored bits per element, with scales, zero points and the global scale."""
         scales = math.prod(self.grid_shape(rows, columns))

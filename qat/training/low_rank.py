@@ -33,11 +33,17 @@ class LowRank(nn.Module):
         norm = torch.linalg.vector_norm(weight.detach().float(), dim=1) if dora else None
         self.magnitude = None if norm is None else nn.Parameter(norm)
 
-    def merged(self, weight: Tensor) -> Tensor:
-        """W + s BA, float32; with DoRA magnitude x direction of it, no gradient passing the norm (as in peft)."""
+    def drawn(self) -> Tensor | None:
+        """What one training pass multiplies the columns of A with; None where it leaves none out."""
+        drops = self.training and self.dropout > 0
+        return functional.dropout(torch.ones_like(self.A[0]), self.dropout) if drops else None
+
+    def merged(self, weight: Tensor, drawn: Tensor | None = None) -> Tensor:
+        """W + s BA, float32; with DoRA magnitude x direction of it, no gradient passing the norm (as in peft). A second
+        call of one training pass is given what was `drawn` for the first."""
         with torch.autocast(weight.device.type, enabled=False):
-            drops = self.training and self.dropout > 0
-            A = self.A * functional.dropout(torch.ones_like(self.A[0]), self.dropout) if drops else self.A
+            drawn = self.drawn() if drawn is None else drawn
+            A = self.A if drawn is None else self.A * drawn
             total = weight.float() + (self.B @ A) * self.scaling
             if self.magnitude is None:
                 return total

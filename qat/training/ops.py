@@ -41,7 +41,7 @@ def fake_quantize_reference(
 ) -> Tensor:
     """What `qat::fake_quantize` means, and what device kernels fall back to. Without a divisor there is one scale."""
     y = _on_grid(x, lookup(format), Scales(multiplier, None, zero_point, choice, divisor))
-    if round_bf16 and not lookup(format).exact_in_bf16:
+    if round_bf16 and lookup(format).rounds_in_bf16:
         y = y.to(torch.bfloat16)
     return y.to(x.dtype)
 

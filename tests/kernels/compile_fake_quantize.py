@@ -32,7 +32,7 @@ def compiled(kernel: Any, fixed: dict[str, Any], capability: int, warps: int) ->
 
 def forward(name: str, cut: Plan, capability: int) -> CompiledKernel:
     fmt = lookup(name)
-    fixed = {**kernels._geometry(cut), **kernels.constants(fmt), "ROUND_BF16": not fmt.exact_in_bf16}
+    fixed = {**kernels._geometry(cut), **kernels.constants(fmt), "ROUND_BF16": fmt.rounds_in_bf16}
     del fixed["scale_columns"]
     fixed |= {} if fmt.zero_point else {"zeros": None}
     return compiled(kernels.fake_quantize_kernel, fixed, capability, cut.warps)

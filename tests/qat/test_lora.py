@@ -132,3 +132,97 @@ def test_experts_cannot_carry_one(tmp_path: Path) -> None:
         attach(model, LoraConfig(rank=4, targets="*_proj"))
     attach(model, LoraConfig(rank=4))
     assert list(adapters(model)) == [f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"]
+
+
+# --- a base that is held packed -------------------------------------------------------------------
+
+PACKED = [LoraConfig(rank=4, base="packed"), LoraConfig(rank=4, base="packed", dora=True)]
+
+
+@pytest.mark.parametrize("weight", ["nvfp4", "mxfp4", "int4_g32", "int4_g32_asym"])
+def test_a_packed_base_starts_at_the_quantized_model(weight: str, tmp_path: Path) -> None:
+    model = quantized(tiny_model("qwen3", tmp_path / "model"), [pair_rules(weight, None), RULES[1]], learn="dual_lsq")
+    for site in weights(model).values():  # rounding with one scale, as `attach` finds it
+        torch.nn.init.zeros_(site.quantizer.log_divisor)
+        torch.nn.init.zeros_(site.quantizer.log_scale)
+    before = logits(model)
+    attach(model, LoraConfig(rank=4, base="packed", targets="*q_proj"))
+    assert torch.equal(logits(model), before) and len(adapters(model)) == 2
+    left = {name for name, p in model.named_parameters() if p.dim() > 1 and "log_" not in name and "lora" not in name}
+    assert left == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert torch.equal(model(torch.arange(2, 34).view(1, -1)).logits, before)  # with gradients, made anew
+
+
+@pytest.mark.parametrize("learn", ["none", "lsq", "dual_lsq"])
+@pytest.mark.parametrize("config", PACKED)
+def test_gradients_of_a_packed_base_are_autograds(config: LoraConfig, learn: str, tmp_path: Path) -> None:
+    """Against the same model with its base dense, at the middles of the cells."""
+    torch.manual_seed(3)
+    model, twin = (student(tmp_path, learn=learn) for _ in range(2))
+    for each in (model, twin):
+        for site in weights(each).values():
+            for parameter in site.quantizer.parameters():
+                torch.nn.init.zeros_(parameter)
+    with torch.no_grad():
+        for site in weights(twin).values():
+            site.parameter.copy_(site.quantizer.quantize(site.weight).dequantize())
+    for each, lora in ((model, config), (twin, config.model_copy(update={"base": "dense"}))):
+        torch.manual_seed(4)
+        attach(each, lora)
+        move(each)
+    for each in (model, twin):
+        each(torch.arange(2, 34).view(1, -1)).logits.square().mean().backward()
+    assert torch.equal(logits(model), logits(twin))
+    own = dict(twin.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, own[name].grad, rtol=1e-4, atol=1e-6)
+        else:
+            assert parameter.grad is None
+
+
+@pytest.mark.parametrize("config", PACKED)
+def test_merging_a_packed_base_changes_no_bit(config: LoraConfig, tmp_path: Path) -> None:
+    model = student(tmp_path, config, learn="none")
+    before, values = logits(model), {path: site.value() for path, site in weights(model).items()}
+    codes = {path: site.quantizer.quantize(site.weight).codes for path, site in weights(model).items()}
+    merge(model)
+    assert not adapters(model) and torch.equal(logits(model), before)
+    for path, site in weights(model).items():
+        assert torch.equal(site.value(), values[path]) and site.weight is site.parameter
+        assert torch.equal(site.quantizer.quantize(site.weight).codes, codes[path])
+    assert not [name for name in model.state_dict() if ".held." in name]
+
+
+def test_small_adapters_flip_few_codes(tmp_path: Path) -> None:
+    """Every weight is in the middle of its cell: nothing changes until an update reaches an edge."""
+    model = student(tmp_path, LoraConfig(rank=4, base="packed"), learn="none")
+    layer = model.model.layers[0].mlp.down_proj
+    before = layer.weight_quantizer.quantize(layer.held.dequantize())
+    scales = before.scales.effective()
+    for largest, expected in ((0.2 * scales.min(), False), (scales.max(), True)):  # E2M1's first edge is 0.25
+        with torch.no_grad():
+            layer.lora.B.mul_(largest / (layer.lora.B @ layer.lora.A * layer.lora.scaling).abs().max())
+        flipped = layer.weight_quantizer.quantize(layer.matrix("weight")).codes != before.codes
+        assert bool(flipped.any()) == expected
+
+
+def test_both_passes_leave_out_the_same_channels(tmp_path: Path) -> None:
+    model = student(tmp_path, LoraConfig(rank=4, dropout=0.5, base="packed"), learn="none").train()
+    layer, x = model.model.layers[0].mlp.down_proj, torch.eye(256)
+    torch.manual_seed(0)
+    y = layer(x)
+    y.square().sum().backward()
+    torch.manual_seed(0)
+    kept = functional.dropout(torch.ones(256), 0.5) != 0
+    assert torch.equal(layer.lora.A.grad.abs().sum(0) > 0, kept)
+
+
+def test_bases_that_cannot_be_packed_are_named(tmp_path: Path) -> None:
+    model = quantized(tiny_model("qwen3", tmp_path / "model"), [pair_rules("int3_g64", None), RULES[1]])
+    with pytest.raises(QatError, match=r"base: packed: model.layers.0.self_attn.q_proj: int3_g64 .* 3 bits"):
+        attach(model, LoraConfig(rank=4, base="packed"))
+    folder = tiny_model("qwen3_moe", tmp_path / "experts", **{**KINDS["qwen3_moe"], "num_hidden_layers": 1})
+    rules = [pair_rules("int4_g32", None, "*.experts.*"), pair_rules("int4_g32", None, "*_proj"), RULES[1]]
+    with pytest.raises(QatError, match=r"experts.gate_up_proj \(.*\) is quantized, too, and would stay dense"):
+        attach(quantized(folder, rules), LoraConfig(rank=4, base="packed"))

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from qat.lora import attach
 from qat.surgery import apply
-from qat.trainers.footprint import job_facts, memory
+from qat.trainers import lora_footprint
+from qat.trainers.footprint import GIB, job_facts, memory
 from qat.trainers.job import load_job
 from tests.tiny import tiny_model
 from tests.trainers.test_estimate import ROOT, job
@@ -47,3 +48,30 @@ def test_adapters_of_an_8b_model_need_much_less() -> None:
     full, low = (load_job(recipe, [*common, *more]) for more in ([], ["lora={rank: 16}"]))
     before, after = (sum(memory(each, job_facts(each), "cuda", True).values()) for each in (full, low))
     assert before >= 2.5 * after
+
+
+def test_a_packed_base_weighs_its_codes(tmp_path: Path) -> None:
+    tiny = tiny_model("llama", tmp_path)
+    wanted = job(tiny, scheme={"learn": "none"}, lora={"rank": 4, "base": "packed"})
+    assert wanted.lora is not None
+    model = apply(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), wanted.scheme)
+    attach(model, wanted.lora)
+    held = sum(b.nbytes for name, b in model.named_buffers() if ".held." in name)
+    parameters = sum(p.nbytes for p in model.parameters())
+    parts = memory(wanted, job_facts(wanted), "cpu", False)
+    assert parts["master weights"] == pytest.approx(held + parameters, rel=1e-3)
+    assert parts["quantized weights for backward"] == 0
+
+
+def test_a_packed_base_of_an_8b_model_needs_less_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = ROOT / "configs" / "qad" / "llama-3.1-8b-nvfp4-8gpu.yaml"
+    common = ["strategy=auto", "devices=1", "rows=1", "micro_rows=1", "activation_checkpointing=true"]
+    common.append("scheme.learn=none")
+    variants = ([], ["lora={rank: 16}"], ["lora={rank: 16, base: packed}"])
+    full, low, held = (load_job(recipe, [*common, *more]) for more in variants)
+    peaks = [sum(memory(each, job_facts(each), "cuda", True).values()) for each in (full, low, held)]
+    assert peaks[0] >= 2.5 * peaks[2] and peaks[2] < peaks[1]
+    parts = memory(held, job_facts(held), "cuda", True)
+    assert parts["initialisation, beyond that"] > 10 * GIB  # a packed checkpoint is never dense there
+    monkeypatch.setattr(lora_footprint, "dense_first", lambda job: False)
+    assert peaks[0] >= 4 * sum(memory(held, job_facts(held), "cuda", True).values())

@@ -94,7 +94,11 @@ FOLLOWED = {  # what follows a step: refits, damping, an average of the weights
 ADAPTED = {"scheme": ROTATED, "lora": {"rank": 4, "dropout": 0.1}, "optim": {"lr": 1e-4, "lora_lr": 2e-3, "ema": 0.9}}
 
 
-@pytest.mark.parametrize("changes", [{"scheme": ROTATED}, FOLLOWED, ADAPTED], ids=["rotated", "followed", "adapted"])
+PACKED = {"scheme": {**ROTATED, "learn": "lsq"}, "lora": {"rank": 4, "dropout": 0.1, "base": "packed"}}
+RESUMED = {"rotated": {"scheme": ROTATED}, "followed": FOLLOWED, "adapted": ADAPTED, "packed": PACKED}
+
+
+@pytest.mark.parametrize("changes", RESUMED.values(), ids=RESUMED)
 def test_resume_after_kill_repeats_the_uninterrupted_run(tmp_path: Path, model: Path, changes: dict[str, Any]) -> None:
     whole = load_job(write(tmp_path, model, name="whole", **changes))
     train(whole, table=False)

@@ -1,0 +1,43 @@
+"""What adapters weigh, and what a base that is held packed under them saves."""
+
+from pathlib import Path
+
+from torch import nn
+
+from qat.adapters import candidates
+from qat.checkpoints.packed import is_packed
+from qat.lora import LoraConfig
+from qat.surgery import Coverage, Covered
+from qat.trainers.job import Job
+
+FP32 = 4
+
+
+def parameters(config: LoraConfig, model: nn.Module, coverage: Coverage) -> int:
+    """Of all adapters, as `qat.lora` adds them."""
+    shapes = [covered.shape for covered in _able(model, coverage) if config.wants(covered.path)]
+    return sum(config.rank * (rows + columns) + rows * config.dora for rows, columns in shapes)
+
+
+def saved(job: Job, model: nn.Module, coverage: Coverage) -> int:
+    """Bytes of the master weights that are not there, since codes and scales are held instead."""
+    if not holds_packed(job):
+        return 0
+    return int(sum(covered.parameters * (FP32 - covered.bits / 8) for covered in _able(model, coverage)))
+
+
+def holds_packed(job: Job) -> bool:
+    """Whether the frozen weights are held packed."""
+    return job.lora is not None and job.lora.base == "packed"
+
+
+def dense_first(job: Job) -> bool:
+    """Whether weights that are held packed later are dense on the device until they are initialised: those of a packed
+    checkpoint are not."""
+    folder = Path(job.model.id).expanduser()
+    return holds_packed(job) and not ((folder / "config.json").is_file() and is_packed(folder))
+
+
+def _able(model: nn.Module, coverage: Coverage) -> list[Covered]:
+    able = {candidate.path for candidate in candidates(model) if candidate.slot.low_rank}
+    return [covered for covered in coverage.modules if covered.weight and covered.path in able]
