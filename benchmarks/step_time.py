@@ -5,6 +5,7 @@ take turns step by step in one process, so that a drifting machine hits both; th
 memory is measured in a process of its own per model.
 
     python benchmarks/step_time.py [--steps 20] [--tokens 1024] [--device cuda] [--model llama-1b] [--json FILE]
+    python benchmarks/step_time.py --model small --micro 4     # a step of four micro-batches: what `hold_weights` gains
 
 On a GPU the kernels are loaded and the forward pass runs under BF16 autocast, as `qat train` does there.
 """
@@ -69,19 +70,25 @@ def build(weight: str | None, input: str | None, learn: str, name: str, device: 
     return model.train(), optim.build(model, optim.OptimConfig())
 
 
-def step(model: Any, optimizer: Any, ids: Any) -> float:
-    """Seconds of one optimizer step with the chunked cross-entropy loss."""
+def step(model: Any, optimizer: Any, ids: Any, micro: int = 1, hold: bool = False) -> float:
+    """Seconds of one optimizer step of so many micro-batches with the chunked cross-entropy loss."""
+    import contextlib
+
     import torch
 
+    from qat.modes import held
     from qat.trainers.forward import Head
     from qat.training.losses import chunked
     from qat.training.objectives import CrossEntropy
 
+    head = Head(model.get_output_embeddings())
     began = time.perf_counter()
-    with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-        loss = chunked(CrossEntropy(), hidden, Head(model), None, None, ids[:, 1:]) / ids[:, 1:].numel()
-    loss.backward()
+    with held(model) if hold else contextlib.nullcontext():
+        for part in ids.chunk(micro, dim=1):
+            with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):
+                hidden = model.base_model(input_ids=part, use_cache=False).last_hidden_state[:, :-1]
+                loss = chunked(CrossEntropy(), hidden, head, None, None, part[:, 1:]) / ids[:, 1:].numel()
+            loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if ids.is_cuda:
@@ -106,6 +113,26 @@ def refit_seconds(model: Any, optimizer: Any, ids: Any) -> float:
     return statistics.median(times[1:])
 
 
+def compare_held(how: tuple[str, str, str], options: argparse.Namespace, ids: Any) -> None:
+    """Steps of several micro-batches, in turns: unquantized, quantized in each, quantized once; ratios of medians."""
+    plain = build(None, None, *how)
+    for name in options.case or list(CASES):
+        quantized = build(*CASES[name], *how)
+        sides = ((plain, False), (quantized, False), (quantized, True))
+        times: list[list[float]] = [[], [], []]
+        for index in range(options.steps + 2):
+            for side, (pair, hold) in enumerate(sides):
+                seconds = step(*pair, ids, options.micro, hold)
+                if index >= 2:
+                    times[side].append(seconds)
+        dense, each, once = map(statistics.median, times)
+        print(
+            f"{name:<22} {options.micro} micro-batches: {each:.3f} s, {once:.3f} s held ({once / each:.3f}x); against "
+            f"{dense:.3f} s plain {each / dense:.3f}x and {once / dense:.3f}x",
+            flush=True,
+        )
+
+
 def peak(case: str | None, options: argparse.Namespace) -> int:
     """Peak bytes of three steps in a fresh process; `case` None is the unquantized model."""
     command = [sys.executable, "-P", __file__, "--peak", case or "none", "--tokens", str(options.tokens)]
@@ -122,6 +149,7 @@ def main() -> None:
     parser.add_argument("--case", action="append", choices=list(CASES), help="only this one; may be repeated")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--model", default="embedded", choices=("embedded", *RANDOM))
+    parser.add_argument("--micro", type=int, default=1, help="micro-batches of a step; several compare `hold_weights`")
     parser.add_argument("--json")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -142,6 +170,9 @@ def main() -> None:
         for _ in range(3):
             step(model, optimizer, ids)
         print(peak_bytes(torch.device(arguments.device)))
+        return
+    if arguments.micro > 1:
+        compare_held(how, arguments, ids)
         return
     plain_peak = peak(None, arguments)
     cases = arguments.case or list(CASES)

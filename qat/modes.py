@@ -46,6 +46,22 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def held(model: nn.Module) -> Iterator[None]:
+    """Training passes inside this context put the weight of a linear layer on its grid once, at its first use: several
+    micro-batches and recomputed activations share it, gradients stay those of each pass. The quantized weights take
+    their memory to the end; no parameter may be changed inside."""
+    quantizers = [m for m in model.modules() if isinstance(m, WeightQuantizer)]
+    try:
+        for quantizer in quantizers:
+            quantizer.holds = True
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.holds = False
+            quantizer.forget()
+
+
+@contextlib.contextmanager
 def only(model: nn.Module, paths: Collection[str], others: bool = False) -> Iterator[None]:
     """Everything passes through unquantized inside this context but the weights of these paths and what they are
     multiplied with; with `others`, nothing does but those."""

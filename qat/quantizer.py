@@ -8,7 +8,7 @@ it (layer inputs, keys, values); layers that read the same tensor share one inst
 import math
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -23,6 +23,7 @@ from qat.training.activations import ActivationRule, fake_quantize_input, static
 from qat.training.gradients import Estimator
 from qat.training.ops import fake_quantize, quantized_linear
 from qat.training.refit import refit
+from qat.training.scales import effective_scales, stored_scales
 
 Learn = Literal["none", "lsq", "dual_lsq", "focus", "refit"]
 LEARNED = ("log_scale", "log_divisor")  # the parameters of a weight's quantizer
@@ -95,6 +96,31 @@ class SameTensor:
         self._state = None
 
 
+@dataclass(frozen=True)
+class _Held:
+    """What a linear layer made of a weight in a step: scales in force, and the weight on its grid."""
+
+    of: weakref.ref[Tensor]
+    version: int
+    scales: tuple[Tensor, Tensor | None]
+    value: Tensor
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, scales: tuple[Tensor, Tensor | None], value: Tensor) -> "_Held":
+        multiplier, divisor = scales
+        plain = multiplier.detach(), None if divisor is None else divisor.detach()
+        return cls(weakref.ref(_owner(weight)), weight._version, plain, value)
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether it was made of these very numbers."""
+        return self.of() is _owner(weight) and self.version == weight._version
+
+
+def _owner(weight: Tensor) -> Tensor:
+    """The parameter, of a transposed one, which is another view at every call."""
+    return weight if weight._base is None else weight._base
+
+
 class WeightQuantizer(Quantizer):
     """Scales of one weight (rows, columns), or of a stack of them (experts, rows, columns), and its trip onto the grid.
 
@@ -103,6 +129,8 @@ class WeightQuantizer(Quantizer):
         scales: the initial ones; those of a stack have its matrices one below the other.
         learn: which corrections are parameters.
         round_bf16: see `Scheme.round_bf16`.
+
+    Inside `qat.modes.held` it `holds` what `linear` made of its weight.
     """
 
     start: Tensor
@@ -121,6 +149,8 @@ class WeightQuantizer(Quantizer):
         divided = learn in ("dual_lsq", "focus")
         self.log_divisor = nn.Parameter(zeros.repeat_interleave(self.parts, dim=1)) if divided else None
         self._value: Tensor | None = None
+        self.holds = False
+        self._held: _Held | None = None
         self.set_scales(scales)
 
     def set_scales(self, scales: Scales) -> None:
@@ -148,21 +178,22 @@ class WeightQuantizer(Quantizer):
     def _latent(self) -> Tensor:
         return self.start if self.log_scale is None else self.start * self.log_scale.exp()
 
+    def _stored(self, latent: Tensor) -> Scales:
+        stored = stored_scales(latent, self.global_scale, self.format.name)
+        return replace(stored, zero_point=self.zero_point, choice=self.choice)
+
+    def in_force(self, held: tuple[Tensor, Tensor | None] | None = None) -> tuple[Tensor, Tensor | None]:
+        """(multiplier, divisor), see `qat.training.scales`: what is stored multiplies; None where that also divides."""
+        learned = self.log_scale, self.log_divisor
+        return effective_scales(self.start, *learned, self.global_scale, self.format.name, held)
+
     def multiplier(self) -> Tensor:
         """float32 effective scale as it will be stored, (block rows, block columns); gradient passes the rounding."""
-        latent = self._latent()
-        return self._stored(latent.detach()).effective() + (latent - latent.detach())  # an exact zero with the gradient
-
-    def _stored(self, latent: Tensor) -> Scales:
-        stored = self.format.scale.store(latent, self.global_scale)
-        return Scales(stored, self.global_scale, self.zero_point, self.choice, type=self.format.scale)
+        return self.in_force()[0]
 
     def divisor(self) -> Tensor | None:
         """The scale that divides before rounding, where it is learned separately."""
-        if self.log_divisor is None:
-            return None
-        start = self.start if self.parts == 1 else self.start.repeat_interleave(self.parts, dim=1)
-        return start * self.log_divisor.exp()
+        return self.in_force()[1]
 
     @torch.no_grad()
     def scales(self) -> Scales:
@@ -200,16 +231,17 @@ class WeightQuantizer(Quantizer):
         return self.transformed(weight) if self.mode == "dense" else self._rounded(weight)
 
     def forget(self) -> None:
-        """Drop the value that "frozen" remembers."""
-        self._value = None
+        """Drop the values that "frozen" and `holds` remember."""
+        self._value = self._held = None
 
     def _rounded(self, weight: Tensor) -> Tensor:
+        multiplier, divisor = self.in_force()
         return fake_quantize(
             self.transformed(weight),
             self.format.name,
             self._given(),
-            multiplier=self.multiplier(),
-            divisor=self.divisor(),
+            multiplier=multiplier,
+            divisor=divisor,
             round_bf16=self.round_bf16,
         )
 
@@ -222,16 +254,22 @@ class WeightQuantizer(Quantizer):
             return functional.linear(x, self(weight), bias)
         if torch.is_autocast_enabled(x.device.type):  # which would cast the scales too, inside the operator
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return quantized_linear(
+        held = self._held if self._held is not None and self._held.fits(weight) else None
+        multiplier, divisor = scales = self.in_force(None if held is None else held.scales)
+        y, value = quantized_linear(
             x,
             self.transformed(weight),
             bias,
             self.format.name,
             self._given(),
-            multiplier=self.multiplier(),
-            divisor=self.divisor(),
+            multiplier=multiplier,
+            divisor=divisor,
             round_bf16=self.round_bf16,
+            held=None if held is None else held.value,
         )
+        if self.holds and held is None:
+            self._held = _Held.from_weight(weight, scales, value)
+        return y
 
     def extra_repr(self) -> str:
         """Format and learning mode, for `print(model)`."""
@@ -258,6 +296,7 @@ class InputQuantizer(Quantizer):
         self._observer: RangeObserver | None = None
         self._same = SameTensor(readers=1)
         self._ready = False
+        self._static: tuple[tuple[Tensor, int, int], Tensor | None] | None = None  # and what it was made of
 
     @property
     def consumers(self) -> int:
@@ -326,7 +365,14 @@ class InputQuantizer(Quantizer):
     def static(self) -> Tensor | None:
         """What a checkpoint stores of it, see `qat.training.activations.static_part`."""
         self._check_calibrated()
-        return static_part(self.format, self.limit)
+        if not self.needs_calibration:
+            return None
+        if self.log_range is not None or self.amax.is_inference():  # which have no version
+            return static_part(self.format, self.limit)
+        of = self.amax, self.amax._version, self.amax.data_ptr()
+        if self._static is None or self._static[0][0] is not of[0] or self._static[0][1:] != of[1:]:
+            self._static = of, static_part(self.format, self.amax)
+        return self._static[1]
 
     def _check_calibrated(self) -> None:
         if self._ready or not self.needs_calibration:

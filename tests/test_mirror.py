@@ -24,6 +24,7 @@ ELSEWHERE = {
     "engines/experts.py": "engines/test_transformers.py: experts that the engine serves",
     "engines/front.py": "engines/test_serve.py: over a socket, as clients see it",
     "engines/replies.py": "engines/test_serve.py: over a socket, as clients see it",
+    "kernels/effective_scales/triton.py": "kernels/test_fake_quantize.py: one process interprets both",
     "kernels/fake_quantize_input/triton.py": "kernels/test_fake_quantize.py: one process interprets both",
     "kernels/quantize_input/codes/triton.py": "kernels/test_quantize_input.py: the arithmetic of that kernel",
     "kernels/quantize_pack/triton.py": "kernels/test_fake_quantize.py: one process interprets both",

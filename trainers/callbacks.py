@@ -156,6 +156,7 @@ class StepLoop(lit.Callback):
         self.stopped_by: str | None = None
         self._step_begin = time.monotonic()
         self._last_step = 0
+        self._unread: list[dict[str, Any]] = []  # rows without what has not been read yet
 
     def give_up(self) -> bool:
         """Whether there is nothing left to wait for; `stopped_by` says why."""
@@ -193,39 +194,53 @@ class StepLoop(lit.Callback):
         step = module.step
         if self.average is not None:
             self.average.update(step)
-        row = self._row(trainer, module, step)
+        self._unread.append(self._row(module, step))
         every = self.job.eval.every
-        quantizers: dict[str, float] = {}
-        if step == self.job.steps or (every and step % every == 0):
-            scores, quantizers = self._evaluate(module, step)
-            row.update(scores)
-        self._record(row, step)
-        self._log(trainer, {key: value for key, value in {**row, **quantizers}.items() if value != ""}, step)
-        module.step_loss, module.step_tokens = 0.0, 0
+        last = step == self.job.steps
+        evaluates = last or bool(every and step % every == 0)
+        due = last or bool(self.job.checkpoint_every and step % self.job.checkpoint_every == 0)
+        if evaluates or due or step % self.job.log_every == 0:
+            self._read(trainer, module, evaluates)
         if number := self.keeper.ranks.most(self.interruptions.signal or 0):  # one rank may have had it alone
             self.interruptions.signal = signal.Signals(number)
         stop = self.give_up() or bool(number)
-        due = self.job.checkpoint_every and step % self.job.checkpoint_every == 0
-        if due or step == self.job.steps or stop:
+        if stop:
+            self._read(trainer, module, False)
+        if due or stop:
             self.save(module, step)
         trainer.should_stop = stop
-        self._step_begin = time.monotonic()
+        if not self._unread:
+            self._step_begin = time.monotonic()
 
-    def _row(self, trainer: lit.Trainer, module: QatModule, step: int) -> dict[str, Any]:
-        seconds = time.monotonic() - self._step_begin
-        self.saved["seconds"] = self.saved.get("seconds", 0.0) + seconds
-        self.saved["tokens"] = self.saved.get("tokens", 0) + module.step_tokens
-        rates = module.rates
+    def _row(self, module: QatModule, step: int) -> dict[str, Any]:
+        rates, tokens = module.rates, module.step_tokens
+        module.step_tokens = 0
+        self.saved["tokens"] = self.saved.get("tokens", 0) + tokens
         return {
             "step": step,
             "tokens": self.saved["tokens"],
-            "seconds": round(self.saved["seconds"], 3),
-            "loss": module.step_loss,
             "lr": next((rates[kind] for kind in ("weight", "lora", "flat") if kind in rates), ""),
             "scale_lr": rates.get("scale", ""),
-            "grad_norm": module.grad_norm,
-            "tokens_per_second": round(module.step_tokens / seconds, 2),
+            "tokens_per_second": tokens,
         }
+
+    def _read(self, trainer: lit.Trainer, module: QatModule, evaluates: bool) -> None:
+        """Complete the rows of the steps since the last reading, which share its time alike; evaluate at the last."""
+        module.read()
+        found = module.readings.take()
+        seconds = (time.monotonic() - self._step_begin) / max(1, len(self._unread))
+        rows, self._unread = self._unread, []
+        for row in rows:
+            reading = found[row["step"]]
+            self.saved["seconds"] = self.saved.get("seconds", 0.0) + seconds
+            row.update(seconds=round(self.saved["seconds"], 3), loss=reading.loss, grad_norm=reading.norm)
+            row["tokens_per_second"] = round(row["tokens_per_second"] / seconds, 2)
+            quantizers: dict[str, float] = {}
+            if evaluates and row is rows[-1]:
+                scores, quantizers = self._evaluate(module, row["step"])
+                row.update(scores)
+            self._record(row, row["step"])
+            self._log(trainer, {k: v for k, v in {**row, **quantizers}.items() if v != ""}, row["step"])
 
     def _evaluate(self, module: QatModule, step: int) -> tuple[dict[str, float], dict[str, float]]:
         """Scores, and where anyone wants them what the quantizers do."""

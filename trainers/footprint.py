@@ -333,7 +333,7 @@ def _saved_weights(job: Job, facts: Facts, mixed: bool) -> int:
     total = per_weight * quantized + per_block * facts.blocks * (not facts.saved)
     if job.lora is not None and (job.lora.dora or job.scheme.learn in ("lsq", "dual_lsq", "focus")):
         total += FP32 * quantized  # the merged weights, which no parameter holds
-    if job.activation_checkpointing:
+    if job.activation_checkpointing and not job.holds:
         total //= facts.student.shape.layers
     plain = facts.student.multiplied - facts.quantized
     return total + (BF16 * max(plain, 0) if mixed else 0)

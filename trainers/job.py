@@ -56,6 +56,12 @@ class Job(Strict):
         devices: over all machines; one process each. Without GPUs they are processes on the CPU.
         loss_chunk: tokens whose logits exist at once; by default `qat.training.losses.chunk_tokens`.
         activation_checkpointing: recompute activations in the backward pass to save memory.
+        hold_weights: put each linear layer's weight on its grid once per step, for all micro-batches and recomputed
+            activations, which keeps two bytes per quantized weight. By default where a step has several micro-batches
+            and neither activation_checkpointing nor sharding saves just that memory.
+        log_every: steps between two readings of the losses, at each of which a GPU waits for the host; metrics.csv
+            has every step all the same. A step with a gradient that is not finite is left out, and ends the run when
+            it is read.
         wandb, tensorboard: who receives the metrics besides metrics.csv, what quantizers do (flipped codes, clipped
             weights, drift of scales, QSNR by layer; at evaluations) and the report's plots. TensorBoard's files are in
             the run's `tensorboard/`.
@@ -84,6 +90,8 @@ class Job(Strict):
     devices: int = Field(default=1, ge=1)
     loss_chunk: int | None = Field(default=None, ge=1)
     activation_checkpointing: bool = False
+    hold_weights: bool | None = None
+    log_every: int = Field(default=1, ge=1)
     wandb: Wandb | None = None
     tensorboard: bool = False
     runs: Path = Path("runs")
@@ -147,6 +155,14 @@ class Job(Strict):
     def asks_teacher(self) -> bool:
         """Whether the teacher reads along in every step."""
         return bool(self.objective.needs_teacher) and self.teacher_cache is None
+
+    @property
+    def holds(self) -> bool:
+        """`hold_weights`, settled."""
+        if self.hold_weights is not None:
+            return self.hold_weights
+        whole = self.strategy in ("auto", "ddp")
+        return whole and self.rows > self.micro_rows * self.devices and not self.activation_checkpointing
 
     @property
     def folder(self) -> Path:

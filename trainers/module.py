@@ -4,7 +4,7 @@ The step counter, the order of the data and the learning rate are pure functions
 resumed run repeats the interrupted one exactly; Lightning's own loop state is not needed.
 """
 
-import math
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from qat.errors import TrainingError
-from qat.sharded import close, read, run, whole
+from qat.modes import held
+from qat.sharded import close, is_divided, read, run, whole
 from qat.trainers import optim
 from qat.trainers.after_step import AfterStep
 from qat.trainers.cached import Taught
 from qat.trainers.data import Batches
 from qat.trainers.forward import Head, heads, hidden_states
 from qat.trainers.job import Job
-from qat.trainers.packing import Batch
+from qat.trainers.packing import Batch, known
+from qat.trainers.readings import Readings
 from qat.trainers.strategy import ALONE, Ranks
 from qat.training.known import known_in
 from qat.training.losses import IGNORE, chunked
@@ -44,8 +46,9 @@ class MicroBatches(IterableDataset[Batch]):
             mine = self.batches.batch(step) if self.world_size > 1 else whole
             for first in range(0, len(mine["targets"]), self.micro_rows):
                 part = slice(first, first + self.micro_rows)
+                micro = {name: tensor[part] for name, tensor in mine.items()}
                 said = {} if self.taught is None else self.taught.columns(self.batches.indices(step)[part])
-                yield {**{name: tensor[part] for name, tensor in mine.items()}, **said, "step_tokens": count}
+                yield {**micro, **known(micro), **said, "step_tokens": count}
 
 
 class QatModule(lit.LightningModule):
@@ -78,8 +81,10 @@ class QatModule(lit.LightningModule):
         self._teacher = (teacher,)
         self._heads: tuple[Head, Head | None] | None = None
         self._after: AfterStep | None = None
-        self._losses: list[Tensor] = []  # of the step's micro-batches; read once, so that a GPU need not wait for each
-        self.step_loss = 0.0
+        self._losses: list[Tensor] = []  # of the step's micro-batches
+        self._held = contextlib.ExitStack()  # open while a step's weights are held
+        self.readings = Readings()
+        self.step_loss = 0.0  # of the last step that was read, as `grad_norm`
         self.step_tokens = 0
         self.grad_norm = 0.0
         self.rates: dict[str, float] = {}
@@ -116,6 +121,8 @@ class QatModule(lit.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss per token of the whole optimizer step, this micro-batch's share of it."""
+        if self.job.holds and not self._losses:
+            self._held.enter_context(held(self.student))
         value = run(self.student, lambda: self._share(batch))
         close(self.teacher)
         self._losses.append(value.detach())
@@ -133,18 +140,21 @@ class QatModule(lit.LightningModule):
                 teacher_hidden = run(teacher, lambda: hidden_states(teacher, batch))
         hidden = hidden_states(self.student, batch)
         models = (hidden, student_head, teacher_hidden, teacher_head)
-        total = chunked(self.job.objective, *models, batch["targets"], self.job.loss_chunk, known_in(batch))
+        chunk, kept = self.job.loss_chunk, batch.get("kept")
+        total = chunked(self.job.objective, *models, batch["targets"], chunk, known_in(batch), kept)
         return total / batch["step_tokens"].clamp(min=1)
 
-    def _finite(self) -> None:
-        """Stop before the optimizer writes NaN into the weights."""
-        own = sum(float(value) for value in self._losses)
-        self._losses.clear()
-        self.step_loss += float(self.ranks.sum(torch.tensor(own, dtype=torch.float64)))
-        for what, measure in (("loss", self.step_loss), ("norm of the gradients", self.grad_norm)):
-            if not math.isfinite(measure):
+    def read(self) -> None:
+        """Read what the steps since the last reading measured, which a GPU waits for.
+
+        Raises:
+            TrainingError: something is not finite.
+        """
+        for reading in self.readings.read(self.ranks):
+            self.step_loss, self.grad_norm = reading.loss, reading.norm
+            if reading.problem is not None:
                 raise TrainingError(
-                    f"the {what} became {measure} at step {self.step + 1}; the last good checkpoint is kept. Lower "
+                    f"the {reading.problem} at step {reading.step}; the last good checkpoint is kept. Lower "
                     f"optim.lr (now {self.job.optim.peak:g}), or look for bad rows in {self.job.data.source!r}"
                 )
 
@@ -165,13 +175,20 @@ class QatModule(lit.LightningModule):
         self._after(self.step + 1, getattr(optimizer, "optimizer", optimizer))  # Lightning counts the step afterwards
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        """Clip by the norm over all trained parameters, and remember loss, norm and the rates in force for the log.
+        """Clip by the norm over all trained parameters, and remember loss, norm and the rates in force for the log;
+        they are read at once, unless `log_every` says later.
 
         Raises:
             TrainingError: the loss or the norm is not finite.
         """
         groups = optimizer.param_groups
         parameters = [p for group in groups for p in group["params"]]
-        self.grad_norm = float(whole(nn.utils.clip_grad_norm_(parameters, self.job.optim.clip)))
-        self._finite()
+        self._held.close()
+        norm = whole(nn.utils.clip_grad_norm_(parameters, self.job.optim.clip))
+        self.readings.add(self.step + 1, self._losses, norm)
+        self._losses = []
+        if self.job.log_every > 1 and not is_divided(self.student):
+            self.readings.guard(getattr(optimizer, "optimizer", optimizer))
+        else:  # before the optimizer writes NaN into the weights
+            self.read()
         self.rates = {group["kind"]: group["lr"] for group in groups}

@@ -105,6 +105,7 @@ class Ranks:
             distributed.broadcast(values.view(-1).view(torch.uint8), 0)
             if values.data_ptr() != tensor.data_ptr():
                 tensor.copy_(values)
+            torch.autograd.graph.increment_version(tensor)  # a broadcast does not say that it writes
 
 
 ALONE = Ranks()

@@ -115,6 +115,7 @@ def chunked(
     targets: Tensor,
     chunk: int | None = None,
     known: Known | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """Sum of `loss` over the tokens that carry one (targets != -100), holding one chunk of logits at a time.
 
@@ -124,6 +125,7 @@ def chunked(
         targets: (batch, sequence), aligned with the logits.
         chunk: tokens per piece; by default as `chunk_tokens` says.
         known: what is known of the teacher where it is not at hand, of the tokens with a target, in their order.
+        kept: where the flattened targets carry a loss; found here by default, which on a GPU waits for a count.
 
     Raises:
         UnsupportedError: the loss asks for more than is known.
@@ -131,7 +133,7 @@ def chunked(
     if known is not None and (problem := loss.beyond(known.tail is None)):
         raise UnsupportedError(problem)
     device = student_hidden.device.type
-    keep = (targets.flatten() != IGNORE).nonzero().squeeze(1)  # once: on a GPU each boolean index waits for a count
+    keep = (targets.flatten() != IGNORE).nonzero().squeeze(1) if kept is None else kept
     labels = targets.flatten()[keep]
     head, student, read = _head(student_head, student_hidden, keep, device)
     teacher, teacher_logits, teacher_read = None, None, None
