@@ -22,8 +22,8 @@ SAMPLE = 1 << 16  # codes, and as many scales, remembered of one weight
 
 
 class QuantizerMetrics:
-    """Compares with the moment it was made, and with the last reading. Where the model is divided among processes, every
-    process makes one and reads.
+    """Compares with the moment it was made, and with the last reading. Where the model is divided among processes,
+    every process makes one and reads.
 
     Args:
         model: a scheme was applied to it.

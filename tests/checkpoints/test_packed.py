@@ -255,7 +255,9 @@ def test_a_neighbour_of_the_reciprocal_is_found() -> None:
         q = QTensor(fmt, codes, Scales(scale.to(torch.float8_e4m3fn), divisor.reciprocal()))
         assert not torch.equal(q.dequantize(torch.bfloat16), dense)
         with contextlib.suppress(UnsupportedError):  # no number does where two products want different ones
-            assert torch.equal(QTensor(fmt, codes, packed._settled(dense, q, "layer")).dequantize(torch.bfloat16), dense)
+            assert torch.equal(
+                QTensor(fmt, codes, packed._settled(dense, q, "layer")).dequantize(torch.bfloat16), dense
+            )
             settled += 1
     print("apart", len(apart), "settled", settled)
     assert settled >= 0.5 * len(apart)
