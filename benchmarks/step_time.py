@@ -5,12 +5,14 @@ take turns step by step in one process, so that a drifting machine hits both; th
 memory is measured in a process of its own per model.
 
     python benchmarks/step_time.py [--steps 20] [--tokens 1024] [--device cuda] [--model llama-1b] [--json FILE]
+    python benchmarks/step_time.py --model small --micro 4     # a step of four micro-batches: what `hold_weights` gains
 
 On a GPU the kernels are loaded and the forward pass runs under BF16 autocast, as `qat train` does there.
 """
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -28,10 +30,14 @@ CASES = {
 
 LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
             "num_key_value_heads": 8, "vocab_size": 49152, "tie_word_embeddings": True}  # fmt: skip
+SMALL = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 9,
+         "num_key_value_heads": 3, "vocab_size": 4096, "tie_word_embeddings": True}  # fmt: skip
+RANDOM = {"llama-1b": LLAMA_1B, "small": SMALL}
 
 
 def load(name: str) -> Any:
-    """The embedded model, or a random Llama of a billion parameters, in float32."""
+    """The embedded model, or a random Llama: of a billion parameters, or of four of the embedded model's blocks; in
+    float32."""
     import torch
 
     from qat.checkpoints.hf import ModelConfig, load_model, resolve
@@ -40,7 +46,7 @@ def load(name: str) -> Any:
         return load_model(resolve(ModelConfig(id="embedded:smollm2-135m")), torch.float32)
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    return AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_1B), dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(LlamaConfig(**RANDOM[name]), dtype=torch.float32)
 
 
 def build(weight: str | None, input: str | None, learn: str, name: str, device: str) -> tuple[Any, Any]:
@@ -64,19 +70,25 @@ def build(weight: str | None, input: str | None, learn: str, name: str, device: 
     return model.train(), optim.build(model, optim.OptimConfig())
 
 
-def step(model: Any, optimizer: Any, ids: Any) -> float:
-    """Seconds of one optimizer step with the chunked cross-entropy loss."""
+def step(model: Any, optimizer: Any, ids: Any, micro: int = 1, hold: bool = False) -> float:
+    """Seconds of one optimizer step of so many micro-batches with the chunked cross-entropy loss."""
+    import contextlib
+
     import torch
 
+    from qat.modes import held
     from qat.trainers.forward import Head
     from qat.training.losses import chunked
     from qat.training.objectives import CrossEntropy
 
+    head = Head(model.get_output_embeddings())
     began = time.perf_counter()
-    with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-        loss = chunked(CrossEntropy(), hidden, Head(model), None, None, ids[:, 1:]) / ids[:, 1:].numel()
-    loss.backward()
+    with held(model) if hold else contextlib.nullcontext():
+        for part in ids.chunk(micro, dim=1):
+            with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):
+                hidden = model.base_model(input_ids=part, use_cache=False).last_hidden_state[:, :-1]
+                loss = chunked(CrossEntropy(), hidden, head, None, None, part[:, 1:]) / ids[:, 1:].numel()
+            loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if ids.is_cuda:
@@ -101,6 +113,26 @@ def refit_seconds(model: Any, optimizer: Any, ids: Any) -> float:
     return statistics.median(times[1:])
 
 
+def compare_held(how: tuple[str, str, str], options: argparse.Namespace, ids: Any) -> None:
+    """Steps of several micro-batches, in turns: unquantized, quantized in each, quantized once; ratios of medians."""
+    plain = build(None, None, *how)
+    for name in options.case or list(CASES):
+        quantized = build(*CASES[name], *how)
+        sides = ((plain, False), (quantized, False), (quantized, True))
+        times: list[list[float]] = [[], [], []]
+        for index in range(options.steps + 2):
+            for side, (pair, hold) in enumerate(sides):
+                seconds = step(*pair, ids, options.micro, hold)
+                if index >= 2:
+                    times[side].append(seconds)
+        dense, each, once = map(statistics.median, times)
+        print(
+            f"{name:<22} {options.micro} micro-batches: {each:.3f} s, {once:.3f} s held ({once / each:.3f}x); against "
+            f"{dense:.3f} s plain {each / dense:.3f}x and {once / dense:.3f}x",
+            flush=True,
+        )
+
+
 def peak(case: str | None, options: argparse.Namespace) -> int:
     """Peak bytes of three steps in a fresh process; `case` None is the unquantized model."""
     command = [sys.executable, "-P", __file__, "--peak", case or "none", "--tokens", str(options.tokens)]
@@ -116,7 +148,8 @@ def main() -> None:
     parser.add_argument("--learn", default="dual_lsq", help="as scheme.learn")
     parser.add_argument("--case", action="append", choices=list(CASES), help="only this one; may be repeated")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--model", default="embedded", choices=("embedded", "llama-1b"))
+    parser.add_argument("--model", default="embedded", choices=("embedded", *RANDOM))
+    parser.add_argument("--micro", type=int, default=1, help="micro-batches of a step; several compare `hold_weights`")
     parser.add_argument("--json")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -126,7 +159,8 @@ def main() -> None:
     import torch
 
     torch.manual_seed(0)
-    ids = torch.randint(0, 49152, (2, arguments.tokens // 2)).to(arguments.device)
+    vocabulary = RANDOM.get(arguments.model, LLAMA_1B)["vocab_size"]
+    ids = torch.randint(0, vocabulary, (2, arguments.tokens // 2)).to(arguments.device)
     from qat.kernels.load import load_for_training
 
     load_for_training()
@@ -136,6 +170,9 @@ def main() -> None:
         for _ in range(3):
             step(model, optimizer, ids)
         print(peak_bytes(torch.device(arguments.device)))
+        return
+    if arguments.micro > 1:
+        compare_held(how, arguments, ids)
         return
     plain_peak = peak(None, arguments)
     cases = arguments.case or list(CASES)
@@ -162,9 +199,11 @@ def main() -> None:
         )
         if arguments.learn == "refit":
             rows[-1]["refit_s"] = refit_seconds(*quantized, ids)
-            share = rows[-1]["refit_s"] / EVERY / medians[1]
+            share = rows[-1]["refit_s"] / medians[1]
             print(
-                f"{'':<22} a refit takes {rows[-1]['refit_s']:.2f} s; every {EVERY} steps: {1 + share:.3f}x", flush=True
+                f"{'':<22} a refit takes {rows[-1]['refit_s']:.2f} s; every {EVERY} steps: {1 + share / EVERY:.3f}x; "
+                f"1.05x from every {math.ceil(share / 0.05)} on",
+                flush=True,
             )
         del quantized
     if arguments.json:

@@ -29,11 +29,13 @@ from qat.checkpoints.export_plan import (
 )
 from qat.checkpoints.hf import source_files
 from qat.checkpoints.layouts import READERS, TARGETS, find_target, no_layout
-from qat.checkpoints.layouts.reader import digest
+from qat.checkpoints.layouts.reader import add_to_digest, digest
+from qat.checkpoints.matrices import Matrix
 from qat.checkpoints.progress import progress
 from qat.checkpoints.record import RECORD, RECORD_VERSION, is_export
 from qat.checkpoints.shards import DEFAULT_SHARD_BYTES, ShardReader, ShardWriter
 from qat.errors import CheckpointError, UnsupportedError
+from qat.numbers.numerics import QTensor
 from qat.numbers.scale import broken
 from qat.sites import CACHED, sites
 
@@ -196,26 +198,23 @@ def _tensors_of(
         return _packed(plan, packed, record)
     if name in plan.dense:
         tensor = plan.dense[name]
+        dtype = torch.float32 if name in plan.wide else torch.bfloat16
         if (table := plan.embeddings.get(name.removesuffix(".weight"))) is not None:
-            tensor = table.quantizer(tensor)
-        if tensor.is_floating_point():
-            tensor = tensor.to(torch.float32 if name in plan.wide else torch.bfloat16)
+            tensor = torch.empty_like(tensor, dtype=dtype)
+            for part in Matrix(table, name).parts():
+                tensor[part.rows] = part.value()
+        elif tensor.is_floating_point():
+            tensor = tensor.to(dtype)
     else:
         tensor = reader.get(name)  # the model never loaded it
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise CheckpointError(f"{name} holds NaN or infinity; nothing was written")
+    _check_finite(name, tensor)
     record["tensors"][name] = digest(tensor)
     return {name: tensor}
 
 
 def _packed(plan: ExportPlan, path: str, record: dict[str, Any]) -> dict[str, Tensor]:
     layer, site, layout = plan.layer(path), plan.linears[path], READERS[plan.target.METHOD]
-    q = site.quantize()
-    trained = site.value().to(torch.bfloat16)
-    if not bool(torch.isfinite(trained).all()):
-        raise CheckpointError(f"{site.name} holds NaN or infinity; nothing was written")
-    if not torch.equal(q.dequantize(torch.bfloat16), trained):
-        raise CheckpointError(f"{site.name}: its codes do not decode to the weight of the forward pass")
+    q, sha256 = _coded(site)
     amax = site.input.limit if site.input is not None else None
     tensors = {}
     for key, tensor in plan.target.pack(q, layer.input, amax).items():
@@ -231,9 +230,31 @@ def _packed(plan: ExportPlan, path: str, record: dict[str, Any]) -> dict[str, Te
         "shape": list(layer.shape),
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "input_amax": float(amax) if amax is not None and bool(torch.isfinite(amax)) else None,
-        "sha256": digest(trained),
+        "sha256": sha256,
     }
     return tensors
+
+
+def _coded(matrix: Matrix) -> tuple[QTensor, str]:
+    """Codes and scales of a matrix, compared with what the forward pass multiplies with, and the digest of that. Made
+    part by part: the whole in float32 with what rounding needs would take thirty times the codes."""
+    weight, whole = matrix.weight, hashlib.sha256()
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    rest = codes.flatten(0, -2)
+    for part in matrix.parts():
+        q, trained = part.quantize(), part.value().to(torch.bfloat16)
+        _check_finite(matrix.name, trained)
+        if not torch.equal(q.dequantize(torch.bfloat16), trained):
+            raise CheckpointError(f"{matrix.name}: its codes do not decode to the weight of the forward pass")
+        rest[: len(q.codes)], rest = q.codes, rest[len(q.codes) :]
+        add_to_digest(whole, trained)
+    return QTensor(matrix.format, codes, matrix.quantizer.scales()), whole.hexdigest()
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    plain = tensor.is_floating_point() and tensor.numel()
+    if plain and not bool(torch.stack(tensor.aminmax()).isfinite().all()):
+        raise CheckpointError(f"{name} holds NaN or infinity; nothing was written")
 
 
 def _cache_scales(plan: ExportPlan, record: dict[str, Any]) -> dict[str, Tensor]:

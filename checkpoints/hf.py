@@ -199,10 +199,17 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    device: torch.device | None = None,
 ) -> "PreTrainedModel":
-    """The causal language model in `folder`, on CPU, every tensor accounted for and finite.
+    """The causal language model in `folder`, every tensor accounted for and finite.
 
     In float32 the weights are the exact stored BF16 values. Train or eval mode is the caller's choice.
+
+    Memory of the host: on a GPU a few tensors at a time. On a CPU one model in `dtype`; none where the file has that
+    type, since the model then lies in the mapped file, which all processes of a machine share until one writes to it.
+
+    Args:
+        device: where tensors go one by one as they are read; by default the CPU.
 
     Raises:
         CheckpointError: missing, truncated, surplus, mis-shaped, inconsistent or non-finite tensors or files.
@@ -226,6 +233,7 @@ def load_model(
                 attn_implementation=attn_implementation,
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
+                device_map=_placement(device),
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # so that they are listed, and refused below
@@ -239,9 +247,18 @@ def load_model(
     return model
 
 
-def load_configured(config: ModelConfig, folder: Path, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
+def _placement(device: torch.device | None) -> dict[str, torch.device] | None:
+    """transformers' `device_map` for a whole model; "cuda" means the GPU of this process."""
+    if device is None or device.type == "cpu":
+        return None
+    return {"": torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device}
+
+
+def load_configured(
+    config: ModelConfig, folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> "PreTrainedModel":
     """`load_model` of what a config names, which lies in `folder`, as it says."""
-    return load_model(folder, dtype, config.attn_implementation, config.trust_remote_code)
+    return load_model(folder, dtype, config.attn_implementation, config.trust_remote_code, device)
 
 
 def check_loading(model: "PreTrainedModel", info: dict[str, Any], origin: Path) -> None:

@@ -1,8 +1,9 @@
 """The matrices that a checkpoint stores, by the sites of a model: a linear layer is one, a stack of experts many, or
 one stack where the file keeps it as the model does."""
 
-from collections.abc import Collection
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +15,8 @@ from qat.families import stacks
 from qat.numbers.numerics import QTensor
 from qat.quantizer import WeightQuantizer
 from qat.sites import Site
+
+PART = 1 << 20  # weights quantized at a time: what that takes is some forty bytes for each
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +38,11 @@ class Matrix:
     @property
     def weight(self) -> Tensor:
         """The trained weight behind the codes."""
-        return self.site.weight if self.rows is None else self.site.weight.flatten(0, -2)[self.rows]
+        whole, rows = self.site.weight, self.rows
+        if rows is None or whole.dim() == 2:
+            return whole if rows is None else whole[rows]
+        expert, first = divmod(rows.start, whole.shape[1])
+        return whole[expert, first : first + rows.stop - rows.start]
 
     @cached_property
     def quantizer(self) -> WeightQuantizer:
@@ -69,6 +76,16 @@ class Matrix:
     def quantize(self) -> QTensor:
         """Codes and stored scales."""
         return self.quantizer.quantize(self.weight)
+
+    def parts(self) -> Iterator["Matrix"]:
+        """The same in pieces, in order: whole blocks of rows of one matrix, about `PART` weights each."""
+        *stack, rows, columns = self.weight.shape
+        high = self.format.block[0] or 1
+        step = max(PART // columns // high, 1) * high
+        begin = 0 if self.rows is None else self.rows.start
+        for top in range(begin, begin + math.prod(stack) * rows, rows):
+            for start in range(top, top + rows, step):
+                yield replace(self, rows=slice(start, min(start + step, top + rows)))
 
 
 def stored_matrices(sites: list[Site], names: StoredNames) -> tuple[dict[str, Matrix], list[str]]:

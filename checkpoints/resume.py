@@ -32,8 +32,9 @@ from qat.checkpoints.progress import counted
 from qat.config import load_yaml, validate
 from qat.errors import CheckpointError
 from qat.lora import LoraConfig, adapters, attach, is_adapter, merge
-from qat.quantizer import WeightQuantizer
+from qat.quantizer import LEARNED, WeightQuantizer
 from qat.scheme import Rule, Scheme, upgraded
+from qat.sharded import put, whole
 from qat.surgery import apply, rotate_inputs
 
 BEST, BASE = "best", "base"
@@ -42,43 +43,61 @@ _OPTIMIZER, _AVERAGE, _RANDOM = "optimizer.safetensors", "average.safetensors", 
 _STATE = "state.json"
 
 
-def student_tensors(model: nn.Module) -> dict[str, Tensor]:
+def student_tensors(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
     """Every parameter and persistent buffer that training may move by name, a shared one once (under its first name),
-    on CPU. With adapters that is all but matrices and what of the quantizers is fixed."""
-    tensors = _every_tensor(model)
+    on CPU. With adapters that is all but matrices and what of the quantizers is fixed.
+
+    Args:
+        keep: False gives none: a process that only has to help the others with a divided model.
+    """
+    return _on_cpu(_moving(model), keep)
+
+
+def _moving(model: nn.Module) -> dict[str, Tensor]:
+    tensors = _named(model)
     if not adapters(model):
         return tensors
     fixed = _fixed(model)
     return {name: tensor for name, tensor in tensors.items() if name not in fixed}
 
 
+def _on_cpu(tensors: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        value = whole(tensor)
+        if keep:
+            found[name] = value.cpu().contiguous()
+    return found
+
+
 def _fixed(model: nn.Module) -> set[str]:
     """Tensors that stay as they are while adapters are trained."""
     fixed = {n for n, p in model.named_parameters() if p.dim() >= 2 and not is_adapter(n)}
-    refitted = set()
+    fixed |= {name for name, _ in model.named_buffers()}
     for path, module in model.named_modules():
         if isinstance(module, WeightQuantizer):
-            fixed -= {f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)}
-            refitted |= {f"{path}.{n}" for n, _ in module.named_buffers(recurse=False) if module.learn == "refit"}
-    return fixed | ({name for name, _ in model.named_buffers()} - refitted)
+            names = [n for n, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
+            fixed -= {f"{path}.{name}" for name in names if name in LEARNED or module.learn == "refit"}
+    return fixed
 
 
-def _every_tensor(model: nn.Module) -> dict[str, Tensor]:
+def _named(model: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            tensors[name] = tensor.detach().cpu().contiguous()
+            tensors[name] = tensor
     return tensors
 
 
 def fingerprints(model: nn.Module) -> dict[str, str]:
     """Digests of the matrices, to tell after the initialisation which of them it moved."""
     matrices = {n for n, p in model.named_parameters() if p.dim() >= 2}
-    tensors = _every_tensor(model)
+    tensors = _named(model)
     return {
-        n: digest(tensors[n]) for n in counted(matrices & tensors.keys(), "reading weights", len(matrices), "weights")
+        n: digest(_on_cpu({n: tensors[n]})[n])
+        for n in counted(matrices & tensors.keys(), "reading weights", len(matrices), "weights")
     }
 
 
@@ -86,7 +105,7 @@ def save_base(run: Path, model: nn.Module, before: dict[str, str]) -> None:
     """Keep what the initialisation left and adapters do not move: scales and ranges, and matrices that differ from
     `before`."""
     fixed = _fixed(model)
-    tensors = {n: t for n, t in _every_tensor(model).items() if n in fixed and before.get(n) != digest(t)}
+    tensors = {n: t for n, t in _on_cpu(_named(model)).items() if n in fixed and before.get(n) != digest(t)}
     folder = run / "checkpoints" / BASE
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder, overwrite=True, expected_bytes=_bytes(tensors)) as partial:
@@ -121,18 +140,22 @@ def restore_student(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     Raises:
         CheckpointError: a tensor is missing, surplus, or of another shape.
     """
-    own = student_tensors(model)
+    own = _moving(model)
     missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    tensors = {name: _with_dimension(t, own[name].shape) if name in own else t for name, t in tensors.items()}
     wrong = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
     if missing or surplus or wrong:
         raise CheckpointError(
             f"the saved student does not fit this model: missing {missing[:3]}, surplus {surplus[:3]}, "
             f"shapes {wrong[:3]}; was the scheme or the model changed since it was saved?"
         )
-    state = model.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            state[name].copy_(tensor)
+    for name, tensor in tensors.items():
+        put(own[name], tensor)
+
+
+def _with_dimension(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """Learned input ranges were saved without a dimension by earlier releases."""
+    return tensor.view(1) if tensor.dim() == 0 and shape == (1,) else tensor
 
 
 def save_best(run: Path, tensors: dict[str, Tensor], state: dict[str, Any], lora: LoraConfig | None = None) -> None:
@@ -153,20 +176,28 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     average: dict[str, Tensor] | None,
     state: dict[str, Any],
+    write: bool = True,
 ) -> Path:
-    """Write everything that training needs to go on after `step`, then delete older states."""
-    student = student_tensors(model)
-    moments = _optimizer_tensors(model, optimizer)
+    """Write everything that training needs to go on after `step`, then delete older states.
+
+    Args:
+        write: False only helps the process that writes, see `student_tensors`.
+    """
+    student = student_tensors(model, write)
+    moments = _on_cpu(_optimizer_tensors(model, optimizer), write)
+    averages = None if average is None else _on_cpu(average, write)
     root = run / "checkpoints"
-    root.mkdir(parents=True, exist_ok=True)
     folder = root / f"step-{step:08d}"
-    size = _bytes(student) + _bytes(moments) + _bytes(average or {})
+    if not write:
+        return folder
+    root.mkdir(parents=True, exist_ok=True)
+    size = _bytes(student) + _bytes(moments) + _bytes(averages or {})
     with atomic_folder(folder, overwrite=True, expected_bytes=size) as partial:
         save_file(student, partial / STUDENT)
         save_file(moments, partial / _OPTIMIZER)
         save_file(_random_state(), partial / _RANDOM)
-        if average is not None:
-            save_file({name: t.cpu().contiguous() for name, t in average.items()}, partial / _AVERAGE)
+        if averages is not None:
+            save_file(averages, partial / _AVERAGE)
         (partial / _STATE).write_text(json.dumps({**state, "step": step}, indent=1), encoding="utf-8")
     for old in _states(run):
         if old != folder:
@@ -212,6 +243,9 @@ def restore_state(
     if "cuda" in random and torch.cuda.is_available():
         torch.cuda.set_rng_state(random["cuda"])
     average = load_file(folder / _AVERAGE) if (folder / _AVERAGE).is_file() else None
+    if average is not None:
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        average = {name: _with_dimension(tensor, shapes[name]) for name, tensor in average.items()}
     return read_state(folder), average
 
 
@@ -225,7 +259,7 @@ def _random_state() -> dict[str, Tensor]:
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     names = {id(p): name for name, p in model.named_parameters()}
     return {
-        f"{names[id(parameter)]}/{key}": value.detach().cpu().contiguous()
+        f"{names[id(parameter)]}/{key}": value
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
         if isinstance(value, Tensor)
@@ -240,7 +274,11 @@ def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tenso
             raise CheckpointError(f"the saved optimizer knows {name!r}, which this model does not have")
         parameter = parameters[name]
         # AdamW keeps its step counts wherever the fused kernel wants them; moments live beside their parameter.
-        optimizer.state[parameter][kind] = value.to(parameter.device)
+        if kind == "step":
+            optimizer.state[parameter][kind] = value.to(parameter.device)
+            continue
+        optimizer.state[parameter][kind] = moment = torch.empty_like(parameter, dtype=value.dtype)
+        put(moment, _with_dimension(value, parameter.shape))
 
 
 def _bytes(tensors: dict[str, Tensor]) -> int:

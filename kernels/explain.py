@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from qat.kernels.device import device_of
-from qat.kernels.fake_quantize.choose import input_problem
+from qat.kernels.fake_quantize.choose import input_problem, scales_problem
 from qat.kernels.fake_quantize.choose import problem as training_problem
 from qat.kernels.load import available, cpu_problem
 from qat.kernels.packed_linear import choose as packed
@@ -95,6 +95,11 @@ def explain_training(format: str) -> dict[str, dict[str, str]]:
         "qat::fake_quantize": (training_problem(fmt), "one pass over memory"),
         "qat::fake_quantize_backward": (training_problem(fmt), "one pass over memory, sums in a fixed order"),
         "qat::quantized_linear": (training_problem(fmt), "one pass over the weight, then the library's product"),
+        "qat::effective_scales": (
+            scales_problem(fmt.scale),
+            "one launch after PyTorch's exponentials",
+        ),
+        "qat::effective_scales_backward": (None, "their gradients, likewise"),
         "qat::fake_quantize_input": (input_problem(fmt), "maximum, scale and rounding in one pass over memory"),
         "qat::distill_rows": (None, "loss and gradient of a row of logits together, in place"),
     }

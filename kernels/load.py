@@ -22,6 +22,8 @@ KERNELS: dict[str, dict[str, str]] = {
     "fake_quantize": {"cuda": "fake_quantize/triton"},
     "fake_quantize_backward": {"cuda": "fake_quantize/triton"},
     "quantized_linear": {"cuda": "fake_quantize/triton"},
+    "effective_scales": {"cuda": "effective_scales/triton"},
+    "effective_scales_backward": {"cuda": "effective_scales/triton"},
     "fake_quantize_input": {"cuda": "fake_quantize_input/triton", "cpu": "fake_quantize_input/cpu"},
     "quantize_pack": {"cuda": "quantize_pack/triton"},
     "distill_rows": {"cuda": "distill_rows/triton"},
@@ -96,4 +98,5 @@ def load_for_training() -> None:
     print(f"qat: {what}", file=sys.stderr)
 
 
-_TRAINING = ("fake_quantize", "fake_quantize_backward", "quantized_linear", "fake_quantize_input", "distill_rows")
+_TRAINING = ("fake_quantize", "fake_quantize_backward", "quantized_linear", "effective_scales",
+             "effective_scales_backward", "fake_quantize_input", "distill_rows")  # fmt: skip

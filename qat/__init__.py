@@ -6,6 +6,7 @@
     qat.apply(model, scheme); qat.report(model)
     qat.train(qat.load_job("configs/quickstart.yaml"))
     qat.export(run, out, "compressed-tensors")
+    qat.prepare(model, "nvfp4"); trainer.train(); qat.export(model, out)   inside other trainers
 
 Nothing is imported until it is used, not even torch: the command imports this package before it can say that it is
 starting, or be interrupted.
@@ -16,18 +17,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
+    from qat.checkpoints.pushed import PackedWeights
     from qat.init.calibration import calibrate
+    from qat.modes import served
     from qat.numbers.format import Format
     from qat.numbers.numerics import QTensor
     from qat.scheme import Rule, Scheme
     from qat.surgery import Coverage, apply, report
     from qat.trainers.job import Job
+    from qat.trainers.prepared import load_prepared, prepare
 
 __all__ = [
     "Coverage",
     "Format",
+    "PackedWeights",
     "QTensor",
     "Rule",
     "Scheme",
@@ -37,8 +42,12 @@ __all__ = [
     "fake_quantize",
     "formats",
     "load_job",
+    "load_prepared",
+    "parameter_groups",
+    "prepare",
     "quantize",
     "report",
+    "served",
     "train",
 ]
 
@@ -51,6 +60,10 @@ _HOMES = {
     "Coverage": "surgery",
     "apply": "surgery",
     "report": "surgery",
+    "served": "modes",
+    "PackedWeights": "checkpoints.pushed",
+    "load_prepared": "trainers.prepared",
+    "prepare": "trainers.prepared",
 }
 
 
@@ -104,8 +117,45 @@ def train(job: "Job", *, resume: bool = False) -> dict[str, Any]:
     return run(job, resume_run=resume)
 
 
-def export(run: str | Path, out: str | Path, target: str = "compressed-tensors") -> Path:
-    """Write the best student of a run as a checkpoint for `target`."""
-    from qat.checkpoints.export import export as write
+def parameter_groups(
+    model: "nn.Module",
+    lr: float,
+    *,
+    scale_lr: float = 1e-3,
+    norm_lr: float | None = None,
+    weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Groups for any optimizer: weights, norms and biases (by default at `lr` too), and what quantizers learn, whose
+    rate is a relative change per step. Only weights are decayed."""
+    from qat.config import validate
+    from qat.trainers import optim
 
-    return write(Path(run), Path(out), target)
+    rates = {"lr": lr, "scale_lr": scale_lr, "norm_lr": norm_lr, "weight_decay": weight_decay}
+    return optim.parameter_groups(model, validate(optim.OptimConfig, rates, "qat.parameter_groups"))
+
+
+def export(
+    trained: "str | Path | nn.Module",
+    out: str | Path,
+    target: str = "compressed-tensors",
+    *,
+    source: str | Path | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a checkpoint for `target`.
+
+    Args:
+        trained: the folder of a run, whose best student is exported, or a model that `prepare` prepared.
+        out: folder to create.
+        target: name of the file layout.
+        source: where the unquantized model lies now, if that is not known or has changed.
+        overwrite: replace `out` if an export wrote it.
+    """
+    if isinstance(trained, str | Path):
+        from qat.checkpoints.export import export as write
+
+        return write(Path(trained), Path(out), target, overwrite, moved=source)
+    from qat.trainers.prepared import export_prepared
+
+    model: Any = trained
+    return export_prepared(model, Path(out), target, source=source, overwrite=overwrite)

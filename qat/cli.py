@@ -384,7 +384,7 @@ def _training_kernels(as_json: bool) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Any], str]] = {
     "train": (options.train, _train, "run quantization-aware training or distillation from a YAML file"),
-    "teacher": (options.teacher, _teacher, "write the text that a job's teacher writes, now, and show some of it"),
+    "teacher": (options.teacher, _teacher, "ask a job's teacher now: for its text, and for the cache of its answers"),
     "eval": (options.evaluate, _eval, "evaluate a run, an export or a model: KL to the teacher, NLL, top-1 agreement"),
     "export": (options.export, _export, "write a trained run as a native low-precision checkpoint"),
     "verify": (options.verify, _verify, "check an exported checkpoint against the trained model, bit for bit"),

@@ -8,6 +8,7 @@ from torch import nn
 
 from qat.float32 import float32_names, own_tensors
 from qat.quantizer import Mode, Quantizer, WeightQuantizer
+from qat.sharded import share, swapped
 from qat.sites import sites
 
 
@@ -45,6 +46,22 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def held(model: nn.Module) -> Iterator[None]:
+    """Training passes inside this context put the weight of a linear layer on its grid once, at its first use: several
+    micro-batches and recomputed activations share it, gradients stay those of each pass. The quantized weights take
+    their memory to the end; no parameter may be changed inside."""
+    quantizers = [m for m in model.modules() if isinstance(m, WeightQuantizer)]
+    try:
+        for quantizer in quantizers:
+            quantizer.holds = True
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.holds = False
+            quantizer.forget()
+
+
+@contextlib.contextmanager
 def only(model: nn.Module, paths: Collection[str], others: bool = False) -> Iterator[None]:
     """Everything passes through unquantized inside this context but the weights of these paths and what they are
     multiplied with; with `others`, nothing does but those."""
@@ -65,14 +82,11 @@ def served(model: nn.Module) -> Iterator[None]:
     on_grid = {id(getattr(site.owner, site.slot)) for site in sites(model, "weight")}  # None where it is held packed
     unrounded = float32_names(model)
     own = {id(t): t for name, t in own_tensors(model).items() if t.is_floating_point() and name not in unrounded}
-    originals = [(tensor, tensor.data) for key, tensor in own.items() if key not in on_grid]
+    dense = [tensor for key, tensor in own.items() if key not in on_grid]
     try:
-        for tensor, data in originals:
-            tensor.data = data.to(torch.bfloat16).to(data.dtype)
-        with _in_mode(quantizers, "frozen"):
+        rounded = ((tensor, share(tensor).to(torch.bfloat16).to(tensor.dtype)) for tensor in dense)
+        with swapped(rounded), _in_mode(quantizers, "frozen"):
             yield
     finally:
-        for tensor, data in originals:
-            tensor.data = data
         for quantizer in quantizers:
             quantizer.forget()

@@ -29,7 +29,8 @@ def train(parser: argparse.ArgumentParser) -> None:
 def teacher(parser: argparse.ArgumentParser) -> None:
     """`qat teacher`."""
     parser.add_argument("config", help="YAML file of the run; its texts with source: teacher, or parts of a mix, are "
-                        "written now, and qat train with the same file then starts at once")  # fmt: skip
+                        "written now, its teacher_cache is filled, and qat train with the same file then starts "
+                        "at once")  # fmt: skip
     parser.add_argument(
         "overrides",
         nargs="*",

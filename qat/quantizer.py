@@ -8,7 +8,7 @@ it (layer inputs, keys, values); layers that read the same tensor share one inst
 import math
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -23,8 +23,10 @@ from qat.training.activations import ActivationRule, fake_quantize_input, static
 from qat.training.gradients import Estimator
 from qat.training.ops import fake_quantize, quantized_linear
 from qat.training.refit import refit
+from qat.training.scales import effective_scales, stored_scales
 
 Learn = Literal["none", "lsq", "dual_lsq", "focus", "refit"]
+LEARNED = ("log_scale", "log_divisor")  # the parameters of a weight's quantizer
 PART = 8  # values of a block that share a divisor where it is finer than the block (FOCUS)
 Mode = Literal["quantized", "dense", "frozen"]
 Transform = Callable[[Tensor], Tensor]
@@ -94,6 +96,31 @@ class SameTensor:
         self._state = None
 
 
+@dataclass(frozen=True)
+class _Held:
+    """What a linear layer made of a weight in a step: scales in force, and the weight on its grid."""
+
+    of: weakref.ref[Tensor]
+    version: int
+    scales: tuple[Tensor, Tensor | None]
+    value: Tensor
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, scales: tuple[Tensor, Tensor | None], value: Tensor) -> "_Held":
+        multiplier, divisor = scales
+        plain = multiplier.detach(), None if divisor is None else divisor.detach()
+        return cls(weakref.ref(_owner(weight)), weight._version, plain, value)
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether it was made of these very numbers."""
+        return self.of() is _owner(weight) and self.version == weight._version
+
+
+def _owner(weight: Tensor) -> Tensor:
+    """The parameter, of a transposed one, which is another view at every call."""
+    return weight if weight._base is None else weight._base
+
+
 class WeightQuantizer(Quantizer):
     """Scales of one weight (rows, columns), or of a stack of them (experts, rows, columns), and its trip onto the grid.
 
@@ -102,6 +129,8 @@ class WeightQuantizer(Quantizer):
         scales: the initial ones; those of a stack have its matrices one below the other.
         learn: which corrections are parameters.
         round_bf16: see `Scheme.round_bf16`.
+
+    Inside `qat.modes.held` it `holds` what `linear` made of its weight.
     """
 
     start: Tensor
@@ -120,6 +149,8 @@ class WeightQuantizer(Quantizer):
         divided = learn in ("dual_lsq", "focus")
         self.log_divisor = nn.Parameter(zeros.repeat_interleave(self.parts, dim=1)) if divided else None
         self._value: Tensor | None = None
+        self.holds = False
+        self._held: _Held | None = None
         self.set_scales(scales)
 
     def set_scales(self, scales: Scales) -> None:
@@ -147,21 +178,22 @@ class WeightQuantizer(Quantizer):
     def _latent(self) -> Tensor:
         return self.start if self.log_scale is None else self.start * self.log_scale.exp()
 
+    def _stored(self, latent: Tensor) -> Scales:
+        stored = stored_scales(latent, self.global_scale, self.format.name)
+        return replace(stored, zero_point=self.zero_point, choice=self.choice)
+
+    def in_force(self, held: tuple[Tensor, Tensor | None] | None = None) -> tuple[Tensor, Tensor | None]:
+        """(multiplier, divisor), see `qat.training.scales`: what is stored multiplies; None where that also divides."""
+        learned = self.log_scale, self.log_divisor
+        return effective_scales(self.start, *learned, self.global_scale, self.format.name, held)
+
     def multiplier(self) -> Tensor:
         """float32 effective scale as it will be stored, (block rows, block columns); gradient passes the rounding."""
-        latent = self._latent()
-        return self._stored(latent.detach()).effective() + (latent - latent.detach())  # an exact zero with the gradient
-
-    def _stored(self, latent: Tensor) -> Scales:
-        stored = self.format.scale.store(latent, self.global_scale)
-        return Scales(stored, self.global_scale, self.zero_point, self.choice, type=self.format.scale)
+        return self.in_force()[0]
 
     def divisor(self) -> Tensor | None:
         """The scale that divides before rounding, where it is learned separately."""
-        if self.log_divisor is None:
-            return None
-        start = self.start if self.parts == 1 else self.start.repeat_interleave(self.parts, dim=1)
-        return start * self.log_divisor.exp()
+        return self.in_force()[1]
 
     @torch.no_grad()
     def scales(self) -> Scales:
@@ -170,15 +202,17 @@ class WeightQuantizer(Quantizer):
 
     @torch.no_grad()
     def of_rows(self, rows: slice) -> "WeightQuantizer":
-        """The same for one matrix of a stack, which lies in these rows; nothing in it learns."""
+        """The same for whole blocks of rows, of one matrix where this is a stack; nothing in it learns."""
         fmt, high = self.format, self.format.block[0]
-        part = slice(rows.start // high, rows.stop // high)
-        above = None if self.global_scale is None else self.global_scale[part][0, 0]
+        part = slice(rows.start // high, -(-rows.stop // high)) if high else slice(None)
+        above = self.global_scale
+        if above is not None and above.dim():
+            above = above[part][0, 0]
         zero, choice = (None if t is None else t[part] for t in (self.zero_point, self.choice))
         scales = Scales(fmt.scale.store(self.start[part], above), above, zero, choice, type=fmt.scale)
         one = WeightQuantizer(self.format, scales, self.learn, self.round_bf16)
         one.start, one.transforms = self.start[part], self.transforms
-        for name in ("log_scale", "log_divisor"):
+        for name in LEARNED:
             if (learned := getattr(self, name)) is not None:
                 getattr(one, name).copy_(learned[part])
         return one
@@ -197,16 +231,17 @@ class WeightQuantizer(Quantizer):
         return self.transformed(weight) if self.mode == "dense" else self._rounded(weight)
 
     def forget(self) -> None:
-        """Drop the value that "frozen" remembers."""
-        self._value = None
+        """Drop the values that "frozen" and `holds` remember."""
+        self._value = self._held = None
 
     def _rounded(self, weight: Tensor) -> Tensor:
+        multiplier, divisor = self.in_force()
         return fake_quantize(
             self.transformed(weight),
             self.format.name,
             self._given(),
-            multiplier=self.multiplier(),
-            divisor=self.divisor(),
+            multiplier=multiplier,
+            divisor=divisor,
             round_bf16=self.round_bf16,
         )
 
@@ -219,16 +254,22 @@ class WeightQuantizer(Quantizer):
             return functional.linear(x, self(weight), bias)
         if torch.is_autocast_enabled(x.device.type):  # which would cast the scales too, inside the operator
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return quantized_linear(
+        held = self._held if self._held is not None and self._held.fits(weight) else None
+        multiplier, divisor = scales = self.in_force(None if held is None else held.scales)
+        y, value = quantized_linear(
             x,
             self.transformed(weight),
             bias,
             self.format.name,
             self._given(),
-            multiplier=self.multiplier(),
-            divisor=self.divisor(),
+            multiplier=multiplier,
+            divisor=divisor,
             round_bf16=self.round_bf16,
+            held=None if held is None else held.value,
         )
+        if self.holds and held is None:
+            self._held = _Held.from_weight(weight, scales, value)
+        return y
 
     def extra_repr(self) -> str:
         """Format and learning mode, for `print(model)`."""
@@ -249,12 +290,13 @@ class InputQuantizer(Quantizer):
         self, fmt: Format, rule: ActivationRule, estimator: Estimator, observer: Observer, learn: bool = False
     ) -> None:
         super().__init__(fmt)
-        self.log_range = nn.Parameter(torch.zeros(())) if learn else None
+        self.log_range = nn.Parameter(torch.zeros(1)) if learn else None  # FSDP2 takes no scalar
         self.rule, self.estimator, self.observer_kind = rule, estimator, observer
         self.register_buffer("amax", torch.tensor(float("nan")))
         self._observer: RangeObserver | None = None
         self._same = SameTensor(readers=1)
         self._ready = False
+        self._static: tuple[tuple[Tensor, int, int], Tensor | None] | None = None  # and what it was made of
 
     @property
     def consumers(self) -> int:
@@ -273,7 +315,7 @@ class InputQuantizer(Quantizer):
     @property
     def limit(self) -> Tensor:
         """The range in force: calibrated, and learned where it is."""
-        return self.amax if self.log_range is None else self.amax * self.log_range.detach().exp()
+        return self.amax if self.log_range is None else self.amax * self.log_range.detach().exp().squeeze(0)
 
     def observe(self) -> None:
         """Pass inputs through unchanged and collect their range, until `freeze`."""
@@ -313,7 +355,8 @@ class InputQuantizer(Quantizer):
             return fake_quantize_input(self.transformed(x), self.format, self.rule, self.estimator, static)
         # LSQ's share of a scale that so many values have in common, so that it does not fill the gradient's norm.
         share = 1 / math.sqrt(max(1, x.numel()) * self.format.element.max)
-        moved = static * share * (self.log_range - self.log_range.detach())  # an exact zero with the gradient
+        zero = (self.log_range - self.log_range.detach()).squeeze(0)  # exact, with the gradient
+        moved = static * share * zero
         scales, multiplier = Scales(static.view(1, 1)), (static + moved).view(1, 1)
         return fake_quantize(
             self.transformed(x), self.format.name, scales, multiplier=multiplier, estimator=self.estimator
@@ -322,7 +365,14 @@ class InputQuantizer(Quantizer):
     def static(self) -> Tensor | None:
         """What a checkpoint stores of it, see `qat.training.activations.static_part`."""
         self._check_calibrated()
-        return static_part(self.format, self.limit)
+        if not self.needs_calibration:
+            return None
+        if self.log_range is not None or self.amax.is_inference():  # which have no version
+            return static_part(self.format, self.limit)
+        of = self.amax, self.amax._version, self.amax.data_ptr()
+        if self._static is None or self._static[0][0] is not of[0] or self._static[0][1:] != of[1:]:
+            self._static = of, static_part(self.format, self.amax)
+        return self._static[1]
 
     def _check_calibrated(self) -> None:
         if self._ready or not self.needs_calibration:

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "configs": set(),
 }
 COMPOSITION_ROOTS = ("qat/__init__.py", "qat/cli.py")
-OPTIONAL = {"wandb", "deepspeed", "lm_eval"}
+OPTIONAL = {"wandb", "tensorboard", "deepspeed", "lm_eval"}
 CORE_BANS = {"transformers", "lightning", "pytorch_lightning", "datasets", "peft", "triton", *OPTIONAL}
 
 # A folder of qat may import itself and these; a file directly in qat/ those of its row, if it has one.
@@ -59,7 +59,8 @@ ROOMS = {
     "observers": {"numbers"},
     "quantizer": {"numbers", "training", "observers"},
     "sites": {"numbers", "quantizer"},
-    "modes": {"quantizer", "sites", "float32"},
+    "modes": {"quantizer", "sites", "float32", "sharded"},
+    "sharded": {"quantizer", "sites"},
     "float32": {"quantizer"},
     "sensitivity": {"modes", "sites"},
     "fallback": {"numbers", "sensitivity"},
@@ -78,6 +79,7 @@ NAMES_CLASSES = {
     "checkpoints/positions.py": "a table of positions says how long a text may be",
     "checkpoints/export_plan.py": "engines look tables up under rules of their own",
     "checkpoints/verify.py": "a table that is stored dense has no product to compare",
+    "trainers/logitcache.py": "a teacher's output layer comes back from the disk as the layer it was",
     "engines/transformers.py": "replaces layers of a model that was never quantized by `qat.apply`",
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.sharded import by_holder, edited, whole
 from qat.sites import Site, sites
 from qat.trainers.optim import OptimConfig
 
@@ -25,8 +26,9 @@ class AfterStep:
     def __init__(self, model: nn.Module, config: OptimConfig, steps: int) -> None:
         self.config, self.steps = config, steps
         once = {id(site.quantizer): site for site in sites(model, "weight")}
-        self.trained = [site for site in once.values() if site.weight.requires_grad]
-        self.refitted = [site for site in self.trained if site.quantizer.learn == "refit"]
+        trained = [site for site in once.values() if site.weight.requires_grad]
+        self.trained = by_holder(model, trained)
+        self.refitted = by_holder(model, [site for site in trained if site.quantizer.learn == "refit"])
 
     @torch.no_grad()
     def __call__(self, step: int, optimizer: Any) -> None:
@@ -37,16 +39,23 @@ class AfterStep:
                 if group["kind"] == "weight":
                     self._damp(min(1.0, group["lr"] * pull))
         if step % self.config.refit_every == 0 or step == self.steps:
-            for site in self.refitted:
-                site.quantizer.refit(site.weight, _second_moment(site, optimizer))
+            for holder, sites_there in self.refitted:
+                moments = [_second_moment(site, optimizer) for site in sites_there]
+                with edited(holder):
+                    for site, moment in zip(sites_there, moments, strict=True):
+                        site.quantizer.refit(site.weight, moment)
 
     def _damp(self, share: float) -> None:
-        for site in self.trained:
-            if not site.quantizer.transforms:  # the grid is that of the transformed weight
-                site.weight.lerp_(site.value().to(site.weight.dtype), share)
+        for holder, sites_there in self.trained:
+            with edited(holder):
+                for site in sites_there:
+                    if not site.quantizer.transforms:  # the grid is that of the transformed weight
+                        site.weight.lerp_(site.value().to(site.weight.dtype), share)
 
 
 def _second_moment(site: Site, optimizer: Any) -> Tensor | None:
     """Adam's, as the weight multiplies; None before the first step."""
     moment: Tensor | None = optimizer.state.get(site.parameter, {}).get("exp_avg_sq")
-    return moment.transpose(-1, -2) if moment is not None and site.owner.TRANSPOSED else moment
+    if moment is None:
+        return None
+    return whole(moment).transpose(-1, -2) if site.owner.TRANSPOSED else whole(moment)

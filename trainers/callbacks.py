@@ -22,10 +22,14 @@ from qat.checkpoints import resume
 from qat.checkpoints.progress import Meter
 from qat.config import write_text_atomic
 from qat.errors import ConfigError
+from qat.sharded import gathered, is_divided, share, swapped
+from qat.trainers import why
 from qat.trainers.evaluate import Evaluator, Scores
 from qat.trainers.interrupts import Interruptions
 from qat.trainers.job import Job
+from qat.trainers.loggers import wanted
 from qat.trainers.module import QatModule
+from qat.trainers.quantizer_metrics import QuantizerMetrics
 
 COLUMNS = (
     "step",
@@ -96,20 +100,14 @@ class Average:
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, parameter in self.model.named_parameters():
             if name in self.values:
-                self.values[name].lerp_(parameter.detach(), 1 - decay)
+                share(self.values[name]).lerp_(share(parameter), 1 - decay)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """The model holds the averaged values inside this context."""
-        own = {name: p.data for name, p in self.model.named_parameters() if name in self.values}
         parameters = dict(self.model.named_parameters())
-        try:
-            for name, value in self.values.items():
-                parameters[name].data = value
+        with swapped((parameters[name], share(value)) for name, value in self.values.items()):
             yield
-        finally:
-            for name, data in own.items():
-                parameters[name].data = data
 
 
 class Keeper:
@@ -124,9 +122,10 @@ class Keeper:
         scores = self.evaluator.score(model)
         if not self.best or scores.kl < self.best["kl"]:
             self.best = {"step": step, "kl": scores.kl, "since": 0}
-            if self.ranks.first:
-                state = {"step": step, **scores.row("student")}
-                resume.save_best(self.run, resume.student_tensors(model), state, self.job.lora)
+            first = self.ranks.first
+            tensors = resume.student_tensors(model, keep=first) if first or is_divided(model) else {}
+            if first:
+                resume.save_best(self.run, tensors, {"step": step, **scores.row("student")}, self.job.lora)
         else:
             self.best["since"] += 1
         return scores
@@ -153,9 +152,11 @@ class StepLoop(lit.Callback):
         self.interruptions = interruptions
         self.metrics: MetricsFile | None = None
         self.meter: Meter | None = None
+        self.quantizers: QuantizerMetrics | None = None
         self.stopped_by: str | None = None
         self._step_begin = time.monotonic()
         self._last_step = 0
+        self._unread: list[dict[str, Any]] = []  # rows without what has not been read yet
 
     def give_up(self) -> bool:
         """Whether there is nothing left to wait for; `stopped_by` says why."""
@@ -166,6 +167,12 @@ class StepLoop(lit.Callback):
     def on_fit_start(self, trainer: lit.Trainer, pl_module: lit.LightningModule) -> None:
         """Open the metrics file and the bar."""
         module = _as_qat(pl_module)
+        if wanted(self.job):
+            start = self.run / "checkpoints" / why.START / why.CODES
+            with gathered(module.student):
+                self.quantizers = QuantizerMetrics(module.student, start if module.start_step else None)
+                values = self.quantizers.read(module.student)
+            self._log(trainer, values, module.start_step)
         if not trainer.is_global_zero:
             return
         self.metrics = MetricsFile(self.run / "metrics.csv", module.start_step)
@@ -187,43 +194,65 @@ class StepLoop(lit.Callback):
         step = module.step
         if self.average is not None:
             self.average.update(step)
-        row = self._row(trainer, module, step)
+        self._unread.append(self._row(module, step))
         every = self.job.eval.every
-        if step == self.job.steps or (every and step % every == 0):
-            row.update(self._evaluate(module, step))
-        self._record(trainer, row, step)
-        module.step_loss, module.step_tokens = 0.0, 0
+        last = step == self.job.steps
+        evaluates = last or bool(every and step % every == 0)
+        due = last or bool(self.job.checkpoint_every and step % self.job.checkpoint_every == 0)
+        if evaluates or due or step % self.job.log_every == 0:
+            self._read(trainer, module, evaluates)
         if number := self.keeper.ranks.most(self.interruptions.signal or 0):  # one rank may have had it alone
             self.interruptions.signal = signal.Signals(number)
         stop = self.give_up() or bool(number)
-        due = self.job.checkpoint_every and step % self.job.checkpoint_every == 0
-        if due or step == self.job.steps or stop:
+        if stop:
+            self._read(trainer, module, False)
+        if due or stop:
             self.save(module, step)
         trainer.should_stop = stop
-        self._step_begin = time.monotonic()
+        if not self._unread:
+            self._step_begin = time.monotonic()
 
-    def _row(self, trainer: lit.Trainer, module: QatModule, step: int) -> dict[str, Any]:
-        seconds = time.monotonic() - self._step_begin
-        self.saved["seconds"] = self.saved.get("seconds", 0.0) + seconds
-        self.saved["tokens"] = self.saved.get("tokens", 0) + module.step_tokens
-        rates = module.rates
+    def _row(self, module: QatModule, step: int) -> dict[str, Any]:
+        rates, tokens = module.rates, module.step_tokens
+        module.step_tokens = 0
+        self.saved["tokens"] = self.saved.get("tokens", 0) + tokens
         return {
             "step": step,
             "tokens": self.saved["tokens"],
-            "seconds": round(self.saved["seconds"], 3),
-            "loss": module.step_loss,
             "lr": next((rates[kind] for kind in ("weight", "lora", "flat") if kind in rates), ""),
             "scale_lr": rates.get("scale", ""),
-            "grad_norm": module.grad_norm,
-            "tokens_per_second": round(module.step_tokens / seconds, 2),
+            "tokens_per_second": tokens,
         }
 
-    def _evaluate(self, module: QatModule, step: int) -> dict[str, float]:
+    def _read(self, trainer: lit.Trainer, module: QatModule, evaluates: bool) -> None:
+        """Complete the rows of the steps since the last reading, which share its time alike; evaluate at the last."""
+        module.read()
+        found = module.readings.take()
+        seconds = (time.monotonic() - self._step_begin) / max(1, len(self._unread))
+        rows, self._unread = self._unread, []
+        for row in rows:
+            reading = found[row["step"]]
+            self.saved["seconds"] = self.saved.get("seconds", 0.0) + seconds
+            row.update(seconds=round(self.saved["seconds"], 3), loss=reading.loss, grad_norm=reading.norm)
+            row["tokens_per_second"] = round(row["tokens_per_second"] / seconds, 2)
+            quantizers: dict[str, float] = {}
+            if evaluates and row is rows[-1]:
+                scores, quantizers = self._evaluate(module, row["step"])
+                row.update(scores)
+            self._record(row, row["step"])
+            self._log(trainer, {k: v for k, v in {**row, **quantizers}.items() if v != ""}, row["step"])
+
+    def _evaluate(self, module: QatModule, step: int) -> tuple[dict[str, float], dict[str, float]]:
+        """Scores, and where anyone wants them what the quantizers do."""
         with self.average.applied() if self.average is not None else contextlib.nullcontext():
             scores = self.keeper.evaluate(module.student, step)
-        return {"heldout_kl": scores.kl, "heldout_nll": scores.nll, "heldout_top1": scores.top1}
+            quantizers: dict[str, float] = {}
+            if self.quantizers is not None:
+                with gathered(module.student):
+                    quantizers = self.quantizers.read(module.student)
+        return {"heldout_kl": scores.kl, "heldout_nll": scores.nll, "heldout_top1": scores.top1}, quantizers
 
-    def _record(self, trainer: lit.Trainer, row: dict[str, Any], step: int) -> None:
+    def _record(self, row: dict[str, Any], step: int) -> None:
         if self.metrics is None or self.meter is None:
             return
         self.metrics.write(row)
@@ -232,19 +261,23 @@ class StepLoop(lit.Callback):
             text = "choosing" if self.job.eval.choose is not None else "held-out"
             self.meter.say(f"step {step}: {text} KL {row['heldout_kl']:.4f}{mark}")
         self.meter.advance(1, f"loss {row['loss']:.4f}  {row['tokens_per_second']:.0f} tokens/s")
+
+    @staticmethod
+    def _log(trainer: lit.Trainer, values: dict[str, float], step: int) -> None:
         for logger in trainer.loggers:
-            logger.log_metrics({k: v for k, v in row.items() if v != ""}, step=step)
+            logger.log_metrics(values, step=step)
 
     def save(self, module: QatModule, step: int) -> None:
-        """Write the resumable state; every rank has it whole, so the first one does."""
-        if not self.keeper.ranks.first:
+        """Write the resumable state: the first rank does, and where the model is divided the others hand it theirs."""
+        first = self.keeper.ranks.first
+        if not (first or is_divided(module.student)):
             return
         if self.metrics is not None:
             self.metrics.sync()
         values = self.average.values if self.average is not None else None
         state = {**self.saved, "best": self.keeper.best}
         optimizer: Any = module.optimizers()
-        resume.save_state(self.run, step, module.student, optimizer.optimizer, values, state)
+        resume.save_state(self.run, step, module.student, optimizer.optimizer, values, state, write=first)
 
     def _close(self, complete: bool) -> None:
         self.interruptions.end_at_once()

@@ -41,7 +41,7 @@ def check_called(model: nn.Module, coverage: Coverage) -> None:
     }
     # With a shared weight all modules that own it.
     layers = [module for module in model.modules() if any(id(p) in weights for p in module._parameters.values())]
-    with _Uses(weights) as uses, evaluating(model), torch.no_grad():
+    with WeightUses(weights) as uses, evaluating(model), torch.no_grad():
         hooks = [hook for layer in layers for hook in uses.watch(layer)]
         try:
             model(**model_inputs(batch))
@@ -61,7 +61,7 @@ def check_called(model: nn.Module, coverage: Coverage) -> None:
         )
 
 
-class _Uses(TorchFunctionMode):
+class WeightUses(TorchFunctionMode):
     """Watches every operation for weights (path by identity) that come from outside their layers."""
 
     def __init__(self, weights: dict[int, str]) -> None:

@@ -22,6 +22,8 @@ from rich.console import Console
 
 from qat.checkpoints import origin, resume
 from qat.checkpoints.folders import settle
+from qat.checkpoints.hf import ModelConfig, is_local, resolve
+from qat.checkpoints.initialised import Initialised
 from qat.checkpoints.origin import anchored, fingerprint, locate
 from qat.config import load_yaml, validate, write_text_atomic
 from qat.errors import CheckpointError, ConfigError
@@ -66,12 +68,23 @@ def locked(run: Path) -> Iterator[None]:
 def located(job: Job) -> tuple[Job, Path, Path]:
     """The job as it is recorded, and the folders of its model and of its teacher (the same where it has none)."""
     source = locate(job.model)
-    reference = source if job.teacher is None else locate(job.teacher)
+    reference = source if job.teacher is None else _teacher(job, job.teacher)
     job = _anchored(job)
     changes = {"model": job.model.model_copy(update={"fingerprint": fingerprint(source)})}
     if job.teacher is not None:
-        changes["teacher"] = job.teacher.model_copy(update={"fingerprint": fingerprint(reference)})
+        unread = _unread(job) and f"{job.teacher.id}@{reference.name}"
+        changes["teacher"] = job.teacher.model_copy(update={"fingerprint": unread or fingerprint(reference)})
     return job.model_copy(update=changes), source, reference
+
+
+def _unread(job: Job) -> bool:
+    """Whether only config and tokenizer of a hub's teacher are wanted, as its answers are cached: it is then known by
+    its commit."""
+    return job.teacher is not None and job.teacher_cache is not None and not is_local(job.teacher)
+
+
+def _teacher(job: Job, config: ModelConfig) -> Path:
+    return resolve(config, weights=False) if _unread(job) else locate(config)
 
 
 def _anchored(job: Job) -> Job:
@@ -231,6 +244,8 @@ def _comparable(job: Job) -> dict[str, Any]:
         for part in (text, *text["mix"]) if text else ():
             if Path(part["source"]).is_absolute():
                 part["source"] = "a local text"
+    if data["teacher_cache"]:
+        del data["teacher_cache"]["folder"]
     for model in (data["model"], data["teacher"]):
         if model and Path(model["id"]).is_absolute():
             model["id"] = "a local model"
@@ -284,4 +299,6 @@ def how_to_go_on(run: Path) -> str:
     """What to type after an interruption."""
     if resume.has_state(run):
         return f"continue with: qat train {shlex.quote(str(run / JOB))} --resume"
+    if blocks := len(Initialised(run)):
+        return f"start it again: the {blocks} blocks that its initialisation has finished are kept"
     return "nothing was saved yet: start it again"

@@ -253,7 +253,7 @@ def load_blocks(
     *,
     num_tokens: int | None = None,
     cache_dir: Path | None = None,
-    teacher: nn.Module | None = None,
+    teacher: nn.Module | str | None = None,
 ) -> Blocks:
     """The rows of a source, from the cache or built now.
 
@@ -266,7 +266,7 @@ def load_blocks(
         num_tokens: stop when there are rows for this many tokens; a source that has fewer gives what it
         has.
         cache_dir: where rows are cached, `qat.cache.cache_folder("data")` unless given.
-        teacher: who writes the text of `source: teacher`.
+        teacher: who writes the text of `source: teacher`; or the digest of its weights, if it wrote before.
 
     Raises:
         DataError: the source cannot be read, or holds less than one row.
@@ -279,17 +279,21 @@ def load_blocks(
     if config.source == "teacher":
         if teacher is None:
             raise DataError("source 'teacher' needs the teacher model, but none was given")
-        source = f"teacher sha256:{selfwritten.weights_digest(teacher)}"
+        digest = teacher if isinstance(teacher, str) else selfwritten.weights_digest(teacher)
+        source = f"teacher sha256:{digest}"
     key = _key(config, source, tokens.fingerprint(tokenizer), plan)
     with _folder(key, cache_dir) as folder:
         cached = _open(folder)
         if cached is not None:
             return cached
+        if isinstance(teacher, str) and config.source == "teacher":
+            raise DataError("the teacher has not written this text yet; let it, with: qat teacher CONFIG")
+        writer = None if isinstance(teacher, str) else teacher
         what = f"{'writing' if config.source == 'teacher' else 'tokenising'} {config.source}"
         total = plan.rows * config.seq_len if plan.rows else plan.tokens
         with (
             progress(what, total, "tokens") as step,
-            contextlib.closing(_encoded(config, tokenizer, teacher, plan, step)) as documents,
+            contextlib.closing(_encoded(config, tokenizer, writer, plan, step)) as documents,
         ):
             return _made(folder, source, lambda partial: rows.write(partial, documents, config, plan, tokenizer))
 
@@ -308,7 +312,7 @@ def _load_mix(
     tokenizer: "PreTrainedTokenizerBase",
     wanted: int | None,
     cache_dir: Path | None,
-    teacher: nn.Module | None,
+    teacher: nn.Module | str | None,
 ) -> Blocks:
     """The rows of each part, from the cache or built now, and then those of the mix."""
     shares = [part.share for part in config.mix]

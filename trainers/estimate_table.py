@@ -28,10 +28,20 @@ def print_estimate(estimate: Estimate, console: Console | None = None) -> None:
     table.add_row("training", *(duration(plan.training_seconds) for plan in estimate.plans))
     table.add_row("evaluation and calibration", *(duration(plan.other_seconds) for plan in estimate.plans))
     console.print(table)
+    console.print(_ways(estimate))
     for plan in estimate.plans:
         console.print(_fits(plan), highlight=False, markup=False, soft_wrap=True)
     for note in estimate.notes:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _ways(estimate: Estimate) -> Table:
+    table = Table(title=f"strategies on {estimate.plans[-1].device}", title_justify="left")
+    for name in ("", "devices", "GiB per device", "tokens/s"):
+        table.add_column(name, justify="right" if name else "left")
+    for way in estimate.ways:
+        table.add_row(way.strategy, str(way.devices), f"{way.peak / GIB:,.2f}", f"{way.tokens_per_second:,.0f}")
+    return table
 
 
 def _summary(estimate: Estimate) -> list[str]:

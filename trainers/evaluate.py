@@ -18,9 +18,10 @@ from qat.checkpoints.progress import progress
 from qat.config import Strict
 from qat.errors import DataError, TrainingError
 from qat.modes import served
+from qat.sharded import is_divided, read
 from qat.trainers.data import Blocks, DataConfig
 from qat.trainers.forward import Head, hidden_states, split
-from qat.trainers.packing import evaluating
+from qat.trainers.packing import Batch, evaluating
 from qat.trainers.sources import overlapping
 from qat.trainers.strategy import ALONE, Ranks
 from qat.training.losses import IGNORE
@@ -109,7 +110,7 @@ class Evaluator:
     ) -> None:
         self.ranks = ranks
         self.blocks, self.batch, self.device, self.dtype = blocks, batch, torch.device(device), dtype
-        self.teacher_head: Head | None = None
+        self.teacher, self.teacher_head = teacher, None
         self.teacher_hidden: list[Tensor] = []
         if teacher is not None:
             self.teacher_head = split(teacher)
@@ -118,18 +119,9 @@ class Evaluator:
 
     def score(self, model: nn.Module, what: str = "evaluating") -> Scores:
         """Evaluate `model`: unquantized parameters at their BF16 values, quantized ones on their grid."""
-        sums = torch.zeros(3, dtype=torch.float64)
-        count = 0
         with served(model), evaluating(model):
-            head = split(model)
-            for index, (hidden, targets) in enumerate(self._hidden(model, what)):
-                keep = (targets != IGNORE).nonzero().squeeze(1)
-                teacher = None
-                if self.teacher_head is not None:
-                    teacher = self.teacher_hidden[index].to(self.device)[keep]
-                sums += self._sums(head, hidden[keep], teacher, targets[keep]).cpu()
-                count += len(keep)
-        *totals, tokens = self.ranks.sum(torch.cat([sums, torch.tensor([count])])).tolist()
+            own = read(self.teacher, lambda: read(model, lambda: self._own(model, what)))
+        *totals, tokens = self.ranks.sum(own).tolist()
         if not tokens:
             raise DataError(f"the held-out text ({self.blocks.source}) has no token to predict; give a longer one")
         nll, kl, top1 = (total / tokens for total in totals)
@@ -139,20 +131,44 @@ class Evaluator:
             )
         return Scores(nll, kl, top1, int(tokens))
 
+    def own_rows(self) -> list[list[int]]:
+        """The rows of each batch that is this rank's."""
+        return self._parts()[self.ranks.rank :: self.ranks.size]
+
+    def _parts(self) -> list[list[int]]:
+        rows = list(range(len(self.blocks)))
+        return [rows[start : start + self.batch] for start in range(0, len(rows), self.batch)]
+
+    def _own(self, model: nn.Module, what: str) -> Tensor:
+        """Sums of NLL, KL and agreement over this rank's tokens, and how many they are."""
+        sums = torch.zeros(3, dtype=torch.float64)
+        count = 0
+        head = split(model)
+        for index, (hidden, targets) in enumerate(self._hidden(model, what)):
+            keep = (targets != IGNORE).nonzero().squeeze(1)
+            teacher = None
+            if self.teacher_head is not None:
+                teacher = self.teacher_hidden[index].to(self.device)[keep]
+            sums += self._sums(head, hidden[keep], teacher, targets[keep]).cpu()
+            count += len(keep)
+        return torch.cat([sums, torch.tensor([count])])
+
     @torch.no_grad()
     def _hidden(self, model: nn.Module, what: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Of every batch that is this rank's."""
-        rows = list(range(len(self.blocks)))
-        parts = [rows[start : start + self.batch] for start in range(0, len(rows), self.batch)]
-        own = parts[self.ranks.rank :: self.ranks.size]
+        own, parts = self.own_rows(), self._parts()
         with progress(what, sum(map(len, own)), "rows") as advance:
             for part in own:
-                batch = self.blocks.rows(part)
-                batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-                with self._autocast():
-                    hidden = hidden_states(model, batch)
+                batch, hidden = self._pass(model, part)
                 yield hidden.flatten(0, 1), batch["targets"].flatten()
-                advance(len(batch["targets"]))
+                advance(len(part))
+        if is_divided(model) and len(own) < -(-len(parts) // self.ranks.size):
+            self._pass(model, parts[0])  # others have one more, for which they need this rank's share of the model
+
+    def _pass(self, model: nn.Module, rows: list[int]) -> tuple[Batch, Tensor]:
+        batch = {name: tensor.to(self.device) for name, tensor in self.blocks.rows(rows).items()}
+        with self._autocast():
+            return batch, hidden_states(model, batch)
 
     @torch.no_grad()
     def _sums(self, head: Head, hidden: Tensor, teacher: Tensor | None, targets: Tensor) -> Tensor:

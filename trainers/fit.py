@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from qat.checkpoints import resume
-from qat.errors import ConfigError
+from qat.sharded import put
 from qat.trainers.callbacks import Average, Keeper, StepLoop
 from qat.trainers.data import Batches
 from qat.trainers.interrupts import Interruptions
@@ -35,7 +35,8 @@ def fit(
         start = int(resume.read_state(folder)["step"])
         resume.restore_student(parts.student, load_file(folder / resume.STUDENT))
     teacher = parts.teacher if job.objective.needs_teacher else None
-    module = QatModule(parts.student, teacher, job, Batches(parts.train, job.rows, job.seed), start, parts.ranks)
+    batches = Batches(parts.train, job.rows, job.seed)
+    module = QatModule(parts.student, teacher, job, batches, start, parts.ranks, parts.taught)
     average = Average(parts.student, job.optim.ema) if job.optim.ema else None
     loop = StepLoop(job.folder, job, keeper, average, saved, interruptions)
     if start >= job.steps or loop.give_up():
@@ -60,7 +61,7 @@ def lightning(job: Job, parts: Parts, steps: int, callbacks: list[Any], loggers:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        **trainer_arguments(parts.ranks),
+        **trainer_arguments(parts.ranks, job.strategy),
     )
 
 
@@ -78,40 +79,8 @@ class _Restore(lit.Callback):
         optimizer: Any = pl_module.optimizers()
         _, values = resume.restore_state(self.folder, pl_module.student, optimizer.optimizer)
         if self.average is not None and values is not None:
-            self.average.values = {n: t.to(self.average.values[n].device) for n, t in values.items()}
-
-
-def start_loggers(job: Job) -> list[Any]:
-    """Who else receives the metrics, connected: a run should not learn after its baselines that it cannot log in.
-
-    Raises:
-        ConfigError: wandb is not installed, or does not start.
-    """
-    if job.wandb is None:
-        return []
-    try:
-        import wandb
-        from lightning.pytorch.loggers import WandbLogger
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"the job asks for wandb, which is not installed: pip install wandb ({error})") from error
-    # Said to the run, too: wandb reads its variables only once per process.
-    mode: dict[str, Any] = {"mode": "offline"} if job.wandb.offline else {}
-    logger = WandbLogger(
-        project=job.wandb.project,
-        name=job.name,
-        offline=job.wandb.offline,
-        save_dir=job.folder,
-        log_model=False,
-        **mode,
-    )
-    try:
-        _ = logger.experiment
-    except (wandb.Error, OSError) as error:
-        raise ConfigError(
-            f"wandb does not start ({str(error).strip() or type(error).__name__}); log in with `wandb login`, set "
-            "wandb.offline=true, or leave wandb out"
-        ) from error
-    return [logger]
+            for name, value in values.items():
+                put(self.average.values[name], value)
 
 
 def quiet_lightning() -> None:

@@ -236,7 +236,7 @@ def flops_per_token(job: Job, facts: Facts) -> float:
     2 more of the student where activations are recomputed; and attention, 4 x sequence x query width per forward."""
     student = forward_flops(facts.student, job.data.seq_len)
     recomputed = student - 2 * math.prod((facts.student.shape.hidden, facts.student.shape.vocabulary))
-    teacher = forward_flops(facts.teacher, job.data.seq_len) if job.objective.needs_teacher else 0.0
+    teacher = forward_flops(facts.teacher, job.data.seq_len) if job.asks_teacher else 0.0
     return 3 * student + teacher + (recomputed if job.activation_checkpointing else 0.0)
 
 
@@ -259,8 +259,8 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
     step before are still there (Lightning clears them just before the backward pass).
 
     States, divided by the devices under fsdp and deepspeed, with P parameters, P' of them trained, S learned scales:
-        masters 4 P (LoRA: 4 P' more; what is held packed its codes and scales); gradients 4 (P' + S), twice that
-        under ddp, which copies them into buckets;
+        masters 4 P (LoRA: 4 P' more; what is held packed its codes and scales); gradients 4 (P' + S), under ddp too,
+        whose buckets they lie in;
         moments 8 (P' + S); scales 4 S and 4 per block for their start; average 4 (P' + S); teacher 2 P, on CPUs 4 P.
     Kept for the backward pass, T tokens per device and forward pass:
         quantized weights 2 per weight (4 without round_bf16), up to 16 per scale; activations as in `_per_token`;
@@ -269,8 +269,8 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
         the largest quantized weight with the gradients of one feed-forward layer; evaluation instead of training.
     On CPUs, while tensors are smaller than 32 MiB, holes in the heap; see HEAP_LOSS.
     Before that, weights that are held packed later are dense, unless a packed checkpoint gave them, and
-    GPTQ keeps a matrix of 4 x width^2 per distinct input while calibrating, which no device shares; it
-        counts where it exceeds the above.
+        GPTQ keeps a matrix of 4 x width^2 per distinct input while calibrating, with the models, which are divided
+        afterwards; that counts where it exceeds the above.
 
     Args:
         device: "cuda" or "cpu".
@@ -294,10 +294,11 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
         "holes in the heap": int(heap * (saved_weights + activations + working)),
     }
     products = min(FP32 * facts.input_products(job), PRODUCTS)
-    calibrating = parts["master weights"] + parts["scales"] + parts["teacher"] + products + _streams(job, facts)
-    calibrating += facts.saved * lora_footprint.dense_first(job)
-    beyond = max(0, calibrating - sum(training.values()))
-    return {**training, "initialisation, beyond that": beyond, "libraries and device context": RUNTIME[device]}
+    models = shards(job) * (parts["master weights"] + parts["scales"] + parts["teacher"])  # divided afterwards
+    models += facts.saved * lora_footprint.dense_first(job)
+    beyond = max(0, models + products + _streams(job, facts) - sum(training.values()))
+    what = "initialisation, beyond that" if shards(job) == 1 else "undivided models, initialised"
+    return {**training, what: beyond, "libraries and device context": RUNTIME[device]}
 
 
 def _streams(job: Job, facts: Facts) -> int:
@@ -311,12 +312,12 @@ def _streams(job: Job, facts: Facts) -> int:
 def _states(job: Job, facts: Facts, device: str) -> dict[str, int]:
     learned = {"lsq": 1, "dual_lsq": 2, "focus": 5}.get(job.scheme.learn, 0) * facts.blocks
     trained = facts.trainable + learned
-    buckets = 2 if job.devices > 1 and shards(job) == 1 else 1
-    teacher = (BF16 if device == "cuda" else FP32) * facts.teacher.parameters
+    head = facts.teacher.shape.hidden * facts.teacher.shape.vocabulary  # all that a cached one leaves, for evaluation
+    teacher = (BF16 if device == "cuda" else FP32) * (head if job.teacher_cache else facts.teacher.parameters)
     parts = {
         "master weights": FP32 * (facts.student.parameters + facts.adapters) - facts.saved,
         "scales": FP32 * (learned + facts.blocks),
-        "gradients": FP32 * trained * buckets,
+        "gradients": FP32 * trained,
         "Adam moments": 2 * FP32 * trained,
         "average of weights": FP32 * trained if job.optim.ema else 0,
         "teacher": teacher,
@@ -332,7 +333,7 @@ def _saved_weights(job: Job, facts: Facts, mixed: bool) -> int:
     total = per_weight * quantized + per_block * facts.blocks * (not facts.saved)
     if job.lora is not None and (job.lora.dora or job.scheme.learn in ("lsq", "dual_lsq", "focus")):
         total += FP32 * quantized  # the merged weights, which no parameter holds
-    if job.activation_checkpointing:
+    if job.activation_checkpointing and not job.holds:
         total //= facts.student.shape.layers
     plain = facts.student.multiplied - facts.quantized
     return total + (BF16 * max(plain, 0) if mixed else 0)
@@ -354,9 +355,8 @@ def _per_token(job: Job, facts: Facts, a: int) -> float:
     input in float32: 8 H. Its output feeds three linear layers (attention) or two (feed-forward): 4 H each time in
         fp32, one cast copy per layer in bf16. Attention: a (2 Q + 2 K) without a mask, a (4 Q + S) with one, since
         masked heads are repeated; no square of S unless eager. Feed-forward: 4 a F. Quantized inputs add the copy
-        before (or after)
-    rounding: 8 H if its gradient is clipped, a Q (twice if rotated and clipped), a F if clipped, and two scales per
-        block.
+        before (or after) rounding: 8 H if its gradient is clipped, a Q (twice if rotated and clipped), a F if clipped,
+        and two scales per block.
     """
     shape = facts.student.shape
     hidden, query, key, ffn = shape.hidden, shape.query, shape.key, shape.ffn

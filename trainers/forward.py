@@ -4,6 +4,7 @@ Some architectures do more after the last matrix than `lm_head` shows (soft-capp
 that, and `split` proves on a few tokens that body plus head equals the model.
 """
 
+import contextlib
 from itertools import chain, product
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import TrainingError, UnsupportedError
-from qat.trainers.packing import Batch, arrange, evaluating, model_inputs
+from qat.trainers.packing import Batch, arrange, evaluating, model_inputs, told
 from qat.training.heads import STEPS, Product, as_product
 
 # Keys of configs that scale logits, and how, the usual way first; and keys of soft caps, which come after.
@@ -67,7 +68,9 @@ class Head(nn.Module):
 
 def hidden_states(model: Any, batch: Batch) -> Tensor:
     """Final hidden states (rows, sequence, hidden) of a batch from `Blocks.rows`; documents do not see each other."""
-    output = body(model)(**model_inputs(arrange(batch, model)))
+    arranged = arrange(batch, model)
+    with told(batch) if arranged is batch else contextlib.nullcontext():
+        output = body(model)(**model_inputs(arranged))
     hidden: Tensor | None = getattr(output, "last_hidden_state", None)
     if hidden is None:
         raise UnsupportedError(f"{type(model).__name__} does not give its final hidden states; report the architecture")

@@ -12,6 +12,7 @@ from qat.lora import LoraConfig
 from qat.scheme import Scheme, upgraded
 from qat.trainers.data import DataConfig
 from qat.trainers.evaluate import EvalConfig
+from qat.trainers.logitcache import TeacherCache
 from qat.trainers.optim import OptimConfig
 from qat.trainers.packed import completed
 from qat.trainers.sources import overlapping
@@ -37,6 +38,7 @@ class Job(Strict):
         method: "qad" distils a teacher; "qat" trains on the next token.
         model: the student before quantization.
         teacher: whom to imitate and to be compared with; by default the student's own BF16 weights.
+        teacher_cache: train on what the teacher said earlier (`qat teacher` asks it), without loading it.
         scheme: which weights and inputs get which format; a file whose model is quantized already may leave its rules
             out (`qat.trainers.packed`).
         lora: train low-rank updates of frozen weights instead of the weights.
@@ -54,12 +56,22 @@ class Job(Strict):
         devices: over all machines; one process each. Without GPUs they are processes on the CPU.
         loss_chunk: tokens whose logits exist at once; by default `qat.training.losses.chunk_tokens`.
         activation_checkpointing: recompute activations in the backward pass to save memory.
+        hold_weights: put each linear layer's weight on its grid once per step, for all micro-batches and recomputed
+            activations, which keeps two bytes per quantized weight. By default where a step has several micro-batches
+            and neither activation_checkpointing nor sharding saves just that memory.
+        log_every: steps between two readings of the losses, at each of which a GPU waits for the host; metrics.csv
+            has every step all the same. A step with a gradient that is not finite is left out, and ends the run when
+            it is read.
+        wandb, tensorboard: who receives the metrics besides metrics.csv, what quantizers do (flipped codes, clipped
+            weights, drift of scales, QSNR by layer; at evaluations) and the report's plots. TensorBoard's files are in
+            the run's `tensorboard/`.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     method: Literal["qad", "qat"] = "qad"
     model: ModelConfig
     teacher: ModelConfig | None = None
+    teacher_cache: TeacherCache | None = None
     scheme: Scheme
     lora: LoraConfig | None = None
     data: DataConfig = DataConfig()
@@ -78,7 +90,10 @@ class Job(Strict):
     devices: int = Field(default=1, ge=1)
     loss_chunk: int | None = Field(default=None, ge=1)
     activation_checkpointing: bool = False
+    hold_weights: bool | None = None
+    log_every: int = Field(default=1, ge=1)
     wandb: Wandb | None = None
+    tensorboard: bool = False
     runs: Path = Path("runs")
 
     @field_validator("runs")
@@ -92,6 +107,9 @@ class Job(Strict):
             raise ValueError(f"method qat trains on the next token, but loss {self.loss.kind} needs a teacher; use qad")
         if self.method == "qad" and self.loss is not None and not self.loss.needs_teacher:
             raise ValueError(f"method qad imitates a teacher, but loss {self.loss.kind} ignores it; use method: qat")
+        cache = self.teacher_cache
+        if cache is not None and (beyond := self.objective.beyond(cache.kind == "sample", cache.k)):
+            raise ValueError(f"{beyond}; or leave teacher_cache out")
         moving = [step.kind for step in self.scheme.init if step.moves_stream]
         beside: float = getattr(self.loss, "hidden", 0.0)
         if moving and beside:
@@ -132,6 +150,19 @@ class Job(Strict):
     def objective(self) -> Any:
         """The loss in force."""
         return self.loss or (ForwardKL() if self.method == "qad" else CrossEntropy())
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the teacher reads along in every step."""
+        return bool(self.objective.needs_teacher) and self.teacher_cache is None
+
+    @property
+    def holds(self) -> bool:
+        """`hold_weights`, settled."""
+        if self.hold_weights is not None:
+            return self.hold_weights
+        whole = self.strategy in ("auto", "ddp")
+        return whole and self.rows > self.micro_rows * self.devices and not self.activation_checkpointing
 
     @property
     def folder(self) -> Path:

@@ -12,9 +12,10 @@ from torch import nn
 
 from qat.checkpoints.hf import load_tokenizer, resolve
 from qat.checkpoints.positions import known_positions, most_positions, table_positions
-from qat.errors import CheckpointError, ConfigError, DataError
+from qat.errors import CheckpointError, ConfigError, DataError, UnsupportedError
 from qat.trainers import rows, sources, tokens
 from qat.trainers.data import Blocks, DataConfig, planned
+from qat.trainers.packing import LEAKS, leakage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,6 +94,24 @@ def check_lengths(job: "Job", *models: nn.Module) -> list[str]:
     """`check_positions` of every text of a job."""
     lengths = {f"{name}.seq_len": config.seq_len for name, (config, _) in _texts(job).items()}
     return list(dict.fromkeys(note for model in models for note in check_positions(model, lengths)))
+
+
+def check_packing(job: "Job", *models: Any) -> None:
+    """Refuse packed texts where a model lets documents see each other.
+
+    Raises:
+        UnsupportedError: it does; says which keys to set.
+    """
+    texts = {"data": job.data, "eval.data": job.eval.data, "eval.choose": job.eval.choose}
+    texts["calibration"] = job.calibration
+    packed = [name for name, text in texts.items() if text is not None and text.pack]
+    for model in models if packed else ():
+        leak = leakage(model)
+        if leak > LEAKS:
+            raise UnsupportedError(
+                f"{type(model).__name__} with {model.config._attn_implementation} attention lets packed documents see "
+                f"each other (leakage {leak:.2f}); set {' and '.join(f'{name}.pack' for name in packed)} to false"
+            )
 
 
 def fitting(length: int, *models: nn.Module | None) -> int:

@@ -4,7 +4,7 @@ The step counter, the order of the data and the learning rate are pure functions
 resumed run repeats the interrupted one exactly; Lightning's own loop state is not needed.
 """
 
-import math
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,20 +14,28 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from qat.errors import TrainingError
+from qat.modes import held
+from qat.sharded import close, is_divided, read, run, whole
 from qat.trainers import optim
 from qat.trainers.after_step import AfterStep
+from qat.trainers.cached import Taught
 from qat.trainers.data import Batches
 from qat.trainers.forward import Head, heads, hidden_states
 from qat.trainers.job import Job
-from qat.trainers.packing import Batch
+from qat.trainers.packing import Batch, known
+from qat.trainers.readings import Readings
 from qat.trainers.strategy import ALONE, Ranks
+from qat.training.known import known_in
 from qat.training.losses import IGNORE, chunked
 
 
 class MicroBatches(IterableDataset[Batch]):
     """The micro-batches of optimizer steps `start` to `stop`, in order, each with the token count of its whole step."""
 
-    def __init__(self, batches: Batches, start: int, stop: int, micro_rows: int, world_size: int) -> None:
+    def __init__(
+        self, batches: Batches, start: int, stop: int, micro_rows: int, world_size: int, taught: Taught | None = None
+    ) -> None:
+        self.taught = taught
         self.batches, self.start, self.stop = batches, start, stop
         self.micro_rows, self.world_size = micro_rows, world_size
 
@@ -38,7 +46,9 @@ class MicroBatches(IterableDataset[Batch]):
             mine = self.batches.batch(step) if self.world_size > 1 else whole
             for first in range(0, len(mine["targets"]), self.micro_rows):
                 part = slice(first, first + self.micro_rows)
-                yield {**{name: tensor[part] for name, tensor in mine.items()}, "step_tokens": count}
+                micro = {name: tensor[part] for name, tensor in mine.items()}
+                said = {} if self.taught is None else self.taught.columns(self.batches.indices(step)[part])
+                yield {**micro, **known(micro), **said, "step_tokens": count}
 
 
 class QatModule(lit.LightningModule):
@@ -51,6 +61,7 @@ class QatModule(lit.LightningModule):
         blocks: training rows.
         start_step: optimizer steps already done.
         ranks: the processes that train together.
+        taught: what the teacher said earlier, in its place.
     """
 
     def __init__(
@@ -61,15 +72,19 @@ class QatModule(lit.LightningModule):
         batches: Batches,
         start_step: int,
         ranks: Ranks = ALONE,
+        taught: Taught | None = None,
     ) -> None:
         super().__init__()
+        self.taught = taught
         self.student, self.job, self.batches, self.start_step = student, job, batches, start_step
         self.ranks = ranks
         self._teacher = (teacher,)
         self._heads: tuple[Head, Head | None] | None = None
         self._after: AfterStep | None = None
-        self._losses: list[Tensor] = []  # of the step's micro-batches; read once, so that a GPU need not wait for each
-        self.step_loss = 0.0
+        self._losses: list[Tensor] = []  # of the step's micro-batches
+        self._held = contextlib.ExitStack()  # open while a step's weights are held
+        self.readings = Readings()
+        self.step_loss = 0.0  # of the last step that was read, as `grad_norm`
         self.step_tokens = 0
         self.grad_norm = 0.0
         self.rates: dict[str, float] = {}
@@ -84,47 +99,62 @@ class QatModule(lit.LightningModule):
         """See the class."""
         return self._teacher[0]
 
+    def configure_model(self) -> None:
+        """Lightning's strategy for FSDP2 wants the model to be divided here; `qat.trainers.strategy` has done it."""
+
     def on_fit_start(self) -> None:
         """Place the teacher, find both heads, freeze what the job freezes."""
         if self.teacher is not None:
             self.teacher.to(self.device).eval().requires_grad_(False)
         with torch.autocast(self.device.type, enabled=False):
-            self._heads = heads(self.student, self.teacher)
+            student, teacher = self.student, self.teacher
+            own, other = read(teacher, lambda: read(student, lambda: heads(student, teacher)))
+        self._heads = own if self.taught is None else self.taught.head(own), other
         self._after = AfterStep(self.student, self.job.optim, self.job.steps)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Micro-batches from the current step to the last."""
         world = self.trainer.world_size
         share = Batches(self.batches.blocks, self.batches.rows_per_batch, self.batches.seed, self.global_rank, world)
-        data = MicroBatches(share, self.start_step, self.job.steps, self.job.micro_rows, world)
+        data = MicroBatches(share, self.start_step, self.job.steps, self.job.micro_rows, world, self.taught)
         return DataLoader(data, batch_size=None)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss per token of the whole optimizer step, this micro-batch's share of it."""
-        assert self._heads is not None
-        student_head, teacher_head = self._heads
-        teacher_hidden = None
-        if self.teacher is not None and self.job.objective.needs_teacher:
-            with torch.no_grad():
-                teacher_hidden = hidden_states(self.teacher, batch)
-        hidden = hidden_states(self.student, batch)
-        models = (hidden, student_head, teacher_hidden, teacher_head)
-        total = chunked(self.job.objective, *models, batch["targets"], self.job.loss_chunk)
-        value = total / batch["step_tokens"].clamp(min=1)
+        if self.job.holds and not self._losses:
+            self._held.enter_context(held(self.student))
+        value = run(self.student, lambda: self._share(batch))
+        close(self.teacher)
         self._losses.append(value.detach())
         self.step_tokens += batch["input_ids"].numel() * self.trainer.world_size
         # Lightning divides by the accumulation count and averages over processes; the sum over the step is wanted.
         return value * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
-    def _finite(self) -> None:
-        """Stop before the optimizer writes NaN into the weights."""
-        own = sum(float(value) for value in self._losses)
-        self._losses.clear()
-        self.step_loss += float(self.ranks.sum(torch.tensor(own, dtype=torch.float64)))
-        for what, measure in (("loss", self.step_loss), ("norm of the gradients", self.grad_norm)):
-            if not math.isfinite(measure):
+    def _share(self, batch: Batch) -> Tensor:
+        """This micro-batch's share of the mean loss."""
+        assert self._heads is not None
+        student_head, teacher_head = self._heads
+        teacher, teacher_hidden = self.teacher, None
+        if teacher is not None and self.job.objective.needs_teacher:
+            with torch.no_grad():
+                teacher_hidden = run(teacher, lambda: hidden_states(teacher, batch))
+        hidden = hidden_states(self.student, batch)
+        models = (hidden, student_head, teacher_hidden, teacher_head)
+        chunk, kept = self.job.loss_chunk, batch.get("kept")
+        total = chunked(self.job.objective, *models, batch["targets"], chunk, known_in(batch), kept)
+        return total / batch["step_tokens"].clamp(min=1)
+
+    def read(self) -> None:
+        """Read what the steps since the last reading measured, which a GPU waits for.
+
+        Raises:
+            TrainingError: something is not finite.
+        """
+        for reading in self.readings.read(self.ranks):
+            self.step_loss, self.grad_norm = reading.loss, reading.norm
+            if reading.problem is not None:
                 raise TrainingError(
-                    f"the {what} became {measure} at step {self.step + 1}; the last good checkpoint is kept. Lower "
+                    f"the {reading.problem} at step {reading.step}; the last good checkpoint is kept. Lower "
                     f"optim.lr (now {self.job.optim.peak:g}), or look for bad rows in {self.job.data.source!r}"
                 )
 
@@ -145,13 +175,20 @@ class QatModule(lit.LightningModule):
         self._after(self.step + 1, getattr(optimizer, "optimizer", optimizer))  # Lightning counts the step afterwards
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        """Clip by the norm over all trained parameters, and remember loss, norm and the rates in force for the log.
+        """Clip by the norm over all trained parameters, and remember loss, norm and the rates in force for the log;
+        they are read at once, unless `log_every` says later.
 
         Raises:
             TrainingError: the loss or the norm is not finite.
         """
         groups = optimizer.param_groups
         parameters = [p for group in groups for p in group["params"]]
-        self.grad_norm = float(nn.utils.clip_grad_norm_(parameters, self.job.optim.clip))
-        self._finite()
+        self._held.close()
+        norm = whole(nn.utils.clip_grad_norm_(parameters, self.job.optim.clip))
+        self.readings.add(self.step + 1, self._losses, norm)
+        self._losses = []
+        if self.job.log_every > 1 and not is_divided(self.student):
+            self.readings.guard(getattr(optimizer, "optimizer", optimizer))
+        else:  # before the optimizer writes NaN into the weights
+            self.read()
         self.rates = {group["kind"]: group["lr"] for group in groups}

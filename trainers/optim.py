@@ -159,8 +159,8 @@ def parameter_kinds(model: nn.Module) -> dict[str, str]:
     return {n: "scale" if n in scales else "lora" if is_adapter(n) else kind for n, kind in kinds.items()}
 
 
-def build(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of `model`; every group carries its `peak` learning rate."""
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """The trainable parameters of `model` by kind; every group carries its `peak` learning rate."""
     kinds = parameter_kinds(model)
     groups: dict[str, list[nn.Parameter]] = {"weight": [], "flat": [], "scale": [], "lora": []}
     for name, parameter in model.named_parameters():
@@ -174,4 +174,9 @@ def build(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
             peak = config.scale_lr if kind == "scale" else rates.get(kind, config.peak)
             decay = config.weight_decay if kind == "weight" else 0.0
             settings.append({"params": parameters, "lr": peak, "peak": peak, "weight_decay": decay, "kind": kind})
-    return torch.optim.AdamW(settings, betas=config.betas, fused=True)
+    return settings
+
+
+def build(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`."""
+    return torch.optim.AdamW(parameter_groups(model, config), betas=config.betas, fused=True)

@@ -30,6 +30,7 @@ Row = npt.NDArray[np.int32]
 Batch = dict[str, torch.Tensor]
 
 PROBE_TOKENS = 16
+FINDS_DOCUMENTS = "find_packed_sequence_indices"  # of transformers
 LEAKS = 0.1  # of `leakage`, above which documents are not packed
 
 
@@ -91,6 +92,43 @@ def collate(rows: npt.NDArray[np.int32]) -> Batch:
     arrays = {"input_ids": wide[0], "targets": wide[1], "document_ids": wide[2]}
     arrays["position_ids"] = position_ids(wide[2])
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def known(batch: Batch) -> Batch:
+    """What the host knows of a batch before it goes to a GPU, which would have to be waited for to find out again.
+
+    Returns:
+        kept: places in the flattened targets of those that carry a loss.
+        packed: one empty number if a row holds several documents, else none: only its size is looked at.
+    """
+    positions = batch["position_ids"]
+    packed = bool((positions.diff(dim=-1) != 1).any())
+    kept = (batch["targets"].flatten() != IGNORE).nonzero().squeeze(1)
+    return {"kept": kept, "packed": positions.new_empty(int(packed))}
+
+
+@contextlib.contextmanager
+def told(batch: Batch) -> Iterator[None]:
+    """Inside this context transformers does not ask the position ids, so the GPU, whether rows hold several documents:
+    it is told what `known` found."""
+    from transformers import masking_utils
+
+    packed: torch.Tensor | None = batch.get("packed")
+    if packed is None or not hasattr(masking_utils, FINDS_DOCUMENTS):
+        yield
+        return
+
+    def found(position_ids: torch.Tensor) -> torch.Tensor | None:
+        """As transformers computes it."""
+        steps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1)
+        return (steps != 1).cumsum(-1) if packed.numel() else None
+
+    own = getattr(masking_utils, FINDS_DOCUMENTS)
+    try:
+        setattr(masking_utils, FINDS_DOCUMENTS, found)
+        yield
+    finally:
+        setattr(masking_utils, FINDS_DOCUMENTS, own)
 
 
 def arrange(batch: Batch, model: "nn.Module") -> Batch:

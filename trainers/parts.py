@@ -15,7 +15,7 @@ class Parts:
     """Models, rows and where they are.
 
     Attributes:
-        student, teacher: both on `device`.
+        student, teacher: both on `device`; no teacher where it was `taught` before.
         train, heldout, calibration: rows of text; what is reported is read on `heldout`.
         choosing: what decides anything is read on these rows; the very same object where one text does both.
         coverage: which weights got which format.
@@ -23,6 +23,7 @@ class Parts:
         parameters: of the model that is trained, without learned scales.
         qsnr_start: dB by layer before training.
         ranks: the processes that train together.
+        taught: what the teacher said earlier, where the job has a cache.
     """
 
     student: Any
@@ -37,6 +38,7 @@ class Parts:
     parameters: int
     qsnr_start: dict[str, float] = field(default_factory=dict)
     ranks: Ranks = ALONE
+    taught: Any = None
 
     @property
     def chosen_apart(self) -> bool:

@@ -71,7 +71,8 @@ def _tried(job: Job, parts: Parts, evaluator: Evaluator) -> list[list[float]]:
 
 def _kl(job: Job, parts: Parts, evaluator: Evaluator) -> float:
     teacher = parts.teacher if job.objective.needs_teacher else None
-    module = QatModule(parts.student, teacher, job, Batches(parts.train, job.rows, job.seed), 0, parts.ranks)
+    batches = Batches(parts.train, job.rows, job.seed)
+    module = QatModule(parts.student, teacher, job, batches, 0, parts.ranks, parts.taught)
     parts.student.train()
     try:
         lightning(job, parts, job.steps, [], []).fit(module)

@@ -15,30 +15,34 @@ from torch import nn
 
 from qat.checkpoints import resume
 from qat.checkpoints.hf import load_configured, load_tokenizer
+from qat.checkpoints.initialised import Initialised
 from qat.checkpoints.progress import counted, mute
-from qat.errors import Interrupted, UnsupportedError
+from qat.errors import Interrupted
 from qat.init.calibration import initialise, observe, unreached
 from qat.modes import dense
 from qat.numbers.numerics import qsnr
+from qat.sharded import gathered
 from qat.sites import Site, weights
-from qat.surgery import Coverage, apply, report, rotate_inputs
-from qat.trainers import adapted, claim, fallback, limits, packed, rates, strategy, why
+from qat.surgery import apply, report, rotate_inputs
+from qat.trainers import adapted, cached, claim, fallback, limits, packed, rates, strategy, why
+from qat.trainers.announced import print_coverage, print_texts
 from qat.trainers.callbacks import Keeper
 from qat.trainers.called import check_called
-from qat.trainers.data import Batches, Blocks, load_blocks
+from qat.trainers.data import Batches, load_blocks
 from qat.trainers.evaluate import Evaluator, gap_closed
 from qat.trainers.exportable import export_notes, student_without_numbers
-from qat.trainers.fit import fit, quiet_lightning, start_loggers
+from qat.trainers.fit import fit, quiet_lightning
 from qat.trainers.interrupts import Interruptions
 from qat.trainers.job import Job
+from qat.trainers.loggers import finish_loggers, start_loggers
 from qat.trainers.machine import machine, repeatable, versions
 from qat.trainers.memory import keep_freed_blocks, peak_bytes
 from qat.trainers.optim import freeze
 from qat.trainers.overlap import overlap
-from qat.trainers.packing import LEAKS, leakage, model_inputs
+from qat.trainers.packing import model_inputs
 from qat.trainers.parts import Parts
 from qat.trainers.plots import read_metrics
-from qat.trainers.report import CONTAMINATED, RunReport, print_table, write_report
+from qat.trainers.report import RunReport, print_table, write_report
 from qat.trainers.strategy import Ranks
 from qat.trainers.teacher import settled
 from qat.trainers.written import device_and_mixed, load_teacher
@@ -124,11 +128,11 @@ def _train(job: Job, resume_run: bool, console: Console, interruptions: Interrup
     ranks.lead(lambda: loggers.extend(start_loggers(job)))
     lit.seed_everything(job.seed, verbose=False)
     parts = _load(job, source, reference, console, ranks)
-    _print_coverage(parts.coverage, console)
+    print_coverage(parts.coverage, console)
     text = {"data": parts.train.digest, "eval.data": parts.heldout.digest}
     if parts.chosen_apart:
         text["eval.choose"] = parts.choosing.digest
-    reporting, choosing = _evaluators(job, parts)
+    reporting, choosing = cached.evaluators(job, parts)
     if not resume_run:
         before = adapted.fingerprints(job, parts)
         rows, chosen = _baselines(job, parts, reporting, choosing, console)
@@ -139,6 +143,7 @@ def _train(job: Job, resume_run: bool, console: Console, interruptions: Interrup
         keeper.best = {"step": 0, "kl": first["kl"], "since": 0}
         if ranks.first:
             resume.save_best(run, resume.student_tensors(parts.student), {**first, "step": 0}, job.lora)
+            Initialised(run).clear()
             if job.eval.why:
                 why.keep_start(run, parts.student)
     else:
@@ -147,20 +152,16 @@ def _train(job: Job, resume_run: bool, console: Console, interruptions: Interrup
         claim.check_text(saved, text, job.steps, console)
         keeper = Keeper(run, job, choosing, saved["best"])
     saved.update(text=text, steps=job.steps)
+    strategy.divide(job, parts)
     job = rates.settled(job, parts, keeper.evaluator, saved, console)
     loop = fit(job, parts, keeper, saved, resume.last_state(run) if resume_run else None, interruptions, loggers)
     if interruptions.signal is not None:
         raise interruptions.stop()
     if loop.stopped_by:
         console.print(f"stopped early: {loop.stopped_by}")
-    return _finish(job, parts, keeper, reporting, saved)
-
-
-def _evaluators(job: Job, parts: Parts) -> tuple[Evaluator, Evaluator]:
-    """Of the text that is reported, and of the one that decides."""
-    settings = (job.eval.batch, parts.device, parts.dtype, parts.ranks)
-    reporting = Evaluator(parts.teacher, parts.heldout, *settings)
-    return reporting, Evaluator(parts.teacher, parts.choosing, *settings) if parts.chosen_apart else reporting
+    built = _finish(job, parts, keeper, reporting, saved)
+    finish_loggers(loggers, run)
+    return built
 
 
 def _load(job: Job, source: Path, reference: Path, console: Console, ranks: Ranks) -> Parts:
@@ -169,23 +170,27 @@ def _load(job: Job, source: Path, reference: Path, console: Console, ranks: Rank
     tokenizer = load_tokenizer(source, job.model.trust_remote_code)
     for note in export_notes(job, source, student_without_numbers(job, source)):
         console.print(note, highlight=False, soft_wrap=True, markup=False)
-    teacher = load_teacher(job, reference)
-    student: nn.Module = load_configured(job.model, source)
+    store = cached.opened(job, tokenizer)
+    teacher = None if store is not None else load_teacher(job, reference)
+    student: nn.Module = load_configured(job.model, source, device=device)
+    models = [model for model in (student, teacher) if model is not None]
     coverage = report(student, job.scheme)
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed):  # flash attention takes nothing wider
         check_called(student.to(adapted.first_place(job, student, device)), coverage)
-        _check_packing(job, student, *([teacher] if job.teacher is not None else []))
+        limits.check_packing(job, *(models if job.teacher is not None else [student]))
     parameters = sum(p.numel() for p in student.parameters())
-    limits.warn(limits.check_lengths(job, student, teacher))
+    strategy.check_models(job, *models)
+    limits.warn(limits.check_lengths(job, *models))
     loaded = {
-        name: load_blocks(config, tokenizer, num_tokens=wanted, teacher=teacher)
+        name: load_blocks(config, tokenizer, num_tokens=wanted, teacher=teacher if store is None else store.writer)
         for name, (config, wanted) in job.texts.items()
     }
     train_rows, heldout = loaded["data"], loaded["eval.data"]
     choosing, calibration = loaded.get("eval.choose", heldout), loaded.get("calibration", train_rows)
     texts = {"data": train_rows, "eval.data": heldout, "eval.choose": choosing, "calibration": calibration}
-    limits.check_rows(tokenizer, texts, student, teacher)
-    _print_texts(train_rows, heldout, choosing, console)
+    limits.check_rows(tokenizer, texts, *models)
+    taught = None if store is None else cached.bound(job, store, texts, student)
+    print_texts(train_rows, heldout, choosing, console)
     if job.activation_checkpointing:
         # transformers 5.23 renamed the method; 5.17 only knows the old name.
         name = "activation_checkpointing_enable"
@@ -196,56 +201,7 @@ def _load(job: Job, source: Path, reference: Path, console: Console, ranks: Rank
         freeze(student, job.optim)
     dtype = torch.bfloat16 if mixed else None
     rows = (train_rows, heldout, calibration, choosing)
-    return Parts(student.to(device), teacher, *rows, coverage, device, dtype, parameters, ranks=ranks)
-
-
-def _print_texts(train_rows: Blocks, heldout: Blocks, choosing: Blocks, console: Console) -> None:
-    texts = {"training": train_rows, "held-out": heldout} | ({"choosing": choosing} if choosing is not heldout else {})
-    for name, blocks in texts.items():
-        console.print(f"{name} text: {blocks.summary}", highlight=False, soft_wrap=True)
-    shared = overlap(train_rows, heldout)
-    if shared > CONTAMINATED:
-        console.print(f"[yellow]warning: {shared:.1%} of the held-out 13-grams also occur in the training text")
-
-
-def _check_packing(job: Job, *models: Any) -> None:
-    texts = {"data": job.data, "eval.data": job.eval.data, "eval.choose": job.eval.choose}
-    texts["calibration"] = job.calibration
-    packed = [name for name, text in texts.items() if text is not None and text.pack]
-    for model in models if packed else ():
-        leak = leakage(model)
-        if leak > LEAKS:
-            raise UnsupportedError(
-                f"{type(model).__name__} with {model.config._attn_implementation} attention lets packed documents see "
-                f"each other (leakage {leak:.2f}); set {' and '.join(f'{name}.pack' for name in packed)} to false"
-            )
-
-
-def _print_coverage(coverage: Coverage, console: Console) -> None:
-    console.print(
-        f"{coverage.quantized_share:.1%} of the weights are quantized, {coverage.bits_per_weight:.2f} bits per weight:",
-        highlight=False,
-        soft_wrap=True,
-    )
-    rows = coverage.by_format()
-    widest, widest_input = max(len(row[0].partition(": ")[0]) for row in rows), max(len(row[1]) for row in rows)
-    for treatment, input, modules, parameters, bits in rows:
-        weight, _, reason = treatment.partition(": ")
-        console.print(
-            f"  {weight:<{widest}}  inputs {input:<{widest_input}} {modules:>5} modules"
-            f" {parameters / 1e6:>9.2f} M weights {bits:>6.2f} bits  {reason}".rstrip(),
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
-    for key, value, modules, size, dense_size in coverage.by_cache():
-        console.print(
-            f"  cached keys {key}, values {value}: {modules} modules, {size:,.0f} bytes per token "
-            f"(BF16: {dense_size:,.0f})",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+    return Parts(student.to(device), teacher, *rows, coverage, device, dtype, parameters, ranks=ranks, taught=taught)
 
 
 def _baselines(
@@ -270,7 +226,7 @@ def _baselines(
 
     with dense(parts.student, inputs=True):
         own = job.teacher is not None and not packed.continues(parts.student)  # whose middles of cells are no better
-        evaluate(parts.student if own else parts.teacher, "bf16")
+        evaluate(parts.student if own or parts.teacher is None else parts.teacher, "bf16")
     batches = _calibration(job, parts)
     autocast = torch.autocast(parts.device.type, parts.dtype or torch.bfloat16, enabled=parts.dtype is not None)
     with autocast:
@@ -288,7 +244,8 @@ def _baselines(
             scores += [{**row, "name": "best_ptq"} for row in scores[-1:]]
     else:
         with autocast:
-            sentences = initialise(parts.student, batches, job.scheme, mean_square, _tracked)
+            store = Initialised(job.folder, parts.ranks.first)
+            sentences = initialise(parts.student, batches, job.scheme, mean_square, _tracked, store)
         parts.ranks.share(parts.student)
         for sentence in sentences:
             console.print(sentence, highlight=False)
@@ -325,19 +282,21 @@ def _finish(job: Job, parts: Parts, keeper: Keeper, reporting: Evaluator, saved:
     measured: dict[str, Any] = {}
     if job.eval.why:
         measured = {
-            "moved": why.moved(run, parts.student) if ranks.first else None,
             "lora": job.lora is not None,
             "gap": why.gap(reporting, parts.student, rows[-1]["kl"]),
             "disagreement": why.disagreement(
                 read_metrics(run / claim.METRICS), (saved.get("choosing") or saved["rows"])[-1]["kl"]
             ),
         }
-    return ranks.lead(lambda: _written(job, parts, keeper, saved, rows, measured))
+    with gathered(parts.student):
+        return ranks.lead(lambda: _written(job, parts, keeper, saved, rows, measured))
 
 
-def _written(*found: Any) -> RunReport:
-    built = _report(*found)
-    write_report(found[0].folder, built)
+def _written(job: Job, parts: Parts, *found: Any) -> RunReport:
+    if found[-1]:  # what is measured of its weights needs all of them
+        found[-1]["moved"] = why.moved(job.folder, parts.student)
+    built = _report(job, parts, *found)
+    write_report(job.folder, built)
     return built
 
 

@@ -22,10 +22,12 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from torch import Tensor, distributed, nn
 
+from qat import sharded
 from qat.errors import ConfigError, Interrupted, QatError, TrainingError, UnsupportedError
 
 if TYPE_CHECKING:
-    from qat.trainers.job import Job
+    from qat.trainers.job import Job, Strategy
+    from qat.trainers.parts import Parts
 
 T = TypeVar("T")
 
@@ -103,6 +105,7 @@ class Ranks:
             distributed.broadcast(values.view(-1).view(torch.uint8), 0)
             if values.data_ptr() != tensor.data_ptr():
                 tensor.copy_(values)
+            torch.autograd.graph.increment_version(tensor)  # a broadcast does not say that it writes
 
 
 ALONE = Ranks()
@@ -113,8 +116,13 @@ ALONE = Ranks()
 
 def refusal(job: "Job") -> str | None:
     """Why `train` refuses this job's strategy wherever it runs, or None."""
-    if job.strategy in ("deepspeed", "fsdp"):
-        return f"strategy {job.strategy} can be estimated (--dry-run) but not trained yet; use strategy=ddp"
+    if job.strategy == "deepspeed":
+        return (
+            "strategy deepspeed can be estimated (--dry-run) but not trained: Lightning takes it on CUDA alone and its "
+            "releases have no wheels, so it was never run here; strategy=fsdp divides as ZeRO-3 does"
+        )
+    if divides(job) and job.lora is not None and job.lora.base == "packed":
+        return "lora.base: packed holds codes, which strategy fsdp does not divide; use lora.base=dense or strategy=ddp"
     return None
 
 
@@ -303,15 +311,49 @@ class Placed(LightningEnvironment):
         """Leave the launcher's variables as they are: Lightning would take WORLD_SIZE out."""
 
 
-def trainer_arguments(ranks: Ranks) -> dict[str, Any]:
+def divides(job: "Job") -> bool:
+    """Whether the job trains a divided model; one device has nothing to divide."""
+    return job.strategy == "fsdp" and job.devices > 1
+
+
+def undividable(job: "Job", *models: nn.Module) -> list[str]:
+    """Why models cannot be divided as the job wants."""
+    return [reason for model in models if (reason := sharded.refusal(model))] if divides(job) else []
+
+
+def check_models(job: "Job", *models: nn.Module) -> None:
+    """Refuse models that the job's strategy cannot train.
+
+    Raises:
+        UnsupportedError: with the reason.
+    """
+    if reasons := undividable(job, *models):
+        raise UnsupportedError(reasons[0])
+
+
+def divide(job: "Job", parts: "Parts") -> None:
+    """Divide the models of a run among its devices where its strategy says so."""
+    if not divides(job):
+        return
+    sharded.divide(parts.student, parts.device, parts.ranks.size)
+    if parts.teacher is not None:
+        sharded.divide(parts.teacher.requires_grad_(False), parts.device, parts.ranks.size)
+    if parts.device.type == "cuda":
+        torch.cuda.empty_cache()  # of the whole tensors
+
+
+def trainer_arguments(ranks: Ranks, how: "Strategy" = "auto") -> dict[str, Any]:
     """What `lightning.Trainer` is told of the devices."""
     from lightning.fabric.utilities.rank_zero import rank_zero_only
-    from lightning.pytorch.strategies import DDPStrategy
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
     rank_zero_only.rank = ranks.rank  # type: ignore[attr-defined]  # Lightning read a launcher's variables on import
     where = {"plugins": [Placed(ranks)], "devices": ranks.local_size, "num_nodes": ranks.size // ranks.local_size}
     if ranks.size == 1:
         return {**where, "strategy": "auto"}
+    if how == "fsdp":
+        sizes: dict[str, Any] = {"data_parallel_size": ranks.size, "tensor_parallel_size": 1}
+        return {**where, "strategy": ModelParallelStrategy(**sizes, timeout=WAITING)}
     # Experts and towers that a batch does not reach have no gradient; buffers are the same everywhere and stay so.
     ddp = DDPStrategy(
         find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True, timeout=WAITING

@@ -1,4 +1,4 @@
-"""`qat teacher`: the text of a job that its teacher writes, made before the run and looked at.
+"""`qat teacher`: what a job wants of its teacher, made before the run: the text that it writes, and its cache.
 
 The teacher is loaded here as the run loads it, since its text is kept under the digest of its weights; the run then
 finds the very rows and starts at once.
@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from qat.checkpoints.hf import load_configured, load_tokenizer
+from qat.checkpoints.hf import load_configured, load_tokenizer, resolve
 from qat.errors import ConfigError
 from qat.trainers import claim
+from qat.trainers.cached import Filled, fill
 from qat.trainers.data import Blocks, load_blocks
 from qat.trainers.job import Job
+from qat.trainers.machine import repeatable
 from qat.trainers.teacher import settled
 
 SAMPLES = 3  # documents of each text that are shown
@@ -53,6 +55,21 @@ class Written:
             "samples": self.samples,
         }
 
+    def lines(self) -> list[str]:
+        """What the command prints."""
+        blocks = self.blocks
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(blocks.shapes.items()))
+        text = [
+            f"{self.key}: {blocks.tokens:,} tokens in {len(blocks):,} rows of {blocks.seq_len} ({kinds}), "
+            f"{blocks.loss_tokens:,} to learn, {self.seconds:,.1f} s",
+            f"  {blocks.path}",
+        ]
+        for number, sample in enumerate(self.samples, 1):
+            shown = sample if len(sample) <= SHOWN else sample[:SHOWN] + " [...]"
+            text += [f"  --- document {number} of {len(self.samples)} shown"]
+            text += [f"  {line}" for line in shown.splitlines()]
+        return text
+
 
 def device_and_mixed(job: Job) -> tuple[torch.device, bool]:
     """Where a run computes, and whether in BF16 beside float32."""
@@ -64,36 +81,47 @@ def load_teacher(job: Job, reference: Path) -> nn.Module:
     """The teacher as a run has it: on the device at once, since it may write the text of `source: teacher`."""
     device, mixed = device_and_mixed(job)
     dtype = torch.bfloat16 if mixed and device.type == "cuda" else torch.float32
-    teacher: nn.Module = load_configured(job.teacher or job.model, reference, dtype)
+    teacher: nn.Module = load_configured(job.teacher or job.model, reference, dtype, device)
     return teacher.to(device)
 
 
-def write(job: Job) -> list[Written]:
-    """Write what the job's teacher has to write; what lies there already is read.
+def write(job: Job) -> list[Written | Filled]:
+    """Write what the job's teacher has to write, and fill its cache; what lies there already is read.
 
     Raises:
-        ConfigError: no text of the job is the teacher's.
+        ConfigError: the job wants neither.
     """
     texts = {
         key: (config, tokens)
         for key, (config, tokens) in job.texts.items()
         if any(part.source == "teacher" for part in config.parts)
     }
-    if not texts:
+    if not texts and job.teacher_cache is None:
         raise ConfigError(
             "no text of this job is written by its teacher; set data.source=teacher, or a mix with a part of it, as "
-            "mix: [{share: 0.7, source: teacher, generate: {chats: 0.5}}, {share: 0.3, source: FILE}]"
+            "mix: [{share: 0.7, source: teacher, generate: {chats: 0.5}}, {share: 0.3, source: FILE}]; and no cache of "
+            "it is asked for: teacher_cache={kind: topk, k: 64}"
         )
     claim.check_there(job)
     job, _ = settled(job)
     job, source, reference = claim.located(job)
     tokenizer = load_tokenizer(source, job.model.trust_remote_code)
+    device, mixed = device_and_mixed(job)
+    repeatable(device)
+    if job.teacher is not None:
+        reference = resolve(job.teacher)  # whose weights nobody wanted so far, where its answers are to be cached
     teacher = load_teacher(job, reference)
-    written = []
+    written: list[Written | Filled] = []
     for key, (config, tokens) in texts.items():
         begin = time.monotonic()
         blocks = load_blocks(config, tokenizer, num_tokens=tokens, teacher=teacher)
         written.append(Written(key, blocks, time.monotonic() - begin, samples(blocks, tokenizer)))
+    if job.teacher_cache is not None:
+        digests = [
+            one.blocks.source.partition("teacher sha256:")[2][:64] for one in written if isinstance(one, Written)
+        ]
+        dtype = torch.bfloat16 if mixed else None
+        written.append(fill(job, tokenizer, teacher, device, dtype, next(iter(digests), "")))
     return written
 
 
@@ -107,21 +135,6 @@ def samples(blocks: Blocks, tokenizer: Any) -> list[str]:
     return found
 
 
-def lines(written: list[Written]) -> list[str]:
+def lines(written: list[Written | Filled]) -> list[str]:
     """What the command prints."""
-    text = []
-    for one in written:
-        blocks = one.blocks
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(blocks.shapes.items()))
-        text += [
-            f"{one.key}: {blocks.tokens:,} tokens in {len(blocks):,} rows of {blocks.seq_len} ({kinds}), "
-            f"{blocks.loss_tokens:,} to learn, {one.seconds:,.1f} s",
-            f"  {blocks.path}",
-        ]
-        for number, sample in enumerate(one.samples, 1):
-            shown = sample if len(sample) <= SHOWN else sample[:SHOWN] + " [...]"
-            text += [
-                f"  --- document {number} of {len(one.samples)} shown",
-                *(f"  {line}" for line in shown.splitlines()),
-            ]
-    return text
+    return [line for one in written for line in one.lines()]

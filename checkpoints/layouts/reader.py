@@ -341,7 +341,14 @@ def _expander(args: dict[str, Any], part: slice, columns: int) -> Callable[[Arra
 
 def digest(tensor: Tensor) -> str:
     """sha256 of a tensor's bytes; in float tensors -0 counts as +0, which no product can tell apart."""
-    plain = tensor.detach().to("cpu")
-    if plain.dtype.itemsize > 1 and plain.is_floating_point():
-        plain = plain + 0.0
-    return hashlib.sha256(plain.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+    whole = hashlib.sha256()
+    add_to_digest(whole, tensor)
+    return whole.hexdigest()
+
+
+def add_to_digest(whole: "hashlib._Hash", tensor: Tensor) -> None:
+    """The bytes of a further part of a tensor; see `digest`."""
+    plain = tensor.detach().to("cpu").contiguous().reshape(-1)
+    for part in plain.split(_CHUNK) if plain.numel() else ():
+        part = part + 0.0 if part.dtype.itemsize > 1 and part.is_floating_point() else part
+        whole.update(part.view(torch.uint8).numpy().data)

@@ -7,7 +7,7 @@ the other in memory, so (rows, columns) becomes (rows x groups, group); a tensor
 from dataclasses import dataclass
 
 from qat.numbers.format import Format
-from qat.numbers.scale import BF16, E8M0, F32, UE4M3
+from qat.numbers.scale import BF16, E8M0, F16, F32, UE4M3, ScaleType
 
 SMALLEST = 64  # columns of a tile, where a row has as many
 
@@ -107,3 +107,8 @@ def _tile_columns(columns: int, values: int) -> int:
 
 def _next_power(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
+
+
+def scales_problem(scale: ScaleType) -> str | None:
+    """Why scales of this type are made by the reference implementation also on a GPU, or None."""
+    return None if scale.is_one_of(F32, BF16, F16, UE4M3) else f"the kernel does not round scales to {scale}"

@@ -2,7 +2,8 @@
 
 Two streams of hidden states go through the model: that of the dense model, and that of the blocks that are quantized
 already. A step finds both at the entrance of its block, so that it can make up for what the blocks before it lost. In
-memory are the two streams, the block's dense outputs, and a copy of its weights as they were.
+memory are the two streams, the block's dense outputs, and a copy of its weights as they were; what is finished may be
+kept on disk (`qat.init.kept`).
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UnsupportedError
+from qat.init.kept import Kept
 from qat.init.step import Calibration, InitStep
 from qat.modes import dense, frozen
 from qat.sites import Site
@@ -189,16 +191,31 @@ def walk(calibration: Calibration, steps: Sequence[BlockStep]) -> list[str | Non
     served = [_entering(model, blocks[next(iter(calls))], batch)[0] for batch in batches]
     counts: list[Counter[str]] = [Counter() for _ in steps]
     tracked: dict[str, Any] = {path: blocks[path] for path in calls}
+    kept = Kept(calibration.store, steps, [*dense_stream, *served])
     for path, module in calibration.track(tracked):
         own = replace(calibration, sites=by_block[path])
         block = Block(path, module, own, calls.pop(path), dense_stream, served)
-        for step, total in zip(steps if own.sites else (), counts, strict=False):
-            total.update(step.run_block(block))
-            torch.clear_autocast_cache()
-        dense_stream = block.target
+        for total, more in zip(counts, _done(block, steps, kept) if own.sites else (), strict=False):
+            total.update(more)
+        dense_stream, run = block.target, block.run
+        block.original = {}
         with frozen(module):
-            served = [block.run(hidden, index) for index, hidden in enumerate(served)]
+            served = [run(hidden, index) for index, hidden in enumerate(served)]
+        del block, run
     return [step.sentence(total) for step, total in zip(steps, counts, strict=True)]
+
+
+def _done(block: Block, steps: Sequence[BlockStep], kept: Kept) -> list[Counter[str]]:
+    """Run the steps on one block, or take what they made of it before; returns the sums of each."""
+    sums = kept.restore(block.path, block.module)
+    if sums is None:
+        sums = []
+        for step in steps:
+            sums.append(step.run_block(block))
+            torch.clear_autocast_cache()
+        kept.keep(block.path, block.module, sums)
+    torch.clear_autocast_cache()
+    return sums
 
 
 def _without_cache(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qat.errors import FormatError
 from qat.init.blocks import BlockStep, walk
+from qat.init.kept import Store
 from qat.init.scales import ScaleSearch
 from qat.init.step import Calibration, InitStep, Track
 from qat.modes import dense
@@ -80,9 +81,10 @@ def initialise(
     scheme: InitPlan,
     mean_square: dict[str, Tensor],
     track: Track = dict.items,
+    store: Store | None = None,
 ) -> list[str]:
     """From an observed model to where training begins: the steps of the scheme, in order. Those that go block by block
-    come after all others, so that the blocks before one are as they will be."""
+    come after all others, so that the blocks before one are as they will be, and keep finished blocks in `store`."""
     groups: dict[tuple[InitStep, ...], dict[str, Site]] = {}
     for path, site in weights(model).items():
         groups.setdefault(scheme.init_of(path, site.module), {})[path] = site
@@ -90,7 +92,7 @@ def initialise(
     later: list[tuple[tuple[InitStep, ...], Calibration]] = []
     with torch.no_grad():
         for steps in sorted(groups, key=lambda steps: not any(step.WHOLE_MODEL for step in steps)):
-            calibration = Calibration(model, batches, groups[steps], mean_square, track)
+            calibration = Calibration(model, batches, groups[steps], mean_square, track, store)
             all_steps = _with_scales(steps)
             first = next((index for index, step in enumerate(all_steps) if _by_block(step)), len(all_steps))
             sentences += [step.run(calibration) for step in all_steps[:first]]

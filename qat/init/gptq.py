@@ -21,16 +21,16 @@ from torch import Tensor
 from qat.errors import FormatError
 from qat.init.blocks import Block, BlockStep, block_of
 from qat.init.calibration import input_products
+from qat.init.columns import TOGETHER, arrived, codes_of_column, of_block, put, refitted, writable
 from qat.init.scales import Search, search_scales, share_global_scales
 from qat.init.step import Calibration
 from qat.numbers.format import Format
-from qat.numbers.numerics import Scales, rounded
+from qat.numbers.numerics import Scales
 from qat.sites import Site
 
 # Share of the mean diagonal added to it. Ten times the paper's: directions that calibration hardly excites are not
 # free, since served inputs are quantized themselves and come from other text.
 DAMPING = 0.1
-_TOGETHER = 64  # columns between two updates of everything to their right
 
 
 def compensate(weight: Tensor, fmt: Format, scales: Scales, gram: "Tensor | Inverse") -> Tensor:
@@ -45,6 +45,14 @@ def compensate(weight: Tensor, fmt: Format, scales: Scales, gram: "Tensor | Inve
     Raises:
         FormatError: the format's blocks span several rows.
     """
+    return compensated(weight, fmt, scales, gram)[0]
+
+
+def compensated(
+    weight: Tensor, fmt: Format, scales: Scales, gram: "Tensor | Inverse", choose: bool = False
+) -> tuple[Tensor, Scales]:
+    """`compensate`, and the scales that its result belongs to: with `choose` each block gets its own when the walk
+    arrives at it (see `qat.init.columns`), else those that were given."""
     stacked = weight.shape
     weight = weight.flatten(0, -2)  # rows are independent, so a stack of experts is one tall matrix
     rows, columns = weight.shape
@@ -52,30 +60,30 @@ def compensate(weight: Tensor, fmt: Format, scales: Scales, gram: "Tensor | Inve
         raise FormatError(f"{fmt.name}: error compensation needs blocks within one row; use init: scales")
     upper = (gram if isinstance(gram, Inverse) else inverse(gram)).upper
     width = fmt.block_for(rows, columns)[1]
+    # A block that gets its scales on arrival must be up to date by then.
+    together = TOGETHER if not choose or TOGETHER % width == 0 or width % TOGETHER == 0 else width
+    scales = writable(scales) if choose else scales
     work = weight.detach().to(torch.float32).t().contiguous()  # (columns, rows): one column is contiguous
-    for start in range(0, columns, _TOGETHER):
-        stop = min(start + _TOGETHER, columns)
+    for start in range(0, columns, together):
+        stop = min(start + together, columns)
         errors = torch.empty(stop - start, rows, device=weight.device)
         for column in range(start, stop):
+            if choose and column % width == 0:
+                part = slice(column, column + width)
+                own = of_block(scales, column // width)
+                put(scales, column // width, arrived(work[part], fmt, own, upper[part, part]))
             values = work[column]
             lost = (values - _round_column(values, fmt, scales, column // width)) / upper[column, column]
             errors[column - start] = lost
             work[column + 1 : stop] -= torch.outer(upper[column, column + 1 : stop], lost)
         work[stop:] -= upper[start:stop, stop:].t() @ errors
-    return work.t().contiguous().to(weight.dtype).view(stacked)
+    return work.t().contiguous().to(weight.dtype).view(stacked), scales
 
 
 def _round_column(values: Tensor, fmt: Format, scales: Scales, block: int) -> Tensor:
     """Quantized values of one column (rows,) whose scales stand in block column `block`."""
-    part = slice(block, block + 1)
-    own = replace(
-        scales,
-        stored=scales.stored[:, part],
-        zero_point=None if scales.zero_point is None else scales.zero_point[:, part],
-        choice=None if scales.choice is None else scales.choice[:, part],
-        divisor=None,
-    )
-    return rounded(values.view(-1, 1, 1, 1), fmt, own).view(-1) * own.effective().view(-1)
+    own = of_block(scales, block)
+    return codes_of_column(values, fmt, own) * own.effective().view(-1)
 
 
 @dataclass(frozen=True)
@@ -84,11 +92,13 @@ class Inverse:
 
     Attributes:
         upper: float32 upper Cholesky factor of the inverse.
+        damping: what was added to the diagonal (scalar).
         dead: inputs that were always zero, which count as one.
         singular: whether it took more damping than usual.
     """
 
     upper: Tensor
+    damping: Tensor
     dead: int
     singular: bool
 
@@ -100,14 +110,25 @@ def inverse(gram: Tensor) -> Inverse:
     zero = diagonal == 0
     diagonal[zero] = 1.0
     damping = DAMPING * diagonal.mean()
+    added = torch.zeros_like(damping)
     for attempt in range(4):  # float32 sums over few tokens may leave a negative direction: damp more
         diagonal += damping
+        added = added + damping
         factor, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
             upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).to(torch.float32)
-            return Inverse(upper, int(zero.sum()), attempt > 0)
+            return Inverse(upper, added, int(zero.sum()), attempt > 0)
         damping = damping * 10
     raise FormatError("the inputs' second moments are not positive definite; calibrate on more, or other, text")
+
+
+def damped(gram: Tensor, factor: Inverse) -> Tensor:
+    """The float32 matrix that `factor` is the inverse of."""
+    matrix = gram.to(torch.float32).clone()
+    diagonal = matrix.diagonal()
+    diagonal[diagonal == 0] = 1.0
+    diagonal += factor.damping
+    return matrix
 
 
 def corrected(weight: Tensor, lost: Tensor, gram: Tensor, share: float) -> Tensor:
@@ -139,6 +160,9 @@ class Gptq(BlockStep):
         search, weighted: see `qat.init.scales.ScaleSearch`.
         sequential: take them after the quantized blocks and layers before, not in the dense model.
         correction: how much of what the inputs have lost by then the weights make up for, see `corrected`.
+        choose: "arrival" lets each block take its scales when the walk over columns arrives at it, by what it and its
+            columns then lose; the search before only says around which.
+        refit: how often scales and codes are fitted again afterwards, see `qat.init.columns.refitted`.
     """
 
     MAKES_SCALES = True
@@ -148,6 +172,8 @@ class Gptq(BlockStep):
     weighted: bool = True
     sequential: bool = False
     correction: float = Field(default=0.0, ge=0.0, le=1.0)
+    choose: Literal["before", "arrival"] = "before"
+    refit: int = Field(default=0, ge=0, le=10)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Gptq":
@@ -183,7 +209,7 @@ class Gptq(BlockStep):
                 search_scales(site, self.search, gram.diagonal() if self.weighted else None)
             inverses = _Inverses(counts)
             for site in group:
-                _compensate(site, inverses.of(gram))
+                self._compensate(site, gram, inverses)
         share_global_scales(replace(block.calibration, sites=sites))
         for site in sites.values():
             search_scales(site, self.search)
@@ -212,7 +238,7 @@ class Gptq(BlockStep):
             for path, site in calibration.track(part):
                 gram = products[path]
                 search_scales(site, self.search, gram.diagonal() if self.weighted else None)
-                _compensate(site, inverses.of(gram))
+                self._compensate(site, gram, inverses)
             for weight, original in zip(shared, before, strict=True):
                 postponed.append((weight, weight.clone()))
                 weight.copy_(original)
@@ -221,14 +247,33 @@ class Gptq(BlockStep):
             parameter.copy_(compensated)
         return self.sentence(inverses.counts)
 
+    def _compensate(self, site: Site, gram: Tensor, inverses: "_Inverses") -> None:
+        quantizer, weight, factor = site.quantizer, site.weight, inverses.of(gram)
+        with torch.autocast(weight.device.type, enabled=False):
+            fmt, given = quantizer.format, quantizer.scales()
+            latent, scales = compensated(weight, fmt, given, factor, self.choose == "arrival")
+            if self.refit:
+                found = refitted(weight, latent, fmt, scales, damped(gram, factor), self.refit)
+                latent, scales = found.latent, found.scales
+                rows = weight.shape[:-1].numel()
+                inverses.counts.update(better=found.better, rows=rows, left=round(found.left * rows))
+            weight.copy_(latent)
+            if scales is not given:
+                quantizer.set_scales(scales)
+
     def sentence(self, counts: Counter[str]) -> str | None:
         """See `BlockStep`."""
         said = []
+        if counts["rows"]:
+            share, left = counts["better"] / counts["rows"], counts["left"] / counts["rows"]
+            said.append(f"refitting lowered the error of {share:.0%} of the rows, to {left:.1%} on average")
         if counts["dead"]:
             said.append(f"{counts['dead']} of {counts['channels']} input channels were zero in all of the text")
         if counts["singular"]:
             said.append(f"{counts['singular']} of {counts['grams']} second moments of inputs were singular")
-        return f"gptq: {'; '.join(said)}; more calibration text may help" if said else None
+        if counts["dead"] or counts["singular"]:
+            said.append("more calibration text may help")
+        return f"gptq: {'; '.join(said)}" if said else None
 
 
 class _Inverses:
@@ -267,12 +312,6 @@ def _moments(block: Block, site: Site, with_lost: bool) -> tuple[Tensor, Tensor 
                 wanted = dense.float() if site.input is None else site.input.transformed(dense.float())
                 lost += (wanted - x).t() @ x
     return gram / max(tokens, 1), None if lost is None else lost / max(tokens, 1)
-
-
-def _compensate(site: Site, factor: Inverse) -> None:
-    quantizer = site.quantizer
-    with torch.autocast(site.weight.device.type, enabled=False):
-        site.weight.copy_(compensate(site.weight, quantizer.format, quantizer.scales(), factor))
 
 
 def _parts(mean_square: dict[str, Tensor]) -> Iterator[list[str]]:

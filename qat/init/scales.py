@@ -84,20 +84,21 @@ def _search(
     unit = base.effective()
     best, best_error = base, _error(blocked, fmt, base, error_weight, unit)
     for stored in candidates:
-        trial = _with_stored(blocked, fmt, base, stored, error_weight)
+        trial = with_stored(blocked, fmt, base, stored, error_weight)
         error = _error(blocked, fmt, trial, error_weight, unit)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best = replace(
             base,
             stored=select(better, trial.stored, best.stored),
-            zero_point=_where_optional(better, trial.zero_point, best.zero_point),
-            choice=_where_optional(better, trial.choice, best.choice),
+            zero_point=where_optional(better, trial.zero_point, best.zero_point),
+            choice=where_optional(better, trial.choice, best.choice),
         )
     return best
 
 
-def _with_stored(blocked: Tensor, fmt: Format, base: Scales, stored: Tensor, error_weight: Tensor | None) -> Scales:
+def with_stored(blocked: Tensor, fmt: Format, base: Scales, stored: Tensor, error_weight: Tensor | None) -> Scales:
+    """`base` with other stored scales, and the zero points and elements that are best with those."""
     trial = replace(base, stored=stored)
     if base.zero_point is not None:
         # A clipped asymmetric range keeps its centre: solve the zero point again for the narrower step.
@@ -117,7 +118,8 @@ def _error(blocked: Tensor, fmt: Format, scales: Scales, error_weight: Tensor | 
     return difference.sum(dim=(1, 3))
 
 
-def _where_optional(condition: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def where_optional(condition: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """`torch.where` of what a format may not have."""
     return None if a is None or b is None else torch.where(condition, a, b)
 
 

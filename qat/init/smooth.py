@@ -7,6 +7,8 @@ multiply by 1 + w are rounded once more), and nothing is added to the checkpoint
 
 How far to go is one number for the model, or searched at each place (`strength: auto`): s = rms(x)^a / rms(w)^b whose
 a and b lose least in the products with both sides quantized. Where inputs are not, that is AWQ's search (2306.00978).
+`strength: flex` (Flex Smooth, AngelSlim) searches s = max|x|^a / max|w|^b over all pairs of a coarse grid, then around
+the best pair.
 """
 
 from collections.abc import Callable, Iterable
@@ -30,6 +32,9 @@ _MOST = 8  # largest exponent of a factor
 _TOLERANCE = 1e-3  # of the logits: powers of two change nothing, but 1 + w in BF16 or float32 is rounded
 _BALANCES = tuple((step / 10, 1 - step / 10) for step in range(1, 10))  # exponents (a, b) of inputs and weights
 _FREE = (0.0, 0.25, 0.5, 0.75, 1.0)  # b by itself, for the best a
+_COARSE = tuple((a / 5, b / 5) for a in range(6) for b in range(6))  # a and b apart
+_FINE = tuple((a / 10, b / 10) for a in (-1, 0, 1) for b in (-1, 0, 1))  # then, around the best pair
+Strength = Annotated[float, Field(gt=0.0, le=1.0)] | Literal["auto", "flex"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Fold:
 def smooth(
     model: nn.Module,
     mean_square: dict[str, Tensor],
-    strength: float | Literal["auto"],
+    strength: float | Literal["auto", "flex"],
     input_ids: Tensor,
     batches: Iterable[dict[str, Tensor]] = (),
     track: Track = dict.items,
@@ -63,10 +68,10 @@ def smooth(
     Args:
         model: with a scheme applied; the weights of its layers, and the norms before them, change.
         mean_square: of each input channel, by path of the layer (see `qat.init.calibration.observe`).
-        strength: 0.5 gives both sides the same root mean square; 1 moves everything into the weights; "auto" searches
-            both exponents for each fold.
+        strength: 0.5 gives both sides the same root mean square; 1 moves everything into the weights; "auto" and "flex"
+            search both exponents for each fold.
         input_ids: (rows, tokens), to find out what feeds what and to check that nothing else changed.
-        batches: calibration text for "auto", which does not need `mean_square`.
+        batches: calibration text for a search, which does not need `mean_square`.
         track: goes over what is searched, and may show how far it is.
 
     Returns:
@@ -80,14 +85,14 @@ def smooth(
     with dense(model, inputs=True), torch.autocast(probe.device.type, enabled=False):
         before = model(input_ids=probe).logits.float()
         folds = find_folds(model, probe)
-    searched = _search(model, folds, list(batches), track) if strength == "auto" else {}
+    searched = _search(model, folds, list(batches), track, strength) if isinstance(strength, str) else {}
     with dense(model, inputs=True), torch.autocast(probe.device.type, enabled=False):
         for fold in folds:
-            if strength == "auto":
+            if isinstance(strength, str):
                 exponents = searched.get(fold.source)
             else:
                 square = next(mean_square[path] for path in fold.readers if path in mean_square)
-                exponents = _exponents(fold, square, _matrix(model, fold), strength, 1 - strength)
+                exponents = _exponents(fold, square, _squares(_matrix(model, fold)), strength, 1 - strength)
             if exponents is not None:
                 _move(model, fold, exponents)
         torch.clear_autocast_cache()  # it holds BF16 copies of the weights as they were, if the caller has autocast on
@@ -110,14 +115,14 @@ class Smooth(InitStep):
     """Move magnitude between input channels and weight columns before anything is quantized.
 
     Attributes:
-        strength: 0.5 balances them; 1 moves everything into the weights; `auto` searches at each place, by what the
-            products there lose on a few hundred tokens.
+        strength: 0.5 balances them; 1 moves everything into the weights; `auto` and `flex` search at each place, by
+            what the products there lose on a few hundred tokens.
     """
 
     WHOLE_MODEL = True
 
     kind: Literal["smooth"] = "smooth"
-    strength: Annotated[float, Field(gt=0.0, le=1.0)] | Literal["auto"] = 0.5
+    strength: Strength = 0.5
 
     def run(self, calibration: Calibration) -> str | None:
         """Smooth, and observe again what the model's layers read."""
@@ -192,7 +197,9 @@ def is_norm(module: nn.Module) -> bool:
 # --- how far --------------------------------------------------------------------------------------
 
 
-def _search(model: nn.Module, folds: list[Fold], batches: list[dict[str, Tensor]], track: Track) -> dict[str, Tensor]:
+def _search(
+    model: nn.Module, folds: list[Fold], batches: list[dict[str, Tensor]], track: Track, kind: Literal["auto", "flex"]
+) -> dict[str, Tensor]:
     """Exponents by the fold's source, where moving magnitude loses less than leaving it."""
     sites = weights(model)
     by_source = {fold.source: fold for fold in folds}
@@ -205,31 +212,53 @@ def _search(model: nn.Module, folds: list[Fold], batches: list[dict[str, Tensor]
             source = first[path]
             if path in seen:
                 products = Products(seen[path], [sites[reader] for reader in readers[source]])
-                best = _best(by_source[source], products, _matrix(model, by_source[source]))
+                searched = Searched(by_source[source], products, _matrix(model, by_source[source]))
+                best = searched.auto() if kind == "auto" else searched.flex()
                 if best is not None:
                     found[source] = best
     return found
 
 
-def _best(fold: Fold, products: Products, matrix: Tensor) -> Tensor | None:
-    """Exponents that lose least, or None where that is to leave all as it is."""
-    sample = products.sample
+class Searched:
+    """What the products at one place lose by the exponents tried there; the first leave all as it is."""
 
-    def error(exponents: Tensor) -> Tensor:
-        factors = _columns(fold, exponents)
-        amax = (sample.amax / factors).amax()
-        return products.lost(lambda rows: rows * factors, lambda x: x / factors, amax)
+    def __init__(self, fold: Fold, products: Products, matrix: Tensor) -> None:
+        self.fold, self.products, self.matrix = fold, products, matrix
+        self.tried: list[Tensor] = []
+        self.errors: list[Tensor] = []
+        self._try(torch.zeros_like(_exponents(fold, products.sample.mean_square, _squares(matrix), 0.0, 0.0)))
 
-    def exponents(balance: tuple[float, float]) -> Tensor:
-        return _exponents(fold, sample.mean_square, matrix, *balance)
+    def auto(self) -> Tensor | None:
+        """Balances first, then b for the best a; None where nothing is better than to leave all as it is."""
+        square, of_weights = self.products.sample.mean_square, _squares(self.matrix)
+        for a, b in _BALANCES:
+            self._try(_exponents(self.fold, square, of_weights, a, b))
+        a = _BALANCES[max(0, self._best() - 1)][0]
+        for b in _FREE:
+            self._try(_exponents(self.fold, square, of_weights, a, b))
+        return self.tried[self._best()] if self._best() else None
 
-    tried = [torch.zeros_like(exponents((0.0, 0.0))), *map(exponents, _BALANCES)]
-    errors = [error(each) for each in tried]
-    a = _BALANCES[max(0, int(torch.stack(errors).argmin()) - 1)][0]
-    more = [exponents((a, b)) for b in _FREE]
-    tried, errors = [*tried, *more], [*errors, *map(error, more)]
-    best = int(torch.stack(errors).argmin())
-    return tried[best] if best else None
+    def flex(self) -> Tensor | None:
+        """The same by largest magnitudes: pairs of a coarse grid, then those around the best."""
+        square, of_weights = self.products.sample.amax.square(), self.matrix.abs().amax(dim=0).square()
+        pairs = [(0.0, 0.0)]
+        for grid, around in ((_COARSE, False), (_FINE, True)):
+            middle = pairs[self._best()] if around else (0.0, 0.0)
+            for a, b in grid:
+                exponents = _exponents(self.fold, square, of_weights, middle[0] + a, middle[1] + b)
+                if not any(torch.equal(exponents, each) for each in self.tried):  # factors are few: powers of two
+                    pairs.append((middle[0] + a, middle[1] + b))
+                    self._try(exponents)
+        return self.tried[self._best()] if self._best() else None
+
+    def _try(self, exponents: Tensor) -> None:
+        factors = _columns(self.fold, exponents)
+        amax = (self.products.sample.amax / factors).amax()
+        self.tried.append(exponents)
+        self.errors.append(self.products.lost(lambda rows: rows * factors, lambda x: x / factors, amax))
+
+    def _best(self) -> int:
+        return int(torch.stack(self.errors).argmin())
 
 
 def _matrix(model: nn.Module, fold: Fold) -> Tensor:
@@ -237,9 +266,14 @@ def _matrix(model: nn.Module, fold: Fold) -> Tensor:
     return torch.cat([model.get_submodule(path).get_parameter("weight").detach().float() for path in fold.readers])
 
 
-def _exponents(fold: Fold, mean_square: Tensor, matrix: Tensor, a: float, b: float) -> Tensor:
-    """Powers of two of s = rms(x)^a / rms(w)^b: (heads, 1, width), of one repetition."""
-    exponent = a * _log2_rms(mean_square) - b * _log2_rms(matrix.square().mean(dim=0))
+def _squares(matrix: Tensor) -> Tensor:
+    return matrix.square().mean(dim=0)
+
+
+def _exponents(fold: Fold, x: Tensor, w: Tensor, a: float, b: float) -> Tensor:
+    """Powers of two of s = x^(a/2) / w^(b/2), both squares of how large a channel is: (heads, 1, width), of one
+    repetition."""
+    exponent = a * _log2_rms(x) - b * _log2_rms(w)
     heads = exponent.view(-1, fold.repeats, fold.width).mean(dim=1, keepdim=True)
     return (heads - heads.mean()).round().clamp(-_MOST, _MOST)
 

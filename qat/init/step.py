@@ -23,6 +23,7 @@ class Calibration:
         sites: the weights that the step is for, by path.
         mean_square: of each channel of what a weight is multiplied with, by path.
         track: goes over sites or blocks, and may show how far it is.
+        store: of finished blocks (`qat.init.kept.Store`), for a walk that may be interrupted.
     """
 
     model: nn.Module
@@ -30,6 +31,7 @@ class Calibration:
     sites: dict[str, Site]
     mean_square: dict[str, Tensor]
     track: Track = dict.items
+    store: Any = None
 
 
 class InitStep(Strict):

@@ -19,7 +19,7 @@ from qat.numbers.format import Format
 from qat.numbers.numerics import Scales, block_amax, find_scales, global_scale_for, to_blocks
 from qat.numbers.scale import BF16, E8M0, F32, TINY, UE4M3, MinifloatScale, over
 from qat.training.gradients import Estimator
-from qat.training.ops import fake_quantize, fake_quantize_reference
+from qat.training.ops import fake_quantize, fake_quantize_reference, operator
 
 _VLLM_TOKEN_FLOOR = 512  # scaled_fp8_quant: a token's scale is at least 1 / (element max x 512)
 _VLLM_GROUP_FLOOR = 1e-10  # per_token_group_quant_fp8: a group's maximum counts at least this
@@ -80,15 +80,7 @@ def fake_quantize_input_reference(
     return y, scale if estimator == "clipped" else scale.new_empty(0)
 
 
-# Defined without `custom_op`, whose autograd wrapper takes longer than the numbers of one token.
-torch.library.define(
-    "qat::fake_quantize_input", torch.library.infer_schema(fake_quantize_input_reference, mutates_args=())
-)
-torch.library.impl("qat::fake_quantize_input", "CompositeExplicitAutograd", fake_quantize_input_reference)
-_OPERATOR = torch.ops.qat.fake_quantize_input.default
-
-
-@torch.library.register_fake("qat::fake_quantize_input")
+@operator("fake_quantize_input", fake_quantize_input_reference)
 def _(x: Tensor, static: Tensor | None, format: str, estimator: str) -> tuple[Tensor, Tensor]:
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     shape = lookup(format).grid_shape(rows, x.shape[-1]) if estimator == "clipped" else (0,)
@@ -96,10 +88,13 @@ def _(x: Tensor, static: Tensor | None, format: str, estimator: str) -> tuple[Te
     return y, x.new_empty(shape, dtype=torch.float32)
 
 
+_OPERATOR = torch.ops.qat.fake_quantize_input.default
+
+
 class _FakeQuantizeInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, static: Tensor | None, format: str, estimator: str) -> Tensor:
-        y, scale = _OPERATOR(x.detach(), static, format, estimator)
+        y, scale = _OPERATOR(x, static, format, estimator)
         ctx.format, ctx.estimator = format, estimator
         if estimator == "clipped":
             ctx.save_for_backward(x, scale)
@@ -111,7 +106,7 @@ class _FakeQuantizeInput(torch.autograd.Function):
         if ctx.estimator == "clipped":
             x, scale = ctx.saved_tensors
             needs = [True, False, False]
-            (grad,) = torch.ops.qat.fake_quantize_backward(
+            (grad,) = torch.ops.qat.fake_quantize_backward.default(
                 grad, x, None, None, scale, None, ctx.format, ctx.estimator, needs
             )
         return grad, None, None, None

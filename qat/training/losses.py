@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.errors import UnsupportedError
 from qat.training.heads import AnyHead, ProductHead, Sums, WholeHead, as_product
+from qat.training.known import Known
 from qat.training.objectives import CrossEntropy, DistillLoss
 from qat.training.rows import IGNORE as IGNORE
 
@@ -112,6 +114,8 @@ def chunked(
     teacher_head: nn.Module | None,
     targets: Tensor,
     chunk: int | None = None,
+    known: Known | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """Sum of `loss` over the tokens that carry one (targets != -100), holding one chunk of logits at a time.
 
@@ -120,9 +124,16 @@ def chunked(
         student_head, teacher_head: modules, hidden -> logits (tokens, vocabulary).
         targets: (batch, sequence), aligned with the logits.
         chunk: tokens per piece; by default as `chunk_tokens` says.
+        known: what is known of the teacher where it is not at hand, of the tokens with a target, in their order.
+        kept: where the flattened targets carry a loss; found here by default, which on a GPU waits for a count.
+
+    Raises:
+        UnsupportedError: the loss asks for more than is known.
     """
+    if known is not None and (problem := loss.beyond(known.tail is None)):
+        raise UnsupportedError(problem)
     device = student_hidden.device.type
-    keep = (targets.flatten() != IGNORE).nonzero().squeeze(1)  # once: on a GPU each boolean index waits for a count
+    keep = (targets.flatten() != IGNORE).nonzero().squeeze(1) if kept is None else kept
     labels = targets.flatten()[keep]
     head, student, read = _head(student_head, student_hidden, keep, device)
     teacher, teacher_logits, teacher_read = None, None, None
@@ -133,11 +144,11 @@ def chunked(
     chunk = _automatic_chunk(head, teacher is not None, student) if chunk is None else chunk
 
     def replace(logits: Tensor, part: slice) -> Tensor:
-        known = None
+        reference: Tensor | Known | None = None if known is None else known.part(part)
         if teacher_read is not None and teacher_logits is not None:
             with torch.no_grad():
-                known = teacher_logits(teacher_read[part])
-        return loss.replace(logits, known, labels[part])
+                reference = teacher_logits(teacher_read[part])
+        return loss.replace(logits, reference, labels[part])
 
     if torch.is_grad_enabled():
         total: Tensor = _ChunkedLoss.apply(replace, head, chunk, read, *head.parameters)

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from qat.config import Strict
 from qat.errors import UnsupportedError
+from qat.training.known import Known, known_rows
 from qat.training.rows import KINDS, distill_rows
 
 
@@ -32,8 +33,22 @@ class _Loss(Strict):
         value: Tensor = _PerToken.apply(self, student, teacher, targets)
         return value
 
-    def replace(self, student: Tensor, teacher: Tensor | None, targets: Tensor) -> Tensor:
-        """`tokens`, without a graph; the student's logits are overwritten with the gradient of the sum."""
+    def beyond(self, sampled: bool, k: int | None = None) -> str | None:
+        """Why this loss cannot be had where only some of a teacher's columns are known (`Known`), or None.
+
+        Args:
+            sampled: whether they were drawn.
+            k: how many, if that is to be compared.
+        """
+        return (
+            f"loss {self.kind} needs the teacher's probability of every token, of which a cache holds some; use "
+            "forward_kl, top_kl, or a mixture of one with cross_entropy"
+        )
+
+    def replace(self, student: Tensor, teacher: Tensor | Known | None, targets: Tensor) -> Tensor:
+        """`tokens`, without a graph; the student's logits are overwritten with the gradient of the sum. A teacher that
+        is only `Known` comes to losses with nothing `beyond`."""
+        assert not isinstance(teacher, Known)
         if self.kind in KINDS:
             settings = {name: getattr(self, name) for name in ("temperature", "beta") if hasattr(self, name)}
             return distill_rows(student, teacher, targets, self.kind, **settings)
@@ -52,6 +67,14 @@ class CrossEntropy(_Loss):
     kind: Literal["cross_entropy"] = "cross_entropy"
     needs_teacher: ClassVar[bool] = False
 
+    def beyond(self, sampled: bool, k: int | None = None) -> str | None:
+        """See `_Loss`."""
+        return None
+
+    def replace(self, student: Tensor, teacher: Tensor | Known | None, targets: Tensor) -> Tensor:
+        """See `_Loss`."""
+        return super().replace(student, None, targets)
+
 
 class _Distillation(_Loss):
     """What losses against a teacher have in common.
@@ -63,6 +86,17 @@ class _Distillation(_Loss):
 
     hidden: float = Field(default=0.0, ge=0)
     hidden_measure: Literal["cosine", "mse"] = "cosine"
+
+    def _more_than_columns(self, temperature: float = 1.0) -> str | None:
+        """What `beyond` says of the settings that need more than columns at temperature 1."""
+        if self.hidden:
+            return "loss.hidden compares with the teacher's hidden states, which no cache holds; use loss.hidden=0"
+        if temperature != 1.0:
+            return (
+                f"loss {self.kind} at temperature {temperature:g} weighs all of the teacher's columns anew, and a "
+                "cache holds some at temperature 1; use temperature: 1"
+            )
+        return None
 
     def hidden_loss(self, student: Tensor, teacher: Tensor | None) -> Tensor | None:
         """See `_Loss`.
@@ -92,6 +126,16 @@ class ForwardKL(_Distillation):
     kind: Literal["forward_kl"] = "forward_kl"
     temperature: float = Field(default=1.0, gt=0)
 
+    def beyond(self, sampled: bool, k: int | None = None) -> str | None:
+        """See `_Loss`."""
+        return self._more_than_columns(self.temperature)
+
+    def replace(self, student: Tensor, teacher: Tensor | Known | None, targets: Tensor) -> Tensor:
+        """See `_Loss`."""
+        if isinstance(teacher, Known):
+            return known_rows(student, teacher)
+        return super().replace(student, teacher, targets)
+
 
 class ReverseKL(_Distillation):
     """KL(student || teacher): mode-seeking; for on-policy refinement."""
@@ -115,9 +159,9 @@ class ConfidenceAwareKL(_Distillation):
     kind: Literal["cakld"] = "cakld"
     gamma: float | None = Field(default=None, ge=0, le=1)
 
-    def replace(self, student: Tensor, teacher: Tensor | None, targets: Tensor) -> Tensor:
+    def replace(self, student: Tensor, teacher: Tensor | Known | None, targets: Tensor) -> Tensor:
         """See `_Loss`."""
-        assert teacher is not None
+        assert isinstance(teacher, Tensor)
         backward = student.clone()
         forward_loss = distill_rows(student, teacher, targets, "forward_kl")
         backward_loss = distill_rows(backward, teacher, targets, "reverse_kl")
@@ -140,6 +184,21 @@ class TopKL(_Distillation):
     kind: Literal["top_kl"] = "top_kl"
     k: int = Field(default=64, ge=1)
     temperature: float = Field(default=1.0, gt=0)
+
+    def beyond(self, sampled: bool, k: int | None = None) -> str | None:
+        """See `_Loss`."""
+        if sampled:
+            return "loss top_kl needs the teacher's likeliest tokens, and the cache holds drawn ones; use forward_kl"
+        if k is not None and self.k > k:
+            return f"loss top_kl needs the {self.k} likeliest tokens, and the cache holds {k}; use loss.k={k} or less"
+        return self._more_than_columns(self.temperature)
+
+    def replace(self, student: Tensor, teacher: Tensor | Known | None, targets: Tensor) -> Tensor:
+        """See `_Loss`."""
+        if isinstance(teacher, Known):
+            wide = teacher.widened(torch.promote_types(student.dtype, torch.float32))
+            return known_rows(student, wide.first(self.k))
+        return super().replace(student, teacher, targets)
 
     def tokens(self, student: Tensor, teacher: Tensor | None, targets: Tensor) -> Tensor:
         """See `_Loss`."""
@@ -181,7 +240,12 @@ class Mixture(_Distillation):
             raise ValueError("put `hidden` beside `losses`, not into one of them")
         return self
 
-    def replace(self, student: Tensor, teacher: Tensor | None, targets: Tensor) -> Tensor:
+    def beyond(self, sampled: bool, k: int | None = None) -> str | None:
+        """See `_Loss`."""
+        reasons = [self._more_than_columns(), *(loss.beyond(sampled, k) for loss in self.losses)]
+        return next((reason for reason in reasons if reason), None)
+
+    def replace(self, student: Tensor, teacher: Tensor | Known | None, targets: Tensor) -> Tensor:
         """See `_Loss`."""
         total: Tensor | None = None
         gradient = torch.zeros_like(student)

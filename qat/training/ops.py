@@ -1,10 +1,14 @@
-"""The differentiable ops, as `torch.library` operators: a schema, a reference implementation, and the gradient.
+"""The differentiable ops: `torch.library` operators for both directions (a schema and a reference implementation), and
+one autograd function each that joins them.
 
 Device kernels register on the same names (`torch.library.register_kernel`), so PyTorch's dispatcher chooses and this
 file stays the meaning. Only tensors, strings and flags cross the boundary; a Format travels by its catalogue name.
+
+On a GPU a small model waits for the host, not for arithmetic. So a linear layer is one operator forward and one
+backward, and none is defined by `custom_op`, whose wrappers take longer than the kernels of a small layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +19,14 @@ from qat.numbers.catalog import lookup
 from qat.numbers.format import Format
 from qat.numbers.numerics import Scales, from_blocks, per_block, rounded, to_blocks
 from qat.training.gradients import Estimator, backward
+
+
+def operator(name: str, reference: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Define `qat::<name>`, computed by `reference` where no kernel is; decorates its shape function."""
+    torch.library.define(f"qat::{name}", torch.library.infer_schema(reference, mutates_args=()))
+    torch.library.impl(f"qat::{name}", "CompositeExplicitAutograd", reference)
+    shapes: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.library.register_fake(f"qat::{name}")
+    return shapes
 
 
 def fake_quantize_reference(
@@ -40,25 +52,39 @@ def _on_grid(x: Tensor, fmt: Format, scales: Scales) -> Tensor:
     return from_blocks(values.mul_(per_block(scales.stored)), x.shape, fmt)
 
 
-_fake_quantize = torch.library.custom_op("qat::fake_quantize", fake_quantize_reference, mutates_args=())
-
-
-@_fake_quantize.register_fake
+@operator("fake_quantize", fake_quantize_reference)
 def _(x: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, divisor, multiplier, zero_point, _choice, ctx.format, ctx.estimator, _round = inputs
-    learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    needs_x = learned or ctx.estimator == "clipped" or divisor is not None
-    ctx.save_for_backward(x if needs_x else None, output if learned else None, divisor, multiplier, zero_point)
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        divisor: Tensor | None,
+        multiplier: Tensor,
+        zero_point: Tensor | None,
+        choice: Tensor | None,
+        format: str,
+        estimator: Estimator,
+        round_bf16: bool,
+    ) -> Tensor:
+        ctx.format, ctx.estimator = format, estimator
+        y: Tensor = torch.ops.qat.fake_quantize.default(
+            x, divisor, multiplier, zero_point, choice, format, estimator, round_bf16
+        )
+        learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        needs_x = learned or estimator == "clipped" or divisor is not None
+        ctx.save_for_backward(x if needs_x else None, y if learned else None, divisor, multiplier, zero_point)
+        return y
 
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, y, divisor, multiplier, zero_point = ctx.saved_tensors
-    about = ctx.format, ctx.estimator, ctx.needs_input_grad[:3]
-    return (*_gradients(grad, x, y, divisor, multiplier, zero_point, *about), *[None] * 5)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, divisor, multiplier, zero_point = ctx.saved_tensors
+        about = ctx.format, ctx.estimator, ctx.needs_input_grad[:3]
+        return (*_gradients(grad, x, y, divisor, multiplier, zero_point, *about), *[None] * 5)
 
 
 def _gradients(
@@ -78,7 +104,7 @@ def _gradients(
     requests = [needs[0] and not unchanged, needs[2] if divisor is None else needs[1], needs[2]]
     results: list[Tensor] = []
     if any(requests):
-        results = torch.ops.qat.fake_quantize_backward(
+        results = torch.ops.qat.fake_quantize_backward.default(
             grad, grad if x is None else x, y, divisor, multiplier, zero_point, format, estimator, requests
         )
     grads = iter(results)
@@ -86,9 +112,6 @@ def _gradients(
     if divisor is None and needs[2]:
         of_scales = [None, results[-2] + results[-1]]
     return [grad if unchanged else of_x, *of_scales]
-
-
-_fake_quantize.register_autograd(_backward, setup_context=_setup)
 
 
 def fake_quantize_backward_reference(
@@ -114,12 +137,7 @@ def _estimator(name: str) -> Estimator:
     return "clipped" if name == "clipped" else "ste"
 
 
-_fake_quantize_backward = torch.library.custom_op(
-    "qat::fake_quantize_backward", fake_quantize_backward_reference, mutates_args=()
-)
-
-
-@_fake_quantize_backward.register_fake
+@operator("fake_quantize_backward", fake_quantize_backward_reference)
 def _(grad: Tensor, x: Tensor, y: Tensor | None, divisor: Tensor | None, *args: Any) -> list[Tensor]:
     multiplier, needs = args[0], args[-1]
     dividing = torch.empty_like(multiplier if divisor is None else divisor)
@@ -141,51 +159,122 @@ def quantized_linear_reference(
     """What `qat::quantized_linear` means: (x times the weight on its grid, that weight)."""
     values = _on_grid(weight, lookup(format), Scales(multiplier, None, zero_point, choice, divisor))
     quantized = values.to(torch.bfloat16 if round_bf16 else weight.dtype)  # exact, in as few bytes as possible
-    operand = quantized if quantized.dtype == x.dtype else values.copy_(quantized).to(weight.dtype).to(x.dtype)
-    return functional.linear(x, operand, None if bias is None else bias.to(x.dtype)), quantized
+    if quantized.dtype != x.dtype:
+        return _times(x, values.copy_(quantized), bias, weight.dtype), quantized
+    return _times(x, quantized, bias, weight.dtype), quantized
 
 
-_quantized_linear = torch.library.custom_op("qat::quantized_linear", quantized_linear_reference, mutates_args=())
+def _times(x: Tensor, quantized: Tensor, bias: Tensor | None, weight_dtype: torch.dtype) -> Tensor:
+    """x times a weight that is on its grid, rounded as that of a weight of this dtype."""
+    operand = quantized if quantized.dtype == x.dtype else quantized.to(weight_dtype).to(x.dtype)
+    return functional.linear(x, operand, None if bias is None else bias.to(x.dtype))
 
 
-@_quantized_linear.register_fake
+@operator("quantized_linear", quantized_linear_reference)
 def _(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     quantized = torch.empty_like(weight, dtype=torch.bfloat16 if args[-1] else weight.dtype)
     return x.new_empty(*x.shape[:-1], weight.shape[0]), quantized
 
 
-def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, divisor, multiplier, zero_point, _choice, ctx.format, _round = inputs
-    ctx.bias_dtype, ctx.weight_dtype = None if bias is None else bias.dtype, weight.dtype
-    ctx.set_materialize_grads(False)  # nothing flows back through the quantized weight
-    needs_x, *of_weight = (ctx.needs_input_grad[index] for index in (0, 1, 3, 4))
-    ctx.save_for_backward(
-        x if any(of_weight) else None,
-        weight if any(of_weight[1:]) or divisor is not None else None,  # else its gradient passes unchanged
-        output[1] if needs_x or any(of_weight[1:]) else None,
-        divisor,
-        multiplier,
-        zero_point,
-    )
+def quantized_linear_backward_reference(
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    quantized: Tensor | None,
+    divisor: Tensor | None,
+    multiplier: Tensor,
+    zero_point: Tensor | None,
+    format: str,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """What `qat::quantized_linear_backward` means: the gradients that are needed of (x, weight, bias, divisor,
+    multiplier), in this order. What is around the matrix products goes by `qat::fake_quantize_backward`.
 
-
-def _backward_linear(ctx: Any, grad: Tensor, _grad_quantized: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, weight, quantized, divisor, multiplier, zero_point = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias, needs_divisor, needs_multiplier = ctx.needs_input_grad[:5]
+    Args:
+        grad: d loss / d y.
+        x, weight, quantized: as the forward pass had and returned them; None where nothing that is needed reads it.
+        weight_dtype, bias_dtype: of the two gradients.
+    """
+    needs_x, needs_weight, needs_bias, needs_divisor, needs_multiplier = needs
     rows = grad.flatten(0, -2)
-    grad_x = grad @ quantized.to(grad.dtype) if needs_x else None
-    grad_bias = rows.sum(dim=0).to(ctx.bias_dtype) if needs_bias else None
+    grad_x = grad_bias = None
+    if needs_x:
+        assert quantized is not None
+        grad_x = grad @ quantized.to(grad.dtype)
+    if needs_bias:
+        grad_bias = rows.sum(dim=0).to(bias_dtype)
     of_weight: Sequence[Tensor | None] = (None, None, None)
     if needs_weight or needs_divisor or needs_multiplier:
-        grad_weight = (rows.t() @ x.flatten(0, -2)).to(ctx.weight_dtype)
-        needs = (needs_weight, needs_divisor, needs_multiplier)
-        of_weight = _gradients(
-            grad_weight, weight, quantized, divisor, multiplier, zero_point, ctx.format, "ste", needs
+        assert x is not None
+        grad_weight = (rows.t() @ x.flatten(0, -2)).to(weight_dtype)
+        wanted = (needs_weight, needs_divisor, needs_multiplier)
+        of_weight = _gradients(grad_weight, weight, quantized, divisor, multiplier, zero_point, format, "ste", wanted)
+    found = (grad_x, of_weight[0], grad_bias, *of_weight[1:])
+    return [gradient for gradient, need in zip(found, needs, strict=True) if need and gradient is not None]
+
+
+@operator("quantized_linear_backward", quantized_linear_backward_reference)
+def _(grad: Tensor, x: Tensor | None, weight: Tensor | None, quantized: Tensor | None, *args: Any) -> list[Tensor]:
+    divisor, multiplier, _zero, _format, weight_dtype, bias_dtype, needs = args
+    columns = next(t.shape[-1] for t in (x, weight, quantized) if t is not None) if any((*needs[:2], *needs[3:])) else 0
+    found = (
+        grad.new_empty(*grad.shape[:-1], columns),
+        grad.new_empty(grad.shape[-1], columns, dtype=weight_dtype),
+        grad.new_empty(grad.shape[-1], dtype=bias_dtype),
+        torch.empty_like(multiplier if divisor is None else divisor),
+        torch.empty_like(multiplier),
+    )
+    return [like for like, need in zip(found, needs, strict=True) if need]
+
+
+class _QuantizedLinear(torch.autograd.Function):
+    """(x times the weight on its grid, that weight), or with `held`, which is that weight already, the product alone
+    of the two that are then one tensor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        divisor: Tensor | None,
+        multiplier: Tensor,
+        zero_point: Tensor | None,
+        choice: Tensor | None,
+        format: str,
+        round_bf16: bool,
+        held: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        if held is None:
+            y, quantized = torch.ops.qat.quantized_linear.default(
+                x, weight, bias, divisor, multiplier, zero_point, choice, format, round_bf16
+            )
+        else:
+            y, quantized = _times(x, held, bias, weight.dtype), held.detach()
+        ctx.mark_non_differentiable(quantized)
+        ctx.set_materialize_grads(False)
+        ctx.about = format, weight.dtype, weight.dtype if bias is None else bias.dtype
+        needs_x, *of_weight = (ctx.needs_input_grad[index] for index in (0, 1, 3, 4))
+        ctx.save_for_backward(
+            x if any(of_weight) else None,
+            weight if any(of_weight[1:]) or divisor is not None else None,  # else its gradient passes unchanged
+            quantized if needs_x or any(of_weight[1:]) else None,
+            divisor,
+            multiplier,
+            zero_point,
         )
-    return (grad_x, of_weight[0], grad_bias, *of_weight[1:], None, None, None, None)
+        return y, quantized
 
-
-_quantized_linear.register_autograd(_backward_linear, setup_context=_setup_linear)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, _grad_quantized: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[:5]
+        if grad is None:
+            return (None,) * 10
+        found = iter(torch.ops.qat.quantized_linear_backward.default(grad, *ctx.saved_tensors, *ctx.about, needs))
+        return (*(next(found) if need else None for need in needs), *[None] * 5)
 
 
 def fake_quantize(
@@ -210,9 +299,10 @@ def fake_quantize(
         round_bf16: round the result to BF16, as a server that holds dequantized BF16 weights does.
     """
     multiplier = scales.effective() if multiplier is None else multiplier
-    return torch.ops.qat.fake_quantize(
+    y: Tensor = _FakeQuantize.apply(
         x, divisor, multiplier, scales.zero_point, scales.choice, format, estimator, round_bf16
     )
+    return y
 
 
 def quantized_linear(
@@ -225,18 +315,22 @@ def quantized_linear(
     multiplier: Tensor | None = None,
     divisor: Tensor | None = None,
     round_bf16: bool = False,
-) -> Tensor:
+    held: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """`linear(x, fake_quantize(weight), bias)` with the same gradients, and less to remember for them: the quantized
     weight waits for the backward pass in two bytes per value where BF16 holds it exactly.
+
+    Returns the product and, without a gradient, that quantized weight.
 
     Args:
         x: (..., columns), in the dtype to compute in.
         weight: (rows, columns).
         bias: (rows,) or None.
         format, scales, multiplier, divisor, round_bf16: as in `fake_quantize`.
+        held: the quantized weight that a call with this very weight and these scales returned.
     """
     multiplier = scales.effective() if multiplier is None else multiplier
-    y, _ = torch.ops.qat.quantized_linear(
-        x, weight, bias, divisor, multiplier, scales.zero_point, scales.choice, format, round_bf16
+    y, quantized = _QuantizedLinear.apply(
+        x, weight, bias, divisor, multiplier, scales.zero_point, scales.choice, format, round_bf16, held
     )
-    return y
+    return y, quantized

@@ -64,6 +64,11 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     return functional.log_softmax(scaled, dim=-1, dtype=dtype)
 
 
+def _may_look(tensor: Tensor) -> bool:
+    """Whether asking for a few rows costs less than a pass over all: other devices would have to be waited for."""
+    return tensor.device.type == "cpu"
+
+
 def _expectation(weight: Tensor, ratio: Tensor, out: Tensor) -> Tensor:
     """Row sums of weight * ratio, with 0 log 0 = 0; the products stay in `out`, which may be `ratio`.
 
@@ -71,6 +76,10 @@ def _expectation(weight: Tensor, ratio: Tensor, out: Tensor) -> Tensor:
     """
     total = torch.mul(weight, ratio, out=out).sum(dim=-1)
     again = total.isnan()
+    if not _may_look(total):
+        empty = (weight == 0) & again[:, None]
+        ratio.masked_fill_(empty, 0.0)
+        return torch.where(again, out.masked_fill_(empty, 0.0).sum(dim=-1), total)
     if bool(again.any()):
         empty = weight[again] == 0
         total[again] = out[again].masked_fill(empty, 0.0).sum(dim=-1)
@@ -112,7 +121,9 @@ def _cross_entropy(log_q: Tensor, targets: Tensor, room: Tensor) -> tuple[Tensor
     loss = log_q.gather(-1, column).squeeze(-1).neg_().masked_fill_(ignored, 0.0)
     gradient = torch.exp(log_q, out=room)
     gradient.scatter_add_(-1, column, -torch.ones_like(column, dtype=gradient.dtype))
-    if bool(ignored.any()):
+    if not _may_look(gradient):
+        gradient.masked_fill_(ignored[:, None], 0.0)
+    elif bool(ignored.any()):
         gradient[ignored] = 0.0
     return loss, gradient
 

@@ -109,6 +109,24 @@ def test_sharded_folders_load_the_same(llama: Path, tmp_path: Path) -> None:
     assert all(torch.equal(parts[name], tensor) for name, tensor in whole.state_dict().items())
 
 
+def test_a_model_in_the_type_of_its_file_is_that_file_until_written_to(llama: Path) -> None:
+    model, before = load_model(llama, torch.bfloat16), (llama / "model.safetensors").read_bytes()
+    mapped = Path("/proc/self/maps")
+    if mapped.is_file():
+        assert str(llama) in mapped.read_text()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    assert (llama / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.gpu
+def test_tensors_go_to_the_gpu_as_they_are_read(llama: Path) -> None:
+    there, here = (load_model(llama, device=torch.device(name)) for name in ("cuda", "cpu"))
+    assert all(tensor.is_cuda for tensor in there.state_dict().values())
+    assert all(torch.equal(there.get_parameter(n).cpu(), p) for n, p in here.named_parameters())
+
+
 def test_tied_model_loads_without_a_head_and_untied_does_not(llama: Path) -> None:
     edit_weights(llama, lambda tensors: tensors.pop("lm_head.weight"))
     with pytest.raises(CheckpointError, match=r"1 tensors are missing .*: lm_head.weight"):

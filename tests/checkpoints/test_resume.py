@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qat.checkpoints import resume
@@ -53,6 +54,25 @@ def test_of_several_complete_states_the_newest_is_taken(tmp_path: Path) -> None:
         if step < 16:  # the newest is not complete
             (folder / "state.json").write_text("{}")
     assert resume.last_state(tmp_path).name == "step-00000012"
+
+
+def test_learned_ranges_of_earlier_releases_have_no_dimension(tmp_path: Path) -> None:
+    model = nn.Module()
+    model.log_range = nn.Parameter(torch.tensor([0.5]))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    model.log_range.square().sum().backward()
+    optimizer.step()
+    folder = resume.save_state(tmp_path, 1, model, optimizer, {"log_range": torch.tensor([3.0])}, {})
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        save_file({n: t.view(()) if t.shape == (1,) else t for n, t in tensors.items()}, file)
+    saved, moments = model.log_range.item(), {k: v.clone() for k, v in optimizer.state[model.log_range].items()}
+    optimizer.step()
+    _, average = resume.restore_state(folder, model, optimizer)
+    assert model.log_range.item() == saved and average is not None and average["log_range"].tolist() == [3.0]
+    for key, value in moments.items():
+        assert optimizer.state[model.log_range][key].shape == value.shape, key
+        assert torch.equal(optimizer.state[model.log_range][key], value), key
 
 
 def test_no_state_is_an_error(tmp_path: Path) -> None:

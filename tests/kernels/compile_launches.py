@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 
 from qat.kernels import device
 from qat.kernels.distill_rows import triton as rows_kernels
+from qat.kernels.effective_scales import triton as scale_kernels
 from qat.kernels.fake_quantize import triton as fake_kernels
 from qat.kernels.fake_quantize_input import triton as input_kernels
 from qat.kernels.packed_linear import triton as packed_kernels
@@ -34,8 +35,8 @@ from qat.serving.packed import pack
 from qat.training.activations import static_part
 from qat.training.rows import KINDS
 
-MODULES = (rows_kernels, fake_kernels, input_kernels, packed_kernels, code_kernels, pack_kernels, matmul_kernels,
-           block_scaled_kernels)  # fmt: skip
+MODULES = (rows_kernels, fake_kernels, scale_kernels, input_kernels, packed_kernels, code_kernels, pack_kernels,
+           matmul_kernels, block_scaled_kernels)  # fmt: skip
 H100 = device.Device(capability=90, processors=132, shared=227 * 1024)
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "u8", torch.int8: "i8",
          torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.float8_e4m3fn: "fp8e4nv"}  # fmt: skip
@@ -148,6 +149,9 @@ def training() -> None:
         for divisor, needs in ((one, (True, True, True)), (None, (True, False, False))):
             fake_kernels.fake_quantize_backward(x, x, x, divisor, one, scales.zero_point, name, "clipped", needs)
         pack_kernels.quantize_pack(x, one, scales.zero_point, name)
+        for logs in ((one, one.repeat_interleave(2, dim=1)), (None, one), (None, None)):
+            scale_kernels.effective_scales(one, *logs, scales.global_scale, name)
+            scale_kernels.effective_scales_backward(one, logs[1], one, *logs)
     for name, rows, columns in (("fp8_token", 1, 4096), ("int8_token", 1, 1), ("nvfp4", 17, 640)):
         input_kernels.fake_quantize_input(normal(rows, columns), static_of(name), name, "clipped")
 

@@ -32,6 +32,7 @@ from qat.training.ops import (
     quantized_linear_reference,
 )
 from qat.training.rows import KINDS, reference
+from qat.training.scales import effective_scales_backward_reference, effective_scales_reference
 
 PAIRS = (("int8_token", "int8_channel"), ("fp8_token", "fp8_channel"), ("int8_token", "int4_g128"),
          ("fp8_token", "int4_g128"), ("fp8_token", "mxfp4"), ("mxfp4", "mxfp4"), ("nvfp4", "nvfp4"),
@@ -228,6 +229,15 @@ def _fake(device: str, name: str, fmt: Format, columns: int, dtype: torch.dtype)
         assert kept is None or expected is None or same(kept, expected), "another weight"
         return error(found, truth)
 
+    def scales() -> bool:
+        """Exponentials are those of the device."""
+        start, log = given()[2].to(device), 0.1 * normal(device, *given()[2].shape, dtype=torch.float32, seed=3)
+        arguments = (start, log, log, None, name)
+        found, truth = ops.effective_scales(*arguments), effective_scales_reference(*arguments)
+        back = (start, log, start, log, log)
+        gradients = ops.effective_scales_backward(*back), effective_scales_backward_reference(*back)
+        return same(found, truth) and same(*gradients)
+
     def packing() -> bool:
         weight, divisor, _, zeros, _ = given()
         arguments = (weight, divisor, zeros, name)
@@ -236,6 +246,8 @@ def _fake(device: str, name: str, fmt: Format, columns: int, dtype: torch.dtype)
     kind = str(dtype).removeprefix("torch.")
     yield Check(f"fake_quantize {name} {kind}", None, forward)
     yield Check(f"fake_quantize_backward {name} {kind}", 2e-5 if dtype == torch.float32 else ROUNDED, backward)
+    if dtype == torch.float32:
+        yield Check(f"effective_scales {name}", None, scales)
     yield Check(f"quantized_linear {name} {kind}", 2e-3 if dtype == torch.float32 else 2 * ROUNDED, linear)
     if packing_problem(fmt) is None:
         yield Check(f"quantize_pack {name} {kind}", None, packing)

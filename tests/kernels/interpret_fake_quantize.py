@@ -10,8 +10,9 @@ import warnings
 import torch
 from torch import Tensor
 
+from qat.kernels.effective_scales import triton as scale_kernels
 from qat.kernels.fake_quantize import triton as kernels
-from qat.kernels.fake_quantize.choose import input_problem, plan, problem
+from qat.kernels.fake_quantize.choose import input_problem, plan, problem, scales_problem
 from qat.kernels.fake_quantize_input import triton as dynamic
 from qat.kernels.quantize_pack.triton import quantize_pack
 from qat.numbers.catalog import CATALOG, lookup
@@ -26,6 +27,7 @@ from qat.training.ops import (
     fake_quantize_reference,
     quantized_linear_reference,
 )
+from qat.training.scales import effective_scales_backward_reference, effective_scales_reference
 from tests.kernels.interpreted import mend
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -176,6 +178,30 @@ def words(name: str, fmt: Format) -> None:
         assert torch.equal(found, expected), f"{name}: other words for {columns} columns"
 
 
+def scales_in_force(name: str, fmt: Format) -> None:
+    """More than one program; corrections far beyond what is stored, a broken scale; a stack under its own scales."""
+    start = find_scales(normal(70, 24 * (fmt.group or 64)), fmt).effective()
+    above = torch.tensor(2.0**-7) if fmt.global_scale else None
+    stack = torch.rand(len(start), 1, generator=GENERATOR) + 0.5 if fmt.global_scale else None
+    start[0, 0] = torch.inf
+    log_scale, log_divisor, parts = (2 * normal(len(start), n * start.shape[1]) for n in (1, 1, 2))
+    log_scale.flatten()[1:6] = torch.tensor([-90.0, -12.0, 12.0, 80.0, torch.nan])
+    kinds = ((log_scale, log_divisor, above), (log_scale, None, stack), (None, parts, above), (None, None, None))
+    for learned, dividing, over in kinds:
+        given = (start, learned, dividing, over, name)
+        pairs = zip(scale_kernels.effective_scales(*given), effective_scales_reference(*given), strict=True)
+        for found, expected in pairs:
+            same(found, expected, f"{name} scales")
+        grads = normal(*start.shape), None if dividing is None else normal(*dividing.shape)
+        for asked in (grads, (None, grads[1])):
+            rest = (*asked, *given[:3])
+            found, expected = (make(*rest) for make in (scale_kernels.effective_scales_backward,
+                                                        effective_scales_backward_reference))  # fmt: skip
+            assert len(found) == len(expected)
+            for each, right in zip(found, expected, strict=True):
+                same(each, right, f"{name} gradients of scales")
+
+
 def main() -> None:
     mend()
     warnings.simplefilter("ignore")
@@ -187,6 +213,8 @@ def main() -> None:
             inputs(name, fmt)
         if packing_problem(fmt) is None:
             words(name, fmt)
+        if scales_problem(fmt.scale) is None and name in ("nvfp4", "int4_g32", "fp8_token", "fp8_b128"):
+            scales_in_force(name, fmt)
     all_shapes()
     for name in SUMMED:
         gradients(name, 192)

@@ -14,7 +14,8 @@ from qat.quantizer import InputQuantizer
 from qat.scheme import Rule, Scheme
 from qat.surgery import apply
 
-TRAINING = ("fake_quantize", "fake_quantize_backward", "quantized_linear", "fake_quantize_input")
+SCALES = ("effective_scales", "effective_scales_backward")
+TRAINING = ("fake_quantize", "fake_quantize_backward", "quantized_linear", "fake_quantize_input", *SCALES)
 FORMATS = (("nvfp4", "nvfp4"), ("int4_g32_asym", "int8_token"), ("fp8_b128", "fp8_token"))
 
 
@@ -64,6 +65,7 @@ def counted(calls: dict[str, int], name: str, kernel: Callable[..., object]) -> 
 
 def main(device: str) -> None:
     without = [train(*formats, device) for formats in FORMATS]
+    from qat.kernels.effective_scales import triton as scales
     from qat.kernels.fake_quantize import triton as kernels
     from qat.kernels.fake_quantize_input import triton as inputs
 
@@ -73,7 +75,7 @@ def main(device: str) -> None:
         mend()
     calls: dict[str, int] = {}
     for module, names in ((kernels, ("fake_quantize", "fake_quantize_backward", "quantized_linear")),
-                          (inputs, ("fake_quantize_input",))):  # fmt: skip
+                          (inputs, ("fake_quantize_input",)), (scales, SCALES)):  # fmt: skip
         for name in names:
             setattr(module, name, counted(calls, name, getattr(module, name)))
     for name in TRAINING:

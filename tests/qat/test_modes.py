@@ -1,10 +1,18 @@
 """The modes of a whole model: unquantized, as served, and what remains afterwards."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from qat.modes import dense, served
-from qat.quantizer import WeightQuantizer
+from qat.adapters.linear import QatLinear
+from qat.lora import LoraConfig, attach
+from qat.modes import dense, held, served
+from qat.numbers.catalog import lookup
+from qat.numbers.numerics import find_scales
+from qat.quantizer import Learn, WeightQuantizer
 from qat.surgery import apply
 from tests.qat.test_surgery import build, logits, usual
 
@@ -70,3 +78,108 @@ def test_served_rounds_a_weight_once_and_nested_modes_return() -> None:
         assert torch.equal(logits(model), first)
         assert any(m._value is not None for m in model.modules() if isinstance(m, WeightQuantizer))
     assert all(m._value is None for m in model.modules() if isinstance(m, WeightQuantizer))
+
+
+# --- weights that are quantized once per step ---------------------------------------------------------------------
+
+
+def layers(learn: Learn = "dual_lsq", name: str = "nvfp4") -> nn.Sequential:
+    torch.manual_seed(3)
+    made = []
+    for _ in range(2):
+        linear, fmt = nn.Linear(64, 64), lookup(name)
+        quantizer = WeightQuantizer(fmt, find_scales(linear.weight.detach(), fmt), learn)
+        for parameter in quantizer.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        made.append(QatLinear.wrap(linear, quantizer, None))
+    return nn.Sequential(*made)
+
+
+def passes(model: nn.Module, call: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+    """Results of three micro-batches, and the gradients they add up to."""
+    model.zero_grad()
+    found = []
+    for seed in range(3):
+        y = (call or model)(torch.randn(5, 64, generator=torch.Generator().manual_seed(seed)).requires_grad_())
+        y.square().sum().backward()
+        found.append(y.detach())
+    return found + [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+class Counted(torch.utils._python_dispatch.TorchDispatchMode):
+    """How often weights were rounded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rounded = self.derived = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # PyTorch's signature
+        self.rounded += func is torch.ops.qat.quantized_linear.default
+        self.derived += func is torch.ops.qat.effective_scales.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("learn", ["none", "lsq", "dual_lsq", "focus"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_micro_batches_share_the_weights_of_a_step(learn: Learn, autocast: bool) -> None:
+    """To the bit the results and gradients of each by itself."""
+    model = layers(learn)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        before = passes(model)
+        with held(model), Counted() as counted:
+            after = passes(model)
+        assert (counted.rounded, counted.derived) == (2, 2)
+        with Counted() as counted:
+            passes(model)
+        assert (counted.rounded, counted.derived) == (6, 6)
+    assert len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(m._held is None and not m.holds for m in model.modules() if isinstance(m, WeightQuantizer))
+
+
+def test_recomputed_activations_share_the_weights_too() -> None:
+    model = layers()
+
+    def recomputed(x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(model, x, use_reentrant=False)
+        return y
+
+    before = passes(model)
+    with Counted() as counted:
+        passes(model, recomputed)
+    assert counted.rounded == 12
+    with held(model), Counted() as counted:
+        after = passes(model, recomputed)
+    assert counted.rounded == 2 and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_transposed_parameters_are_held_too() -> None:
+    """They multiply as another view of the parameter at every call."""
+    quantizer = layers()[0].weight_quantizer
+    parameter, x = nn.Parameter(torch.randn(64, 64)), torch.randn(3, 64)
+    expected = quantizer.linear(x, parameter.transpose(0, 1), None)
+    with held(quantizer), Counted() as counted:
+        found = [quantizer.linear(x, parameter.transpose(0, 1), None) for _ in range(3)]
+    assert counted.rounded == 1 and all(torch.equal(each, expected) for each in found)
+
+
+def test_a_held_weight_is_never_that_of_other_numbers() -> None:
+    """A weight changed inside after all, evaluation in between, and updates that are made anew at every call."""
+    model = layers()
+    with held(model):
+        passes(model)
+        with torch.no_grad():
+            model[0].weight.add_(1.0)
+        changed = passes(model)
+        with torch.no_grad(), dense(model):
+            assert not torch.equal(model(torch.ones(1, 64)), changed[0])
+    assert all(torch.equal(a, b) for a, b in zip(changed, passes(model), strict=True))
+    adapted = nn.ModuleDict({"net": layers("none")})
+    attach(adapted, LoraConfig(rank=4, dropout=0.5))
+    for layer in adapted["net"]:
+        nn.init.normal_(layer.lora.B)
+    torch.manual_seed(0)
+    before = passes(adapted["net"])
+    torch.manual_seed(0)
+    with held(adapted):
+        after = passes(adapted["net"])
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

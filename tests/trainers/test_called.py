@@ -11,7 +11,7 @@ from qat.cli import main
 from qat.errors import UnsupportedError
 from qat.scheme import Scheme
 from qat.surgery import report
-from qat.trainers import estimate as estimating
+from qat.trainers import speeds
 from qat.trainers.called import check_called
 from tests.tiny import tiny_model
 from tests.trainers import jobs
@@ -32,7 +32,7 @@ def write(folder: Path, model: Path, *rules: dict[str, str]) -> Path:
 def test_a_weight_that_a_model_multiplies_with_itself_is_refused(
     tmp_path: Path, capsys: Any, options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(estimating, "MEASURE_SECONDS", 0.0)
+    monkeypatch.setattr(speeds, "MEASURE_SECONDS", 0.0)
     model = tiny_model("mamba", tmp_path / "model", **MAMBA)
     job = write(tmp_path, model, {"match": "*_proj", "weight": "int8_channel"})
     assert main(["train", str(job), *options]) == 2

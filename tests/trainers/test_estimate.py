@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qat.errors import CheckpointError, ConfigError
 from qat.init.calibration import calibrate
 from qat.surgery import apply, report
-from qat.trainers import estimate as estimating
-from qat.trainers import footprint
-from qat.trainers.estimate import GPUS, Plan, estimate, listed
+from qat.trainers import footprint, speeds
+from qat.trainers.estimate import Plan, estimate
 from qat.trainers.estimate_table import print_estimate
 from qat.trainers.footprint import GIB, RUNTIME, flops_per_token, forward_flops, job_facts, memory
 from qat.trainers.job import Job, load_job
@@ -28,13 +28,17 @@ from tests.tiny import tiny_model
 ROOT = Path(__file__).resolve().parents[2]
 SKIPPED = [{"match": "lm_head", "skip": "the head"}, {"match": "model.embed_tokens", "skip": "the embedding"}]
 # https://huggingface.co/<id>, "Model size" of the safetensors files
-PUBLISHED = {"meta-llama/Llama-3.1-8B": 8_030_261_248, "Qwen/Qwen3-8B": 8_190_735_360}
+PUBLISHED = {
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.1-70B": 70_553_706_496,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+}
 
 
 @pytest.fixture(autouse=True)
 def _offline_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(estimating, "MEASURE_SECONDS", 0.0)
+    monkeypatch.setattr(speeds, "MEASURE_SECONDS", 0.0)
 
 
 def job(model: Path | str, weight: str = "nvfp4", input: str | None = "nvfp4", **changes: Any) -> Job:
@@ -199,7 +203,7 @@ def test_states_count_every_trained_value(tiny: Path) -> None:
     assert not job_facts(frozen).head_trained  # the head is the same tensor
 
 
-def test_sharding_divides_states_and_ddp_copies_gradients(tiny: Path) -> None:
+def test_sharding_divides_states_and_ddp_keeps_gradients_in_its_buckets(tiny: Path) -> None:
     one, many = job(tiny, rows=8), {"rows": 8, "micro_rows": 2, "devices": 4}
     sharded, copied = job(tiny, strategy="fsdp", **many), job(tiny, strategy="ddp", **many)
     alone, split, whole = (memory(j, job_facts(j), "cuda", True) for j in (one, sharded, copied))
@@ -207,11 +211,12 @@ def test_sharding_divides_states_and_ddp_copies_gradients(tiny: Path) -> None:
         assert split[name] == alone[name] // 4
     assert split["activations"] == whole["activations"] == alone["activations"]
     assert split["quantized weights for backward"] == alone["quantized weights for backward"]
-    assert whole["gradients"] == 2 * alone["gradients"]
+    assert whole["gradients"] == alone["gradients"]
     assert whole["master weights"] == alone["master weights"]
-    refusal, advice = estimate(sharded).notes[:2]
-    assert "not trained yet" in refusal and "activation_checkpointing" in advice
-    assert not any("not trained yet" in note for note in estimate(one).notes)
+    undivided, advice = estimate(sharded).notes[:2]
+    assert "undivided models until they are initialised" in undivided and "activation_checkpointing" in advice
+    assert "not trained" in estimate(job(tiny, strategy="deepspeed", **many)).notes[0]
+    assert not any("not trained" in note for note in (*estimate(sharded).notes, *estimate(one).notes))
 
 
 def test_checkpointing_keeps_one_layer(tiny: Path) -> None:
@@ -224,7 +229,7 @@ def test_checkpointing_keeps_one_layer(tiny: Path) -> None:
 
 # Three steps with what a run uses, in the order in which Lightning calls it; prints bytes before and at the peak.
 STEPS = """
-import re, sys, torch
+import os, re, sys, torch
 torch.set_num_threads(1)
 from transformers import AutoConfig, AutoModelForCausalLM
 from qat.training.losses import chunked
@@ -241,6 +246,8 @@ job = Job.model_validate_json(sys.argv[1])
 def resident(what):  # "VmRSS" now, "VmHWM" at the peak; ru_maxrss would begin with what the parent process used
     return 1024 * int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
 config = AutoConfig.from_pretrained(job.model.id)
+if job.devices > 1:
+    torch.distributed.init_process_group("gloo", rank=int(os.environ["RANK"]), world_size=job.devices)
 base = resident("VmRSS")
 teacher = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
 student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -255,10 +262,21 @@ if job.lora is not None:
 optimizer = optim.build(student, job.optim)
 heads = split(student), split(teacher)
 student.train()
+class Step(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.student = student
+    def forward(self):
+        with torch.no_grad():
+            known = hidden_states(teacher, batch)
+        return chunked(job.objective, hidden_states(student, batch), heads[0], known, heads[1], ids, job.loss_chunk)
+step = Step()
+if job.devices > 1:  # as `qat.trainers.strategy` has it made
+    step = torch.nn.parallel.DistributedDataParallel(
+        step, find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
 for _ in range(3):
-    with torch.no_grad():
-        known = hidden_states(teacher, batch)
-    loss = chunked(job.objective, hidden_states(student, batch), heads[0], known, heads[1], ids, job.loss_chunk)
+    loss = step()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -297,43 +315,31 @@ def test_peak_is_the_measured_one(tmp_path: Path, exact: bool, lora: dict[str, A
         assert estimated == pytest.approx(peak, rel=0.25)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the heap constants are glibc's, /proc is Linux's")
+@pytest.mark.parametrize("devices", [1, 2])
+def test_peak_is_the_measured_one_on_one_and_two_processes(tmp_path: Path, devices: int) -> None:
+    """Within 15 % at 55 M parameters, of each process."""
+    sizes = {"hidden_size": 640, "intermediate_size": 1792, "num_hidden_layers": 10, "num_attention_heads": 10}
+    AutoConfig.for_model(
+        "llama", **sizes, num_key_value_heads=2, vocab_size=16384, tie_word_embeddings=True
+    ).save_pretrained(tmp_path)
+    wanted = job(tmp_path, data={"seq_len": 256}, rows=4, devices=devices)
+    estimated = sum(memory(wanted, job_facts(wanted), "cpu", False).values())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(devices)}
+    command = [sys.executable, "-c", STEPS, wanted.model_dump_json(), "run"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen(command, env={**settings, "RANK": str(rank)}, **pipes) for rank in range(devices)]
+    for output, errors in [rank.communicate() for rank in ranks]:
+        assert output, errors
+        assert estimated == pytest.approx(int(output.split()[1]), rel=0.15)
+
+
 # --- time, devices and words ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "known_as"),
-    [
-        ("NVIDIA H100 80GB HBM3", "H100"),
-        ("NVIDIA H100 PCIe", "H100 PCIe"),
-        ("NVIDIA H200", "H200"),
-        ("NVIDIA A100-SXM4-80GB", "A100"),
-        ("NVIDIA L40S", "L40S"),
-        ("NVIDIA L4", "L4"),
-        ("NVIDIA A10G", "A10"),
-        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
-        ("Some Accelerator", None),
-    ],
-)
-def test_devices_are_found_by_their_own_names(name: str, known_as: str | None) -> None:
-    assert listed(name) == known_as
-
-
-def test_large_job_takes_the_time_of_its_products() -> None:
-    wanted = job("meta-llama/Llama-3.1-8B", steps=10, rows=32, micro_rows=4, devices=8, data={"seq_len": 4096})
-    found = estimate(wanted)
-    (plan,) = found.plans  # a CPU is no device for eight
-    assert plan.device == "assumed H100 SXM" and plan.precision == "bf16-mixed"
-    at_least = found.flops_per_token * found.tokens / (8 * GPUS["H100"][0])
-    assert found.tokens == 10 * 32 * 4096
-    assert 1 / 0.35 <= plan.training_seconds / at_least < 1.6 / 0.35
-    assert plan.tokens_per_second == pytest.approx(found.tokens / plan.training_seconds)
-
-
-def test_small_job_is_bound_by_kernel_launches_on_a_gpu(tiny: Path) -> None:
-    found = estimate(job(tiny))
-    assert found.plans[1].training_seconds >= 3 * 2 * estimating.LAUNCH_SECONDS
-    twice = estimate(job(tiny, rows=4, micro_rows=2))  # two passes a step
-    assert twice.plans[1].training_seconds == pytest.approx(2 * found.plans[1].training_seconds, rel=0.05)
 
 
 def test_fits_leaves_headroom() -> None:
@@ -365,13 +371,11 @@ def test_compensated_starts_need_a_matrix_per_distinct_input(tiny: Path, monkeyp
     assert job_facts(compensated).input_products(compensated) == 2 * (3 * 128**2 + 256**2)
     large = job("meta-llama/Llama-3.1-8B", scheme={"init": ["gptq"]}, devices=8, strategy="fsdp", rows=16)
     large = large.model_copy(update={"activation_checkpointing": True, "loss_chunk": 64})
-    assert memory(large, job_facts(large), "cuda", True)["initialisation, beyond that"] == 0
     monkeypatch.setattr(footprint, "PRODUCTS", 1 << 40)  # all at once
     parts = memory(large, job_facts(large), "cuda", True)
     needed = 4 * 32 * (3 * 4096**2 + 14336**2)
-    assert sum(parts.values()) - RUNTIME["cuda"] == needed + sum(
-        parts[name] for name in ("master weights", "scales", "teacher")
-    )
+    undivided = 8 * sum(parts[name] for name in ("master weights", "scales", "teacher"))
+    assert sum(parts.values()) - RUNTIME["cuda"] == needed + undivided
 
 
 def test_too_large_a_job_is_told_so() -> None:
@@ -381,4 +385,15 @@ def test_too_large_a_job_is_told_so() -> None:
     console = Console(file=io.StringIO(), width=100)
     print_estimate(found, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]  # the StringIO above
-    assert "fits in 80 GiB: NO" in text and "activation_checkpointing: true" in text
+    assert "fits in 80 GiB: NO" in text and "it would with activation_checkpointing=true" in text
+    assert "ZeRO-2" in text and "GiB per device" in text
+
+
+def test_a_cached_teacher_leaves_its_output_layer_and_its_size_on_disk(tiny: Path) -> None:
+    wanted = job(tiny, teacher_cache={"k": 64})
+    facts = job_facts(wanted)
+    shape = facts.teacher.shape
+    assert memory(wanted, facts, "cpu", False)["teacher"] == 4 * shape.hidden * shape.vocabulary
+    assert flops_per_token(wanted, facts) == flops_per_token(job(tiny, method="qat"), facts)
+    notes = " ".join(estimate(wanted).notes)
+    assert "takes 388 bytes per learned token, here at most 149.0 kB" in notes  # 3 steps of 2 rows of 64 tokens

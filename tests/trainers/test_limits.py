@@ -13,16 +13,15 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from qat.checkpoints.positions import known_positions, table_positions
 from qat.cli import main
 from qat.errors import ConfigError
-from qat.trainers import estimate as estimating
-from qat.trainers import limits
+from qat.trainers import limits, speeds
 from qat.trainers.limits import check_positions, fitting
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimating, "MEASURE_SECONDS", 0.0)
-    monkeypatch.setattr(estimating, "SIDE", 64)
+    monkeypatch.setattr(speeds, "MEASURE_SECONDS", 0.0)
+    monkeypatch.setattr(speeds, "SIDE", 64)
 
 
 LLAMA = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from qat.errors import TrainingError
+from qat.quantizer import WeightQuantizer
+from qat.surgery import apply
 from qat.trainers.data import Batches, Blocks
 from qat.trainers.job import Job
 from qat.trainers.module import MicroBatches, QatModule
@@ -144,6 +146,18 @@ def test_nan_stops_before_the_optimizer_writes_it(folders: list[Path], batches: 
     )
 
 
+def test_a_step_that_is_read_later_is_left_out_meanwhile(folders: list[Path], batches: Batches) -> None:
+    student, teacher = models(folders)
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    student.model.norm.weight.register_hook(lambda gradient: gradient * math.nan)
+    wanted = job(log_every=4)
+    module = QatModule(student, teacher, wanted, batches, 0)
+    fit(module, wanted, 2, Gradients())
+    assert all(torch.equal(p.detach(), before[n]) for n, p in student.named_parameters())
+    with pytest.raises(TrainingError, match=r"norm of the gradients became nan at step 1; the last good checkpoint"):
+        module.read()
+
+
 def test_gradients_beyond_floats_stop_too(folders: list[Path], batches: Batches) -> None:
     """The loss is fine, its gradient is not: without the check clipping would multiply every weight's step by NaN."""
     student, teacher = models(folders)
@@ -172,6 +186,27 @@ def test_a_step_with_one_target_or_none(folders: list[Path], batches: Batches, t
     fit(QatModule(student, teacher, wanted, few, 0), wanted, 1, seen)
     assert seen.losses == [pytest.approx(expected, rel=1e-4)]
     assert targets or all(bool((g == 0).all()) for g in seen.seen[0].values())
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_weights_that_are_held_over_a_step_change_no_number(
+    folders: list[Path], batches: Batches, checkpointed: bool
+) -> None:
+    found = []
+    for holds in (False, True):
+        student, teacher = models(folders)
+        if checkpointed:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        apply(student, (wanted := job(hold_weights=holds, optim={})).scheme)
+        seen = Gradients()
+        fit(QatModule(student.train(), teacher, wanted, batches, 0), wanted, 3, seen)
+        found.append((seen.losses, seen.seen, seen.weights))
+        held = [m._held for m in student.modules() if isinstance(m, WeightQuantizer)]
+        assert held and not any(held)
+    assert job().holds and not job(micro_rows=4).holds and not job(activation_checkpointing=True).holds
+    assert found[0][0] == found[1][0]
+    for parts in zip(*(each[1] + each[2] for each in found), strict=True):
+        assert parts[0].keys() == parts[1].keys() and all(torch.equal(t, parts[1][n]) for n, t in parts[0].items())
 
 
 def test_every_row_of_a_step_is_read_once(batches: Batches) -> None:

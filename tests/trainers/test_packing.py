@@ -1,6 +1,7 @@
 """Rows against what they are made of, and packed logits against those of each document alone."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,14 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qat.checkpoints.hf import load_model
+from qat.trainers.forward import hidden_states
 from qat.trainers.packing import (
     Batch,
     arrange,
     collate,
     evaluating,
+    known,
     leakage,
     model_inputs,
     pack,
@@ -23,6 +27,8 @@ from qat.trainers.packing import (
 )
 from qat.trainers.tokens import Tokens
 from qat.training.rows import IGNORE
+from tests.qat.training.operations import Operations
+from tests.tiny import tiny_model
 
 VOCABULARY = 61
 BASE: dict[str, Any] = {
@@ -197,3 +203,21 @@ def test_evaluating_restores_each_module() -> None:
     with evaluating(model):
         assert not any(module.training for module in model.modules())
     assert [module.training for module in model.modules()] == [True, True, False]
+
+
+def test_what_the_host_knows_of_a_batch_is_not_asked_of_the_device(tmp_path: Path) -> None:
+    """The hidden states of packed rows and of whole ones are the same to the bit, and no operation reads a number."""
+    model: Any = load_model(tiny_model("llama", tmp_path / "model", num_hidden_layers=1)).eval()
+    for documents in ([[0] * 8, [0] * 8], [[0] * 3 + [1] * 5, [0] * 8]):
+        rows = np.zeros((2, 3, 8), np.int32)
+        rows[:, 0], rows[:, 2] = np.arange(3, 11), documents
+        batch = collate(rows)
+        found = known(batch)
+        assert found["packed"].numel() == (max(map(max, documents)) > 0)
+        assert torch.equal(found["kept"], (batch["targets"].flatten() != IGNORE).nonzero().flatten())
+        with torch.no_grad(), Operations() as operations:
+            asked = hidden_states(model, batch)
+        assert any("is_nonzero" in name or "_local_scalar" in name for name in operations.seen)
+        with torch.no_grad(), Operations() as operations:
+            assert torch.equal(hidden_states(model, {**batch, **found}), asked)
+        assert not any("nonzero" in name or "_local_scalar" in name for name in operations.seen)

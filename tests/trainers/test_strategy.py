@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,6 +35,14 @@ STEPS = 12
 TOLERANCE = 1e-5
 SAME_CODES = 0.999
 TIMEOUT = 300  # of a command, on a machine that has other things to do
+SEVERAL = """
+import json, os, sys
+from qat.cli import main
+for port, arguments in json.loads(sys.argv[1]):
+    os.environ["MASTER_PORT"] = port
+    if status := main(arguments):
+        sys.exit(status)
+"""
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS")
 
 
@@ -75,6 +84,22 @@ def command(*arguments: str, launcher: tuple[str, ...] = (), **variables: str) -
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
     full = [sys.executable, *launcher, "-m", "qat.cli", *arguments]
     return subprocess.Popen(full, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def several(*commands: tuple[str, ...], **variables: str) -> "subprocess.Popen[str]":
+    """One process of two that runs commands one after another; `PORTS` is where they meet for each."""
+    ports = variables.pop("PORTS").split(",")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+    full = [sys.executable, "-c", SEVERAL, json.dumps([*zip(ports, commands, strict=True)])]
+    return subprocess.Popen(full, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def free_ports(count: int) -> str:
+    sockets = [socket.create_server(("localhost", 0)) for _ in range(count)]
+    ports = [str(each.getsockname()[1]) for each in sockets]
+    for each in sockets:
+        each.close()
+    return ",".join(ports)
 
 
 def finished(*processes: "subprocess.Popen[str]") -> list[str]:
@@ -121,18 +146,40 @@ def alone(home: Path) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def pair(home: Path) -> Path:
-    path = job_file(home, "dense", "dense-ddp")
-    said = finished(command("train", str(path), "devices=2", "strategy=ddp"))[0]
-    assert said.count("held-out text:") == said.count("report:") == 1, "only the first rank speaks"
-    return path
+def divided(home: Path) -> dict[str, Path]:
+    """Runs of one pair of processes: two with divided models, one with copies; and what each rank exports."""
+    files = {kind: job_file(home, kind, f"{kind}-fsdp", strategy="fsdp", devices=2) for kind in ("dense", "experts")}
+    files["copies"] = job_file(home, "dense", "dense-ddp", strategy="ddp", devices=2)
+    trained = [("train", str(path)) for path in files.values()]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "PORTS": free_ports(4)}
+    run = str(load_job(files["experts"]).folder)
+    finished(
+        *(
+            several(*trained, ("export", run, str(home / f"export-{rank}")), RANK=rank, LOCAL_RANK=rank, **group)
+            for rank in ("0", "1")
+        )
+    )
+    return files
 
 
 @pytest.mark.multi
-def test_two_processes_are_one_that_accumulates(alone: dict[str, Path], pair: Path) -> None:
-    close(alone["dense"], pair)
-    assert same_codes(alone["dense"], pair) >= SAME_CODES
-    one, two = (json.loads((load_job(path).folder / "report.json").read_text()) for path in (alone["dense"], pair))
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_divided_models_are_trained_as_whole_ones(kind: str, alone: dict[str, Path], divided: dict[str, Path]) -> None:
+    close(alone[kind], divided[kind])
+    assert same_codes(alone[kind], divided[kind]) >= SAME_CODES
+    one, two = (json.loads((load_job(path[kind]).folder / "report.json").read_text()) for path in (alone, divided))
+    assert one["why"]["moved"]["codes"] == two["why"]["moved"]["codes"]
+    assert one["why"]["moved"]["flipped"] == pytest.approx(two["why"]["moved"]["flipped"], abs=1 - SAME_CODES)
+    for left, right in zip(one["rows"], two["rows"], strict=True):
+        assert left["tokens"] == right["tokens"] and left["nll"] == pytest.approx(right["nll"], rel=TOLERANCE)
+
+
+@pytest.mark.multi
+def test_two_processes_are_one_that_accumulates(alone: dict[str, Path], divided: dict[str, Path]) -> None:
+    close(alone["dense"], divided["copies"])
+    assert same_codes(alone["dense"], divided["copies"]) >= SAME_CODES
+    reports = (load_job(path).folder / "report.json" for path in (alone["dense"], divided["copies"]))
+    one, two = (json.loads(report.read_text()) for report in reports)
     assert two["machine"].startswith("2 x ") and one["tokens"] == two["tokens"]
     for left, right in zip(one["rows"], two["rows"], strict=True):
         assert left["tokens"] == right["tokens"] and left["nll"] == pytest.approx(right["nll"], rel=TOLERANCE)
@@ -141,14 +188,19 @@ def test_two_processes_are_one_that_accumulates(alone: dict[str, Path], pair: Pa
 @pytest.mark.multi
 def test_experts_whose_processes_torchrun_starts(home: Path, alone: dict[str, Path]) -> None:
     path = job_file(home, "experts", "experts-ddp", devices=2)
-    finished(command("train", str(path), launcher=("-m", "torch.distributed.run", "--nproc-per-node", "2")))
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+    said = finished(command("train", str(path), launcher=launcher))[0]
+    assert said.count("held-out text:") == said.count("report:") == 1, "only the first rank speaks"
     close(alone["experts"], path)
     assert same_codes(alone["experts"], path) >= SAME_CODES
 
 
 @pytest.mark.multi
-def test_a_killed_rank_is_named_and_the_run_goes_on_as_if_nothing_had_happened(home: Path, pair: Path) -> None:
-    path = job_file(home, "dense", "killed", devices=2)
+def test_a_killed_rank_is_named_and_the_run_goes_on_as_if_nothing_had_happened(
+    home: Path, divided: dict[str, Path]
+) -> None:
+    """With the strategy it had to the same bits, with another one and on one device along the same curve."""
+    path, as_before = job_file(home, "dense", "killed", devices=2, strategy="fsdp"), divided["dense"]
     process = command("train", str(path))
     state = load_job(path).folder / "checkpoints" / "step-00000004" / "state.json"
     while not state.is_file():
@@ -162,19 +214,18 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_as_if_nothing_had_happened(h
     assert "Traceback" not in said
     assert not [child for child in ranks if child.is_running()]
 
-    elsewhere = job_file(home, "dense", "elsewhere")
-    shutil.copytree(load_job(path).folder, load_job(elsewhere).folder)
-    variables = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_JOB_ID": str(os.getpid())}
-    finished(
-        *(
-            command("train", str(path), "--resume", SLURM_PROCID=rank, SLURM_LOCALID=rank, **variables)
-            for rank in ("0", "1")
-        )
-    )
-    assert [_exact(row) for row in metrics(load_job(path))] == [_exact(row) for row in metrics(load_job(pair))]
-    assert same_codes(path, pair) == 1.0
+    copied, elsewhere = job_file(home, "dense", "copied", devices=2), job_file(home, "dense", "elsewhere")
+    for other in (copied, elsewhere):
+        shutil.copytree(load_job(path).folder, load_job(other).folder)
+    variables = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "MASTER_ADDR": "localhost"}
+    variables["PORTS"] = free_ports(2)
+    commands = [("train", str(each), "--resume") for each in (path, copied)]
+    finished(*(several(*commands, SLURM_PROCID=rank, SLURM_LOCALID=rank, **variables) for rank in ("0", "1")))
+    assert [_exact(row) for row in metrics(load_job(path))] == [_exact(row) for row in metrics(load_job(as_before))]
+    assert same_codes(path, as_before) == 1.0
+    close(copied, as_before)  # with ddp
     assert main(["train", str(elsewhere), "--resume"]) == 0  # on one device
-    close(elsewhere, pair)
+    close(elsewhere, as_before)
 
 
 def _exact(row: dict[str, str]) -> dict[str, str]:
@@ -182,14 +233,12 @@ def _exact(row: dict[str, str]) -> dict[str, str]:
 
 
 @pytest.mark.multi
-def test_every_rank_exports_a_state_to_the_same_bytes(pair: Path, tmp_path: Path) -> None:
-    run = str(load_job(pair).folder)
-    assert main(["export", run, str(tmp_path / "alone")]) == 0
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-    ranks = ("0", "1")
-    finished(*(command("export", run, str(tmp_path / rank), RANK=rank, LOCAL_RANK=rank, **group) for rank in ranks))
-    for file in sorted((tmp_path / "alone").iterdir()):
-        assert [(tmp_path / rank / file.name).read_bytes() == file.read_bytes() for rank in ranks] == [True, True]
+def test_every_rank_exports_a_state_to_the_same_bytes(home: Path, divided: dict[str, Path]) -> None:
+    assert main(["export", str(load_job(divided["experts"]).folder), str(home / "export-alone")]) == 0
+    for file in sorted((home / "export-alone").iterdir()):
+        assert [(home / f"export-{rank}" / file.name).read_bytes() == file.read_bytes() for rank in (0, 1)] == [
+            True
+        ] * 2
 
 
 # --- what is refused, and where a process stands ----------------------------------------------------
@@ -203,6 +252,7 @@ def test_bad_input_is_named_before_anything_starts(
         (["devices=8"], "devices (8) are more than rows (4)"),
         (["devices=3"], "must be a multiple of micro_rows x devices"),
         (["devices=2", "strategy=deepspeed"], "deepspeed"),
+        (["devices=2", "strategy=fsdp", "lora={base: packed}"], "strategy fsdp does not divide"),
     ):
         assert main(["train", path, *given]) == 2
         assert expected in capsys.readouterr().err
@@ -211,6 +261,17 @@ def test_bad_input_is_named_before_anything_starts(
     assert main(["train", path, "devices=2"]) == 2
     assert "it has 1 GPUs; set devices=1" in capsys.readouterr().err
     assert not load_job(path).folder.exists()
+
+
+def test_a_model_that_cannot_be_divided_is_refused_by_fsdp_alone(home: Path) -> None:
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([torch.nn.ModuleDict({"experts": torch.nn.ModuleList([torch.nn.Linear(2, 2)])})])
+    for name, expected in (("fsdp", True), ("ddp", False)):
+        job = load_job(job_file(home, "dense", f"refused-{name}", devices=2, strategy=name))
+        assert bool(strategy.undividable(job, model)) == expected
+    with pytest.raises(UnsupportedError, match="take strategy=ddp"):
+        strategy.check_models(load_job(home / "refused-fsdp.yaml"), model)
+    strategy.check_models(load_job(home / "refused-fsdp.yaml", ["devices=1"]), model)  # nothing to divide
 
 
 def test_a_group_of_another_size_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,20 @@
 """Walking through a model block by block: both streams against the whole model, whatever its blocks are called with."""
 
 import contextlib
+import weakref
 from collections import Counter
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from qat.errors import UnsupportedError
 from qat.init.blocks import Block, BlockStep, walk
 from qat.init.calibration import calibrate, initialise, observe
+from qat.init.gptq import Gptq
 from qat.init.scales import ScaleSearch
 from qat.init.step import Calibration
 from qat.modes import dense
@@ -171,3 +175,47 @@ def test_models_whose_blocks_do_not_simply_follow_each_other_are_refused() -> No
         assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     with pytest.raises(UnsupportedError, match="calls no numbered blocks"):
         walk(Calibration(nn.Identity(), [], {}, {}), [Noted()])
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of tensors that came to be in this context: now, and the most at a time; not those of the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.before = [t.untyped_storage() for t in model.state_dict().values()]
+        self.known = {id(storage) for storage in self.before}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_flatten(made)[0]:
+            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in self.known:
+                self._add(tensor.untyped_storage())
+        return made
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        size, key = storage.nbytes(), id(storage)
+        self.known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+        def gone() -> None:
+            self.known.discard(key)
+            self.now -= size
+
+        weakref.finalize(storage, gone)
+
+
+def test_memory_is_the_model_one_block_and_its_streams() -> None:
+    """However many blocks there are."""
+    peaks, scheme = {}, usual("int4_g64", "int8_token")
+    for layers in (2, 6):
+        model = apply(build(num_hidden_layers=layers), scheme)
+        block = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
+        calibration = Calibration(model, list(batches()), weights(model), {})
+        with Alive(model) as alive:
+            walk(calibration, [Gptq(sequential=True)])
+        peaks[layers] = alive.peak
+    assert peaks[6] == pytest.approx(peaks[2], rel=0.03)
+    factorising = 5 * 8 * 256**2  # copies in float64 of the widest layer's second moments
+    assert peaks[6] < block + factorising

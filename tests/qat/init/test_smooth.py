@@ -6,8 +6,9 @@ from torch import Tensor, nn
 
 from qat.errors import UnsupportedError
 from qat.init.calibration import calibrate, observe
+from qat.init.samples import Products, Sample
 from qat.init.scales import shared_global_scale
-from qat.init.smooth import smooth
+from qat.init.smooth import Fold, Searched, smooth
 from qat.modes import dense
 from qat.numbers.catalog import lookup
 from qat.scheme import Rule, Scheme
@@ -173,7 +174,10 @@ def test_nothing_to_smooth_is_said() -> None:
 
 @pytest.mark.parametrize(("kind", "config"), [("llama", {}), ("gemma3_text", GEMMA3), ("qwen2", {})])
 @pytest.mark.parametrize("inputs", ["nvfp4", None])
-def test_a_searched_strength_keeps_the_model_and_loses_less(kind: str, config: dict, inputs: str | None) -> None:
+@pytest.mark.parametrize("strength", ["auto", "flex"])
+def test_a_searched_strength_keeps_the_model_and_loses_less(
+    kind: str, config: dict, inputs: str | None, strength: str
+) -> None:
     def error(*steps: object) -> float:
         model = uneven(kind, **config)
         with torch.no_grad():
@@ -185,7 +189,31 @@ def test_a_searched_strength_keeps_the_model_and_loses_less(kind: str, config: d
                 torch.testing.assert_close(model(input_ids=ids()).logits, before, rtol=0, atol=1e-4)
             return float((model(input_ids=ids()).logits - before).square().mean())
 
-    assert error({"kind": "smooth", "strength": "auto"}) < 0.9 * error()
+    assert error({"kind": "smooth", "strength": strength}) < 0.9 * error()
+
+
+def test_the_flexible_search_ends_at_the_best_pair_around_the_best_of_the_grid() -> None:
+    """Once more, over everything it may try: s = max|x|^a / max|w|^b."""
+    model, _ = prepared("llama")
+    site = weights(model)["model.layers.1.mlp.down_proj"]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 256, generator=generator) * torch.randn(256, generator=generator).exp()
+    sample = Sample(x, x.abs().amax(0), x.square().mean(0))
+    fold, products = Fold("model.layers.1.mlp.up_proj", (site.path,)), Products(sample, [site])
+    w = site.weight.detach().abs().amax(0)
+
+    def lost(a: int, b: int) -> tuple[float, Tensor]:
+        exponents = a / 10 * sample.amax.log2() - b / 10 * w.log2()
+        factors = torch.exp2((exponents - exponents.mean()).round())
+        amax = (sample.amax / factors).amax()
+        return float(products.lost(lambda r: r * factors, lambda v: v / factors, amax)), factors
+
+    coarse = min(((a, b) for a in range(0, 11, 2) for b in range(0, 11, 2)), key=lambda pair: lost(*pair)[0])
+    around = [(coarse[0] + a, coarse[1] + b) for a in (-1, 0, 1) for b in (-1, 0, 1)]
+    least, factors = min((lost(*pair) for pair in around), key=lambda found: found[0])
+    found = Searched(fold, products, site.weight.detach()).flex()
+    assert found is not None and torch.equal(torch.exp2(found.reshape(-1)), factors)
+    assert least < lost(*coarse)[0], "the second stage finds more here"
 
 
 def test_a_fixed_strength_is_what_it_was() -> None:

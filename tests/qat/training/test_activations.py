@@ -271,6 +271,27 @@ def test_the_module_uses_the_rule(name: str, rule: str) -> None:
     assert torch.equal(quantizer(x), expected)
 
 
+@pytest.mark.parametrize("name", STATIC)
+def test_what_is_made_of_a_range_is_made_once_and_again_when_it_changes(name: str) -> None:
+    """In place, by other memory, by a loaded state or a moved module."""
+    quantizer, x = InputQuantizer(lookup(name), "vllm", "ste", "minmax"), inputs()["normal"]
+
+    def check(amax: float) -> None:
+        assert torch.equal(quantizer(x), dynamic_fake_quantize(x, lookup(name), "vllm", "ste", torch.tensor(amax)))
+        assert quantizer.static() is quantizer.static()
+
+    quantizer.amax.fill_(3.0)
+    check(3.0)
+    quantizer.amax.fill_(40.0)
+    check(40.0)
+    quantizer.amax.data = torch.tensor(500.0)
+    check(500.0)
+    quantizer.load_state_dict({"amax": torch.tensor(7000.0)})
+    check(7000.0)
+    quantizer.amax = torch.tensor(2.0)
+    check(2.0)
+
+
 def test_the_gradient_of_a_learned_range_is_that_of_its_scale() -> None:
     """LSQ's: round(v) - v inside, the bound outside, times the scale and LSQ's share."""
     generator = torch.Generator().manual_seed(0)

@@ -16,6 +16,7 @@ from qat.numbers.format import Format
 from qat.numbers.numerics import Scales, find_scales
 from qat.numbers.scale import BF16
 from qat.training.ops import fake_quantize, quantized_linear
+from tests.qat.training.operations import CASES, LEARN, count, layers
 
 every_format = pytest.mark.parametrize("fmt", CATALOG.values(), ids=lambda fmt: fmt.name)
 
@@ -56,10 +57,11 @@ def test_opcheck(name: str, estimator: str) -> None:
     fmt = lookup(name)
     for x in (sample(fmt), sample(fmt).bfloat16().T.contiguous().T):
         scales = find_scales(x, fmt)
-        multiplier = scales.effective().clone().requires_grad_()
-        divisor = (scales.effective() * 0.8).requires_grad_()
-        arguments = (x.requires_grad_(), divisor, multiplier, scales.zero_point, scales.choice, name, estimator, True)
+        multiplier, divisor = scales.effective(), scales.effective() * 0.8
+        arguments = (x, divisor, multiplier, scales.zero_point, scales.choice, name, estimator, True)
         torch.library.opcheck(torch.ops.qat.fake_quantize.default, arguments)
+        backward = (x, x, x, divisor, multiplier, scales.zero_point, name, estimator, [True, True, True])
+        torch.library.opcheck(torch.ops.qat.fake_quantize_backward.default, backward)
 
 
 def test_results_own_their_memory() -> None:
@@ -159,7 +161,10 @@ def test_a_quantized_linear_is_the_two_ops_it_replaces(fmt: Format, dtype: torch
         leaves = [t.clone().requires_grad_() for t in (x, weight, bias, multiplier, divisor)]
         settings = {"multiplier": leaves[3], "divisor": leaves[4], "round_bf16": round_bf16}
         if fused:
-            y = quantized_linear(*leaves[:3], fmt.name, scales, **settings)
+            y, on_grid = quantized_linear(*leaves[:3], fmt.name, scales, **settings)
+            assert not on_grid.requires_grad
+            again, _ = quantized_linear(*leaves[:3], fmt.name, scales, **settings, held=on_grid)
+            assert torch.equal(again, y)
         else:
             grid = fake_quantize(leaves[1], fmt.name, scales, **settings)
             y = functional.linear(leaves[0], grid.to(dtype), leaves[2].to(dtype))
@@ -173,13 +178,17 @@ def test_a_quantized_linear_is_the_two_ops_it_replaces(fmt: Format, dtype: torch
 @pytest.mark.parametrize("name", ["int4_g32_asym", "if4", "fp8_b128"])
 def test_opcheck_of_the_quantized_linear(name: str) -> None:
     fmt = lookup(name)
-    weight = sample(fmt).requires_grad_()
-    scales = find_scales(weight.detach(), fmt)
-    multiplier = scales.effective().clone().requires_grad_()
-    divisor = (scales.effective() * 0.8).requires_grad_()
-    x, bias = normal(2, 5, weight.shape[1], seed=1).requires_grad_(), normal(3, seed=2).requires_grad_()
+    weight = sample(fmt)
+    scales = find_scales(weight, fmt)
+    multiplier, divisor = scales.effective(), scales.effective() * 0.8
+    x, bias = normal(2, 5, weight.shape[1], seed=1), normal(3, seed=2)
     arguments = (x, weight, bias, divisor, multiplier, scales.zero_point, scales.choice, name, True)
     torch.library.opcheck(torch.ops.qat.quantized_linear.default, arguments)
+    _, quantized = torch.ops.qat.quantized_linear(*arguments)
+    about = (multiplier, scales.zero_point, name, torch.float32, torch.float32)
+    for needs in ([True] * 5, [False, True, False, False, True], [False, False, True, False, False]):
+        given = (normal(2, 5, 3), x, weight, quantized, divisor, *about, needs)
+        torch.library.opcheck(torch.ops.qat.quantized_linear_backward.default, given)
 
 
 def test_the_quantized_weight_waits_in_two_bytes() -> None:
@@ -205,5 +214,24 @@ def test_a_quantized_linear_makes_no_gradient_that_nobody_needs(needs: tuple[boo
     weight, x = normal(8, 64), normal(2, 64, seed=1)
     scales = find_scales(weight, lookup("int4_g32"))
     leaves = [t.requires_grad_(need) for t, need in zip((x, weight, scales.effective()), needs, strict=True)]
-    quantized_linear(leaves[0], leaves[1], None, "int4_g32", scales, multiplier=leaves[2]).sum().backward()
+    quantized_linear(leaves[0], leaves[1], None, "int4_g32", scales, multiplier=leaves[2])[0].sum().backward()
     assert [leaf.grad is not None for leaf in leaves] == list(needs)
+
+
+# --- what a host has to launch ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_layer_issues_no_more_operations_than_a_dense_one(autocast: bool) -> None:
+    """In every format and way to learn; the goals were 21 for weights alone and 28 with inputs where dense has 14."""
+    dense = sum(count(layers(None, None, "none"), autocast))
+    assert dense == (18 if autocast else 14)
+    for weight, input in CASES:
+        for learn in LEARN:
+            found = sum(count(layers(weight, input, learn), autocast))
+            assert found <= dense, (weight, input, learn, found)
+
+
+def test_layers_on_one_input_quantize_it_once() -> None:
+    alone, shared = (sum(count(layers("nvfp4", "nvfp4", "dual_lsq", readers), False)) for readers in (1, 3))
+    assert shared < alone

@@ -5,9 +5,17 @@ import torch
 from torch import Tensor
 
 from qat.errors import UnsupportedError
+from qat.training import rows
 from qat.training.rows import IGNORE, KINDS, distill_rows
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(params=["cpu", "other"], autouse=True)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arithmetic of CPUs, and that of devices where no row may be looked at."""
+    if request.param == "other":
+        monkeypatch.setattr(rows, "_may_look", lambda tensor: False)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -73,11 +81,11 @@ def test_spoiled_rows_stay_alone(kind: str) -> None:
 
 
 @every_kind
-@pytest.mark.parametrize("rows", [0, 1])
-def test_few_rows(kind: str, rows: int) -> None:
-    logits = normal(rows, 9)
-    loss = distill_rows(logits, *given(kind, normal(rows, 9), torch.zeros(rows, dtype=torch.long)), kind)
-    assert loss.shape == (rows,)
+@pytest.mark.parametrize("few", [0, 1])
+def test_few_rows(kind: str, few: int) -> None:
+    logits = normal(few, 9)
+    loss = distill_rows(logits, *given(kind, normal(few, 9), torch.zeros(few, dtype=torch.long)), kind)
+    assert loss.shape == (few,)
 
 
 @every_kind
