@@ -1,4 +1,4 @@
-"""`prepare` and `export` around Hugging Face's Trainer: it learns, resumes, and exports what it trained with its scales;
+"""`prepare` and `export` around Hugging Face's Trainer: it learns, resumes and exports what it trained with its scales;
 what cannot work is refused before anything is trained."""
 
 import copy
