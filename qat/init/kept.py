@@ -87,5 +87,5 @@ def _digest(words: Iterable[str], tensors: Iterable[Tensor]) -> str:
     state = hashlib.sha256("\n".join(words).encode())
     for tensor in tensors:
         state.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()
