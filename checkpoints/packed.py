@@ -153,6 +153,7 @@ def _layer(exported: ExportedFolder, path: str, dense: Tensor) -> _Layer:
             f"and stored, so training would not begin at this checkpoint; {_INSTEAD}"
         )
     lowest = int((q.codes == 1 << (fmt.element.bits - 1)).sum()) if fmt.element.is_integer else 0
+    zeros: Tensor | None
     if lowest and scales.zero_point is None:
         fmt = _asymmetric(q, path)
         zeros = torch.zeros(scales.stored.shape, dtype=torch.int8)
@@ -279,9 +280,8 @@ def _put_scales(site: Site, parts: list[dict[str, Tensor]]) -> None:
     above = parts[0].get("global_scale")
     if above is not None and site.weight.dim() > 2:  # as `shared_global_scale` lays those of a stack
         above = torch.cat([p["global_scale"].reshape(1, 1).expand(len(p["scale"]), 1) for p in parts])
-    tensors = (joined["scale"], above, joined.get("zero_point"))
-    on_device = [None if t is None else t.to(device) for t in tensors]
-    quantizer.set_scales(Scales(*on_device, type=site.format.scale))
+    above, zeros = (None if t is None else t.to(device) for t in (above, joined.get("zero_point")))
+    quantizer.set_scales(Scales(joined["scale"].to(device), above, zeros, type=site.format.scale))
 
 
 def _put_range(site: Site, static: Tensor | None) -> bool:

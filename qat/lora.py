@@ -149,8 +149,9 @@ def hold(model: nn.Module) -> None:
 
 def _held(site: Site) -> HeldWeight:
     weight = site.weight
+    rows, columns = weight.shape
     try:
-        held = HeldWeight(site.format, tuple(weight.shape), weight.device)
+        held = HeldWeight(site.format, (rows, columns), weight.device)
     except UnsupportedError as error:
         raise UnsupportedError(f"lora.base: packed: {site.path}: {error}; use base: dense") from error
     if not weight.is_meta:

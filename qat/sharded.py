@@ -53,6 +53,7 @@ def divide(model: nn.Module, device: torch.device, size: int) -> None:
     caller: Any = model
     caller.run_whole = _called
     register_fsdp_forward_method(model, "run_whole")
+    read(model, lambda: None)  # FSDP2 takes what runs first for the root
 
 
 def _called(work: Callable[[], T]) -> T:

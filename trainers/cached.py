@@ -142,8 +142,8 @@ def bound(job: Job, store: Store, texts: dict[str, Blocks], student: Any) -> Tau
     """
     if packed.continues(student):
         raise UnsupportedError(
-            f"{job.model.id} is quantized already, so the BF16 model it is compared with is the teacher itself, which "
-            "its cache does not replace; leave teacher_cache out"
+            f"{job.model.id} is quantized already, so the BF16 model it is compared with is the teacher, which a cache "
+            "does not replace; leave teacher_cache out"
         )
     rows = len(student.get_output_embeddings().weight)
     if rows < store.vocabulary:

@@ -22,7 +22,7 @@ from qat.checkpoints import resume
 from qat.checkpoints.progress import Meter
 from qat.config import write_text_atomic
 from qat.errors import ConfigError
-from qat.sharded import gathered, is_divided, share, swapped
+from qat.sharded import is_divided, share, swapped
 from qat.trainers import why
 from qat.trainers.evaluate import Evaluator, Scores
 from qat.trainers.interrupts import Interruptions
@@ -169,10 +169,8 @@ class StepLoop(lit.Callback):
         module = _as_qat(pl_module)
         if wanted(self.job):
             start = self.run / "checkpoints" / why.START / why.CODES
-            with gathered(module.student):
-                self.quantizers = QuantizerMetrics(module.student, start if module.start_step else None)
-                values = self.quantizers.read(module.student)
-            self._log(trainer, values, module.start_step)
+            self.quantizers = QuantizerMetrics(module.student, start if module.start_step else None)
+            self._log(trainer, self.quantizers.read(module.student), module.start_step)
         if not trainer.is_global_zero:
             return
         self.metrics = MetricsFile(self.run / "metrics.csv", module.start_step)
@@ -246,10 +244,7 @@ class StepLoop(lit.Callback):
         """Scores, and where anyone wants them what the quantizers do."""
         with self.average.applied() if self.average is not None else contextlib.nullcontext():
             scores = self.keeper.evaluate(module.student, step)
-            quantizers: dict[str, float] = {}
-            if self.quantizers is not None:
-                with gathered(module.student):
-                    quantizers = self.quantizers.read(module.student)
+            quantizers = self.quantizers.read(module.student) if self.quantizers is not None else {}
         return {"heldout_kl": scores.kl, "heldout_nll": scores.nll, "heldout_top1": scores.top1}, quantizers
 
     def _record(self, row: dict[str, Any], step: int) -> None:

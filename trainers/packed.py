@@ -84,7 +84,7 @@ def check(job: "Job", folder: Path | None, model: Any) -> None:
     found = packed.read(folder) if folder is not None else None
     if found is None:
         return
-    steps = [step.kind for each in (job.scheme, *job.scheme.rules) for step in each.init or ()]
+    steps = [step.kind for init in (job.scheme.init, *(rule.init for rule in job.scheme.rules)) for step in init or ()]
     if steps or job.scheme.fallback is not None:
         raise ConfigError(
             f"{job.model.id} is quantized already, and training goes on from its codes and scales, which "

@@ -198,14 +198,14 @@ def as_scheme(given: Scheme | Mapping[str, Any] | str | Path, calibrated: bool =
         data = load_yaml(Path(given).expanduser())
         return validate(Scheme, data.get("scheme", data), str(given))
     weight, _, input = given.partition(PAIR)
-    formats = {"weight": lookup(weight).name} | ({"input": lookup(input).name} if input else {})
-    rules = (Rule(match="*_proj", **formats), Rule(match="*", skip="not a projection"))
+    projections = Rule(match="*_proj", weight=lookup(weight).name, input=lookup(input).name if input else None)
+    rules = (projections, Rule(match="*", skip="not a projection"))
     return Scheme(rules=rules, init=(ScaleSearch(weighted=calibrated),))
 
 
 def _check_needs_no_calibration(scheme: Scheme) -> None:
     steps = [step for rule in scheme.rules for step in rule.init or ()] + list(scheme.init)
-    needs = [step.kind for step in steps if not isinstance(step, ScaleSearch)]
+    needs: list[str] = [step.kind for step in steps if not isinstance(step, ScaleSearch)]
     if any(isinstance(step, ScaleSearch) and step.weighted for step in steps):
         needs.append("scales (which weighs errors by inputs; or {kind: scales, weighted: false})")
     names = {name for rule in scheme.rules for name in (rule.input, rule.key, rule.value) if name is not None}

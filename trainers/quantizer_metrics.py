@@ -40,8 +40,8 @@ class QuantizerMetrics:
                 names = set(file.keys())
                 for path, now in first.items():
                     if f"{path} codes" in names:
-                        kept = (_thinned(file.get_tensor(f"{path} {what}")) for what in ("codes", "scale"))
-                        first[path] = tuple(tensor.to(now[0].device) for tensor in kept)
+                        codes, scale = (_thinned(file.get_tensor(f"{path} {what}")) for what in ("codes", "scale"))
+                        first[path] = codes.to(now[0].device), scale.to(now[0].device)
         self._first = first
 
     @torch.no_grad()

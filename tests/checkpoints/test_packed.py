@@ -259,5 +259,4 @@ def test_a_neighbour_of_the_reciprocal_is_found() -> None:
                 QTensor(fmt, codes, packed._settled(dense, q, "layer")).dequantize(torch.bfloat16), dense
             )
             settled += 1
-    print("apart", len(apart), "settled", settled)
     assert settled >= 0.5 * len(apart)

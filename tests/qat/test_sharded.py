@@ -140,6 +140,8 @@ def test_a_process_holds_its_share(folder: Path, two: None) -> None:
     assert own["model.layers.0.mlp.experts.weight_quantizers.down_proj.start"] > 0
     assert {name: p.shape for name, p in model.named_parameters() if name in shapes} == shapes
     head = model.lm_head
+    with sharded.gathered(model):  # before anything ran
+        assert all(sharded.share(p).numel() == p.numel() for p in model.parameters())
     assert sharded.read(model, lambda: type(head.weight)) is nn.Parameter
     assert type(head.weight) is not nn.Parameter, "only a share again"
     with sharded.gathered(model):

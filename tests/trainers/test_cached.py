@@ -257,6 +257,13 @@ def test_a_student_with_fewer_columns_is_refused(tmp_path: Path, models: dict[st
     assert f"was filled over {VOCABULARY + 16} logits" in capsys.readouterr().err
 
 
+def test_a_student_that_is_quantized_already_is_refused(
+    filled: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cached.packed, "continues", lambda _: True)
+    assert "is quantized already" in refused(filled, capsys)
+
+
 @pytest.mark.parametrize(
     ("loss", "said"),
     [

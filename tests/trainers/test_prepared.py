@@ -1,5 +1,5 @@
-"""`prepare` and `export` around Hugging Face's Trainer: it learns, resumes, keeps its scales, and exports what it
-trained; what cannot work is refused before anything is trained."""
+"""`prepare` and `export` around Hugging Face's Trainer: it learns, resumes, exports what it trained with its scales;
+what cannot work is refused before anything is trained."""
 
 import copy
 import itertools
