@@ -5,6 +5,7 @@ and at the end the report's plots.
 """
 
 import importlib.util
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -70,16 +71,9 @@ def _wandb(job: Job) -> list[Any]:
         from lightning.pytorch.loggers import WandbLogger
     except ModuleNotFoundError as error:
         raise ConfigError(f"the job asks for wandb, which is not installed: pip install wandb ({error})") from error
-    # Said to the run, too: wandb reads its variables only once per process.
-    mode: dict[str, Any] = {"mode": "offline"} if job.wandb.offline else {}
-    logger = WandbLogger(
-        project=job.wandb.project,
-        name=job.name,
-        offline=job.wandb.offline,
-        save_dir=job.folder,
-        log_model=False,
-        **mode,
-    )
+    # Said to the run: wandb reads its variables once per process, and Lightning's `offline` sets one for all later runs.
+    mode = "offline" if job.wandb.offline else os.environ.get("WANDB_MODE", "online")
+    logger = WandbLogger(project=job.wandb.project, name=job.name, save_dir=job.folder, log_model=False, mode=mode)
     try:
         _ = logger.experiment
     except (wandb.Error, OSError) as error:

@@ -98,7 +98,7 @@ def test_ctrl_c_before_training_leaves_nothing_in_the_way(
 
     path = write(tmp_path, model, steps=2)
 
-    def interrupted(*args: Any) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
 

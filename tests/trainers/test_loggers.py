@@ -65,7 +65,8 @@ def _wandb_file(file: Path) -> tuple[dict[int, dict[str, float]], set[str]]:
         if record.WhichOneof("record_type") != "history":
             continue
         row = {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
-        pictures |= {key for key in row if key.startswith("plots/")}
+        keys = {i.key or i.nested_key[0] for i in record.history.item}  # an item per field of a picture, or one
+        pictures |= {key for key in keys if key.startswith("plots/")}
         if "trainer/global_step" in row:
             history.setdefault(row["trainer/global_step"], {}).update(row)
     return history, pictures

@@ -42,12 +42,12 @@ def test_a_disk_that_fills_while_metrics_are_written_loses_nothing_that_was_save
     path = write(tmp_path, model, runs=str(small_disk), **changes)
     filler = small_disk / "filler"
 
-    def filling(self: Any, trainer: Any, module: Any, step: int, real: Any = callbacks.StepLoop._row) -> Any:
+    def filling(self: Any, module: Any, step: int, real: Any = callbacks.StepLoop._row) -> Any:
         if step == 31:
             with pytest.raises(OSError, match="No space"), filler.open("wb", buffering=0) as file:
                 while True:
                     file.write(bytes(1024))
-        return real(self, trainer, module, step)
+        return real(self, module, step)
 
     with monkeypatch.context() as patch:
         patch.setattr(callbacks.StepLoop, "_row", filling)
