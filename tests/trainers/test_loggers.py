@@ -3,6 +3,7 @@
 import json
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,17 +60,28 @@ def _wandb_file(file: Path) -> tuple[dict[int, dict[str, float]], set[str]]:
 
     history: dict[int, dict[str, float]] = {}
     pictures = set()
-    for data in _records(file.read_bytes()):
+    for data in _records(_complete(file)):
         record: Any = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         if record.WhichOneof("record_type") != "history":
             continue
-        row = {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
-        keys = {i.key or i.nested_key[0] for i in record.history.item}  # an item per field of a picture, or one
-        pictures |= {key for key in keys if key.startswith("plots/")}
+        names = [item.key or item.nested_key[0] for item in record.history.item]
+        pictures |= {name for name in names if name.startswith("plots/")}
+        row = dict(zip(names, (json.loads(item.value_json) for item in record.history.item), strict=True))
         if "trainer/global_step" in row:
             history.setdefault(row["trainer/global_step"], {}).update(row)
     return history, pictures
+
+
+def _complete(file: Path) -> bytes:
+    """The file's content once wandb's own process, which outlives the run by a moment, no longer writes to it."""
+    data = b""
+    for _ in range(60):
+        before, data = data, file.read_bytes()
+        if data and data == before:
+            break
+        time.sleep(1)
+    return data
 
 
 def _records(data: bytes) -> Iterator[bytes]:
