@@ -71,7 +71,7 @@ def _wandb(job: Job) -> list[Any]:
         from lightning.pytorch.loggers import WandbLogger
     except ModuleNotFoundError as error:
         raise ConfigError(f"the job asks for wandb, which is not installed: pip install wandb ({error})") from error
-    # Said to the run: wandb reads its variables once per process, and Lightning's `offline` sets one for all later runs.
+    # Said to the run: wandb reads its variables once per process, and Lightning's `offline` sets one for later runs.
     mode = "offline" if job.wandb.offline else os.environ.get("WANDB_MODE", "online")
     logger = WandbLogger(project=job.wandb.project, name=job.name, save_dir=job.folder, log_model=False, mode=mode)
     try:
