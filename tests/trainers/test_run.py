@@ -220,7 +220,7 @@ def test_the_start_is_kept_when_training_only_hurts(tmp_path: Path, model: Path)
 
 def test_unavailable_strategy_is_refused_before_anything_is_written(tmp_path: Path, model: Path) -> None:
     job = load_job(write(tmp_path, model, strategy="deepspeed"))
-    with pytest.raises(UnsupportedError, match="ddp"):
+    with pytest.raises(UnsupportedError, match="fsdp"):
         train(job)
     assert not job.folder.exists()
 
