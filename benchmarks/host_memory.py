@@ -29,7 +29,8 @@ WHOLE = (32, 128_256)  # layers and vocabulary of the 8B model
 def resident() -> dict[str, int]:
     """Bytes that this process has in memory, by kind."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
-    return {name: 1024 * int(re.search(field + r":\s+(\d+)", status)[1]) for name, field in FIELDS.items()}  # type: ignore[index]
+    sizes = dict(re.findall(r"(\w+):\s+(\d+) kB", status))
+    return {name: 1024 * int(sizes[field]) for name, field in FIELDS.items()}
 
 
 @contextlib.contextmanager

@@ -225,13 +225,6 @@ def test_unavailable_strategy_is_refused_before_anything_is_written(tmp_path: Pa
     assert not job.folder.exists()
 
 
-def test_wandb_offline(tmp_path: Path, model: Path) -> None:
-    pytest.importorskip("wandb", reason="the wandb extra is not installed")
-    job = load_job(write(tmp_path, model, steps=2, wandb={"project": "qat-tests", "offline": True}))
-    train(job, table=False)
-    assert list((job.folder / "wandb").glob("offline-run-*/*.wandb"))
-
-
 def test_a_smoothed_student_of_a_larger_teacher_is_exported_as_it_was_trained(tmp_path: Path, model: Path) -> None:
     """Smoothing changes norms, which an export must carry; sizes and the first row are the trained model's own."""
     larger = tiny_model("llama", tmp_path / "teacher", seed=1, num_hidden_layers=3)
