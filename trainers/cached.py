@@ -29,7 +29,7 @@ from qat.trainers.forward import Head, hidden_states, split
 from qat.trainers.job import Job
 from qat.trainers.logitcache import VERSION, Store, TeacherCache, row_key
 from qat.trainers.packing import evaluating
-from qat.training.known import Known, drawn, likeliest
+from qat.training.known import Known, drawn, likeliest, thinned
 from qat.training.losses import IGNORE
 
 CHUNK = 256  # tokens whose logits exist at once
@@ -48,29 +48,30 @@ WORDS = {
 # --- whose cache it is ----------------------------------------------------------------------------
 
 
-def _identity(job: Job, tokenizer: Any) -> dict[str, Any]:
+def identity(job: Job, tokenizer: Any) -> dict[str, Any]:
     """What must not change; of a job whose models have fingerprints."""
     assert job.teacher_cache is not None
     template = json.dumps(tokenizer.chat_template, sort_keys=True)
+    asked = job.teacher_cache.remote
     return {
         "version": VERSION,
-        "teacher": (job.teacher or job.model).fingerprint,
+        "teacher": f"{asked.model} on a server" if asked else (job.teacher or job.model).fingerprint,
         "tokenizer": tokens.fingerprint(tokenizer),
         "template": hashlib.sha256(template.encode()).hexdigest(),
         "kind": job.teacher_cache.kind,
         "k": job.teacher_cache.k,
-        "seed": job.teacher_cache.seed if job.teacher_cache.kind == "sample" else None,
+        "seed": job.teacher_cache.seed if job.teacher_cache.kind != "topk" else None,
     }
 
 
-def _read(job: Job, tokenizer: Any) -> Store:
+def stored(job: Job, tokenizer: Any) -> Store:
     """The cache of a job.
 
     Raises:
         ConfigError: it is another teacher's, or was filled with other settings.
     """
     assert job.teacher_cache is not None
-    now = _identity(job, tokenizer)
+    now = identity(job, tokenizer)
     if (folder := job.teacher_cache.folder) is None:
         named = [now[name] for name in ("version", "teacher", "kind", "k", "seed")]
         folder = cache_folder("teachers") / hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
@@ -100,7 +101,7 @@ def opened(job: Job, tokenizer: Any) -> Store | None:
     """
     if job.teacher_cache is None:
         return None
-    store = _read(job, tokenizer)
+    store = stored(job, tokenizer)
     if not store.header:
         raise DataError(f"there is no cache of the teacher in {store.folder}; fill it first: qat teacher CONFIG")
     return store
@@ -151,26 +152,38 @@ def bound(job: Job, store: Store, texts: dict[str, Blocks], student: Any) -> Tau
             f"the student has {rows} logits, and the cache {store.folder} was filled for one of {store.vocabulary}; "
             "fill another folder with this job: teacher_cache.folder=..."
         )
-    missing = []
-    keys = _keys(texts[TRAINED]) if job.objective.needs_teacher else []
-    if lost := _missing(store, keys):
-        missing.append(f"{len(lost):,} of the {len(keys):,} rows of data (the first is row {lost[0]})")
-    missing += [key for key in EVALUATED if key in job.texts and not store.has_heldout(texts[key].digest)]
-    if missing:
+    lacks = []
+    keys = keys_of(texts[TRAINED]) if job.objective.needs_teacher else []
+    if lost := missing(store, keys):
+        lacks.append(f"{len(lost):,} of the {len(keys):,} rows of data (the first is row {lost[0]})")
+    lacks += [key for key in EVALUATED if key in job.texts and not _heard(job, store, texts[key])]
+    if lacks:
         raise DataError(
-            f"the teacher's cache {store.folder} lacks {' and '.join(missing)}{_text_changes(job, store)}; "
+            f"the teacher's cache {store.folder} lacks {' and '.join(lacks)}{_text_changes(job, store)}; "
             "what is missing is added by: qat teacher CONFIG, with the same file and keys"
         )
     return Taught(store, keys)
 
 
+def _heard(job: Job, store: Store, blocks: Blocks) -> bool:
+    """Whether the teacher was asked about a text that is evaluated on."""
+    if remote(job):
+        return not missing(store, keys_of(blocks))
+    return store.has_heldout(blocks.digest)
+
+
+def remote(job: Job) -> bool:
+    """Whether a server says what the teacher thinks."""
+    return job.teacher_cache is not None and job.teacher_cache.remote is not None
+
+
 def _text_changes(job: Job, store: Store) -> str:
     """How the texts differ from those of the last filling."""
-    changed = differences(store.header.get("texts", {}), _settings(job))
+    changed = differences(store.header.get("texts", {}), settings(job))
     return f" (since it was filled, {'; '.join(changed)})" if changed else ""
 
 
-def _settings(job: Job) -> dict[str, Any]:
+def settings(job: Job) -> dict[str, Any]:
     """Of the texts, and how many tokens of them are read."""
     return {
         key: {**json.loads(config.model_dump_json()), "tokens wanted": wanted}
@@ -179,7 +192,8 @@ def _settings(job: Job) -> dict[str, Any]:
     }
 
 
-def _keys(blocks: Blocks) -> list[bytes]:
+def keys_of(blocks: Blocks) -> list[bytes]:
+    """What the rows of a text are found by."""
     return [row_key(row) for row in counted(blocks.array(), "looking rows up", len(blocks), "rows")]
 
 
@@ -188,6 +202,11 @@ def evaluators(job: Job, parts: Any) -> tuple[Evaluator, Evaluator]:
     if parts.taught is not None:
         now, then = _computed(parts.device, parts.dtype), parts.taught.store.header.get("computed in")
         note = f"the teacher was asked in {then}, and this run computes in {now}: its KL includes that rounding"
+        if remote(job):
+            note = (
+                f"KL and top-1 agreement are with {then}, over its {job.teacher_cache.k} likeliest tokens and all "
+                "others as one: a lower bound"
+            )
         limits.warn([note] * (now != then))
     reporting = _evaluator(job, parts, parts.heldout)
     if not parts.chosen_apart:
@@ -203,7 +222,10 @@ def _computed(device: torch.device, dtype: torch.dtype | None) -> str:
 
 def _evaluator(job: Job, parts: Any, blocks: Blocks) -> Evaluator:
     made = Evaluator(parts.teacher, blocks, job.eval.batch, parts.device, parts.dtype, parts.ranks)
-    if parts.taught is not None:
+    if remote(job):
+        store, keys = parts.taught.store, keys_of(blocks)
+        made.teacher_says = lambda rows: store.columns([keys[row] for row in rows])
+    elif parts.taught is not None:
         head, hidden = parts.taught.store.heldout(blocks.digest, parts.device)
         rows = hidden.view(len(blocks), blocks.seq_len, -1)
         made.teacher_head, made.teacher_hidden = head, [rows[part].flatten(0, 1) for part in made.own_rows()]
@@ -262,39 +284,40 @@ def fill(
         TrainingError: the teacher computes NaN.
     """
     begin = time.monotonic()
-    store = _read(job, tokenizer)
+    store = stored(job, tokenizer)
     limits.warn(limits.check_lengths(job, teacher))
     limits.check_packing(job, teacher)
     wanted = {key: job.texts[key] for key in (TRAINED, *EVALUATED) if key in job.texts}
     texts = {key: load_blocks(c, tokenizer, num_tokens=n, teacher=teacher) for key, (c, n) in wanted.items()}
     limits.check_rows(tokenizer, texts, teacher)
-    keys = _keys(texts[TRAINED]) if job.objective.needs_teacher else []
-    missing = _missing(store, keys)
+    keys = keys_of(texts[TRAINED]) if job.objective.needs_teacher else []
+    wanting = missing(store, keys)
     with store.writing() as writer:
         head = _head(job, teacher, store)
-        now = {"vocabulary": head.vocabulary, "texts": _settings(job), "computed in": _computed(device, dtype)}
-        store.header |= {**_identity(job, tokenizer), **now, "weights": writer_of_text or store.writer}
+        now = {"vocabulary": head.vocabulary, "texts": settings(job), "computed in": _computed(device, dtype)}
+        store.header |= {**identity(job, tokenizer), **now, "weights": writer_of_text or store.writer}
         store.keep_header()
         for key in EVALUATED:
             if key in texts and not store.has_heldout(texts[key].digest):
                 read = Evaluator(teacher, texts[key], job.eval.batch, device, dtype)
                 assert read.teacher_head is not None
                 store.keep_heldout(texts[key].digest, torch.cat(read.teacher_hidden), read.teacher_head)
-        with evaluating(teacher), progress("asking the teacher", len(missing), "rows") as advance:
-            for start in range(0, len(missing), job.micro_rows):
-                part = missing[start : start + job.micro_rows]
+        with evaluating(teacher), progress("asking the teacher", len(wanting), "rows") as advance:
+            for start in range(0, len(wanting), job.micro_rows):
+                part = wanting[start : start + job.micro_rows]
                 for row, known in zip(part, _said(job, teacher, head, texts[TRAINED], part, keys, dtype), strict=True):
                     writer.add(keys[row], known)
                 advance(len(part))
-    return _filled(store, len(keys), len(missing), time.monotonic() - begin)
+    return filled(store, len(keys), len(wanting), time.monotonic() - begin)
 
 
-def _missing(store: Store, keys: list[bytes]) -> list[int]:
+def missing(store: Store, keys: list[bytes]) -> list[int]:
     """The rows that are not there."""
     return [row for row, key in enumerate(keys) if key not in store.places]
 
 
-def _filled(store: Store, rows: int, asked: int, seconds: float) -> Filled:
+def filled(store: Store, rows: int, asked: int, seconds: float) -> Filled:
+    """A folder as it is now."""
     learned = sum(int(columns["starts"][-1]) for columns in store.shards)
     stored = sum(array.nbytes for columns in store.shards for array in columns.values())
     return Filled(store.folder, rows, asked, learned, stored / max(1, learned), store.nbytes, seconds)
@@ -328,18 +351,16 @@ def _said(
             read = states[targets != IGNORE]
             generator = torch.Generator(device).manual_seed(_seed(job.teacher_cache, keys[row]))
             parts = [_columns(head(part), job.teacher_cache, generator) for part in read.split(CHUNK)]
-            ids, log_p = (torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "log_p"))
-            tails = [part.tail for part in parts if part.tail is not None]
-            if bool(log_p.isnan().any()):
+            found.append(Known(*(None if column[0] is None else torch.cat(column) for column in zip(*parts))))
+            if bool(found[-1].log_p.isnan().any()):
                 raise TrainingError(f"the teacher computes NaN for row {row} of data")
-            found.append(Known(ids, log_p, torch.cat(tails) if tails else None))
     return found
 
 
 def _columns(logits: Tensor, config: TeacherCache, generator: torch.Generator) -> Known:
     if config.kind == "topk":
         return likeliest(logits, config.k)
-    return drawn(logits, config.k, generator)
+    return (drawn if config.kind == "sample" else thinned)(logits, config.k, generator)
 
 
 def _seed(config: TeacherCache, key: bytes) -> int:

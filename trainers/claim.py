@@ -246,6 +246,8 @@ def _comparable(job: Job) -> dict[str, Any]:
                 part["source"] = "a local text"
     if data["teacher_cache"]:
         del data["teacher_cache"]["folder"]
+        remote = data["teacher_cache"].pop("remote", None)  # an address and the pace may change
+        data["teacher_cache"] |= {"remote": {"model": remote["model"]}} if remote else {}
     for model in (data["model"], data["teacher"]):
         if model and Path(model["id"]).is_absolute():
             model["id"] = "a local model"

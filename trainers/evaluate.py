@@ -6,7 +6,7 @@ forward pass of the student plus the teacher's head.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from qat.trainers.forward import Head, hidden_states, split
 from qat.trainers.packing import Batch, evaluating
 from qat.trainers.sources import overlapping
 from qat.trainers.strategy import ALONE, Ranks
+from qat.training.known import Known, known_rows
 from qat.training.losses import IGNORE
 
 CHUNK = 512  # tokens whose logits exist at once
@@ -112,6 +113,7 @@ class Evaluator:
         self.blocks, self.batch, self.device, self.dtype = blocks, batch, torch.device(device), dtype
         self.teacher, self.teacher_head = teacher, None
         self.teacher_hidden: list[Tensor] = []
+        self.teacher_says: Callable[[list[int]], Known] | None = None  # of rows, where it is not known whole
         if teacher is not None:
             self.teacher_head = split(teacher)
             with evaluating(teacher):
@@ -146,9 +148,11 @@ class Evaluator:
         head = split(model)
         for index, (hidden, targets) in enumerate(self._hidden(model, what)):
             keep = (targets != IGNORE).nonzero().squeeze(1)
-            teacher = None
+            teacher: Tensor | Known | None = None
             if self.teacher_head is not None:
                 teacher = self.teacher_hidden[index].to(self.device)[keep]
+            elif self.teacher_says is not None:
+                teacher = self.teacher_says(self.own_rows()[index]).to(self.device)
             sums += self._sums(head, hidden[keep], teacher, targets[keep]).cpu()
             count += len(keep)
         return torch.cat([sums, torch.tensor([count])])
@@ -171,15 +175,21 @@ class Evaluator:
             return batch, hidden_states(model, batch)
 
     @torch.no_grad()
-    def _sums(self, head: Head, hidden: Tensor, teacher: Tensor | None, targets: Tensor) -> Tensor:
+    def _sums(self, head: Head, hidden: Tensor, teacher: Tensor | Known | None, targets: Tensor) -> Tensor:
         total = torch.zeros(3, dtype=torch.float64, device=hidden.device)
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
             with self._autocast():
                 logits = head(hidden[part])
-                reference = None if self.teacher_head is None or teacher is None else self.teacher_head(teacher[part])
+                whole = self.teacher_head is not None and isinstance(teacher, Tensor)
+                reference = self.teacher_head(teacher[part]) if whole else None
             log_q = logits.float().log_softmax(-1)
             total[0] -= log_q.gather(1, targets[part, None]).double().sum()
+            if isinstance(teacher, Known):
+                known = teacher.part(part)
+                total[2] += (known.ids[:, 0] == log_q.argmax(-1)).sum()
+                total[1] += known_rows(log_q, known).double().sum()
+                continue
             if reference is None:
                 total[1:] = math.nan
                 continue

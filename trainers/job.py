@@ -108,7 +108,7 @@ class Job(Strict):
         if self.method == "qad" and self.loss is not None and not self.loss.needs_teacher:
             raise ValueError(f"method qad imitates a teacher, but loss {self.loss.kind} ignores it; use method: qat")
         cache = self.teacher_cache
-        if cache is not None and (beyond := self.objective.beyond(cache.kind == "sample", cache.k)):
+        if cache is not None and (beyond := self.objective.beyond(cache.kind != "topk", cache.k)):
             raise ValueError(f"{beyond}; or leave teacher_cache out")
         moving = [step.kind for step in self.scheme.init if step.moves_stream]
         beside: float = getattr(self.loss, "hidden", 0.0)

@@ -4,7 +4,7 @@ A folder holds
 
     teacher.json                 whose probabilities these are (`identity`), and of which texts
     rows-<hash>.safetensors      columns of some rows: keys, starts, and per learned token ids (int32), log_p (float16)
-                                 and, unless they were drawn, tail (float32); memory-mapped when read
+                                 and, by kind, tail or step (float32); memory-mapped when read
     heldout-<hash>.safetensors   the teacher's final hidden states of a text that is evaluated on
     head.safetensors             its output layer, with which they become its logits
 
@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from filelock import FileLock, Timeout
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from safetensors import safe_open
 from safetensors.numpy import save as save_arrays
 from safetensors.torch import save as save_tensors
@@ -38,12 +38,14 @@ from qat.config import Strict, write_text_atomic
 from qat.errors import CheckpointError, DataError
 from qat.trainers.forward import Head
 from qat.trainers.packing import Row
+from qat.trainers.remote import Remote
 from qat.training.known import Known
 
 VERSION = 1
 HEADER, HEAD = "teacher.json", "head.safetensors"
 KEY_BYTES = 16
 SHARD_BYTES, SHARD_SECONDS = 1 << 27, 60.0  # a shard is written when it has so many, or so much work would be lost
+_STORED = {"ids": torch.int32, "log_p": torch.float16, "tail": torch.float32, "step": torch.float32}
 _TYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "F16": np.float16, "F32": np.float32}
 
 Array = npt.NDArray[Any]
@@ -53,17 +55,32 @@ class TeacherCache(Strict):
     """Train on what a teacher said earlier, without the teacher (`qat teacher CONFIG` asks it).
 
     Attributes:
-        kind: `topk` keeps the likeliest tokens and the mass of the rest: a lower bound of the loss. `sample` keeps
-            tokens drawn from the teacher's distribution: noisier, and unbiased.
+        kind: `hybrid` keeps the likeliest tokens and some of the others, drawn: the loss is unbiased. `topk` keeps the
+            likeliest and the mass of the rest: a lower bound of the loss. `sample` keeps tokens drawn from the
+            teacher's whole distribution: unbiased, and noisier than `hybrid`.
         k: tokens kept at each position, 6 bytes each.
         seed: of the drawing.
         folder: where; by default a folder of qat's cache that is named after teacher and settings.
+        remote: a server that is asked instead of weights on this machine; it says `topk`.
     """
 
-    kind: Literal["topk", "sample"] = "topk"
+    kind: Literal["hybrid", "topk", "sample"] = "hybrid"
     k: int = Field(default=64, ge=1)
     seed: int = Field(default=0, ge=0, lt=1 << 32)
     folder: Path | None = None
+    remote: Remote | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_servers_say(cls, given: Any) -> Any:
+        return {"kind": "topk", **given} if isinstance(given, dict) and given.get("remote") is not None else given
+
+    @model_validator(mode="after")
+    def _sayable(self) -> "TeacherCache":
+        if self.remote is not None and self.kind != "topk":
+            raise ValueError(f"kind {self.kind} draws from all of the teacher's tokens, of which a server says the "
+                             "likeliest; use kind: topk, or leave remote out")  # fmt: skip
+        return self
 
     @field_validator("folder")
     @classmethod
@@ -73,7 +90,7 @@ class TeacherCache(Strict):
     @property
     def bytes_per_token(self) -> int:
         """Of a learned position; what a row takes beside that (its key) is 24 bytes."""
-        return 6 * self.k + 4 * (self.kind == "topk")
+        return 6 * self.k + 4 * (self.kind != "sample")
 
 
 def row_key(row: Row) -> bytes:
@@ -181,7 +198,7 @@ class Store:
 
     def columns(self, keys: list[bytes]) -> Known:
         """Of the learned tokens of these rows, one after the other, as they are stored."""
-        found: dict[str, list[Array]] = {name: [] for name in ("ids", "log_p", "tail")}
+        found: dict[str, list[Array]] = {name: [] for name in Known._fields}
         for key in keys:
             shard, number = self.places[key]
             columns = self.shards[shard]
@@ -189,9 +206,9 @@ class Store:
             for name, arrays in found.items():
                 if name in columns:
                     arrays.append(columns[name][begin:end])
-        ids, log_p, tail = (torch.from_numpy(np.concatenate(a)) if a else None for a in found.values())
+        ids, log_p, tail, step = (torch.from_numpy(np.concatenate(a)) if a else None for a in found.values())
         assert ids is not None and log_p is not None
-        return Known(ids, log_p, tail)
+        return Known(ids, log_p, tail, step)
 
     @contextmanager
     def writing(self) -> Iterator["Writer"]:
@@ -277,11 +294,10 @@ class Writer:
     def add(self, key: bytes, known: Known) -> None:
         """One row: the columns of its learned tokens."""
         row: dict[str, Array] = {
-            "ids": known.ids.to(torch.int32).cpu().numpy(),
-            "log_p": known.log_p.to(torch.float16).cpu().numpy(),
+            name: column.to(_STORED[name]).cpu().numpy()
+            for name, column in known._asdict().items()
+            if column is not None
         }
-        if known.tail is not None:
-            row["tail"] = known.tail.to(torch.float32).cpu().numpy()
         self._keys.append(key)
         self._rows.append(row)
         self._bytes += sum(array.nbytes for array in row.values())

@@ -19,6 +19,7 @@ from qat.trainers.cached import Filled, fill
 from qat.trainers.data import Blocks, load_blocks
 from qat.trainers.job import Job
 from qat.trainers.machine import repeatable
+from qat.trainers.remote_cache import fill_remote
 from qat.trainers.teacher import settled
 
 SAMPLES = 3  # documents of each text that are shown
@@ -100,12 +101,14 @@ def write(job: Job) -> list[Written | Filled]:
         raise ConfigError(
             "no text of this job is written by its teacher; set data.source=teacher, or a mix with a part of it, as "
             "mix: [{share: 0.7, source: teacher, generate: {chats: 0.5}}, {share: 0.3, source: FILE}]; and no cache of "
-            "it is asked for: teacher_cache={kind: topk, k: 64}"
+            "it is asked for: teacher_cache={k: 64}"
         )
     claim.check_there(job)
     job, _ = settled(job)
     job, source, reference = claim.located(job)
     tokenizer = load_tokenizer(source, job.model.trust_remote_code)
+    if job.teacher_cache is not None and job.teacher_cache.remote is not None:
+        return [fill_remote(job, tokenizer)]
     device, mixed = device_and_mixed(job)
     repeatable(device)
     if job.teacher is not None:

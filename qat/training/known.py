@@ -1,15 +1,18 @@
 """The loss against a teacher of whom only some columns are known, as a cache on disk or a server tells them.
 
-With q the student's probabilities and S the known columns of a token, two kinds:
+With q the student's probabilities and S the known columns of a token, three kinds:
 
     the k likeliest and the mass r of the rest (its tail)   sum_S p log(p / q) + r log(r / q_rest)
                                                             gradient: q - p on S, q (1 - r / q_rest) elsewhere
     n columns drawn from p, with replacement                mean_S log(p / q)
                                                             gradient: q - (how often a column was drawn) / n
+    the likeliest as they are and some of the others,       sum_S w log(p / q), w = max(p, step)
+    drawn with probability p / step                         gradient: q - w
 
 The first is a lower bound of KL(p || q), 0 only where both agree on S and on the rest's mass, and grows into it with k;
-leaving the rest out and renormalising would teach the student too much confidence. The second is an estimate of KL(p ||
-q) whose mean, and whose gradient's mean, is exact (sparse logit sampling, arXiv 2503.16870).
+leaving the rest out and renormalising would teach the student too much confidence. The others are estimates of KL(p ||
+q) whose means, and whose gradients' means, are exact: by sparse logit sampling (arXiv 2503.16870), and by sampling
+whose inclusion probabilities are min(1, p / step), which of all with k columns has the least variance sum p^2 / pi.
 
 As in `qat.training.rows` the gradient is a closed form that overwrites the student's logits.
 """
@@ -20,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-IDS, LOG_P, TAIL = "teacher_ids", "teacher_log_p", "teacher_tail"  # what a batch calls the columns
+# What a batch calls the columns.
+IDS, LOG_P, TAIL, STEP = "teacher_ids", "teacher_log_p", "teacher_tail", "teacher_step"
 
 
 class Known(NamedTuple):
@@ -29,25 +33,38 @@ class Known(NamedTuple):
     Attributes:
         ids: (tokens, k), the columns; the likeliest first, or as drawn.
         log_p: (tokens, k), their log-probabilities.
-        tail: (tokens,), the mass of all other columns; None where the columns were drawn.
+        tail: (tokens,), the mass of all other columns; None where columns were drawn.
+        step: (tokens,), of which every drawn column stands for so much mass; columns with less probability are the
+            drawn ones. None where all were drawn, or none.
     """
 
     ids: Tensor
     log_p: Tensor
     tail: Tensor | None
+    step: Tensor | None = None
 
     def part(self, part: slice) -> "Known":
         """Some of the tokens."""
-        return Known(self.ids[part], self.log_p[part], None if self.tail is None else self.tail[part])
+        return Known(*(None if column is None else column[part] for column in self))  # type: ignore[arg-type]  # ids
+
+    def to(self, device: torch.device) -> "Known":
+        """On another device."""
+        return Known(*(None if column is None else column.to(device) for column in self))  # type: ignore[arg-type]  # ids
 
     def widened(self, dtype: torch.dtype) -> "Known":
         """In the dtype of the arithmetic. What rounding took from the likeliest is made up for, since their mass is
-        known: 1 - tail."""
+        known: 1 - tail, or what the drawn ones leave."""
         ids, log_p = self.ids.long(), self.log_p.to(dtype)
-        if self.tail is None:
+        if self.tail is not None:
+            tail = self.tail.to(dtype)
+            return Known(ids, log_p + (torch.log1p(-tail) - log_p.logsumexp(-1))[:, None], tail)
+        if self.step is None:
             return Known(ids, log_p, None)
-        tail = self.tail.to(dtype)
-        return Known(ids, log_p + (torch.log1p(-tail) - log_p.logsumexp(-1))[:, None], tail)
+        step = self.step.to(dtype)
+        drawn = log_p.exp() < step[:, None]
+        likely = log_p.masked_fill(drawn, -torch.inf).logsumexp(-1)
+        mass = torch.log1p(-(drawn.sum(-1) * step).clamp_max(1.0))
+        return Known(ids, torch.where(drawn, log_p, log_p + (mass - likely)[:, None]), None, step)
 
     def first(self, k: int) -> "Known":
         """Only the `k` likeliest; the others' mass goes to the tail."""
@@ -56,12 +73,13 @@ class Known(NamedTuple):
 
     def named(self) -> dict[str, Tensor]:
         """As entries of a batch."""
-        return {IDS: self.ids, LOG_P: self.log_p} | ({} if self.tail is None else {TAIL: self.tail})
+        named = zip((IDS, LOG_P, TAIL, STEP), self, strict=True)
+        return {name: column for name, column in named if column is not None}
 
 
 def known_in(batch: dict[str, Tensor]) -> Known | None:
     """The entries that `Known.named` made, if any."""
-    return Known(batch[IDS], batch[LOG_P], batch.get(TAIL)) if IDS in batch else None
+    return Known(batch[IDS], batch[LOG_P], batch.get(TAIL), batch.get(STEP)) if IDS in batch else None
 
 
 def likeliest(logits: Tensor, k: int) -> Known:
@@ -78,6 +96,31 @@ def drawn(logits: Tensor, n: int, generator: torch.Generator) -> Known:
     return Known(ids, log_p.gather(-1, ids), None)
 
 
+def thinned(logits: Tensor, k: int, generator: torch.Generator) -> Known:
+    """`k` columns of each row of a teacher's logits: the likeliest for certain, the others with probability p / step,
+    by one random number per row and equal steps through their sum (systematic sampling), so that none comes twice.
+
+    How many are certain is each row's own: those that are at least what an equal share of the rest would be.
+    """
+    log_p = _log_softmax(logits)
+    k = min(k, log_p.shape[-1])
+    top, likely = log_p.topk(k, dim=-1)
+    p, best = log_p.double().exp(), top.double().exp()
+    places = torch.arange(k, device=p.device)
+    beyond = p.scatter(-1, likely, 0.0).sum(-1, keepdim=True)
+    shares = (best.flip(-1).cumsum(-1).flip(-1) + beyond) / (k - places)  # if those before are certain
+    count = (best <= shares).int().argmax(-1, keepdim=True)  # the last always is
+    certain = places < count
+    sums = p.scatter_(-1, likely, best.masked_fill(certain, 0.0)).cumsum(-1)
+    whole = sums[:, -1:]
+    start = torch.rand(len(p), 1, generator=generator, dtype=p.dtype, device=p.device)
+    points = (places - count + start).clamp_min_(0.0) / (k - count) * whole
+    found = torch.searchsorted(sums, points, right=True).clamp_max_(p.shape[-1] - 1)
+    ids = torch.where(certain, likely, found)
+    nothing = (whole == 0) & ~certain  # is left to draw from
+    return Known(ids, log_p.gather(-1, ids).masked_fill(nothing, -torch.inf), None, (whole / (k - count))[:, 0].to(log_p.dtype))
+
+
 def known_rows(student_logits: Tensor, known: Known) -> Tensor:
     """Loss per row (tokens,), at least float32; **overwrites the student's logits with the gradient of the sum**.
 
@@ -86,10 +129,14 @@ def known_rows(student_logits: Tensor, known: Known) -> Tensor:
         known: of the same tokens.
     """
     log_q = _log_softmax(student_logits)
-    ids, log_p, tail = known.widened(log_q.dtype)
+    ids, log_p, tail, step = known.widened(log_q.dtype)
     log_q_known = log_q.gather(-1, ids)
     q = log_q.exp_()
-    if tail is None:
+    if step is not None:
+        weight = log_p.exp().maximum(step[:, None])
+        loss = torch.where(weight > 0, weight * (log_p - log_q_known), 0.0).sum(-1)
+        q.scatter_add_(-1, ids, -weight)
+    elif tail is None:
         loss = (log_p - log_q_known).mean(-1)
         q.scatter_add_(-1, ids, torch.full_like(log_p, -1 / ids.shape[-1]))
     else:

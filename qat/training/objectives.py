@@ -188,7 +188,10 @@ class TopKL(_Distillation):
     def beyond(self, sampled: bool, k: int | None = None) -> str | None:
         """See `_Loss`."""
         if sampled:
-            return "loss top_kl needs the teacher's likeliest tokens, and the cache holds drawn ones; use forward_kl"
+            return (
+                "loss top_kl needs the teacher's likeliest tokens, and the cache holds drawn ones; use forward_kl, or "
+                "teacher_cache.kind: topk"
+            )
         if k is not None and self.k > k:
             return f"loss top_kl needs the {self.k} likeliest tokens, and the cache holds {k}; use loss.k={k} or less"
         return self._more_than_columns(self.temperature)

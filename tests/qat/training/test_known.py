@@ -1,11 +1,13 @@
 """A teacher of whom some columns are known, against autograd of the definition over whole rows in float64."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from qat.errors import UnsupportedError
-from qat.training.known import Known, drawn, known_in, known_rows, likeliest
+from qat.training.known import Known, drawn, known_in, known_rows, likeliest, thinned
 from qat.training.losses import IGNORE, chunked
 from qat.training.objectives import (
     ConfidenceAwareKL,
@@ -18,6 +20,7 @@ from qat.training.objectives import (
 )
 
 TOKENS, VOCABULARY, HIDDEN = 24, 33, 8
+Draw = Callable[[Tensor, int, torch.Generator], Known]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -40,7 +43,8 @@ def bucket(student: Tensor, teacher: Tensor, k: int) -> Tensor:
 
 def sampled(student: Tensor, known: Known) -> Tensor:
     """By the definition: each drawn column on its own."""
-    return (known.log_p - student.log_softmax(-1).gather(-1, known.ids)).mean(-1)
+    terms = known.log_p - student.log_softmax(-1).gather(-1, known.ids)
+    return terms.mean(-1) if known.step is None else (known.log_p.exp().maximum(known.step[:, None]) * terms).sum(-1)
 
 
 def found(student: Tensor, known: Known) -> tuple[Tensor, Tensor]:
@@ -71,17 +75,20 @@ def test_with_all_columns_it_is_the_whole_divergence() -> None:
 
 def test_no_loss_and_no_gradient_where_the_student_is_the_teacher() -> None:
     _, teacher = pair()
-    for known in (likeliest(teacher, 5), drawn(teacher, 5, torch.Generator().manual_seed(0))):
+    generator = torch.Generator().manual_seed(0)
+    for known in (likeliest(teacher, 5), drawn(teacher, 5, generator), thinned(teacher, 5, generator)):
         value, written = found(teacher + 3.0, known)
         assert value.abs().max() < 1e-12
         if known.tail is not None:
             assert written.abs().max() < 1e-12
 
 
-def test_one_drawing_is_a_cross_entropy_with_its_counts() -> None:
+@pytest.mark.parametrize("draw", [drawn, thinned])
+def test_one_drawing_is_a_cross_entropy_with_its_weights(draw: Draw) -> None:
     student, teacher = pair()
-    known = drawn(teacher, 40, torch.Generator().manual_seed(3))
-    assert (known.ids.sort(-1).values.diff(dim=-1) == 0).any()  # some are drawn more than once
+    known = draw(teacher, 20, torch.Generator().manual_seed(3))
+    if draw is drawn:
+        assert (known.ids.sort(-1).values.diff(dim=-1) == 0).any()  # some are drawn more than once
     leaf = student.clone().requires_grad_()
     expected = sampled(leaf, known)
     (gradient,) = torch.autograd.grad(expected.sum(), leaf)
@@ -90,14 +97,15 @@ def test_one_drawing_is_a_cross_entropy_with_its_counts() -> None:
     torch.testing.assert_close(written, gradient, rtol=1e-9, atol=1e-12)
 
 
-def test_drawings_are_right_on_average() -> None:
+@pytest.mark.parametrize("draw", [drawn, thinned])
+def test_drawings_are_right_on_average(draw: Draw) -> None:
     """Value and gradient over many drawings, in standard errors of their mean; renormalised top-k fails this."""
     student, teacher = (given[:4] for given in pair())
     logits = student.clone()
     exact, n, repeats = ForwardKL().replace(logits, teacher, torch.zeros(4)), 4, 4000
     generator = torch.Generator().manual_seed(0)
     wide = [tensor.repeat(repeats, 1) for tensor in (student, teacher)]
-    value, gradient = found(wide[0], drawn(wide[1], n, generator))
+    value, gradient = found(wide[0], draw(wide[1], n, generator))
     for draws, truth in ((value.view(repeats, 4), exact), (gradient.view(repeats, 4, -1), logits)):
         error = (draws.mean(0) - truth).abs()
         deviation = draws.std(0) / repeats**0.5
@@ -105,6 +113,84 @@ def test_drawings_are_right_on_average() -> None:
     top = likeliest(teacher, n)
     biased = Known(top.ids, top.log_p, torch.zeros(4))  # `widened` gives the tail's mass to the top
     assert (found(student, biased)[1] - logits).abs().max() > 0.02
+
+
+def certain_by_search(p: list[float], k: int) -> int:
+    """By the definition: the fewest of the likeliest, so that no other is more than its share of the rest."""
+    ranked = sorted(p, reverse=True)
+    return next(e for e in range(k) if ranked[e] <= sum(ranked[e:]) / (k - e))
+
+
+@pytest.mark.parametrize("k", [2, 7, 20])
+def test_the_likeliest_are_certain_and_every_drawn_one_stands_for_a_step(k: int) -> None:
+    _, teacher = pair()
+    p, known = teacher.softmax(-1), thinned(teacher, k, torch.Generator().manual_seed(5))
+    assert known.step is not None and known.ids.shape == (TOKENS, k)
+    assert (known.ids.sort(-1).values.diff(dim=-1) > 0).all()  # none twice
+    assert torch.equal(known.log_p, teacher.log_softmax(-1).gather(-1, known.ids))
+    counts = set()
+    for row in range(TOKENS):
+        count = certain_by_search(p[row].tolist(), k)
+        assert set(known.ids[row, :count].tolist()) == set(p[row].topk(count).indices.tolist())
+        rest = 1 - p[row].topk(count).values.sum()
+        assert known.step[row] == pytest.approx(float(rest) / (k - count), rel=1e-6)
+        counts.add(count)
+    assert len(counts) > 1 or k == 2
+
+
+def test_how_often_a_column_is_drawn_is_its_probability_over_the_step() -> None:
+    logits = (2 * normal(1, 12, seed=4)).double()
+    p, repeats, k = logits.softmax(-1)[0], 20000, 5
+    known = thinned(logits.repeat(repeats, 1), k, torch.Generator().manual_seed(1))
+    often = torch.bincount(known.ids.flatten(), minlength=12) / repeats
+    expected = (p / p.new_tensor(known.step[0].item())).clamp(max=1.0)
+    assert 0 < int((expected == 1).sum()) < k
+    assert ((often - expected).abs() <= 5 * (expected * (1 - expected) / repeats).sqrt() + 1e-7).all()
+
+
+def test_with_all_columns_nothing_is_left_to_chance() -> None:
+    student, teacher = pair()
+    exact = student.clone()
+    value = ForwardKL().replace(exact, teacher, torch.zeros(TOKENS))
+    found_value, gradient = found(student, thinned(teacher, 1000, torch.Generator()))
+    torch.testing.assert_close(found_value, value)
+    torch.testing.assert_close(gradient, exact)
+
+
+def test_of_a_row_with_fewer_columns_than_are_kept_nothing_is_drawn() -> None:
+    student, teacher = (given[:4] for given in pair())
+    teacher[:, 4:] = -torch.inf
+    known = thinned(teacher, 9, torch.Generator().manual_seed(0))
+    assert known.step is not None and not known.step.any()
+    exact = student.clone()
+    value = ForwardKL().replace(exact, teacher, torch.zeros(4))
+    for kept in (known, Known(known.ids.int(), known.log_p.half(), None, known.step.float())):
+        found_value, gradient = found(student, kept)
+        torch.testing.assert_close(found_value, value, rtol=1e-3, atol=0)
+        torch.testing.assert_close(gradient, exact, rtol=0, atol=1e-3)
+    assert len(thinned(teacher[:0], 9, torch.Generator()).ids) == 0  # no token is learned
+
+
+def test_drawing_the_rest_alone_is_nearer_than_drawing_all() -> None:
+    """At one number of columns: the variance of the gradient."""
+    student, teacher = pair()
+    exact, repeats = student.clone(), 200
+    ForwardKL().replace(exact, teacher, torch.zeros(TOKENS))
+    errors = []
+    for draw in (drawn, thinned):
+        many = [given.repeat(repeats, 1) for given in (student, teacher)]
+        gradient = found(many[0], draw(many[1], 8, torch.Generator().manual_seed(2)))[1].view(repeats, TOKENS, -1)
+        errors.append((gradient - exact).square().sum((1, 2)).mean())
+    assert errors[1] < errors[0] / 4
+
+
+def test_rounding_keeps_the_masses_of_what_was_drawn() -> None:
+    student, teacher = pair()
+    known = thinned(teacher, 9, torch.Generator().manual_seed(0))
+    stored = Known(known.ids.int(), known.log_p.half(), None, known.step)
+    (value, gradient), (exact, truth) = found(student, stored), found(student, known)
+    assert (value - exact).abs().max() < 4e-3 and (gradient - truth).abs().max() < 1e-3
+    assert (gradient.sum(-1).abs() < 1e-6).all()
 
 
 def test_rounding_keeps_the_masses() -> None:
@@ -144,7 +230,7 @@ def test_fewer_columns_than_there_are_give_the_same_as_top_kl() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 1000])
-@pytest.mark.parametrize("kind", ["topk", "sample"])
+@pytest.mark.parametrize("kind", ["topk", "sample", "hybrid"])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_chunks_equal_whole_rows(chunk: int, kind: str, mixed: bool) -> None:
     """Hidden states and head get the gradients of the definition over the tokens that count; a mixture's, too."""
@@ -153,7 +239,8 @@ def test_chunks_equal_whole_rows(chunk: int, kind: str, mixed: bool) -> None:
     targets = torch.randint(0, VOCABULARY, (2, TOKENS // 2))
     targets[0, :5], targets[1, 3] = IGNORE, IGNORE
     keep = targets.flatten() != IGNORE
-    known = likeliest(teacher[keep], 6) if kind == "topk" else drawn(teacher[keep], 6, torch.Generator().manual_seed(1))
+    draw: dict[str, Draw] = {"topk": lambda logits, k, _: likeliest(logits, k), "sample": drawn, "hybrid": thinned}
+    known = draw[kind](teacher[keep], 6, torch.Generator().manual_seed(1))
     loss = Mixture(losses=(ForwardKL(), CrossEntropy()), weights=(0.75, 0.5)) if mixed else ForwardKL()
     results = []
     for whole in (False, True):
@@ -186,7 +273,7 @@ def test_logits_stay_small_and_keep_their_dtype() -> None:
 
 def test_a_batch_carries_them() -> None:
     teacher = normal(4, 12)
-    for known in (likeliest(teacher, 3), drawn(teacher, 3, torch.Generator())):
+    for known in (likeliest(teacher, 3), *(draw(teacher, 3, torch.Generator()) for draw in (drawn, thinned))):
         back = known_in(known.named())
         assert back is not None and all(a is b for a, b in zip(back, known, strict=True))
     assert known_in({"targets": teacher}) is None
