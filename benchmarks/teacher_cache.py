@@ -23,7 +23,7 @@ from qat.checkpoints.hf import ModelConfig, load_model, load_tokenizer, resolve
 from qat.trainers.data import Blocks, DataConfig, load_blocks
 from qat.trainers.forward import Head, hidden_states, split
 from qat.trainers.logitcache import TeacherCache
-from qat.training.known import Known, drawn, likeliest, thinned
+from qat.training.known import Known, drawn, joined, likeliest, thinned
 from qat.training.losses import IGNORE, chunked
 from qat.training.objectives import ForwardKL
 
@@ -52,9 +52,8 @@ def models(init: str, tokens: int) -> tuple[Any, Any, Blocks]:
 
 def kept(logits: Tensor, kind: str, k: int, generator: torch.Generator) -> Known:
     """As it comes back from a file."""
-    parts = [KINDS[kind](part, k, generator) for part in logits.split(256)]
-    columns = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
-    return Known(*(None if c is None else c.to(dtype) for c, dtype in zip(columns, STORED, strict=True)))
+    known = joined([KINDS[kind](part, k, generator) for part in logits.split(256)])
+    return Known(*(None if c is None else c.to(dtype) for c, dtype in zip(known, STORED, strict=True)))
 
 
 def gradient(student: Any, head: Head, blocks: Blocks, say: Callable[[Any], dict[str, Any]]) -> tuple[float, Tensor]:
@@ -98,7 +97,9 @@ def measure(kind: str, options: argparse.Namespace, trained: tuple[Any, Head, Bl
     values = [statistics.mean(losses), statistics.mean(errors), statistics.mean(cosines), compared(mean, exact[1])[0]]
     row = dict(zip(("loss", "error", "cosine", "error of the mean"), values, strict=True))
     loss, error, cosine, of_mean = values
-    print(f"{kind:7} {each:5} B  loss {loss:.4f}  error {error:.4f}  cosine {cosine:.5f}  mean {of_mean:.4f}", flush=True)
+    print(
+        f"{kind:7} {each:5} B  loss {loss:.4f}  error {error:.4f}  cosine {cosine:.5f}  mean {of_mean:.4f}", flush=True
+    )
     return {"kind": kind, "bytes": each, "draws": draws, **row}
 
 

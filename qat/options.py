@@ -29,14 +29,16 @@ def train(parser: argparse.ArgumentParser) -> None:
 def teacher(parser: argparse.ArgumentParser) -> None:
     """`qat teacher`."""
     parser.add_argument("config", help="YAML file of the run; its texts with source: teacher, or parts of a mix, are "
-                        "written now, its teacher_cache is filled, and qat train with the same file then starts "
-                        "at once")  # fmt: skip
+                        "written now, its teacher_cache is filled (by its weights, or with teacher_cache.remote by a "
+                        "server), and qat train with the same file then starts at once")  # fmt: skip
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="a.b=c",
         help="change single keys: data.source=teacher data.generate.chats=0.5 (half the documents are chats in the "
-        "model's own template, if it has one) data.seed=1 (other text); give qat train the same ones",
+        "model's own template, if it has one) data.seed=1 (other text) teacher_cache.remote.concurrency=16 "
+        "(requests at once; its key is read from the environment variable that teacher_cache.remote.key_env names); "
+        "give qat train the same ones",
     )
     parser.add_argument("--json", action="store_true", help="print folders, counts and samples as one JSON document")
 

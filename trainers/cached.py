@@ -29,7 +29,7 @@ from qat.trainers.forward import Head, hidden_states, split
 from qat.trainers.job import Job
 from qat.trainers.logitcache import VERSION, Store, TeacherCache, row_key
 from qat.trainers.packing import evaluating
-from qat.training.known import Known, drawn, likeliest, thinned
+from qat.training.known import Known, drawn, joined, likeliest, thinned
 from qat.training.losses import IGNORE
 
 CHUNK = 256  # tokens whose logits exist at once
@@ -351,7 +351,7 @@ def _said(
             read = states[targets != IGNORE]
             generator = torch.Generator(device).manual_seed(_seed(job.teacher_cache, keys[row]))
             parts = [_columns(head(part), job.teacher_cache, generator) for part in read.split(CHUNK)]
-            found.append(Known(*(None if column[0] is None else torch.cat(column) for column in zip(*parts))))
+            found.append(joined(parts))
             if bool(found[-1].log_p.isnan().any()):
                 raise TrainingError(f"the teacher computes NaN for row {row} of data")
     return found

@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, Literal
 from urllib.parse import SplitResult, urlsplit
 
@@ -299,7 +300,7 @@ def prompts(row: Row) -> Iterator[tuple[list[int], list[int]]]:
     learned, and the places of the learned ones in it."""
     ids, targets, numbers = row
     cuts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in pairwise(cuts):
         learned = np.flatnonzero(targets[begin:end] != IGNORE)
         if len(learned):
             last = begin + int(learned[-1])

@@ -16,7 +16,6 @@ from typing import Any
 from qat.checkpoints.hf import describe
 from qat.checkpoints.progress import progress
 from qat.errors import ConfigError
-from qat.trainers import limits
 from qat.trainers.cached import EVALUATED, TRAINED, Filled, filled, identity, keys_of, missing, settings, stored
 from qat.trainers.data import load_blocks
 from qat.trainers.job import Job

@@ -17,6 +17,7 @@ whose inclusion probabilities are min(1, p / step), which of all with k columns 
 As in `qat.training.rows` the gradient is a closed form that overwrites the student's logits.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -43,13 +44,18 @@ class Known(NamedTuple):
     tail: Tensor | None
     step: Tensor | None = None
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Known":
+        """With every column changed."""
+        tail, step = (None if column is None else change(column) for column in (self.tail, self.step))
+        return Known(change(self.ids), change(self.log_p), tail, step)
+
     def part(self, part: slice) -> "Known":
         """Some of the tokens."""
-        return Known(*(None if column is None else column[part] for column in self))  # type: ignore[arg-type]  # ids
+        return self.each(lambda column: column[part])
 
     def to(self, device: torch.device) -> "Known":
         """On another device."""
-        return Known(*(None if column is None else column.to(device) for column in self))  # type: ignore[arg-type]  # ids
+        return self.each(lambda column: column.to(device))
 
     def widened(self, dtype: torch.dtype) -> "Known":
         """In the dtype of the arithmetic. What rounding took from the likeliest is made up for, since their mass is
@@ -75,6 +81,15 @@ class Known(NamedTuple):
         """As entries of a batch."""
         named = zip((IDS, LOG_P, TAIL, STEP), self, strict=True)
         return {name: column for name, column in named if column is not None}
+
+
+def joined(parts: list[Known]) -> Known:
+    """Tokens after tokens; at least one part, all of one kind."""
+    tail, step = (
+        torch.cat([column for column in columns if column is not None]) if columns[0] is not None else None
+        for columns in ([part.tail for part in parts], [part.step for part in parts])
+    )
+    return Known(torch.cat([part.ids for part in parts]), torch.cat([part.log_p for part in parts]), tail, step)
 
 
 def known_in(batch: dict[str, Tensor]) -> Known | None:
@@ -118,7 +133,9 @@ def thinned(logits: Tensor, k: int, generator: torch.Generator) -> Known:
     found = torch.searchsorted(sums, points, right=True).clamp_max_(p.shape[-1] - 1)
     ids = torch.where(certain, likely, found)
     nothing = (whole == 0) & ~certain  # is left to draw from
-    return Known(ids, log_p.gather(-1, ids).masked_fill(nothing, -torch.inf), None, (whole / (k - count))[:, 0].to(log_p.dtype))
+    return Known(
+        ids, log_p.gather(-1, ids).masked_fill(nothing, -torch.inf), None, (whole / (k - count))[:, 0].to(log_p.dtype)
+    )
 
 
 def known_rows(student_logits: Tensor, known: Known) -> Tensor:

@@ -1,19 +1,21 @@
-"""A server of one model's log-probabilities, as vLLM's completions endpoint gives them, which can misbehave.
+"""A server of a model's log-probabilities, as vLLM's completions endpoint gives them, which can misbehave.
 
-    python serve_logprobs.py MODEL [--most K] [--key KEY] [--faults 500 cut ...] [--hang-after N]
+    python serve_logprobs.py
 
-It prints its port, then a line for each request: what became of it. Each fault spoils one request, in order: a status;
-`cut` (the connection ends without an answer), `half` (it ends within one), `html` (another page), `slow` (next to
-nothing arrives), `secret` (400, and it says the key). After `--hang-after` answers it answers no more.
+It prints its port. POST /set says what to do from here on: `folder` of the model, `most` likeliest tokens that may be
+asked for, `key` that is wanted, `hang_after` so many answers, and `faults`, each of which spoils one request, in order:
+a status; `cut` (the connection ends without an answer), `half` (it ends within one), `html` (another page), `slow`
+(next to nothing arrives), `secret` (400, and it says the key). POST /said gives what became of each request since.
 """
 
-import argparse
+import contextlib
 import json
 import threading
 import time
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -57,14 +59,32 @@ class Model:
         return {"choices": [{"text": "", "prompt_logprobs": full}]}
 
 
+@dataclass
+class Settings:
+    """What to do."""
+
+    folder: str = ""
+    most: int = 64
+    key: str = ""
+    faults: list[str] = field(default_factory=list)
+    hang_after: int = -1
+    said: list[str] = field(default_factory=list)
+
+    def next(self) -> str:
+        """What becomes of this request."""
+        fault = self.faults.pop(0) if self.faults else ""
+        if not fault and 0 <= self.hang_after <= self.said.count("answered"):
+            fault = "hang"
+        self.said.append(fault or "answered")
+        return fault
+
+
 class Handler(BaseHTTPRequestHandler):
     """One request."""
 
-    served: Model
-    options: argparse.Namespace
+    settings = Settings()
+    models: ClassVar[dict[str, Model]] = {}
     lock = threading.Lock()
-    answered = 0
-    protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: Any) -> None:
         """Nothing on stderr."""
@@ -72,29 +92,34 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Answer, or misbehave."""
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        settings = Handler.settings
         with Handler.lock:
-            fault = self.options.faults.pop(0) if self.options.faults else ""
-            hang = 0 <= self.options.hang_after <= Handler.answered
-            Handler.answered += not (fault or hang)
-        print(fault or ("hang" if hang else "answered"), flush=True)
+            if self.path == "/set":
+                Handler.settings = settings = Settings(**asked)
+                if settings.folder not in Handler.models:
+                    Handler.models[settings.folder] = Model(Path(settings.folder))
+            if self.path in ("/set", "/said"):
+                return self.give(200, settings.said)
+            fault = settings.next()
         k = asked.get("prompt_logprobs") or asked.get("logprobs")
-        if hang:
+        if fault == "hang":
             time.sleep(3600)
         if self.path != "/v1/completions":
             self.give(404, {"detail": "Not Found"})
-        elif self.options.key and self.headers.get("Authorization") != f"Bearer {self.options.key}":
+        elif settings.key and self.headers.get("Authorization") != f"Bearer {settings.key}":
             self.give(401, {"error": "Unauthorized"})
         elif fault == "secret":
             self.give(400, {"error": {"message": f"bad header {self.headers.get('Authorization')}"}})
         elif fault.isdigit():
             self.give(int(fault), {"error": {"message": "overloaded"}}, {"Retry-After": "0"})
         elif fault == "cut":
-            self.connection.close()
-        elif k > self.options.most:
-            said = f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.options.most}"
+            self.close_connection = True
+        elif k > settings.most:
+            said = f"Requested prompt logprobs of {k}, which is greater than max allowed: {settings.most}"
             self.give(400, {"error": {"message": said, "type": "BadRequestError"}})
         else:
-            self.give(200, self.served.answer(asked), fault=fault)
+            self.give(200, Handler.models[settings.folder].answer(asked), fault=fault)
+        return None
 
     def give(self, status: int, answer: Any, headers: dict[str, str] | None = None, fault: str = "") -> None:
         """Send it."""
@@ -108,24 +133,16 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(data[: len(data) // 2])
         elif fault == "slow":
             ends = time.monotonic() + SLOW_SECONDS
-            while time.monotonic() < ends:
-                self.wfile.write(b" ")
-                self.wfile.flush()
-                time.sleep(0.1)
+            with contextlib.suppress(OSError):
+                while time.monotonic() < ends:
+                    self.wfile.write(b" ")
+                    time.sleep(0.1)
         else:
             self.wfile.write(data)
 
 
 def main() -> None:
     """Serve until killed."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--most", type=int, default=64)
-    parser.add_argument("--key", default="")
-    parser.add_argument("--faults", nargs="*", default=[])
-    parser.add_argument("--hang-after", type=int, default=-1)
-    Handler.options = parser.parse_args()
-    Handler.served = Model(Handler.options.model)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     print(server.server_address[1], flush=True)

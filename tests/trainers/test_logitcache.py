@@ -12,7 +12,7 @@ from qat.errors import CheckpointError, DataError
 from qat.trainers import logitcache
 from qat.trainers.forward import Head
 from qat.trainers.logitcache import Store, TeacherCache, row_key
-from qat.training.known import Known, drawn, likeliest
+from qat.training.known import Known, drawn, likeliest, thinned
 
 VOCABULARY, K = 300, 64
 
@@ -20,10 +20,12 @@ VOCABULARY, K = 300, 64
 def said(tokens: int, seed: int, kind: str = "topk") -> Known:
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(tokens, VOCABULARY, generator=generator)
-    return likeliest(logits, K) if kind == "topk" else drawn(logits, K, generator)
+    if kind == "topk":
+        return likeliest(logits, K)
+    return (drawn if kind == "sample" else thinned)(logits, K, generator)
 
 
-@pytest.mark.parametrize("kind", ["topk", "sample"])
+@pytest.mark.parametrize("kind", ["topk", "sample", "hybrid"])
 def test_what_is_written_is_read_in_any_order(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over several files, from the writing process and from another one, rounded as the types say."""
     monkeypatch.setattr(logitcache, "SHARD_BYTES", 20_000)
@@ -40,14 +42,15 @@ def test_what_is_written_is_read_in_any_order(tmp_path: Path, kind: str, monkeyp
         expected = [rows[bytes([number] * 16)] for number in order]
         assert torch.equal(found.ids, torch.cat([known.ids for known in expected]).int())
         assert torch.equal(found.log_p, torch.cat([known.log_p for known in expected]).half())
-        if kind == "topk":
-            assert found.tail is not None
-            assert torch.equal(found.tail, torch.cat([known.tail for known in expected if known.tail is not None]))
-        else:
-            assert found.tail is None
+        for place, name in ((2, "topk"), (3, "hybrid")):
+            columns = [known[place] for known in expected]
+            if kind == name:
+                assert torch.equal(found[place], torch.cat(columns))
+            else:
+                assert found[place] is None
 
 
-@pytest.mark.parametrize("kind", ["topk", "sample"])
+@pytest.mark.parametrize("kind", ["topk", "sample", "hybrid"])
 def test_a_token_takes_what_is_said_and_at_most_400_bytes(tmp_path: Path, kind: str) -> None:
     store = Store(tmp_path)
     with store.writing() as writer:

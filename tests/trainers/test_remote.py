@@ -1,4 +1,4 @@
-"""A teacher behind a socket, against the same model in this process; what can pass is tried again, what cannot is said."""
+"""A teacher behind a socket, against the same model in this process; what can pass is tried again, else it is said."""
 
 import threading
 import time
@@ -31,9 +31,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(model: Path) -> Iterator[Served]:
+def started(model: Path) -> Iterator[Served]:
     with serving(model) as served:
         yield served
+
+
+@pytest.fixture
+def server(started: Served) -> Served:
+    return started.set()
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +47,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def asking(url: str, **changes: Any) -> Server:
-    return Server(Remote(url=url, model="some/teacher", timeout=60, **changes), K, VOCABULARY)
+    return Server(Remote(url=url, model="some/teacher", **{"timeout": 60, **changes}), K, VOCABULARY)
 
 
 def row() -> Any:
@@ -92,63 +97,61 @@ def test_of_a_small_vocabulary_all_is_said(server: Served) -> None:
 
 
 @pytest.mark.parametrize("fault", ["500", "429", "503", "cut", "half", "html", "slow"])
-def test_what_can_pass_is_tried_again(model: Path, fault: str) -> None:
-    with serving(model, "--faults", fault, fault) as served:
-        teacher = Server(Remote(url=served.url, model="m", retries=2, timeout=2), K, VOCABULARY)
-        found, expected = teacher.row(row()), in_this_process(model, row())
-        assert torch.equal(found.ids, expected.ids)
-        assert served.said == [fault, fault, "answered", "answered"]
+def test_what_can_pass_is_tried_again(server: Served, model: Path, fault: str) -> None:
+    server.set(faults=[fault, fault])
+    found, expected = asking(server.url, retries=2, timeout=2).row(row()), in_this_process(model, row())
+    assert torch.equal(found.ids, expected.ids)
+    assert server.said == [fault, fault, "answered", "answered"]
 
 
-def test_not_for_ever(model: Path) -> None:
-    with serving(model, "--faults", *["500"] * 9) as served:
-        with pytest.raises(CheckpointError, match="did not answer in 3 tries, the last time: 500 overloaded"):
-            asking(served.url, retries=2).row(row())
-        assert served.said == ["500"] * 3
+def test_not_for_ever(server: Served) -> None:
+    server.set(faults=["500"] * 9)
+    with pytest.raises(CheckpointError, match="did not answer in 3 tries, the last time: 500 overloaded"):
+        asking(server.url, retries=2).row(row())
+    assert server.said == ["500"] * 3
     with pytest.raises(CheckpointError, match=r"did not answer in 1 tries, the last time: .*refused"):
-        asking(served.url, retries=0).row(row())
+        asking("http://127.0.0.1:1/v1", retries=0).row(row())
 
 
-def test_what_cannot_pass_is_said_at_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving(model, "--most", "5", "--key", "s3cret-key", "--faults", "secret") as served:
-        with pytest.raises(CheckpointError, match=r"refuses: 401 Unauthorized; .*key_env names the environment"):
-            asking(served.url + "/").row(row())
-        monkeypatch.setenv("SOME_KEY", " s3cret-key\n")
-        teacher = asking(served.url, key_env="SOME_KEY")
-        with pytest.raises(CheckpointError, match=r"400 Requested prompt logprobs of 8, .* --max-logprobs 8"):
-            teacher.row(row())
-        served.said.clear()
-    with serving(model, "--key", "s3cret-key", "--faults", "secret") as served:
-        with pytest.raises(CheckpointError, match=r"400 bad header Bearer \*\*\*") as caught:
-            asking(served.url, key_env="SOME_KEY").row(row())
-        assert "s3cret-key" not in str(caught.value)
-        assert asking(served.url, key_env="SOME_KEY").row(row()).ids.shape == (11, K)
-        with pytest.raises(CheckpointError, match="refuses: 404 Not Found"):
-            asking(served.url.removesuffix("/v1") + "/v2", key_env="SOME_KEY").row(row())
-        assert len(served.said) == 4  # nothing was tried twice
+def test_what_cannot_pass_is_said_at_once(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.set(most=5, key="s3cret-key")
+    monkeypatch.setenv("SOME_KEY", " s3cret-key\n")
+    with pytest.raises(CheckpointError, match=r"refuses: 401 Unauthorized; .*key_env names the environment"):
+        asking(server.url).row(row())
+    teacher = asking(server.url + "/", key_env="SOME_KEY")
+    with pytest.raises(CheckpointError, match=r"400 Requested prompt logprobs of 8, .* --max-logprobs 8"):
+        teacher.row(row())
+    assert len(server.said) == 2  # nothing was tried twice
+    server.set(key="s3cret-key", faults=["secret"])
+    with pytest.raises(CheckpointError, match=r"400 bad header Bearer \*\*\*") as caught:
+        teacher.row(row())
+    assert "s3cret-key" not in str(caught.value)
+    assert teacher.row(row()).ids.shape == (11, K)
+    with pytest.raises(CheckpointError, match="refuses: 404 Not Found"):
+        asking(server.url + "/v2", key_env="SOME_KEY").row(row())
 
 
-def test_a_stop_does_not_wait_for_answers(model: Path) -> None:
-    with serving(model, "--hang-after", "0") as served:
-        teacher, caught = asking(served.url), []
+def test_a_stop_does_not_wait_for_answers(server: Served) -> None:
+    server.set(hang_after=0)
+    teacher = asking(server.url, timeout=600)
+    ended: list[float] = []
 
-        def ask() -> None:
-            with pytest.raises(Stopped):
-                teacher.row(row())
-            caught.append(time.monotonic())
-
-        threads = [threading.Thread(target=ask) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        while served.said != ["hang"] * 3:
-            time.sleep(0.01)
-        begin = time.monotonic()
-        teacher.stop()
-        for thread in threads:
-            thread.join()
-        assert len(caught) == 3 and max(caught) - begin < 5
+    def ask() -> None:
         with pytest.raises(Stopped):
             teacher.row(row())
+        ended.append(time.monotonic())
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    server.wait("hang", 3)
+    begin = time.monotonic()
+    teacher.stop()
+    for thread in threads:
+        thread.join()
+    assert len(ended) == 3 and max(ended) - begin < 10
+    with pytest.raises(Stopped):
+        teacher.row(row())
 
 
 @pytest.mark.parametrize(
