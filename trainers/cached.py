@@ -202,7 +202,7 @@ def evaluators(job: Job, parts: Any) -> tuple[Evaluator, Evaluator]:
     if parts.taught is not None:
         now, then = _computed(parts.device, parts.dtype), parts.taught.store.header.get("computed in")
         note = f"the teacher was asked in {then}, and this run computes in {now}: its KL includes that rounding"
-        if remote(job):
+        if job.teacher_cache is not None and job.teacher_cache.remote is not None:
             note = (
                 f"KL and top-1 agreement are with {then}, over its {job.teacher_cache.k} likeliest tokens and all "
                 "others as one: a lower bound"
@@ -225,6 +225,7 @@ def _evaluator(job: Job, parts: Any, blocks: Blocks) -> Evaluator:
     if remote(job):
         store, keys = parts.taught.store, keys_of(blocks)
         made.teacher_says = lambda rows: store.columns([keys[row] for row in rows])
+        made.columns = store.vocabulary
     elif parts.taught is not None:
         head, hidden = parts.taught.store.heldout(blocks.digest, parts.device)
         rows = hidden.view(len(blocks), blocks.seq_len, -1)

@@ -113,7 +113,8 @@ class Evaluator:
         self.blocks, self.batch, self.device, self.dtype = blocks, batch, torch.device(device), dtype
         self.teacher, self.teacher_head = teacher, None
         self.teacher_hidden: list[Tensor] = []
-        self.teacher_says: Callable[[list[int]], Known] | None = None  # of rows, where it is not known whole
+        self.teacher_says: Callable[[list[int]], Known] | None = None  # of rows, where it is not known whole,
+        self.columns: int | None = None  # over so many of the first logits
         if teacher is not None:
             self.teacher_head = split(teacher)
             with evaluating(teacher):
@@ -181,12 +182,13 @@ class Evaluator:
             part = slice(start, start + CHUNK)
             with self._autocast():
                 logits = head(hidden[part])
-                whole = self.teacher_head is not None and isinstance(teacher, Tensor)
-                reference = self.teacher_head(teacher[part]) if whole else None
+                reference = None
+                if self.teacher_head is not None and isinstance(teacher, Tensor):
+                    reference = self.teacher_head(teacher[part])
             log_q = logits.float().log_softmax(-1)
             total[0] -= log_q.gather(1, targets[part, None]).double().sum()
             if isinstance(teacher, Known):
-                known = teacher.part(part)
+                known, log_q = teacher.part(part), log_q[:, : self.columns].contiguous()
                 total[2] += (known.ids[:, 0] == log_q.argmax(-1)).sum()
                 total[1] += known_rows(log_q, known).double().sum()
                 continue

@@ -157,11 +157,10 @@ class Server:
             CheckpointError: no answer, or none that can be used.
             Stopped: see `stop`.
         """
-        found = []
+        found: list[tuple[list[int], list[float]]] = []
         for prompt, places in prompts(row):
             answer = self.answer(prompt, self.k)
-            ranked = (_ranked(answer[place], self.k, self.columns) for place in places)
-            found += ranked
+            found += [_ranked(answer[place], self.k, self.columns) for place in places]
         ids, log_p = (np.array([one[part] for one in found]) for part in (0, 1))
         wide = torch.from_numpy(log_p.reshape(-1, self.k).astype(np.float64))
         tail = (1 - wide.exp().sum(-1)).clamp_min(0).float()

@@ -87,6 +87,24 @@ def test_the_run_is_that_of_the_same_weights_on_this_machine(
         assert bound["nll"] == pytest.approx(whole["nll"], rel=1e-3)
 
 
+def test_of_a_wider_student_only_what_both_have_is_compared(
+    tmp_path: Path, models: dict[str, Path], served: Served, capsys: Any
+) -> None:
+    """Logits of padding, which are no small ones here."""
+    wide = {**models, "student": tiny_model("llama", tmp_path / "wide", vocab_size=VOCABULARY + 64, **SIZES)}
+    scores = []
+    for name, cache in (("own", None), ("asked", "remote")):
+        served.set(most=VOCABULARY)
+        path = (
+            job(tmp_path, wide, served, name, k=VOCABULARY, steps=1)
+            if cache
+            else config(tmp_path, wide, name, None, steps=1)
+        )
+        assert not cache or main(["teacher", str(path)]) == 0
+        scores.append([row["kl"] for row in train(load_job(path), table=False)["rows"]])
+    assert scores[1] == pytest.approx(scores[0], rel=2e-3)
+
+
 def test_ctrl_c_keeps_what_was_answered_and_the_next_time_goes_on(
     tmp_path: Path, models: dict[str, Path], served: Served, capsys: Any
 ) -> None:
