@@ -109,7 +109,7 @@ def variant_kernel(
     x, words, scales, out, sums, counters, M, N, K, stride_x, begin_of, share, global_scale,
     FMT: tl.constexpr, DECODE: tl.constexpr, SCALES: tl.constexpr, TILED: tl.constexpr, PART: tl.constexpr,
     PIECE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr, LAST: tl.constexpr,
-    DTYPE: tl.constexpr,
+    MASK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """sums float32 (splits, M, N), or out where LAST: the last piece of K to end adds them in their order."""
     TILE: tl.constexpr = 4 * PART
@@ -137,16 +137,17 @@ def variant_kernel(
     word_base = words + top * width + inside * (PART if TILED else width)
     factor_base = scales + top * (steps * PER) + inside * (PER if TILED else steps * PER)
     column = (j // PIECE) * (4 * PIECE) + j % PIECE
-    x_at = x + tl.minimum(m, M - 1)[None, :] * stride_x + column[:, None]
+    x_at = x + (m if MASK else tl.minimum(m, M - 1))[None, :] * stride_x + column[:, None]
+    in_m = (m < M)[None, :]
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     first = split * share
     for step in tl.range(first, tl.minimum(first + share, steps), num_stages=STAGES):
         word = tl.load(word_base + step * WORD_STEP + word_of)
         at = x_at + step * TILE
-        x0 = tl.load(at)
-        x1 = tl.load(at + PIECE)
-        x2 = tl.load(at + 2 * PIECE)
-        x3 = tl.load(at + 3 * PIECE)
+        x0 = tl.load(at, mask=in_m, other=0.0) if MASK else tl.load(at)
+        x1 = tl.load(at + PIECE, mask=in_m, other=0.0) if MASK else tl.load(at + PIECE)
+        x2 = tl.load(at + 2 * PIECE, mask=in_m, other=0.0) if MASK else tl.load(at + 2 * PIECE)
+        x3 = tl.load(at + 3 * PIECE, mask=in_m, other=0.0) if MASK else tl.load(at + 3 * PIECE)
         if FMT == "int4":
             w0, w1, w2, w3 = four(word, 0, FMT, DECODE, DTYPE)
             if PART == 64:  # groups of 128: parts 0 and 1, 2 and 3
@@ -177,7 +178,6 @@ def variant_kernel(
             partial = tl.dot(w3, x3, partial, input_precision="ieee")
             total += partial
     total *= global_scale
-    in_m = (m < M)[None, :]
     splits = tl.num_programs(1)
     if splits == 1:
         tl.store(out + m[None, :] * N + n[:, None], total.to(out.dtype.element_ty), mask=in_m)
@@ -217,6 +217,7 @@ class Variant:
     warps: int = 4
     stages: int = 3
     last: bool = False
+    mask: bool = True
 
     @property
     def piece(self) -> int:
@@ -229,7 +230,7 @@ class Variant:
     def constants(self, dtype: Any = tl.bfloat16) -> dict[str, Any]:
         return {"FMT": self.fmt, "DECODE": self.decode, "SCALES": self.scales, "TILED": self.tiled, "PART": self.part,
                 "PIECE": self.piece, "BLOCK_N": self.block_n, "BLOCK_M": self.block_m, "STAGES": self.stages,
-                "LAST": self.last, "DTYPE": dtype}  # fmt: skip
+                "LAST": self.last, "MASK": self.mask, "DTYPE": dtype}  # fmt: skip
 
 
 def variants() -> list[Variant]:
@@ -243,6 +244,7 @@ def variants() -> list[Variant]:
         found += [replace(nv, decode="asm"), replace(nv, scales="bf16"), replace(nv, tiled=False)]
         found += [replace(i4, tiled=False), replace(i4, part=32), replace(i4, part=32, stages=deep[1] + 1)]
         found += [replace(nv, last=True), replace(i4, last=True), replace(i4, scales="bf16")]
+        found += [replace(nv, mask=False), replace(i4, mask=False)]
         found += [replace(nv, part=32), replace(nv, part=32, stages=deep[1] + 1)]
         found += [replace(nv, block_n=128, warps=8), replace(i4, block_n=128, warps=8)]
         if block_m == 16:  # mma.sync
