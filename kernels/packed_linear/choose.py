@@ -48,3 +48,26 @@ def choose(tokens: int, rows: int, columns: int, tile: int, processors: int) -> 
     why = f"{blocks} blocks of {block_n} rows on {processors} processors, K in {splits} piece(s) of {steps} tiles"
     wide = block_m >= 64  # partial sums of a group double the accumulators: four warps would spill
     return Tiles(block_n, block_m, splits, warps=8 if wide and block_n >= 128 else 4, stages=3 if wide else 4, why=why)
+
+
+@dataclass(frozen=True)
+class PanelTiles:
+    """Launch parameters of the kernel for weights in panels, and in words why."""
+
+    block_n: int
+    block_m: int
+    pieces: int
+    warps: int
+    stages: int
+    why: str
+
+
+def choose_panels(tokens: int, rows: int, columns: int, tile: int, processors: int) -> PanelTiles:
+    """Tiles for x (tokens, columns) times a weight (rows, columns) in panels, whose tiles have `tile` columns."""
+    block_m = 16 if tokens <= 16 else 64
+    block_n, steps = 64, columns // tile
+    blocks = rows // block_n
+    pieces = max(1, min(round(4 * processors / blocks), steps // 2, 32))
+    pieces = -(-steps // -(-steps // pieces))  # none is empty
+    why = f"panels: {blocks} blocks of {block_n} rows on {processors} processors, K in {pieces} piece(s) of {steps} tiles"
+    return PanelTiles(block_n, block_m, pieces, warps=4, stages=3, why=why)

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from qat.errors import UnsupportedError
 from qat.kernels.device import device_of
-from qat.kernels.packed_linear.triton import E4M3_NAN, decode, decode_scale
+from qat.kernels.packed_linear.decode.triton import E4M3_NAN, decode, decode_scale
 from qat.kernels.quantized_matmul.block_scaled.triton import block_scaled_matmul
 from qat.kernels.quantized_matmul.choose import FLOAT16, INTEGER, Tiles, block_scaled_problem, choose, group, problem
 from qat.numbers.catalog import E4M3, lookup

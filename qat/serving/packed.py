@@ -15,6 +15,7 @@ from qat.numbers.catalog import lookup
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales
 from qat.numbers.scale import broken
+from qat.serving import panels
 from qat.serving.words import PART, from_words, to_words
 
 GROUPS = (0, 16, 32, 64, 128)  # columns per scale that kernels take, 0 for a whole row
@@ -27,8 +28,8 @@ class PackedWeight:
     Attributes:
         format: catalogue name.
         columns: of the weight; words hold whole tiles.
-        words: int16 (rows, words), see `qat.serving.words`.
-        scales: (block columns, rows), in the stored dtype, see `ScaleType.to_bytes`.
+        words: int16 (rows, words), see `qat.serving.words`, or in the order of `qat.serving.panels`.
+        scales: (block columns, rows), in the stored dtype, see `ScaleType.to_bytes`, or beside their words in panels.
         zeros: int8, same shape, or None.
         global_scale: multiplies the scales.
     """
@@ -47,13 +48,26 @@ class PackedWeight:
 
     def to(self, device: torch.device | str) -> "PackedWeight":
         """The same on another device."""
-        zeros = None if self.zeros is None else _ordered(self.zeros.to(device))
-        return replace(self, words=self.words.to(device), scales=_ordered(self.scales.to(device)), zeros=zeros)
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        moved = replace(self, words=self.words.to(device), scales=self.scales.to(device), zeros=zeros)
+        return ordered(moved, moved.words.device.type)
 
 
-def _ordered(scales: Tensor) -> Tensor:
-    """Scales (block columns, rows) in the order the device reads: a CPU walks along a row, a GPU across rows."""
-    return scales.t().contiguous().t() if scales.device.type == "cpu" else scales.contiguous()
+def ordered(weight: PackedWeight, device: str) -> PackedWeight:
+    """The same weight in the order that this type of device reads: a CPU walks along a row, a GPU across rows, and
+    through panels where a weight lies in them."""
+    fmt, words, scales, zeros = lookup(weight.format), weight.words, weight.scales, weight.zeros
+    if device == "cpu":
+        if panels.in_panels(words):
+            codes, scales = panels.from_panels(words, fmt), panels.scales_from_panels(scales, fmt)
+            words = to_words(codes, fmt.element.bits, offset=fmt.element.is_integer)
+        scales, zeros = (None if t is None else t.t().contiguous().t() for t in (scales, zeros))
+    elif device == "cuda" and not panels.in_panels(words):
+        scales, zeros = scales.contiguous(), None if zeros is None else zeros.contiguous()
+        if panels.problem(fmt, words.shape[0], weight.columns) is None:
+            codes = from_words(words, fmt.element.bits, weight.columns, offset=fmt.element.is_integer)
+            words, scales = panels.to_panels(codes, fmt), panels.scales_to_panels(scales, fmt)
+    return replace(weight, words=words, scales=scales, zeros=zeros)
 
 
 def problem(fmt: Format) -> str | None:
@@ -122,19 +136,21 @@ def pack(weight: QTensor) -> PackedWeight:
     reason = problem(fmt)
     if reason is not None:
         raise UnsupportedError(f"{fmt.name} weights cannot be packed: {reason}")
-    return PackedWeight(
+    packed = PackedWeight(
         format=fmt.name,
         columns=weight.codes.shape[1],
         words=to_words(finite_codes(weight), fmt.element.bits, offset=fmt.element.is_integer),
-        scales=_ordered(positive_scales(weight).t()),
-        zeros=None if scales.zero_point is None else _ordered(scales.zero_point.t()),
+        scales=positive_scales(weight).t(),
+        zeros=None if scales.zero_point is None else scales.zero_point.t(),
         global_scale=one_global_scale(weight),
     )
+    return ordered(packed, weight.codes.device.type)
 
 
 def unpack(weight: PackedWeight) -> QTensor:
     """Undo `pack`."""
     fmt = lookup(weight.format)
+    weight = ordered(weight, "cpu") if panels.in_panels(weight.words) else weight
     codes = from_words(weight.words, fmt.element.bits, weight.columns, offset=fmt.element.is_integer)
     stored = fmt.scale.from_bytes(weight.scales.t().contiguous())
     above = torch.tensor(weight.global_scale, device=stored.device) if fmt.global_scale else None
@@ -186,7 +202,7 @@ torch.library.impl("qat::prepare_packed", "CompositeExplicitAutograd", prepare_r
 
 @torch.library.register_fake("qat::packed_linear")
 def _(x: Tensor, words: Tensor, *args: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], words.shape[0])
+    return x.new_empty(*x.shape[:-1], panels.rows_of(words))
 
 
 def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -261,7 +277,7 @@ class PackedLinear(Stored):
         self.register_buffer("zeros", weight.zeros)
         self.register_buffer("bias", bias)
         self.format, self.global_scale = weight.format, weight.global_scale
-        self.in_features, self.out_features = weight.columns, weight.words.shape[0]
+        self.in_features, self.out_features = weight.columns, panels.rows_of(weight.words)
         self._prepared: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -270,7 +286,8 @@ class PackedLinear(Stored):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         self._prepared = None
-        self.scales, self.zeros = _ordered(self.scales), None if self.zeros is None else _ordered(self.zeros)
+        weight = ordered(self.packed, self.words.device.type)
+        self.words, self.scales, self.zeros = weight.words, weight.scales, weight.zeros
         return self
 
     @property

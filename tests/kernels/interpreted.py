@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from qat.kernels.load import KERNELS
-from qat.kernels.packed_linear.triton import decode, decode_scale
+from qat.kernels.packed_linear.decode.triton import decode, decode_scale
 from qat.numbers.catalog import lookup
 from qat.numbers.scale import UE4M3
 
