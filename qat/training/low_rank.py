@@ -12,6 +12,29 @@ from torch.nn import functional
 TINY = torch.finfo(torch.float32).tiny
 
 
+def updated(weight: Tensor, A: Tensor, B: Tensor, scaling: float, magnitude: Tensor | None = None) -> Tensor:
+    """W + s BA, float32; with DoRA magnitude x direction of it, no gradient passing the norm (as in peft).
+
+    Args:
+        weight: (rows, columns), or a stack (experts, rows, columns).
+        A: (..., rank, columns).
+        B: (..., rows, rank).
+        scaling: s.
+        magnitude: (rows,), or None without DoRA.
+    """
+    with torch.autocast(weight.device.type, enabled=False):
+        total = weight.float() + (B.float() @ A.float()) * scaling
+        if magnitude is None:
+            return total
+        norm = torch.linalg.vector_norm(total.detach(), dim=-1).clamp(min=TINY)  # a row of zeros stays one
+        return (magnitude / norm).unsqueeze(-1) * total
+
+
+def left_out(A: Tensor, share: float) -> Tensor:
+    """A for one training pass that leaves out a share of the columns, the same for all tokens."""
+    return A * functional.dropout(torch.ones_like(A[0]), share)
+
+
 class LowRank(nn.Module):
     """A trained update of one frozen weight (rows, columns): A (rank, columns) as peft draws it, and B = 0.
 
@@ -39,13 +62,11 @@ class LowRank(nn.Module):
         return functional.dropout(torch.ones_like(self.A[0]), self.dropout) if drops else None
 
     def merged(self, weight: Tensor, drawn: Tensor | None = None) -> Tensor:
-        """W + s BA, float32; with DoRA magnitude x direction of it, no gradient passing the norm (as in peft). A second
-        call of one training pass is given what was `drawn` for the first."""
-        with torch.autocast(weight.device.type, enabled=False):
-            drawn = self.drawn() if drawn is None else drawn
-            A = self.A if drawn is None else self.A * drawn
-            total = weight.float() + (self.B @ A) * self.scaling
-            if self.magnitude is None:
-                return total
-            norm = torch.linalg.vector_norm(total.detach(), dim=1).clamp(min=TINY)  # a row of zeros stays one
-            return (self.magnitude / norm).view(-1, 1) * total
+        """`updated`; a second call of one training pass is given what was `drawn` for the first."""
+        drawn = self.drawn() if drawn is None else drawn
+        A = self.A if drawn is None else self.A * drawn
+        return updated(weight, A, self.B, self.scaling, self.magnitude)
+
+    def before_rounding(self) -> list[nn.Parameter]:
+        """What is rounded with the weight, not by itself."""
+        return list(self.parameters())

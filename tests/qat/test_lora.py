@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from qat.errors import ConfigError, QatError
 from qat.lora import LoraConfig, adapters, attach, merge
+from qat.modes import served
 from qat.sites import weights
 from qat.training.low_rank import LowRank
 from tests.checkpoints.exports import pair_rules, quantized
@@ -82,6 +83,16 @@ def test_merging_changes_no_bit(config: LoraConfig, tmp_path: Path) -> None:
     for path, site in weights(model).items():
         assert torch.equal(site.value(), values[path]) and site.weight is site.parameter
         assert torch.equal(site.quantizer.quantize(site.weight).codes, codes[path])
+
+
+@pytest.mark.parametrize("config", BOTH)
+def test_served_rounds_the_sum_and_not_its_factors(config: LoraConfig, tmp_path: Path) -> None:
+    model = student(tmp_path, config)
+    with served(model):
+        before = logits(model)
+    merge(model)
+    with served(model):
+        assert torch.equal(logits(model), before)
 
 
 @pytest.mark.parametrize("learn", ["none", "lsq", "dual_lsq"])
