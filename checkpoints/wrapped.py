@@ -95,6 +95,8 @@ def _take_over(model: nn.Module) -> None:
 class _Carried:
     """What a quantized layer takes for its `lora` while it computes: the factors that a layer of peft holds."""
 
+    merges = True
+
     def __init__(self, layer: Any) -> None:
         self.layer = layer
 
