@@ -98,8 +98,8 @@ def of(model: Any) -> Tensor:
 
 
 def test_plain_transformers_and_peft_compute_what_was_trained(served_run: tuple[Path, Path]) -> None:
-    """In float32, as in this training, with the weights that a BF16 server dequantizes. Plain transformers rounds inputs
-    by another rule than engines do: there our reader stands between, in BF16, by that rule, and equals it (`verify`)."""
+    """In float32, as in this training, with the weights that a BF16 server dequantizes. Plain transformers rounds
+    inputs by another rule than engines: there our reader stands between, which equals it by that rule (`verify`)."""
     run, out = served_run
     plain = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16, local_files_only=True).eval()
     alone = of(plain)  # unpacks
