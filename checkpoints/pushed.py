@@ -7,7 +7,7 @@ Names, types and bytes are those that an export would write.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from qat.checkpoints.caches import cache_tensors
 from qat.checkpoints.export_plan import DEFAULT_TARGET, ExportPlan, check_values, plan_export
 from qat.checkpoints.layouts import READERS, find_target
+from qat.checkpoints.wrapped import carrying, inner, unwrapped, wrapping
 from qat.errors import CheckpointError
 from qat.numbers.scale import broken
 
@@ -26,7 +27,8 @@ class PackedWeights:
     """(name, tensor) of every stored tensor of a model, made anew from its present weights by each iteration.
 
     Args:
-        model: a Hugging Face model with fake-quantized layers, on any device, where the tensors will be.
+        model: a Hugging Face model with fake-quantized layers, on any device, where the tensors will be; adapters that
+            peft put around it, before or later, are merged into what is pushed.
         target: name of the file layout, see `qat.checkpoints.layouts`.
         source: folder of the unquantized model, for its tensor names; by default they are those of the model's class.
 
@@ -35,7 +37,10 @@ class PackedWeights:
     """
 
     def __init__(self, model: "PreTrainedModel", target: str = DEFAULT_TARGET, source: Path | None = None) -> None:
-        self._plan: ExportPlan = plan_export(model, source, find_target(target))
+        self._model = inner(model)
+        with unwrapped(model) as plain:
+            own: Any = plain
+            self._plan: ExportPlan = plan_export(own, source, find_target(target))
         self._paths = {matrix.name: path for path, matrix in self._plan.linears.items()}
 
     @torch.no_grad()
@@ -45,20 +50,22 @@ class PackedWeights:
         Raises:
             CheckpointError: a weight or scale is not a finite number, or ranges were not calibrated.
         """
-        plan = self._plan
+        plan, layers = self._plan, wrapping(self._model)
         check_values(plan)
         for name in plan.order:
             if name in self._paths:
-                yield from self._packed(self._paths[name])
+                yield from self._packed(self._paths[name], layers)
             elif name in plan.dense:
                 yield name, _checked(name, self._dense(name))
         for name, scale in cache_tensors(plan.caches, plan.target).items():
             yield name, _checked_scale(name, scale)
 
-    def _packed(self, path: str) -> Iterator[tuple[str, Tensor]]:
+    def _packed(self, path: str, layers: dict[int, Any]) -> Iterator[tuple[str, Tensor]]:
         layer, site, layout = self._plan.layer(path), self._plan.linears[path], READERS[self._plan.target.METHOD]
         amax = site.input.limit if site.input is not None else None
-        for key, tensor in self._plan.target.pack(site.quantize(), layer.input, amax).items():
+        with carrying(layers.get(id(site.site.owner)), reading=True):
+            q = site.quantize()
+        for key, tensor in self._plan.target.pack(q, layer.input, amax).items():
             name = layout.tensor_name(path, key)
             yield name, _checked_scale(name, tensor) if key in layout.SCALES else tensor
 

@@ -80,6 +80,7 @@ def served(model: nn.Module) -> Iterator[None]:
     on_cpu = [m for m in model.modules() if isinstance(m, WeightQuantizer) and m.start.device.type == "cpu"]
     quantizers = [quantizer for quantizer in on_cpu if quantizer.mode == "quantized"]
     on_grid = {id(getattr(site.owner, site.slot)) for site in sites(model, "weight")}  # None where it is held packed
+    on_grid |= {id(p) for module in model.modules() for p in getattr(module, "before_rounding", list)()}
     unrounded = float32_names(model)
     own = {id(t): t for name, t in own_tensors(model).items() if t.is_floating_point() and name not in unrounded}
     dense = [tensor for key, tensor in own.items() if key not in on_grid]

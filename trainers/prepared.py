@@ -20,6 +20,7 @@ from qat.checkpoints.export_plan import DEFAULT_TARGET
 from qat.checkpoints.hf import ModelConfig, is_local, local_folder, resolve
 from qat.checkpoints.progress import counted
 from qat.checkpoints.shards import ShardReader
+from qat.checkpoints.wrapped import unwrapped, watch
 from qat.config import load_yaml, validate
 from qat.errors import CheckpointError, ConfigError, QatError, UnsupportedError
 from qat.init.calibration import initialise, observe, unreached
@@ -156,20 +157,23 @@ def export_prepared(
     source: str | Path | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a prepared model as a checkpoint of `target`; `source` where `prepare` did not know it.
+    """Write a prepared model as a checkpoint of `target`, adapters of peft around it merged; `source` where `prepare`
+    did not know it.
 
     Raises:
         ConfigError: the model was not prepared.
         CheckpointError: where the unquantized model lies is not known; and as `export_model`.
     """
-    state = prepared(model)
-    folder = _folder(source) if source is not None else state.source
-    if folder is None:
-        raise CheckpointError(
-            "an export copies names, config.json and tokenizer from the unquantized model, whose folder is not known: "
-            "give source=, a folder or hub id"
-        )
-    return export_model(model, folder, out, target, overwrite=overwrite)
+    with unwrapped(model) as plain:
+        state = prepared(plain)
+        folder = _folder(source) if source is not None else state.source
+        if folder is None:
+            raise CheckpointError(
+                "an export copies names, config.json and tokenizer from the unquantized model, whose folder is not "
+                "known: give source=, a folder or hub id"
+            )
+        student: Any = plain
+        return export_model(student, folder, out, target, overwrite=overwrite)
 
 
 def prepared(model: nn.Module) -> Prepared:
@@ -239,8 +243,8 @@ def _check_model(model: Any) -> None:
         raise UnsupportedError("this model holds packed weights; give qat.prepare the unquantized one")
     if hasattr(model, "peft_config"):
         raise UnsupportedError(
-            "this model carries adapters of peft, which would be added after the weights are rounded; merge them "
-            "first, or train adapters with `lora` of a job (docs/train.md)"
+            "this model carries adapters of peft; give qat.prepare the model without them and add them afterwards, or "
+            "merge them first (docs/plug_in.md)"
         )
     stored = model.state_dict()
     rounded = [n for n, b in model.named_buffers() if n not in stored and b.dtype in (torch.bfloat16, torch.float16)]
@@ -291,6 +295,7 @@ def _hung(model: Any, state: Prepared, optim: OptimConfig, steps: int | None) ->
     if optim.cage.strength or any(getattr(site.quantizer, "learn", "") == "refit" for site in sites(model, "weight")):
         StepHook(model, optim, steps)
     keep_whole(model)
+    watch(model)
     _FirstPass(model)
     loaded: PreTrainedModel = model
     return loaded

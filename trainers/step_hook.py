@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from qat.checkpoints.wrapped import carried
 from qat.errors import ConfigError
 from qat.sites import sites
 from qat.text import some
@@ -40,20 +41,27 @@ class StepHook:
         """After a step of any optimizer; one that moves nothing of the model is left alone."""
         if optimizer not in self._counted:
             self._counted[optimizer] = self._count(optimizer)
-        if (count := self._counted[optimizer]) is not None:
+        model = self._model()
+        if model is not None and (count := self._counted[optimizer]) is not None:
             count.step += 1
-            count.after(count.step, _AsOurs(optimizer, count.weights) if self.config.cage.strength else optimizer)
+            with carried(model):
+                count.after(count.step, _AsOurs(optimizer, count.weights) if self.config.cage.strength else optimizer)
 
     def _count(self, optimizer: torch.optim.Optimizer) -> "_Count | None":
         model = self._model()
         if model is None:
             return None
         own = {id(site.parameter) for site in sites(model, "weight")}
+        updates = {id(p) for module in model.modules() for p in getattr(module, "before_rounding", list)()}
+        own |= updates
         weights = {id(p) for group in optimizer.param_groups for p in group["params"]} & own
         if not weights:
             return None
+        if weights & updates and self.config.cage.strength:
+            raise ConfigError("cage moves weights, which peft leaves frozen; leave cage or the adapters out")
         steps = (s["step"] for p, s in optimizer.state.items() if id(p) in weights and "step" in s)
-        return _Count(AfterStep(model, self.config, self.steps), weights, max(map(int, steps), default=1) - 1)
+        with carried(model):
+            return _Count(AfterStep(model, self.config, self.steps), weights, max(map(int, steps), default=1) - 1)
 
 
 class _Count:

@@ -1,6 +1,8 @@
-"""The trained low-rank update of a frozen weight (LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353), before rounding.
+"""The trained low-rank update of a frozen weight (LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353).
 
-Arithmetic is float32, whatever autocast says: the same function makes the weight of a forward pass and of an export.
+Added before rounding, its arithmetic is float32, whatever autocast says: the same function makes the weight of a
+forward pass and of an export. Beside the weight, both factors are rounded to BF16 with the scaling in the second, as
+they will be stored: some engines multiply it in, in BF16, while they load.
 """
 
 import math
@@ -12,6 +14,34 @@ from torch.nn import functional
 TINY = torch.finfo(torch.float32).tiny
 
 
+def updated(weight: Tensor, A: Tensor, B: Tensor, scaling: float, magnitude: Tensor | None = None) -> Tensor:
+    """W + s BA, float32; with DoRA magnitude x direction of it, no gradient passing the norm (as in peft).
+
+    Args:
+        weight: (rows, columns), or a stack (experts, rows, columns).
+        A: (..., rank, columns).
+        B: (..., rows, rank).
+        scaling: s.
+        magnitude: (rows,), or None without DoRA.
+    """
+    with torch.autocast(weight.device.type, enabled=False):
+        total = weight.float() + (B.float() @ A.float()) * scaling
+        if magnitude is None:
+            return total
+        norm = torch.linalg.vector_norm(total.detach(), dim=-1).clamp(min=TINY)  # a row of zeros stays one
+        return (magnitude / norm).unsqueeze(-1) * total
+
+
+def left_out(A: Tensor, share: float) -> Tensor:
+    """A for one training pass that leaves out a share of the columns, the same for all tokens."""
+    return A * functional.dropout(torch.ones_like(A[0]), share)
+
+
+def beside_factors(A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """A and s B in BF16, as an adapter that is not merged is stored; it is then scaled by 1."""
+    return A.to(torch.bfloat16), (B * scaling).to(torch.bfloat16)
+
+
 class LowRank(nn.Module):
     """A trained update of one frozen weight (rows, columns): A (rank, columns) as peft draws it, and B = 0.
 
@@ -21,10 +51,21 @@ class LowRank(nn.Module):
         scaling: what B A is multiplied with.
         dropout: share of the columns of A that one training pass leaves out.
         dora: learn the magnitude of every row apart.
+        merges: it is added to the weight before rounding, else to what the layer gives.
     """
 
-    def __init__(self, weight: Tensor, rank: int, scaling: float, *, dropout: float = 0.0, dora: bool = False) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        rank: int,
+        scaling: float,
+        *,
+        dropout: float = 0.0,
+        dora: bool = False,
+        merges: bool = True,
+    ) -> None:
         super().__init__()
+        self.merges = merges
         rows, columns = weight.shape
         self.scaling, self.dropout = scaling, dropout
         drawn = nn.init.kaiming_uniform_(torch.empty(rank, columns), a=math.sqrt(5))  # equal on every device
@@ -39,13 +80,19 @@ class LowRank(nn.Module):
         return functional.dropout(torch.ones_like(self.A[0]), self.dropout) if drops else None
 
     def merged(self, weight: Tensor, drawn: Tensor | None = None) -> Tensor:
-        """W + s BA, float32; with DoRA magnitude x direction of it, no gradient passing the norm (as in peft). A second
-        call of one training pass is given what was `drawn` for the first."""
-        with torch.autocast(weight.device.type, enabled=False):
-            drawn = self.drawn() if drawn is None else drawn
-            A = self.A if drawn is None else self.A * drawn
-            total = weight.float() + (self.B @ A) * self.scaling
-            if self.magnitude is None:
-                return total
-            norm = torch.linalg.vector_norm(total.detach(), dim=1).clamp(min=TINY)  # a row of zeros stays one
-            return (self.magnitude / norm).view(-1, 1) * total
+        """`updated`; a second call of one training pass is given what was `drawn` for the first."""
+        drawn = self.drawn() if drawn is None else drawn
+        A = self.A if drawn is None else self.A * drawn
+        return updated(weight, A, self.B, self.scaling, self.magnitude)
+
+    def beside(self, x: Tensor) -> Tensor:
+        """s BA x of the factors as they are stored (gradients pass their rounding); dropout by token, as in peft."""
+        if self.training and self.dropout > 0:
+            x = functional.dropout(x, self.dropout)
+        stored = beside_factors(self.A.detach(), self.B.detach(), self.scaling)
+        A, B = (p + (q.to(p.dtype) - p.detach()) for p, q in zip((self.A, self.B * self.scaling), stored, strict=True))
+        return functional.linear(functional.linear(x, A), B)
+
+    def before_rounding(self) -> list[nn.Parameter]:
+        """What is rounded with the weight, or where it is used, not by itself."""
+        return list(self.parameters())

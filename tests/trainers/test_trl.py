@@ -20,6 +20,7 @@ trl = pytest.importorskip("trl", reason="TRL is not installed")
 QUESTION = [{"role": "user", "content": "What jumps over the lazy dog?"}]
 ANSWERS = [[{"role": "assistant", "content": text}] for text in ("The quick brown fox.", "A language model 012.")]
 W4A16 = "int4_g64"
+RULES = [{"match": "*_proj", "weight": W4A16}, {"match": "*", "skip": "not a projection"}]
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,33 @@ def test_reinforcement_with_rollouts_in_the_numbers_that_are_served(source: Path
     assert len(pushed) == 4
     changed = {name for name in pushed[0] if not torch.equal(pushed[0][name], pushed[-1][name])}
     assert any("weight_packed" in name for name in changed)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "grpo"])
+def test_adapters_that_trl_adds_are_rounded_with_the_weights(source: Path, tmp_path: Path, kind: str) -> None:
+    """`peft_config` of a trainer; the optimizer is the trainer's, since the adapters are not there before it."""
+    peft = pytest.importorskip("peft")
+    model = made(source, {"rules": [*RULES], "init": [], "learn": "none"})
+    adapters = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    usual: dict[str, Any] = {"processing_class": tiny_tokenizer(), "peft_config": adapters}
+    trainer: Any
+    if kind == "sft":
+        data = Dataset.from_list([{"messages": QUESTION + ANSWERS[0]}] * 8)
+        settings = arguments(trl.SFTConfig, tmp_path / "out", max_length=64)
+        trainer = trl.SFTTrainer(model, settings, train_dataset=data, **usual)
+    elif kind == "dpo":
+        data = Dataset.from_list([{"prompt": QUESTION, "chosen": ANSWERS[0], "rejected": ANSWERS[1]}] * 8)
+        settings = arguments(trl.DPOConfig, tmp_path / "out", max_length=64)
+        trainer = trl.DPOTrainer(model, None, settings, train_dataset=data, **usual)
+    else:
+        data = Dataset.from_list([{"prompt": QUESTION}] * 8)
+        settings = arguments(trl.GRPOConfig, tmp_path / "out", num_generations=2, max_completion_length=8, beta=0.1)
+        trainer = trl.GRPOTrainer(model, lambda completions, **_: [0.0, 1.0], settings, train_dataset=data, **usual)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and all("lora_" in name for name in moved)
+    check_export(trainer.model, tmp_path / "exported")
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 1.0], ids=["given", "own answers"])
