@@ -26,9 +26,7 @@ SCALES = ("start", "zero_point", "choice")  # buffers of a weight's quantizer th
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def divide(
-    model: nn.Module, device: torch.device, size: int, fill: Callable[[nn.Module], None] | None = None
-) -> None:
+def divide(model: nn.Module, device: torch.device, size: int, fill: Callable[[nn.Module], None] | None = None) -> None:
     """Divide the tensors of `model`, which is the same in every process, among `size` processes with such a device.
 
     Scales of weights are divided with them. Tensors keep their names.
@@ -220,6 +218,13 @@ def holders(model: nn.Module) -> dict[int, nn.Module]:
     """By the identity of a module of a divided model, the one for `edited` that makes its tensors whole."""
     outer = [module for module in model.modules() if is_divided(module)]
     return {id(below): holder for holder in outer for below in holder.modules()}
+
+
+def opened(model: nn.Module, sites: Sequence[Site]) -> Iterator[Site]:
+    """Each site while its tensors are whole, to be read; not in order where the model is divided. Go through all."""
+    for holder, members in by_holder(model, sites):
+        with edited(holder, write=False):
+            yield from members
 
 
 def by_holder(model: nn.Module, sites: Sequence[Site]) -> list[tuple[nn.Module | None, list[Site]]]:

@@ -113,9 +113,12 @@ class Evaluator:
         self.teacher, self.teacher_head = teacher, None
         self.teacher_hidden: list[Tensor] = []
         if teacher is not None:
-            self.teacher_head = split(teacher)
-            with evaluating(teacher):
-                self.teacher_hidden = [h.cpu() for h, _ in self._hidden(teacher, "teacher reads held-out text")]
+            read(teacher, lambda: self._listen(teacher))
+
+    def _listen(self, teacher: nn.Module) -> None:
+        self.teacher_head = split(teacher)
+        with evaluating(teacher):
+            self.teacher_hidden = [h.cpu() for h, _ in self._hidden(teacher, "teacher reads held-out text")]
 
     def score(self, model: nn.Module, what: str = "evaluating") -> Scores:
         """Evaluate `model`: unquantized parameters at their BF16 values, quantized ones on their grid."""

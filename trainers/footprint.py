@@ -19,7 +19,7 @@ from qat.init.blocks import STREAMS, BlockStep
 from qat.init.gptq import PRODUCTS, Gptq
 from qat.numbers.catalog import lookup
 from qat.surgery import Coverage, report, trained_together
-from qat.trainers import lora_footprint
+from qat.trainers import divided, lora_footprint
 from qat.trainers.evaluate import CHUNK
 from qat.trainers.job import Job
 from qat.trainers.optim import is_frozen, parameter_kinds
@@ -269,8 +269,8 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
         the largest quantized weight with the gradients of one feed-forward layer; evaluation instead of training.
     On CPUs, while tensors are smaller than 32 MiB, holes in the heap; see HEAP_LOSS.
     Before that, weights that are held packed later are dense, unless a packed checkpoint gave them, and
-        GPTQ keeps a matrix of 4 x width^2 per distinct input while calibrating, with the models, which are divided
-        afterwards; that counts where it exceeds the above.
+        GPTQ keeps a matrix of 4 x width^2 per distinct input while calibrating, with the models, whole where they
+        are divided afterwards (`divided.initial_bytes`); that counts where it exceeds the above.
 
     Args:
         device: "cuda" or "cpu".
@@ -294,10 +294,13 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
         "holes in the heap": int(heap * (saved_weights + activations + working)),
     }
     products = min(FP32 * facts.input_products(job), PRODUCTS)
-    models = shards(job) * (parts["master weights"] + parts["scales"] + parts["teacher"])  # divided afterwards
-    models += facts.saved * lora_footprint.dense_first(job)
+    if first := divided.first(job):
+        models = divided.initial_bytes(job, facts, parts)
+    else:
+        models = shards(job) * (parts["master weights"] + parts["scales"] + parts["teacher"])  # divided afterwards
+        models += facts.saved * lora_footprint.dense_first(job)
+    what = "initialisation, beyond that" if first or shards(job) == 1 else "undivided models, initialised"
     beyond = max(0, models + products + _streams(job, facts) - sum(training.values()))
-    what = "initialisation, beyond that" if shards(job) == 1 else "undivided models, initialised"
     return {**training, what: beyond, "libraries and device context": RUNTIME[device]}
 
 
@@ -306,7 +309,8 @@ def _streams(job: Job, facts: Facts) -> int:
     if not any(isinstance(step, BlockStep) and step.by_block for step in job.scheme.init):
         return 0
     text = job.calibration or job.data
-    return STREAMS * FP32 * job.calibration_rows * text.seq_len * facts.student.shape.hidden
+    rows = -(-job.calibration_rows // (job.devices if divided.first(job) else 1))
+    return STREAMS * FP32 * rows * text.seq_len * facts.student.shape.hidden
 
 
 def _states(job: Job, facts: Facts, device: str) -> dict[str, int]:

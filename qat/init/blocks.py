@@ -3,8 +3,8 @@
 Two streams of hidden states go through the model: that of the dense model, and that of the blocks that are quantized
 already. A step finds both at the entrance of its block, so that it can make up for what the blocks before it lost. In
 memory are the two streams, the block's dense outputs, and a copy of its weights as they were; what is finished may be
-kept on disk (`qat.init.kept`). Of a model that is divided among processes (`qat.sharded`), one block at a time is whole,
-and each process has streams of its own part of the text.
+kept on disk (`qat.init.kept`). Of a model that is divided among processes (`qat.sharded`), one block at a time is
+whole, and each process has streams of its own part of the text.
 """
 
 import contextlib

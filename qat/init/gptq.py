@@ -24,7 +24,7 @@ from qat.init.calibration import input_products
 from qat.init.columns import TOGETHER, arrived, codes_of_column, of_block, put, refitted, writable
 from qat.init.scales import Search, search_scales, share_global_scales
 from qat.init.step import Calibration
-from qat.init.together import Together, opened
+from qat.init.together import Together, opened_parts
 from qat.numbers.format import Format
 from qat.numbers.numerics import Scales
 from qat.sites import Site
@@ -208,9 +208,7 @@ class Gptq(BlockStep):
                 for site in mine:
                     site.weight.copy_(corrected(site.weight, lost, gram, self.correction))
                 together.spread(group)  # their scales depend on each other's weights
-            share_global_scales(
-                replace(block.calibration, sites={site.path: sites.pop(site.path) for site in group})
-            )
+            share_global_scales(replace(block.calibration, sites={site.path: sites.pop(site.path) for site in group}))
             for site in mine:
                 search_scales(site, self.search, gram.diagonal() if self.weighted else None)
             inverses = _Inverses(counts, told=together.owns(0))
@@ -230,7 +228,7 @@ class Gptq(BlockStep):
         therefore.
         """
         sites, mean_square = calibration.sites, calibration.mean_square
-        for part in opened(calibration):
+        for part in opened_parts(calibration):
             share_global_scales(replace(calibration, sites=part))
             for path, site in part.items():
                 if path not in mean_square:
@@ -242,11 +240,11 @@ class Gptq(BlockStep):
         for paths in _parts({path: square for path, square in mean_square.items() if path in sites}):
             own = replace(calibration, sites={path: sites[path] for path in paths})
             products = input_products(calibration.model, calibration.batches, paths)
-            for part in opened(own):
+            for part in opened_parts(own):
                 postponed += self._run_part(replace(own, sites=part), products, shared, counts, together)
             torch.clear_autocast_cache()  # it holds BF16 copies of the weights as they were
         latents = {site.path: latent for site, latent in postponed}
-        for part in opened(replace(calibration, sites={site.path: site for site, _ in postponed})):
+        for part in opened_parts(replace(calibration, sites={site.path: site for site, _ in postponed})):
             for path, site in part.items():
                 site.parameter.copy_(latents[path])
         return self.sentence(together.total(counts))
@@ -322,9 +320,7 @@ class _Inverses:
         return self._last[1]
 
 
-def _moments(
-    block: Block, site: Site, with_lost: bool, together: Together
-) -> tuple[Tensor, Tensor | None]:
+def _moments(block: Block, site: Site, with_lost: bool, together: Together) -> tuple[Tensor, Tensor | None]:
     """Means of x' x'^T and (x - x') x'^T over what the site and its group are multiplied with, in all processes."""
     columns, device = site.weight.shape[-1], site.weight.device
     gram = torch.zeros(columns, columns, device=device)

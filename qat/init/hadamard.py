@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 from qat.errors import ConfigError
 from qat.init.calibration import observe
 from qat.init.step import Calibration, InitStep
-from qat.init.together import opened
+from qat.init.together import opened_parts
 from qat.numbers.hadamard import BlockHadamard, size_problem
 
 
@@ -44,7 +44,7 @@ class Hadamard(InitStep):
         fresh = {path: site for path, site in sites.items() if site.input is not None and not site.input.transforms}
         if not sites:
             raise ConfigError("hadamard rotates quantized inputs, and none of its layers has any; leave it out of init")
-        for part in opened(replace(calibration, sites=fresh)):
+        for part in opened_parts(replace(calibration, sites=fresh)):
             for site in part.values():
                 site.weight.copy_(rotate(site.weight, torch.float64))
         for site in fresh.values():

@@ -71,8 +71,8 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """By name, a shared one once; on the CPU."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
-    if is_divided(module):  # and whole: its state_dict would divide it
-        named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    if is_divided(module):  # and whole: its state_dict would divide it, and what numpy saw could not be given back
+        named = {name: t.detach().clone() for name, t in (*module.named_parameters(), *module.named_buffers())}
     else:
         named = module.state_dict(keep_vars=True)
     for name, tensor in named.items():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qat.errors import FormatError
 from qat.init.step import Calibration, InitStep
-from qat.init.together import Together, opened
+from qat.init.together import Together, opened_parts
 from qat.numbers.format import Format
 from qat.numbers.numerics import (
     Scales,
@@ -156,7 +156,7 @@ class ScaleSearch(InitStep):
     def run(self, calibration: Calibration) -> str | None:
         """Put every weight at the scales found for it."""
         together = Together(calibration.model)
-        for sites in opened(calibration):
+        for sites in opened_parts(calibration):
             share_global_scales(replace(calibration, sites=sites))
             for index, (path, site) in enumerate(calibration.track(sites) if together.size == 1 else sites.items()):
                 if together.owns(index):

@@ -83,7 +83,7 @@ class Together:
                 torch.autograd.graph.increment_version(tensor)  # a broadcast does not say that it writes
 
 
-def opened(calibration: Calibration) -> Iterator[dict[str, Site]]:
+def opened_parts(calibration: Calibration) -> Iterator[dict[str, Site]]:
     """The sites of a calibration in parts, each of which has whole tensors while it is at hand, and keeps what is
     written there: all at once where the model is not divided, else by block."""
     parts = by_holder(calibration.model, list(calibration.sites.values()))
