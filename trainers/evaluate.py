@@ -110,7 +110,8 @@ class Evaluator:
     ) -> None:
         self.ranks = ranks
         self.blocks, self.batch, self.device, self.dtype = blocks, batch, torch.device(device), dtype
-        self.teacher, self.teacher_head = teacher, None
+        self.teacher = teacher
+        self.teacher_head: Head | None = None
         self.teacher_hidden: list[Tensor] = []
         if teacher is not None:
             read(teacher, lambda: self._listen(teacher))

@@ -260,17 +260,17 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
 
     States, divided by the devices under fsdp and deepspeed, with P parameters, P' of them trained, S learned scales:
         masters 4 P (LoRA: 4 P' more; what is held packed its codes and scales); gradients 4 (P' + S), under ddp too,
-        whose buckets they lie in;
-        moments 8 (P' + S); scales 4 S and 4 per block for their start; average 4 (P' + S); teacher 2 P, on CPUs 4 P.
+        whose buckets they lie in; moments 8 (P' + S); scales 4 S and 4 per block for their start;
+        average 4 (P' + S); teacher 2 P, on CPUs 4 P.
     Kept for the backward pass, T tokens per device and forward pass:
         quantized weights 2 per weight (4 without round_bf16), up to 12 per scale; activations as in `_per_token`;
         with activation checkpointing, one layer of both and 4 x hidden x T per layer.
     Working space, the larger of: float32 chunks of logits with two gradients of the output layer; 5 copies of
         the largest quantized weight with the gradients of one feed-forward layer; evaluation instead of training.
     On CPUs, while tensors are smaller than 32 MiB, holes in the heap; see HEAP_LOSS.
-    Before that, weights that are held packed later are dense, unless a packed checkpoint gave them, and
-        GPTQ keeps a matrix of 4 x width^2 per distinct input while calibrating, with the models, whole where they
-        are divided afterwards (`divided.initial_bytes`); that counts where it exceeds the above.
+    Before that, weights that are held packed later are dense, unless a packed checkpoint gave them, and GPTQ keeps a
+        matrix of 4 x width^2 per distinct input, with the models, which are divided afterwards or before
+        (`divided.initial_bytes`); that counts where it exceeds the above.
 
     Args:
         device: "cuda" or "cpu".
@@ -294,12 +294,10 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
         "holes in the heap": int(heap * (saved_weights + activations + working)),
     }
     products = min(FP32 * facts.input_products(job), PRODUCTS)
-    if first := divided.first(job):
-        models = divided.initial_bytes(job, facts, parts)
-    else:
-        models = shards(job) * (parts["master weights"] + parts["scales"] + parts["teacher"])  # divided afterwards
-        models += facts.saved * lora_footprint.dense_first(job)
-    what = "initialisation, beyond that" if first or shards(job) == 1 else "undivided models, initialised"
+    models = shards(job) * (parts["master weights"] + parts["scales"] + parts["teacher"])  # divided afterwards
+    models += facts.saved * lora_footprint.dense_first(job)
+    what = "initialisation, beyond that" if shards(job) == 1 or divided.first(job) else "undivided models, initialised"
+    models = divided.initial_bytes(job, facts, parts) if divided.first(job) else models
     beyond = max(0, models + products + _streams(job, facts) - sum(training.values()))
     return {**training, what: beyond, "libraries and device context": RUNTIME[device]}
 

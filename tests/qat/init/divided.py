@@ -8,7 +8,7 @@ Each case is saved as FOLDER/CASE.safetensors by the first rank; every rank save
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,12 +26,15 @@ from qat.init.hadamard import Hadamard
 from qat.init.scales import ScaleSearch
 from qat.init.smooth import Smooth
 from qat.init.step import InitStep
+from qat.init.together import Together
 from qat.scheme import Scheme
+from qat.sites import Site
 from qat.surgery import apply
 from tests.qat.test_surgery import MOE, batches, build, rules, usual
 
 BLOCKS = 3
-BATCHES = 4
+BATCHES = 2  # one for each process: sums over them have one order
+MORE = 4
 STOPPED = 2  # block before which a walk ends
 
 
@@ -56,6 +59,7 @@ def scheme(*init: InitStep, weight: str = "nvfp4", **fields: Any) -> Scheme:
 FIT = {"choose": "arrival", "refit": 1}
 CASES: dict[str, tuple[str, Scheme]] = {
     "walk": ("llama", scheme(Counted(sequential=True, correction=0.5, **FIT))),
+    "more": ("llama", scheme(Counted(sequential=True))),
     "asymmetric": ("llama", scheme(Counted(sequential=True), weight="int4_g32_asym")),
     "experts": ("qwen3_moe", scheme(Counted(sequential=True, **FIT))),
     "apart": ("llama", scheme(Gptq())),
@@ -84,7 +88,7 @@ def held(model: nn.Module) -> int:
 
 
 def initialised(
-    model: nn.Module, scheme: Scheme, store: Any = None, stop: int = 99
+    model: nn.Module, scheme: Scheme, store: Any = None, stop: int = 99, text: int = BATCHES
 ) -> tuple[dict[str, Tensor], list[str], int]:
     """Its tensors, what was said, and the most bytes that it held of the model."""
     most = [0]
@@ -94,21 +98,19 @@ def initialised(
             if number == stop and isinstance(item[1], nn.Module):
                 raise Stopped
             yield item
-            most[0] = max(most[0], held(model))
 
-    text = list(batches(BATCHES))
-    Counted.seen.clear()
-
-    def watched(self: Counted, block: Block) -> Counter[str]:
+    def watched(self: Together, sites: Sequence[Site], places: Sequence[int] | None = None) -> None:
         most[0] = max(most[0], held(model))
-        return _run_block(self, block)
+        _spread(self, sites, places)
 
-    Counted.run_block = watched  # type: ignore[method-assign]
-    said = initialise(model, text, scheme, observe(model, text), track, store)
+    given = list(batches(text))
+    Counted.seen.clear()
+    Together.spread = watched  # type: ignore[method-assign]
+    said = initialise(model, given, scheme, observe(model, given), track, store)
     return student_tensors(model), said, most[0]
 
 
-_run_block = Counted.run_block
+_spread = Together.spread
 
 
 def main(rank: int, size: int, store: str, folder: Path) -> None:
@@ -117,7 +119,7 @@ def main(rank: int, size: int, store: str, folder: Path) -> None:
     for name, (kind, given) in CASES.items():
         model = made(kind, given, size)
         share = held(model)
-        tensors, said, most = initialised(model, given)
+        tensors, said, most = initialised(model, given, text=MORE if name == "more" else BATCHES)
         told[name] = {"said": said, "share": share, "most": most, "seen": list(Counted.seen)}
         save_file(tensors, folder / f"{name}-{rank}.safetensors")
     kind, given = CASES["walk"]
