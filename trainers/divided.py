@@ -174,7 +174,7 @@ def initial_bytes(job: "Job", facts: "Facts", parts: dict[str, int]) -> int:
     """Of one device while models are divided, loaded and initialised: its shares, what no block owns, and the larger of
     a block that is worked on (with GPTQ's factors) and the logits of calibration text."""
     shape = facts.student.shape
-    shares = parts["master weights"] + parts["scales"] + parts["teacher"]
+    shares = sum(parts[name] for name in ("master weights", "scales", "teacher"))
     outside = 2 * FP32 * shape.hidden * shape.vocabulary
     block = FP32 * max(0, facts.student.parameters - 2 * shape.hidden * shape.vocabulary) // shape.layers
     widest = max((m.shape[-1] for m in facts.coverage.modules if m.weight), default=0)

@@ -260,8 +260,8 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
 
     States, divided by the devices under fsdp and deepspeed, with P parameters, P' of them trained, S learned scales:
         masters 4 P (LoRA: 4 P' more; what is held packed its codes and scales); gradients 4 (P' + S), under ddp too,
-        whose buckets they lie in; moments 8 (P' + S); scales 4 S and 4 per block for their start;
-        average 4 (P' + S); teacher 2 P, on CPUs 4 P.
+        whose buckets they lie in;
+        moments 8 (P' + S); scales 4 S and 4 per block for their start; average 4 (P' + S); teacher 2 P, on CPUs 4 P.
     Kept for the backward pass, T tokens per device and forward pass:
         quantized weights 2 per weight (4 without round_bf16), up to 12 per scale; activations as in `_per_token`;
         with activation checkpointing, one layer of both and 4 x hidden x T per layer.
@@ -269,8 +269,7 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
         the largest quantized weight with the gradients of one feed-forward layer; evaluation instead of training.
     On CPUs, while tensors are smaller than 32 MiB, holes in the heap; see HEAP_LOSS.
     Before that, weights that are held packed later are dense, unless a packed checkpoint gave them, and GPTQ keeps a
-        matrix of 4 x width^2 per distinct input, with the models, which are divided afterwards or before
-        (`divided.initial_bytes`); that counts where it exceeds the above.
+        matrix of 4 x width^2 per input, with models divided later, or before (`divided`), where that exceeds the above.
 
     Args:
         device: "cuda" or "cpu".
@@ -296,8 +295,9 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
     products = min(FP32 * facts.input_products(job), PRODUCTS)
     models = shards(job) * (parts["master weights"] + parts["scales"] + parts["teacher"])  # divided afterwards
     models += facts.saved * lora_footprint.dense_first(job)
-    what = "initialisation, beyond that" if shards(job) == 1 or divided.first(job) else "undivided models, initialised"
-    models = divided.initial_bytes(job, facts, parts) if divided.first(job) else models
+    what = "initialisation, beyond that" if shards(job) == 1 else "undivided models, initialised"
+    if divided.first(job):
+        models, what = divided.initial_bytes(job, facts, parts), "initialisation, beyond that"
     beyond = max(0, models + products + _streams(job, facts) - sum(training.values()))
     return {**training, what: beyond, "libraries and device context": RUNTIME[device]}
 

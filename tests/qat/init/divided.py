@@ -105,7 +105,7 @@ def initialised(
 
     given = list(batches(text))
     Counted.seen.clear()
-    Together.spread = watched  # type: ignore[method-assign]
+    Together.spread = watched  # type: ignore[method-assign]  # only looks on
     said = initialise(model, given, scheme, observe(model, given), track, store)
     return student_tensors(model), said, most[0]
 
