@@ -260,8 +260,8 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
 
     States, divided by the devices under fsdp and deepspeed, with P parameters, P' of them trained, S learned scales:
         masters 4 P (LoRA: 4 P' more; what is held packed its codes and scales); gradients 4 (P' + S), under ddp too,
-        whose buckets they lie in;
-        moments 8 (P' + S); scales 4 S and 4 per block for their start; average 4 (P' + S); teacher 2 P, on CPUs 4 P.
+        whose buckets they lie in; moments 8 (P' + S); scales 4 S, and their start 4 per block; average 4 (P' + S);
+        teacher 2 P, on CPUs 4 P.
     Kept for the backward pass, T tokens per device and forward pass:
         quantized weights 2 per weight (4 without round_bf16), up to 12 per scale; activations as in `_per_token`;
         with activation checkpointing, one layer of both and 4 x hidden x T per layer.
@@ -278,9 +278,8 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
     parts = _states(job, facts, device)
     saved_weights = _saved_weights(job, facts, mixed)
     activations = _activations(job, facts, mixed)
-    working = max(
-        _training_space(job, facts, device, mixed), _evaluation_space(job, facts) - saved_weights - activations
-    )
+    evaluation = _evaluation_space(job, facts) - saved_weights - activations
+    working = max(_training_space(job, facts, device, mixed), evaluation)
     if shards(job) > 1:  # the layer at work is gathered whole, and the next one with it
         working += 2 * FP32 * (facts.student.parameters // facts.student.shape.layers)
     tensor = FP32 * job.micro_rows * job.data.seq_len * facts.student.shape.ffn
@@ -295,9 +294,9 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
     products = min(FP32 * facts.input_products(job), PRODUCTS)
     models = shards(job) * (parts["master weights"] + parts["scales"] + parts["teacher"])  # divided afterwards
     models += facts.saved * lora_footprint.dense_first(job)
-    what = "initialisation, beyond that" if shards(job) == 1 else "undivided models, initialised"
-    if divided.first(job):
-        models, what = divided.initial_bytes(job, facts, parts), "initialisation, beyond that"
+    first = divided.first(job)
+    models = divided.initial_bytes(job, facts, parts) if first else models
+    what = "initialisation, beyond that" if first or shards(job) == 1 else "undivided models, initialised"
     beyond = max(0, models + products + _streams(job, facts) - sum(training.values()))
     return {**training, what: beyond, "libraries and device context": RUNTIME[device]}
 

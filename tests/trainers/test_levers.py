@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from qat.config import override
+from qat.init.scales import ScaleSearch
+from qat.init.smooth import Smooth
 from qat.trainers.footprint import GIB, job_facts, memory
 from qat.trainers.job import Job, load_job
 from qat.trainers.levers import HEADROOM, changed, launch_advice, memory_advice, ways
@@ -109,7 +111,8 @@ def test_recipes_for_clusters_have_believable_plans(name: str, least: int, most:
     assert states < step < HEADROOM * 80 * GIB
     assert least < speed(wanted) / wanted.devices < most
     assert memory_advice(wanted, known, h100(wanted)) == []
-    whole = changed(wanted, scheme={"init": [{"kind": "smooth", "strength": "auto"}, "scales"]})  # before it is divided
+    scheme = wanted.scheme.model_copy(update={"init": (Smooth(strength="auto"), ScaleSearch())})
+    whole = changed(wanted, scheme=scheme)  # before it is divided
     undivided: dict[str, Any] = memory(whole, known, "cuda", True)
     notes = memory_advice(whole, known, h100(whole))
     assert (sum(undivided.values()) < HEADROOM * 80 * GIB) == ("8b" in name)
