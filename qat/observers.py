@@ -69,6 +69,15 @@ class RangeObserver:
         if self.kind in ("percentile", "mse", "kl"):
             self._histogram.add(x)
 
+    @property
+    def top(self) -> float:
+        """The largest magnitude so far, where that is what is looked for; 0 where nothing was observed."""
+        return self._amax or 0.0
+
+    def widen(self, top: float) -> None:
+        """Take another observer's `top` into account, which saw other text."""
+        self._amax = max(self.top, top)
+
     def amax(self) -> float:
         """The range found so far.
 

@@ -155,8 +155,14 @@ class WeightQuantizer(Quantizer):
 
     def set_scales(self, scales: Scales) -> None:
         """Begin (again) from these scales, with no learned correction."""
-        self.start = scales.effective().clone()
-        self.global_scale, self.zero_point, self.choice = scales.global_scale, scales.zero_point, scales.choice
+        self.global_scale = scales.global_scale
+        given = {"start": scales.effective().clone(), "zero_point": scales.zero_point, "choice": scales.choice}
+        for name, values in given.items():
+            own = self._parameters.get(name)  # of a divided model, see `qat.sharded`
+            if own is None or values is None:
+                setattr(self, name, values)
+            else:
+                own.data.copy_(values)
         for correction in (self.log_scale, self.log_divisor):
             if correction is not None:
                 nn.init.zeros_(correction)
@@ -320,6 +326,11 @@ class InputQuantizer(Quantizer):
     def observe(self) -> None:
         """Pass inputs through unchanged and collect their range, until `freeze`."""
         self._observer = RangeObserver(self.observer_kind, self.format)
+
+    @property
+    def observer(self) -> RangeObserver | None:
+        """What collects the range, between `observe` and `freeze`."""
+        return self._observer
 
     def cancel(self) -> None:
         """Stop observing and keep the range there was."""

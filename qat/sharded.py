@@ -26,10 +26,14 @@ SCALES = ("start", "zero_point", "choice")  # buffers of a weight's quantizer th
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def divide(model: nn.Module, device: torch.device, size: int) -> None:
+def divide(model: nn.Module, device: torch.device, size: int, fill: Callable[[nn.Module], None] | None = None) -> None:
     """Divide the tensors of `model`, which is the same in every process, among `size` processes with such a device.
 
     Scales of weights are divided with them. Tensors keep their names.
+
+    Args:
+        fill: gives every block, and at last the model, its tensors before they are divided, so that no more than one
+            block is ever whole; without it they are there.
 
     Raises:
         UnsupportedError: see `refusal`.
@@ -38,18 +42,20 @@ def divide(model: nn.Module, device: torch.device, size: int) -> None:
         return
     if reason := refusal(model):
         raise UnsupportedError(reason)
-    for module in model.modules():
-        if isinstance(module, WeightQuantizer):
-            _as_parameters(module)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.contiguous()
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (size,))
-    for block in blocks(model):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    for part in (*blocks(model), model):
+        if fill is not None:
+            fill(part)
+        for module in part.modules():
+            if isinstance(module, WeightQuantizer):
+                _as_parameters(module)
+        for parameter in part.parameters():
+            if not is_share(parameter):
+                parameter.data = parameter.data.contiguous()
+        fully_shard(part, mesh=mesh)
     caller: Any = model
     caller.run_whole = _called
     register_fsdp_forward_method(model, "run_whole")
@@ -129,11 +135,12 @@ def read(model: Any, work: Callable[[], T]) -> T:
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, in every process; every process must ask."""
     values: Any = tensor.detach()
-    found: Tensor = values.full_tensor() if _is_share(tensor) else values
+    found: Tensor = values.full_tensor() if is_share(tensor) else values
     return found
 
 
-def _is_share(tensor: Tensor) -> bool:
+def is_share(tensor: Tensor) -> bool:
+    """Whether a tensor is divided."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -141,14 +148,14 @@ def _is_share(tensor: Tensor) -> bool:
 def share(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, to be read and written."""
     values: Any = tensor.detach()
-    own: Tensor = values.to_local() if _is_share(tensor) else tensor.data
+    own: Tensor = values.to_local() if is_share(tensor) else tensor.data
     return own
 
 
 @torch.no_grad()
 def put(target: Tensor, values: Tensor) -> None:
     """Write `values`, the whole ones, into a tensor that may be divided."""
-    if _is_share(target):
+    if is_share(target):
         from torch.distributed.tensor import distribute_tensor
 
         divided: Any = target
@@ -164,7 +171,7 @@ def swapped(values: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
     divided: list[tuple[Tensor, Tensor]] = []
     try:
         for tensor, value in values:
-            if _is_share(tensor):
+            if is_share(tensor):
                 own = share(tensor)
                 divided.append((own, own.clone()))
                 own.copy_(value)
@@ -186,12 +193,13 @@ def edited(module: nn.Module | None, write: bool = True) -> Iterator[None]:
         yield
         return
     holder: Any = module
+    holder.reshard()  # what runs first stays whole after its pass
     divided = dict(holder.named_parameters())
     holder.unshard()
     try:
         yield
         for name, parameter in holder.named_parameters() if write else ():
-            if not _is_share(parameter):
+            if not is_share(parameter):
                 put(divided[name], parameter.detach())
     finally:
         holder.reshard()
@@ -206,12 +214,24 @@ def gathered(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def holders(model: nn.Module) -> dict[int, nn.Module]:
+    """By the identity of a module of a divided model, the one for `edited` that makes its tensors whole."""
+    outer = [module for module in model.modules() if is_divided(module)]
+    return {id(below): holder for holder in outer for below in holder.modules()}
+
+
+def opened(model: nn.Module, sites: Sequence[Site]) -> Iterator[Site]:
+    """Each site while its tensors are whole, to be read; not in order where the model is divided. Go through all."""
+    for holder, members in by_holder(model, sites):
+        with edited(holder, write=False):
+            yield from members
+
+
 def by_holder(model: nn.Module, sites: Sequence[Site]) -> list[tuple[nn.Module | None, list[Site]]]:
     """Sites by the module for `edited` that makes them whole; one group where the model is not divided."""
-    holders = [module for module in model.modules() if is_divided(module)]
-    if not holders:
+    if not is_divided(model):
         return [(None, list(sites))]
-    inner = {id(below): holder for holder in holders for below in holder.modules()}
+    inner = holders(model)
     groups: dict[int, tuple[nn.Module | None, list[Site]]] = {}
     for site in sites:
         holder = inner[id(site.owner)]

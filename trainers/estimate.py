@@ -11,7 +11,7 @@ from qat.init.blocks import STREAMS, BlockStep
 from qat.init.gptq import PRODUCTS
 from qat.init.rotate import Rotate
 from qat.text import size
-from qat.trainers import limits
+from qat.trainers import divided, limits
 from qat.trainers.exportable import export_notes
 from qat.trainers.footprint import BF16, FP32, Facts, flops_per_token, forward_flops, job_facts, memory, shards
 from qat.trainers.job import Job
@@ -124,8 +124,8 @@ def _export_notes(job: Job, facts: Facts) -> list[str]:
 
 def _notes(job: Job, facts: Facts, devices: list[Machine]) -> list[str]:
     notes = [reason] if (reason := refusal(job)) else []
-    if divides(job):
-        notes.append("every device holds the undivided models until they are initialised, then its share")
+    if divides(job) and (reason := divided.obstacle(job)):
+        notes.append(f"{reason}, so every device holds the undivided models until they are initialised, then its share")
     if (fallback := job.scheme.fallback) is not None:
         notes.append(f"which {fallback.count} layers fall back is decided when training begins, and not counted here")
     texts = [*job.data.parts, *(job.calibration.parts if job.calibration is not None else ())]

@@ -111,14 +111,18 @@ class Evaluator:
     ) -> None:
         self.ranks = ranks
         self.blocks, self.batch, self.device, self.dtype = blocks, batch, torch.device(device), dtype
-        self.teacher, self.teacher_head = teacher, None
+        self.teacher = teacher
+        self.teacher_head: Head | None = None
         self.teacher_hidden: list[Tensor] = []
         self.teacher_says: Callable[[list[int]], Known] | None = None  # of rows, where it is not known whole,
         self.columns: int | None = None  # over so many of the first logits
         if teacher is not None:
-            self.teacher_head = split(teacher)
-            with evaluating(teacher):
-                self.teacher_hidden = [h.cpu() for h, _ in self._hidden(teacher, "teacher reads held-out text")]
+            read(teacher, lambda: self._listen(teacher))
+
+    def _listen(self, teacher: nn.Module) -> None:
+        self.teacher_head = split(teacher)
+        with evaluating(teacher):
+            self.teacher_hidden = [h.cpu() for h, _ in self._hidden(teacher, "teacher reads held-out text")]
 
     def score(self, model: nn.Module, what: str = "evaluating") -> Scores:
         """Evaluate `model`: unquantized parameters at their BF16 values, quantized ones on their grid."""

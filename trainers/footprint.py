@@ -19,7 +19,7 @@ from qat.init.blocks import STREAMS, BlockStep
 from qat.init.gptq import PRODUCTS, Gptq
 from qat.numbers.catalog import lookup
 from qat.surgery import Coverage, report, trained_together
-from qat.trainers import lora_footprint
+from qat.trainers import divided, lora_footprint
 from qat.trainers.evaluate import CHUNK
 from qat.trainers.job import Job
 from qat.trainers.optim import is_frozen, parameter_kinds
@@ -260,17 +260,16 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
 
     States, divided by the devices under fsdp and deepspeed, with P parameters, P' of them trained, S learned scales:
         masters 4 P (LoRA: 4 P' more; what is held packed its codes and scales); gradients 4 (P' + S), under ddp too,
-        whose buckets they lie in;
-        moments 8 (P' + S); scales 4 S and 4 per block for their start; average 4 (P' + S); teacher 2 P, on CPUs 4 P.
+        whose buckets they lie in; moments 8 (P' + S); scales 4 S, and their start 4 per block; average 4 (P' + S);
+        teacher 2 P, on CPUs 4 P.
     Kept for the backward pass, T tokens per device and forward pass:
         quantized weights 2 per weight (4 without round_bf16), up to 12 per scale; activations as in `_per_token`;
         with activation checkpointing, one layer of both and 4 x hidden x T per layer.
     Working space, the larger of: float32 chunks of logits with two gradients of the output layer; 5 copies of
         the largest quantized weight with the gradients of one feed-forward layer; evaluation instead of training.
     On CPUs, while tensors are smaller than 32 MiB, holes in the heap; see HEAP_LOSS.
-    Before that, weights that are held packed later are dense, unless a packed checkpoint gave them, and
-        GPTQ keeps a matrix of 4 x width^2 per distinct input while calibrating, with the models, which are divided
-        afterwards; that counts where it exceeds the above.
+    Before that, weights that are held packed later are dense, unless a packed checkpoint gave them, and GPTQ keeps a
+        matrix of 4 x width^2 per input, with models divided later, or before (`divided`), where that exceeds the above.
 
     Args:
         device: "cuda" or "cpu".
@@ -279,9 +278,8 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
     parts = _states(job, facts, device)
     saved_weights = _saved_weights(job, facts, mixed)
     activations = _activations(job, facts, mixed)
-    working = max(
-        _training_space(job, facts, device, mixed), _evaluation_space(job, facts) - saved_weights - activations
-    )
+    evaluation = _evaluation_space(job, facts) - saved_weights - activations
+    working = max(_training_space(job, facts, device, mixed), evaluation)
     if shards(job) > 1:  # the layer at work is gathered whole, and the next one with it
         working += 2 * FP32 * (facts.student.parameters // facts.student.shape.layers)
     tensor = FP32 * job.micro_rows * job.data.seq_len * facts.student.shape.ffn
@@ -296,8 +294,10 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
     products = min(FP32 * facts.input_products(job), PRODUCTS)
     models = shards(job) * (parts["master weights"] + parts["scales"] + parts["teacher"])  # divided afterwards
     models += facts.saved * lora_footprint.dense_first(job)
+    first = divided.first(job)
+    models = divided.initial_bytes(job, facts, parts) if first else models
+    what = "initialisation, beyond that" if first or shards(job) == 1 else "undivided models, initialised"
     beyond = max(0, models + products + _streams(job, facts) - sum(training.values()))
-    what = "initialisation, beyond that" if shards(job) == 1 else "undivided models, initialised"
     return {**training, what: beyond, "libraries and device context": RUNTIME[device]}
 
 
@@ -306,7 +306,8 @@ def _streams(job: Job, facts: Facts) -> int:
     if not any(isinstance(step, BlockStep) and step.by_block for step in job.scheme.init):
         return 0
     text = job.calibration or job.data
-    return STREAMS * FP32 * job.calibration_rows * text.seq_len * facts.student.shape.hidden
+    rows = -(-job.calibration_rows // (job.devices if divided.first(job) else 1))
+    return STREAMS * FP32 * rows * text.seq_len * facts.student.shape.hidden
 
 
 def _states(job: Job, facts: Facts, device: str) -> dict[str, int]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qat.numbers.element import Element
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales, in_parts, per_block, to_blocks
-from qat.sharded import gathered
+from qat.sharded import opened
 from qat.sites import Site, sites
 
 SAMPLE = 1 << 16  # codes, and as many scales, remembered of one weight
@@ -32,8 +32,8 @@ class QuantizerMetrics:
     """
 
     def __init__(self, model: nn.Module, start: Path | None = None) -> None:
-        with gathered(model):
-            first = {path: _sample(_quantized(site)) for path, site in _weights(model).items()}
+        found = list(_weights(model).values())
+        first = {site.path: _sample(_quantized(site)) for site in opened(model, found)}
         self._last = {path: codes for path, (codes, _) in first.items()}
         if start is not None and start.is_file():
             with safe_open(start, "pt") as file:
@@ -53,9 +53,9 @@ class QuantizerMetrics:
         |log2(scale / scale at the start)|, as stored. `qsnr`: in dB; `qsnr/LAYER` the same of each weight.
         """
         found = _weights(model)
-        with gathered(model):
-            rows = torch.stack([self._row(path, site) for path, site in found.items()]).cpu().double()
-            sizes = torch.tensor([site.weight.numel() for site in found.values()], dtype=torch.float64)
+        by_path = {site.path: self._row(site.path, site) for site in opened(model, list(found.values()))}
+        rows = torch.stack([by_path[path] for path in found]).cpu().double()
+        sizes = torch.tensor([site.weight.numel() for site in found.values()], dtype=torch.float64)
         mean = (rows * (sizes / sizes.sum())[:, None]).sum(dim=0).tolist()
         names = ("flip_rate", "flip_rate_last", "clip_rate", "scale_drift", "qsnr")
         total = {f"quantizers/{name}": value for name, value in zip(names, mean, strict=True)}

@@ -21,10 +21,10 @@ from qat.errors import Interrupted
 from qat.init.calibration import initialise, observe, unreached
 from qat.modes import dense
 from qat.numbers.numerics import qsnr
-from qat.sharded import gathered
+from qat.sharded import is_divided, opened, read
 from qat.sites import Site, weights
-from qat.surgery import apply, report, rotate_inputs
-from qat.trainers import adapted, cached, claim, fallback, limits, packed, rates, strategy, why
+from qat.surgery import Coverage, apply, report, rotate_inputs
+from qat.trainers import adapted, cached, claim, divided, fallback, limits, packed, rates, strategy, why
 from qat.trainers.announced import print_coverage, print_texts
 from qat.trainers.callbacks import Keeper
 from qat.trainers.called import check_called
@@ -141,11 +141,13 @@ def _train(job: Job, resume_run: bool, console: Console, interruptions: Interrup
         keeper = Keeper(run, job, choosing, {})
         first = (chosen or rows)[-1]
         keeper.best = {"step": 0, "kl": first["kl"], "since": 0}
-        if ranks.first:
-            resume.save_best(run, resume.student_tensors(parts.student), {**first, "step": 0}, job.lora)
-            Initialised(run).clear()
+        if ranks.first or is_divided(parts.student):
+            tensors = resume.student_tensors(parts.student, ranks.first)
+            if ranks.first:
+                resume.save_best(run, tensors, {**first, "step": 0}, job.lora)
+                Initialised(run).clear()
             if job.eval.why:
-                why.keep_start(run, parts.student)
+                why.keep_start(run, parts.student, ranks.first)
     else:
         rotate_inputs(parts.student, job.scheme)
         adapted.take_up(job, parts)
@@ -171,15 +173,14 @@ def _load(job: Job, source: Path, reference: Path, console: Console, ranks: Rank
     for note in export_notes(job, source, student_without_numbers(job, source)):
         console.print(note, highlight=False, soft_wrap=True, markup=False)
     store = cached.opened(job, tokenizer)
-    teacher = None if store is not None else load_teacher(job, reference)
-    student: nn.Module = load_configured(job.model, source, device=device)
-    models = [model for model in (student, teacher) if model is not None]
-    coverage = report(student, job.scheme)
+    early = divided.first(job, source)
+    wanted = None if store is not None else reference
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed):  # flash attention takes nothing wider
-        check_called(student.to(adapted.first_place(job, student, device)), coverage)
-        limits.check_packing(job, *(models if job.teacher is not None else [student]))
-    parameters = sum(p.numel() for p in student.parameters())
-    strategy.check_models(job, *models)
+        load = divided.load if early else _whole
+        student, teacher, coverage, parameters = load(job, source, wanted, device, ranks)
+        models = [model for model in (student, teacher) if model is not None]
+        with dense(student, inputs=True):
+            read(student, lambda: limits.check_packing(job, *(models if job.teacher is not None else [student])))
     limits.warn(limits.check_lengths(job, *models))
     loaded = {
         name: load_blocks(config, tokenizer, num_tokens=wanted, teacher=teacher if store is None else store.writer)
@@ -191,17 +192,27 @@ def _load(job: Job, source: Path, reference: Path, console: Console, ranks: Rank
     limits.check_rows(tokenizer, texts, *models)
     taught = None if store is None else cached.bound(job, store, texts, student)
     print_texts(train_rows, heldout, choosing, console)
-    if job.activation_checkpointing:
-        # transformers 5.23 renamed the method; 5.17 only knows the old name.
-        name = "activation_checkpointing_enable"
-        getattr(student, name if hasattr(student, name) else "gradient_checkpointing_enable")({"use_reentrant": False})
-    apply(student, job.scheme, defer_init=True)
-    adapted.hold_early(job, student)
-    if job.lora is None:  # else once there are adapters
-        freeze(student, job.optim)
+    if not early:
+        divided.checkpointed(job, student)
+        apply(student, job.scheme, defer_init=True)
+        adapted.hold_early(job, student)
+        if job.lora is None:  # else once there are adapters
+            freeze(student, job.optim)
     dtype = torch.bfloat16 if mixed else None
     rows = (train_rows, heldout, calibration, choosing)
     return Parts(student.to(device), teacher, *rows, coverage, device, dtype, parameters, ranks=ranks, taught=taught)
+
+
+def _whole(
+    job: Job, source: Path, reference: Path | None, device: torch.device, _: Ranks
+) -> tuple[nn.Module, nn.Module | None, Coverage, int]:
+    """What `divided.load` gives, but nothing is quantized or divided yet."""
+    teacher = None if reference is None else load_teacher(job, reference)
+    student: nn.Module = load_configured(job.model, source, device=device)
+    coverage = report(student, job.scheme)
+    check_called(student.to(adapted.first_place(job, student, device)), coverage)
+    strategy.check_models(job, *(model for model in (student, teacher) if model is not None))
+    return student, teacher, coverage, sum(p.numel() for p in student.parameters())
 
 
 def _baselines(
@@ -250,13 +261,15 @@ def _baselines(
         for sentence in sentences:
             console.print(sentence, highlight=False)
         evaluate(parts.student, "best_ptq")
-    parts.qsnr_start = {path: _site_qsnr(site) for path, site in weights(parts.student).items()}
+    parts.qsnr_start = _site_qsnrs(parts.student)
     return rows, chosen
 
 
 def _calibration(job: Job, parts: Parts) -> list[dict[str, Any]]:
     batches = Batches(parts.calibration, job.micro_rows, job.seed)
     count = -(-job.calibration_rows // job.micro_rows)
+    if is_divided(parts.student):  # each rank reads as many
+        count = -(-count // parts.ranks.size) * parts.ranks.size
     on_device = ({k: v.to(parts.device) for k, v in batches.batch(index).items()} for index in range(count))
     return _Counted(model_inputs(batch) for batch in on_device)
 
@@ -287,21 +300,26 @@ def _finish(job: Job, parts: Parts, keeper: Keeper, reporting: Evaluator, saved:
             "disagreement": why.disagreement(
                 read_metrics(run / claim.METRICS), (saved.get("choosing") or saved["rows"])[-1]["kl"]
             ),
+            "moved": why.moved(run, parts.student),
         }
-    with gathered(parts.student):
-        return ranks.lead(lambda: _written(job, parts, keeper, saved, rows, measured))
+    after = _site_qsnrs(parts.student)
+    return ranks.lead(lambda: _written(job, parts, keeper, saved, rows, measured, after))
 
 
 def _written(job: Job, parts: Parts, *found: Any) -> RunReport:
-    if found[-1]:  # what is measured of its weights needs all of them
-        found[-1]["moved"] = why.moved(job.folder, parts.student)
     built = _report(job, parts, *found)
     write_report(job.folder, built)
     return built
 
 
 def _report(
-    job: Job, parts: Parts, keeper: Keeper, saved: dict[str, Any], rows: list[dict[str, Any]], measured: dict[str, Any]
+    job: Job,
+    parts: Parts,
+    keeper: Keeper,
+    saved: dict[str, Any],
+    rows: list[dict[str, Any]],
+    measured: dict[str, Any],
+    after: dict[str, float],
 ) -> RunReport:
     chosen = saved.get("choosing") or []
     if chosen:
@@ -342,17 +360,14 @@ def _report(
         versions=versions(),
         precision="bf16-mixed" if parts.dtype is torch.bfloat16 else "fp32",
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        qsnr=_qsnr(parts),
+        qsnr=[(path, parts.qsnr_start.get(path, value), value) for path, value in after.items()],
         rates=saved.get("rates", []),
     )
 
 
 @torch.no_grad()
-def _qsnr(parts: Parts) -> list[tuple[str, float, float]]:
-    """(layer, QSNR at the start, QSNR after training) in dB, both against the weights being quantized."""
-    after = {path: _site_qsnr(site) for path, site in weights(parts.student).items()}
-    return [(path, parts.qsnr_start.get(path, value), value) for path, value in after.items()]
-
-
-def _site_qsnr(site: Site) -> float:
-    return qsnr(site.weight, site.value())
+def _site_qsnrs(student: nn.Module) -> dict[str, float]:
+    """QSNR in dB of every weight as it is against itself quantized, by layer."""
+    found = weights(student)
+    measured = {site.path: qsnr(site.weight, site.value()) for site in opened(student, list(found.values()))}
+    return {path: measured[path] for path in found}

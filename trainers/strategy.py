@@ -4,7 +4,8 @@ Lightning and torch do the work. torch's elastic agent (which is torchrun) start
 or SLURM started them already; `DistributedDataParallel` sums gradients. What is left for this file: where a process
 stands (`Ranks`), and the rule for everything outside the steps. Whatever reads or writes the run's folder is done by
 rank 0, which tells the others (`lead`). Models are loaded and initialised by every rank, which takes no longer than on
-one, and rank 0's numbers are then sent to all (`share`), so that nothing rests on two devices rounding alike.
+one, and rank 0's numbers are then sent to all (`share`), so that nothing rests on two devices rounding alike; or they
+are divided first, and no rank ever holds them (`qat.trainers.divided`).
 """
 
 import contextlib
@@ -99,8 +100,9 @@ class Ranks:
 
     @torch.no_grad()
     def share(self, model: nn.Module) -> None:
-        """Give every rank the parameters and buffers of rank 0's `model`."""
-        for tensor in (*model.parameters(), *model.buffers()) if self.size > 1 else ():
+        """Give every rank the parameters and buffers of rank 0's `model`; of what is divided each has its own."""
+        tensors = (*model.parameters(), *model.buffers()) if self.size > 1 else ()
+        for tensor in (tensor for tensor in tensors if not sharded.is_share(tensor)):
             values = tensor.detach().contiguous()
             distributed.broadcast(values.view(-1).view(torch.uint8), 0)
             if values.data_ptr() != tensor.data_ptr():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qat.checkpoints.folders import atomic_folder
 from qat.checkpoints.progress import counted
 from qat.modes import dense
+from qat.sharded import opened
 from qat.sites import Site, sites, weights
 from qat.trainers.evaluate import Evaluator
 
@@ -34,12 +35,19 @@ Measured = dict[str, Any]
 
 
 @torch.no_grad()
-def keep_start(run: Path, model: nn.Module) -> None:
-    """Write the codes and scales of every quantized weight as training begins."""
+def keep_start(run: Path, model: nn.Module, write: bool = True) -> None:
+    """Write the codes and scales of every quantized weight as training begins.
+
+    Args:
+        write: False only helps the process that writes with a divided model.
+    """
     tensors: dict[str, Tensor] = {}
-    found = weights(model)
-    for path, site in counted(found.items(), "keeping the first codes", len(found), "layers"):
-        tensors[f"{path} codes"], tensors[f"{path} scale"] = _stored(site)
+    found = list(weights(model).values())
+    for site in counted(opened(model, found), "keeping the first codes", len(found), "layers"):
+        if write:
+            tensors[f"{site.path} codes"], tensors[f"{site.path} scale"] = _stored(site)
+    if not write:
+        return
     folder = run / "checkpoints" / START
     folder.parent.mkdir(parents=True, exist_ok=True)
     size = sum(tensor.nbytes for tensor in tensors.values())
@@ -64,13 +72,14 @@ def moved(run: Path, model: nn.Module) -> Measured | None:
     kept = run / "checkpoints" / START / CODES
     if not kept.is_file():
         return None
-    found = weights(model)
+    found = list(weights(model).values())
     flipped, drifts, codes = {}, [], 0
     with safe_open(kept, "pt") as file:
         names = set(file.keys())
         sizes = [file.get_slice(name).get_shape() for name in names if name.endswith(" scale")]
         stride = -(-sum(map(math.prod, sizes)) // SCALES_COMPARED) or 1
-        for path, site in counted(found.items(), "comparing codes with the first", len(found), "layers"):
+        for site in counted(opened(model, found), "comparing codes with the first", len(found), "layers"):
+            path = site.path
             if f"{path} codes" not in names:
                 continue
             now, scale = _stored(site)

@@ -78,11 +78,16 @@ def device_and_mixed(job: Job) -> tuple[torch.device, bool]:
     return device, job.precision == "bf16-mixed" or (job.precision == "auto" and device.type == "cuda")
 
 
+def teacher_dtype(job: Job) -> torch.dtype:
+    """In which a run holds its teacher."""
+    device, mixed = device_and_mixed(job)
+    return torch.bfloat16 if mixed and device.type == "cuda" else torch.float32
+
+
 def load_teacher(job: Job, reference: Path) -> nn.Module:
     """The teacher as a run has it: on the device at once, since it may write the text of `source: teacher`."""
-    device, mixed = device_and_mixed(job)
-    dtype = torch.bfloat16 if mixed and device.type == "cuda" else torch.float32
-    teacher: nn.Module = load_configured(job.teacher or job.model, reference, dtype, device)
+    device, _ = device_and_mixed(job)
+    teacher: nn.Module = load_configured(job.teacher or job.model, reference, teacher_dtype(job), device)
     return teacher.to(device)
 
 

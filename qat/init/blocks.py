@@ -3,7 +3,8 @@
 Two streams of hidden states go through the model: that of the dense model, and that of the blocks that are quantized
 already. A step finds both at the entrance of its block, so that it can make up for what the blocks before it lost. In
 memory are the two streams, the block's dense outputs, and a copy of its weights as they were; what is finished may be
-kept on disk (`qat.init.kept`).
+kept on disk (`qat.init.kept`). Of a model that is divided among processes (`qat.sharded`), one block at a time is
+whole, and each process has streams of its own part of the text.
 """
 
 import contextlib
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 from qat.errors import UnsupportedError
 from qat.init.kept import Kept
 from qat.init.step import Calibration, InitStep
+from qat.init.together import Together
 from qat.modes import dense, frozen
+from qat.sharded import edited, is_divided, read
 from qat.sites import Site
 
 STREAMS = 3  # of hidden states: what enters a block twice, and what leaves it; each is one pass over the text
@@ -72,7 +75,8 @@ class Block:
             kwargs = {**kwargs, _HIDDEN: hidden}
         else:
             args = (hidden, *args)
-        output = self.module(*args, **kwargs)
+        # Of a divided model the block is whole as long as it is worked on, and would not be after a call.
+        output = (self.module.forward if is_divided(self.module) else self.module)(*args, **kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
@@ -118,7 +122,20 @@ class Block:
             for site in members:
                 first.setdefault(site.path, number)
         found = ([site for site in members if first[site.path] == n] for n, (_, members) in enumerate(seen))
-        return [members for members in found if members]
+        return self._agreed([members for members in found if members])
+
+    def _agreed(self, groups: list[list[Site]]) -> list[list[Site]]:
+        """The same in every process: the first one's, and what only text of others reached."""
+        together = Together(self.calibration.model)
+        if together.size == 1:
+            return groups
+        told: dict[str, None] = {}
+        agreed: list[list[Site]] = []
+        for own in together.gather([[site.path for site in members] for members in groups]):
+            fresh = [[path for path in paths if path not in told] for paths in own]
+            agreed += [[self.sites[path] for path in paths] for paths in fresh if paths]
+            told.update(dict.fromkeys(path for paths in own for path in paths))
+        return agreed
 
     def reads(self, site: Site) -> Iterator[tuple[Tensor | None, Tensor | None]]:
         """What a weight is multiplied with, (tokens, columns) before it is quantized, by batch: in the dense model,
@@ -176,8 +193,8 @@ def walk(calibration: Calibration, steps: Sequence[BlockStep]) -> list[str | Non
     Raises:
         UnsupportedError: hidden states do not simply go from one numbered block to the next.
     """
-    model = calibration.model
-    batches = [_without_cache(model, batch) for batch in calibration.batches]
+    model, together = calibration.model, Together(calibration.model)
+    batches = [_without_cache(model, batch) for batch in together.rows(calibration.batches)]
     modules = dict(model.named_modules())
     lists = {parent for parent, _, number in map(_parted, map(block_of, calibration.sites)) if number.isdecimal()}
     blocks = {path: m for path, m in modules.items() if _parted(path)[0] in lists and _parted(path)[2].isdecimal()}
@@ -188,20 +205,22 @@ def walk(calibration: Calibration, steps: Sequence[BlockStep]) -> list[str | Non
         by_block.get(block_of(path), outside)[path] = site
     for step in steps:
         step.run_outside(replace(calibration, sites=outside))
-    served = [_entering(model, blocks[next(iter(calls))], batch)[0] for batch in batches]
+    first = blocks[next(iter(calls))]
+    served = read(model, lambda: [_entering(model, first, batch)[0] for batch in batches])
     counts: list[Counter[str]] = [Counter() for _ in steps]
     tracked: dict[str, Any] = {path: blocks[path] for path in calls}
-    kept = Kept(calibration.store, steps, [*dense_stream, *served])
+    kept = Kept(calibration.store, steps, [*dense_stream, *served], together)
     for path, module in calibration.track(tracked):
         own = replace(calibration, sites=by_block[path])
-        block = Block(path, module, own, calls.pop(path), dense_stream, served)
-        for total, more in zip(counts, _done(block, steps, kept) if own.sites else (), strict=False):
-            total.update(more)
-        dense_stream, run = block.target, block.run
-        block.original = {}
-        with frozen(module):
-            served = [run(hidden, index) for index, hidden in enumerate(served)]
-        del block, run
+        with edited(module):
+            block = Block(path, module, own, calls.pop(path), dense_stream, served)
+            for total, more in zip(counts, _done(block, steps, kept) if own.sites else (), strict=False):
+                total.update(more)
+            dense_stream, run = block.target, block.run
+            block.original = {}
+            with frozen(module):
+                served = [run(hidden, index) for index, hidden in enumerate(served)]
+            del block, run
     return [step.sentence(total) for step, total in zip(steps, counts, strict=True)]
 
 
@@ -245,10 +264,20 @@ def _record(
 
     def after(path: str, output: Any) -> None:
         between[0] = output[0] if isinstance(output, tuple) else output
-        if path == last:
+        if path == last and not divided:  # whose passes must end as they do for torch
             raise _Reached
 
+    divided = is_divided(model)
     last = ""  # not known in the first batch
+
+    def pass_through() -> None:
+        nonlocal last
+        for batch in batches:
+            order.clear()
+            with contextlib.suppress(_Reached):
+                model(**batch)
+            last = order[-1] if order else ""
+
     handles = []
     for path, block in blocks.items():
         handles.append(
@@ -259,11 +288,7 @@ def _record(
         handles.append(block.register_forward_hook(lambda _, args, output, path=path: after(path, output)))
     try:
         with dense(model, inputs=True):
-            for batch in batches:
-                order.clear()
-                with contextlib.suppress(_Reached):
-                    model(**batch)
-                last = order[-1] if order else ""
+            read(model, pass_through)
     finally:
         for handle in handles:
             handle.remove()
@@ -278,7 +303,8 @@ def _entering(model: nn.Module, first: nn.Module, batch: dict[str, Any]) -> list
 
     def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append(_taken_apart(args, kwargs)[0])
-        raise _Reached
+        if not is_divided(model):
+            raise _Reached
 
     handle = first.register_forward_pre_hook(see, with_kwargs=True)
     try:

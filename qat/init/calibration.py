@@ -14,8 +14,10 @@ from qat.init.blocks import BlockStep, walk
 from qat.init.kept import Store
 from qat.init.scales import ScaleSearch
 from qat.init.step import Calibration, InitStep, Track
+from qat.init.together import Together
 from qat.modes import dense
 from qat.quantizer import SameTensor
+from qat.sharded import read
 from qat.sites import Site, sites, weights
 
 Batches = Iterable[dict[str, Tensor]]  # keyword arguments of the model
@@ -61,6 +63,20 @@ class _InputSums:
         self.last.forget()
         for handle in self.handles:
             handle.remove()
+
+    def add_up(self, together: Together, device: torch.device) -> None:
+        """Over processes that saw other text each."""
+        if together.size == 1:
+            return
+        found = together.gather(({path: total.shape for path, total in self.sums.items()}, self.counts, self.owner))
+        shapes: dict[str, torch.Size] = {}
+        owners: dict[str, str] = {}
+        for own, _, owner in found:  # experts that only other text reaches have nothing here
+            shapes, owners = {**own, **shapes}, {**owner, **owners}
+        self.owner = owners
+        self.sums = {path: self.sums.get(path, torch.zeros(shape, device=device)) for path, shape in shapes.items()}
+        together.sum(*self.sums.values())
+        self.counts = {path: sum(counts.get(path, 0) for _, counts, _ in found) for path in self.sums}
 
     def means(self) -> dict[str, Tensor]:
         means = {path: total.div_(max(self.counts[path], 1)) for path, total in self.sums.items()}
@@ -134,25 +150,37 @@ def observe(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
     quantizers: dict[Any, Site] = {}
     for site in sites(model, "input", "key", "value"):
         quantizers[site.quantizer] = site
+    together, text = Together(model), batches
+    if by_rows := together.size > 1 and all(quantizer.observer_kind == "minmax" for quantizer in quantizers):
+        text = together.rows(batches if isinstance(batches, list) else list(batches))
     sums = _InputSums(_multiplied(model), _squares)
     for quantizer in quantizers:
         quantizer.observe()
     try:
         with dense(model):
-            for batch in batches:
-                model(**batch)
+            read(model, lambda: _read(model, text))
     except BaseException:
         for quantizer in quantizers:
             quantizer.cancel()
         raise
     finally:
         sums.remove()
+    if by_rows:
+        sums.add_up(together, next(model.parameters()).device)
+        for tops in together.gather([quantizer.observer.top for quantizer in quantizers]):
+            for quantizer, top in zip(quantizers, tops, strict=True):
+                quantizer.observer.widen(top)
     for quantizer, site in quantizers.items():
         try:
             quantizer.freeze()
         except FormatError as error:
             raise FormatError(f"{site.role} of {site.path}: {error}") from error
     return sums.means()
+
+
+def _read(model: nn.Module, batches: Batches) -> None:
+    for batch in batches:
+        model(**batch)
 
 
 def unreached(model: nn.Module) -> list[str]:
@@ -188,11 +216,12 @@ def input_products(model: nn.Module, batches: Batches, paths: Collection[str] | 
     float32 matrix per distinct input. Inputs are quantized as they will be when served, so that weights fit what they
     will meet; the layers before them are not."""
     readers = [site for site in _multiplied(model) if paths is None or site.path in paths]
-    sums = _InputSums(readers, _products)
+    sums, together = _InputSums(readers, _products), Together(model)
+    text = together.rows(batches if isinstance(batches, list) else list(batches)) if together.size > 1 else batches
     try:
         with dense(model, inputs=True):
-            for batch in batches:
-                model(**batch)
+            read(model, lambda: _read(model, text))
     finally:
         sums.remove()
+    sums.add_up(together, next(model.parameters()).device)
     return sums.means()

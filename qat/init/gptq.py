@@ -24,6 +24,7 @@ from qat.init.calibration import input_products
 from qat.init.columns import TOGETHER, arrived, codes_of_column, of_block, put, refitted, writable
 from qat.init.scales import Search, search_scales, share_global_scales
 from qat.init.step import Calibration
+from qat.init.together import Together, opened_parts
 from qat.numbers.format import Format
 from qat.numbers.numerics import Scales
 from qat.sites import Site
@@ -166,6 +167,7 @@ class Gptq(BlockStep):
     """
 
     MAKES_SCALES = True
+    DIVIDES = True
 
     kind: Literal["gptq"] = "gptq"
     search: Search = "auto"
@@ -195,25 +197,28 @@ class Gptq(BlockStep):
         self.run(calibration)
 
     def run_block(self, block: Block) -> Counter[str]:
-        """See `BlockStep`. Layers that come later read what the compensated earlier ones give."""
+        """See `BlockStep`. Layers that come later read what the compensated earlier ones give. Processes that hold the
+        model together add up moments and divide the weights that read one tensor."""
         counts: Counter[str] = Counter()
-        sites = dict(block.sites)
+        sites, together = dict(block.sites), Together(block.calibration.model)
         for group in block.groups():
-            gram, lost = _moments(block, group[0], self.correction > 0 and group[0].weight.dim() == 2)
+            gram, lost = _moments(block, group[0], self.correction > 0 and group[0].weight.dim() == 2, together)
+            mine = [site for index, site in enumerate(group) if together.owns(index)]
             if lost is not None:
-                for site in group:
+                for site in mine:
                     site.weight.copy_(corrected(site.weight, lost, gram, self.correction))
-            own = replace(block.calibration, sites={site.path: sites.pop(site.path) for site in group})
-            share_global_scales(own)
-            for site in group:
+                together.spread(group)  # their scales depend on each other's weights
+            share_global_scales(replace(block.calibration, sites={site.path: sites.pop(site.path) for site in group}))
+            for site in mine:
                 search_scales(site, self.search, gram.diagonal() if self.weighted else None)
-            inverses = _Inverses(counts)
-            for site in group:
+            inverses = _Inverses(counts, told=together.owns(0))
+            for site in mine:
                 self._compensate(site, gram, inverses)
+            together.spread(group)
         share_global_scales(replace(block.calibration, sites=sites))
         for site in sites.values():
             search_scales(site, self.search)
-        return counts
+        return together.total(counts)
 
     def run(self, calibration: Calibration) -> str | None:
         """Go through the model in parts, of which there are never more products than PRODUCTS bytes, or one block's.
@@ -222,30 +227,52 @@ class Gptq(BlockStep):
         it, so that all parts see the inputs of the same model. A weight that another module shares is written last,
         therefore.
         """
-        share_global_scales(calibration)
         sites, mean_square = calibration.sites, calibration.mean_square
-        for path, site in sites.items():
-            if path not in mean_square:
-                search_scales(site, self.search)
-        postponed: list[tuple[Tensor, Tensor]] = []
-        inverses = _Inverses(Counter())
+        for part in opened_parts(calibration):
+            share_global_scales(replace(calibration, sites=part))
+            for path, site in part.items():
+                if path not in mean_square:
+                    search_scales(site, self.search)
+        postponed: list[tuple[Site, Tensor]] = []
+        counts, together = Counter[str](), Together(calibration.model)
         counted = Counter(id(weight) for _, weight in calibration.model.named_parameters(remove_duplicate=False))
+        shared = {path for path, site in sites.items() if counted[id(site.parameter)] > 1}
         for paths in _parts({path: square for path, square in mean_square.items() if path in sites}):
-            part = {path: sites[path] for path in paths}
+            own = replace(calibration, sites={path: sites[path] for path in paths})
             products = input_products(calibration.model, calibration.batches, paths)
-            shared = [site.parameter for site in part.values() if counted[id(site.parameter)] > 1]
-            before = [weight.clone() for weight in shared]
-            for path, site in calibration.track(part):
+            for part in opened_parts(own):
+                postponed += self._run_part(replace(own, sites=part), products, shared, counts, together)
+            torch.clear_autocast_cache()  # it holds BF16 copies of the weights as they were
+        latents = {site.path: latent for site, latent in postponed}
+        for part in opened_parts(replace(calibration, sites={site.path: site for site, _ in postponed})):
+            for path, site in part.items():
+                site.parameter.copy_(latents[path])
+        return self.sentence(together.total(counts))
+
+    def _run_part(
+        self,
+        part: Calibration,
+        products: dict[str, Tensor],
+        shared: set[str],
+        counts: Counter[str],
+        together: Together,
+    ) -> list[tuple[Site, Tensor]]:
+        """Compensate whole weights; those that are shared stay, and their latents are returned."""
+        before = {path: site.parameter.clone() for path, site in part.sites.items() if path in shared}
+        inverses = _Inverses(counts)
+        inputs = list({id(products[path]): None for path in part.sites})  # weights that read one share its inverse
+        places = [inputs.index(id(products[path])) for path in part.sites]
+        tracked = part.track(part.sites) if together.size == 1 else part.sites.items()
+        for place, (path, site) in zip(places, tracked, strict=True):
+            if together.owns(place):
                 gram = products[path]
                 search_scales(site, self.search, gram.diagonal() if self.weighted else None)
                 self._compensate(site, gram, inverses)
-            for weight, original in zip(shared, before, strict=True):
-                postponed.append((weight, weight.clone()))
-                weight.copy_(original)
-            torch.clear_autocast_cache()  # it holds BF16 copies of the weights as they were
-        for parameter, compensated in postponed:
-            parameter.copy_(compensated)
-        return self.sentence(inverses.counts)
+        together.spread(list(part.sites.values()), places)
+        latents = [(part.sites[path], part.sites[path].parameter.clone()) for path in before]
+        for path, original in before.items():
+            part.sites[path].parameter.copy_(original)
+        return latents
 
     def _compensate(self, site: Site, gram: Tensor, inverses: "_Inverses") -> None:
         quantizer, weight, factor = site.quantizer, site.weight, inverses.of(gram)
@@ -279,8 +306,8 @@ class Gptq(BlockStep):
 class _Inverses:
     """One inverse for the layers that read one tensor; counts what is wrong with each."""
 
-    def __init__(self, counts: Counter[str]) -> None:
-        self.counts = counts
+    def __init__(self, counts: Counter[str], told: bool = True) -> None:
+        self.counts, self.told = counts, told
         self._last: tuple[Tensor, Inverse] | None = None
 
     def of(self, gram: Tensor) -> Inverse:
@@ -288,12 +315,13 @@ class _Inverses:
         if self._last is None or self._last[0] is not gram:
             made = inverse(gram)
             self._last = gram, made
-            self.counts.update(dead=made.dead, channels=len(gram), singular=made.singular, grams=1)
+            if self.told:  # else by another process
+                self.counts.update(dead=made.dead, channels=len(gram), singular=made.singular, grams=1)
         return self._last[1]
 
 
-def _moments(block: Block, site: Site, with_lost: bool) -> tuple[Tensor, Tensor | None]:
-    """Means of x' x'^T and (x - x') x'^T over what the site and its group are multiplied with."""
+def _moments(block: Block, site: Site, with_lost: bool, together: Together) -> tuple[Tensor, Tensor | None]:
+    """Means of x' x'^T and (x - x') x'^T over what the site and its group are multiplied with, in all processes."""
     columns, device = site.weight.shape[-1], site.weight.device
     gram = torch.zeros(columns, columns, device=device)
     lost = torch.zeros_like(gram) if with_lost else None
@@ -311,6 +339,10 @@ def _moments(block: Block, site: Site, with_lost: bool) -> tuple[Tensor, Tensor 
             elif lost is not None:
                 wanted = dense.float() if site.input is None else site.input.transformed(dense.float())
                 lost += (wanted - x).t() @ x
+    tokens = sum(together.gather(tokens))
+    if not all(together.gather(lost is not None)):
+        lost = None
+    together.sum(gram, *([] if lost is None else [lost]))
     return gram / max(tokens, 1), None if lost is None else lost / max(tokens, 1)
 
 

@@ -5,6 +5,7 @@ ordinary weight. What remains is online: the input's quantizer rotates before it
 rounding the model computes what it did, up to float32. What moves magnitude between layers (`smooth`) comes before.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from pydantic import Field, field_validator
 from qat.errors import ConfigError
 from qat.init.calibration import observe
 from qat.init.step import Calibration, InitStep
+from qat.init.together import opened_parts
 from qat.numbers.hadamard import BlockHadamard, size_problem
 
 
@@ -22,6 +24,8 @@ class Hadamard(InitStep):
     Attributes:
         size: of a block, a power of two that divides the widths; the input format's own group is a good one.
     """
+
+    DIVIDES = True
 
     kind: Literal["hadamard"] = "hadamard"
     size: int = Field(default=32)
@@ -40,8 +44,9 @@ class Hadamard(InitStep):
         fresh = {path: site for path, site in sites.items() if site.input is not None and not site.input.transforms}
         if not sites:
             raise ConfigError("hadamard rotates quantized inputs, and none of its layers has any; leave it out of init")
-        for site in fresh.values():
-            site.weight.copy_(rotate(site.weight, torch.float64))
+        for part in opened_parts(replace(calibration, sites=fresh)):
+            for site in part.values():
+                site.weight.copy_(rotate(site.weight, torch.float64))
         for site in fresh.values():
             if site.input is not None:
                 site.input.transforms = (rotate,)

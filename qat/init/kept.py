@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qat.init.step import InitStep
+from qat.init.together import Together
+from qat.sharded import is_divided
 
 
 class Store(Protocol):
@@ -33,13 +35,18 @@ class Kept:
         store: None keeps nothing.
         steps: of the walk.
         entering: hidden states that enter the first block.
+        together: the processes that walk; each has states of its own, and finds a block only if all do.
     """
 
-    def __init__(self, store: Store | None, steps: Sequence[InitStep], entering: Iterable[Tensor]) -> None:
-        self.store = store
+    def __init__(
+        self, store: Store | None, steps: Sequence[InitStep], entering: Iterable[Tensor], together: Together
+    ) -> None:
+        self.store, self.together = store, together
         self.key = ""
         if store is not None:
             self.key = _digest([step.model_dump_json() for step in steps], entering)
+            if together.size > 1:
+                self.key = _digest(together.gather(self.key), ())
 
     def restore(self, name: str, module: nn.Module) -> list[Counter[str]] | None:
         """Put what was made of a block into it; returns each step's sums, or None where it is still to be done. Called
@@ -49,7 +56,7 @@ class Kept:
         tensors = _tensors(module)
         self.key = _digest([self.key, name, *tensors], tensors.values())
         found = self.store.read(name, self.key)
-        if found is None:
+        if not all(self.together.gather(found is not None)) or found is None:
             return None
         _put(module, found[0])
         return [Counter(sums) for sums in found[1]]
@@ -64,7 +71,11 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """By name, a shared one once; on the CPU."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name, tensor in module.state_dict(keep_vars=True).items():
+    if is_divided(module):  # and whole: its state_dict would divide it, and what numpy saw could not be given back
+        named = {name: t.detach().clone() for name, t in (*module.named_parameters(), *module.named_buffers())}
+    else:
+        named = module.state_dict(keep_vars=True)
+    for name, tensor in named.items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
             found[name] = tensor.detach().cpu().contiguous()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qat.errors import FormatError
 from qat.init.step import Calibration, InitStep
+from qat.init.together import Together, opened_parts
 from qat.numbers.format import Format
 from qat.numbers.numerics import (
     Scales,
@@ -146,6 +147,7 @@ class ScaleSearch(InitStep):
     """
 
     MAKES_SCALES = True
+    DIVIDES = True
 
     kind: Literal["scales"] = "scales"
     search: Search = "auto"
@@ -153,9 +155,13 @@ class ScaleSearch(InitStep):
 
     def run(self, calibration: Calibration) -> str | None:
         """Put every weight at the scales found for it."""
-        share_global_scales(calibration)
-        for path, site in calibration.track(calibration.sites):
-            search_scales(site, self.search, calibration.mean_square.get(path) if self.weighted else None)
+        together = Together(calibration.model)
+        for sites in opened_parts(calibration):
+            share_global_scales(replace(calibration, sites=sites))
+            for index, (path, site) in enumerate(calibration.track(sites) if together.size == 1 else sites.items()):
+                if together.owns(index):
+                    search_scales(site, self.search, calibration.mean_square.get(path) if self.weighted else None)
+            together.spread(list(sites.values()))
         return None
 
 

@@ -25,6 +25,7 @@ from qat.init.calibration import observe
 from qat.init.samples import Products, portions, samples
 from qat.init.step import Calibration, InitStep, Track
 from qat.modes import dense
+from qat.sharded import edited, holders, is_divided
 from qat.sites import weights
 
 _PROBE = 16  # tokens that show what feeds what
@@ -87,14 +88,16 @@ def smooth(
         folds = find_folds(model, probe)
     searched = _search(model, folds, list(batches), track, strength) if isinstance(strength, str) else {}
     with dense(model, inputs=True), torch.autocast(probe.device.type, enabled=False):
-        for fold in folds:
-            if isinstance(strength, str):
-                exponents = searched.get(fold.source)
-            else:
-                square = next(mean_square[path] for path in fold.readers if path in mean_square)
-                exponents = _exponents(fold, square, _squares(_matrix(model, fold)), strength, 1 - strength)
-            if exponents is not None:
-                _move(model, fold, exponents)
+        for holder, members in _by_holder(model, folds):
+            with edited(holder):
+                for fold in members:
+                    if isinstance(strength, str):
+                        exponents = searched.get(fold.source)
+                    else:
+                        square = next(mean_square[path] for path in fold.readers if path in mean_square)
+                        exponents = _exponents(fold, square, _squares(_matrix(model, fold)), strength, 1 - strength)
+                    if exponents is not None:
+                        _move(model, fold, exponents)
         torch.clear_autocast_cache()  # it holds BF16 copies of the weights as they were, if the caller has autocast on
         after = model(input_ids=probe).logits.float()
     if not folds:
@@ -124,6 +127,11 @@ class Smooth(InitStep):
     kind: Literal["smooth"] = "smooth"
     strength: Strength = 0.5
 
+    @property
+    def divides(self) -> bool:
+        """See `InitStep`: a search needs samples of all weights."""
+        return not isinstance(self.strength, str)
+
     def run(self, calibration: Calibration) -> str | None:
         """Smooth, and observe again what the model's layers read."""
         model, batches = calibration.model, calibration.batches
@@ -132,6 +140,20 @@ class Smooth(InitStep):
         calibration.mean_square = observe(model, batches)
         smoothed = len({path for fold in folds for path in fold.readers})
         return f"smoothed the inputs of {smoothed} of {len(weights(model))} layers"
+
+
+def _by_holder(model: nn.Module, folds: list[Fold]) -> list[tuple[nn.Module | None, list[Fold]]]:
+    """In their order; folds of a divided model with what makes their tensors whole."""
+    if not is_divided(model):
+        return [(None, folds)]
+    inner = holders(model)
+    groups: dict[int, tuple[nn.Module | None, list[Fold]]] = {}
+    for fold in folds:
+        first, *others = (inner[id(model.get_submodule(path))] for path in (fold.source, *fold.readers))
+        if any(other is not first for other in others):
+            raise UnsupportedError(f"{fold.source} and its readers lie in several blocks; use strategy=ddp")
+        groups.setdefault(id(first), (first, []))[1].append(fold)
+    return list(groups.values())
 
 
 def find_folds(model: nn.Module, probe: Tensor) -> list[Fold]:

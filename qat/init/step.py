@@ -39,8 +39,14 @@ class InitStep(Strict):
 
     MAKES_SCALES: ClassVar[bool] = False
     WHOLE_MODEL: ClassVar[bool] = False
+    DIVIDES: ClassVar[bool] = False
 
     kind: str
+
+    @property
+    def divides(self) -> bool:
+        """Whether it works on a model that is divided among processes (`qat.sharded`), one block of it at a time."""
+        return self.DIVIDES
 
     @property
     def moves_stream(self) -> bool:

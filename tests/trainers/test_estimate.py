@@ -211,10 +211,10 @@ def test_sharding_divides_states_and_ddp_keeps_gradients_in_its_buckets(tiny: Pa
         assert split[name] == alone[name] // 4
     assert split["activations"] == whole["activations"] == alone["activations"]
     assert split["quantized weights for backward"] == alone["quantized weights for backward"]
-    assert whole["gradients"] == alone["gradients"]
-    assert whole["master weights"] == alone["master weights"]
-    undivided, advice = estimate(sharded).notes[:2]
-    assert "undivided models until they are initialised" in undivided and "activation_checkpointing" in advice
+    assert all(whole[name] == alone[name] for name in ("gradients", "master weights"))
+    assert "activation_checkpointing" in estimate(sharded).notes[0]  # and nothing of undivided models
+    searched = job(tiny, strategy="fsdp", scheme={"init": [{"kind": "smooth", "strength": "auto"}]}, **many)
+    assert "so every device holds the undivided models until" in estimate(searched).notes[0]
     assert "not trained" in estimate(job(tiny, strategy="deepspeed", **many)).notes[0]
     assert not any("not trained" in note for note in (*estimate(sharded).notes, *estimate(one).notes))
 
@@ -369,7 +369,8 @@ def test_compensated_starts_need_a_matrix_per_distinct_input(tiny: Path, monkeyp
     plain, compensated = job(tiny), job(tiny, scheme={"init": ["gptq"]})
     assert job_facts(plain).input_products(plain) == 0
     assert job_facts(compensated).input_products(compensated) == 2 * (3 * 128**2 + 256**2)
-    large = job("meta-llama/Llama-3.1-8B", scheme={"init": ["gptq"]}, devices=8, strategy="fsdp", rows=16)
+    init = [{"kind": "smooth", "strength": "auto"}, "gptq"]
+    large = job("meta-llama/Llama-3.1-8B", scheme={"init": init}, devices=8, strategy="fsdp", rows=16)
     large = large.model_copy(update={"activation_checkpointing": True, "loss_chunk": 64})
     monkeypatch.setattr(footprint, "PRODUCTS", 1 << 40)  # all at once
     parts = memory(large, job_facts(large), "cuda", True)

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from qat.config import override
+from qat.init.scales import ScaleSearch
+from qat.init.smooth import Smooth
 from qat.trainers.footprint import GIB, job_facts, memory
 from qat.trainers.job import Job, load_job
 from qat.trainers.levers import HEADROOM, changed, launch_advice, memory_advice, ways
@@ -104,10 +106,14 @@ def test_recipes_for_clusters_have_believable_plans(name: str, least: int, most:
     wanted = recipe(name)
     known = job_facts(wanted)
     parts: dict[str, Any] = memory(wanted, known, "cuda", True)
-    undivided = parts.pop("undivided models, initialised")
+    assert parts.pop("initialisation, beyond that") == 0
     step, states = sum(parts.values()), 16 * known.student.parameters / wanted.devices
     assert states < step < HEADROOM * 80 * GIB
-    assert (step + undivided < HEADROOM * 80 * GIB) == ("8b" in name)  # every device holds the models at first
     assert least < speed(wanted) / wanted.devices < most
-    notes = memory_advice(wanted, known, h100(wanted))
+    assert memory_advice(wanted, known, h100(wanted)) == []
+    scheme = wanted.scheme.model_copy(update={"init": (Smooth(strength="auto"), ScaleSearch())})
+    whole = changed(wanted, scheme=scheme)  # before it is divided
+    undivided: dict[str, Any] = memory(whole, known, "cuda", True)
+    notes = memory_advice(whole, known, h100(whole))
+    assert (sum(undivided.values()) < HEADROOM * 80 * GIB) == ("8b" in name)
     assert notes == [] if "8b" in name else f"a step would fit ({step / GIB:.0f} GiB)" in notes[0]

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from qat.checkpoints.resume import load_student
 from qat.cli import main
@@ -34,6 +35,14 @@ SMALL = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "num_hidden
 STEPS = 12
 TOLERANCE = 1e-5
 SAME_CODES = 0.999
+WALKED: dict[str, Any] = {
+    "scheme": {
+        "rules": [{"match": "*_proj", "weight": "nvfp4", "input": "nvfp4"}, {"match": "*", "skip": "kept in BF16"}],
+        "init": ["smooth", {"kind": "gptq", "sequential": True, "choose": "arrival", "refit": 1}],
+    },
+    "calibration_rows": 2,
+    "steps": 2,
+}
 TIMEOUT = 300  # of a command, on a machine that has other things to do
 SEVERAL = """
 import json, os, sys
@@ -149,9 +158,10 @@ def alone(home: Path) -> dict[str, Path]:
 def divided(home: Path) -> dict[str, Path]:
     """Runs of one pair of processes: two with divided models, one with copies; and what each rank exports."""
     files = {kind: job_file(home, kind, f"{kind}-fsdp", strategy="fsdp", devices=2) for kind in ("dense", "experts")}
+    files["walked"] = job_file(home, "dense", "walked-fsdp", strategy="fsdp", devices=2, **WALKED)
     files["copies"] = job_file(home, "dense", "dense-ddp", strategy="ddp", devices=2)
     trained = [("train", str(path)) for path in files.values()]
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "PORTS": free_ports(4)}
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "PORTS": free_ports(5)}
     run = str(load_job(files["experts"]).folder)
     finished(
         *(
@@ -172,6 +182,21 @@ def test_divided_models_are_trained_as_whole_ones(kind: str, alone: dict[str, Pa
     assert one["why"]["moved"]["flipped"] == pytest.approx(two["why"]["moved"]["flipped"], abs=1 - SAME_CODES)
     for left, right in zip(one["rows"], two["rows"], strict=True):
         assert left["tokens"] == right["tokens"] and left["nll"] == pytest.approx(right["nll"], rel=TOLERANCE)
+
+
+@pytest.mark.multi
+def test_divided_models_are_initialised_as_whole_ones(home: Path, divided: dict[str, Path]) -> None:
+    """Smoothed and walked through with a batch for each rank, sums have one order: the same bits."""
+    path = job_file(home, "dense", "walked-alone", **WALKED)
+    assert main(["train", str(path)]) == 0
+    one, two = (load_job(each).folder for each in (path, divided["walked"]))
+    files = [load_file(run / "checkpoints" / "start" / "codes.safetensors") for run in (one, two)]
+    assert files[0].keys() == files[1].keys()
+    assert [name for name in files[0] if not torch.equal(files[0][name], files[1][name])] == []
+    rows = [json.loads((run / "report.json").read_text())["rows"] for run in (one, two)]
+    for left, right in zip(*rows, strict=True):
+        assert left["nll"] == pytest.approx(right["nll"], rel=TOLERANCE)
+    assert not (two / "checkpoints" / "initialised").exists(), "finished blocks have become the first student"
 
 
 @pytest.mark.multi
