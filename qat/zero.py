@@ -7,6 +7,7 @@ while the root runs. DeepSpeed is imported by nobody who does not use it.
 """
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,10 +41,11 @@ class Division:
     def begin(self, engine: Any) -> None:
         """The engine has taken the model over."""
         self.engine = engine
-        setattr(self.model, _NAME, self)
+        for one in (self.model, *self.model.parameters()):
+            setattr(one, _NAME, self)
         if self.stage < 3:
             return
-        from deepspeed.zero import register_external_parameter
+        from deepspeed.runtime.zero import register_external_parameter
 
         owned = {id(parameter) for block in self.blocks for parameter in block.parameters()}
         for parameter in self.model.parameters():
@@ -91,7 +93,7 @@ class Division:
         for module in self.root.modules():
             module._parameters = dict(module._parameters)
         if offload is not None:
-            from deepspeed.runtime.zero.partition_parameters import FWD_MODULE_STACK
+            from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
             FWD_MODULE_STACK.clear()
         self.root._forward_pre_hooks.clear()
@@ -114,7 +116,7 @@ def is_share(tensor: Tensor) -> bool:
 
 def is_trained(parameter: Any) -> bool:
     """Whether an engine's optimizer has it."""
-    return hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_zero_optimizer")
+    return of(parameter) is not None and bool(parameter.requires_grad)
 
 
 def share(tensor: Any) -> Tensor:
@@ -176,7 +178,7 @@ def gathered(module: nn.Module, write: bool) -> Iterator[None]:
     parameters = list(module.parameters())
     with contextlib.ExitStack() as stack:
         if any(hasattr(parameter, "ds_tensor") for parameter in parameters):
-            from deepspeed.zero import GatheredParameters
+            from deepspeed.runtime.zero import GatheredParameters
 
             stack.enter_context(GatheredParameters(parameters, modifier_rank=0 if write else None))
         yield
@@ -191,31 +193,38 @@ def moment(parameter: nn.Parameter, key: str) -> Tensor | None:
     """A state of the optimizer, whole, or None before the first step; every process must ask."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    optimizer: Any = getattr(parameter, "_z3_optimizer", None) or getattr(parameter, "_zero_optimizer", None)
-    if not _begun(optimizer):
+    division = of(parameter)
+    if division is None or not _begun(division):
         return None
     found: Tensor | None = safe_get_full_optimizer_state(parameter, key)
     return found
 
 
-def _flat(optimizer: Any) -> list[Tensor]:
+def _flat(division: Division) -> list[Tensor]:
     """The masters, one flat tensor per group."""
-    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
-    found: list[Tensor] = next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))
+    optimizer = division.engine.optimizer
+    third = division.stage == 3
+    found: list[Tensor] = optimizer.fp32_partitioned_groups_flat if third else optimizer.single_partition_of_fp32_groups
     return found
 
 
-def _begun(optimizer: Any) -> bool:
-    return all("step" in optimizer.optimizer.state.get(flat, {}) for flat in _flat(optimizer))
+def _begun(division: Division) -> bool:
+    """Whether AdamW has a state, which stages 1 and 2 are then told to look at."""
+    state = division.engine.optimizer.optimizer.state
+    begun = all("exp_avg" in state.get(flat, {}) for flat in _flat(division))
+    if begun and division.stage < 3:
+        division.engine.optimizer._hp_optimizer_states_linked = False
+        division.engine.optimizer._lazy_init_hp_params_optimizer_state()
+    return begun
 
 
 def moments(division: Division, keep: bool) -> dict[str, Tensor]:
     """AdamW's state by `NAME/KIND`, whole and on the CPU; empty without `keep`, where this process only helps."""
     optimizer = division.engine.optimizer
     found: dict[str, Tensor] = {}
-    if not _begun(optimizer):
+    if not _begun(division):
         return found
-    step = next(iter(optimizer.optimizer.state.values()))["step"]
+    step = optimizer.optimizer.state[_flat(division)[0]]["step"]
     for name, parameter in division.model.named_parameters():
         for key in ("exp_avg", "exp_avg_sq") if parameter.requires_grad else ():
             value = moment(parameter, key)
@@ -234,11 +243,10 @@ def restore_moments(division: Division, tensors: dict[str, Tensor]) -> None:
     step = next((value for key, value in tensors.items() if key.endswith("/step")), None)
     if step is None:
         return
-    for flat in _flat(optimizer):
+    for flat in _flat(division):
         state = {"exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
         optimizer.optimizer.state[flat] = {"step": step.to(flat.device, copy=True), **state}
-    if division.stage < 3:
-        optimizer._lazy_init_hp_params_optimizer_state()
+    _begun(division)
     parameters: dict[str, Any] = dict(division.model.named_parameters())
     for key, value in tensors.items():
         name, _, kind = key.rpartition("/")
@@ -256,9 +264,9 @@ def restore_moments(division: Division, tensors: dict[str, Tensor]) -> None:
 
 
 def forget_group() -> None:
-    """DeepSpeed keeps a process group of its own account, which a second run of a process may not inherit."""
-    import sys
-
-    module: Any = sys.modules.get("deepspeed.comm.comm")
-    if module is not None:
-        module.cdb = None
+    """DeepSpeed remembers process groups, which a second run of this process may not inherit."""
+    comm: Any = sys.modules.get("deepspeed.comm.comm")
+    groups: Any = sys.modules.get("deepspeed.utils.groups")
+    if comm is not None and groups is not None:
+        comm.cdb = None
+        groups._WORLD_GROUP = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = groups.mesh_device = None

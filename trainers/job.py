@@ -135,7 +135,9 @@ class Job(Strict):
                 "none, or base: dense"
             )
         if self.strategy != "deepspeed" and self.deepspeed != ZeroConfig():
-            raise ValueError(f"deepspeed is set, but strategy is {self.strategy}; set strategy: deepspeed, or leave it out")
+            raise ValueError(
+                f"deepspeed is set, but strategy is {self.strategy}; set strategy: deepspeed, or leave it out"
+            )
         if self.deepspeed.offload == "all" and self.deepspeed.stage < 3:
             raise ValueError(
                 f"deepspeed.offload: all moves parameters, which stage {self.deepspeed.stage} does not divide; use "

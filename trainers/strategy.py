@@ -328,7 +328,9 @@ def _needs_blocks(job: "Job") -> bool:
 
 def undividable(job: "Job", *models: nn.Module) -> list[str]:
     """Why models cannot be divided as the job wants."""
-    return [reason for model in models if (reason := sharded.refusal(model, job.strategy))] if _needs_blocks(job) else []
+    return (
+        [reason for model in models if (reason := sharded.refusal(model, job.strategy))] if _needs_blocks(job) else []
+    )
 
 
 def check_models(job: "Job", *models: nn.Module) -> None:

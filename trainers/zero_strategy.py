@@ -6,6 +6,7 @@ is left out here.
 
 import argparse
 import logging
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -29,6 +30,8 @@ class ZeroStrategy(DeepSpeedStrategy):
     """
 
     def __init__(self, zero: ZeroConfig, clip: float, mixed: bool, timeout: timedelta) -> None:
+        # DeepSpeed calls what newer versions of torch name otherwise.
+        warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated.*", category=FutureWarning)
         super().__init__(config=engine_config(zero, clip, mixed), timeout=timeout, logging_level=logging.ERROR)
         self.zero = zero
         self.division: Division | None = None
@@ -75,5 +78,3 @@ class ZeroStrategy(DeepSpeedStrategy):
             self.model = self.lightning_module
             if self.root_device.type == "cuda":
                 torch.cuda.empty_cache()
-
-
