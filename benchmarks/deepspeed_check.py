@@ -1,8 +1,8 @@
 """DeepSpeed on one GPU: ZeRO-1, 2, 3 and 3 with offload against the same job on one plain device.
 
-    PYTHONPATH=. python benchmarks/deepspeed_check.py [--seconds 60]
+    PYTHONPATH=. python benchmarks/deepspeed_check.py [--seconds 110]
 
-Each case is a process of its own, with the time that is left as its limit, and prints one JSON line: the largest
+Each case is a process of its own; they run at the same time, and end when the time is over. Each prints one JSON line: the largest
 relative difference of losses and of gradient norms, the share of equal codes, whether an export of the trained run is
 the same to the byte when made again from its state, and whether a run that was stopped and resumed has the curve of
 one that was not.
@@ -25,6 +25,9 @@ CASES: dict[str, dict[str, Any]] = {
     "zero2": {"stage": 2},
     "zero3": {"stage": 3},
     "zero3-offload": {"stage": 3, "offload": "all"},
+    "plain-bf16": {},
+    "zero2-bf16": {"stage": 2},
+    "zero3-bf16": {"stage": 3},
 }
 SETTINGS: dict[str, Any] = {
     "scheme": {
@@ -38,7 +41,6 @@ SETTINGS: dict[str, Any] = {
     "micro_rows": 1,
     "steps": 6,
     "checkpoint_every": 3,
-    "precision": "fp32",
 }
 
 
@@ -48,7 +50,7 @@ def case(home: Path, name: str) -> dict[str, Any]:
     from qat.trainers.job import load_job
     from tests.trainers.jobs import metrics, write
 
-    chosen = {**SETTINGS}
+    chosen = {**SETTINGS, "precision": "bf16-mixed" if name.endswith("-bf16") else "fp32"}
     if CASES[name]:
         chosen |= {"strategy": "deepspeed", "deepspeed": CASES[name]}
     path = write(home, home / "model", name=name, **chosen)
@@ -63,7 +65,8 @@ def case(home: Path, name: str) -> dict[str, Any]:
     run = load_job(path).folder
     if main(["export", str(run), str(home / f"export-{name}")]):
         return {**found, "failed": "export"}
-    if name != "plain":
+    print(json.dumps(found), flush=True)
+    if CASES[name]:
         found |= _resumed(home, name, chosen, rows)
     return found
 
@@ -94,6 +97,11 @@ def _resumed(home: Path, name: str, chosen: dict[str, Any], rows: list[dict[str,
     }
 
 
+def plain_of(name: str) -> str:
+    """The case without DeepSpeed that computes in the same precision."""
+    return "plain-bf16" if name.endswith("-bf16") else "plain"
+
+
 def compare(home: Path, name: str, found: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
     """What of a case differs from the plain one."""
     if "losses" not in found or "losses" not in plain:
@@ -102,7 +110,7 @@ def compare(home: Path, name: str, found: dict[str, Any], plain: dict[str, Any])
     for key in ("losses", "norms", "kl"):
         pairs = zip(found[key], plain[key], strict=False)
         said[f"{key}_apart"] = max(abs(a - b) / abs(b) for a, b in pairs)
-    folders = [home / f"export-{which}" for which in ("plain", name)]
+    folders = [home / f"export-{which}" for which in (plain_of(name), name)]
     if all(folder.is_dir() for folder in folders):
         from safetensors.torch import load_file
 
@@ -114,45 +122,47 @@ def compare(home: Path, name: str, found: dict[str, Any], plain: dict[str, Any])
     return said
 
 
-def _run(home: Path, name: str, seconds: float) -> dict[str, Any]:
+def _start(home: Path, name: str) -> "subprocess.Popen[bytes]":
     command = [sys.executable, __file__, "--case", name, "--home", str(home)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired as error:
-        said = error.stderr if isinstance(error.stderr, str) else (error.stderr or b"").decode(errors="replace")
-        return {"failed": f"no answer in {seconds:.0f} s", "stderr": said[-1500:]}
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if not lines:
-        return {"failed": f"status {done.returncode}", "stderr": done.stderr[-3000:]}
-    found: dict[str, Any] = json.loads(lines[-1])
-    if "failed" in found:
-        found["stderr"] = done.stderr[-3000:]
-    return found
+    with (home / f"{name}.out").open("wb") as out, (home / f"{name}.err").open("wb") as err:
+        return subprocess.Popen(command, stdout=out, stderr=err)
+
+
+def _result(home: Path, name: str, status: int | None) -> dict[str, Any]:
+    """What a case printed; each line adds to those before."""
+    said = (home / f"{name}.err").read_text(errors="replace")[-3000:]
+    found: dict[str, Any] = {}
+    for line in (home / f"{name}.out").read_text(errors="replace").splitlines():
+        if line.startswith("{"):
+            found |= json.loads(line)
+    if status != 0:
+        found["failed"] = "out of time" if status is None else f"status {status}"
+    return {**found, "stderr": said} if "failed" in found else found
 
 
 def main_check(seconds: float) -> None:
-    """All cases, one after another."""
+    """All cases, at the same time; the results of each when it is done."""
     from tests.tiny import tiny_model
 
-    end = time.monotonic() + seconds
+    begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         small = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "num_hidden_layers": 2}
         tiny_model("llama", home / "model", **small)
-        plain: dict[str, Any] = {}
-        for index, name in enumerate(CASES):
-            left = (end - time.monotonic()) / (len(CASES) - index) * 1.5
-            begin = time.monotonic()
-            found = _run(home, name, max(5.0, min(left, end - time.monotonic())))
-            plain = plain or found
-            compared = compare(home, name, found, plain) if name != "plain" else {}
-            took = round(time.monotonic() - begin, 1)
-            print(json.dumps({"case": name, "took": took, **compared, **found}), flush=True)
+        processes = {name: _start(home, name) for name in CASES}
+        while any(each.poll() is None for each in processes.values()) and time.monotonic() - begin < seconds:
+            time.sleep(0.2)
+        for process in processes.values():
+            process.kill()
+        results = {name: _result(home, name, process.returncode) for name, process in processes.items()}
+        for name, found in results.items():
+            compared = compare(home, name, found, results[plain_of(name)]) if CASES[name] else {}
+            print(json.dumps({"case": name, **compared, **found}), flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seconds", type=float, default=110.0)
     parser.add_argument("--case", choices=[*CASES])
     parser.add_argument("--home", type=Path)
     given = parser.parse_args()

@@ -143,8 +143,8 @@ def restore_student(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """
     own = _moving(model)
     missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    tensors = {name: _with_dimension(t, own[name].shape) if name in own else t for name, t in tensors.items()}
-    wrong = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    tensors = {name: _with_dimension(t, zero.shape(own[name])) if name in own else t for name, t in tensors.items()}
+    wrong = [name for name in own.keys() & tensors.keys() if zero.shape(own[name]) != tensors[name].shape]
     if missing or surplus or wrong:
         raise CheckpointError(
             f"the saved student does not fit this model: missing {missing[:3]}, surplus {surplus[:3]}, "
@@ -247,7 +247,7 @@ def restore_state(
         torch.cuda.set_rng_state(random["cuda"])
     average = load_file(folder / _AVERAGE) if (folder / _AVERAGE).is_file() else None
     if average is not None:
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        shapes = {name: zero.shape(parameter) for name, parameter in model.named_parameters()}
         average = {name: _with_dimension(tensor, shapes[name]) for name, tensor in average.items()}
     return read_state(folder), average
 

@@ -1,7 +1,7 @@
 """Models whose optimizer, gradients and (stage 3) parameters are divided by DeepSpeed's ZeRO, while its engine lives.
 
-The counterpart of FSDP2 in `qat.sharded`, which asks here; nobody else does but the run's strategy, which makes and ends
-a `Division`. In stages 1 and 2 parameters stay whole in every process, beside float32 masters that are divided. In stage
+The counterpart of FSDP2 in `qat.sharded`, which asks here; besides, only the run's strategy and its saved states do. A
+`Division` is what the engine holds. In stages 1 and 2 parameters stay whole in every process, beside float32 masters that are divided. In stage
 3 a decoder block is fetched as a unit (a leaf module, so that scales come with their weights), and what no block owns
 while the root runs. DeepSpeed is imported by nobody who does not use it.
 """
@@ -112,6 +112,12 @@ def of(model: Any) -> Division | None:
 def is_share(tensor: Tensor) -> bool:
     """Whether a tensor is a parameter that stage 3 divided, or the `twin` of one."""
     return hasattr(tensor, "ds_tensor") or hasattr(tensor, "twin_of")
+
+
+def shape(tensor: Any) -> torch.Size:
+    """Of the whole tensor."""
+    found: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
+    return found
 
 
 def is_trained(parameter: Any) -> bool:

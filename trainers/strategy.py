@@ -328,9 +328,8 @@ def _needs_blocks(job: "Job") -> bool:
 
 def undividable(job: "Job", *models: nn.Module) -> list[str]:
     """Why models cannot be divided as the job wants."""
-    return (
-        [reason for model in models if (reason := sharded.refusal(model, job.strategy))] if _needs_blocks(job) else []
-    )
+    reasons = (sharded.refusal(model, job.strategy) for model in (models if _needs_blocks(job) else ()))
+    return [reason for reason in reasons if reason]
 
 
 def check_models(job: "Job", *models: nn.Module) -> None:

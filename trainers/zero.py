@@ -6,6 +6,11 @@ from typing import Any, Literal
 from qat.config import Strict
 
 
+BUCKET = 50_000_000  # numbers that are summed over devices at once
+PCIE, HOST_MEMORY = 25e9, 100e9  # bytes per second between host and device, and of a machine's memory
+ADAM_BYTES = 28  # that AdamW reads and writes per parameter
+
+
 class ZeroConfig(Strict):
     """DeepSpeed's ZeRO.
 
@@ -29,6 +34,31 @@ def missing() -> str | None:
     )
 
 
+def divided(zero: ZeroConfig, devices: int, states: dict[str, int]) -> dict[str, int]:
+    """Bytes on one device of the states that `qat.trainers.footprint` counts undivided.
+
+    The optimizer has masters beside the parameters; averages are divided as parameters are; scales are counted whole.
+    """
+    share = {name: count // devices for name, count in states.items()}
+    found = {**states, "Adam moments": share["Adam moments"], "masters of the optimizer": share["gradients"]}
+    if zero.stage >= 2:
+        found["gradients"] = share["gradients"]
+    if zero.stage == 3:
+        found |= {name: share[name] for name in ("master weights", "average of weights", "teacher")}
+    host: tuple[str, ...] = () if zero.offload == "none" else ("Adam moments", "masters of the optimizer")
+    host += ("master weights", "average of weights") if zero.offload == "all" else ()
+    return {**found, **dict.fromkeys(host, 0), "gradients being summed": 4 * BUCKET}
+
+
+def host_seconds(zero: ZeroConfig, trained: int, parameters: int, devices: int, passes: float) -> float:
+    """Of a step: gradients to the host, AdamW there for all devices of the machine, and parameters back; with "all"
+    a device's share of them once per forward and backward pass too."""
+    if zero.offload == "none":
+        return 0.0
+    step = 8 * trained / devices / PCIE + ADAM_BYTES * trained / HOST_MEMORY
+    return step + (passes * 8 * parameters / devices / PCIE if zero.offload == "all" else 0.0)
+
+
 def engine_config(zero: ZeroConfig, clip: float, mixed: bool) -> dict[str, Any]:
     """DeepSpeed's own configuration; Lightning adds the accumulation.
 
@@ -40,8 +70,8 @@ def engine_config(zero: ZeroConfig, clip: float, mixed: bool) -> dict[str, Any]:
         "stage": zero.stage,
         "overlap_comm": zero.stage == 3,
         "contiguous_gradients": True,
-        "reduce_bucket_size": 100_000_000,
-        "allgather_bucket_size": 100_000_000,
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
         "stage3_param_persistence_threshold": 0,
         "stage3_max_reuse_distance": 0,
         "stage3_prefetch_bucket_size": 0,
