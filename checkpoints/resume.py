@@ -34,6 +34,7 @@ from qat.errors import CheckpointError
 from qat.lora import LoraConfig, adapters, attach, is_adapter, merge
 from qat.quantizer import LEARNED, WeightQuantizer
 from qat.scheme import Rule, Scheme, upgraded
+from qat import zero
 from qat.sharded import put, whole
 from qat.surgery import apply, rotate_inputs
 
@@ -142,8 +143,8 @@ def restore_student(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """
     own = _moving(model)
     missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    tensors = {name: _with_dimension(t, own[name].shape) if name in own else t for name, t in tensors.items()}
-    wrong = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    tensors = {name: _with_dimension(t, zero.shape(own[name])) if name in own else t for name, t in tensors.items()}
+    wrong = [name for name in own.keys() & tensors.keys() if zero.shape(own[name]) != tensors[name].shape]
     if missing or surplus or wrong:
         raise CheckpointError(
             f"the saved student does not fit this model: missing {missing[:3]}, surplus {surplus[:3]}, "
@@ -184,7 +185,9 @@ def save_state(
         write: False only helps the process that writes, see `student_tensors`.
     """
     student = student_tensors(model, write)
-    moments = _on_cpu(_optimizer_tensors(model, optimizer), write)
+    division = zero.of(model)
+    divided = division is not None and zero.moments(division, write)
+    moments = divided or _on_cpu(_optimizer_tensors(model, optimizer), write)
     averages = None if average is None else _on_cpu(average, write)
     root = run / "checkpoints"
     folder = root / f"step-{step:08d}"
@@ -244,7 +247,7 @@ def restore_state(
         torch.cuda.set_rng_state(random["cuda"])
     average = load_file(folder / _AVERAGE) if (folder / _AVERAGE).is_file() else None
     if average is not None:
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        shapes = {name: zero.shape(parameter) for name, parameter in model.named_parameters()}
         average = {name: _with_dimension(tensor, shapes[name]) for name, tensor in average.items()}
     return read_state(folder), average
 
@@ -268,10 +271,13 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     parameters = dict(model.named_parameters())
+    if unknown := [name for name in (key.rpartition("/")[0] for key in tensors) if name not in parameters]:
+        raise CheckpointError(f"the saved optimizer knows {unknown[0]!r}, which this model does not have")
+    if (division := zero.of(model)) is not None:
+        zero.restore_moments(division, tensors)
+        return
     for key, value in tensors.items():
         name, _, kind = key.rpartition("/")
-        if name not in parameters:
-            raise CheckpointError(f"the saved optimizer knows {name!r}, which this model does not have")
         parameter = parameters[name]
         # AdamW keeps its step counts wherever the fused kernel wants them; moments live beside their parameter.
         if kind == "step":

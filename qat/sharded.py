@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from qat import zero
 from qat.errors import UnsupportedError
 from qat.quantizer import WeightQuantizer
 from qat.sites import Site
@@ -83,24 +84,26 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def refusal(model: nn.Module) -> str | None:
-    """Why `model` cannot be divided, or None."""
+def refusal(model: nn.Module, strategy: str = "fsdp") -> str | None:
+    """Why `model` cannot be divided by a strategy, or None."""
     of: dict[int, nn.Module] = {}
     for block in blocks(model):
         for name, module in block.named_modules():
             if isinstance(module, nn.ModuleList) and name.endswith("experts"):
                 return (
                     f"{type(model).__name__} has each expert as a module of its own, of which a batch reaches some; "
-                    "strategy fsdp needs every process to reach all, so take strategy=ddp"
+                    f"strategy {strategy} needs every process to reach all, so take strategy=ddp"
                 )
         for name, parameter in block.named_parameters():
             if of.setdefault(id(parameter), block) is not block:
-                return f"two blocks of {type(model).__name__} share {name}, which strategy fsdp cannot divide; use ddp"
+                return f"two blocks of {type(model).__name__} share {name}, which strategy {strategy} cannot divide; use ddp"
     return None
 
 
 def is_divided(model: nn.Module | None) -> bool:
-    """Whether `divide` was called with this model."""
+    """Whether `divide` was called with this model, or DeepSpeed has it."""
+    if zero.of(model) is not None:
+        return True
     module = sys.modules.get("torch.distributed.fsdp")
     return module is not None and isinstance(model, module.FSDPModule)
 
@@ -108,13 +111,18 @@ def is_divided(model: nn.Module | None) -> bool:
 def run(model: Any, work: Callable[[], T]) -> T:
     """What `work` gives, in which tensors of `model` that no block owns are whole, and stay so until the backward pass
     has used them. Every process must do the same number of forward passes inside."""
-    result: T = model.run_whole(work) if is_divided(model) else work()
-    return result
+    division = zero.of(model)
+    if division is not None:
+        result: T = division.run(work)
+        return result
+    return model.run_whole(work) if is_divided(model) else work()  # type: ignore[no-any-return]
 
 
 def close(model: Any) -> None:
     """Leave this process only its share of what `run` made whole, where no backward pass follows."""
-    if is_divided(model):
+    if (division := zero.of(model)) is not None:
+        division.close()
+    elif is_divided(model):
         model.reshard()
 
 
@@ -134,34 +142,59 @@ def read(model: Any, work: Callable[[], T]) -> T:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, in every process; every process must ask."""
+    if zero.is_share(tensor):
+        return zero.whole(tensor)
     values: Any = tensor.detach()
-    found: Tensor = values.full_tensor() if is_share(tensor) else values
+    found: Tensor = values.full_tensor() if _is_dtensor(tensor) else values
     return found
 
 
 def is_share(tensor: Tensor) -> bool:
     """Whether a tensor is divided."""
+    return zero.is_share(tensor) or _is_dtensor(tensor)
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def share(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, to be read and written."""
+    if zero.is_share(tensor):
+        return zero.share(tensor)
     values: Any = tensor.detach()
-    own: Tensor = values.to_local() if is_share(tensor) else tensor.data
+    own: Tensor = values.to_local() if _is_dtensor(tensor) else tensor.data
     return own
+
+
+def copy(parameter: Tensor) -> Tensor:
+    """A copy, divided as the parameter is."""
+    return zero.twin(parameter) if zero.is_share(parameter) else parameter.detach().clone()
+
+
+def moment(optimizer: Any, parameter: nn.Parameter, key: str) -> Tensor | None:
+    """A state of the optimizer for a parameter, whole; None before the first step. Every process must ask."""
+    if zero.is_trained(parameter):
+        return zero.moment(parameter, key)
+    found: Tensor | None = optimizer.state.get(parameter, {}).get(key)
+    return None if found is None else whole(found)
 
 
 @torch.no_grad()
 def put(target: Tensor, values: Tensor) -> None:
     """Write `values`, the whole ones, into a tensor that may be divided."""
-    if is_share(target):
+    if zero.is_share(target):
+        zero.put(target, values)
+        return
+    if _is_dtensor(target):
         from torch.distributed.tensor import distribute_tensor
 
         divided: Any = target
         values = values.to(target.device)
         values = distribute_tensor(values, divided.device_mesh, divided.placements, src_data_rank=None)
     target.copy_(values)
+    zero.remember(target)
 
 
 @contextlib.contextmanager
@@ -192,6 +225,10 @@ def edited(module: nn.Module | None, write: bool = True) -> Iterator[None]:
     if not is_divided(module):
         yield
         return
+    if zero.of(module) is not None and module is not None:
+        with zero.gathered(module, write):
+            yield
+        return
     holder: Any = module
     holder.reshard()  # what runs first stays whole after its pass
     divided = dict(holder.named_parameters())
@@ -208,6 +245,10 @@ def edited(module: nn.Module | None, write: bool = True) -> Iterator[None]:
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """All of `model` is whole inside this context, to be read without running it."""
+    if zero.of(model) is not None:
+        with edited(model, write=False):
+            yield
+        return
     with contextlib.ExitStack() as open_modules:
         for module in model.modules():
             open_modules.enter_context(edited(module, write=False))

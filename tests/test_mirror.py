@@ -36,6 +36,7 @@ ELSEWHERE = {
     "qat/errors.py": "qat/test_config.py: types without code, and the nearest name",
     "qat/numbers/catalog.py": "qat/numbers/test_format.py: literals, which parametrise the tests of everything else",
     "qat/options.py": "qat/test_cli.py: options are half of the command",
+    "qat/zero.py": "trainers/test_zero_strategy.py: what DeepSpeed's engine has divided",
     "qat/sites.py": "qat/test_surgery.py: sites are what surgery leaves",
     "trainers/adapted.py": "trainers/test_run.py: between initialisation and the first step",
     "trainers/announced.py": "trainers/test_run.py: printed before the first step of every run",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.sharded import by_holder, edited, whole
+from qat.sharded import by_holder, edited, moment
 from qat.sites import Site, sites
 from qat.trainers.optim import OptimConfig
 
@@ -55,7 +55,5 @@ class AfterStep:
 
 def _second_moment(site: Site, optimizer: Any) -> Tensor | None:
     """Adam's, as the weight multiplies; None before the first step."""
-    moment: Tensor | None = optimizer.state.get(site.parameter, {}).get("exp_avg_sq")
-    if moment is None:
-        return None
-    return whole(moment).transpose(-1, -2) if site.owner.TRANSPOSED else whole(moment)
+    found = moment(optimizer, site.parameter, "exp_avg_sq")
+    return found.transpose(-1, -2) if found is not None and site.owner.TRANSPOSED else found

@@ -16,13 +16,13 @@ from typing import Any
 
 import lightning as lit
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qat.checkpoints import resume
 from qat.checkpoints.progress import Meter
 from qat.config import write_text_atomic
 from qat.errors import ConfigError
-from qat.sharded import is_divided, share, swapped
+from qat.sharded import copy, is_divided, share, swapped
 from qat.trainers import why
 from qat.trainers.evaluate import Evaluator, Scores
 from qat.trainers.interrupts import Interruptions
@@ -92,7 +92,11 @@ class Average:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.model = decay, model
-        self.values = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        self.values: dict[str, Tensor] = {}
+
+    def begin(self) -> None:
+        """From the parameters as they are now, divided if they are."""
+        self.values = {n: copy(p) for n, p in self.model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self, step: int) -> None:

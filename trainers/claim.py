@@ -238,7 +238,7 @@ def _comparable(job: Job) -> dict[str, Any]:
     Models are compared by their fingerprints, and texts when their rows are read (`check_text`).
     """
     data = _plain(job)
-    for key in ("name", "runs", "steps", "devices", "strategy"):
+    for key in ("name", "runs", "steps", "devices", "strategy", "deepspeed"):
         del data[key]
     for text in (data["data"], data["eval"]["data"], data["eval"]["choose"], data["calibration"]):
         for part in (text, *text["mix"]) if text else ():

@@ -17,7 +17,8 @@ from qat.trainers.footprint import BF16, FP32, Facts, flops_per_token, forward_f
 from qat.trainers.job import Job
 from qat.trainers.levers import HEADROOM, Way, launch_advice, memory_advice, ways
 from qat.trainers.speeds import Machine, launch_seconds, machines, step_seconds
-from qat.trainers.strategy import divides, refusal, undividable
+from qat.trainers.strategy import refusal, undividable
+from qat.trainers.zero import missing
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,10 @@ def _export_notes(job: Job, facts: Facts) -> list[str]:
 
 def _notes(job: Job, facts: Facts, devices: list[Machine]) -> list[str]:
     notes = [reason] if (reason := refusal(job)) else []
-    if divides(job) and (reason := divided.obstacle(job)):
+    if shards(job) > 1 and (reason := divided.obstacle(job)):
         notes.append(f"{reason}, so every device holds the undivided models until they are initialised, then its share")
+    if job.strategy == "deepspeed" and (reason := missing()):
+        notes.append(reason)
     if (fallback := job.scheme.fallback) is not None:
         notes.append(f"which {fallback.count} layers fall back is decided when training begins, and not counted here")
     texts = [*job.data.parts, *(job.calibration.parts if job.calibration is not None else ())]

@@ -53,7 +53,6 @@ def lightning(job: Job, parts: Parts, steps: int, callbacks: list[Any], loggers:
     return lit.Trainer(
         max_steps=steps,
         accumulate_grad_batches=job.rows // (job.micro_rows * job.devices),
-        precision="bf16-mixed" if parts.dtype is torch.bfloat16 else "32-true",
         accelerator=parts.device.type,
         callbacks=callbacks,
         logger=loggers or False,
@@ -61,7 +60,7 @@ def lightning(job: Job, parts: Parts, steps: int, callbacks: list[Any], loggers:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        **trainer_arguments(parts.ranks, job.strategy),
+        **trainer_arguments(job, parts.ranks, parts.dtype is torch.bfloat16),
     )
 
 
@@ -73,6 +72,8 @@ class _Restore(lit.Callback):
 
     def on_train_start(self, trainer: lit.Trainer, pl_module: lit.LightningModule) -> None:
         """Bring back parameters, moments, averages and random state."""
+        if self.average is not None:
+            self.average.begin()
         if self.folder is None:
             return
         assert isinstance(pl_module, QatModule)

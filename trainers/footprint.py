@@ -19,7 +19,7 @@ from qat.init.blocks import STREAMS, BlockStep
 from qat.init.gptq import PRODUCTS, Gptq
 from qat.numbers.catalog import lookup
 from qat.surgery import Coverage, report, trained_together
-from qat.trainers import divided, lora_footprint
+from qat.trainers import divided, lora_footprint, zero
 from qat.trainers.evaluate import CHUNK
 from qat.trainers.job import Job
 from qat.trainers.optim import is_frozen, parameter_kinds
@@ -250,15 +250,16 @@ def forward_flops(architecture: Architecture, sequence: int) -> float:
 
 
 def shards(job: Job) -> int:
-    """Among how many devices the states are divided."""
-    return job.devices if job.strategy in ("fsdp", "deepspeed") else 1
+    """Among how many devices the parameters are divided."""
+    third = job.strategy == "deepspeed" and job.deepspeed.stage == 3
+    return job.devices if third or job.strategy == "fsdp" else 1
 
 
 def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
     """Bytes on one device at the worst moment of a step, by purpose: the end of a forward pass, when gradients of the
     step before are still there (Lightning clears them just before the backward pass).
 
-    States, divided by the devices under fsdp and deepspeed, with P parameters, P' of them trained, S learned scales:
+    States, divided by the devices under fsdp (deepspeed: `zero.divided`), with P parameters, P' of them trained, S learned scales:
         masters 4 P (LoRA: 4 P' more; what is held packed its codes and scales); gradients 4 (P' + S), under ddp too,
         whose buckets they lie in; moments 8 (P' + S); scales 4 S, and their start 4 per block; average 4 (P' + S);
         teacher 2 P, on CPUs 4 P.
@@ -275,15 +276,17 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
         device: "cuda" or "cpu".
         mixed: whether the forward pass computes in BF16.
     """
-    parts = _states(job, facts, device)
+    whole = _states(job, facts, device)
+    parts = {name: count // shards(job) for name, count in whole.items()}
+    parts = zero.divided(job.deepspeed, job.devices, whole) if job.strategy == "deepspeed" else parts
     saved_weights = _saved_weights(job, facts, mixed)
     activations = _activations(job, facts, mixed)
     evaluation = _evaluation_space(job, facts) - saved_weights - activations
     working = max(_training_space(job, facts, device, mixed), evaluation)
     if shards(job) > 1:  # the layer at work is gathered whole, and the next one with it
         working += 2 * FP32 * (facts.student.parameters // facts.student.shape.layers)
-    tensor = FP32 * job.micro_rows * job.data.seq_len * facts.student.shape.ffn
-    heap = HEAP_LOSS[job.activation_checkpointing] if device == "cpu" and tensor < HEAP_BLOCK else 0.0
+    small = FP32 * job.micro_rows * job.data.seq_len * facts.student.shape.ffn < HEAP_BLOCK
+    heap = HEAP_LOSS[job.activation_checkpointing] if device == "cpu" and small else 0.0
     training = {
         **parts,
         "quantized weights for backward": saved_weights,
@@ -292,7 +295,7 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
         "holes in the heap": int(heap * (saved_weights + activations + working)),
     }
     products = min(FP32 * facts.input_products(job), PRODUCTS)
-    models = shards(job) * (parts["master weights"] + parts["scales"] + parts["teacher"])  # divided afterwards
+    models = whole["master weights"] + whole["scales"] + whole["teacher"]  # divided afterwards
     models += facts.saved * lora_footprint.dense_first(job)
     first = divided.first(job)
     models = divided.initial_bytes(job, facts, parts) if first else models
@@ -315,7 +318,7 @@ def _states(job: Job, facts: Facts, device: str) -> dict[str, int]:
     trained = facts.trainable + learned
     head = facts.teacher.shape.hidden * facts.teacher.shape.vocabulary  # all that a cached one leaves, for evaluation
     teacher = (BF16 if device == "cuda" else FP32) * (head if job.teacher_cache else facts.teacher.parameters)
-    parts = {
+    return {
         "master weights": FP32 * (facts.student.parameters + facts.adapters) - facts.saved,
         "scales": FP32 * (learned + facts.blocks),
         "gradients": FP32 * trained,
@@ -323,7 +326,6 @@ def _states(job: Job, facts: Facts, device: str) -> dict[str, int]:
         "average of weights": FP32 * trained if job.optim.ema else 0,
         "teacher": teacher,
     }
-    return {name: count // shards(job) for name, count in parts.items()}
 
 
 def _saved_weights(job: Job, facts: Facts, mixed: bool) -> int:

@@ -16,6 +16,7 @@ from qat.trainers.logitcache import TeacherCache
 from qat.trainers.optim import OptimConfig
 from qat.trainers.packed import completed
 from qat.trainers.sources import overlapping
+from qat.trainers.zero import ZeroConfig
 from qat.training.objectives import CrossEntropy, ForwardKL, Loss
 
 JOB = "job.yaml"  # of a run's folder
@@ -52,7 +53,8 @@ class Job(Strict):
         checkpoint_every: steps between resumable checkpoints, 0 for only at the end.
         precision: "auto" is bf16-mixed on GPUs and fp32 on CPUs. Master weights are always fp32.
         strategy: how several devices share the work. "ddp": each holds the whole model and reads its share of the
-            rows; "auto" is ddp where there are several devices.
+            rows; "auto" is ddp where there are several devices. "fsdp" and "deepspeed" divide what a device holds.
+        deepspeed: how that strategy divides, see `qat.trainers.zero`.
         devices: over all machines; one process each. Without GPUs they are processes on the CPU.
         loss_chunk: tokens whose logits exist at once; by default `qat.training.losses.chunk_tokens`.
         activation_checkpointing: recompute activations in the backward pass to save memory.
@@ -87,6 +89,7 @@ class Job(Strict):
     seed: int = Field(default=0, ge=0, lt=1 << 32)
     precision: Precision = "auto"
     strategy: Strategy = "auto"
+    deepspeed: ZeroConfig = ZeroConfig()
     devices: int = Field(default=1, ge=1)
     loss_chunk: int | None = Field(default=None, ge=1)
     activation_checkpointing: bool = False
@@ -130,6 +133,15 @@ class Job(Strict):
                 f"lora.base: packed after reconstruct with scheme.learn: {self.scheme.learn}: its scales for rounding "
                 "and for dequantizing come apart, so that codes alone do not say where training begins; use learn: "
                 "none, or base: dense"
+            )
+        if self.strategy != "deepspeed" and self.deepspeed != ZeroConfig():
+            raise ValueError(
+                f"deepspeed is set, but strategy is {self.strategy}; set strategy: deepspeed, or leave it out"
+            )
+        if self.deepspeed.offload == "all" and self.deepspeed.stage < 3:
+            raise ValueError(
+                f"deepspeed.offload: all moves parameters, which stage {self.deepspeed.stage} does not divide; use "
+                "stage: 3, or offload: optimizer"
             )
         if self.devices > self.rows:
             raise ValueError(

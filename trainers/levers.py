@@ -8,12 +8,14 @@ from qat.errors import QatError
 from qat.trainers.footprint import GIB, Facts, job_facts, memory
 from qat.trainers.job import Job
 from qat.trainers.speeds import MACHINE_GPUS, Machine, launch_seconds, step_seconds
+from qat.trainers.zero import ZeroConfig
 
 HEADROOM = 0.95  # share of a device's memory that may be planned for
 MOST_DEVICES = 128  # that are proposed
 LOW_RANK = "lora='{rank: 16}' scheme.learn=none"
 UNDIVIDED = "undivided models, initialised"  # of `footprint.memory`: not yet loaded in shares
-_MOMENTS = ("Adam moments", "average of weights")
+_ZERO = [*((f"ZeRO-{stage}", ZeroConfig.model_validate({"stage": stage})) for stage in (1, 2, 3))]
+_ZERO += [("ZeRO-3, offloaded", ZeroConfig(stage=3, offload="all"))]
 _WORTH = 1.1  # a proposal is at least so much faster
 
 
@@ -33,19 +35,12 @@ def ways(job: Job, facts: Facts, machine: Machine) -> tuple[Way, ...]:
     one, ddp, fsdp = (
         changed(job, devices=devices, strategy=name) for devices, name in ((1, "auto"), (count, "ddp"), (count, "fsdp"))
     )
-    whole = memory(ddp, facts, machine.kind, machine.mixed)
-    first = sum(whole.values()) - sum(whole[name] * (count - 1) // count for name in _MOMENTS)
-    second = first - whole["gradients"] * (count - 1) // count
-    divided = _peak(fsdp, facts, machine)
-    rows = [
-        ("one device", one, _peak(one, facts, machine)),
-        ("ddp (auto)", ddp, sum(whole.values())),
-        ("fsdp", fsdp, divided),
-        ("deepspeed, ZeRO-1", ddp, first),
-        ("deepspeed, ZeRO-2", ddp, second),
-        ("deepspeed, ZeRO-3", fsdp, divided),
-    ]
-    return tuple(Way(name, other.devices, peak, _speed(other, facts, machine)) for name, other, peak in rows)
+    rows = [("one device", one), ("ddp (auto)", ddp), ("fsdp", fsdp)]
+    for name, zero in _ZERO:
+        rows.append((f"deepspeed, {name}", changed(job, devices=count, strategy="deepspeed", deepspeed=zero)))
+    return tuple(
+        Way(name, other.devices, _peak(other, facts, machine), _speed(other, facts, machine)) for name, other in rows
+    )
 
 
 def changed(job: Job, **update: Any) -> Job:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from qat import zero
 from qat.errors import TrainingError
 from qat.modes import held
 from qat.sharded import close, is_divided, read, run, whole
@@ -102,6 +103,10 @@ class QatModule(lit.LightningModule):
     def configure_model(self) -> None:
         """Lightning's strategy for FSDP2 wants the model to be divided here; `qat.trainers.strategy` has done it."""
 
+    def forward(self, work: Any) -> Any:
+        """Run a function as a forward pass of this module, which is how DeepSpeed gathers what it divided."""
+        return work()
+
     def on_fit_start(self) -> None:
         """Place the teacher, find both heads, freeze what the job freezes."""
         if self.teacher is not None:
@@ -171,6 +176,10 @@ class QatModule(lit.LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """One step, and what follows it before anything is evaluated or saved."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if (division := zero.of(self.student)) is not None:  # its engine is called for every micro-batch, and clips
+            if self.trainer.fit_loop._should_accumulate():
+                return
+            self._measured(optimizer, division.norm)
         assert self._after is not None
         self._after(self.step + 1, getattr(optimizer, "optimizer", optimizer))  # Lightning counts the step afterwards
 
@@ -181,14 +190,18 @@ class QatModule(lit.LightningModule):
         Raises:
             TrainingError: the loss or the norm is not finite.
         """
+        if zero.of(self.student) is not None:
+            return
         groups = optimizer.param_groups
         parameters = [p for group in groups for p in group["params"]]
         self._held.close()
-        norm = whole(nn.utils.clip_grad_norm_(parameters, self.job.optim.clip))
+        self._measured(optimizer, whole(nn.utils.clip_grad_norm_(parameters, self.job.optim.clip)))
+
+    def _measured(self, optimizer: Any, norm: Tensor) -> None:
         self.readings.add(self.step + 1, self._losses, norm)
         self._losses = []
         if self.job.log_every > 1 and not is_divided(self.student):
             self.readings.guard(getattr(optimizer, "optimizer", optimizer))
         else:  # before the optimizer writes NaN into the weights
             self.read()
-        self.rates = {group["kind"]: group["lr"] for group in groups}
+        self.rates = {group["kind"]: group["lr"] for group in optimizer.param_groups}

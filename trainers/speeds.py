@@ -16,6 +16,7 @@ from qat.numbers.hadamard import BlockHadamard
 from qat.numbers.numerics import find_scales
 from qat.quantizer import InputQuantizer, WeightQuantizer
 from qat.scheme import Rule, Scheme
+from qat.trainers import zero
 from qat.trainers.footprint import BF16, FP32, GIB, Facts, flops_per_token, memory, shards
 from qat.trainers.job import Job
 from qat.trainers.memory import keep_freed_blocks
@@ -109,7 +110,11 @@ def step_seconds(job: Job, facts: Facts, machine: Machine) -> float:
     passes = job.rows / (job.micro_rows * job.devices)
     each, once = (count * machine.per_sent_byte for count in sent_bytes(job, facts))
     least = max(launch_seconds(job, facts, machine), each)
-    return passes * max(one_pass, least) + once + facts.trainable / shards(job) * machine.per_update
+    seconds = passes * max(one_pass, least) + once
+    if job.strategy != "deepspeed":
+        return seconds + facts.trainable / shards(job) * machine.per_update
+    host = zero.host_seconds(job.deepspeed, facts.trainable, facts.student.parameters, job.devices, passes)
+    return seconds + (host or facts.trainable / job.devices * machine.per_update)
 
 
 def launch_seconds(job: Job, facts: Facts, machine: Machine) -> float:
@@ -130,6 +135,8 @@ def sent_bytes(job: Job, facts: Facts) -> tuple[float, float]:
     if job.devices == 1:
         return 0.0, 0.0
     others = (job.devices - 1) / job.devices
+    if job.strategy == "deepspeed" and job.deepspeed.stage == 2:  # which sums after every pass
+        return FP32 * facts.trainable * others, FP32 * facts.trainable * others
     if shards(job) == 1:
         return 0.0, 2 * FP32 * facts.trainable * others
     gathered = 2 * FP32 * facts.student.parameters + BF16 * facts.teacher.parameters * job.asks_teacher

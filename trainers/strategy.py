@@ -25,9 +25,11 @@ from torch import Tensor, distributed, nn
 
 from qat import sharded
 from qat.errors import ConfigError, Interrupted, QatError, TrainingError, UnsupportedError
+from qat.trainers import zero
+from qat.zero import forget_group
 
 if TYPE_CHECKING:
-    from qat.trainers.job import Job, Strategy
+    from qat.trainers.job import Job
     from qat.trainers.parts import Parts
 
 T = TypeVar("T")
@@ -118,13 +120,11 @@ ALONE = Ranks()
 
 def refusal(job: "Job") -> str | None:
     """Why `train` refuses this job's strategy wherever it runs, or None."""
-    if job.strategy == "deepspeed":
+    if (divides(job) or job.strategy == "deepspeed") and job.lora is not None and job.lora.base == "packed":
         return (
-            "strategy deepspeed can be estimated (--dry-run) but not trained: Lightning takes it on CUDA alone and its "
-            "releases have no wheels, so it was never run here; strategy=fsdp divides as ZeRO-3 does"
+            f"lora.base: packed holds codes, which strategy {job.strategy} does not divide; use lora.base=dense or "
+            "strategy=ddp"
         )
-    if divides(job) and job.lora is not None and job.lora.base == "packed":
-        return "lora.base: packed holds codes, which strategy fsdp does not divide; use lora.base=dense or strategy=ddp"
     return None
 
 
@@ -136,6 +136,8 @@ def check(job: "Job") -> None:
         ConfigError: fewer GPUs than processes.
     """
     if (reason := refusal(job)) is not None:
+        raise UnsupportedError(reason)
+    if job.strategy == "deepspeed" and (reason := zero.missing()):
         raise UnsupportedError(reason)
     placed = _placed()
     here = job.devices if placed is None else placed.local_size
@@ -230,7 +232,8 @@ def joined(job: "Job") -> Iterator[Ranks]:
         TrainingError: the connection was lost, because another rank ended.
     """
     if job.devices == 1:
-        yield ALONE
+        with _connected(ALONE) if job.strategy == "deepspeed" else contextlib.nullcontext():
+            yield ALONE
         return
     ranks = _placed()
     if ranks is None:
@@ -252,9 +255,10 @@ def _connected(ranks: Ranks) -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(ranks.local_rank)
         backend = "cpu:gloo,cuda:nccl"
-    if "MASTER_ADDR" not in os.environ:
+    if "MASTER_ADDR" not in os.environ and ranks.size > 1:
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = _meeting_point()
-    distributed.init_process_group(backend, rank=ranks.rank, world_size=ranks.size, timeout=WAITING)
+    store = distributed.HashStore() if ranks.size == 1 else None
+    distributed.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=WAITING)
     try:
         yield
     except QatError as error:
@@ -267,6 +271,7 @@ def _connected(ranks: Ranks) -> Iterator[None]:
             raise
         raise TrainingError(f"rank {ranks.rank} lost another one ({str(error).splitlines()[0][:200]})") from error
     finally:
+        forget_group()
         distributed.destroy_process_group()
 
 
@@ -318,9 +323,15 @@ def divides(job: "Job") -> bool:
     return job.strategy == "fsdp" and job.devices > 1
 
 
+def _needs_blocks(job: "Job") -> bool:
+    """Whether every process must reach all of every block."""
+    return job.strategy in ("fsdp", "deepspeed") and job.devices > 1
+
+
 def undividable(job: "Job", *models: nn.Module) -> list[str]:
     """Why models cannot be divided as the job wants."""
-    return [reason for model in models if (reason := sharded.refusal(model))] if divides(job) else []
+    reasons = (sharded.refusal(model, job.strategy) for model in (models if _needs_blocks(job) else ()))
+    return [reason for reason in reasons if reason]
 
 
 def check_models(job: "Job", *models: nn.Module) -> None:
@@ -335,25 +346,31 @@ def check_models(job: "Job", *models: nn.Module) -> None:
 
 def divide(job: "Job", parts: "Parts") -> None:
     """Divide the models of a run among its devices where its strategy says so."""
-    if not divides(job):
-        return
-    sharded.divide(parts.student, parts.device, parts.ranks.size)
-    if parts.teacher is not None:
+    if job.strategy == "fsdp" and divides(job):
+        sharded.divide(parts.student, parts.device, parts.ranks.size)
+    third = job.strategy == "deepspeed" and job.deepspeed.stage == 3 and job.devices > 1
+    if parts.teacher is not None and (third or divides(job)):  # the student's engine divides it when training begins
         sharded.divide(parts.teacher.requires_grad_(False), parts.device, parts.ranks.size)
     if parts.device.type == "cuda":
         torch.cuda.empty_cache()  # of the whole tensors
 
 
-def trainer_arguments(ranks: Ranks, how: "Strategy" = "auto") -> dict[str, Any]:
-    """What `lightning.Trainer` is told of the devices."""
+def trainer_arguments(job: "Job", ranks: Ranks, mixed: bool = False) -> dict[str, Any]:
+    """What `lightning.Trainer` is told of the devices and the precision."""
     from lightning.fabric.utilities.rank_zero import rank_zero_only
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
     rank_zero_only.rank = ranks.rank  # type: ignore[attr-defined]  # Lightning read a launcher's variables on import
     where = {"plugins": [Placed(ranks)], "devices": ranks.local_size, "num_nodes": ranks.size // ranks.local_size}
+    if job.strategy == "deepspeed":
+        from qat.trainers.zero_strategy import ZeroStrategy
+
+        deepspeed = ZeroStrategy(job.deepspeed, job.optim.clip, mixed, WAITING)
+        return {**where, "strategy": deepspeed, "precision": "32-true"}  # its engine casts, see `qat.trainers.zero`
+    where["precision"] = "bf16-mixed" if mixed else "32-true"
     if ranks.size == 1:
         return {**where, "strategy": "auto"}
-    if how == "fsdp":
+    if job.strategy == "fsdp":
         sizes: dict[str, Any] = {"data_parallel_size": ranks.size, "tensor_parallel_size": 1}
         return {**where, "strategy": ModelParallelStrategy(**sizes, timeout=WAITING)}
     # Experts and towers that a batch does not reach have no gradient; buffers are the same everywhere and stay so.

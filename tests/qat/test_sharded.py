@@ -91,6 +91,8 @@ def test_a_divided_model_is_the_model(folder: Path, one: None, tmp_path: Path) -
     assert student_tensors(divided, keep=False) == {}
     config = OptimConfig(ema=0.5)
     averages = Average(whole, 0.5), Average(divided, 0.5)
+    for average in averages:
+        average.begin()
     optimizers = [stepped(model, config) for model in (whole, divided)]
     for average in averages:
         average.update(100)

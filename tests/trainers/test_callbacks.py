@@ -17,6 +17,7 @@ def test_average_follows_its_definition() -> None:
     """v <- d v + (1 - d) p with d = min(decay, (1 + step) / (10 + step)), step by step in float64."""
     model = nn.Linear(3, 2)
     average = Average(model, decay=0.6)
+    average.begin()
     expected = {name: p.detach().double().clone() for name, p in model.named_parameters()}
     for step in range(1, 30):
         with torch.no_grad():
@@ -33,6 +34,7 @@ def test_average_follows_its_definition() -> None:
 def test_averaged_values_are_in_the_model_only_inside_the_context() -> None:
     model = nn.Linear(2, 2)
     average = Average(model, decay=0.9)
+    average.begin()
     own = model.weight.detach().clone()
     average.values["weight"].fill_(7.0)
     with average.applied():

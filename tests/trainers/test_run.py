@@ -23,6 +23,7 @@ from qat.checkpoints.resume import load_student
 from qat.checkpoints.verify import verify
 from qat.errors import CheckpointError, ConfigError, DataError, TrainingError, UnsupportedError
 from qat.sites import weights
+from qat.trainers import zero
 from qat.trainers.job import load_job
 from qat.trainers.run import train
 from tests.tiny import tiny_model
@@ -218,7 +219,10 @@ def test_the_start_is_kept_when_training_only_hurts(tmp_path: Path, model: Path)
     assert rows["student"]["kl"] == pytest.approx(rows["best_ptq"]["kl"], rel=1e-5)
 
 
-def test_unavailable_strategy_is_refused_before_anything_is_written(tmp_path: Path, model: Path) -> None:
+def test_unavailable_strategy_is_refused_before_anything_is_written(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zero, "find_spec", lambda name: None)  # as where it is not installed
     job = load_job(write(tmp_path, model, strategy="deepspeed"))
     with pytest.raises(UnsupportedError, match="fsdp"):
         train(job)

@@ -276,7 +276,9 @@ def test_bad_input_is_named_before_anything_starts(
     for given, expected in (
         (["devices=8"], "devices (8) are more than rows (4)"),
         (["devices=3"], "must be a multiple of micro_rows x devices"),
-        (["devices=2", "strategy=deepspeed"], "deepspeed"),
+        (["deepspeed={stage: 3}"], "strategy is auto; set strategy: deepspeed"),
+        (["strategy=deepspeed", "deepspeed={offload: all}"], "stage 2 does not divide; use stage: 3"),
+        (["strategy=deepspeed", "scheme.learn=none", "lora={base: packed}"], "strategy deepspeed does not divide"),
         (["devices=2", "strategy=fsdp", "lora={base: packed}"], "strategy fsdp does not divide"),
     ):
         assert main(["train", path, *given]) == 2
