@@ -233,7 +233,7 @@ def merge(model: nn.Module) -> None:
 
 def take_off(model: nn.Module) -> dict[str, Tensor]:
     """Take the adapters beside the weights off; returns their tensors by name."""
-    taken = {}
+    taken: dict[str, Tensor] = {}
     for path, layer in adapters(model).items():
         taken |= {f"{path}.lora.{name}": parameter.detach() for name, parameter in layer.lora.named_parameters()}
         layer.lora = None

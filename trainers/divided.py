@@ -41,6 +41,8 @@ def obstacle(job: "Job", source: Path | None = None) -> str | None:
     Args:
         source: the student's folder, where it is known.
     """
+    if job.strategy == "deepspeed":
+        return "DeepSpeed divides models that are whole"
     if job.lora is not None:
         return "lora puts its adapters on whole models"
     steps = [step for init in (job.scheme.init, *(rule.init for rule in job.scheme.rules)) for step in init or ()]
