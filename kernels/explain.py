@@ -13,6 +13,7 @@ from qat.kernels.quantized_matmul import choose as matmul
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.format import Format
 from qat.numbers.scale import F32
+from qat.serving import panels
 from qat.serving.matmul import problem as matmul_problem
 from qat.serving.packed import problem as packing_problem
 from qat.serving.words import tile
@@ -42,8 +43,11 @@ def explain(format: str, tokens: int, rows: int, columns: int, input_format: str
     if reason is not None:
         return {**answer, "kernel": "reference", "why": reason}
     processors = device_of(torch.empty(0, device="cuda")).processors
-    tiles = packed.choose(tokens, rows, columns, tile(fmt.element.bits), processors)
-    return {**answer, "kernel": "triton", "why": tiles.why}
+    if panels.problem(fmt, rows, columns) is None:
+        why = packed.choose_panels(tokens, rows, columns, panels.tile(fmt), processors).why
+    else:
+        why = packed.choose(tokens, rows, columns, tile(fmt.element.bits), processors).why
+    return {**answer, "kernel": "triton", "why": why}
 
 
 def _on_a_cpu(fmt: Format, tokens: int) -> dict[str, str]:

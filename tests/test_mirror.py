@@ -26,6 +26,8 @@ ELSEWHERE = {
     "engines/replies.py": "engines/test_serve.py: over a socket, as clients see it",
     "kernels/effective_scales/triton.py": "kernels/test_fake_quantize.py: one process interprets both",
     "kernels/fake_quantize_input/triton.py": "kernels/test_fake_quantize.py: one process interprets both",
+    "kernels/packed_linear/decode/triton.py": "kernels/test_packed_linear.py: every code that it multiplies",
+    "kernels/packed_linear/panels/triton.py": "kernels/test_packed_linear.py: one operator, two orders of words",
     "kernels/quantize_input/codes/triton.py": "kernels/test_quantize_input.py: the arithmetic of that kernel",
     "kernels/quantize_pack/triton.py": "kernels/test_fake_quantize.py: one process interprets both",
     "kernels/quantized_matmul/block_scaled/triton.py": "kernels/test_quantized_matmul.py: the same product elsewhere",

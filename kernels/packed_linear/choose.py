@@ -64,10 +64,14 @@ class PanelTiles:
 
 def choose_panels(tokens: int, rows: int, columns: int, tile: int, processors: int) -> PanelTiles:
     """Tiles for x (tokens, columns) times a weight (rows, columns) in panels, whose tiles have `tile` columns."""
-    block_m = 16 if tokens <= 16 else 64
+    block_m = 16 if tokens <= 16 else 64  # every tile of tokens decodes the weight again
     block_n, steps = 64, columns // tile
     blocks = rows // block_n
-    pieces = max(1, min(round(4 * processors / blocks), steps // 2, 32))
+    # Four blocks of four warps fill a processor; a piece of fewer than four steps spends its time filling its pipeline.
+    # From the weight alone, so that a row's sums are made in one order whatever comes with it.
+    pieces = max(1, min(round(4 * processors / blocks), steps // 4, 32))
     pieces = -(-steps // -(-steps // pieces))  # none is empty
-    why = f"panels: {blocks} blocks of {block_n} rows on {processors} processors, K in {pieces} piece(s) of {steps} tiles"
+    why = (
+        f"panels: {blocks} blocks of {block_n} rows on {processors} processors, K in {pieces} piece(s) of {steps} tiles"
+    )
     return PanelTiles(block_n, block_m, pieces, warps=4, stages=3, why=why)

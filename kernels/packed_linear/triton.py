@@ -50,6 +50,7 @@ from qat.serving.panels import in_panels, rows_of
 from qat.serving.panels import tile as panel_tile
 from qat.serving.words import PART, tile
 
+
 @triton.jit(do_not_specialize=["M"])
 def packed_linear_kernel(
     x,
@@ -186,7 +187,12 @@ def packed_linear(
     if in_panels(words):
         few = choose_panels(tokens, rows, columns, panel_tile(fmt), device.processors)
         fixed = panels.constants(
-            fmt, columns, bias=bias is not None, dtype=COMPUTE[x.dtype], assembly=panels.multiplies_pairs(x, device), tiles=few
+            fmt,
+            columns,
+            bias=bias is not None,
+            dtype=COMPUTE[x.dtype],
+            assembly=panels.multiplies_pairs(x, device),
+            tiles=few,
         )
         panels.launch(flat, words, scales, bias, out.view(tokens, rows), global_scale, fixed, few)
         return out

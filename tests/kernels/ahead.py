@@ -43,12 +43,33 @@ def build(
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def resources(kernel: CompiledKernel) -> tuple[int, int]:
-    """Registers and bytes of local memory (spills) per thread, from the compiled binary."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def _tool(kernel: CompiledKernel, *command: str) -> str:
+    """What one of the tools that come with Triton says of the compiled binary."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / command[0]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, *command[1:], file.name], capture_output=True, text=True, check=True).stdout
+
+
+def resources(kernel: CompiledKernel) -> tuple[int, int]:
+    """Registers and bytes of local memory (spills) per thread, from the compiled binary."""
+    text = _tool(kernel, "cuobjdump", "-res-usage")
     registers = max(int(count) for count in re.findall(r"REG:(\d+)", text))
     return registers, sum(int(size) for size in re.findall(r"(?:LOCAL|STACK):(\d+)", text))
+
+
+def longest_loop(kernel: CompiledKernel) -> list[str]:
+    """The instructions of the longest loop, as the processor gets them."""
+    labels: dict[str, int] = {}
+    found: list[str] = []
+    loop = range(0)
+    for line in _tool(kernel, "nvdisasm", "-c").splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label.group(1)] = len(found)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            found.append(instruction.group(1).strip())
+            back = re.search(r"BRA.*`\((\.L_x_\d+)\)", found[-1])
+            if back and back.group(1) in labels:
+                loop = max(loop, range(labels[back.group(1)], len(found)), key=len)
+    return found[loop.start : loop.stop]

@@ -23,6 +23,7 @@ from qat.kernels.effective_scales import triton as scale_kernels
 from qat.kernels.fake_quantize import triton as fake_kernels
 from qat.kernels.fake_quantize_input import triton as input_kernels
 from qat.kernels.packed_linear import triton as packed_kernels
+from qat.kernels.packed_linear.panels import triton as panel_kernels
 from qat.kernels.quantize_input import triton as code_kernels
 from qat.kernels.quantize_pack import triton as pack_kernels
 from qat.kernels.quantized_matmul import triton as matmul_kernels
@@ -31,11 +32,11 @@ from qat.numbers.catalog import lookup
 from qat.numbers.numerics import find_scales, quantize
 from qat.serving.inputs import quantize_input
 from qat.serving.matmul import hold
-from qat.serving.packed import pack
+from qat.serving.packed import ordered, pack
 from qat.training.activations import static_part
 from qat.training.rows import KINDS
 
-MODULES = (rows_kernels, fake_kernels, scale_kernels, input_kernels, packed_kernels, code_kernels, pack_kernels,
+MODULES = (rows_kernels, fake_kernels, scale_kernels, input_kernels, packed_kernels, panel_kernels, code_kernels, pack_kernels,
            matmul_kernels, block_scaled_kernels)  # fmt: skip
 H100 = device.Device(capability=90, processors=132, shared=227 * 1024)
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "u8", torch.int8: "i8",
@@ -106,9 +107,9 @@ def static_of(name: str) -> torch.Tensor | None:
 def linear_layers() -> None:
     """One token of a weight whose K is cut into pieces, several of a narrow one, and a weight of one number."""
     cases = (("int4_g32_asym", 4096, 4096, 1), ("int4_g32_asym", 100, 640, 17), ("nvfp4", 100, 640, 1),
-             ("int8_channel", 1, 1, 1))  # fmt: skip
+             ("int8_channel", 1, 1, 1), ("nvfp4", 4096, 4096, 1), ("int4_g128", 192, 768, 17))  # fmt: skip
     for name, rows, columns, tokens in cases:
-        held = pack(quantize(normal(rows, columns), lookup(name)))
+        held = ordered(pack(quantize(normal(rows, columns), lookup(name))), "cuda")
         bias = normal(rows) if tokens > 1 else None
         arguments = (held.words, held.scales, held.zeros, bias, held.global_scale, name)
         packed_kernels.packed_linear(normal(tokens, columns), *arguments)

@@ -1,20 +1,26 @@
 """Run by test_packed_linear.py: compile the kernel ahead of time for every architecture, without a GPU.
 
-Asserts that nothing spills, and that sm_90 multiplies with wgmma whose decoded operand comes from registers.
+Asserts that nothing spills, that sm_90 multiplies with wgmma whose decoded operand comes from registers, and how many
+instructions a weight in panels costs a thread there: what decides whether memory or decoding is waited for.
 """
 
+import itertools
 import re
 import sys
 
 import triton.language as tl
 from triton.compiler import CompiledKernel
 
-from qat.kernels.packed_linear.choose import Tiles, choose
+from qat.kernels.packed_linear.choose import PanelTiles, Tiles, choose, choose_panels
+from qat.kernels.packed_linear.panels import triton as panel_kernels
 from qat.kernels.packed_linear.triton import constants, packed_linear_kernel
 from qat.numbers.catalog import lookup
 from qat.serving.words import tile
-from tests.kernels.ahead import build, resources
+from qat.serving.panels import tile as panel_tile
+from tests.kernels.ahead import build, longest_loop, resources
 
+# Instructions of a thread per weight at 16 and at 64 tokens, by Triton 3.6 to 3.9 and a few to spare.
+COSTS = {"nvfp4": (4.2, 4.8), "int4_g128": (2.9, 3.5), "int4_g32": (4.7, 6.0), "mxfp4": (5.2, 6.5)}
 POINTERS = {"bf16": "*bf16", "e4m3": "*u8", "e8m0": "*u8", "f32": "*fp32"}
 
 
@@ -38,7 +44,48 @@ def compiled(
     return build(packed_linear_kernel, types, fixed, capability, unaligned=("M",), **options)
 
 
+def compiled_panels(name: str, capability: int, tiles: PanelTiles, dtype: tl.dtype = tl.bfloat16) -> CompiledKernel:
+    fmt = lookup(name)
+    fixed = panel_kernels.constants(fmt, 8192, bias=False, dtype=dtype, assembly=dtype == tl.bfloat16, tiles=tiles)
+    value = "*fp32" if dtype == tl.float32 else "*bf16"
+    types = {
+        "x": value,
+        "words": "*i16",
+        "scales": POINTERS[fmt.scale.name],
+        "out": value,
+        "sums": "*fp32",
+        **dict.fromkeys(("M", "N", "K", "stride_x", "share"), "i32"),
+        "global_scale": "fp32",
+    }
+    given = {"num_warps": tiles.warps}
+    return build(
+        panel_kernels.panels_kernel, types, fixed | {"bias": None}, capability, unaligned=("M", "share"), **given
+    )
+
+
+def check_panels() -> None:
+    for (name, costs), index in itertools.product(COSTS.items(), (0, 1)):
+        tiles = choose_panels((16, 64)[index], 8192, 8192, panel_tile(lookup(name)), 132)
+        kernel = compiled_panels(name, 90, tiles)
+        what = f"{name} in panels, {tiles.block_n}x{tiles.block_m}"
+        registers, spilled = resources(kernel)
+        assert spilled == 0, f"{what}: spills"
+        products = [line for line in kernel.asm["ptx"].splitlines() if "wgmma.mma_async" in line or "mma.sync" in line]
+        assert products and all(re.search(r"mma.*\}, *\{ *%r", line) for line in products), f"{what}: {products[:1]}"
+        weights = panel_tile(lookup(name)) * tiles.block_n / (32 * tiles.warps)
+        cost = len(longest_loop(kernel)) / weights
+        assert cost <= costs[index], f"{what}: {cost:.2f} instructions per weight, {costs[index]} allowed"
+        print(
+            f"{what}: {cost:.2f} instructions per weight, {registers} registers, {kernel.metadata.shared} bytes shared"
+        )
+    few = choose_panels(16, 8192, 8192, 256, 132)
+    for name, capability in itertools.product(("int4_g128", "nvfp4"), (80, 89, 100, 120)):
+        assert resources(compiled_panels(name, capability, few))[1] == 0, f"{name} in panels on sm_{capability}: spills"
+    assert "tf32" not in compiled_panels("nvfp4", 90, few, tl.float32).asm["ptx"]
+
+
 def main() -> None:
+    check_panels()
     few, many = (choose(tokens, rows, 4096, tile(4), 132) for tokens, rows in ((16, 4096), (64, 16384)))
     cases = [(name, 90, tiles) for name in ("int4_g128", "int4_g32_asym", "nvfp4", "mxfp4", "int8_channel")
              for tiles in (few, many)]  # fmt: skip

@@ -125,9 +125,17 @@ def _packed(device: str, sizes: Sizes) -> Iterator[Check]:
                 truth = x.cpu().double() @ dense.T + bias.cpu().double()
                 return error(packed_linear(x, held(), bias), truth)
 
+            def alone(held: Any = held, columns: int = columns) -> bool:
+                """A row's result is the same in any company."""
+                x = normal(device, 300, columns)
+                results = [packed_linear(x[:tokens], held())[:1] for tokens in (1, 16, 17, 64, 300)]
+                return all(same(result, results[0]) for result in results)
+
             what = f"packed_linear {name} {rows}x{columns}"
             for tokens in sizes.tokens:
                 yield Check(f"{what} M={tokens}", ROUNDED, lambda t=tokens, run=run: run(t, torch.bfloat16))
+            if name in WIDE and device != "cpu":
+                yield Check(f"{what} alone", None, alone)
             if name in WIDE:
                 yield Check(f"{what} float32", 1e-5, lambda run=run: run(3, torch.float32))
 

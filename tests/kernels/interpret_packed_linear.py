@@ -6,11 +6,13 @@ import sys
 import torch
 
 from qat.kernels.packed_linear import triton as kernel
-from qat.kernels.packed_linear.choose import Tiles
+from qat.kernels.packed_linear.choose import PanelTiles, Tiles
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.numerics import QTensor, Scales, quantize
 from qat.numbers.scale import BF16, F32
-from qat.serving.packed import PackedWeight, pack, problem
+from qat.serving.packed import PackedWeight, ordered, pack, problem
+from qat.serving.panels import in_panels
+from qat.serving.panels import problem as panel_problem
 from tests.kernels.interpreted import mend
 
 MATMULS = (
@@ -31,14 +33,23 @@ GENERATOR = torch.Generator().manual_seed(0)
 def run(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, splits: int = 1) -> torch.Tensor:
     tiles = Tiles(block_n=16, block_m=16, splits=splits, warps=4, stages=1, why="small, for the interpreter")
     kernel.choose = lambda *_: tiles
+    low = PanelTiles(block_n=32 if splits == 1 else 128, block_m=16, pieces=splits, warps=4, stages=1, why="as above")
+    kernel.choose_panels = lambda *_: low
     y: torch.Tensor = kernel.packed_linear(
         x, weight.words, weight.scales, weight.zeros, bias, weight.global_scale, weight.format
     )
     return y
 
 
-def check(name: str, x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None, splits: int = 1) -> None:
-    found = run(x, pack(weight), bias, splits).double()
+def check(
+    name: str,
+    x: torch.Tensor,
+    weight: QTensor,
+    bias: torch.Tensor | None,
+    splits: int = 1,
+    held: PackedWeight | None = None,
+) -> None:
+    found = run(x, held or pack(weight), bias, splits).double()
     dense = weight.dequantize().double()
     exact = x.double() @ dense.T + (0 if bias is None else bias.double())
     unit = 2.0**-10 if x.dtype == torch.float16 else 2.0**-20
@@ -48,18 +59,34 @@ def check(name: str, x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None
     assert worst <= 1.0, f"{name} {tuple(x.shape)} {x.dtype} splits {splits}: {worst} of the bound"
 
 
-def every_code(name: str) -> QTensor:
+def every_code(name: str, rows: int = 16) -> QTensor:
     """Every code under many scales, scattered over the columns."""
     fmt = lookup(name)
     codes = torch.arange(2**fmt.element.bits, dtype=torch.uint8).repeat(2 * 256 // 2**fmt.element.bits + 1)[:512]
     if fmt.element.kind == "integer":
         codes = torch.where(codes == 2 ** (fmt.element.bits - 1), 0, codes)
     values = fmt.element.decode(codes).nan_to_num(0.0)
-    codes = fmt.element.encode(values).repeat(16, 1)
-    for row in range(16):
+    codes = fmt.element.encode(values).repeat(rows, 1)
+    for row in range(rows):
         codes[row] = codes[row].roll(row * 3)
-    sample = quantize(torch.randn(16, 512, generator=GENERATOR), fmt)
+    sample = quantize(torch.randn(rows, 512, generator=GENERATOR), fmt)
     return QTensor(fmt, codes, sample.scales)
+
+
+def check_panels(name: str) -> None:
+    """A weight in panels: every code, several tiles of tokens, pieces of K of unequal length, and one row alone."""
+    for dtype in (torch.float32, torch.float16):
+        weight = every_code(name, rows=128)
+        found = run(torch.eye(512, dtype=dtype)[::37], ordered(pack(weight), "cuda"), None)
+        assert torch.equal(found, weight.dequantize().T[::37].to(dtype)), f"{name} {dtype}: other weights in panels"
+    weight = quantize(torch.randn(128, 1280, generator=GENERATOR), lookup(name))
+    held, bias = ordered(pack(weight), "cuda"), torch.randn(128, generator=GENERATOR)
+    assert in_panels(held.words), name
+    wide = torch.randn(17, 2560, generator=GENERATOR)
+    for x, splits in itertools.product((wide[:, ::2].contiguous(), wide[:, ::2].half(), wide[:, 1280:]), (1, 3)):
+        check(f"{name} in panels", x, weight, None if x.dtype == torch.float16 else bias, splits, held)
+        whole = run(x, held, bias, splits)
+        assert torch.equal(run(x[-1:], held, bias, splits), whole[-1:]), f"{name} in panels: the batch changes a row"
 
 
 def main() -> None:
@@ -91,6 +118,9 @@ def main() -> None:
         if fmt.scale.is_one_of(F32, BF16) and not fmt.zero_point:
             integers = QTensor(fmt, weight.codes, ones)
             assert torch.equal(run(whole, pack(integers), None), whole @ integers.dequantize().T), f"{name}: integers"
+    for name in names:
+        if panel_problem(lookup(name), 128, 512) is None:
+            check_panels(name)
     empty = run(torch.zeros(0, 64), pack(quantize(torch.randn(8, 64), lookup("int4_g32"))), None)
     assert empty.shape == (0, 8)
     rows = torch.randn(4, 64, generator=GENERATOR)

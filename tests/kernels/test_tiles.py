@@ -36,6 +36,26 @@ def test_tiles_of_packed_weights(
 
 
 @pytest.mark.parametrize(
+    ("tokens", "rows", "columns", "tile", "block_m", "pieces"),
+    [
+        (1, 8192, 8192, 256, 16, 4),  # 128 blocks on 132 processors: four each
+        (16, 8192, 8192, 256, 16, 4),
+        (17, 8192, 8192, 256, 64, 4),  # more tokens change no sum
+        (64, 4096, 4096, 256, 64, 4),  # each of four steps
+        (64, 4096, 4096, 128, 64, 8),
+        (1, 28672, 4096, 256, 16, 1),
+        (1, 4096, 14336, 256, 16, 8),
+        (1, 4864, 7424, 256, 16, 6),  # seven of five steps would leave one without
+        (1, 64, 65536, 256, 16, 32),  # never more than 32
+        (1, 64, 768, 256, 16, 1),
+    ],
+)
+def test_tiles_of_panels(tokens: int, rows: int, columns: int, tile: int, block_m: int, pieces: int) -> None:
+    tiles = packed.choose_panels(tokens, rows, columns, tile, H100.processors)
+    assert (tiles.block_n, tiles.block_m, tiles.pieces, tiles.warps, tiles.stages) == (64, block_m, pieces, 4, 3)
+
+
+@pytest.mark.parametrize(
     ("tokens", "rows", "x", "w", "operands", "block_n", "block_m", "segments", "parallel"),
     [
         (1, 4096, "int8_token", "int8_channel", ("int8", 128, 1, 0), 64, 16, 2, True),

@@ -26,10 +26,11 @@ from qat.kernels.packed_linear.decode.triton import decode, decode_scale, exp2_c
 from qat.numbers.element import EXPONENT_BIAS
 from qat.numbers.format import Format
 from qat.numbers.scale import UE4M3
-from qat.serving.panels import PARTS, ROWS, part, piece, scales_words, wide_offset
+from qat.serving.panels import BESIDE, BF16_MANTISSA, PARTS, ROWS, part, scales_weights, wide_offset
 
 PANEL = tl.constexpr(ROWS)
-WIDE_MANTISSA = tl.constexpr(UE4M3.element.mantissa_bits)
+SCALE_COLUMNS = tl.constexpr(BESIDE)
+WIDE_SHIFT = tl.constexpr(BF16_MANTISSA - UE4M3.element.mantissa_bits)
 # E2M1 moved into BF16 is 2^-126 times itself. A scale times 2^126 may be infinite: it brings 2^110, the end the rest.
 BEFORE, AFTER = 110, EXPONENT_BIAS - 1 - 110
 UNDO = tl.constexpr(EXPONENT_BIAS - 1)
@@ -43,16 +44,16 @@ shr.u32 word, $4, 4; lop3.b32 $1, word, 0x000F000F, 0x43004300, 0xEA; fma.rn.bf1
 shr.u32 word, $4, 8; lop3.b32 $2, word, 0x000F000F, 0x43004300, 0xEA; fma.rn.bf16x2 $2, $2, one, less;
 shr.u32 word, $4, 12; lop3.b32 $3, word, 0x000F000F, 0x43004300, 0xEA; fma.rn.bf16x2 $3, $3, one, less;
 }""")
-# The same of E2M1, times the factor $5; adding -0 changes nothing.
+# The same of E2M1, times the factors $5 to $8; adding -0 changes nothing.
 MINIFLOATS = tl.constexpr("""{
 .reg .b32 word, rest, zero;
 mov.b32 zero, 0x80008000;
 and.b32 word, $4, 0x81C081C0; fma.rn.bf16x2 $0, word, $5, zero;
-shl.b32 word, $4, 3; and.b32 word, word, 0x81C081C0; fma.rn.bf16x2 $1, word, $5, zero;
-shl.b32 word, $4, 6; and.b32 word, word, 0x81C081C0; fma.rn.bf16x2 $2, word, $5, zero;
+shl.b32 word, $4, 3; and.b32 word, word, 0x81C081C0; fma.rn.bf16x2 $1, word, $6, zero;
+shl.b32 word, $4, 6; and.b32 word, word, 0x81C081C0; fma.rn.bf16x2 $2, word, $7, zero;
 shl.b32 word, $4, 1; and.b32 word, word, 0x80008000;
 shr.u32 rest, $4, 5; lop3.b32 word, rest, 0x01000100, word, 0xEA;
-shr.u32 rest, $4, 4; lop3.b32 word, rest, 0x00C000C0, word, 0xEA; fma.rn.bf16x2 $3, word, $5, zero;
+shr.u32 rest, $4, 4; lop3.b32 word, rest, 0x00C000C0, word, 0xEA; fma.rn.bf16x2 $3, word, $8, zero;
 }""")
 
 
@@ -68,34 +69,45 @@ def code_of(word, PART: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def column(word, factor, PART: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr,
+def column(word, factors, PART: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr,
            BIAS: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """The weights of one column of a word, times the factor where scales act on words."""
+    """The weights of one column of words, times their factor where scales act on weights."""
     weight = decode(code_of(word, PART, KIND), KIND, BITS, MANTISSA, BIAS, DTYPE)
-    return weight * factor.to(DTYPE) if SCALED else weight
+    return weight * factors[PART].to(DTYPE) if SCALED else weight
 
 
 @triton.jit
-def columns(word, factor, ASSEMBLY: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr,
+def columns(word, factors, ASSEMBLY: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr,
             BIAS: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """The weights of the four columns of words (BLOCK_N, PART)."""
+    """The weights of the four columns of words (BLOCK_N, PART), given a factor each."""
     if not ASSEMBLY:
-        return (column(word, factor, 0, KIND, BITS, MANTISSA, BIAS, SCALED, DTYPE),
-                column(word, factor, 1, KIND, BITS, MANTISSA, BIAS, SCALED, DTYPE),
-                column(word, factor, 2, KIND, BITS, MANTISSA, BIAS, SCALED, DTYPE),
-                column(word, factor, 3, KIND, BITS, MANTISSA, BIAS, SCALED, DTYPE))  # fmt: skip
+        return (column(word, factors, 0, KIND, BITS, MANTISSA, BIAS, SCALED, DTYPE),
+                column(word, factors, 1, KIND, BITS, MANTISSA, BIAS, SCALED, DTYPE),
+                column(word, factors, 2, KIND, BITS, MANTISSA, BIAS, SCALED, DTYPE),
+                column(word, factors, 3, KIND, BITS, MANTISSA, BIAS, SCALED, DTYPE))  # fmt: skip
     elif KIND == "integer":
         first, second, third, fourth = tl.inline_asm_elementwise(
-            INTEGERS, "=&r,=&r,=&r,=&r,r", [word], dtype=(DTYPE, DTYPE, DTYPE, DTYPE), is_pure=True, pack=2
-        )
+            INTEGERS, "=&r,=&r,=&r,=&r,r", [word],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+        )  # fmt: skip
         if SCALED:
-            return first * factor, second * factor, third * factor, fourth * factor
+            return first * factors[0], second * factors[1], third * factors[2], fourth * factors[3]
         else:
             return first, second, third, fourth
     else:
         return tl.inline_asm_elementwise(
-            MINIFLOATS, "=&r,=&r,=&r,=&r,r,r", [word, factor], dtype=(DTYPE, DTYPE, DTYPE, DTYPE), is_pure=True, pack=2
-        )
+            MINIFLOATS, "=&r,=&r,=&r,=&r,r,r,r,r,r", [word, factors[0], factors[1], factors[2], factors[3]],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+        )  # fmt: skip
+
+
+@triton.jit
+def factor(at, WIDE_OFFSET: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr):
+    """Scales of a part (BLOCK_N, PART / 16), as BF16 for each of its columns (BLOCK_N, PART)."""
+    SCALES: tl.constexpr = PART // SCALE_COLUMNS
+    value = ((tl.load(at).to(tl.int16) << WIDE_SHIFT) + WIDE_OFFSET).to(tl.bfloat16, bitcast=True)
+    wide = tl.broadcast_to(value[:, :, None], (BLOCK_N, SCALES, SCALE_COLUMNS))
+    return tl.reshape(wide, (BLOCK_N, PART))
 
 
 @triton.jit(do_not_specialize=["M", "share"])
@@ -126,15 +138,14 @@ def panels_kernel(
     ASSEMBLY: tl.constexpr,
     DTYPE: tl.constexpr,
     PART: tl.constexpr,
-    PIECE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """out (M, N), or float32 sums (pieces of K, M, N) where there are several. GROUP is the number of columns per scale,
-    0 for a row; SCALED: scales act on words."""
+    0 for a row; SCALED: scales act on weights."""
     TILE: tl.constexpr = 4 * PART
-    SCALES: tl.constexpr = PART // PIECE  # of a tile's row, where they act on words
+    SCALES: tl.constexpr = PART // SCALE_COLUMNS  # of a part's row, where they act on weights
     PER: tl.constexpr = 4 if GROUP == 0 or SCALED else GROUP // PART  # parts that share a sum
     block, piece = tl.program_id(0), tl.program_id(2)
     row, j = tl.arange(0, BLOCK_N), tl.arange(0, PART)
@@ -146,22 +157,25 @@ def panels_kernel(
     word_at = words + panel * (K // 4)
     word_in = (inside // PANEL)[:, None] * (PANEL * K // 4) + (inside % PANEL)[:, None] * PART + j[None, :]
     in_m = (m < M)[None, :]
-    x_at = x + m.to(tl.int64)[None, :] * stride_x + ((j // PIECE) * (4 * PIECE) + j % PIECE)[:, None]
-    factor_at = scales + panel * steps * SCALES
+    x_at = x + m.to(tl.int64)[None, :] * stride_x + j[:, None]
+    factor_at = scales + panel * (steps * 4 * SCALES)
     k = tl.arange(0, SCALES)
-    factor_in = (inside // PANEL)[:, None] * (PANEL * steps * SCALES) + (inside % PANEL)[:, None] * SCALES + k[None, :]
+    factor_in = ((inside // PANEL) * (PANEL * steps) + inside % PANEL)[:, None] * (4 * SCALES) + k[None, :]
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in tl.range(piece * share, tl.minimum(piece * share + share, steps), num_stages=STAGES):
         word = tl.load(word_at + step * (PANEL * PART) + word_in)
-        factor = exp2_const(UNDO, DTYPE) if ASSEMBLY else 1.0
         if SCALED:
-            wide = tl.load(factor_at + step * (PANEL * SCALES) + factor_in)
-            factor = ((wide.to(tl.int16) << (7 - WIDE_MANTISSA)) + WIDE_OFFSET).to(tl.bfloat16, bitcast=True)
-            factor = tl.reshape(tl.broadcast_to(factor[:, :, None], (BLOCK_N, SCALES, PIECE)), (BLOCK_N, PART))
-        weights = columns(word, factor, ASSEMBLY, KIND, BITS, MANTISSA, BIAS, SCALED, DTYPE)
+            at = factor_at + step * (PANEL * 4 * SCALES) + factor_in
+            factors = (factor(at, WIDE_OFFSET, BLOCK_N, PART), factor(at + SCALES, WIDE_OFFSET, BLOCK_N, PART),
+                       factor(at + 2 * SCALES, WIDE_OFFSET, BLOCK_N, PART),
+                       factor(at + 3 * SCALES, WIDE_OFFSET, BLOCK_N, PART))  # fmt: skip
+        else:
+            undo = exp2_const(UNDO, tl.bfloat16) if ASSEMBLY else 1.0
+            factors = (undo, undo, undo, undo)
+        weights = columns(word, factors, ASSEMBLY, KIND, BITS, MANTISSA, BIAS, SCALED, DTYPE)
         partial = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for part in tl.static_range(4):
-            tokens = tl.load(x_at + step * TILE + part * PIECE, mask=in_m, other=0.0).to(DTYPE)
+            tokens = tl.load(x_at + step * TILE + part * PART, mask=in_m, other=0.0).to(DTYPE)
             partial = tl.dot(weights[part], tokens, partial, input_precision="ieee")
             if part % PER == PER - 1:
                 if SCALED or GROUP == 0:
@@ -197,7 +211,9 @@ def add_pieces_kernel(sums, bias, out, size, pieces, N, HAS_BIAS: tl.constexpr, 
 ADDED = 512  # results of one program of `add_pieces_kernel`
 
 
-def constants(fmt: Format, columns: int, *, bias: bool, dtype: Any, assembly: bool, tiles: PanelTiles) -> dict[str, Any]:
+def constants(
+    fmt: Format, columns: int, *, bias: bool, dtype: Any, assembly: bool, tiles: PanelTiles
+) -> dict[str, Any]:
     """Compile-time arguments for weights of `fmt`."""
     return {
         "KIND": fmt.element.kind,
@@ -207,14 +223,13 @@ def constants(fmt: Format, columns: int, *, bias: bool, dtype: Any, assembly: bo
         "SCALE": fmt.scale.name,
         "SCALE_MANTISSA": UE4M3.element.mantissa_bits,
         "SCALE_BIAS": UE4M3.element.exponent_bias,
-        "SCALED": scales_words(fmt),
+        "SCALED": scales_weights(fmt),
         "WIDE_OFFSET": wide_offset(BEFORE if brings(fmt, assembly) else 0),
         "GROUP": fmt.group if fmt.group and fmt.group < columns else 0,
         "HAS_BIAS": bias,
         "ASSEMBLY": assembly,
         "DTYPE": dtype,
         "PART": part(fmt),
-        "PIECE": piece(fmt),
         "BLOCK_N": tiles.block_n,
         "BLOCK_M": tiles.block_m,
         "STAGES": tiles.stages,
@@ -223,7 +238,7 @@ def constants(fmt: Format, columns: int, *, bias: bool, dtype: Any, assembly: bo
 
 def brings(fmt: Format, assembly: bool) -> bool:
     """Whether scales bring a part of what undoes the bias of E2M1's exponent."""
-    return assembly and fmt.element.is_minifloat and scales_words(fmt)
+    return assembly and fmt.element.is_minifloat and scales_weights(fmt)
 
 
 def multiplies_pairs(x: Tensor, device: Device) -> bool:
