@@ -259,7 +259,7 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
     """Bytes on one device at the worst moment of a step, by purpose: the end of a forward pass, when gradients of the
     step before are still there (Lightning clears them just before the backward pass).
 
-    States, divided by the devices under fsdp (deepspeed: `zero.divided`), with P parameters, P' of them trained, S learned scales:
+    States, divided by the devices under fsdp (else `zero.divided`), with P parameters, P' trained, S learned scales:
         masters 4 P (LoRA: 4 P' more; what is held packed its codes and scales); gradients 4 (P' + S), under ddp too,
         whose buckets they lie in;
         moments 8 (P' + S); scales 4 S and 4 per block for their start; average 4 (P' + S); teacher 2 P, on CPUs 4 P.
@@ -282,10 +282,9 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
     parts = zero.divided(job.deepspeed, job.devices, whole) if job.strategy == "deepspeed" else parts
     saved_weights = _saved_weights(job, facts, mixed)
     activations = _activations(job, facts, mixed)
-    working = max(
-        _training_space(job, facts, device, mixed), _evaluation_space(job, facts) - saved_weights - activations
-    )
-    if shards(job) > 1:  # the layer at work is gathered whole, and the next one with it
+    evaluating = _evaluation_space(job, facts) - saved_weights - activations
+    working = max(_training_space(job, facts, device, mixed), evaluating)
+    if shards(job) > 1:  # the layer at work is whole, and the next one
         working += 2 * FP32 * (facts.student.parameters // facts.student.shape.layers)
     small = FP32 * job.micro_rows * job.data.seq_len * facts.student.shape.ffn < HEAP_BLOCK
     heap = HEAP_LOSS[job.activation_checkpointing] if device == "cpu" and small else 0.0

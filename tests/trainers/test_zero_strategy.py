@@ -22,9 +22,9 @@ from tests.trainers.test_strategy import (
     ROOT,
     SAME_CODES,
     SMALL,
+    TIMEOUT,
     close,
     codes,
-    finished,
     free_ports,
     job_file,
     same_codes,
@@ -71,7 +71,8 @@ def pair(commands: list[tuple[int | None, list[str]]]) -> None:
                 stderr=subprocess.PIPE,
             )
         )
-    finished(*processes)
+    said = [process.communicate(timeout=TIMEOUT)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(text[-3000:] for text in said)
 
 
 def curve(path: Path) -> list[dict[str, str]]:
