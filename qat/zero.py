@@ -2,8 +2,8 @@
 
 The counterpart of FSDP2 in `qat.sharded`, which asks here; besides, only the run's strategy, which makes and ends a
 `Division`, and saved states do. In stages 1 and 2 parameters stay whole in every process, beside float32 masters that
-are divided. In stage 3 a decoder block is fetched as a unit (a leaf module, so that scales come with their weights), and
-what no block owns while the root runs. Nothing is imported: what DeepSpeed offers hangs on its engine and parameters.
+are divided. In stage 3 a decoder block is fetched as a unit (a leaf module: scales come with their weights), and what
+no block owns while the root runs. Nothing is imported: what DeepSpeed offers hangs on its engine and parameters.
 """
 
 import contextlib
@@ -32,8 +32,11 @@ class Division:
         self.engine: Any = None
         self.inside = False  # a forward pass of the root, where what no block owns is whole
         self._before: list[tuple[Any, set[str]]] = [(one, set(vars(one))) for one in self._everything()]
+        self._hooks: list[Any] = []
         for block in blocks if stage == 3 else ():
-            block._z3_leaf = True  # type: ignore[assignment] # as deepspeed.utils.set_z3_leaf_modules, which takes classes
+            # Sets what deepspeed.utils.set_z3_leaf_modules sets for all modules of a class.
+            setattr(block, "_z3_leaf", True)  # noqa: B010 # mypy takes attributes of modules for tensors
+            self._hooks.append(block.register_forward_pre_hook(_differentiable))
 
     def _everything(self) -> list[Any]:
         return [*self.root.modules(), *self.root.parameters()]
@@ -51,8 +54,8 @@ class Division:
                 register(self.root, parameter)
         for block in self.blocks:
             setattr(block, _NAME, self)
-        self.root.register_forward_pre_hook(lambda *_: self._enter(True))
-        self.root.register_forward_hook(lambda *_: self._enter(False), always_call=True)
+        self._hooks.append(self.root.register_forward_pre_hook(lambda *_: self._enter(True)))
+        self._hooks.append(self.root.register_forward_hook(lambda *_: self._enter(False), always_call=True))
 
     def _enter(self, inside: bool) -> None:
         self.inside = inside
@@ -89,9 +92,18 @@ class Division:
             parameter.data = values[id(parameter)] if values else parameter.data.clone()
         for module in self.root.modules():
             module._parameters = dict(module._parameters)
-        self.root._forward_pre_hooks.clear()
-        self.root._forward_hooks.clear()
+        for hook in self._hooks:
+            hook.remove()
         self.engine = None
+
+
+def _differentiable(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Let gradients reach a block's input, where embeddings are frozen: the engine takes a block whose input wants none
+    for done before it is."""
+    first = inputs[0] if inputs else None
+    if not (torch.is_grad_enabled() and isinstance(first, Tensor) and first.is_floating_point()):
+        return inputs
+    return (first if first.requires_grad else first.detach().requires_grad_(), *inputs[1:])
 
 
 def of(model: Any) -> Division | None:
