@@ -26,17 +26,18 @@ FOLLOWS := torch|triton|transformers|tokenizers|huggingface_hub|setuptools|nvidi
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart tutorials test test-vllm test-versions $(VERSIONS:%=test-versions-%) lint clean
+.PHONY: help setup quickstart tutorials test test-deepspeed test-vllm test-versions $(VERSIONS:%=test-versions-%) lint clean
 
 help:
 	@echo "make quickstart     train, export, verify and sample the embedded 135M model"
 	@echo "make tutorials      docs/tutorials as printed, on the embedded model, in a temporary folder"
 	@echo "make test           set up, then ruff, mypy and the CPU tests"
+	@echo "make test-deepspeed DeepSpeed on CPU processes against one device; installs it into .deepspeed"
 	@echo "make test-vllm      exports inside vLLM itself, in an environment of its own (x86-64 Linux, 3 GB)"
 	@echo "make test-versions  the CPU tests with other versions: $(VERSIONS) (x86-64 Linux, 7 GB and 15 minutes each)"
 	@echo "make lint           ruff and mypy only"
 	@echo "make setup          create .venv with pinned versions (the others do this too)"
-	@echo "make clean          remove .venv, .venv-vllm, .versions, caches and build products; runs/ stays"
+	@echo "make clean          remove .venv, .venv-vllm, .deepspeed, .versions, caches and build products; runs/ stays"
 
 setup: $(VENV)/.ready
 
@@ -81,6 +82,18 @@ test: lint
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB_MODE=offline \
 		$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
+# DeepSpeed is a source archive that compiles nothing here, and lies beside .venv, so that `make test` does without it.
+.deepspeed/.ready: $(VENV)/.ready
+	@echo "setup deepspeed: install it into .deepspeed"
+	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install -qq --no-deps --no-build-isolation --upgrade \
+		--target .deepspeed deepspeed==0.19.8 hjson py-cpuinfo ninja msgpack einops
+	@touch $@
+
+test-deepspeed: setup .deepspeed/.ready
+	@echo "test-deepspeed: pytest on the CPU"
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONPATH=$(CURDIR)/.deepspeed \
+		$(BIN)/python -m pytest -q tests/trainers/test_zero_strategy.py
+
 # vLLM's own list of requirements would bring torchvision, torchaudio and torchcodec along, hence --no-deps and our list.
 $(VLLM)/.ready: pyproject.toml constraints.txt $(VLLM_NEEDS)
 	@echo "setup vllm 1/3: create $(VLLM) and install torch"
@@ -115,6 +128,6 @@ $(VERSIONS:%=test-versions-%): test-versions-%: .versions/%/.ready
 test-versions: $(VERSIONS:%=test-versions-%)
 
 clean:
-	@echo "clean: remove $(VENV), $(VLLM), .versions, caches and build products; runs/ stays"
-	@rm -rf $(VENV) $(VLLM) .versions build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@echo "clean: remove $(VENV), $(VLLM), .deepspeed, .versions, caches and build products; runs/ stays"
+	@rm -rf $(VENV) $(VLLM) .deepspeed .versions build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

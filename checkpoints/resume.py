@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qat import zero
 from qat.adapters import candidates
 from qat.checkpoints.folders import atomic_folder
 from qat.checkpoints.hf import ModelConfig, load_configured
@@ -34,7 +35,6 @@ from qat.errors import CheckpointError
 from qat.lora import LoraConfig, adapters, attach, is_adapter, merge
 from qat.quantizer import LEARNED, WeightQuantizer
 from qat.scheme import Rule, Scheme, upgraded
-from qat import zero
 from qat.sharded import put, whole
 from qat.surgery import apply, rotate_inputs
 
@@ -185,9 +185,7 @@ def save_state(
         write: False only helps the process that writes, see `student_tensors`.
     """
     student = student_tensors(model, write)
-    division = zero.of(model)
-    divided = division is not None and zero.moments(division, write)
-    moments = divided or _on_cpu(_optimizer_tensors(model, optimizer), write)
+    moments = _moments(model, optimizer, write)
     averages = None if average is None else _on_cpu(average, write)
     root = run / "checkpoints"
     folder = root / f"step-{step:08d}"
@@ -257,6 +255,13 @@ def _random_state() -> dict[str, Tensor]:
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
+
+
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, Tensor]:
+    division = zero.of(model)
+    if division is not None:
+        return zero.moments(division, keep)
+    return _on_cpu(_optimizer_tensors(model, optimizer), keep)
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -96,7 +96,10 @@ def refusal(model: nn.Module, strategy: str = "fsdp") -> str | None:
                 )
         for name, parameter in block.named_parameters():
             if of.setdefault(id(parameter), block) is not block:
-                return f"two blocks of {type(model).__name__} share {name}, which strategy {strategy} cannot divide; use ddp"
+                return (
+                    f"two blocks of {type(model).__name__} share {name}, which strategy {strategy} cannot divide; "
+                    "use ddp"
+                )
     return None
 
 
@@ -112,10 +115,10 @@ def run(model: Any, work: Callable[[], T]) -> T:
     """What `work` gives, in which tensors of `model` that no block owns are whole, and stay so until the backward pass
     has used them. Every process must do the same number of forward passes inside."""
     division = zero.of(model)
-    if division is not None:
-        result: T = division.run(work)
-        return result
-    return model.run_whole(work) if is_divided(model) else work()  # type: ignore[no-any-return]
+    if division is None and not is_divided(model):
+        return work()
+    result: T = model.run_whole(work) if division is None else division.run(work)
+    return result
 
 
 def close(model: Any) -> None:
@@ -225,7 +228,7 @@ def edited(module: nn.Module | None, write: bool = True) -> Iterator[None]:
     if not is_divided(module):
         yield
         return
-    if zero.of(module) is not None and module is not None:
+    if module is not None and zero.of(module) is not None:
         with zero.gathered(module, write):
             yield
         return

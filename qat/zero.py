@@ -1,9 +1,9 @@
 """Models whose optimizer, gradients and (stage 3) parameters are divided by DeepSpeed's ZeRO, while its engine lives.
 
-The counterpart of FSDP2 in `qat.sharded`, which asks here; besides, only the run's strategy and its saved states do. A
-`Division` is what the engine holds. In stages 1 and 2 parameters stay whole in every process, beside float32 masters that are divided. In stage
-3 a decoder block is fetched as a unit (a leaf module, so that scales come with their weights), and what no block owns
-while the root runs. DeepSpeed is imported by nobody who does not use it.
+The counterpart of FSDP2 in `qat.sharded`, which asks here; besides, only the run's strategy, which makes and ends a
+`Division`, and saved states do. In stages 1 and 2 parameters stay whole in every process, beside float32 masters that
+are divided. In stage 3 a decoder block is fetched as a unit (a leaf module: scales come with their weights), and what
+no block owns while the root runs. Nothing is imported: what DeepSpeed offers hangs on its engine and parameters.
 """
 
 import contextlib
@@ -32,29 +32,30 @@ class Division:
         self.engine: Any = None
         self.inside = False  # a forward pass of the root, where what no block owns is whole
         self._before: list[tuple[Any, set[str]]] = [(one, set(vars(one))) for one in self._everything()]
+        self._hooks: list[Any] = []
         for block in blocks if stage == 3 else ():
-            block._z3_leaf = True  # type: ignore[assignment] # as deepspeed.utils.set_z3_leaf_modules, which takes classes
+            # Sets what deepspeed.utils.set_z3_leaf_modules sets for all modules of a class.
+            setattr(block, "_z3_leaf", True)  # noqa: B010 # mypy takes attributes of modules for tensors
+            self._hooks.append(block.register_forward_pre_hook(_differentiable))
 
     def _everything(self) -> list[Any]:
         return [*self.root.modules(), *self.root.parameters()]
 
-    def begin(self, engine: Any) -> None:
-        """The engine has taken the model over."""
+    def begin(self, engine: Any, register: Callable[[nn.Module, nn.Parameter], Any]) -> None:
+        """The engine has taken the model over; `register` has a module fetch a parameter that it does not own."""
         self.engine = engine
         for one in (self.model, *self.model.parameters()):
             setattr(one, _NAME, self)
         if self.stage < 3:
             return
-        from deepspeed.runtime.zero import register_external_parameter
-
         owned = {id(parameter) for block in self.blocks for parameter in block.parameters()}
         for parameter in self.model.parameters():
             if id(parameter) not in owned:
-                register_external_parameter(self.root, parameter)
+                register(self.root, parameter)
         for block in self.blocks:
             setattr(block, _NAME, self)
-        self.root.register_forward_pre_hook(lambda *_: self._enter(True))
-        self.root.register_forward_hook(lambda *_: self._enter(False), always_call=True)
+        self._hooks.append(self.root.register_forward_pre_hook(lambda *_: self._enter(True)))
+        self._hooks.append(self.root.register_forward_hook(lambda *_: self._enter(False), always_call=True))
 
     def _enter(self, inside: bool) -> None:
         self.inside = inside
@@ -82,7 +83,6 @@ class Division:
         """Make the model whole in every process again, with nothing of DeepSpeed left on it."""
         self.close()
         values = {id(p): whole(p) for p in self.model.parameters()} if self.stage == 3 else {}
-        offload = getattr(self.engine.optimizer, "parameter_offload", None)
         self.engine.destroy()
         for one, before in self._before:
             for name in set(vars(one)) - before:
@@ -92,13 +92,18 @@ class Division:
             parameter.data = values[id(parameter)] if values else parameter.data.clone()
         for module in self.root.modules():
             module._parameters = dict(module._parameters)
-        if offload is not None:
-            from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-
-            FWD_MODULE_STACK.clear()
-        self.root._forward_pre_hooks.clear()
-        self.root._forward_hooks.clear()
+        for hook in self._hooks:
+            hook.remove()
         self.engine = None
+
+
+def _differentiable(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Let gradients reach a block's input, where embeddings are frozen: the engine takes a block whose input wants none
+    for done before it is."""
+    first = inputs[0] if inputs else None
+    if not (torch.is_grad_enabled() and isinstance(first, Tensor) and first.is_floating_point()):
+        return inputs
+    return (first if first.requires_grad else first.detach().requires_grad_(), *inputs[1:])
 
 
 def of(model: Any) -> Division | None:
@@ -159,35 +164,38 @@ def _device(parameter: Any) -> torch.device:
 
 def put(tensor: Any, values: Tensor) -> None:
     """Write `values`, the whole ones, into what is divided, and into the masters of a parameter that is trained."""
-    own = share(tensor)
-    flat = values.reshape(-1)
-    begin = distributed.get_rank() * own.numel()
-    mine = flat[begin : begin + own.numel()]
-    own[: mine.numel()].copy_(mine)
+    _fill(share(tensor), values)
     remember(tensor)
+
+
+def _fill(own: Tensor, values: Tensor) -> None:
+    """Write this process's part of the whole `values`."""
+    begin = distributed.get_rank() * own.numel()
+    mine = values.reshape(-1)[begin : begin + own.numel()]
+    own[: mine.numel()].copy_(mine)
 
 
 def remember(parameter: Any) -> None:
     """Tell the optimizer's masters what was written into a parameter."""
     if hasattr(parameter, "ds_tensor"):
         if parameter.requires_grad and hasattr(parameter, "_z3_optimizer"):
-            from deepspeed.utils import safe_set_local_fp32_param
-
-            safe_set_local_fp32_param(parameter, parameter.ds_tensor.data)
+            parameter._z3_optimizer.set_local_hp_param(parameter.ds_tensor.data, parameter)
     elif getattr(parameter, "_hp_mapping", None) is not None:
         parameter._hp_mapping.update_hp()
 
 
 @contextlib.contextmanager
 def gathered(module: nn.Module, write: bool) -> Iterator[None]:
-    """The parameters of a module are whole inside this context; what is written there counts, if `write`."""
-    parameters = list(module.parameters())
-    with contextlib.ExitStack() as stack:
-        if any(hasattr(parameter, "ds_tensor") for parameter in parameters):
-            from deepspeed.runtime.zero import GatheredParameters
-
-            stack.enter_context(GatheredParameters(parameters, modifier_rank=0 if write else None))
+    """The parameters of a module are whole inside this context; what every process writes there counts, if `write`."""
+    parameters: list[Any] = list(module.parameters())
+    divided = [parameter for parameter in parameters if hasattr(parameter, "ds_tensor")]
+    if divided:
+        divided[0].all_gather(param_list=divided)
+    try:
         yield
+    finally:
+        if divided:
+            divided[0].partition(param_list=divided, has_been_updated=write)
     for parameter in parameters if write else ():
         remember(parameter)
 
@@ -195,14 +203,16 @@ def gathered(module: nn.Module, write: bool) -> Iterator[None]:
 # --- the optimizer ----------------------------------------------------------------------------------------------------
 
 
-def moment(parameter: nn.Parameter, key: str) -> Tensor | None:
+def moment(parameter: Any, key: str) -> Tensor | None:
     """A state of the optimizer, whole, or None before the first step; every process must ask."""
-    from deepspeed.utils import safe_get_full_optimizer_state
-
     division = of(parameter)
     if division is None or not _begun(division):
         return None
-    found: Tensor | None = safe_get_full_optimizer_state(parameter, key)
+    found: Tensor
+    if division.stage == 3:
+        found = parameter._z3_optimizer.get_full_hp_param(parameter, key)
+    else:
+        found = parameter.get_full_hp_param(key)
     return found
 
 
@@ -243,30 +253,23 @@ def moments(division: Division, keep: bool) -> dict[str, Tensor]:
 @torch.no_grad()
 def restore_moments(division: Division, tensors: dict[str, Tensor]) -> None:
     """Give the optimizer the state that `moments`, or one that was not divided, had."""
-    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
-    optimizer = division.engine.optimizer
     step = next((value for key, value in tensors.items() if key.endswith("/step")), None)
     if step is None:
         return
     for flat in _flat(division):
         state = {"exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
-        optimizer.optimizer.state[flat] = {"step": step.to(flat.device, copy=True), **state}
+        division.engine.optimizer.optimizer.state[flat] = {"step": step.to(flat.device, copy=True), **state}
     _begun(division)
     parameters: dict[str, Any] = dict(division.model.named_parameters())
     for key, value in tensors.items():
         name, _, kind = key.rpartition("/")
         parameter = parameters[name]
-        if kind == "step":
-            continue
-        if division.stage < 3:
-            safe_set_full_optimizer_state(parameter, value.to(parameter.device), kind)
-            continue
-        own = torch.zeros_like(share(parameter))
-        begin = distributed.get_rank() * own.numel()
-        mine = value.reshape(-1)[begin : begin + own.numel()]
-        own[: mine.numel()].copy_(mine)
-        safe_set_local_optimizer_state(parameter, own, kind)
+        if kind != "step" and division.stage < 3:
+            parameter.set_full_hp_param(value.to(parameter.device), kind)
+        elif kind != "step":
+            own = torch.zeros_like(share(parameter))
+            _fill(own, value)
+            parameter._z3_optimizer.set_local_hp_param(own, parameter, kind)
 
 
 def forget_group() -> None:

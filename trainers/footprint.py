@@ -259,7 +259,7 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
     """Bytes on one device at the worst moment of a step, by purpose: the end of a forward pass, when gradients of the
     step before are still there (Lightning clears them just before the backward pass).
 
-    States, divided by the devices under fsdp (deepspeed: `zero.divided`), with P parameters, P' of them trained, S learned scales:
+    States, divided by the devices under fsdp (else `zero.divided`), with P parameters, P' trained, S learned scales:
         masters 4 P (LoRA: 4 P' more; what is held packed its codes and scales); gradients 4 (P' + S), under ddp too,
         whose buckets they lie in; moments 8 (P' + S); scales 4 S, and their start 4 per block; average 4 (P' + S);
         teacher 2 P, on CPUs 4 P.

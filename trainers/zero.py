@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 from qat.config import Strict
 
-
 BUCKET = 50_000_000  # numbers that are summed over devices at once
 PCIE, HOST_MEMORY = 25e9, 100e9  # bytes per second between host and device, and of a machine's memory
 ADAM_BYTES = 28  # that AdamW reads and writes per parameter

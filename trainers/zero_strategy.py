@@ -62,7 +62,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             lr_scheduler=lr_scheduler,
             dist_init_required=False,
         )
-        self.division.begin(engine)
+        self.division.begin(engine, deepspeed.zero.register_external_parameter)
         return engine, wrapped
 
     def backward(self, closure_loss: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:

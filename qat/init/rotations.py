@@ -132,7 +132,7 @@ def _hadamard(width: int, generator: torch.Generator) -> Tensor:
     if size > 1:
         matrix = BlockHadamard(size)(matrix, torch.float64)
     if size < width:
-        matrix = torch.kron(_random(1, width // size, generator)[0], matrix)
+        matrix = torch.kron(_random(1, width // size, generator)[0].contiguous(), matrix.contiguous())
     signs = torch.randint(0, 2, (width, 1), generator=generator) * 2 - 1
     return matrix * signs
 

@@ -22,9 +22,9 @@ from tests.trainers.test_strategy import (
     ROOT,
     SAME_CODES,
     SMALL,
+    TIMEOUT,
     close,
     codes,
-    finished,
     free_ports,
     job_file,
     same_codes,
@@ -71,7 +71,8 @@ def pair(commands: list[tuple[int | None, list[str]]]) -> None:
                 stderr=subprocess.PIPE,
             )
         )
-    finished(*processes)
+    said = [process.communicate(timeout=TIMEOUT)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(text[-3000:] for text in said)
 
 
 def curve(path: Path) -> list[dict[str, str]]:
@@ -137,6 +138,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_elsewhere_along_the_same_cur
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "a shared embedding": ("tied", 3, {}),
     "recomputed activations": ("dense", 3, {"activation_checkpointing": True}),
+    "only scales": ("dense", 3, {"optim": {"lr": 1e-3, "train": "scales"}}),
     "adapters": ("dense", 3, {"lora": {"rank": 2}, "learn": "none"}),
     "refitted scales": ("dense", 3, {"learn": "refit", "optim": {"lr": 1e-3, "ema": 0.9, "refit_every": 2}}),
     "refitted scales, not divided": ("dense", 2, {"learn": "refit", "optim": {"lr": 1e-3, "refit_every": 2}}),
@@ -159,15 +161,16 @@ def test_one_device_with_an_engine_computes_what_it_does_without(
         {"match": "model.embed_tokens", "skip": "kept in BF16"},
         {"match": "*_proj", "weight": "nvfp4"},
     ]
-    if kind == "tied":
-        del rules[0]
     changes = {**changes, "scheme": {"rules": rules, "learn": changes.get("learn", "dual_lsq")}, "steps": 4}
     changes.pop("learn", None)
     slug = f"case-{[*CASES].index(name)}"
     one = job_file(home, kind, f"{slug}-alone", **changes)
     zero = job_file(home, kind, f"{slug}-zero", strategy="deepspeed", deepspeed={"stage": stage}, **changes)
     assert main(["train", str(one)]) == main(["train", str(zero)]) == 0
-    for left, right in zip(curve(one), curve(zero), strict=True):
-        assert float(left["loss"]) == pytest.approx(float(right["loss"]), rel=1e-5)
-        assert float(left["grad_norm"]) == pytest.approx(float(right["grad_norm"]), rel=1e-4)
+    tolerance = 1e-3 if name == "bf16" else 1e-5  # where an unequal last bit of the norm changes what rounds
+    rows = [*zip(curve(one), curve(zero), strict=True)]
+    assert rows[0][0]["loss"] == rows[0][1]["loss"]
+    for left, right in rows:
+        assert float(left["loss"]) == pytest.approx(float(right["loss"]), rel=tolerance)
+        assert float(left["grad_norm"]) == pytest.approx(float(right["grad_norm"]), rel=10 * tolerance)
     assert codes(one).keys() == codes(zero).keys() and same_codes(one, zero) >= SAME_CODES
