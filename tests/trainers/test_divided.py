@@ -63,7 +63,9 @@ def logits(model: Any) -> Tensor:
 
 CASES: dict[str, dict[str, Any]] = {
     "llama": {"scheme": {"rules": [{"match": "*_proj", "weight": "nvfp4"}, {"match": "*", "skip": "rest"}]}},
-    "gemma": {"scheme": {"rules": [{"match": "*_proj", "weight": "mxfp4"}, {"match": "*", "skip": "tied"}]}},
+    "gemma": {
+        "scheme": {"rules": [{"match": "*_proj", "weight": "mxfp4", "input": "mxfp4"}, {"match": "*", "skip": "tied"}]}
+    },
     "qwen3_moe": {"scheme": {**EXPERTS, "learn": "dual_lsq"}},
     "qwen3": {"scheme": {**TABLE, "learn": "lsq"}},
 }
