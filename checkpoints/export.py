@@ -11,6 +11,8 @@ import math
 import os
 import shutil
 import warnings
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,10 +33,12 @@ from qat.checkpoints.hf import source_files
 from qat.checkpoints.layouts import READERS, TARGETS, find_target, no_layout
 from qat.checkpoints.layouts.reader import add_to_digest, digest
 from qat.checkpoints.matrices import Matrix
+from qat.checkpoints.peft import FOLDER, write_adapter
 from qat.checkpoints.progress import progress
 from qat.checkpoints.record import RECORD, RECORD_VERSION, is_export
 from qat.checkpoints.shards import DEFAULT_SHARD_BYTES, ShardReader, ShardWriter
 from qat.errors import CheckpointError, UnsupportedError
+from qat.lora import take_off
 from qat.numbers.numerics import QTensor
 from qat.numbers.scale import broken
 from qat.sites import CACHED, sites
@@ -85,8 +89,9 @@ def export_model(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     extra: dict[str, Any] | None = None,
     keep: tuple[Path, ...] = (),
+    beside: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write `model` as a checkpoint of `target`.
+    """Write `model` as a checkpoint of `target`; returns `out`.
 
     Args:
         model: a Hugging Face model with fake-quantized layers (`qat.apply`), on any device, in any float type.
@@ -97,9 +102,7 @@ def export_model(
         max_shard_bytes: size at which a new shard starts.
         extra: recorded as "run" in qat.json.
         keep: folders that must not be replaced, besides the source.
-
-    Returns:
-        `out`.
+        beside: writes an adapter into a folder, which the export then has, too.
 
     Raises:
         ConfigError: no such target.
@@ -127,7 +130,7 @@ def export_model(
             advance(1)
         for name, scale in _cache_scales(plan, record).items():
             writer.add(name, scale)
-        files = _copy_files(source, writer.folder)
+        files = _copy_files(source, writer.folder) | _adapter(writer.folder, beside)
         extras = plan.target.files(plan.quantization)
         for name, value in {"config.json": exported_config(plan, source), **extras}.items():
             files[name] = _write_json(writer.folder / name, value)
@@ -146,14 +149,16 @@ def export(
     moved: Path | str | None = None,
 ) -> Path:
     """Export a checkpoint of a training run; `moved` as in `load_student`, the rest as in `export_model`."""
-    from qat.checkpoints.resume import load_student
+    from qat.checkpoints.resume import load_student, lora_config
 
     find_target(target)
     check_replaceable(out, overwrite, (run,))
     model, source, state = load_student(run, checkpoint, moved)
+    config, adapter = lora_config(run), take_off(model)
+    beside = partial(write_adapter, tensors=adapter, config=config) if config is not None and adapter else None
     extra = {"name": run.resolve().name, "checkpoint": checkpoint, "step": state.get("step"), "model": state["model"]}
     student: Any = model
-    return export_model(student, source, out, target, overwrite=overwrite, extra=extra, keep=(run,))
+    return export_model(student, source, out, target, overwrite=overwrite, extra=extra, keep=(run,), beside=beside)
 
 
 def check_replaceable(out: Path, overwrite: bool, keep: tuple[Path, ...]) -> None:
@@ -285,6 +290,18 @@ def _copy_files(source: Path, folder: Path) -> dict[str, str]:
         shutil.copyfile(path, folder / name)
         files[str(name)] = hashlib.sha256(path.read_bytes()).hexdigest()
     return files
+
+
+def _adapter(folder: Path, write: Callable[[Path], None] | None) -> dict[str, str]:
+    """Write an adapter, if there is one; sha256 by relative name."""
+    if write is None:
+        return {}
+    (folder / FOLDER).mkdir()
+    write(folder / FOLDER)
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted((folder / FOLDER).iterdir())
+    }
 
 
 def _record(plan: ExportPlan, source: Path, target: str, written: dict[str, Any]) -> dict[str, Any]:

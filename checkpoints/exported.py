@@ -16,6 +16,7 @@ from qat.checkpoints.hf import check_generation, check_loading, quiet
 from qat.checkpoints.layouts import ExportedFolder, open_export
 from qat.checkpoints.layouts.arguments import input_format
 from qat.checkpoints.names import StoredNames, stored_names
+from qat.checkpoints.peft import put_adapter
 from qat.checkpoints.progress import progress
 from qat.errors import CheckpointError, UnsupportedError
 from qat.numbers.format import Format
@@ -87,6 +88,7 @@ def load_exported(
     quantize_inputs: bool = True,
     expert_inputs: bool = True,
     caches: bool = True,
+    adapter: bool = True,
 ) -> "PreTrainedModel":
     """The model in an exported folder, in eval mode, computing in `dtype` with the weights an engine dequantizes.
 
@@ -97,7 +99,7 @@ def load_exported(
         attn_implementation: as in transformers; by default what it chooses itself.
         quantize_inputs: False leaves inputs in `dtype` (weights only), rotated where the checkpoint asks for it.
         expert_inputs: False leaves those of fused experts alone, as plain transformers does.
-        caches: False leaves keys and values alone.
+        caches, adapter: False leaves keys and values alone, or the adapter beside the weights out.
 
     Raises:
         CheckpointError: tensors are missing, surplus or damaged.
@@ -134,6 +136,8 @@ def load_exported(
     hook_inputs(model, exported, activation_rule, stored.modules, quantize_inputs)
     if quantize_inputs and expert_inputs:
         _quantize_stack_inputs(model, stack_inputs(exported, activation_rule, stored.rows))
+    if adapter:
+        put_adapter(model, folder)
     loaded: PreTrainedModel = model.eval()
     return loaded
 

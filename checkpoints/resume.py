@@ -296,8 +296,8 @@ def load_student(
         moved: where the model that the run was made from is now, if its path changed.
 
     Returns:
-        The model with its fake-quantized layers and trained values (adapters merged), the source folder, and the saved
-        state.
+        The model with its fake-quantized layers and trained values (adapters merged, or beside their layers), the
+        source folder, and the saved state.
 
     Raises:
         CheckpointError: not a run, no such checkpoint, or its model is gone or another one.
@@ -316,16 +316,22 @@ def load_student(
     tensors = load_file(folder / STUDENT)
     scheme = _before_experts(scheme, model, tensors)
     rotate_inputs(apply(model, scheme, defer_init=True), scheme)
-    if job.get("lora") is None:
+    if (lora := lora_config(run)) is None:
         restore_student(model, tensors)
     else:
-        attach(model, validate(LoraConfig, job["lora"], str(run / "job.yaml")))
+        attach(model, lora)
         restore_base(run, model)
         restore_student(model, tensors)
         merge(model)
     # A path of this machine means nothing elsewhere, so only names that others can resolve are passed on.
     portable = None if is_path(config) else config.id
     return model, source, {**read_state(folder), "model": portable}
+
+
+def lora_config(run: Path) -> LoraConfig | None:
+    """What adapters a run trains, None where it trains weights."""
+    given = load_yaml(run / "job.yaml").get("lora")
+    return None if given is None else validate(LoraConfig, given, str(run / "job.yaml"))
 
 
 def _before_experts(scheme: Scheme, model: nn.Module, tensors: dict[str, Tensor]) -> Scheme:

@@ -24,6 +24,7 @@ from qat.checkpoints.hf import quiet
 from qat.checkpoints.layouts import ExportedFolder, open_export
 from qat.checkpoints.layouts.reader import PlainLoading, bad_scales, digest
 from qat.checkpoints.names import StoredNames, missing_names, skeleton, stored_names
+from qat.checkpoints.peft import peft_reads, with_peft
 from qat.checkpoints.progress import progress
 from qat.checkpoints.record import RECORD, read_record
 from qat.errors import CheckpointError
@@ -347,8 +348,9 @@ def _logits(subject: _Subject, tokens: int) -> str:
 def _compare(subject: _Subject, tokens: int, how: PlainLoading) -> str:
     vocabulary = subject.model.config.get_text_config().vocab_size
     ids = (torch.arange(tokens) * 7919 + 13).remainder(vocabulary)[None]
+    with_adapter = peft_reads(subject.folder)
     with redirect_stderr(io.StringIO()):  # compressed-tensors draws three progress bars
-        theirs = _run(lambda: _plain(subject.folder, how), ids)
+        theirs = _run(lambda: _plain(subject.folder, how, with_adapter), ids)
     ours = _run(
         lambda: load_exported(
             subject.folder,
@@ -357,11 +359,13 @@ def _compare(subject: _Subject, tokens: int, how: PlainLoading) -> str:
             quantize_inputs=how.quantizes_inputs,
             expert_inputs=False,  # as theirs
             caches=how.quantizes_inputs and bool(subject.exported.caches),  # not what only our record says
+            adapter=with_adapter,
         ),
         ids,
     )
     difference = float((theirs.double() - ours.double()).abs().max())
-    detail = f"{how.remark}largest logit difference {difference} over {tokens} tokens"
+    what = "the adapter of peft beside it, " if with_adapter else ""
+    detail = f"{how.remark}{what}largest logit difference {difference} over {tokens} tokens"
     _require([] if difference == 0.0 else [detail], "plain transformers disagrees")
     return detail
 
@@ -374,7 +378,7 @@ def _run(load: Callable[[], "PreTrainedModel"], ids: Tensor) -> Tensor:
     return logits
 
 
-def _plain(folder: Path, how: PlainLoading) -> "PreTrainedModel":
+def _plain(folder: Path, how: PlainLoading, with_adapter: bool) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     with warnings.catch_warnings():
@@ -384,4 +388,4 @@ def _plain(folder: Path, how: PlainLoading) -> "PreTrainedModel":
         from compressed_tensors.transform import TransformConfig, apply_transform_config
 
         apply_transform_config(model, TransformConfig.model_validate(how.transforms))
-    return model.eval()
+    return (with_peft(model, folder) if with_adapter else model).eval()

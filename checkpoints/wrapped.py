@@ -95,6 +95,8 @@ def _take_over(model: nn.Module) -> None:
 class _Carried:
     """What a quantized layer takes for its `lora` while it computes: the factors that a layer of peft holds."""
 
+    merges = True
+
     def __init__(self, layer: Any) -> None:
         self.layer = layer
 
@@ -138,10 +140,11 @@ def _rounded_class() -> Any:
             if self.disable_adapters or self.merged or not names:
                 return weight
             (name,) = names
-            A, share = self.lora_A[name].weight, getattr(self.lora_dropout[name], "p", 0.0)
+            layer: Any = self  # whose dictionaries hold modules with weights
+            A, share = layer.lora_A[name].weight, getattr(layer.lora_dropout[name], "p", 0.0)
             A = left_out(A, share) if self.training and share else A
-            magnitude = self.lora_magnitude_vector[name].weight if self.use_dora.get(name) else None
-            return updated(weight, A, self.lora_B[name].weight, self.scaling[name], magnitude)
+            magnitude = layer.lora_magnitude_vector[name].weight if self.use_dora.get(name) else None
+            return updated(weight, A, layer.lora_B[name].weight, self.scaling[name], magnitude)
 
         def before_rounding(self) -> list[nn.Parameter]:
             """See `qat.training.low_rank.LowRank`."""

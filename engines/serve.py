@@ -14,12 +14,15 @@ from typing import Any, Literal
 from qat.checkpoints.hf import load_tokenizer, read_json
 from qat.checkpoints.layouts.caches import says_nothing
 from qat.checkpoints.layouts.compressed_tensors.transforms import KEY
+from qat.checkpoints.peft import adapter_of, rank_of
 from qat.checkpoints.positions import most_positions
 from qat.engines.transformers import METHODS, load_packed
 from qat.errors import CheckpointError, ConfigError
 from qat.kernels.compiler import end_idle_threads
 
 Engine = Literal["auto", "transformers", "vllm"]
+BASE = "-base"  # after the name of a packed model that is served with an adapter beside it
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that its --max-lora-rank takes
 _ENDLESS = 1 << 20  # tokens of a text, where the model does not limit it (ALiBi, recurrence)
 _PATIENCE = 2  # seconds that running answers have left after Ctrl-C
 
@@ -139,6 +142,21 @@ def _serve_vllm(folder: Path, names: Sequence[str], host: str, port: int, dtype:
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError("--engine vllm needs vLLM: pip install vllm, or use --engine transformers")
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    adapter = adapter_of(folder)
+    if adapter is not None:
+        command += _with_adapter(names, adapter)
+        names = [f"{name}{BASE}" for name in names]
     command += ["--served-model-name", *names, "--host", host, "--port", str(port), "--dtype", dtype]
     print(f"qat serve: {' '.join(command[1:])}", file=sys.stderr, flush=True)
     os.execv(sys.executable, command)
+
+
+def _with_adapter(names: Sequence[str], adapter: Path) -> list[str]:
+    """Options of vLLM that serve the adapter under the model's names; the packed model itself gets others."""
+    rank = rank_of(adapter)
+    largest = next((most for most in VLLM_RANKS if most >= rank), None)
+    if largest is None:
+        raise ConfigError(f"{adapter}: rank {rank} is more than vLLM serves ({VLLM_RANKS[-1]}); --engine transformers")
+    modules = [f"{name}={adapter}" for name in names]
+    slots = str(len(modules))
+    return ["--enable-lora", "--max-lora-rank", str(largest), "--max-loras", slots, "--lora-modules", *modules]

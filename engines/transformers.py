@@ -28,6 +28,7 @@ from qat.checkpoints.layouts import READERS, TARGETS, open_export
 from qat.checkpoints.layouts.arguments import input_format
 from qat.checkpoints.layouts.reader import ExportedFolder, PackedModule
 from qat.checkpoints.names import StoredNames, missing_names, stored_names
+from qat.checkpoints.peft import put_adapter
 from qat.checkpoints.progress import progress
 from qat.engines.experts import Matrices, pack_experts
 from qat.errors import CheckpointError, FormatError, UnsupportedError
@@ -348,7 +349,7 @@ def loading(folder: Path) -> Iterator[None]:
 
 
 def load_packed(folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> "PreTrainedModel":
-    """The model in an exported folder, in eval mode, its weights packed.
+    """The model in an exported folder, in eval mode, its weights packed, with the adapter beside them if it has one.
 
     Args:
         folder: a checkpoint of one of `METHODS`.
@@ -370,5 +371,6 @@ def load_packed(folder: Path, dtype: torch.dtype | None = None, device: str = "c
         )
     model, info = pair
     check_loading(model, info, folder)
+    put_adapter(model, folder)
     loaded: PreTrainedModel = model.eval()
     return loaded

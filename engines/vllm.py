@@ -331,6 +331,7 @@ class Packed(CompressedTensorsScheme):
         layer.register_buffer("static_input", None if static is None else self._one(stored[static], static))
         for name in stored:
             delattr(layer, name)
+        layer.weight_packed = layer.packed.words  # by which vLLM sees where adapters of this layer belong
 
     def _part(self, stored: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
         """The tensors of one of the fused layers, as they are stored (rows that one rank has)."""

@@ -1,6 +1,7 @@
-"""Low-rank adapters (LoRA, DoRA) on quantized linear layers: a frozen weight W and a trained update, Q(W + s BA).
+"""Low-rank adapters (LoRA, DoRA) on quantized linear layers: a frozen weight W and a trained update, Q(W + s BA), or
+beside it, Q(W) x + s BA x.
 
-The update is added before rounding, so that what is trained is what will be stored: `LowRank.merged` is the one
+The first is added before rounding, so that what is trained is what will be stored: `LowRank.merged` is the one
 function that the forward pass, every reader of a site and the merge before an export call, so they agree bit for bit.
 The quantizer and its scales stay what the initialisation left.
 """
@@ -10,8 +11,8 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
-from torch import nn
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 
 from qat.adapters import candidates
 from qat.config import Strict
@@ -33,6 +34,8 @@ class LoraConfig(Strict):
         targets: patterns of the quantized layers that get an adapter; by default every quantized linear layer.
         dora: train every row's magnitude apart from its direction.
         norms: train norms and biases, too.
+        merge: add the update to the weight before rounding. False leaves the quantized weights as they are and the
+            adapter beside them in BF16, as engines serve adapters on one packed model; an export then has both.
         base: how the frozen weights are held. "dense" as float32; "packed" as codes and scales, every weight in the
             middle of its cell (QLoRA), from which each forward and backward pass makes the weight anew.
     """
@@ -43,7 +46,17 @@ class LoraConfig(Strict):
     targets: str | tuple[str, ...] = ()
     dora: bool = False
     norms: bool = False
+    merge: bool = True
     base: Literal["dense", "packed"] = "dense"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "LoraConfig":
+        if not self.merge and (self.dora or self.norms):
+            raise ValueError(
+                f"{'dora' if self.dora else 'norms'} changes more than an adapter beside the packed model can say "
+                "(vLLM loads no such adapter); leave it out, or merge"
+            )
+        return self
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -110,6 +123,8 @@ def attach(model: nn.Module, config: LoraConfig) -> None:
     The model computes the same as before, where A is drawn from torch's generator.
     """
     chosen = targets(model, config)
+    if not config.merge:
+        _check_beside(model, chosen)
     if config.base == "packed":
         hold(model)
     learned = {id(p) for site in sites(model) for p in site.quantizer.parameters()}
@@ -119,8 +134,29 @@ def attach(model: nn.Module, config: LoraConfig) -> None:
     for site in chosen:
         owner: Any = site.owner
         scaling = config.alpha / config.rank
-        update = LowRank(site.weight.detach(), config.rank, scaling, dropout=config.dropout, dora=config.dora)
+        weight, kind = site.weight.detach(), {"dora": config.dora, "merges": config.merge}
+        update = LowRank(weight, config.rank, scaling, dropout=config.dropout, **kind)
         owner.lora = update.train(owner.training)
+
+
+def _check_beside(model: Any, chosen: list[Site]) -> None:
+    """Refuse what would change the packed model, or have engines leave an adapter out."""
+    moving = [
+        s.path
+        for s in sites(model)
+        if any(True for _ in s.quantizer.parameters()) or getattr(s.quantizer, "learn", "") == "refit"
+    ]
+    if moving:
+        raise ConfigError(
+            f"lora.merge: false keeps the packed weights and their scales as they are, but those of {some(moving)} are "
+            "learned; use scheme.learn: none (and no learn_inputs), or merge"
+        )
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if on_head := [site.path for site in chosen if site.owner is head]:
+        raise UnsupportedError(
+            f"lora.merge: false: {on_head[0]} is the output head, whose adapter engines do not serve; name other "
+            "layers in lora.targets, or merge"
+        )
 
 
 @torch.no_grad()
@@ -172,7 +208,8 @@ def adapters(model: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Write every update into its weight and drop it: an ordinary quantized model with the same values.
+    """Write every update into its weight and drop it: an ordinary quantized model with the same values. Adapters beside
+    the weight stay, which is then no longer held packed.
 
     Computed on the GPU where there is one, as training did: products of devices may differ in their last bit.
     """
@@ -182,13 +219,25 @@ def merge(model: nn.Module) -> None:
         place = layer.weight_quantizer.start.device
         device = gpu or place
         weight = layer.weight.to(device) if layer.held is None else layer.held.to(device).dequantize()
-        if layer.lora is not None:
+        merges = layer.lora is not None and layer.lora.merges
+        if merges:
             weight = layer.lora.eval().to(device).merged(weight)
         if layer.held is None:
             layer.weight.data = weight.to(place)
         else:
             layer.weight = nn.Parameter(weight.to(place), requires_grad=False)
-        layer.lora = layer.held = None
+        layer.held = None
+        if merges:
+            layer.lora = None
+
+
+def take_off(model: nn.Module) -> dict[str, Tensor]:
+    """Take the adapters beside the weights off; returns their tensors by name."""
+    taken: dict[str, Tensor] = {}
+    for path, layer in adapters(model).items():
+        taken |= {f"{path}.lora.{name}": parameter.detach() for name, parameter in layer.lora.named_parameters()}
+        layer.lora = None
+    return taken
 
 
 def is_adapter(name: str) -> bool:

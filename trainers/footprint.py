@@ -375,7 +375,7 @@ def _per_token(job: Job, facts: Facts, a: int) -> float:
         columns = lookup(str(inputs[0].input)).block_for(1, hidden)[1]
         rotated = any(m.rotation for m in inputs)  # then what is clipped is no longer the output that attention keeps
         quantized = a * query * (1 + (clipped and rotated)) + (2 * FP32 * hidden + a * ffn) * clipped
-        quantized += 2 * FP32 * (2 * hidden + query + ffn) / columns
+        quantized += 2 * FP32 * (2 * hidden + query + ffn) / columns + lora_footprint.inputs(job, shape, a)
     return norms + fed + attention + 4 * a * ffn + facts.input_share * quantized
 
 

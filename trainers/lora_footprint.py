@@ -1,6 +1,7 @@
 """What adapters weigh, and what a base that is held packed under them saves."""
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -29,6 +30,13 @@ def saved(job: Job, model: nn.Module, coverage: Coverage) -> int:
 def holds_packed(job: Job) -> bool:
     """Whether the frozen weights are held packed."""
     return job.lora is not None and job.lora.base == "packed"
+
+
+def inputs(job: Job, shape: Any, width: int) -> float:
+    """Bytes per token of a layer's inputs before rounding, which adapters beside quantized layers read."""
+    if job.lora is None or job.lora.merge:
+        return 0.0
+    return float(width * (2 * shape.hidden + shape.query + shape.ffn))
 
 
 def dense_first(job: Job) -> bool:

@@ -282,7 +282,7 @@ def _finish(job: Job, parts: Parts, keeper: Keeper, reporting: Evaluator, saved:
     measured: dict[str, Any] = {}
     if job.eval.why:
         measured = {
-            "lora": job.lora is not None,
+            "lora": job.lora is not None and job.lora.merge,
             "gap": why.gap(reporting, parts.student, rows[-1]["kl"]),
             "disagreement": why.disagreement(
                 read_metrics(run / claim.METRICS), (saved.get("choosing") or saved["rows"])[-1]["kl"]

@@ -9,21 +9,21 @@ from torch import Tensor, nn
 from qat.quantizer import InputQuantizer, WeightQuantizer
 from qat.sites import Quantized, Quantizers, Slot
 from qat.training.heads import Product
-from qat.training.low_rank import LowRank
 from qat.training.recomputed import recomputed_linear
 
 
 class QatLinear(Quantized, nn.Linear):
     """A linear layer whose weight, and optionally input, is fake-quantized. Parameter names stay those of nn.Linear.
 
-    `fused` are the paths of the set that is trained as one, this layer's among them; `lora` is a trained update of the
-    weight, added before rounding. `held` is the weight itself where it is held packed; there is no parameter then.
+    `fused` are the paths of the set that is trained as one, this layer's among them. `lora` is a trained update: of the
+    weight before rounding, or of what the layer gives, by its input before rounding. `held` is the weight itself where
+    it is held packed; there is no parameter then.
     """
 
     weight_quantizer: WeightQuantizer
     input_quantizer: InputQuantizer | None
     fused: tuple[str, ...] = ()
-    lora: LowRank | None
+    lora: Any  # a LowRank, what stands for one, or None
     held: Any  # a `qat.serving.held.HeldWeight`, or None
 
     @classmethod
@@ -47,10 +47,19 @@ class QatLinear(Quantized, nn.Linear):
 
     def _matrix(self, drawn: Tensor | None = None) -> Tensor:
         weight: Tensor = self.weight if self.held is None else self.held.dequantize()
-        return weight if self.lora is None else self.lora.merged(weight, drawn)
+        return self.lora.merged(weight, drawn) if self._merges else weight
+
+    @property
+    def _merges(self) -> bool:
+        return self.lora is not None and self.lora.merges
 
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in_features) -> (..., out_features)."""
+        if self.lora is None or self._merges:
+            return self._product(input)
+        return self._product(input) + self.lora.beside(input)
+
+    def _product(self, input: Tensor) -> Tensor:
         if self.input_quantizer is not None:
             input = self.input_quantizer(input)
         if self.held is not None and self.weight_quantizer.mode == "quantized" and torch.is_grad_enabled():
@@ -59,8 +68,8 @@ class QatLinear(Quantized, nn.Linear):
 
     def _recomputed(self, input: Tensor) -> Tensor:
         """The same, the weight made from its codes again in the backward pass."""
-        drawn = None if self.lora is None else self.lora.drawn()
-        learned = [*(() if self.lora is None else self.lora.parameters()), *self.weight_quantizer.parameters()]
+        drawn = self.lora.drawn() if self._merges else None
+        learned = [*(self.lora.parameters() if self._merges else ()), *self.weight_quantizer.parameters()]
         return recomputed_linear(input, lambda: self.weight_quantizer(self._matrix(drawn)), self.bias, learned)
 
     def as_product(self) -> Product:

@@ -1,6 +1,8 @@
-"""The trained low-rank update of a frozen weight (LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353), before rounding.
+"""The trained low-rank update of a frozen weight (LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353).
 
-Arithmetic is float32, whatever autocast says: the same function makes the weight of a forward pass and of an export.
+Added before rounding, its arithmetic is float32, whatever autocast says: the same function makes the weight of a
+forward pass and of an export. Beside the weight, both factors are rounded to BF16 with the scaling in the second, as
+they will be stored: some engines multiply it in, in BF16, while they load.
 """
 
 import math
@@ -35,6 +37,11 @@ def left_out(A: Tensor, share: float) -> Tensor:
     return A * functional.dropout(torch.ones_like(A[0]), share)
 
 
+def beside_factors(A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """A and s B in BF16, as an adapter that is not merged is stored; it is then scaled by 1."""
+    return A.to(torch.bfloat16), (B * scaling).to(torch.bfloat16)
+
+
 class LowRank(nn.Module):
     """A trained update of one frozen weight (rows, columns): A (rank, columns) as peft draws it, and B = 0.
 
@@ -44,10 +51,21 @@ class LowRank(nn.Module):
         scaling: what B A is multiplied with.
         dropout: share of the columns of A that one training pass leaves out.
         dora: learn the magnitude of every row apart.
+        merges: it is added to the weight before rounding, else to what the layer gives.
     """
 
-    def __init__(self, weight: Tensor, rank: int, scaling: float, *, dropout: float = 0.0, dora: bool = False) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        rank: int,
+        scaling: float,
+        *,
+        dropout: float = 0.0,
+        dora: bool = False,
+        merges: bool = True,
+    ) -> None:
         super().__init__()
+        self.merges = merges
         rows, columns = weight.shape
         self.scaling, self.dropout = scaling, dropout
         drawn = nn.init.kaiming_uniform_(torch.empty(rank, columns), a=math.sqrt(5))  # equal on every device
@@ -67,6 +85,14 @@ class LowRank(nn.Module):
         A = self.A if drawn is None else self.A * drawn
         return updated(weight, A, self.B, self.scaling, self.magnitude)
 
+    def beside(self, x: Tensor) -> Tensor:
+        """s BA x of the factors as they are stored (gradients pass their rounding); dropout by token, as in peft."""
+        if self.training and self.dropout > 0:
+            x = functional.dropout(x, self.dropout)
+        stored = beside_factors(self.A.detach(), self.B.detach(), self.scaling)
+        A, B = (p + (q.to(p.dtype) - p.detach()) for p, q in zip((self.A, self.B * self.scaling), stored, strict=True))
+        return functional.linear(functional.linear(x, A), B)
+
     def before_rounding(self) -> list[nn.Parameter]:
-        """What is rounded with the weight, not by itself."""
+        """What is rounded with the weight, or where it is used, not by itself."""
         return list(self.parameters())

@@ -24,6 +24,7 @@ from qat.engines.front import Front  # noqa: E402  # as above
 from qat.engines.requests import Reader  # noqa: E402  # as above
 from qat.engines.serve import serve, transformers_server  # noqa: E402  # as above
 from qat.engines.transformers import load_packed  # noqa: E402  # as above
+from qat.errors import ConfigError  # noqa: E402  # as above
 from qat.serving.packed import PackedLinear  # noqa: E402  # as above
 from tests.engines.served import NAMES, free_port, running  # noqa: E402  # as above
 from tests.tiny import tiny_model  # noqa: E402  # as above
@@ -312,9 +313,27 @@ def test_vllm_is_started_with_the_same_names(
     assert command[command.index("--host") + 1] == "127.0.0.1"
 
 
-def test_missing_engines_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qat.errors import ConfigError
+@pytest.mark.parametrize(("rank", "room"), [(4, "8"), (64, "64"), (65, "128")])
+def test_vllm_serves_an_adapter_under_the_name_of_the_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, room: str
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("os.execv", lambda program, command: started.append(command))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"r": rank}))
+    serve(tmp_path, "vllm", "127.0.0.1", 1, "auto", "auto", ["a", "b"])
+    command = " ".join(started[0])
+    place = tmp_path / "adapter"
+    assert f"--enable-lora --max-lora-rank {room} --max-loras 2 --lora-modules a={place} b={place}" in command
+    assert "--served-model-name a-base b-base --host" in command
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"r": 513}))
+    with pytest.raises(ConfigError, match="rank 513 is more than vLLM serves"):
+        serve(tmp_path, "vllm", "127.0.0.1", 1, "auto", "auto")
 
+
+def test_missing_engines_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="--engine vllm needs vLLM"):
         serve(folder, "vllm", "127.0.0.1", 1, "auto", "auto")
@@ -327,8 +346,6 @@ def test_missing_engines_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch
 def test_checkpoints_with_rotated_inputs_are_not_for_vllm(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qat.errors import ConfigError
-
     started: list[list[str]] = []
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else name)
     monkeypatch.setattr("os.execv", lambda program, command: started.append(command))

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qat.errors import ConfigError, QatError
-from qat.lora import LoraConfig, adapters, attach, merge
+from qat.config import validate
+from qat.errors import ConfigError, QatError, UnsupportedError
+from qat.lora import LoraConfig, adapters, attach, merge, take_off
 from qat.modes import served
 from qat.sites import weights
 from qat.training.low_rank import LowRank
@@ -113,6 +114,62 @@ def test_gradients_are_those_of_the_sum(tmp_path: Path) -> None:
     whole = out.t() @ x
     assert torch.allclose(layer.lora.B.grad, 2 * whole @ layer.lora.A.t(), rtol=1e-4, atol=1e-4)
     assert torch.allclose(layer.lora.A.grad, 2 * layer.lora.B.t() @ whole, rtol=1e-4, atol=1e-4)
+
+
+BESIDE = LoraConfig(rank=4, alpha=10, merge=False)
+
+
+def in_bf16(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16).to(x.dtype)
+
+
+@pytest.mark.parametrize("held", ["dense", "packed"])
+def test_beside_the_weight_nothing_of_it_changes(held: Any, tmp_path: Path) -> None:
+    """Q(W) x of the rounded input, and s BA x of the input itself, by factors as they are stored; gradients reach the
+    factors as if those were exact."""
+    model = student(tmp_path, BESIDE.model_copy(update={"base": held}), learn="none")
+    plain = student(tmp_path, learn="none")
+    layer, base = (m.model.layers[0].mlp.down_proj for m in (model, plain))
+    x, out = torch.randn(5, 256), torch.randn(5, 128)
+    y = layer(x)
+    A, B = in_bf16(layer.lora.A), in_bf16(layer.lora.B * 2.5)
+    assert torch.equal(y, base(x) + functional.linear(functional.linear(x, A), B))
+    assert not torch.equal(B, layer.lora.B * 2.5) and torch.equal(layer.matrix("weight"), layer.matrix("weight"))
+    (y * out).sum().backward()
+    assert torch.allclose(layer.lora.A.grad, B.t() @ out.t() @ x, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(layer.lora.B.grad, 2.5 * out.t() @ (x @ A.t()), rtol=1e-5, atol=1e-5)
+    before = logits(model)
+    merge(model)
+    assert len(adapters(model)) == 14 and layer.held is None and torch.equal(logits(model), before)
+    assert len(take_off(model)) == 28 and not adapters(model) and torch.equal(logits(model), logits(plain))
+
+
+def test_beside_the_weight_dropout_is_by_token(tmp_path: Path) -> None:
+    layer = student(tmp_path, BESIDE.model_copy(update={"dropout": 0.5}), learn="none").model.layers[0].mlp.down_proj
+    x = torch.randn(1, 256).expand(6, 256)
+    kept = layer.train()(x)
+    assert not torch.equal(kept[0], kept[1])
+    kept = layer.eval()(x)
+    assert torch.equal(kept[0], kept[1])
+
+
+@pytest.mark.parametrize("more", ["dora", "norms"])
+def test_what_an_adapter_file_cannot_say_is_refused(more: str) -> None:
+    with pytest.raises(ConfigError, match=f"{more} changes more than an adapter"):
+        validate(LoraConfig, {"merge": False, more: True}, "lora")
+
+
+@pytest.mark.parametrize("learn", ["lsq", "refit"])
+def test_beside_the_weight_scales_stay(learn: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"lora.merge: false keeps the packed weights .*scheme.learn: none"):
+        student(tmp_path, BESIDE, learn=learn)
+
+
+def test_no_adapter_beside_the_head(tmp_path: Path) -> None:
+    rules = [{"match": "*", "weight": "nvfp4"}]
+    model = quantized(tiny_model("qwen3", tmp_path / "model"), rules, learn="none")
+    with pytest.raises(UnsupportedError, match="lm_head is the output head"):
+        attach(model, BESIDE)
 
 
 def test_norms_are_trained_where_asked(tmp_path: Path) -> None:

@@ -63,6 +63,14 @@ def test_a_packed_base_weighs_its_codes(tmp_path: Path) -> None:
     assert parts["quantized weights for backward"] == 0
 
 
+def test_adapters_beside_their_layers_keep_inputs_as_they_were(tmp_path: Path) -> None:
+    tiny = tiny_model("llama", tmp_path)
+    pairs = [job(tiny, scheme={"learn": "none"}, lora={"rank": 4, "merge": merge}) for merge in (True, False)]
+    merged, beside = (memory(each, job_facts(each), "cpu", False)["activations"] for each in pairs)
+    tokens = pairs[0].micro_rows * pairs[0].data.seq_len
+    assert beside - merged == tokens * 2 * 4 * (2 * 128 + 128 + 256)
+
+
 def test_a_packed_base_of_an_8b_model_needs_less_still(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = ROOT / "configs" / "qad" / "llama-3.1-8b-nvfp4-8gpu.yaml"
     common = ["strategy=auto", "devices=1", "rows=1", "micro_rows=1", "activation_checkpointing=true"]
