@@ -217,3 +217,11 @@ def test_a_saved_student_comes_back() -> None:
     other = apply(build(tie_word_embeddings=True, initializer_range=0.3), scheme, defer_init=True)
     other.load_state_dict(model.state_dict())
     assert torch.equal(logits(other), logits(model))
+
+
+@pytest.mark.parametrize("width", [64, 63, 576, 896])
+def test_a_hadamard_start_is_orthogonal_at_any_width(width: int) -> None:
+    matrix = rotations._hadamard(width, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(width, dtype=torch.float64), rtol=0, atol=1e-12)
+    size = width & -width  # what is left over is mixed by a random matrix, the rest evenly
+    assert width // size == 1 or not torch.allclose(matrix.abs(), matrix.abs()[0, 0].expand_as(matrix))
