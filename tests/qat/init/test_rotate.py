@@ -12,6 +12,7 @@ from torch import nn
 from qat.checkpoints.exported import load_exported
 from qat.checkpoints.verify import verify
 from qat.errors import ConfigError, UnsupportedError
+from qat.init import rotations
 from qat.init.calibration import calibrate
 from qat.init.rotations import Folding
 from qat.modes import dense, served
