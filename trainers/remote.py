@@ -251,9 +251,6 @@ class Server:
                 if length > MOST_BYTES:
                     raise CheckpointError(f"{self.config.url} answers with more than {MOST_BYTES:,} bytes")
                 connected.settimeout(left)
-            promised = response.getheader("Content-Length")
-            if promised is not None and promised.isdigit() and length < int(promised):
-                raise _Passing(f"the connection ended after {length} of {promised} bytes")
             return response.status, response.headers, b"".join(parts)
 
     @contextlib.contextmanager

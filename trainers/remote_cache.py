@@ -54,10 +54,7 @@ def fill_remote(job: Job, tokenizer: Any) -> Filled:
         now = {"vocabulary": server.columns, "texts": settings(job), "computed in": f"{remote.model} on a server"}
         store.header |= {**identity(job, tokenizer), **now, "probe": store.header.get("probe", likely)}
         store.keep_header()
-        try:
-            _ask(server, rows, writer)
-        finally:
-            server.stop()
+        _ask(server, rows, writer)
     trained = keys.get(TRAINED, [])
     return filled(store, len(trained), len(rows), time.monotonic() - begin)
 
@@ -79,11 +76,11 @@ def _ask(server: Server, rows: dict[bytes, Row], writer: Writer) -> None:
                     del running[done]
                     advance(1)
     finally:
-        for future in running:
-            if future.done() and not future.cancelled() and future.exception() is None:
-                writer.add(running[future], future.result())
         server.stop()
         pool.shutdown(cancel_futures=True)
+        for future, key in running.items():
+            if not future.cancelled() and future.exception() is None:
+                writer.add(key, future.result())
 
 
 def probed(server: Server, tokenizer: Any, remote: Remote) -> list[int]:

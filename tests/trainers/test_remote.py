@@ -141,14 +141,14 @@ def test_a_stop_does_not_wait_for_answers(server: Served) -> None:
             teacher.row(row())
         ended.append(time.monotonic())
 
-    threads = [threading.Thread(target=ask) for _ in range(3)]
+    threads = [threading.Thread(target=ask, daemon=True) for _ in range(3)]
     for thread in threads:
         thread.start()
     server.wait("hang", 3)
     begin = time.monotonic()
     teacher.stop()
     for thread in threads:
-        thread.join()
+        thread.join(20)
     assert len(ended) == 3 and max(ended) - begin < 10
     with pytest.raises(Stopped):
         teacher.row(row())

@@ -10,14 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from qat.cli import main
-from qat.trainers import remote, run
+from qat.trainers import remote, remote_cache, run
 from qat.trainers.job import load_job
-from qat.trainers.logitcache import Store
+from qat.trainers.logitcache import Store, Writer
+from qat.trainers.remote import Remote, Server
 from qat.trainers.run import train
+from qat.training.known import Known, likeliest
 from tests.tiny import VOCABULARY, tiny_model
 from tests.trainers.served import Served, serving
 from tests.trainers.test_cached import SIZES, config, losses
@@ -135,6 +138,42 @@ def test_ctrl_c_keeps_what_was_answered_and_the_next_time_goes_on(
     assert main(["train", run_of, "--resume", *moved]) == 0
 
 
+class Answering(Server):
+    """Answers at once, and counts."""
+
+    answered = 0
+
+    def row(self, row: Any) -> Known:
+        self.answered += 1
+        return likeliest(torch.zeros(2, 9), 4)
+
+
+class Interrupted(Writer):
+    """Somebody presses Ctrl-C while the first answer is being written, when all others have come."""
+
+    def __init__(self, store: Store, server: Answering, count: int) -> None:
+        super().__init__(store)
+        self.server, self.count, self.calls = server, count, 0
+
+    def add(self, key: bytes, known: Known) -> None:
+        self.calls += 1
+        if self.calls == 1:
+            while self.server.answered < self.count:
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+        super().add(key, known)
+
+
+def test_answers_that_came_before_the_end_are_kept(tmp_path: Path) -> None:
+    server = Answering(Remote(url="http://127.0.0.1:1/v1", model="m", concurrency=3), 4, 9)
+    rows = {bytes([number] * 16): np.zeros((3, 4), np.int32) for number in range(3)}
+    writer = Interrupted(Store(tmp_path), server, len(rows))
+    with pytest.raises(KeyboardInterrupt):
+        remote_cache._ask(server, rows, writer)
+    writer.flush()
+    assert set(Store.read(tmp_path).places) == set(rows)
+
+
 def test_another_tokenizer_or_model_is_refused(
     tmp_path: Path, models: dict[str, Path], served: Served, capsys: Any
 ) -> None:
@@ -147,6 +186,14 @@ def test_another_tokenizer_or_model_is_refused(
     assert main(["teacher", str(path)]) == 2
     assert "splits text otherwise than the student's tokenizer" in " ".join(capsys.readouterr().err.split())
     assert not Store.read(tmp_path / "said").header
+    moved = shutil.copytree(models["teacher"], tmp_path / "moved")  # as many tokens, of which two are each other's
+    rules = json.loads((moved / "tokenizer.json").read_text())
+    vocabulary = rules["model"]["vocab"]
+    vocabulary["Q"], vocabulary["2"] = vocabulary["2"], vocabulary["Q"]
+    (moved / "tokenizer.json").write_text(json.dumps(rules))
+    served.set(folder=str(moved))
+    assert main(["teacher", str(path)]) == 2
+    assert "a probe becomes another token" in " ".join(capsys.readouterr().err.split())
     served.set()
     assert main(["teacher", str(path), "teacher_cache.remote.ask=echo"]) == 0
     served.set(folder=str(models["another"]))
