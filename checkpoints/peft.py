@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qat.adapters.experts import SECOND
 from qat.checkpoints.hf import read_json
 from qat.errors import CheckpointError, ConfigError, UnsupportedError
 from qat.lora import LoraConfig, is_adapter
@@ -41,7 +42,8 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], config: LoraConfig) 
     from peft import TaskType
 
     own = {name.rpartition(".lora."): tensor for name, tensor in tensors.items() if is_adapter(name)}
-    paths = sorted({layer for layer, _, _ in own})
+    paths = sorted({layer for layer, _, part in own if "." not in part})
+    stacks = sorted({f"{layer}.{part.partition('.')[0]}" for layer, _, part in own if "." in part})
     alpha: Any = config.alpha  # peft only divides it by the rank, but its annotation says int
     if not config.merge:
         alpha, scaling = config.rank, config.alpha / config.rank
@@ -52,13 +54,28 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], config: LoraConfig) 
         r=config.rank,
         lora_alpha=alpha,
         lora_dropout=config.dropout,
-        target_modules=paths,
+        target_modules=paths or None,
+        target_parameters=stacks or None,
         use_dora=config.dora,
         task_type=TaskType.CAUSAL_LM,
         inference_mode=True,
     ).save_pretrained(str(folder))
-    named = {f"{_PREFIX}{layer}.{_NAMES[part]}": tensor.cpu().contiguous() for (layer, _, part), tensor in own.items()}
-    save_file(named, folder / ADAPTER, metadata={"format": "pt"})
+    named = dict(_named(layer, part, tensor, stacks) for (layer, _, part), tensor in own.items())
+    save_file(
+        {name: tensor.cpu().contiguous() for name, tensor in named.items()}, folder / ADAPTER, metadata={"format": "pt"}
+    )
+
+
+def _named(layer: str, part: str, tensor: Tensor, stacks: list[str]) -> tuple[str, Tensor]:
+    """Name and shape that peft gives a factor. For experts it puts one wrapper into another, the last parameter's
+    outermost, and lays A (experts, rank, columns) as (experts x rank, columns), B (experts, rows, rank) as
+    (rows, rank x experts)."""
+    slot, _, factor = part.rpartition(".")
+    if not slot:
+        return f"{_PREFIX}{layer}.{_NAMES[part]}", tensor
+    inside = slot != SECOND and f"{layer}.{SECOND}" in stacks
+    flat = tensor.flatten(0, 1) if factor == "A" else tensor.permute(1, 2, 0).flatten(1)
+    return f"{_PREFIX}{layer}{'.base_layer' * inside}.{_NAMES[factor]}", flat
 
 
 # --- beside a packed model ------------------------------------------------------------------------

@@ -325,9 +325,11 @@ def load_student(
     source = locate(config, moved, f"say where the model that {run} was made from is now: --model PATH")
     model = load_configured(config, source)
     tensors = load_file(folder / STUDENT)
-    scheme = _before_experts(scheme, model, tensors)
+    lora = lora_config(run)
+    if lora is None:  # whose students have the scales by which the release shows
+        scheme = _before_experts(scheme, model, tensors)
     rotate_inputs(apply(model, scheme, defer_init=True), scheme)
-    if (lora := lora_config(run)) is None:
+    if lora is None:
         restore_student(model, tensors)
     else:
         attach(model, lora)

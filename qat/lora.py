@@ -6,6 +6,7 @@ function that the forward pass, every reader of a site and the merge before an e
 The quantizer and its scales stay what the initialisation left.
 """
 
+import re
 from collections import Counter
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -14,11 +15,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from qat.adapters import candidates
+from qat.adapters import Candidate, candidates
 from qat.config import Strict
 from qat.errors import ConfigError, UnsupportedError
 from qat.serving.held import HeldWeight
-from qat.sites import Site, sites
+from qat.sites import Quantized, Site, sites
 from qat.text import some
 from qat.training.low_rank import LowRank
 
@@ -31,7 +32,8 @@ class LoraConfig(Strict):
         alpha: the update is multiplied with alpha / rank.
         dropout: share of an adapter's input channels that is left out of a forward pass while training. All tokens
             leave out the same ones: the update is added to the weight before anything is multiplied with it.
-        targets: patterns of the quantized layers that get an adapter; by default every quantized linear layer.
+        targets: patterns of the quantized layers that get an adapter; by default every quantized linear layer. Fused
+            experts (`*.experts.*_proj`) get one for each expert, where a pattern names them.
         dora: train every row's magnitude apart from its direction.
         norms: train norms and biases, too.
         merge: add the update to the weight before rounding. False leaves the quantized weights as they are and the
@@ -68,6 +70,11 @@ class LoraConfig(Strict):
         return not self.patterns or any(fnmatchcase(path, pattern) for pattern in self.patterns)
 
 
+def is_linear(candidate: Candidate) -> bool:
+    """Whether it is the weight of a linear layer, not of experts."""
+    return candidate.role == "weight" and candidate.slot.low_rank and len(candidate.slot.shape) == 2
+
+
 def targets(model: nn.Module, config: LoraConfig) -> list[Site]:
     """The sites that get an adapter, each checked.
 
@@ -77,7 +84,8 @@ def targets(model: nn.Module, config: LoraConfig) -> list[Site]:
     """
     quantized, every = sites(model, "weight"), [c for c in candidates(model) if c.role == "weight"]
     able = {candidate.path for candidate in every if candidate.slot.low_rank}
-    found = {site.path: site for site in quantized if not config.patterns and site.path in able}
+    linear = {candidate.path for candidate in every if is_linear(candidate)}
+    found = {site.path: site for site in quantized if not config.patterns and site.path in linear}
     for pattern in config.patterns:
         chosen = {site.path: site for site in quantized if fnmatchcase(site.path, pattern)}
         skipped = [c.path for c in every if fnmatchcase(c.path, pattern) and c.path not in chosen]
@@ -95,8 +103,14 @@ def targets(model: nn.Module, config: LoraConfig) -> list[Site]:
     for site in found.values():
         if site.path not in able:
             raise UnsupportedError(
-                f"lora: {site.path} ({type(site.owner).__name__}) cannot carry an adapter, only linear layers can; "
-                "leave it out of lora.targets"
+                f"lora: {site.path} ({type(site.owner).__name__}) cannot carry an adapter, only linear layers and "
+                "fused experts can; leave it out of lora.targets"
+            )
+        if site.path not in linear and (config.dora or config.dropout or not config.merge):
+            what = "dora" if config.dora else "dropout" if config.dropout else "merge: false"
+            raise UnsupportedError(
+                f"lora.{what}: {site.path} is a stack of experts, for which peft has no such adapter "
+                "(target_parameters); leave it out, or the experts out of lora.targets"
             )
     in_order = [site for site in quantized if site.path in found]
     _check_sizes(in_order, {candidate.path: candidate.slot.shape for candidate in every}, config)
@@ -106,7 +120,7 @@ def targets(model: nn.Module, config: LoraConfig) -> list[Site]:
 def _check_sizes(chosen: list[Site], shapes: dict[str, tuple[int, ...]], config: LoraConfig) -> None:
     tied: dict[int, str] = {}
     for site in chosen:
-        rows, columns = shapes[site.path]
+        rows, columns = shapes[site.path][-2:]
         if config.rank > min(rows, columns):
             raise ConfigError(f"lora.rank {config.rank} is larger than {site.path} ({rows} x {columns}); lower it")
         weight = getattr(site.owner, site.slot)
@@ -136,7 +150,12 @@ def attach(model: nn.Module, config: LoraConfig) -> None:
         scaling = config.alpha / config.rank
         weight, kind = site.weight.detach(), {"dora": config.dora, "merges": config.merge}
         update = LowRank(weight, config.rank, scaling, dropout=config.dropout, **kind)
-        owner.lora = update.train(owner.training)
+        update.train(owner.training)
+        if weight.dim() == 2:
+            owner.lora = update
+        else:
+            owner.lora = nn.ModuleDict() if owner.lora is None else owner.lora
+            owner.lora[site.slot] = update
 
 
 def _check_beside(model: Any, chosen: list[Site]) -> None:
@@ -167,7 +186,7 @@ def hold(model: nn.Module) -> None:
     Raises:
         UnsupportedError: a weight, or its format, cannot be held so, or its codes would not come back; names it.
     """
-    able = {c.path for c in candidates(model) if c.role == "weight" and c.slot.low_rank}
+    able = {candidate.path for candidate in candidates(model) if is_linear(candidate)}
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for site in sites(model, "weight"):
         owner: Any = site.owner
@@ -203,7 +222,9 @@ def _held(site: Site) -> HeldWeight:
 
 def adapters(model: nn.Module) -> dict[str, Any]:
     """The layers that carry one, by path."""
-    return {path: m for path, m in model.named_modules() if isinstance(getattr(m, "lora", None), LowRank)}
+    kinds = (LowRank, nn.ModuleDict)  # of a layer, and of experts by stack
+    quantized = ((path, m) for path, m in model.named_modules() if isinstance(m, Quantized))
+    return {path: m for path, m in quantized if isinstance(getattr(m, "lora", None), kinds)}
 
 
 @torch.no_grad()
@@ -216,6 +237,9 @@ def merge(model: nn.Module) -> None:
     gpu = torch.device("cuda") if torch.cuda.is_available() else None
     changed = adapters(model) | {p: m for p, m in model.named_modules() if getattr(m, "held", None) is not None}
     for layer in changed.values():
+        if isinstance(layer.lora, nn.ModuleDict):
+            _merge_stacks(layer, gpu)
+            continue
         place = layer.weight_quantizer.start.device
         device = gpu or place
         weight = layer.weight.to(device) if layer.held is None else layer.held.to(device).dequantize()
@@ -231,10 +255,20 @@ def merge(model: nn.Module) -> None:
             layer.lora = None
 
 
+def _merge_stacks(layer: Any, gpu: torch.device | None) -> None:
+    for slot, update in layer.lora.items():
+        parameter = layer.get_parameter(slot)
+        weight = parameter.transpose(-1, -2) if layer.TRANSPOSED else parameter
+        device = gpu or parameter.device
+        total = update.eval().to(device).merged(weight.to(device)).to(parameter.device)
+        parameter.data = (total.transpose(-1, -2) if layer.TRANSPOSED else total).contiguous()
+    layer.lora = None
+
+
 def take_off(model: nn.Module) -> dict[str, Tensor]:
     """Take the adapters beside the weights off; returns their tensors by name."""
     taken: dict[str, Tensor] = {}
-    for path, layer in adapters(model).items():
+    for path, layer in adapters(model).items():  # never experts, whose adapters are always merged
         taken |= {f"{path}.lora.{name}": parameter.detach() for name, parameter in layer.lora.named_parameters()}
         layer.lora = None
     return taken
@@ -242,4 +276,7 @@ def take_off(model: nn.Module) -> dict[str, Tensor]:
 
 def is_adapter(name: str) -> bool:
     """Whether a tensor of a state dict belongs to an adapter."""
-    return name.rpartition(".")[0].endswith(".lora")
+    return _ADAPTER.search(name) is not None
+
+
+_ADAPTER = re.compile(r"\.lora\.(?:\w+\.)?(?:A|B|magnitude)$")

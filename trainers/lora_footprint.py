@@ -1,5 +1,6 @@
 """What adapters weigh, and what a base that is held packed under them saves."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ from torch import nn
 
 from qat.adapters import candidates
 from qat.checkpoints.packed import is_packed
-from qat.lora import LoraConfig
+from qat.lora import LoraConfig, is_linear
 from qat.surgery import Coverage, Covered
 from qat.trainers.job import Job
 
@@ -16,8 +17,11 @@ FP32 = 4
 
 def parameters(config: LoraConfig, model: nn.Module, coverage: Coverage) -> int:
     """Of all adapters, as `qat.lora` adds them."""
-    shapes = [covered.shape for covered in _able(model, coverage) if config.wants(covered.path)]
-    return sum(config.rank * (rows + columns) + rows * config.dora for rows, columns in shapes)
+    able = {c.path for c in candidates(model) if c.slot.low_rank} if config.patterns else _linear(model)
+    shapes = [c.shape for c in coverage.modules if c.weight and c.path in able and config.wants(c.path)]
+    return sum(
+        math.prod(experts) * config.rank * (rows + columns) + rows * config.dora for *experts, rows, columns in shapes
+    )
 
 
 def saved(job: Job, model: nn.Module, coverage: Coverage) -> int:
@@ -47,5 +51,9 @@ def dense_first(job: Job) -> bool:
 
 
 def _able(model: nn.Module, coverage: Coverage) -> list[Covered]:
-    able = {candidate.path for candidate in candidates(model) if candidate.slot.low_rank}
-    return [covered for covered in coverage.modules if covered.weight and covered.path in able]
+    linear = _linear(model)
+    return [covered for covered in coverage.modules if covered.weight and covered.path in linear]
+
+
+def _linear(model: nn.Module) -> set[str]:
+    return {candidate.path for candidate in candidates(model) if is_linear(candidate)}

@@ -21,7 +21,8 @@ _NO_GATE = "a stack of experts without a gate, whose second input cannot be reac
 
 
 class QatExperts(Quantized):
-    """What is added to a class of experts. `weight_quantizers` and `input_quantizers` are by parameter name."""
+    """What is added to a class of experts. `weight_quantizers`, `input_quantizers` and, where weights carry trained
+    updates that are added before rounding, `lora` are by parameter name."""
 
     config: Any  # these four are the class's own
     num_experts: int
@@ -40,6 +41,12 @@ class QatExperts(Quantized):
         self._watchers: dict[int, Callable[[Tensor], None]] = {}
         self.TRANSPOSED = bool(self.is_transposed)
         self.routed = None
+        self.lora: Any = None
+
+    def matrix(self, slot: str) -> Tensor:
+        """A stack as it multiplies, with its update."""
+        weight = super().matrix(slot)
+        return self.lora[slot].merged(weight) if self.lora is not None and slot in self.lora else weight
 
     def quantizers(self) -> dict[str, Quantizers]:
         """By slot."""
@@ -137,7 +144,7 @@ class ExpertsAdapter:
                 experts, rows, columns = parameter.shape
                 shape = (experts, columns, rows) if module.is_transposed else (experts, rows, columns)
                 no_input = "" if name in FIRST or module.has_gate else _NO_GATE
-                slots.append(Slot(name, "weight", shape, no_input, module.is_transposed))
+                slots.append(Slot(name, "weight", shape, no_input, module.is_transposed, low_rank=True))
         return slots
 
     def attach(self, module: nn.Module, quantizers: Mapping[str, Quantizers]) -> nn.Module:

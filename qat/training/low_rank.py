@@ -43,7 +43,8 @@ def beside_factors(A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor
 
 
 class LowRank(nn.Module):
-    """A trained update of one frozen weight (rows, columns): A (rank, columns) as peft draws it, and B = 0.
+    """A trained update of one frozen weight (rows, columns): A (rank, columns) as peft draws it, and B = 0; or one for
+    each weight of a stack (experts, rows, columns).
 
     Args:
         weight: the frozen one; gives sizes, device and, with `dora`, the first magnitudes.
@@ -66,11 +67,12 @@ class LowRank(nn.Module):
     ) -> None:
         super().__init__()
         self.merges = merges
-        rows, columns = weight.shape
+        *experts, rows, columns = weight.shape
         self.scaling, self.dropout = scaling, dropout
-        drawn = nn.init.kaiming_uniform_(torch.empty(rank, columns), a=math.sqrt(5))  # equal on every device
-        self.A = nn.Parameter(drawn.to(weight.device))
-        self.B = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
+        together = torch.empty(math.prod(experts) * rank, columns)
+        drawn = nn.init.kaiming_uniform_(together, a=math.sqrt(5)).view(*experts, rank, columns)
+        self.A = nn.Parameter(drawn.to(weight.device))  # equal on every device
+        self.B = nn.Parameter(torch.zeros(*experts, rows, rank, device=weight.device))
         norm = torch.linalg.vector_norm(weight.detach().float(), dim=1) if dora else None
         self.magnitude = None if norm is None else nn.Parameter(norm)
 

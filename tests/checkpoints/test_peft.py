@@ -3,6 +3,7 @@ beside a packed export it computes what was trained."""
 
 import json
 import shutil
+from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from qat.checkpoints.verify import verify
 from qat.engines.transformers import load_packed
 from qat.errors import QatError
 from qat.lora import LoraConfig, adapters, take_off
+from qat.sites import weights
 from qat.trainers.job import load_job
 from qat.trainers.run import train
 from qat.trainers.why import moved
-from tests.qat.test_lora import student
+from tests.qat.test_lora import experts_student, student
 from tests.tiny import tiny_model
 from tests.trainers.jobs import write
 
@@ -50,6 +52,43 @@ def test_peft_merges_to_the_same_weights(dora: bool, base_is: Any, tmp_path: Pat
         merged = layer.matrix("weight")
         assert torch.allclose(theirs.get_submodule(path).weight, merged, rtol=1e-6, atol=1e-7), path
         assert not torch.allclose(merged, base_weights[path], atol=1e-3)
+
+
+@pytest.mark.parametrize("targets", ["*.experts.*", "*.down_proj", ("*.gate_up_proj", "*q_proj")])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_peft_merges_experts_to_the_same_weights(kind: str, targets: Any, tmp_path: Path) -> None:
+    """Stacks as they multiply and transposed ones, one adapted and both."""
+    config = LoraConfig(rank=4, alpha=8, targets=targets)
+    model = experts_student(tmp_path, kind, config)
+    (tmp_path / "adapter").mkdir()
+    write_adapter(tmp_path / "adapter", student_tensors(model), config)
+    base = load_configured(ModelConfig(id=str(tmp_path / "model")), tmp_path / "model")
+    values = {f"{site.module}.{site.slot}": site for site in weights(model).values()}
+    with torch.no_grad():
+        for name, site in values.items():
+            base.get_parameter(name).copy_(site.parameter)
+    before = {name: parameter.clone() for name, parameter in base.named_parameters()}
+    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).merge_and_unload()
+    wanted = [targets] if isinstance(targets, str) else targets
+    changed = {name for name in before if not torch.equal(theirs.get_parameter(name), before[name])}
+    assert changed == {name for name in values if any(fnmatch(values[name].path, one) for one in wanted)}
+    for name in changed:
+        ours = values[name].weight.detach()
+        ours = ours.transpose(-1, -2) if values[name].owner.TRANSPOSED else ours
+        assert torch.allclose(theirs.get_parameter(name), ours, rtol=1e-5, atol=1e-6), name
+
+
+def test_adapted_experts_are_exported_as_they_were_trained(tmp_path: Path) -> None:
+    source = tiny_model("qwen3_moe", tmp_path / "model")
+    lora = {"rank": 4, "targets": ["*.experts.*", "*q_proj"]}
+    run = run_of(tmp_path, source, "int4_g64", None, lora)
+    model, start = load_student(run, LAST)[0], load_student(run, "best")[0]
+    export(run, tmp_path / "out", checkpoint=LAST)
+    with torch.no_grad(), qat.served(model.eval()):
+        expected = of(model)
+    assert torch.equal(of(load_exported(tmp_path / "out")), expected) and verify(tmp_path / "out").ok
+    moved = {p for p, site in weights(model).items() if not torch.equal(site.value(), weights(start)[p].value())}
+    assert any(path.endswith("gate_up_proj") for path in moved) and any(path.endswith("down_proj") for path in moved)
 
 
 # --- beside a packed model ------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from qat.config import validate
 from qat.errors import ConfigError, QatError, UnsupportedError
-from qat.lora import LoraConfig, adapters, attach, merge, take_off
+from qat.lora import LoraConfig, adapters, attach, is_adapter, merge, take_off
 from qat.modes import served
 from qat.sites import weights
 from qat.training.low_rank import LowRank
@@ -192,14 +192,55 @@ def test_bad_targets_are_named(changes: dict[str, Any], words: str, tmp_path: Pa
         attach(student(tmp_path), LoraConfig(**changes))
 
 
-def test_experts_cannot_carry_one(tmp_path: Path) -> None:
-    folder = tiny_model("qwen3_moe", tmp_path / "model", **{**KINDS["qwen3_moe"], "num_hidden_layers": 1})
+def experts_student(folder: Path, kind: str, config: LoraConfig) -> Any:
+    """A tiny mixture of experts with adapters that differ from zero."""
+    source = tiny_model(kind, folder / "model", **{**KINDS[kind], "num_hidden_layers": 1})
     rules = [pair_rules("int4_g32", None, "*.experts.*"), pair_rules("int4_g32", None, "*_proj"), RULES[1]]
-    model = quantized(folder, rules)
-    with pytest.raises(QatError, match=r"experts.gate_up_proj .* cannot carry an adapter, only linear layers"):
-        attach(model, LoraConfig(rank=4, targets="*_proj"))
-    attach(model, LoraConfig(rank=4))
+    model = quantized(source, rules)
+    attach(model, config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_adapter(name) and name.endswith("B"):
+                parameter.normal_(0, 0.02)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_each_expert_has_its_own_update_before_rounding(kind: str, tmp_path: Path) -> None:
+    """Whether the class keeps its stacks transposed or not; merging changes no bit, and gradients reach the factors of
+    the experts that were asked."""
+    config = LoraConfig(rank=4, alpha=8, targets="*.experts.*")
+    model = experts_student(tmp_path, kind, config)
+    found = {path: site for path, site in weights(model).items() if ".experts." in path}
+    assert len(found) == 2 and list(adapters(model)) == ["model.layers.0.mlp.experts"]
+    for site in found.values():
+        plain = site.parameter.transpose(-1, -2) if site.owner.TRANSPOSED else site.parameter
+        update: Any = site.owner.lora[site.slot]
+        for expert, weight in enumerate(plain):
+            expected = weight.double() + 2 * update.B[expert].double() @ update.A[expert].double()
+            assert torch.allclose(site.weight[expert].double(), expected, rtol=1e-6, atol=1e-7)
+            assert not torch.allclose(site.weight[expert], weight, atol=1e-3)
+    model(torch.arange(2, 34).view(1, -1)).logits.square().mean().backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert sum(is_adapter(name) for name in trained) == 4
+    assert all(is_adapter(name) or "log_" in name for name in trained)
+    before, values = logits(model), {path: site.value() for path, site in found.items()}
+    merge(model)
+    assert not adapters(model) and not any(is_adapter(name) for name in model.state_dict())
+    assert torch.equal(logits(model), before)
+    assert all(torch.equal(site.value(), values[path]) for path, site in weights(model).items() if path in values)
+
+
+def test_experts_get_an_adapter_only_where_named(tmp_path: Path) -> None:
+    model = experts_student(tmp_path, "qwen3_moe", LoraConfig(rank=4))
     assert list(adapters(model)) == [f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"]
+
+
+@pytest.mark.parametrize("more", [{"dora": True}, {"dropout": 0.1}, {"merge": False}])
+def test_what_peft_has_not_for_experts_is_refused(more: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"experts.gate_up_proj is a stack of experts, for which peft has no"):
+        experts_student(tmp_path, "qwen3_moe", LoraConfig(rank=4, targets="*.experts.*", **more))
 
 
 # --- a base that is held packed -------------------------------------------------------------------

@@ -63,6 +63,17 @@ def test_a_packed_base_weighs_its_codes(tmp_path: Path) -> None:
     assert parts["quantized weights for backward"] == 0
 
 
+def test_adapters_of_experts_are_counted(tmp_path: Path) -> None:
+    tiny = tiny_model("qwen3_moe", tmp_path)
+    for targets in ((), ("*.experts.*",), ("*_proj",)):
+        rules = [{"match": "*_proj", "weight": "nvfp4"}, {"match": "*", "skip": "the rest"}]
+        wanted = job(tiny, scheme={"learn": "none", "rules": rules}, lora={"rank": 4, "targets": targets})
+        assert wanted.lora is not None
+        model = apply(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), wanted.scheme)
+        attach(model, wanted.lora)
+        assert job_facts(wanted).trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def test_adapters_beside_their_layers_keep_inputs_as_they_were(tmp_path: Path) -> None:
     tiny = tiny_model("llama", tmp_path)
     pairs = [job(tiny, scheme={"learn": "none"}, lora={"rank": 4, "merge": merge}) for merge in (True, False)]
