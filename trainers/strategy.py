@@ -255,7 +255,7 @@ def _connected(ranks: Ranks) -> Iterator[None]:
         backend = "cpu:gloo,cuda:nccl"
     if "MASTER_ADDR" not in os.environ and ranks.size > 1:
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = _meeting_point()
-    store = distributed.HashStore() if ranks.size == 1 else None
+    store = distributed.HashStore() if ranks.size == 1 else None  # type: ignore[attr-defined] # not in its __all__
     distributed.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=WAITING)
     try:
         yield
