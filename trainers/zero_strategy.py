@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor
 
 from qat import sharded
 from qat.trainers.zero import ZeroConfig, engine_config
@@ -65,7 +66,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         self.division.begin(engine, deepspeed.zero.register_external_parameter)
         return engine, wrapped
 
-    def backward(self, closure_loss: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+    def backward(self, closure_loss: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Lightning has divided by the accumulation count already."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
