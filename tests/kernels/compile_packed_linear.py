@@ -7,6 +7,7 @@ instructions a weight in panels costs a thread there: what decides whether memor
 import itertools
 import re
 import sys
+from typing import Any
 
 import triton.language as tl
 from triton.compiler import CompiledKernel
@@ -15,8 +16,8 @@ from qat.kernels.packed_linear.choose import PanelTiles, Tiles, choose, choose_p
 from qat.kernels.packed_linear.panels import triton as panel_kernels
 from qat.kernels.packed_linear.triton import constants, packed_linear_kernel
 from qat.numbers.catalog import lookup
-from qat.serving.words import tile
 from qat.serving.panels import tile as panel_tile
+from qat.serving.words import tile
 from tests.kernels.ahead import build, longest_loop, resources
 
 # Instructions of a thread per weight at 16 and at 64 tokens, by Triton 3.6 to 3.9 and a few to spare.
@@ -59,7 +60,12 @@ def compiled_panels(name: str, capability: int, tiles: PanelTiles, dtype: tl.dty
     }
     given = {"num_warps": tiles.warps}
     return build(
-        panel_kernels.panels_kernel, types, fixed | {"bias": None}, capability, unaligned=("M", "share"), **given
+        panel_kernels.panels_kernel,
+        types,
+        fixed | {"bias": None},
+        capability,
+        unaligned=("M", "share"),
+        **given,
     )
 
 
