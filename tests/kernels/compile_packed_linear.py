@@ -7,7 +7,6 @@ instructions a weight in panels costs a thread there: what decides whether memor
 import itertools
 import re
 import sys
-from typing import Any
 
 import triton.language as tl
 from triton.compiler import CompiledKernel

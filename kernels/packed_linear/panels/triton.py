@@ -142,8 +142,8 @@ def panels_kernel(
     BLOCK_M: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """out (M, N), or float32 sums (pieces of K, M, N) where there are several, of `share` steps each. GROUP is the number
-    of columns per scale, 0 for a row; SCALED: scales act on weights."""
+    """out (M, N), or float32 sums (pieces of K, M, N) where there are several, of `share` steps each. GROUP is the
+    number of columns per scale, 0 for a row; SCALED: scales act on weights."""
     TILE: tl.constexpr = 4 * PART
     SCALES: tl.constexpr = PART // SCALE_COLUMNS  # of a part's row, where they act on weights
     PER: tl.constexpr = 4 if GROUP == 0 or SCALED else GROUP // PART  # parts that share a sum
