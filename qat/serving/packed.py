@@ -61,7 +61,7 @@ def ordered(weight: PackedWeight, device: str) -> PackedWeight:
         if panels.in_panels(words):
             codes, scales = panels.from_panels(words, fmt), panels.scales_from_panels(scales, fmt)
             words = to_words(codes, fmt.element.bits, offset=fmt.element.is_integer)
-        scales, zeros = (None if t is None else t.t().contiguous().t() for t in (scales, zeros))
+        scales, zeros = scales.t().contiguous().t(), None if zeros is None else zeros.t().contiguous().t()
     elif device == "cuda" and not panels.in_panels(words):
         scales, zeros = scales.contiguous(), None if zeros is None else zeros.contiguous()
         if panels.problem(fmt, words.shape[0], weight.columns) is None:

@@ -1,12 +1,12 @@
-"""The order in which a GPU reads 4-bit weights: panels of 64 rows, cut into tiles that lie contiguously, in words that are
-decoded in pairs. A pure permutation of codes, made when a weight comes to a GPU and undone when it leaves; never on disk.
+"""The order in which a GPU reads 4-bit weights: panels of 64 rows, cut into tiles that lie contiguously, in words that
+are decoded in pairs. A permutation of codes, made when a weight comes to a GPU, undone when it leaves, never on disk.
 
     words    int16 (rows / 64, columns / tile, 64, part): tile (r, t) holds rows 64 r on and columns t * tile on, where
              tile = 4 * part. Word j of a row holds the columns j, part + j, 2 part + j and 3 part + j of the tile: a
              part is that many neighbouring columns, which meet neighbouring columns of the input.
     scales   (groups, rows), but those of 16 columns lie beside their words, (rows / 64, columns / tile, 64, tile / 16),
-             as bytes with five bits of exponent: every positive E4M3 is a normal one of them (`WIDE_BIAS`), and a kernel
-             makes BF16 of it by one shift and one addition.
+             as bytes with five bits of exponent: every positive E4M3 is a normal one of them (`WIDE_BIAS`), and a
+             kernel makes BF16 of it by one shift and one addition.
 
 Codes of integers count from the lowest value, 4 bits each, the first column in the lowest. Those of E2M1 lie so that a
 shift and a mask leave BF16 but for the bias of its exponent: the first at bits 15 and 8 to 6, the second three bits

@@ -60,10 +60,10 @@ def resources(kernel: CompiledKernel) -> tuple[int, int]:
 
 
 def longest_loop(kernel: CompiledKernel) -> list[str]:
-    """The instructions of the longest loop, as the processor gets them."""
+    """The instructions of the longest loop without another inside, as the processor gets them."""
     labels: dict[str, int] = {}
     found: list[str] = []
-    loop = range(0)
+    loops: list[range] = []
     for line in _tool(kernel, "nvdisasm", "-c").splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label.group(1)] = len(found)
@@ -71,5 +71,8 @@ def longest_loop(kernel: CompiledKernel) -> list[str]:
             found.append(instruction.group(1).strip())
             back = re.search(r"BRA.*`\((\.L_x_\d+)\)", found[-1])
             if back and back.group(1) in labels:
-                loop = max(loop, range(labels[back.group(1)], len(found)), key=len)
-    return found[loop.start : loop.stop]
+                loop = range(labels[back.group(1)], len(found))
+                if not any(inner.start in loop for inner in loops):
+                    loops.append(loop)
+    longest = max(loops, key=len)
+    return found[longest.start : longest.stop]

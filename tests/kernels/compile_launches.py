@@ -36,8 +36,8 @@ from qat.serving.packed import ordered, pack
 from qat.training.activations import static_part
 from qat.training.rows import KINDS
 
-MODULES = (rows_kernels, fake_kernels, scale_kernels, input_kernels, packed_kernels, panel_kernels, code_kernels, pack_kernels,
-           matmul_kernels, block_scaled_kernels)  # fmt: skip
+MODULES = (rows_kernels, fake_kernels, scale_kernels, input_kernels, packed_kernels, panel_kernels, code_kernels,
+           pack_kernels, matmul_kernels, block_scaled_kernels)  # fmt: skip
 H100 = device.Device(capability=90, processors=132, shared=227 * 1024)
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "u8", torch.int8: "i8",
          torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.float8_e4m3fn: "fp8e4nv"}  # fmt: skip

@@ -59,7 +59,12 @@ def compiled_panels(name: str, capability: int, tiles: PanelTiles, dtype: tl.dty
     }
     given = {"num_warps": tiles.warps}
     return build(
-        panel_kernels.panels_kernel, types, fixed | {"bias": None}, capability, unaligned=("M", "share"), **given
+        panel_kernels.panels_kernel,
+        types,
+        fixed | {"bias": None},
+        capability,
+        unaligned=("M", "share"),
+        **given,
     )
 
 

@@ -53,6 +53,7 @@ def test_tiles_of_packed_weights(
 def test_tiles_of_panels(tokens: int, rows: int, columns: int, tile: int, block_m: int, pieces: int) -> None:
     tiles = packed.choose_panels(tokens, rows, columns, tile, H100.processors)
     assert (tiles.block_n, tiles.block_m, tiles.pieces, tiles.warps, tiles.stages) == (64, block_m, pieces, 4, 3)
+    assert packed.choose_panels(4096, rows, columns, tile, H100.processors).pieces == pieces
 
 
 @pytest.mark.parametrize(

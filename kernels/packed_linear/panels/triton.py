@@ -142,8 +142,8 @@ def panels_kernel(
     BLOCK_M: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """out (M, N), or float32 sums (pieces of K, M, N) where there are several. GROUP is the number of columns per scale,
-    0 for a row; SCALED: scales act on weights."""
+    """out (M, N), or float32 sums (pieces of K, M, N) where there are several, of `share` steps each. GROUP is the
+    number of columns per scale, 0 for a row; SCALED: scales act on weights."""
     TILE: tl.constexpr = 4 * PART
     SCALES: tl.constexpr = PART // SCALE_COLUMNS  # of a part's row, where they act on weights
     PER: tl.constexpr = 4 if GROUP == 0 or SCALED else GROUP // PART  # parts that share a sum
@@ -174,14 +174,14 @@ def panels_kernel(
             factors = (undo, undo, undo, undo)
         weights = columns(word, factors, ASSEMBLY, KIND, BITS, MANTISSA, BIAS, SCALED, DTYPE)
         partial = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for part in tl.static_range(4):
-            tokens = tl.load(x_at + step * TILE + part * PART, mask=in_m, other=0.0).to(DTYPE)
-            partial = tl.dot(weights[part], tokens, partial, input_precision="ieee")
-            if part % PER == PER - 1:
+        for index in tl.static_range(4):
+            tokens = tl.load(x_at + step * TILE + index * PART, mask=in_m, other=0.0).to(DTYPE)
+            partial = tl.dot(weights[index], tokens, partial, input_precision="ieee")
+            if index % PER == PER - 1:
                 if SCALED or GROUP == 0:
                     total += partial
                 else:
-                    stored = tl.load(scales + (step * (4 // PER) + part // PER) * N + n)
+                    stored = tl.load(scales + (step * (4 // PER) + index // PER) * N + n)
                     total += partial * decode_scale(stored, SCALE, SCALE_MANTISSA, SCALE_BIAS)[:, None]
                 partial = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if GROUP == 0:
@@ -200,7 +200,7 @@ def add_pieces_kernel(sums, bias, out, size, pieces, N, HAS_BIAS: tl.constexpr, 
     """out (size) of sums (pieces, size), in their order; rows of N columns."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for piece in range(0, pieces):
+    for _piece in range(0, pieces):
         total += tl.load(sums + at, mask=at < size, other=0.0)
         sums += size
     if HAS_BIAS:
@@ -209,6 +209,7 @@ def add_pieces_kernel(sums, bias, out, size, pieces, N, HAS_BIAS: tl.constexpr, 
 
 
 ADDED = 512  # results of one program of `add_pieces_kernel`
+TOGETHER = 512  # tokens of one launch: what bounds the memory of their sums
 
 
 def constants(
@@ -247,32 +248,40 @@ def multiplies_pairs(x: Tensor, device: Device) -> bool:
 
 
 def launch(
-    x: Tensor, words: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor, global_scale: float, fixed: dict[str, Any],
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    global_scale: float,
+    fixed: dict[str, Any],
     tiles: PanelTiles,
-) -> None:  # fmt: skip
+) -> None:
     """out (tokens, rows) of x (tokens, columns); `fixed` are `constants`."""
     (tokens, columns), rows = x.shape, out.shape[-1]
     above = global_scale * 2.0**AFTER if fixed["WIDE_OFFSET"] == wide_offset(BEFORE) else global_scale
-    sums = x.new_empty(tiles.pieces, tokens, rows, dtype=torch.float32) if tiles.pieces > 1 else out
-    steps = columns // (PARTS * fixed["PART"])
-    panels_kernel[(rows // tiles.block_n, triton.cdiv(tokens, tiles.block_m), tiles.pieces)](
-        x,
-        words,
-        scales,
-        bias,
-        out,
-        sums,
-        tokens,
-        rows,
-        columns,
-        x.stride(0),
-        -(-steps // tiles.pieces),
-        above,
-        **fixed,
-        num_warps=tiles.warps,
-    )
-    if tiles.pieces > 1:
-        size = tokens * rows
-        add_pieces_kernel[(triton.cdiv(size, ADDED),)](
-            sums, bias, out, size, tiles.pieces, rows, HAS_BIAS=fixed["HAS_BIAS"], BLOCK=ADDED, num_warps=4
+    most, steps = min(tokens, TOGETHER), columns // (PARTS * fixed["PART"])
+    sums = x.new_empty(tiles.pieces, most, rows, dtype=torch.float32) if tiles.pieces > 1 else out
+    for first in range(0, tokens, most):
+        count, target = min(most, tokens - first), out[first : first + most]
+        panels_kernel[(rows // tiles.block_n, triton.cdiv(count, tiles.block_m), tiles.pieces)](
+            x[first : first + most],
+            words,
+            scales,
+            bias,
+            target,
+            sums,
+            count,
+            rows,
+            columns,
+            x.stride(0),
+            -(-steps // tiles.pieces),
+            above,
+            **fixed,
+            num_warps=tiles.warps,
         )
+        if tiles.pieces > 1:
+            size = count * rows
+            add_pieces_kernel[(triton.cdiv(size, ADDED),)](
+                sums, bias, target, size, tiles.pieces, rows, HAS_BIAS=fixed["HAS_BIAS"], BLOCK=ADDED, num_warps=4
+            )
