@@ -15,7 +15,7 @@ from qat.errors import ConfigError
 from qat.init.calibration import calibrate, initialise, observe
 from qat.init.scales import initial_scales
 from qat.modes import served
-from qat.numbers.catalog import CATALOG, lookup, widened
+from qat.numbers.catalog import lookup
 from qat.numbers.numerics import fake_quantize, find_scales, to_blocks
 from qat.scheme import Rule, Scheme
 from qat.sites import weights
@@ -58,24 +58,6 @@ def watched(model: nn.Module, scheme: Scheme, text: int = 4) -> tuple[list[str],
 
     given = list(batches(text))
     return initialise(model, given, scheme, observe(model, given), track), seen
-
-
-def test_siblings_differ_in_their_width_alone() -> None:
-    pairs = {(fmt.name, bits): widened(fmt, bits) for fmt in CATALOG.values() for bits in (8, 4, 3)}
-    found = {pair: fmt.name for pair, fmt in pairs.items() if fmt is not None}
-    assert found["int2_g64_asym", 4] == "int4_g64_asym" and found["int2_channel", 3] == "int3_channel"
-    assert found["ternary_g64", 4] == "int4_g64" and found["int4_token", 8] == "int8_token"
-    assert found["mxint4", 8] == "mxint8"
-    for (name, bits), wide in found.items():
-        narrow, wide_format = lookup(name), lookup(wide)
-        assert narrow.element.bits < bits == wide_format.element.bits
-        assert (narrow.block, narrow.scale, narrow.zero_point) == (
-            wide_format.block,
-            wide_format.scale,
-            wide_format.zero_point,
-        )
-    for name in ("nvfp4", "if4", "nf4_g64", "fp8_channel", "nvint4", "int4_g64"):
-        assert (name, 4) not in found and (name, 3) not in found
 
 
 @pytest.mark.parametrize(("weight", "learn"), [("int2_g64_asym", "dual_lsq"), ("ternary_g64", "refit")])
