@@ -32,11 +32,19 @@ class Division:
         self.engine: Any = None
         self.inside = False  # a forward pass of the root, where what no block owns is whole
         self._before: list[tuple[Any, set[str]]] = [(one, set(vars(one))) for one in self._everything()]
+        self._own_hooks = [(hooks, set(hooks)) for hooks in self._hooks_outside_blocks()]
         self._hooks: list[Any] = []
         for block in blocks if stage == 3 else ():
             # Sets what deepspeed.utils.set_z3_leaf_modules sets for all modules of a class.
             setattr(block, "_z3_leaf", True)  # noqa: B010 # mypy takes attributes of modules for tensors
             self._hooks.append(block.register_forward_pre_hook(_differentiable))
+
+    def _hooks_outside_blocks(self) -> Iterator[dict[int, Any]]:
+        """Of the modules whose parameters no block owns."""
+        inside = {id(module) for block in self.blocks for module in block.modules()}
+        for module in self.model.modules():
+            if id(module) not in inside and next(module.parameters(recurse=False), None) is not None:
+                yield from (module._forward_hooks, module._forward_pre_hooks)
 
     def _everything(self) -> list[Any]:
         return [*self.root.modules(), *self.root.parameters()]
@@ -52,6 +60,9 @@ class Division:
         for parameter in self.model.parameters():
             if id(parameter) not in owned:
                 register(self.root, parameter)
+        for hooks, before in self._own_hooks:  # the root fetches for them, and a head with hooks is no plain product
+            for key in set(hooks) - before:
+                del hooks[key]
         for block in self.blocks:
             setattr(block, _NAME, self)
         self._hooks.append(self.root.register_forward_pre_hook(lambda *_: self._enter(True)))

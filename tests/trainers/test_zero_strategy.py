@@ -167,7 +167,7 @@ def test_one_device_with_an_engine_computes_what_it_does_without(
     one = job_file(home, kind, f"{slug}-alone", **changes)
     zero = job_file(home, kind, f"{slug}-zero", strategy="deepspeed", deepspeed={"stage": stage}, **changes)
     assert main(["train", str(one)]) == main(["train", str(zero)]) == 0
-    tolerance = 1e-3 if name == "bf16" else 1e-5  # where an unequal last bit of the norm changes what rounds
+    tolerance = 1e-4 if name == "bf16" else 1e-5  # where an unequal last bit of the norm changes what rounds
     rows = [*zip(curve(one), curve(zero), strict=True)]
     assert rows[0][0]["loss"] == rows[0][1]["loss"]
     for left, right in rows:
