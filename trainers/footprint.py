@@ -251,8 +251,7 @@ def forward_flops(architecture: Architecture, sequence: int) -> float:
 
 def shards(job: Job) -> int:
     """Among how many devices the parameters are divided."""
-    third = job.strategy == "deepspeed" and job.deepspeed.stage == 3
-    return job.devices if third or job.strategy == "fsdp" else 1
+    return job.devices if job.strategy == "fsdp" or (job.strategy == "deepspeed" and job.deepspeed.stage == 3) else 1
 
 
 def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
@@ -268,9 +267,9 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
         with activation checkpointing, one layer of both and 4 x hidden x T per layer.
     Working space, the larger of: float32 chunks of logits with two gradients of the output layer; 5 copies of
         the largest quantized weight with the gradients of one feed-forward layer; evaluation instead of training.
-    On CPUs, while tensors are smaller than 32 MiB, holes in the heap; see HEAP_LOSS.
-    Before that, weights that are held packed later are dense, unless a packed checkpoint gave them, and GPTQ keeps a
-        matrix of 4 x width^2 per input, with models divided later, or before (`divided`), where that exceeds the above.
+    On CPUs, while tensors are smaller than 32 MiB, holes in the heap (HEAP_LOSS). Before that, weights that are held
+        packed later are dense, unless a packed checkpoint gave them, and GPTQ keeps a matrix of 4 x width^2 per input,
+        with models divided later, or before (`divided`), where that exceeds the above.
 
     Args:
         device: "cuda" or "cpu".
@@ -295,10 +294,10 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
         "holes in the heap": int(heap * (saved_weights + activations + working)),
     }
     products = min(FP32 * facts.input_products(job), PRODUCTS)
-    models = whole["master weights"] + whole["scales"] + whole["teacher"]  # divided afterwards
+    models = sum(whole[part] for part in ("master weights", "scales", "teacher"))  # divided afterwards
     models += facts.saved * lora_footprint.dense_first(job)
-    first = divided.first(job)
-    models = divided.initial_bytes(job, facts, parts) if first else models
+    if first := divided.first(job):
+        models = divided.initial_bytes(job, facts, parts)
     what = "initialisation, beyond that" if first or shards(job) == 1 else "undivided models, initialised"
     beyond = max(0, models + products + _streams(job, facts) - sum(training.values()))
     return {**training, what: beyond, "libraries and device context": RUNTIME[device]}
