@@ -294,8 +294,9 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
         "holes in the heap": int(heap * (saved_weights + activations + working)),
     }
     products = min(FP32 * facts.input_products(job), PRODUCTS)
-    models = sum(whole[part] for part in ("master weights", "scales", "teacher"))  # divided afterwards
-    models += facts.saved * lora_footprint.dense_first(job)
+    models = (
+        whole["master weights"] + whole["scales"] + whole["teacher"] + facts.saved * lora_footprint.dense_first(job)
+    )
     if first := divided.first(job):
         models = divided.initial_bytes(job, facts, parts)
     what = "initialisation, beyond that" if first or shards(job) == 1 else "undivided models, initialised"
