@@ -272,8 +272,8 @@ class WeightQuantizer(Quantizer):
         return y
 
     def extra_repr(self) -> str:
-        """Format and learning mode, for `print(model)`."""
-        return f"{self.format.name}, learn={self.learn}"
+        """What it does, for `print(model)` and for who compares models (`qat.init.kept`)."""
+        return f"{self.format.name}, learn={self.learn}, round_bf16={self.round_bf16}"
 
 
 class InputQuantizer(Quantizer):
@@ -384,5 +384,5 @@ class InputQuantizer(Quantizer):
         self._ready = True
 
     def extra_repr(self) -> str:
-        """Format and rule, for `print(model)`."""
-        return f"{self.format.name}, rule={self.rule}"
+        """See `WeightQuantizer`."""
+        return f"{self.format.name}, rule={self.rule}, estimator={self.estimator}, observer={self.observer_kind}"

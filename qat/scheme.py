@@ -18,12 +18,13 @@ from qat.init.blocks import BlockStep
 from qat.init.gptq import Gptq
 from qat.init.hadamard import Hadamard
 from qat.init.permute import Permute
+from qat.init.progressive import Progressive
 from qat.init.reconstruct import Reconstruct
 from qat.init.rotate import Rotate
 from qat.init.scales import ScaleSearch, Search
 from qat.init.smooth import Smooth
 from qat.init.step import InitStep
-from qat.numbers.catalog import lookup
+from qat.numbers.catalog import lookup, widened
 from qat.observers import Observer
 from qat.quantizer import Learn, parts_of
 from qat.sites import Role
@@ -31,7 +32,9 @@ from qat.training.activations import ActivationRule
 from qat.training.gradients import Estimator
 
 TiedPolicy = Literal["error", "share", "untie"]
-_Step = Annotated[ScaleSearch | Gptq | Reconstruct | Smooth | Permute | Rotate | Hadamard, Field(discriminator="kind")]
+_Step = Annotated[
+    ScaleSearch | Gptq | Reconstruct | Smooth | Permute | Rotate | Progressive | Hadamard, Field(discriminator="kind")
+]
 
 
 def _by_name(step: Any) -> Any:
@@ -48,7 +51,7 @@ def _in_order(steps: tuple[InitStep, ...]) -> tuple[InitStep, ...]:
     places = [place for place, step in enumerate(steps) if isinstance(step, Hadamard)]
     for place in places:
         before = [step.kind for step in steps[:place] if step.MAKES_SCALES]
-        after = [step.kind for step in steps[place + 1 :] if step.WHOLE_MODEL and not step.MAKES_SCALES]
+        after = [step.kind for step in steps[place + 1 :] if step.WHOLE_MODEL and not isinstance(step, Progressive)]
         if before or after or len(places) > 1:
             wrong = f"`{before[0]}` before it" if before else f"`{after[0]}` after it" if after else "it twice"
             raise ValueError(
@@ -138,9 +141,9 @@ class Scheme(Strict):
 
     Attributes:
         init: steps before the first one of training, in order: `smooth` and `permute` (see these files of `qat.init`),
-            `rotate` and `hadamard` (see `qat.init.hadamard`), `scales` (a search for block scales) or `gptq` (that, and
-            error-compensated rounding), and `reconstruct` (blocks fitted to their dense outputs); each by its name, or
-            as a table with `kind`. An empty list leaves scales at the format's own rule (RTN). All but that need
+            `rotate`, `progressive` and `hadamard` (see theirs), `scales` (a search for block scales) or `gptq` (that,
+            and error-compensated rounding), and `reconstruct` (blocks fitted to their dense outputs); each by its name,
+            or as a table with `kind`. An empty list leaves scales at the format's own rule (RTN). All but that need
             calibration.
         learn: "none" keeps the scales; "lsq" learns one scale per block; "dual_lsq" learns separate scales for
             rounding and for dequantizing (only the second is stored).
@@ -196,6 +199,17 @@ class Scheme(Strict):
                 raise ValueError(
                     f"learn: focus divides groups along the row into parts of 8, which {rule.weight} does not have; "
                     f"use `learn: dual_lsq` for {rule.match!r}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _widths_exist(self) -> "Scheme":
+        names = sorted({rule.weight for rule in self.rules if rule.weight is not None})
+        for bits in {bits for step in self.init if isinstance(step, Progressive) for bits in step.bits}:
+            if names and not any(widened(lookup(name), bits) for name in names):
+                raise ValueError(
+                    f"progressive: no weight format of the scheme is an integer format with fewer than {bits} bits, "
+                    f"but {', '.join(names)}; leave the step out, or give it other `bits`"
                 )
         return self
 

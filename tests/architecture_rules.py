@@ -51,7 +51,7 @@ ROOMS = {
     "numbers": set(),
     "training": {"numbers"},
     "serving": {"numbers", "training"},
-    "init": {"numbers", "quantizer", "sites", "modes", "families"},
+    "init": {"numbers", "quantizer", "sites", "modes", "families", "sharded"},
     "adapters": {"numbers", "training", "quantizer", "sites"},
     "errors": set(),
     "config": set(),

@@ -34,7 +34,6 @@ ELSEWHERE = {
     "qat/adapters/embedding.py": "qat/test_quantizer.py: the modules that a quantizer meets first",
     "qat/adapters/linear.py": "qat/test_quantizer.py: the modules that a quantizer meets first",
     "qat/errors.py": "qat/test_config.py: types without code, and the nearest name",
-    "qat/numbers/catalog.py": "qat/numbers/test_format.py: literals, which parametrise the tests of everything else",
     "qat/options.py": "qat/test_cli.py: options are half of the command",
     "qat/sites.py": "qat/test_surgery.py: sites are what surgery leaves",
     "trainers/adapted.py": "trainers/test_run.py: between initialisation and the first step",

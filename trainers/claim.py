@@ -299,6 +299,6 @@ def how_to_go_on(run: Path) -> str:
     """What to type after an interruption."""
     if resume.has_state(run):
         return f"continue with: qat train {shlex.quote(str(run / JOB))} --resume"
-    if blocks := len(Initialised(run)):
-        return f"start it again: the {blocks} blocks that its initialisation has finished are kept"
+    if parts := len(Initialised(run)):
+        return f"start it again: what its initialisation has finished is kept ({parts} parts)"
     return "nothing was saved yet: start it again"

@@ -9,6 +9,7 @@ from typing import Any
 from qat.checkpoints.hf import is_local, resolve
 from qat.init.blocks import STREAMS, BlockStep
 from qat.init.gptq import PRODUCTS
+from qat.init.progressive import Progressive
 from qat.init.rotate import Rotate
 from qat.text import size
 from qat.trainers import limits
@@ -181,7 +182,8 @@ def _other_seconds(job: Job, facts: Facts, machine: Machine) -> float:
     observed = sum(step.WHOLE_MODEL or step.kind == "hadamard" for step in job.scheme.init)
     walks = [step for step in job.scheme.init if isinstance(step, BlockStep) and step.by_block]
     in_blocks = sum(step.passes(job.calibration_rows) for step in walks) + STREAMS * bool(walks)
-    learned = sum(step.passes(job.calibration_rows) for step in job.scheme.init if isinstance(step, Rotate))
+    learning = [step for step in job.scheme.init if isinstance(step, Rotate | Progressive)]
+    learned = sum(step.passes(job.calibration_rows) for step in learning)
     reads = 1 + observed + in_blocks + learned + -(-FP32 * products // PRODUCTS)  # of the calibration text
     per_token = reads * forward_flops(facts.student, text.seq_len) + 2.0 * products
     calibrated = job.calibration_rows * text.seq_len * per_token

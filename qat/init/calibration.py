@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qat.errors import FormatError
 from qat.init.blocks import BlockStep, walk
-from qat.init.kept import Store
+from qat.init.kept import KeptModel, Store
 from qat.init.scales import ScaleSearch
 from qat.init.step import Calibration, InitStep, Track
 from qat.modes import dense
@@ -84,7 +84,7 @@ def initialise(
     store: Store | None = None,
 ) -> list[str]:
     """From an observed model to where training begins: the steps of the scheme, in order. Those that go block by block
-    come after all others, so that the blocks before one are as they will be, and keep finished blocks in `store`."""
+    come after all others, so that the blocks before one are as they will be. What is finished is kept in `store`."""
     groups: dict[tuple[InitStep, ...], dict[str, Site]] = {}
     for path, site in weights(model).items():
         groups.setdefault(scheme.init_of(path, site.module), {})[path] = site
@@ -95,13 +95,28 @@ def initialise(
             calibration = Calibration(model, batches, groups[steps], mean_square, track, store)
             all_steps = _with_scales(steps)
             first = next((index for index, step in enumerate(all_steps) if _by_block(step)), len(all_steps))
-            sentences += [step.run(calibration) for step in all_steps[:first]]
+            sentences += _run_first(all_steps[:first], calibration)
             mean_square = calibration.mean_square
             later.append((all_steps[first:], calibration))
         for steps, calibration in later:
             calibration.mean_square = mean_square
             sentences += _run_later(steps, calibration)
     return [sentence for sentence in sentences if sentence]
+
+
+def _run_first(steps: tuple[InitStep, ...], calibration: Calibration) -> list[str | None]:
+    """Steps before any walk, from where an earlier attempt left them."""
+    kept = KeptModel(calibration.store, steps, calibration.model, calibration.batches)
+    sentences = kept.restore()
+    if sentences:
+        for step in steps[: len(sentences)]:
+            step.take_up(calibration)
+        torch.clear_autocast_cache()
+        calibration.mean_square = observe(calibration.model, calibration.batches)
+    for step in steps[len(sentences) :]:
+        sentences.append(step.run(calibration))
+        kept.keep(sentences)
+    return sentences
 
 
 def _run_later(steps: tuple[InitStep, ...], calibration: Calibration) -> list[str | None]:

@@ -42,9 +42,13 @@ class Hadamard(InitStep):
             raise ConfigError("hadamard rotates quantized inputs, and none of its layers has any; leave it out of init")
         for site in fresh.values():
             site.weight.copy_(rotate(site.weight, torch.float64))
-        for site in fresh.values():
-            if site.input is not None:
-                site.input.transforms = (rotate,)
+        self.take_up(calibration)
         torch.clear_autocast_cache()  # it holds BF16 copies of the weights as they were, if the caller has autocast on
         calibration.mean_square = observe(calibration.model, calibration.batches)
         return f"rotated the inputs of {len(fresh)} of {len(calibration.sites)} layers in blocks of {self.size}"
+
+    def take_up(self, calibration: Calibration) -> None:
+        """See `InitStep`."""
+        for site in calibration.sites.values():
+            if site.input is not None:
+                site.input.transforms = site.input.transforms or (BlockHadamard(self.size),)

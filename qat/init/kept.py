@@ -1,23 +1,26 @@
-"""Finished blocks of a walk (`qat.init.blocks`), kept so that one that was interrupted goes on to the same bits.
+"""Finished parts of an initialisation, kept so that one that was interrupted goes on to the same bits: blocks of a walk
+(`qat.init.blocks`), and before it the model as the last step left that changes all of it.
 
 A block is known by everything that decides what becomes of it: the settings of the steps, what enters the first block
-in both models, and the weights of all blocks up to it as they were. Whoever walks again finds what was made of exactly
-that, or nothing; so no other text, model or setting ever meets a block that is not its own.
+in both models, and the quantizers and weights of all blocks up to it as they were; a model by the settings of the
+steps, the text, and its quantizers and tensors before them. Whoever comes again finds what was made of exactly that, or
+nothing; so no other text, model or setting ever meets a part that is not its own.
 """
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from qat.init.step import InitStep
+from qat.sharded import is_divided
 
 
 class Store(Protocol):
-    """Where blocks are kept: whole, or not at all."""
+    """Where they are kept: whole, or not at all."""
 
     def read(self, name: str, key: str) -> tuple[dict[str, Tensor], list[dict[str, int]]] | None:
         """Tensors and sums that were written under this name, if it was with this key."""
@@ -47,7 +50,7 @@ class Kept:
         if self.store is None:
             return None
         tensors = _tensors(module)
-        self.key = _digest([self.key, name, *tensors], tensors.values())
+        self.key = _digest([self.key, name, repr(module), *tensors], tensors.values())
         found = self.store.read(name, self.key)
         if found is None:
             return None
@@ -58,6 +61,51 @@ class Kept:
         """Write a block that is done."""
         if self.store is not None:
             self.store.write(name, self.key, _tensors(module), [dict(each) for each in sums])
+
+
+class KeptModel:
+    """What the first steps make of a whole model; each that is finished replaces the one before.
+
+    Args:
+        store: None keeps nothing.
+        steps: the first ones of an initialisation.
+        model: before any of them.
+        text: that they read.
+    """
+
+    NAME = "model"
+
+    def __init__(
+        self, store: Store | None, steps: Sequence[InitStep], model: nn.Module, text: Sequence[Mapping[str, Any]]
+    ) -> None:
+        self.steps, self.model = steps, model
+        self.store = store if any(step.WHOLE_MODEL for step in steps) and not is_divided(model) else None
+        self.key = ""
+        if self.store is not None:
+            tensors = _tensors(model)
+            read = [value for batch in text for value in batch.values() if isinstance(value, Tensor)]
+            device = next(model.parameters()).device.type
+            cast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
+            self.key = _digest([cast, repr(model), *tensors], [*tensors.values(), *read])
+
+    def restore(self) -> list[str | None]:
+        """Put into the model what most of the steps made of it; their sentences, one for each step that is done."""
+        for count in range(len(self.steps), 0, -1):
+            if self.store is None or not self.steps[count - 1].WHOLE_MODEL:
+                continue
+            if found := self.store.read(self.NAME, self._after(count)):
+                _put(self.model, found[0])
+                return [next(iter(sentence), None) for sentence in found[1]]
+        return []
+
+    def keep(self, sentences: Sequence[str | None]) -> None:
+        """Write the model after as many steps as there are sentences, if the last of them changes all of it."""
+        if self.store is not None and self.steps[len(sentences) - 1].WHOLE_MODEL:
+            said = [{} if sentence is None else {sentence: 1} for sentence in sentences]
+            self.store.write(self.NAME, self._after(len(sentences)), _tensors(self.model), said)
+
+    def _after(self, count: int) -> str:
+        return _digest([self.key, *(step.model_dump_json() for step in self.steps[:count])], ())
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ class Calibration:
         sites: the weights that the step is for, by path.
         mean_square: of each channel of what a weight is multiplied with, by path.
         track: goes over sites or blocks, and may show how far it is.
-        store: of finished blocks (`qat.init.kept.Store`), for a walk that may be interrupted.
+        store: of what is finished (`qat.init.kept.Store`), for an initialisation that may be interrupted.
     """
 
     model: nn.Module
@@ -51,3 +51,6 @@ class InitStep(Strict):
     def run(self, calibration: Calibration) -> str | None:
         """Change weights or scales in place; returns a sentence for the user, or None."""
         raise NotImplementedError
+
+    def take_up(self, calibration: Calibration) -> None:
+        """Do what `run` does besides changing tensors, where those come from an earlier attempt."""

@@ -5,6 +5,8 @@ layer). Tests, the export targets, `qat formats` and the README table read this 
 element's constants. Sources: OCP Microscaling v1.0; NVIDIA's NVFP4; bitsandbytes' NF4; DeepSeek-V3 for 128x128 blocks.
 """
 
+from dataclasses import replace
+
 from qat.errors import FormatError, nearest
 from qat.numbers.element import integer, minifloat, table
 from qat.numbers.format import Format
@@ -94,6 +96,16 @@ def lookup(name: str) -> Format:
         return CATALOG[name]
     except KeyError:
         raise FormatError(f"no format called {name!r}; nearest: {nearest(name, CATALOG)} (all: qat formats)") from None
+
+
+def widened(fmt: Format, bits: int) -> Format | None:
+    """The integer format of so many bits whose blocks, scales and zero points are those of `fmt`; None where that is no
+    integer format, not narrower, or has no such sibling."""
+    if not (fmt.is_single and fmt.element.is_integer and fmt.element.bits < bits):
+        return None
+    rule = "amax" if fmt.scale_rule == "mean" else fmt.scale_rule  # ternary's mean says nothing of more levels
+    alike = replace(fmt, name="", elements=(integer(bits),), scale_rule=rule, source="")
+    return next((other for other in CATALOG.values() if replace(other, name="", source="") == alike), None)
 
 
 def register(fmt: Format) -> Format:

@@ -73,7 +73,7 @@ def test_a_run_that_is_killed_in_its_initialisation_goes_on_to_the_same_bits(tmp
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     run = jobs["cut"].folder
     assert len(Initialised(run)) == 2
-    assert how_to_go_on(run) == "start it again: the 2 blocks that its initialisation has finished are kept"
+    assert how_to_go_on(run) == "start it again: what its initialisation has finished is kept (2 parts)"
     before = {p: p.stat().st_mtime_ns for p in Initialised(run).folder.rglob("*.safetensors")}
     kept = []
     plain = Initialised.clear

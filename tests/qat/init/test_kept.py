@@ -11,8 +11,14 @@ from torch import Tensor, nn
 from qat.init.blocks import Block
 from qat.init.calibration import initialise, observe
 from qat.init.gptq import Gptq
+from qat.init.hadamard import Hadamard
 from qat.init.kept import Store
+from qat.init.rotate import Rotate
+from qat.init.smooth import Smooth
+from qat.init.step import Calibration
+from qat.numbers.hadamard import BlockHadamard
 from qat.scheme import Scheme
+from qat.sites import weights
 from qat.surgery import apply
 from tests.qat.test_surgery import MOE, batches, build, usual
 
@@ -98,3 +104,80 @@ def test_what_another_walk_left_is_not_taken() -> None:
     scheme = usual("nvfp4", "nvfp4").model_copy(update={"init": (Counted(sequential=True),)})
     on_the_way(model, scheme, Shelf(shelf), 99, 3)
     assert Counted.seen == ["model.layers.1", "model.layers.2"]
+
+
+# --- steps on the whole model ---------------------------------------------------------------------
+
+
+class Folded(Smooth):
+    """Notes that it ran."""
+
+    runs: ClassVar[list[str]] = []
+
+    def run(self, calibration: Calibration) -> str | None:
+        self.runs.append("smooth")
+        return super().run(calibration)
+
+
+class Turned(Rotate):
+    """Notes that it ran, or ends the process instead."""
+
+    stop: ClassVar[bool] = False
+
+    def run(self, calibration: Calibration) -> str | None:
+        if self.stop:
+            raise Stopped
+        Folded.runs.append("rotate")
+        return super().run(calibration)
+
+
+ROTATION: dict[str, Any] = {"steps": 2, "start": "random"}
+
+
+def folded(store: Store | None, stop: bool = False, text: int = 3, **changes: Any) -> tuple[nn.Module, list[str]]:
+    smooth = Folded(strength=changes.pop("strength", 0.5))
+    steps = (smooth, Turned(**ROTATION), Hadamard(size=16), Gptq(sequential=True))
+    scheme = usual("nvfp4", changes.pop("input", "nvfp4")).model_copy(update={"init": steps, **changes})
+    Turned.stop = stop
+    Folded.runs.clear()
+    return on_the_way(build(num_hidden_layers=3), scheme, store, 99, text)
+
+
+def test_steps_on_the_whole_model_are_not_done_again() -> None:
+    whole, said = folded(None)
+    assert Folded.runs == ["smooth", "rotate"]
+    shelf = Shelf()
+    with pytest.raises(Stopped):
+        folded(shelf, stop=True)
+    assert list(shelf) == ["model"] and Folded.runs == ["smooth"]
+    model, told = folded(shelf)
+    assert Folded.runs == ["rotate"] and told == said and same(model, whole)
+    assert sum("model.layers" in name for name in shelf) == 3 and len(shelf) == 4
+    model, told = folded(shelf)
+    assert Folded.runs == [] and told == said and same(model, whole)
+    for one, other in zip(weights(model).values(), weights(whole).values(), strict=True):
+        assert one.input.transforms == other.input.transforms == (BlockHadamard(16),)
+
+
+def test_what_was_made_of_another_model_is_not_taken() -> None:
+    shelf = Shelf()
+    folded(shelf)
+    others: list[dict[str, Any]] = [
+        {"text": 2},
+        {"strength": 0.4},
+        {"input": "mxfp4"},
+        {"estimator": "ste"},
+        {"round_bf16": False},
+    ]
+    for other in others:
+        folded(Shelf(shelf), **other)
+        assert Folded.runs == ["smooth", "rotate"], other
+    with torch.autocast("cpu", torch.bfloat16):
+        folded(Shelf(shelf))
+    assert Folded.runs == ["smooth", "rotate"]
+
+
+def test_a_walk_alone_keeps_no_model() -> None:
+    shelf = Shelf()
+    started(shelf)
+    assert all(name.startswith("model.layers.") for name in shelf) and len(shelf) == 3
