@@ -165,7 +165,7 @@ def test_starts_follow_the_scheme() -> None:
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
 def test_every_step_leaves_scales_to_train_from(step: type[InitStep]) -> None:
-    """And one that concerns the whole model, and trains no weights, leaves alone what the unquantized model computes."""
+    """And one for the whole model that trains no weights leaves alone what the unquantized model computes."""
     scheme = usual("nvfp4", "int8_token").model_copy(update={"init": (step(),)})
     model = apply(build(), scheme)
     with dense(model, inputs=True):
