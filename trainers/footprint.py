@@ -280,10 +280,10 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
     parts = zero.divided(job.deepspeed, job.devices, whole) if job.strategy == "deepspeed" else parts
     saved_weights = _saved_weights(job, facts, mixed)
     activations = _activations(job, facts, mixed)
-    evaluation = _evaluation_space(job, facts) - saved_weights - activations
-    working = max(_training_space(job, facts, device, mixed), evaluation)
-    if shards(job) > 1:  # the layer at work is gathered whole, and the next one with it
-        working += 2 * FP32 * (facts.student.parameters // facts.student.shape.layers)
+    evaluating = _evaluation_space(job, facts) - saved_weights - activations
+    working = max(_training_space(job, facts, device, mixed), evaluating)
+    layers = facts.student.parameters // facts.student.shape.layers
+    working += 2 * FP32 * layers * (shards(job) > 1)  # the one at work is gathered whole, and the next one with it
     small = FP32 * job.micro_rows * job.data.seq_len * facts.student.shape.ffn < HEAP_BLOCK
     heap = HEAP_LOSS[job.activation_checkpointing] if device == "cpu" and small else 0.0
     training = {
@@ -294,11 +294,9 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
         "holes in the heap": int(heap * (saved_weights + activations + working)),
     }
     products = min(FP32 * facts.input_products(job), PRODUCTS)
-    models = (
-        whole["master weights"] + whole["scales"] + whole["teacher"] + facts.saved * lora_footprint.dense_first(job)
-    )
-    if first := divided.first(job):
-        models = divided.initial_bytes(job, facts, parts)
+    models = whole["master weights"] + whole["scales"] + whole["teacher"]  # divided afterwards
+    dense = facts.saved * lora_footprint.dense_first(job)
+    models = divided.initial_bytes(job, facts, parts) if (first := divided.first(job)) else models + dense
     what = "initialisation, beyond that" if first or shards(job) == 1 else "undivided models, initialised"
     beyond = max(0, models + products + _streams(job, facts) - sum(training.values()))
     return {**training, what: beyond, "libraries and device context": RUNTIME[device]}

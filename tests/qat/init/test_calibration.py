@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from qat.errors import FormatError
 from qat.init import gptq
 from qat.init.calibration import calibrate, initialise, input_products, observe
+from qat.init.progressive import Progressive
 from qat.init.scales import initial_scales
 from qat.init.step import InitStep
 from qat.modes import dense
@@ -164,7 +165,7 @@ def test_starts_follow_the_scheme() -> None:
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
 def test_every_step_leaves_scales_to_train_from(step: type[InitStep]) -> None:
-    """And one that concerns the whole model leaves alone what the unquantized model computes."""
+    """And one for the whole model that trains no weights leaves alone what the unquantized model computes."""
     scheme = usual("nvfp4", "int8_token").model_copy(update={"init": (step(),)})
     model = apply(build(), scheme)
     with dense(model, inputs=True):
@@ -175,5 +176,5 @@ def test_every_step_leaves_scales_to_train_from(step: type[InitStep]) -> None:
     with dense(model, inputs=True):
         after = logits(model)
     assert logits(model).isfinite().all()
-    if step.WHOLE_MODEL:
+    if step.WHOLE_MODEL and step is not Progressive:
         torch.testing.assert_close(after, before, rtol=0, atol=1e-4 * float(before.abs().max()))
