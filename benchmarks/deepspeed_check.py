@@ -83,9 +83,9 @@ def _resumed(home: Path, name: str, chosen: dict[str, Any], rows: list[dict[str,
     def stop(loop: Any) -> bool:
         return give_up(loop) or loop._last_step == 3
 
-    callbacks.StepLoop.give_up = stop  # type: ignore[method-assign]
+    callbacks.StepLoop.give_up = stop  # type: ignore[method-assign] # a stop at step 3, as a signal makes one
     main(["train", str(half)])
-    callbacks.StepLoop.give_up = give_up  # type: ignore[method-assign]
+    callbacks.StepLoop.give_up = give_up  # type: ignore[method-assign] # as it was
     if main(["train", str(half), "--resume"]):
         return {"failed": "resume"}
     again = metrics(load_job(half))

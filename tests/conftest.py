@@ -1,4 +1,4 @@
-"""What tests share: signals as a terminal gives them, a disk small enough to fill."""
+"""What tests share: signals as a terminal gives them, a disk small enough to fill, groups of processes."""
 
 import gc
 import os
@@ -41,3 +41,24 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     finally:
         gc.collect()  # tensors that were loaded from there still map their file
         subprocess.run(["umount", mount], check=True)
+
+
+@pytest.fixture
+def one() -> Iterator[None]:
+    """A process group of this process alone."""
+    from torch import distributed
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.fixture
+def two() -> Iterator[None]:
+    """The first of two processes, of which the second is not there: nothing is communicated."""
+    from torch import distributed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    distributed.destroy_process_group()

@@ -16,11 +16,10 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
-from torch.nn import functional
 
 from qat.errors import ConfigError
 from qat.init.calibration import observe
-from qat.init.reconstruct import BETAS, KEPT_BACK, learning, shuffled
+from qat.init.reconstruct import BETAS, KEPT_BACK, divergence, learning, shuffled
 from qat.init.scales import ScaleSearch
 from qat.init.step import Calibration, InitStep
 from qat.modes import dense
@@ -128,11 +127,7 @@ class _Fit:
 
     def _loss(self, index: int) -> Tensor:
         """KL divergence from the model as it was, mean over tokens."""
-        batch = self.calibration.batches[index]
-        with torch.no_grad(), self._as_before():
-            wanted = self.model(**batch).logits.float().log_softmax(-1).flatten(0, -2)
-        got = self.model(**batch).logits.float().log_softmax(-1).flatten(0, -2)
-        return functional.kl_div(got, wanted, log_target=True, reduction="batchmean")
+        return divergence(self.model, self.calibration.batches[index], self._as_before())
 
     @torch.no_grad()
     def _judge(self) -> float:

@@ -9,11 +9,12 @@ move by one step of its grid at most: a short text decides how it is rounded, no
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional
 
 from qat.init.blocks import Block, BlockStep
 from qat.numbers.numerics import from_blocks, per_block, to_blocks
@@ -159,6 +160,14 @@ class _Fit:
 def error(output: Tensor, target: Tensor) -> Tensor:
     """Mean over tokens of |output - target|^2 / |target|^2: what follows normalises each token."""
     return ((output - target).square().sum(-1) / target.square().sum(-1)).mean()
+
+
+def divergence(model: Any, batch: dict[str, Any], before: contextlib.AbstractContextManager[None]) -> Tensor:
+    """KL divergence of a model's predictions on a batch from its own inside `before`, mean over tokens."""
+    with torch.no_grad(), before:
+        wanted = model(**batch).logits.float().log_softmax(-1).flatten(0, -2)
+    got = model(**batch).logits.float().log_softmax(-1).flatten(0, -2)
+    return functional.kl_div(got, wanted, log_target=True, reduction="batchmean")
 
 
 def shuffled(indices: list[int], seed: int = 0) -> Iterator[int]:

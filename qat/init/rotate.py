@@ -16,13 +16,12 @@ from typing import Literal
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 from qat.errors import ConfigError, UnsupportedError
 from qat.init.calibration import observe
 from qat.init.permute import logits_of, tolerance
-from qat.init.reconstruct import BETAS, KEPT_BACK, LOOKS, learning, shuffled
+from qat.init.reconstruct import BETAS, KEPT_BACK, LOOKS, divergence, learning, shuffled
 from qat.init.rotations import Folding, Start, polished, residual_rotation, start_of, value_rotations
 from qat.init.scales import ScaleSearch
 from qat.init.step import Calibration, InitStep
@@ -168,11 +167,7 @@ class _Fit:
 
     def loss(self, index: int) -> Tensor:
         """KL divergence from the unquantized model, mean over tokens."""
-        batch = self.calibration.batches[index]
-        with torch.no_grad(), dense(self.model, inputs=True):
-            wanted = self.model(**batch).logits.float().log_softmax(-1).flatten(0, -2)
-        got = self.model(**batch).logits.float().log_softmax(-1).flatten(0, -2)
-        return functional.kl_div(got, wanted, log_target=True, reduction="batchmean")
+        return divergence(self.model, self.calibration.batches[index], dense(self.model, inputs=True))
 
     @torch.no_grad()
     def judge(self) -> float:

@@ -1,15 +1,13 @@
 """A divided model is the model: outputs, gradients, saved tensors and what follows a step, bit for bit; and its parts
 are parts. One process is a group of its own here; `tests/trainers/test_strategy.py` runs two."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, distributed, nn
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch import Tensor, nn
 
 from qat import sharded
 from qat.checkpoints.hf import load_model
@@ -33,21 +31,6 @@ TOKENS = torch.arange(64).view(2, 32) % 300
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model("qwen3_moe", tmp_path_factory.mktemp("sharded") / "experts", hidden_size=64)
-
-
-@pytest.fixture
-def one() -> Iterator[None]:
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
-
-
-@pytest.fixture
-def two() -> Iterator[None]:
-    """The first of two processes, of which the second is not there: nothing is communicated."""
-    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield
-    distributed.destroy_process_group()
 
 
 def student(folder: Path, learn: str = "dual_lsq", weight: str = "nvfp4", input: str | None = "nvfp4") -> Any:

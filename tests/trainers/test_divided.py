@@ -1,14 +1,12 @@
 """Models that are divided before they have numbers: the very ones that are divided afterwards, and no bigger."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, distributed, nn
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch import Tensor, nn
 
 from qat import sharded
 from qat.checkpoints.hf import load_configured
@@ -26,21 +24,6 @@ EXPERTS = {"rules": [{"match": "re:.*(_proj|experts.*)", "weight": "int4_g32_asy
 TABLE = {
     "rules": [{"match": "re:.*(_proj|embed_tokens)", "weight": "int4_g32", "input": None}, {"match": "*", "skip": "x"}]
 }
-
-
-@pytest.fixture
-def one() -> Iterator[None]:
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
-
-
-@pytest.fixture
-def two() -> Iterator[None]:
-    """The first of two processes, of which the second is not there: nothing is communicated."""
-    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield
-    distributed.destroy_process_group()
 
 
 def job(folder: Path, kind: str, **changes: Any) -> Job:
