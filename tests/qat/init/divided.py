@@ -131,6 +131,7 @@ def main(rank: int, size: int, store: str, folder: Path) -> None:
             save_file(tensors, folder / f"resumed-{rank}.safetensors")
         except Stopped:
             pass
+        distributed.barrier()  # the first rank writes what is kept; the other may be past it
         told[f"attempt {attempt}"] = {"seen": list(Counted.seen), "kept": len(kept), "said": said}
         distributed.barrier()
     (folder / f"told-{rank}.json").write_text(json.dumps(told))
