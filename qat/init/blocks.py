@@ -137,13 +137,15 @@ class Block:
             told.update(dict.fromkeys(path for paths in own for path in paths))
         return agreed
 
-    def reads(self, site: Site) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-        """What a weight is multiplied with, (tokens, columns) before it is quantized, by batch: in the dense model,
-        and after the quantized blocks and layers before it. None where no token of the batch reaches it."""
+    def reads(self, site: Site, dense: bool = True) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+        """What a weight is multiplied with, (tokens, columns) before it is quantized, by batch: in the dense model (if
+        asked for), and after the quantized blocks and layers before it. None where no token of the batch reaches it."""
         with frozen(self.module):
             for index, hidden in enumerate(self.served):
-                with self.unquantized():
-                    wanted = self._read(site, self.dense[index], index)
+                wanted = None
+                if dense:
+                    with self.unquantized():
+                        wanted = self._read(site, self.dense[index], index)
                 yield wanted, self._read(site, hidden, index)
 
     def _read(self, site: Site, hidden: Tensor, index: int) -> Tensor | None:

@@ -12,18 +12,22 @@ Two choices that a plain squared error gets wrong, since it knows nothing of how
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from qat.init.scales import where_optional, with_stored
+from qat.init.scales import with_stored
 from qat.numbers.format import Format
-from qat.numbers.numerics import Scales, from_blocks, per_block, rounded, to_blocks
+from qat.numbers.numerics import Scales, from_blocks, per_block, rounded, to_blocks, to_elements_
 from qat.numbers.scale import select
 
 TOGETHER = 64  # columns between two updates of everything else
+ANEW = 256  # columns between two times that the gradient of the columns ahead is made from all errors
 RATIOS = (0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.2)  # around a scale whose type has too many neighbours to try
 NOISE = 1e-5  # of a row's error: what float32 sums may be off, which a gain has to exceed
+AT_ONCE = {"cpu": 1 << 18}  # values of trials: those of a core's cache; the rest of a device's memory
+MOST_AT_ONCE = 1 << 26
 
 
 def of_block(scales: Scales, block: int) -> Scales:
@@ -38,9 +42,26 @@ def of_block(scales: Scales, block: int) -> Scales:
     )
 
 
-def codes_of_column(values: Tensor, fmt: Format, own: Scales) -> Tensor:
-    """Element values of one column (rows,) by the scales of its block."""
-    return rounded(values.view(-1, 1, 1, 1), fmt, own).view(-1)
+class Rounding:
+    """How the columns of a block are rounded, made once for all of them.
+
+    Attributes:
+        scale: float32 (rows,), what a code is multiplied with.
+    """
+
+    def __init__(self, fmt: Format, own: Scales) -> None:
+        self.fmt = fmt
+        self.scale = own.effective().reshape(-1).contiguous()
+        self.zero = None if own.zero_point is None else own.zero_point.reshape(-1).to(torch.float32)
+        self.choice = None if own.choice is None else own.choice.reshape(-1)
+
+    def codes(self, values: Tensor, out: Tensor) -> Tensor:
+        """Element values of one column (rows,), written to `out`."""
+        return to_elements_(torch.div(values, self.scale, out=out), self.fmt, self.zero, self.choice)
+
+    def lost(self, values: Tensor, out: Tensor) -> Tensor:
+        """What a column loses, written to `out`."""
+        return torch.sub(values, self.codes(values, out).mul_(self.scale), out=out)
 
 
 def writable(scales: Scales) -> Scales:
@@ -69,48 +90,58 @@ def arrived(values: Tensor, fmt: Format, own: Scales, upper: Tensor) -> Scales:
         own: of the block.
         upper: (columns, columns), the block's part of the factor of the inverse Hessian.
     """
-    blocked = values.t()[:, None, None, :]
-    if fmt.scale.sweep:
-        stored = list(fmt.scale.neighbours(own.stored))
-    else:
-        stored = [fmt.scale.store(own.effective() * ratio, own.global_scale) for ratio in RATIOS]
-    trials = [own, *(with_stored(blocked, fmt, own, each, None) for each in stored)]
+    columns, rows = values.shape
+    trials = 1 + len(fmt.scale.sweep or RATIOS)
+    high = max(1, AT_ONCE.get(values.device.type, MOST_AT_ONCE) // (trials * columns))
+    parts = [slice(start, start + high) for start in range(0, rows, high)]
+    found = Scales.joined([_arrived(values[:, part], fmt, own.rows(part), upper) for part in parts])
+    return replace(found, global_scale=own.global_scale)
+
+
+def _arrived(values: Tensor, fmt: Format, own: Scales, upper: Tensor) -> Scales:
+    trials = _trials(values, fmt, own)
     lost = _walked(values, fmt, trials, upper)
-    best, least = own, lost[0]
-    for trial, loss in zip(trials[1:], lost[1:], strict=True):
-        better = loss < least
-        least = torch.where(better, loss, least)
-        best = _chosen(better, trial, best)
-    return best
+    best = torch.where(torch.isnan(lost), torch.inf, lost).argmin(dim=0, keepdim=True)  # the first, where equal
+
+    def taken(of_trials: Tensor | None) -> Tensor | None:
+        return None if of_trials is None else of_trials.view(lost.shape).gather(0, best).view(-1, 1)
+
+    stored = taken(fmt.scale.to_bytes(trials.stored))
+    assert stored is not None
+    zero, choice = taken(trials.zero_point), taken(trials.choice)
+    return replace(own, stored=fmt.scale.from_bytes(stored), zero_point=zero, choice=choice)
 
 
-def _walked(values: Tensor, fmt: Format, trials: list[Scales], upper: Tensor) -> Tensor:
+def _trials(values: Tensor, fmt: Format, own: Scales) -> Scales:
+    """`own` and its neighbours, (trials x rows, 1)."""
+    if fmt.scale.sweep:
+        stored = fmt.scale.neighbours(own.stored)
+    else:
+        ratios = _ratios(values.device)[:, None, None]
+        stored = fmt.scale.store(own.effective() * ratios, own.global_scale)
+    count, blocked = len(stored), values.t()[:, None, None, :]
+    zero, above = (None if t is None or not t.dim() else t.repeat(count, 1) for t in (own.zero_point, own.global_scale))
+    around = Scales(stored.flatten(0, 1), own.global_scale if above is None else above, zero, type=own.type)
+    if zero is not None or not fmt.is_single:
+        around = with_stored(blocked.repeat(count, 1, 1, 1), fmt, around, around.stored, None)
+    return Scales.joined([own, around])
+
+
+@lru_cache(maxsize=8)
+def _ratios(device: torch.device) -> Tensor:
+    return torch.tensor(RATIOS, device=device)
+
+
+def _walked(values: Tensor, fmt: Format, trials: Scales, upper: Tensor) -> Tensor:
     """What each trial loses (trials, rows) in a walk over the block, all of them side by side."""
-    zeros, choices = ([getattr(t, name) for t in trials] for name in ("zero_point", "choice"))
-    together = Scales(
-        torch.cat([trial.effective() for trial in trials]),
-        zero_point=None if zeros[0] is None else torch.cat(zeros),
-        choice=None if choices[0] is None else torch.cat(choices),
-    )
-    scale = together.stored.view(-1)
-    work, lost = values.repeat(1, len(trials)), torch.zeros_like(scale)
-    for column in range(len(work)):
-        now = work[column]
-        error = (now - codes_of_column(now, fmt, together) * scale) / upper[column, column]
-        lost += error.square()
-        work[column + 1 :] -= torch.outer(upper[column, column + 1 :], error)
-    return lost.view(len(trials), -1)
-
-
-def _chosen(better: Tensor, a: Scales, b: Scales) -> Scales:
-    """Those of `a` in some rows (rows,) of a block, of `b` in others."""
-    where = better[:, None]
-    return replace(
-        b,
-        stored=select(where, a.stored, b.stored),
-        zero_point=where_optional(where, a.zero_point, b.zero_point),
-        choice=where_optional(where, a.choice, b.choice),
-    )
+    count = len(trials.stored) // values.shape[1]
+    rounding, diagonal = Rounding(fmt, trials), upper.diagonal()[:, None]
+    work, unit = values.repeat(1, count), upper / diagonal
+    lost = torch.empty_like(work)
+    for column, (now, left) in enumerate(zip(work.unbind(), lost.unbind(), strict=True)):
+        rounding.lost(now, left)
+        work[column + 1 :].addr_(unit[column, column + 1 :], left, alpha=-1)
+    return lost.div_(diagonal).square_().sum(dim=0).view(count, -1)
 
 
 # --- once all are known ---------------------------------------------------------------------------
@@ -123,14 +154,27 @@ class Refitted:
     Attributes:
         latent: of the weight's shape and dtype.
         scales: in which `latent` rounds to the codes.
-        better: how many rows lose less; others are as they were.
-        left: share of the error that is left, of the whole matrix (scalar).
+        before, after: error of each row; equal for rows that are as they were.
     """
 
     latent: Tensor
     scales: Scales
-    better: int
-    left: float
+    before: Tensor
+    after: Tensor
+
+    @property
+    def better(self) -> int:
+        """How many rows lose less."""
+        return int((self.after < self.before).sum())
+
+    @property
+    def left(self) -> float:
+        """Share of the error that is left, of the whole matrix."""
+        return float(self.after.sum() / self.before.sum().clamp_min(torch.finfo(torch.float32).tiny))
+
+    def rows(self, part: slice) -> "Refitted":
+        """Of some rows of a matrix."""
+        return Refitted(self.latent[part], self.scales.rows(part), self.before[part], self.after[part])
 
 
 def refitted(weight: Tensor, latent: Tensor, fmt: Format, scales: Scales, matrix: Tensor, rounds: int) -> Refitted:
@@ -154,11 +198,8 @@ def refitted(weight: Tensor, latent: Tensor, fmt: Format, scales: Scales, matrix
     better = after < before * (1 - NOISE)
     rows = better.view(*weight.shape[:-1], 1)
     stored = select(better[:, None], descent.scales.stored, scales.stored)
-    kept = torch.where(better, after, before)
-    left = float(kept.sum() / before.sum().clamp_min(torch.finfo(torch.float32).tiny))
-    return Refitted(
-        torch.where(rows, moved, latent), replace(scales, stored=stored, divisor=None), int(better.sum()), left
-    )
+    found = replace(scales, stored=stored, divisor=None)
+    return Refitted(torch.where(rows, moved, latent), found, before, torch.where(better, after, before))
 
 
 def _columns(matrix: Tensor) -> Tensor:
@@ -177,63 +218,77 @@ def _errors(lost: Tensor, matrix: Tensor) -> Tensor:
 
 
 class _Descent:
-    """Where it stands: codes (element values), what they stand for, and what each column's error costs.
+    """Where it stands: codes (element values) and what they stand for; all (columns, rows).
 
     Attributes:
-        latent: (columns, rows), what was rounded last.
-        pull: H (q - w), (columns, rows), half the gradient of the error.
+        latent: what was rounded last.
+        lost: q - w. Half the gradient of the error is H times that, the pull on a column.
     """
 
     def __init__(self, target: Tensor, latent: Tensor, fmt: Format, scales: Scales, matrix: Tensor) -> None:
         self.fmt, self.scales, self.matrix, self.latent = fmt, writable(scales), matrix, latent.clone()
-        self.width = fmt.block_for(target.shape[1], target.shape[0])[1]
+        self.target, self.width = target, fmt.block_for(target.shape[1], target.shape[0])[1]
         shape = latent.t().shape
         codes = rounded(to_blocks(latent.t(), fmt), fmt, self.scales)
         self.codes = _columns(from_blocks(codes, shape, fmt))
         self.values = _columns(from_blocks(codes * per_block(self.scales.effective()), shape, fmt))
-        self.pull = matrix @ (self.values - target)
+        self.lost = self.values - target
 
     def go_over(self) -> None:
         """One step for the scale of each block and for the code of each column."""
-        for block in range(len(self.latent) // self.width):
-            part = slice(block * self.width, (block + 1) * self.width)
-            own = self._scale(block, part)
-            for start in range(part.start, part.stop, TOGETHER):
-                self._round(slice(start, min(start + TOGETHER, part.stop)), own)
+        high = max(1, ANEW // self.width) * self.width
+        for start in range(0, len(self.latent), high):
+            stop = min(start + high, len(self.latent))
+            pull = self.matrix[start:stop] @ self.lost
+            for first in range(start, stop, self.width):
+                self._block(slice(first, first + self.width), pull[first - start :])
 
-    def _scale(self, block: int, part: slice) -> Scales:
-        own, codes = of_block(self.scales, block), self.codes[part]
+    def _block(self, part: slice, pull: Tensor) -> None:
+        """Fit the block's scale, then its codes.
+
+        Args:
+            pull: on the columns of the block and those after it, up to where it is made anew; updated for these.
+        """
+        before, ahead = self.values[part].clone(), slice(part.stop, part.start + len(pull))
+        rounding = Rounding(self.fmt, self._scale(part, pull[: self.width]))
+        torch.mul(self.codes[part], rounding.scale, out=self.values[part])
+        pull[: self.width].addmm_(self.matrix[part, part], self.values[part] - before)
+        for start in range(0, self.width, TOGETHER):
+            self._round(part.start, slice(start, min(start + TOGETHER, self.width)), rounding, pull)
+        pull[self.width :].addmm_(self.matrix[ahead, part], self.values[part] - before)
+        torch.sub(self.values[part], self.target[part], out=self.lost[part])
+
+    def _scale(self, part: slice, pull: Tensor) -> Scales:
+        own, codes = of_block(self.scales, part.start // self.width), self.codes[part]
         now = own.effective().view(-1)
-        slope = (codes * self.pull[part]).sum(dim=0)
+        slope = (codes * pull).sum(dim=0)
         curvature = (codes * (self.matrix[part, part] @ codes)).sum(dim=0)
         wanted = now - slope / curvature
-        best, least = own, torch.zeros_like(now)
+        best, least = own.stored, torch.zeros_like(now)
         # Powers of two: the nearest in the logarithm is not always the better one.
         for share in (1.0, 0.9) if self.fmt.scale.significant_bits == 1 else (1.0,):
-            stored = self.fmt.scale.store((wanted * share)[:, None], own.global_scale)
-            trial = replace(own, stored=stored)
+            trial = replace(own, stored=self.fmt.scale.store((wanted * share)[:, None], own.global_scale))
             step = trial.effective().view(-1) - now
             change = step * (step * curvature + 2 * slope)
             better = (change < least) & (wanted > 0)  # blocks of zeros, and signs that would turn, stay
             least = torch.where(better, change, least)
-            best = _chosen(better, trial, best)
-        put(self.scales, block, best)
-        values = codes * best.effective().view(-1)
-        self._move(part, values)
-        return best
+            best = select(better[:, None], trial.stored, best)
+        found = replace(own, stored=best)
+        put(self.scales, part.start // self.width, found)
+        return found
 
-    def _round(self, part: slice, own: Scales) -> None:
-        scale, own_pull = own.effective().view(-1), self.pull[part].clone()
-        matrix, values = self.matrix[part, part], self.values[part].clone()
-        for column in range(len(values)):
-            wanted = values[column] - own_pull[column] / matrix[column, column]
-            codes = codes_of_column(wanted, self.fmt, own)
-            self.latent[part.start + column], self.codes[part.start + column] = wanted, codes
-            step = codes * scale - values[column]
-            values[column] += step
-            own_pull[column + 1 :] += torch.outer(matrix[column, column + 1 :], step)
-        self._move(part, values)
-
-    def _move(self, part: slice, values: Tensor) -> None:
-        self.pull += self.matrix[:, part] @ (values - self.values[part])
-        self.values[part] = values
+    def _round(self, first: int, part: slice, rounding: Rounding, pull: Tensor) -> None:
+        """Columns `part` of the block that begins at `first`; updates the pull on the rest of the block."""
+        here = slice(first + part.start, first + part.stop)
+        matrix, values = self.matrix[here, here], self.values[here]
+        unit, own_pull = matrix / matrix.diagonal(), pull[part] / matrix.diagonal()[:, None]
+        moved = torch.empty_like(values)
+        columns = zip(values, own_pull, self.latent[here], self.codes[here], moved, strict=True)
+        for column, (value, pulled, latent, codes, step) in enumerate(columns):
+            torch.sub(value, pulled, out=latent)
+            torch.mul(rounding.codes(latent, codes), rounding.scale, out=step).sub_(value)
+            own_pull[column + 1 :].addr_(unit[column, column + 1 :], step)
+        torch.mul(self.codes[here], rounding.scale, out=values)
+        if part.stop < self.width:
+            rest = slice(here.stop, first + self.width)
+            pull[part.stop : self.width].addmm_(self.matrix[rest, here], moved)

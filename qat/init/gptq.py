@@ -10,8 +10,10 @@ quantized layers before it give, and can make up for a part of what those have l
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
+from operator import itemgetter
 from typing import Literal
 
 import torch
@@ -21,7 +23,7 @@ from torch import Tensor
 from qat.errors import FormatError
 from qat.init.blocks import Block, BlockStep, block_of
 from qat.init.calibration import input_products
-from qat.init.columns import TOGETHER, arrived, codes_of_column, of_block, put, refitted, writable
+from qat.init.columns import TOGETHER, Rounding, arrived, of_block, put, refitted, writable
 from qat.init.scales import Search, search_scales, share_global_scales
 from qat.init.step import Calibration
 from qat.init.together import Together, opened_parts
@@ -67,24 +69,20 @@ def compensated(
     work = weight.detach().to(torch.float32).t().contiguous()  # (columns, rows): one column is contiguous
     for start in range(0, columns, together):
         stop = min(start + together, columns)
-        errors = torch.empty(stop - start, rows, device=weight.device)
-        for column in range(start, stop):
-            if choose and column % width == 0:
-                part = slice(column, column + width)
+        errors, diagonal = work.new_empty(stop - start, rows), upper.diagonal()[start:stop, None]
+        unit = upper[start:stop, start:] / diagonal
+        for place, (column, lost) in enumerate(zip(range(start, stop), errors.unbind(), strict=True)):
+            if column % width == 0:
                 own = of_block(scales, column // width)
-                put(scales, column // width, arrived(work[part], fmt, own, upper[part, part]))
-            values = work[column]
-            lost = (values - _round_column(values, fmt, scales, column // width)) / upper[column, column]
-            errors[column - start] = lost
-            work[column + 1 : stop] -= torch.outer(upper[column, column + 1 : stop], lost)
-        work[stop:] -= upper[start:stop, stop:].t() @ errors
+                if choose:
+                    part = slice(column, column + width)
+                    own = arrived(work[part], fmt, own, upper[part, part])
+                    put(scales, column // width, own)
+                rounding = Rounding(fmt, own)
+            rounding.lost(work[column], lost)
+            work[column + 1 : stop].addr_(unit[place, place + 1 : stop - start], lost, alpha=-1)
+        work[stop:].addmm_(unit[:, stop - start :].t(), errors, alpha=-1)
     return work.t().contiguous().to(weight.dtype).view(stacked), scales
-
-
-def _round_column(values: Tensor, fmt: Format, scales: Scales, block: int) -> Tensor:
-    """Quantized values of one column (rows,) whose scales stand in block column `block`."""
-    own = of_block(scales, block)
-    return codes_of_column(values, fmt, own) * own.effective().view(-1)
 
 
 @dataclass(frozen=True)
@@ -148,6 +146,7 @@ def corrected(weight: Tensor, lost: Tensor, gram: Tensor, share: float) -> Tenso
     return (weight.to(torch.float64) + share * (weight.to(torch.float64) @ moved)).to(weight.dtype)
 
 
+STACKED = 1 << 26  # values that are walked at once: beyond it, steps are long enough by themselves
 PRODUCTS = 4 << 30  # bytes of input products at a time: Llama 8B has 33 GB of them in all, 1 GB per block
 
 
@@ -212,8 +211,8 @@ class Gptq(BlockStep):
             for site in mine:
                 search_scales(site, self.search, gram.diagonal() if self.weighted else None)
             inverses = _Inverses(counts, told=together.owns(0))
-            for site in mine:
-                self._compensate(site, gram, inverses)
+            if mine:
+                self._compensate(mine, gram, inverses)
             together.spread(group)
         share_global_scales(replace(block.calibration, sites=sites))
         for site in sites.values():
@@ -263,30 +262,41 @@ class Gptq(BlockStep):
         inputs = list({id(products[path]): None for path in part.sites})  # weights that read one share its inverse
         places = [inputs.index(id(products[path])) for path in part.sites]
         tracked = part.track(part.sites) if together.size == 1 else part.sites.items()
-        for place, (path, site) in zip(places, tracked, strict=True):
-            if together.owns(place):
-                gram = products[path]
-                search_scales(site, self.search, gram.diagonal() if self.weighted else None)
-                self._compensate(site, gram, inverses)
+        for place, group in groupby(zip(places, tracked, strict=True), key=itemgetter(0)):
+            own = [site for _, (_, site) in group] if together.owns(place) else []
+            for site in own:
+                diagonal = products[site.path].diagonal()
+                search_scales(site, self.search, diagonal if self.weighted else None)
+            if own:
+                self._compensate(own, products[own[0].path], inverses)
         together.spread(list(part.sites.values()), places)
         latents = [(part.sites[path], part.sites[path].parameter.clone()) for path in before]
         for path, original in before.items():
             part.sites[path].parameter.copy_(original)
         return latents
 
-    def _compensate(self, site: Site, gram: Tensor, inverses: "_Inverses") -> None:
-        quantizer, weight, factor = site.quantizer, site.weight, inverses.of(gram)
-        with torch.autocast(weight.device.type, enabled=False):
-            fmt, given = quantizer.format, quantizer.scales()
-            latent, scales = compensated(weight, fmt, given, factor, self.choose == "arrival")
-            if self.refit:
-                found = refitted(weight, latent, fmt, scales, damped(gram, factor), self.refit)
-                latent, scales = found.latent, found.scales
-                rows = weight.shape[:-1].numel()
-                inverses.counts.update(better=found.better, rows=rows, left=round(found.left * rows))
-            weight.copy_(latent)
-            if scales is not given:
-                quantizer.set_scales(scales)
+    def _compensate(self, sites: Sequence[Site], gram: Tensor, inverses: "_Inverses") -> None:
+        """Weights that read one tensor. Rows are independent, so those of several are walked as one tall matrix."""
+        factor = inverses.of(gram)
+        matrix = damped(gram, factor) if self.refit else None
+        for members in _stacks(sites):
+            fmt, given = members[0].format, [site.quantizer.scales() for site in members]
+            weights = [site.weight.flatten(0, -2) for site in members]
+            weight, scales = weights[0] if len(weights) == 1 else torch.cat(weights), Scales.joined(given)
+            ends = list(accumulate(len(each) for each in weights))
+            parts = [slice(end - len(each), end) for end, each in zip(ends, weights, strict=True)]
+            with torch.autocast(weight.device.type, enabled=False):
+                latent, scales = compensated(weight, fmt, scales, factor, self.choose == "arrival")
+                if matrix is not None:
+                    found = refitted(weight, latent, fmt, scales, matrix, self.refit)
+                    latent, scales = found.latent, found.scales
+                    for own in map(found.rows, parts):
+                        rows = len(own.latent)
+                        inverses.counts.update(better=own.better, rows=rows, left=round(own.left * rows))
+                for site, before, part in zip(members, given, parts, strict=True):
+                    site.weight.copy_(latent[part].view_as(site.weight))
+                    if self.refit or self.choose == "arrival":
+                        site.quantizer.set_scales(replace(scales.rows(part), global_scale=before.global_scale))
 
     def sentence(self, counts: Counter[str]) -> str | None:
         """See `BlockStep`."""
@@ -320,13 +330,25 @@ class _Inverses:
         return self._last[1]
 
 
+def _stacks(sites: Sequence[Site]) -> Iterator[list[Site]]:
+    """Sites in lists of one format and dtype, of no more than STACKED values together."""
+    alike: dict[tuple[str, torch.dtype], list[Site]] = defaultdict(list)
+    for site in sites:
+        members = alike[site.format.name, site.weight.dtype]
+        if members and sum(each.parameter.numel() for each in (*members, site)) > STACKED:
+            yield members[:]
+            members.clear()
+        members.append(site)
+    yield from filter(None, alike.values())
+
+
 def _moments(block: Block, site: Site, with_lost: bool, together: Together) -> tuple[Tensor, Tensor | None]:
     """Means of x' x'^T and (x - x') x'^T over what the site and its group are multiplied with, in all processes."""
     columns, device = site.weight.shape[-1], site.weight.device
     gram = torch.zeros(columns, columns, device=device)
     lost = torch.zeros_like(gram) if with_lost else None
     tokens = 0
-    for dense, served in block.reads(site):
+    for dense, served in block.reads(site, with_lost):
         if served is None:
             lost = None if dense is not None else lost
             continue

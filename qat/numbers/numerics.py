@@ -9,6 +9,7 @@ columns, columns per block); scale tensors are (block rows, block columns).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,6 +51,30 @@ class Scales:
         """The same, known to be stored as `fmt` says where they have its dtype (other tools' may be wider floats)."""
         typed = self.type is not None or self.stored.dtype != fmt.scale.storage
         return self if typed else replace(self, type=fmt.scale)
+
+    def rows(self, part: slice) -> "Scales":
+        """Those of some block rows, where what is stored divides."""
+        above, (zero, choice) = (
+            self.global_scale,
+            (None if t is None else t[part] for t in (self.zero_point, self.choice)),
+        )
+        if above is not None and above.dim() and len(above) == len(self.stored):
+            above = above[part]
+        return Scales(self.stored[part], above, zero, choice, type=self.type)
+
+    @staticmethod
+    def joined(parts: "Sequence[Scales]") -> "Scales":
+        """Those of tensors one below the other; each keeps its global scale, and what is stored divides."""
+        if len(parts) == 1:
+            return replace(parts[0], divisor=None)
+        raw, dtype = [part.stored for part in parts], parts[0].stored.dtype
+        if dtype.itemsize == 1:  # torch joins no floats of a byte
+            raw = [stored.view(torch.uint8) for stored in raw]
+        above = [part.global_scale.expand(len(part.stored), 1) for part in parts if part.global_scale is not None]
+        zeros = [part.zero_point for part in parts if part.zero_point is not None]
+        choices = [part.choice for part in parts if part.choice is not None]
+        of_each = (torch.cat(tensors) if tensors else None for tensors in (above, zeros, choices))
+        return Scales(torch.cat(raw).view(dtype), *of_each, type=parts[0].type)
 
 
 @dataclass(frozen=True)
@@ -209,20 +234,25 @@ def rounded(blocked: Tensor, fmt: Format, scales: Scales) -> Tensor:
     """Element values (zero point already subtracted) of a blocked float32 tensor; a new tensor."""
     divisor = scales.effective() if scales.divisor is None else scales.divisor
     x = (in_parts(blocked, divisor) / per_block(divisor)).reshape(blocked.shape)
-    if scales.zero_point is not None:
-        zero = per_block(scales.zero_point).to(torch.float32)
+    zero, choice = (None if t is None else per_block(t) for t in (scales.zero_point, scales.choice))
+    return to_elements_(x, fmt, None if zero is None else zero.to(torch.float32), choice)
+
+
+def to_elements_(x: Tensor, fmt: Format, zero: Tensor | None, choice: Tensor | None) -> Tensor:
+    """Round float32 numbers in units of their scale to element values, in place; zero points (float32) and choices of
+    elements broadcast."""
+    if zero is not None:
         half = 2 ** (fmt.element.bits - 1)
         return x.round_().add_(zero).clamp_(-half, half - 1).sub_(zero)
-    if scales.choice is None:
+    if choice is None:
         return fmt.element.round_(x)
-    options = [element.round(x) for element in fmt.elements]
-    return _pick(options, scales.choice)
+    return x.copy_(_pick([element.round(x) for element in fmt.elements], choice))
 
 
 def _pick(options: list[Tensor], choice: Tensor) -> Tensor:
     result = options[0]
     for index, option in enumerate(options[1:], start=1):
-        result = torch.where(per_block(choice) == index, option, result)
+        result = torch.where(choice == index, option, result)
     return result
 
 
@@ -235,12 +265,12 @@ def _encode(values: Tensor, fmt: Format, scales: Scales) -> Tensor:
         return fmt.element.encode(values + per_block(scales.zero_point).to(torch.float32))
     if scales.choice is None:
         return fmt.element.encode(values)
-    return _pick([element.encode(values) for element in fmt.elements], scales.choice)
+    return _pick([element.encode(values) for element in fmt.elements], per_block(scales.choice))
 
 
 def _decode(codes: Tensor, fmt: Format, scales: Scales) -> Tensor:
     if scales.choice is not None:
-        return _pick([element.decode(codes) for element in fmt.elements], scales.choice)
+        return _pick([element.decode(codes) for element in fmt.elements], per_block(scales.choice))
     values = fmt.element.decode(codes)
     return values if scales.zero_point is None else values - per_block(scales.zero_point).to(torch.float32)
 

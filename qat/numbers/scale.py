@@ -5,8 +5,8 @@ work with any of them; kernels name those that they decode. A new one is an obje
 float), and the catalogue's literal that uses it.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import torch
@@ -63,12 +63,16 @@ class ScaleType:
         """What is stored for blocks with these largest magnitudes. `rule` is read where only powers of two exist."""
         return self.store(over(amax, element.max), global_scale)
 
-    def neighbours(self, stored: Tensor) -> Iterator[Tensor]:
-        """Stored scales at the offsets of `sweep`, saturating."""
-        code = self.to_bytes(stored).to(torch.int16)
+    def neighbours(self, stored: Tensor) -> Tensor:
+        """Stored scales at the offsets of `sweep`, saturating: (offsets, *shape of `stored`)."""
+        low, high = self._ends
+        offsets = _offsets(self.sweep, stored.device).view(-1, *[1] * stored.dim())
+        return self.from_bytes((self.to_bytes(stored).to(torch.int16) + offsets).clamp_(low, high).to(torch.uint8))
+
+    @cached_property
+    def _ends(self) -> tuple[int, int]:
         low, high = self.to_bytes(self.encode(torch.tensor([self.smallest, self.largest]))).tolist()
-        for offset in self.sweep:
-            yield self.from_bytes((code + offset).clamp(low, high).to(torch.uint8))
+        return low, high
 
     def spoil(self, stored: Tensor, where: Tensor) -> Tensor:
         """`stored` with NaN `where` it says so."""
@@ -130,6 +134,11 @@ class ExponentScale(ScaleType):
             exponent = ((bits >> 23) - EXPONENT_BIAS - element.max_exponent).to(torch.float32)
         exponent = torch.where(amax > 0, exponent, -EXPONENT_BIAS)
         return _exponent_byte(torch.where(torch.isfinite(amax), exponent, torch.nan))
+
+
+@lru_cache(maxsize=64)
+def _offsets(sweep: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(sweep, dtype=torch.int16, device=device)
 
 
 def _exponent_byte(exponent: Tensor) -> Tensor:

@@ -54,26 +54,11 @@ def refit(weight: Tensor, fmt: Format, scales: Scales, importance: Tensor | None
     high = max(1, CPU_VALUES // max(1, blocked[:1].numel()))
     parts = [slice(start, start + high) for start in range(0, len(blocked), high)]
     found = [
-        _refit(blocked[part], fmt, _rows(scales, part), None if importance is None else importance[part])
+        _refit(blocked[part], fmt, scales.rows(part), None if importance is None else importance[part])
         for part in parts
     ]
-    zero = [part.zero_point for part in found if part.zero_point is not None]
-    stored = _joined([part.stored for part in found])
-    return replace(scales, stored=stored, zero_point=torch.cat(zero) if zero else None)
-
-
-def _rows(scales: Scales, part: slice) -> Scales:
-    above = scales.global_scale
-    zero, choice = (None if t is None else t[part] for t in (scales.zero_point, scales.choice))
-    stack = above is not None and above.dim() > 0 and len(above) == len(scales.stored)
-    above = above[part] if above is not None and stack else above
-    return replace(scales, stored=scales.stored[part], global_scale=above, zero_point=zero, choice=choice)
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    if parts[0].dtype.itemsize == 1:  # torch joins no floats of a byte
-        return torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)
-    return torch.cat(parts)
+    best = Scales.joined(found)
+    return replace(scales, stored=best.stored, zero_point=best.zero_point)
 
 
 def _refit(blocked: Tensor, fmt: Format, scales: Scales, importance: Tensor | None) -> Scales:
