@@ -22,7 +22,7 @@ from qat.numbers.format import Format
 from qat.numbers.numerics import Scales, from_blocks, per_block, rounded, to_blocks, to_elements_
 from qat.numbers.scale import select
 
-TOGETHER = 64  # columns between two updates of everything else
+TOGETHER = 32  # columns between two updates of everything else
 ANEW = 256  # columns between two times that the gradient of the columns ahead is made from all errors
 RATIOS = (0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.2)  # around a scale whose type has too many neighbours to try
 NOISE = 1e-5  # of a row's error: what float32 sums may be off, which a gain has to exceed
@@ -101,7 +101,9 @@ def arrived(values: Tensor, fmt: Format, own: Scales, upper: Tensor) -> Scales:
 def _arrived(values: Tensor, fmt: Format, own: Scales, upper: Tensor) -> Scales:
     trials = _trials(values, fmt, own)
     lost = _walked(values, fmt, trials, upper)
-    best = torch.where(torch.isnan(lost), torch.inf, lost).argmin(dim=0, keepdim=True)  # the first, where equal
+    lost = torch.nan_to_num(lost, nan=torch.inf, posinf=torch.inf)
+    order = torch.arange(len(lost), device=lost.device)[:, None]
+    best = torch.where(lost == lost.amin(dim=0), order, len(lost)).amin(dim=0, keepdim=True)  # the first, where equal
 
     def taken(of_trials: Tensor | None) -> Tensor | None:
         return None if of_trials is None else of_trials.view(lost.shape).gather(0, best).view(-1, 1)
@@ -135,13 +137,14 @@ def _ratios(device: torch.device) -> Tensor:
 def _walked(values: Tensor, fmt: Format, trials: Scales, upper: Tensor) -> Tensor:
     """What each trial loses (trials, rows) in a walk over the block, all of them side by side."""
     count = len(trials.stored) // values.shape[1]
-    rounding, diagonal = Rounding(fmt, trials), upper.diagonal()[:, None]
-    work, unit = values.repeat(1, count), upper / diagonal
+    rounding, diagonal = Rounding(fmt, trials), upper.diagonal()
+    work, unit = values.repeat(1, count), (upper / diagonal[:, None]).t().contiguous()
     lost = torch.empty_like(work)
-    for column, (now, left) in enumerate(zip(work.unbind(), lost.unbind(), strict=True)):
+    for column, (now, left) in enumerate(zip(work, lost, strict=True)):
+        if column:  # what all columns before it ask of it
+            now.addmv_(lost[:column].t(), unit[column, :column], alpha=-1)
         rounding.lost(now, left)
-        work[column + 1 :].addr_(unit[column, column + 1 :], left, alpha=-1)
-    return lost.div_(diagonal).square_().sum(dim=0).view(count, -1)
+    return lost.div_(diagonal[:, None]).square_().sum(dim=0).view(count, -1)
 
 
 # --- once all are known ---------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qat.init.blocks import Block, BlockStep
+from qat.modes import frozen
 from qat.numbers.numerics import from_blocks, per_block, to_blocks
 from qat.sites import Site
 
@@ -118,14 +119,15 @@ class _Fit:
 
     @torch.no_grad()
     def judge(self) -> float:
-        """Loss on the text that is kept back."""
-        return float(torch.stack([self.loss(index) for index in self.kept_back]).mean())
+        """Loss on the text that is kept back, for which each weight is put on its grid once."""
+        with frozen(self.block.module):
+            return float(torch.stack([self.loss(index) for index in self.kept_back]).mean())
 
     def run(self, settings: Reconstruct) -> None:
         """Adam with a rate that falls to zero."""
         rates = ((self.weights, settings.lr), (self.scales, settings.scale_lr), (self.vectors, settings.norm_lr))
         groups = [{"params": [self.moved[name] for name in names], "lr": rate} for names, rate in rates if names]
-        optimizer = torch.optim.Adam(groups, betas=BETAS, foreach=True)
+        optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
         falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / settings.steps)
         order = shuffled(self.learned_from)
         together = max(1, settings.rows // len(self.block.target[0]))
@@ -142,7 +144,7 @@ class _Fit:
     def _move(self, optimizer: torch.optim.Optimizer) -> None:
         for name, moved in self.moved.items():
             gradient = self.parameters[name].grad
-            moved.grad = None if gradient is None else gradient * self.unit[name]
+            moved.grad = None if gradient is None else gradient.mul_(self.unit[name])
             self.parameters[name].grad = None
         optimizer.step()
         for name, moved in self.moved.items():

@@ -18,6 +18,10 @@ Kind = Literal["integer", "minifloat", "table"]
 
 EXPONENT_BIAS = 127  # of float32 and, by definition, of the E8M0 scale type
 
+# Tensors, since torch makes one of a number at every call; by value on every device. See `Element.round_`.
+_BINADE = torch.tensor(0x7F800000, dtype=torch.int32, device="cpu")
+_DROPS = tuple(torch.tensor(1.5 * 2.0 ** (23 - mantissa), device="cpu") for mantissa in range(8))
+
 
 @dataclass(frozen=True)
 class Element:
@@ -91,8 +95,8 @@ class Element:
         # Adding c = 1.5 * 2^(23-m) * 2^e, with 2^e the binade of x, makes fp32 hardware drop every bit below the
         # m-th of the mantissa, ties to even; subtracting c again is exact. 2^e never falls below the smallest
         # normal, which gives the subnormals their fixed spacing.
-        binade = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
-        binade.clamp_min_(self.min_normal).mul_(1.5 * 2.0 ** (23 - self.mantissa_bits))
+        binade = (x.view(torch.int32) & _BINADE).view(torch.float32)
+        binade.clamp_min_(self.min_normal).mul_(_DROPS[self.mantissa_bits])
         return x.add_(binade).sub_(binade)
 
     def encode(self, rounded: Tensor) -> Tensor:

@@ -114,6 +114,8 @@ def test_a_layer_is_shown_what_it_reads_in_the_dense_model_and_after_the_quantiz
                 site.weight.mul_(1.25)
             if path in block.sites:
                 found.extend(block.reads(block.sites[path]))
+                for (_, served), (none, alone) in zip(found, block.reads(block.sites[path], dense=False), strict=True):
+                    assert none is None and served is not None and alone is not None and torch.equal(served, alone)
             return Counter()
 
     walk(Calibration(model, list(batches()), weights(model), {}), [Reads()])

@@ -1,10 +1,13 @@
 """Scales under the Hessian: what a block loses against the walk written out, and descent that never goes up."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qat.init.calibration import initialise, observe
 from qat.init.columns import arrived, of_block, refitted
@@ -136,3 +139,58 @@ def test_settings_change_what_they_say_and_nothing_else() -> None:
     for name, site in found.items():
         assert not torch.equal(site.value(), off.value()), name
         assert torch.equal(site.quantizer.global_scale, off.quantizer.global_scale) or name == "sequential"
+
+
+VIEWS = [
+    "view",
+    "slice",
+    "select",
+    "unbind",
+    "t",
+    "transpose",
+    "expand",
+    "unsqueeze",
+    "detach",
+    "alias",
+    "diagonal",
+    "as_strided",
+    "_unsafe_view",
+    "permute",
+    "empty",
+    "empty_strided",
+    "empty_like",
+    "new_empty",
+]
+
+
+class Launched(TorchDispatchMode):
+    """Counts what computes: on a GPU, as many launches by the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ not in VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_column_takes_few_operations_however_many_rows_there_are() -> None:
+    """Else a GPU waits for its host. 12 of them round a column and pass on what it lost, of each walk over columns."""
+    weight, scales, gram = parts("nvfp4")
+    fmt, factor = lookup("nvfp4"), inverse(gram)
+    matrix = damped(gram, factor)
+    latent = compensate(weight, fmt, scales, factor)
+
+    def per_column(work: Callable[[], object]) -> float:
+        with Launched() as launched:
+            work()
+        return launched.count / weight.shape[1]
+
+    assert per_column(lambda: compensate(weight, fmt, scales, factor)) < 12
+    assert per_column(lambda: compensated(weight, fmt, scales, factor, choose=True)) < 12 + 15
+    one = per_column(lambda: refitted(weight, latent, fmt, scales, matrix, 1))
+    three = per_column(lambda: refitted(weight, latent, fmt, scales, matrix, 3))
+    assert (three - one) / 2 < 16 and one < 18
+    tall = torch.cat([weight, weight])
+    assert per_column(lambda: compensate(tall, fmt, Scales.joined([scales, scales]), factor)) < 12

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import FormatError
+from qat.init import gptq
 from qat.init.calibration import initialise, observe
 from qat.init.gptq import DAMPING, Gptq, compensate, corrected
 from qat.init.scales import initial_scales
@@ -137,3 +138,27 @@ def test_dead_inputs_and_singular_moments_are_counted() -> None:
             observe(model, batches()),
         )
         assert said == ["gptq: 5 of 1280 input channels were zero in all of the text; more calibration text may help"]
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("name", ["nvfp4", "int4_g32_asym"])
+def test_weights_that_read_one_tensor_are_walked_as_each_by_itself(
+    name: str, sequential: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme = usual(name, "nvfp4").model_copy(
+        update={"init": (Gptq(sequential=sequential, choose="arrival", refit=1),), "learn": "none"}
+    )
+    text, found = list(batches()), []
+    for most in (gptq.STACKED, 0):
+        monkeypatch.setattr(gptq, "STACKED", most)
+        model = apply(build(), scheme)
+        with torch.no_grad():  # fused weights share a per-tensor scale, other ones of a group need not
+            model.model.layers[0].mlp.up_proj.weight.mul_(8.0)
+        found.append((model, initialise(model, text, scheme, observe(model, text))))
+    (together, said), (alone, expected) = found
+    assert said == expected
+    for path, site in weights(together).items():
+        other = weights(alone)[path]
+        same = torch.isclose(site.weight, other.weight, rtol=1e-4, atol=1e-6)
+        assert same.float().mean() > 0.99, path  # products of other heights add up in another order: ties
+        assert (site.quantizer.start == other.quantizer.start).float().mean() > 0.99, path

@@ -252,3 +252,17 @@ def test_int8_never_uses_minus_128() -> None:
     assert INT8.decode(quantize(x, lookup("int8_g32")).codes).min() >= -127
     scales = find_scales(x * 0.5, lookup("int8_g32"))  # saturating scales too
     assert INT8.decode(quantize(x, lookup("int8_g32"), scales).codes).min() == -127
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int4_g32_asym", "int4_channel", "if4"])
+def test_scales_of_matrices_below_each_other_are_those_of_each(name: str) -> None:
+    """Joined, and taken apart again where another row begins."""
+    fmt, matrices = lookup(name), [normal(4, 64), 50 * normal(2, 64, seed=1), 0.01 * normal(6, 64, seed=2)]
+    each = [find_scales(matrix, fmt) for matrix in matrices]
+    whole, tall = Scales.joined(each), torch.cat(matrices)
+    expected = torch.cat([fake_quantize(matrix, fmt, own) for matrix, own in zip(matrices, each, strict=True)])
+    assert torch.equal(fake_quantize(tall, fmt, whole), expected)
+    if fmt.global_scale:
+        assert len({float(own.global_scale) for own in each if own.global_scale is not None}) > 1
+    for part in (slice(3, 7), slice(0, 12)):
+        assert torch.equal(fake_quantize(tall[part], fmt, whole.rows(part)), expected[part])
