@@ -19,6 +19,7 @@ from qat.trainers.job import Job
 from qat.trainers.levers import HEADROOM, Way, launch_advice, memory_advice, ways
 from qat.trainers.speeds import Machine, launch_seconds, machines, step_seconds
 from qat.trainers.strategy import refusal, undividable
+from qat.trainers.walking import initial_seconds
 from qat.trainers.zero import missing
 
 
@@ -172,7 +173,7 @@ def _plan(job: Job, facts: Facts, machine: Machine) -> Plan:
 
 def _other_seconds(job: Job, facts: Facts, machine: Machine) -> float:
     """Evaluating (BF16, two initialisations, every so many steps, the end and what is left of the gap), calibrating,
-    searching; GPTQ multiplies inputs with themselves, and every weight with its row of products."""
+    searching, walking; GPTQ multiplies inputs with themselves."""
     student, teacher = (forward_flops(a, job.eval.data.seq_len) for a in (facts.student, facts.teacher))
     least = launch_seconds(job, facts, machine) / 3  # a forward pass has no backward
     head = 2.0 * facts.teacher.shape.hidden * facts.teacher.shape.vocabulary
@@ -190,9 +191,7 @@ def _other_seconds(job: Job, facts: Facts, machine: Machine) -> float:
     reads = 1 + observed + in_blocks + learned + -(-FP32 * products // PRODUCTS)  # of the calibration text
     per_token = reads * forward_flops(facts.student, text.seq_len) + 2.0 * products
     calibrated = job.calibration_rows * text.seq_len * per_token
-    if products:
-        calibrated += sum(2.0 * m.parameters * m.shape[-1] for m in facts.coverage.modules if m.weight)
     # A forward pass alone is about half of forward and backward of the fake quantization.
     quantizing = 0.5 * (passes * facts.quantized * machine.per_weight + values * machine.per_input)
-    searching = facts.quantized * machine.per_search
+    searching = facts.quantized * machine.per_search + initial_seconds(job, facts, machine)
     return max((evaluation + calibrated) * machine.per_flop + quantizing, passes * least) + searching

@@ -189,9 +189,9 @@ def _cpu(job: Job, facts: Facts) -> Machine:
     dtype = torch.bfloat16 if mixed else torch.float32
     rows = min(tokens, max(16, SIDE**3 // (shape.hidden * shape.ffn)))  # enough to be typical, few enough to be quick
     left, right = torch.randn(rows, shape.hidden, dtype=dtype), torch.randn(shape.hidden, shape.ffn, dtype=dtype)
-    per_flop = _seconds(lambda: left @ right) / (2 * rows * shape.hidden * shape.ffn * CPU_UTILISATION)
+    per_flop = timed(lambda: left @ right) / (2 * rows * shape.hidden * shape.ffn * CPU_UTILISATION)
     large = torch.randn(16 * SIDE, SIDE)  # larger than caches
-    per_update = _seconds(lambda: large.mul_(1.0)) / (2 * FP32 * large.numel()) * OPTIMIZER_TRAFFIC
+    per_update = timed(lambda: large.mul_(1.0)) / (2 * FP32 * large.numel()) * OPTIMIZER_TRAFFIC
     per_activation_byte = _byte_seconds(tokens * shape.ffn)
     per_logit_byte = _byte_seconds(min(job.loss_chunk or chunk_tokens(0, 0, None), tokens) * shape.vocabulary)
     counts: Counter[tuple[str, str | None, int]] = Counter()
@@ -216,14 +216,14 @@ def _cpu(job: Job, facts: Facts) -> Machine:
 def _byte_seconds(values: int) -> float:
     """Of one elementwise operation into fresh memory, per byte: above 32 MiB the system has to find that memory."""
     x = torch.randn(min(values, 16 * SIDE**2))
-    return _seconds(lambda: x * x) / (FP32 * x.numel())
+    return timed(lambda: x * x) / (FP32 * x.numel())
 
 
 def _weight_seconds(scheme: Scheme, name: str) -> float:
     """Of fake quantization, forward and backward, per weight."""
     fmt, leaf = lookup(name), torch.randn(SIDE, SIDE).requires_grad_()
     quantizer = WeightQuantizer(fmt, find_scales(leaf, fmt), scheme.learn, scheme.round_bf16)
-    return _seconds(lambda: quantizer(leaf).sum().backward()) / leaf.numel()
+    return timed(lambda: quantizer(leaf).sum().backward()) / leaf.numel()
 
 
 def _input_seconds(scheme: Scheme, name: str | None, rotated: int) -> float:
@@ -233,16 +233,16 @@ def _input_seconds(scheme: Scheme, name: str | None, rotated: int) -> float:
     quantizer = InputQuantizer(lookup(name), scheme.activation_rule, scheme.estimator, scheme.observer)
     quantizer.amax.fill_(float(leaf.detach().abs().amax()))
     quantizer.transforms = (BlockHadamard(rotated),) if rotated else ()
-    return _seconds(lambda: quantizer(leaf).sum().backward()) / leaf.numel()
+    return timed(lambda: quantizer(leaf).sum().backward()) / leaf.numel()
 
 
 def _search_seconds(scheme: Scheme, name: str) -> float:
     fmt, part, search = lookup(name), torch.randn(SIDE // 8, SIDE), scheme.search_of(Rule(match="*", weight=name))
-    return _seconds(lambda: initial_scales(part, fmt, search)) / part.numel()
+    return timed(lambda: initial_scales(part, fmt, search)) / part.numel()
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    """Of one call: the median of as many as fit into MEASURE_SECONDS, at least two, after one to warm up."""
+def timed(work: Callable[[], object]) -> float:
+    """Seconds of one call: the median of as many as fit into MEASURE_SECONDS, at least two, after one to warm up."""
     work()
     end = time.perf_counter() + MEASURE_SECONDS
     calls: list[float] = []

@@ -46,8 +46,8 @@ class Reconstruct(BlockStep):
     rows: int = Field(default=2, ge=1)
 
     def passes(self, rows: int) -> float:
-        """See `BlockStep`: a backward pass takes two forward ones."""
-        return 3 * self.steps * self.rows / rows + (1 + LOOKS) / KEPT_BACK
+        """See `BlockStep`: those that judge; steps are training, not passes."""
+        return (1 + LOOKS) / KEPT_BACK
 
     def run_block(self, block: Block) -> Counter[str]:
         """See `BlockStep`."""
