@@ -73,8 +73,8 @@ class Scales:
         above = [part.global_scale.expand(len(part.stored), 1) for part in parts if part.global_scale is not None]
         zeros = [part.zero_point for part in parts if part.zero_point is not None]
         choices = [part.choice for part in parts if part.choice is not None]
-        of_each = (torch.cat(tensors) if tensors else None for tensors in (above, zeros, choices))
-        return Scales(torch.cat(raw).view(dtype), *of_each, type=parts[0].type)
+        top, zero, choice = (torch.cat(tensors) if tensors else None for tensors in (above, zeros, choices))
+        return Scales(torch.cat(raw).view(dtype), top, zero, choice, type=parts[0].type)
 
 
 @dataclass(frozen=True)

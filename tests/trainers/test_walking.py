@@ -20,7 +20,7 @@ from tests.tiny import tiny_model
 from tests.trainers.test_estimate import job
 
 CPU = Machine("cpu", "a CPU", False, None, 1e-11, 1e-9, 1e-9, 1e-7, 1e-9, 1e-10, 1e-10)
-GPU = replace(CPU, kind="cuda", name="a GPU", per_launch=5e-6, per_operator=5e-5)
+GPU = replace(CPU, kind="cuda", name="a GPU", per_flop=0.0, per_launch=5e-6, per_operator=5e-5)
 BEST = {"kind": "gptq", "choose": "arrival", "refit": 2}
 
 
