@@ -1,15 +1,18 @@
 """The time of an initialisation against walks that are timed, launches that are counted, and steps of training."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from qat.init.columns import refitted
 from qat.init.gptq import Gptq, compensated, damped, inverse
 from qat.init.scales import initial_scales
 from qat.numbers.catalog import lookup
+from qat.numbers.numerics import Scales
 from qat.trainers import speeds, walking
 from qat.trainers.estimate import estimate
 from qat.trainers.footprint import job_facts
@@ -34,6 +37,15 @@ def seconds(folder: Path, machine: Machine, *init: dict[str, object]) -> float:
     return initial_seconds(wanted, job_facts(wanted), machine)
 
 
+def walked(weight: Tensor, scales: Scales, step: Gptq) -> None:
+    """As the step does it, with the inverse that its plan counts."""
+    fmt, gram = lookup("nvfp4"), torch.eye(weight.shape[1])
+    factor = inverse(gram)
+    latent, found = compensated(weight, fmt, scales, factor, step.choose == "arrival")
+    if step.refit:
+        refitted(weight, latent, fmt, found, damped(gram, factor), step.refit)
+
+
 @pytest.mark.parametrize("settings", [{}, {"choose": "arrival"}, {"refit": 2}, {"choose": "arrival", "refit": 2}])
 def test_walks_take_about_as_long_as_predicted(folder: Path, settings: dict[str, object]) -> None:
     """Of stacks of the shapes that the model has: those that read one tensor, one below the other."""
@@ -44,16 +56,7 @@ def test_walks_take_about_as_long_as_predicted(folder: Path, settings: dict[str,
         for layer in {path.split(".")[2] for path in shapes}:
             own = [shape for path, shape in shapes.items() if path.split(".")[2] == layer and path.endswith(names)]
             weight = torch.randn(sum(rows for rows, _ in own), own[0][1], generator=torch.Generator().manual_seed(0))
-            gram = torch.eye(weight.shape[1])
-            scales, factor = initial_scales(weight, fmt, "amax"), inverse(gram)
-            matrix = damped(gram, factor)
-
-            def work(weight=weight, scales=scales, factor=factor, matrix=matrix) -> None:  # type: ignore[no-untyped-def]
-                latent, found = compensated(weight, fmt, scales, factor, step.choose == "arrival")
-                if step.refit:
-                    refitted(weight, latent, fmt, found, matrix, step.refit)
-
-            taken += timed(work)
+            taken += timed(partial(walked, weight, initial_scales(weight, fmt, "amax"), step))
     assert seconds(folder, CPU, {"kind": "gptq", **settings}) == pytest.approx(taken, rel=0.6)
 
 
