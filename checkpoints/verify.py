@@ -244,16 +244,21 @@ def _targets(subject: _Subject) -> str:
     tables = {name for path, name in subject.stored.paths.items() if _is_table(subject.model, path)}
     matrices = {n.removesuffix(".weight") for n, t in subject.dense.items() if t.ndim == 2 and n.endswith(".weight")}
     matrices |= exported.modules.keys()
+    tied = subject.stored.tied_to(exported.modules)
+    for head, table in tied.items():
+        exported.check_tied(head, table)
+    tables -= exported.modules.keys()
+    packed = exported.modules.keys() | tied.keys()
     for path in sorted(matrices - tables):
         for name in dict.fromkeys(
             (path, modules.get(path, path))
         ):  # engines go by the file, transformers by its modules
             groups, ignored = exported.matching_groups(name), exported.ignored(name)
-            if path not in exported.modules:
+            if path not in packed:
                 problems += [] if ignored else [f"{name} is dense, but not in `ignore`"]
             elif ignored or len(groups) != 1:
                 problems.append(f"{name} is quantized, but " + ("ignored" if ignored else f"in {len(groups)} groups"))
-        quantized += path in exported.modules
+        quantized += path in packed
     _require(problems, "config.json does not describe the tensors")
     return f"{quantized} quantized and {len(matrices - tables) - quantized} ignored matrices"
 

@@ -31,6 +31,7 @@ from qat.checkpoints.names import StoredNames, missing_names, stored_names
 from qat.checkpoints.peft import put_adapter
 from qat.checkpoints.progress import progress
 from qat.engines.experts import Matrices, pack_experts
+from qat.engines.tables import is_table, put_table, set_heads_aside
 from qat.errors import CheckpointError, FormatError, UnsupportedError
 from qat.kernels.load import cpu_problem, load
 from qat.numbers.format import Format
@@ -59,21 +60,21 @@ class PackedConfig(QuantizationConfigMixin):
 
 
 class StoredLinear(nn.Module):
-    """A linear layer while its checkpoint is being read: parameters named, typed and shaped as they are stored.
+    """A linear layer or embedding while its checkpoint is being read: parameters named, typed and shaped as stored.
 
     Some classes initialise layers through their parents, by the name `weight` (GPTBigCode's `c_proj`): where no such
     tensor is stored there is an empty one, which counts as read.
     """
 
-    def __init__(self, linear: nn.Linear, tensors: dict[str, torch.Tensor]) -> None:
+    def __init__(self, bias: nn.Parameter | None, tensors: dict[str, torch.Tensor]) -> None:
         super().__init__()
         if "weight" not in tensors:
             self.weight = torch.empty(0)
             self.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' own mark
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-        if linear.bias is not None:
-            self.register_parameter("bias", linear.bias)
+        if bias is not None:
+            self.register_parameter("bias", bias)
 
 
 class PackedQuantizer(HfQuantizer):
@@ -97,19 +98,22 @@ class PackedQuantizer(HfQuantizer):
                 f"({unknown[0]}, ...); qat.checkpoints.exported.load_exported reads them densely"
             )
         _check_names(model, self.exported, self.stored)
+        for head, table in self.stored.tied_to(self.exported.modules).items():
+            self.exported.check_tied(head, table)
+        self.tables = {path for path in self.layers if is_table(model.get_submodule(path), path)}
+        self.heads = set_heads_aside(model, self.layers)
         self._set_experts_aside(model)
         for path, module in self.layers.items():
             of_layers = self.exported.quantized_names - self.exported.cache_names
             names = [name for name in of_layers if name.startswith(f"{module.path}.")]
             stored = {name[len(module.path) + 1 :]: self.exported.reader.empty(name) for name in names}
-            linear = model.get_submodule(path)
-            assert isinstance(linear, nn.Linear)  # stored_names lists no others that can be quantized
-            shape, expected = self.exported.shape(module.path), (linear.out_features, linear.in_features)
+            layer = model.get_submodule(path)
+            shape, expected = self.exported.shape(module.path), tuple(layer.get_parameter("weight").shape)
             if shape != expected:
                 raise CheckpointError(
                     f"{module.path}.weight is stored as {[*shape]}, config.json asks for {[*expected]}"
                 )
-            model.set_submodule(path, StoredLinear(linear, stored))
+            model.set_submodule(path, StoredLinear(layer._parameters.get("bias"), stored))
 
     def _set_experts_aside(self, model: "PreTrainedModel") -> None:
         """Packed experts are read from the file afterwards: transformers must not look for them, or make them up."""
@@ -183,7 +187,10 @@ class PackedQuantizer(HfQuantizer):
                     raise CheckpointError(f"{module.path}: {error}") from error
                 if reason is not None:
                     _note_dense(dense, q, reason, path)
-                model.set_submodule(path, layer.train(stored.training))
+                if path in self.tables:
+                    put_table(model, path, layer.train(stored.training), self.heads)
+                else:
+                    model.set_submodule(path, layer.train(stored.training))
                 advance(1)
         hook_inputs(model, self.exported, "vllm", {module.path: path for path, module in self.layers.items()})
         self._pack_experts(model, dense)

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qat.checkpoints.layouts.bits import Array, fields, float_values, raw_rows, scale_values
 from qat.checkpoints.layouts.caches import says_nothing
@@ -127,8 +127,13 @@ class Reader(ExportedFolder):
             return PlainLoading("compressed-tensors is not installed")
         groups = self.quantization["config_groups"].values()
         affine = any(m.packed and not m.weights["symmetric"] for m in self.modules.values())
-        if affine and len(groups) > 1:
-            return PlainLoading("transformers loads asymmetric packed weights only where all layers have one format")
+        modules = names.modules
+        tables = any(
+            isinstance(model.get_submodule(modules[path]), nn.Embedding) for path in self.modules.keys() & modules
+        )
+        if (affine or tables) and len(groups) > 1:
+            what = "packed tables" if tables else "asymmetric packed weights"
+            return PlainLoading(f"transformers loads {what} only where all layers have one format")
         fp8 = all(group["weights"]["type"] == "float" and group["weights"]["num_bits"] == 8 for group in groups)
         of_experts = {path for path in self.modules if f"{path}.weight" in names.parts}
         if any(self.modules[path].weights["strategy"] == "tensor_group" for path in of_experts):
@@ -140,19 +145,18 @@ class Reader(ExportedFolder):
                 "transformers cannot load dense tensors that it merges (fused experts) beside this format"
             )
         packed = [path for path, module in self.modules.items() if module.packed]
-        modules = names.modules
         if wanted := wanted_while_loading(model, [modules[path] for path in packed if path in modules]):
             return PlainLoading(
                 f"transformers cannot load packed layers of {', '.join(wanted)}, whose weights it initialises"
             )
         left = online(self.quantization[KEY]) if self.rotations else {}
         remark = "with its transform_config applied by compressed-tensors, " if left else ""
-        if not affine:
+        if not affine and not tables:
             return PlainLoading(transforms=left, remark=remark)
         from transformers import CompressedTensorsConfig
 
         options = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
-        remark += "with dequantize=True, as asymmetric weights need, "
+        remark += f"with dequantize=True, as {'packed tables' if tables else 'asymmetric weights'} need, "
         return PlainLoading(options=options, quantizes_inputs=False, remark=remark, transforms=left)
 
 
