@@ -99,10 +99,9 @@ def export_model(
         source: folder of the unquantized model; gives tensor names, config.json and all other files.
         out: folder to create.
         target: name of the file layout, see `qat.checkpoints.layouts`.
-        overwrite: replace `out` if an export wrote it.
+        overwrite, keep: replace `out` if an export wrote it; folders that must stay, besides the source.
         max_shard_bytes: size at which a new shard starts.
         extra: recorded as "run" in qat.json.
-        keep: folders that must not be replaced, besides the source.
         beside: writes an adapter into a folder, which the export then has, too.
         pack_tables: see `plan_export`.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qat.checkpoints.architecture import quiet, read_config, read_json
 from qat.checkpoints.caches import CachePlan, check_ranges, plan_caches
@@ -27,6 +27,7 @@ from qat.checkpoints.names import (
     skeleton,
     stored_names,
     surplus_names,
+    tables,
     wanted_while_loading,
 )
 from qat.checkpoints.shards import ShardReader, TensorInfo
@@ -173,7 +174,7 @@ def _sort_tensors(
     names = stored_names(model, given)
     packed, nameless = stored_matrices(to_pack, names)
     _check_own_tensors(model, names, packed, nameless)
-    tables = {names.paths[site.path]: site for site in unpacked}
+    embeddings = {names.paths[site.path]: site for site in unpacked}
     heads = {names.paths[head]: names.paths[table] for head, table in shared.items()}
     own = {matrix.name for matrix in packed.values()}
     rest = {name: tensor for name, tensor in names.tensors.items() if name not in own}
@@ -188,9 +189,8 @@ def _sort_tensors(
     in_float32 = float32_names(model)
     wide = frozenset(name for name in dense if names.origins.get(name) in in_float32)
     copied, head = {name: given[name].shape for name in sorted(names.unread)}, _head(model, names.paths)
-    return ExportPlan(
-        model, target, names, packed, tables, heads, dense, wide, copied, left_out, order, head, _trained_as_one(packed)
-    )
+    kinds = packed, embeddings, heads, dense, wide
+    return ExportPlan(model, target, names, *kinds, copied, left_out, order, head, _trained_as_one(packed))
 
 
 def _trained_as_one(matrices: dict[str, Matrix]) -> list[list[str]]:
@@ -264,9 +264,9 @@ def _head(model: "PreTrainedModel", paths: dict[str, str]) -> str:
 def _ignored(plan: ExportPlan) -> list[str]:
     """Matrices that stay dense, under every name that a loader may ask for: the file's, which engines go by, and the
     module's, which plain transformers goes by."""
-    tables = {plan.names.paths.get(path) for path, m in plan.model.named_modules() if isinstance(m, nn.Embedding)}
+    skipped = plan.linears.keys() | tables(plan.model, plan.names)
     matrices = [name.removesuffix(".weight") for name in plan.order if name.endswith(".weight")]
-    matrices = [path for path in matrices if path not in plan.linears and path not in tables and _is_matrix(plan, path)]
+    matrices = [path for path in matrices if path not in skipped and _is_matrix(plan, path)]
     if plan.head and plan.head not in plan.linears and plan.head not in [*matrices, *plan.heads]:
         matrices.append(plan.head)
     if plan.target.STACKS_OF:

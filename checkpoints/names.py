@@ -227,6 +227,11 @@ def wanted_while_loading(model: "PreTrainedModel", paths: Collection[str]) -> li
     return list(classes)
 
 
+def tables(model: "PreTrainedModel", names: StoredNames) -> set[str]:
+    """Checkpoint paths of the embeddings."""
+    return {stored for path, stored in names.paths.items() if isinstance(model.get_submodule(path), nn.Embedding)}
+
+
 def missing_names(model: "PreTrainedModel", names: StoredNames, stored: Collection[str]) -> list[str]:
     """Names that transformers would miss in a file that holds `stored`: one of tied tensors is enough, and some of a
     class's tensors it makes itself."""

@@ -23,7 +23,7 @@ from qat.checkpoints.exported import load_exported
 from qat.checkpoints.hf import quiet
 from qat.checkpoints.layouts import ExportedFolder, open_export
 from qat.checkpoints.layouts.reader import PlainLoading, bad_scales, digest
-from qat.checkpoints.names import StoredNames, missing_names, skeleton, stored_names
+from qat.checkpoints.names import StoredNames, missing_names, skeleton, stored_names, tables
 from qat.checkpoints.peft import peft_reads, with_peft
 from qat.checkpoints.progress import progress
 from qat.checkpoints.record import RECORD, read_record
@@ -241,15 +241,14 @@ def _targets(subject: _Subject) -> str:
     """Every matrix is either quantized and targeted by one group, or dense and ignored."""
     exported, problems, quantized = subject.exported, [], 0
     modules = subject.stored.modules
-    tables = {name for path, name in subject.stored.paths.items() if _is_table(subject.model, path)}
     matrices = {n.removesuffix(".weight") for n, t in subject.dense.items() if t.ndim == 2 and n.endswith(".weight")}
     matrices |= exported.modules.keys()
     tied = subject.stored.tied_to(exported.modules)
     for head, table in tied.items():
         exported.check_tied(head, table)
-    tables -= exported.modules.keys()
+    unpacked = tables(subject.model, subject.stored) - exported.modules.keys()
     packed = exported.modules.keys() | tied.keys()
-    for path in sorted(matrices - tables):
+    for path in sorted(matrices - unpacked):
         for name in dict.fromkeys(
             (path, modules.get(path, path))
         ):  # engines go by the file, transformers by its modules
@@ -260,11 +259,7 @@ def _targets(subject: _Subject) -> str:
                 problems.append(f"{name} is quantized, but " + ("ignored" if ignored else f"in {len(groups)} groups"))
         quantized += path in packed
     _require(problems, "config.json does not describe the tensors")
-    return f"{quantized} quantized and {len(matrices - tables) - quantized} ignored matrices"
-
-
-def _is_table(model: "PreTrainedModel", path: str) -> bool:
-    return isinstance(model.get_submodule(path), torch.nn.Embedding)
+    return f"{quantized} quantized and {len(matrices - unpacked) - quantized} ignored matrices"
 
 
 def _size(subject: _Subject) -> str:

@@ -1,4 +1,4 @@
-"""Packed embeddings in a model of transformers: looked up row by row, and shared with the heads that are tied to them."""
+"""Packed embeddings in a model of transformers: looked up row by row, and shared with heads that are tied to them."""
 
 from collections.abc import Collection
 from typing import TYPE_CHECKING
@@ -36,7 +36,8 @@ def set_heads_aside(model: "PreTrainedModel", packed: Collection[str]) -> dict[s
         CheckpointError: the head is stored as well.
         UnsupportedError: a head that is more than a product.
     """
-    tied, heads = model.all_tied_weights_keys, {}
+    heads: dict[str, str] = {}
+    tied = model.all_tied_weights_keys
     for target, source in list(tied.items()):
         head, table = target.removesuffix(".weight"), source.removesuffix(".weight")
         if table not in packed:
@@ -44,7 +45,7 @@ def set_heads_aside(model: "PreTrainedModel", packed: Collection[str]) -> dict[s
         if head in packed:
             raise CheckpointError(f"config.json ties {head} to {table}, but both are stored, and packed")
         layer = model.get_submodule(head)
-        if type(layer) is not nn.Linear or layer.bias is not None:
+        if type(layer) is not nn.Linear or getattr(layer, "bias", None) is not None:
             raise UnsupportedError(
                 f"{head} is tied to a packed table, but is more than a product with it; "
                 "qat.checkpoints.exported.load_exported reads it densely"
@@ -55,7 +56,9 @@ def set_heads_aside(model: "PreTrainedModel", packed: Collection[str]) -> dict[s
     return heads
 
 
-def put_table(model: "PreTrainedModel", path: str, matrix: nn.Module, heads: dict[str, str]) -> None:
+def put_table(
+    model: "PreTrainedModel", path: str, matrix: nn.Module, heads: dict[str, str], dtype: torch.dtype
+) -> None:
     """Look rows of a matrix up at `path`, and multiply with it where heads are tied to that.
 
     Args:
@@ -63,9 +66,10 @@ def put_table(model: "PreTrainedModel", path: str, matrix: nn.Module, heads: dic
         path: of the embedding.
         matrix: a `PackedLinear`, or an `nn.Linear` where the format cannot be packed.
         heads: see `set_heads_aside`.
+        dtype: of the activations.
     """
     if isinstance(matrix, PackedLinear):
-        model.set_submodule(path, PackedEmbedding(matrix, model.dtype))
+        model.set_submodule(path, PackedEmbedding(matrix, dtype))
     else:
         assert isinstance(matrix, nn.Linear)
         with torch.device("meta"):

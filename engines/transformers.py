@@ -86,6 +86,7 @@ class PackedQuantizer(HfQuantizer):
         files = kwargs.get("checkpoint_files")
         if not files:
             raise UnsupportedError("packed checkpoints are read from a folder or the hub, not from a state dict")
+        self.dtype = model.dtype  # that of the first parameter, which may soon be a stored one
         self.exported = open_export(Path(files[0]).parent)
         self.exported.reader.verify_complete()
         self.stored = stored_names(model, self.exported.dense_names)
@@ -98,10 +99,10 @@ class PackedQuantizer(HfQuantizer):
                 f"({unknown[0]}, ...); qat.checkpoints.exported.load_exported reads them densely"
             )
         _check_names(model, self.exported, self.stored)
-        for head, table in self.stored.tied_to(self.exported.modules).items():
-            self.exported.check_tied(head, table)
         self.tables = {path for path in self.layers if is_table(model.get_submodule(path), path)}
         self.heads = set_heads_aside(model, self.layers)
+        for head, table in self.heads.items():
+            self.exported.check_tied(self.stored.paths[head], self.stored.paths[table])
         self._set_experts_aside(model)
         for path, module in self.layers.items():
             of_layers = self.exported.quantized_names - self.exported.cache_names
@@ -155,7 +156,7 @@ class PackedQuantizer(HfQuantizer):
                         q = TARGETS[self.exported.METHOD].unpack(self.exported.modules[path], tensors)
                         for number, one in enumerate(_one_by_one(q)):
                             first = (rows.start or 0) + number * high
-                            layer, reason = self._matrix(one, biases.get(first // high), model.dtype)
+                            layer, reason = self._matrix(one, biases.get(first // high), self.dtype)
                             if reason is not None:
                                 _note_dense(dense, one, reason, path)
                             packed.setdefault(slot, {})[first // high, first] = layer
@@ -171,7 +172,7 @@ class PackedQuantizer(HfQuantizer):
         name = next((name for name, own in self.stored.origins.items() if own == place), None)
         if name is None:
             raise UnsupportedError(f"{place} is not stored as one tensor; load_exported reads such experts densely")
-        return dict(enumerate(self.exported.reader.get(name).to(model.device, model.dtype)))
+        return dict(enumerate(self.exported.reader.get(name).to(model.device, self.dtype)))
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         load()
@@ -182,13 +183,13 @@ class PackedQuantizer(HfQuantizer):
                 tensors = {name: parameter.detach() for name, parameter in stored.named_parameters()}
                 bias, q = tensors.pop("bias", None), TARGETS[self.exported.METHOD].unpack(module, tensors)
                 try:
-                    layer, reason = self._layer(module, q, bias, model.dtype)
+                    layer, reason = self._layer(module, q, bias, self.dtype)
                 except FormatError as error:
                     raise CheckpointError(f"{module.path}: {error}") from error
                 if reason is not None:
                     _note_dense(dense, q, reason, path)
                 if path in self.tables:
-                    put_table(model, path, layer.train(stored.training), self.heads)
+                    put_table(model, path, layer.train(stored.training), self.heads, self.dtype)
                 else:
                     model.set_submodule(path, layer.train(stored.training))
                 advance(1)
@@ -198,8 +199,8 @@ class PackedQuantizer(HfQuantizer):
         for reason, paths in dense.items():
             warnings.warn(f"{some(paths, 1)}: {reason}", stacklevel=2)
         for parameter in model.parameters():  # transformers 5.17 leaves what it renames in the type of the file
-            if parameter.dtype == torch.bfloat16 and model.dtype == torch.float32:
-                parameter.data = parameter.data.to(model.dtype)
+            if parameter.dtype == torch.bfloat16 and self.dtype == torch.float32:
+                parameter.data = parameter.data.to(self.dtype)
         _warn_of_slow_paths(model)
         del self.exported, self.layers, self.experts  # open files: they would keep the model from being copied
         return model

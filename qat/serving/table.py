@@ -1,5 +1,5 @@
-"""Embeddings as a server holds them: the packed weight of a linear layer, of which rows are looked up and dequantized. A
-head that is tied to the table multiplies with that very layer, so that both are in memory once."""
+"""Embeddings as a server holds them: the packed weight of a linear layer, of which rows are looked up and dequantized.
+A head that is tied to the table multiplies with that very layer, so that both are in memory once."""
 
 import torch
 from torch import Tensor, nn

@@ -7,14 +7,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qat.checkpoints.layouts.bits import Array, fields, float_values, raw_rows, scale_values
 from qat.checkpoints.layouts.caches import says_nothing
 from qat.checkpoints.layouts.compressed_tensors.transforms import KEY, online, rotations
 from qat.checkpoints.layouts.reader import ExportedFolder, PackedModule, PlainLoading, Spec, code_values
 from qat.checkpoints.matrices import dense_parts
-from qat.checkpoints.names import StoredNames, wanted_while_loading
+from qat.checkpoints.names import StoredNames, tables, wanted_while_loading
 from qat.errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -128,11 +128,9 @@ class Reader(ExportedFolder):
         groups = self.quantization["config_groups"].values()
         affine = any(m.packed and not m.weights["symmetric"] for m in self.modules.values())
         modules = names.modules
-        tables = any(
-            isinstance(model.get_submodule(modules[path]), nn.Embedding) for path in self.modules.keys() & modules
-        )
-        if (affine or tables) and len(groups) > 1:
-            what = "packed tables" if tables else "asymmetric packed weights"
+        packed_tables = tables(model, names) & self.modules.keys()
+        if (affine or packed_tables) and len(groups) > 1:
+            what = "packed tables" if packed_tables else "asymmetric packed weights"
             return PlainLoading(f"transformers loads {what} only where all layers have one format")
         fp8 = all(group["weights"]["type"] == "float" and group["weights"]["num_bits"] == 8 for group in groups)
         of_experts = {path for path in self.modules if f"{path}.weight" in names.parts}
@@ -151,12 +149,12 @@ class Reader(ExportedFolder):
             )
         left = online(self.quantization[KEY]) if self.rotations else {}
         remark = "with its transform_config applied by compressed-tensors, " if left else ""
-        if not affine and not tables:
+        if not affine and not packed_tables:
             return PlainLoading(transforms=left, remark=remark)
         from transformers import CompressedTensorsConfig
 
         options = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
-        remark += f"with dequantize=True, as {'packed tables' if tables else 'asymmetric weights'} need, "
+        remark += f"with dequantize=True, as {'packed tables' if packed_tables else 'asymmetric weights'} need, "
         return PlainLoading(options=options, quantizes_inputs=False, remark=remark, transforms=left)
 
 
