@@ -350,7 +350,7 @@ def _compare(subject: _Subject, tokens: int, how: PlainLoading) -> str:
     ids = (torch.arange(tokens) * 7919 + 13).remainder(vocabulary)[None]
     with_adapter = peft_reads(subject.folder)
     with redirect_stderr(io.StringIO()):  # compressed-tensors draws three progress bars
-        theirs = _run(lambda: _plain(subject.folder, how, with_adapter), ids)
+        theirs = _run(lambda: _plain(subject, how, with_adapter), ids)
     ours = _run(
         lambda: load_exported(
             subject.folder,
@@ -378,14 +378,20 @@ def _run(load: Callable[[], "PreTrainedModel"], ids: Tensor) -> Tensor:
     return logits
 
 
-def _plain(folder: Path, how: PlainLoading, with_adapter: bool) -> "PreTrainedModel":
-    from transformers import AutoModelForCausalLM
+def _plain(subject: _Subject, how: PlainLoading, with_adapter: bool) -> "PreTrainedModel":
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    folder, loading, origin = subject.folder, AutoModelForCausalLM, {"local_files_only": True, **how.options}
+    if how.state is not None:
+        config = AutoConfig.from_pretrained(folder)
+        del config.quantization_config
+        folder, loading = None, type(subject.model)
+        origin = {"config": config, "state_dict": how.state(), "dtype": torch.bfloat16}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that an option was passed on top of config.json
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **how.options)
+        model: PreTrainedModel = loading.from_pretrained(folder, **origin)
     if how.transforms:
         from compressed_tensors.transform import TransformConfig, apply_transform_config
 
         apply_transform_config(model, TransformConfig.model_validate(how.transforms))
-    return (with_peft(model, folder) if with_adapter else model).eval()
+    return (with_peft(model, subject.folder) if with_adapter else model).eval()

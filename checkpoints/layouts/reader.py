@@ -87,6 +87,7 @@ class PlainLoading:
         quantizes_inputs: whether it quantizes inputs as the checkpoint asks.
         remark: what is special, for the report.
         transforms: a TransformConfig of compressed-tensors, whose library has to apply it to the loaded model.
+        state: where transformers cannot read the files itself, makes every tensor of the dense model for it.
     """
 
     obstacle: str = ""
@@ -94,6 +95,7 @@ class PlainLoading:
     quantizes_inputs: bool = True
     remark: str = ""
     transforms: Mapping[str, Any] = field(default_factory=dict)
+    state: Callable[[], dict[str, Tensor]] | None = None
 
 
 class ExportedFolder(ReadsCaches, ABC):

@@ -92,6 +92,7 @@ def test_tables_beside_other_formats(projections: tuple[str, str | None], tied: 
     out = quiet_export(model, tied, tmp_path / "out", pack_tables=True)
     report, values = verify(out), trained(model)
     assert report.ok, [check for check in report.checks if not check.ok]
+    assert "decompressed by compressed-tensors, largest logit difference 0.0" in report.checks[-1].detail
     found = by_compressed_tensors(out)
     assert found.keys() == values.keys() - {HEAD}
     for path, weight in found.items():

@@ -134,12 +134,12 @@ ROWS: tuple[Row, ...] = (
 )
 
 _ONE_FORMAT = (
-    "plain transformers (with compressed-tensors >= 0.18) loads packed tables only where all layers have one format, "
+    "plain transformers (with compressed-tensors 0.20) loads packed tables only where all layers have one format, "
     "with quantization_config=CompressedTensorsConfig(dequantize=True), and misreads or refuses others"
 )
 _NAMED = (
     "vLLM (0.32) reads packed tables of 2-, 4- and 8-bit integers without zero points in classes that give the table "
-    "its name (Qwen2, Qwen3, Gemma 3; not Llama) and where no head is tied to it; it stops at others"
+    "its name (Qwen2 and Qwen3; not Llama) and where no head is tied to it; it stops at others"
 )
 _UNFILLED = "SGLang skips the tensors of packed tables with a warning and computes garbage"
 

@@ -129,9 +129,6 @@ class Reader(ExportedFolder):
         affine = any(m.packed and not m.weights["symmetric"] for m in self.modules.values())
         modules = names.modules
         packed_tables = tables(model, names) & self.modules.keys()
-        if (affine or packed_tables) and len(groups) > 1:
-            what = "packed tables" if packed_tables else "asymmetric packed weights"
-            return PlainLoading(f"transformers loads {what} only where all layers have one format")
         fp8 = all(group["weights"]["type"] == "float" and group["weights"]["num_bits"] == 8 for group in groups)
         of_experts = {path for path in self.modules if f"{path}.weight" in names.parts}
         if any(self.modules[path].weights["strategy"] == "tensor_group" for path in of_experts):
@@ -151,11 +148,26 @@ class Reader(ExportedFolder):
         remark = "with its transform_config applied by compressed-tensors, " if left else ""
         if not affine and not packed_tables:
             return PlainLoading(transforms=left, remark=remark)
+        if len(groups) > 1:  # transformers would decode all layers by the first
+            remark += "with every layer decompressed by compressed-tensors, "
+            return PlainLoading(quantizes_inputs=False, remark=remark, transforms=left, state=self._decompressed)
         from transformers import CompressedTensorsConfig
 
         options = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
         remark += f"with dequantize=True, as {'packed tables' if packed_tables else 'asymmetric weights'} need, "
         return PlainLoading(options=options, quantizes_inputs=False, remark=remark, transforms=left)
+
+    def _decompressed(self) -> dict[str, Tensor]:
+        """Every tensor of the dense model, those of quantized layers as the library decompresses them."""
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization import QuantizationScheme
+
+        dense = {name: self.reader.get(name) for name in self.names - self.quantized_names}
+        for path, module in self.modules.items():
+            scheme = QuantizationScheme(targets=[path], weights=module.weights, format=module.format)
+            compressor = BaseCompressor.get_value_from_registry(module.format)
+            dense[path + self.DENSE] = compressor.decompress(self.layer(path), scheme)["weight"].to(torch.bfloat16)
+        return dense
 
 
 def _complete_group(group: Any, where: str) -> dict[str, Any]:
