@@ -17,7 +17,7 @@ from qat.checkpoints.exported import load_exported
 from qat.checkpoints.layouts import TARGETS, open_export
 from qat.checkpoints.shards import SINGLE
 from qat.checkpoints.verify import verify
-from qat.errors import UnsupportedError
+from qat.errors import CheckpointError, UnsupportedError
 from qat.sites import weights
 from tests.checkpoints.exports import SKIP_HEAD, broken, edit, ids, pair_rules, quantized, quiet_export, rewrite
 from tests.tiny import tiny_model
@@ -136,6 +136,25 @@ def test_a_head_that_the_source_stores_beside_its_table_is_left_out(tied: Path, 
     record = json.loads((out / RECORD).read_text())
     assert record["left_out"] == {f"{HEAD}.weight": f"the same tensor as {TABLE}.weight"} and verify(out).ok
     assert record["embeddings_on_grid"] == {} and record["modules"][TABLE]["weight"] == "int8_channel"
+
+
+def test_groups_that_target_the_class_of_tables(untied: Path, tmp_path: Path) -> None:
+    """As llm-compressor writes them; its "Linear" is no table."""
+    rules = [*SKIP_HEAD, pair_rules("int4_g64", None, "*_proj"), {"match": "*", "weight": "int8_channel"}]
+    model = quantized(untied, rules)
+    out = quiet_export(model, untied, tmp_path / "out", pack_tables=True)
+
+    def by_class(config: dict[str, Any]) -> None:
+        for group in config["quantization_config"]["config_groups"].values():
+            group["targets"] = ["Embedding" if group["weights"]["num_bits"] == 8 else "Linear"]
+
+    edit(out, by_class)
+    folder, values = open_export(out), trained(model)
+    assert all(torch.equal(folder.dense(path), values[path]) for path in values)
+    assert folder.matching_groups(TABLE) == ["group_0"] and folder.ignored(HEAD)
+    edit(out, lambda config: config["quantization_config"]["config_groups"].pop("group_0"))
+    with pytest.raises(CheckpointError, match=f"{TABLE} is stored quantized, but no config group targets it"):
+        open_export(out).dense(TABLE)
 
 
 # --- what is said and refused ---------------------------------------------------------------------

@@ -3,18 +3,20 @@
 import importlib.util
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from qat.checkpoints.architecture import read_config
 from qat.checkpoints.layouts.bits import Array, fields, float_values, raw_rows, scale_values
 from qat.checkpoints.layouts.caches import says_nothing
 from qat.checkpoints.layouts.compressed_tensors.transforms import KEY, online, rotations
 from qat.checkpoints.layouts.reader import ExportedFolder, PackedModule, PlainLoading, Spec, code_values
 from qat.checkpoints.matrices import dense_parts
-from qat.checkpoints.names import StoredNames, tables, wanted_while_loading
+from qat.checkpoints.names import StoredNames, skeleton, stored_names, tables, wanted_while_loading
 from qat.errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ _PLAIN = ("int-quantized", "float-quantized", "naive-quantized", "mxfp8-quantize
 _VERSION = "0"  # major number of the releases whose checkpoints are read
 _DEFAULTS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}  # of the library's QuantizationArgs
 _GROUPED = ("group", "tensor_group")
+_LINEAR, _EMBEDDING = "Linear", "Embedding"  # classes that groups may target
 
 
 class Reader(ExportedFolder):
@@ -62,13 +65,22 @@ class Reader(ExportedFolder):
 
     def matching_groups(self, path: str, linear: bool = True) -> list[str]:
         """Names of the config groups that target `path`, the one loaders choose first: exact names, then regular
-        expressions, then the class name (for linear layers)."""
-        ranked = []
+        expressions, then the class name."""
+        ranked, linear = [], linear and path not in self._embeddings
         for group, scheme in self.quantization["config_groups"].items():
             hits = [rank for target in scheme["targets"] if (rank := _rank(path, target, linear)) is not None]
             if hits:
                 ranked.append((min(hits), group))
         return [group for _, group in sorted(ranked)]
+
+    @cached_property
+    def _embeddings(self) -> frozenset[str]:
+        """Paths of embeddings, where a group targets their class, as those of llm-compressor do."""
+        targets = {target for group in self.quantization["config_groups"].values() for target in group["targets"]}
+        if _EMBEDDING not in targets:
+            return frozenset()
+        model = skeleton(read_config(self.folder))
+        return frozenset(tables(model, stored_names(model)))
 
     def ignored(self, path: str, linear: bool = True) -> bool:
         """Whether `ignore` names `path`."""
@@ -234,7 +246,7 @@ def _rank(path: str, target: str, linear: bool) -> tuple[int, str] | None:
         return (1, target) if re.match(target[3:], path) else None
     if target == path:
         return (0, target)
-    return (2, target) if target == "Linear" and linear else None
+    return (2, target) if target == (_LINEAR if linear else _EMBEDDING) else None
 
 
 def expected_tensors(module: PackedModule, rows: int, columns: int) -> dict[str, Spec]:
