@@ -381,15 +381,17 @@ def _run(load: Callable[[], "PreTrainedModel"], ids: Tensor) -> Tensor:
 def _plain(subject: _Subject, how: PlainLoading, with_adapter: bool) -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder, loading, origin = subject.folder, AutoModelForCausalLM, {"local_files_only": True, **how.options}
+    loading: Any = AutoModelForCausalLM
+    origin: dict[str, Any] = {"pretrained_model_name_or_path": subject.folder, "local_files_only": True, **how.options}
     if how.state is not None:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(subject.folder)
         del config.quantization_config
-        folder, loading = None, type(subject.model)
-        origin = {"config": config, "state_dict": how.state(), "dtype": torch.bfloat16}
+        loading = type(subject.model)
+        origin = {"pretrained_model_name_or_path": None, "config": config, "state_dict": how.state()}
+        origin["dtype"] = torch.bfloat16
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that an option was passed on top of config.json
-        model: PreTrainedModel = loading.from_pretrained(folder, **origin)
+        model: PreTrainedModel = loading.from_pretrained(**origin)
     if how.transforms:
         from compressed_tensors.transform import TransformConfig, apply_transform_config
 
