@@ -90,6 +90,7 @@ def export_model(
     extra: dict[str, Any] | None = None,
     keep: tuple[Path, ...] = (),
     beside: Callable[[Path], None] | None = None,
+    pack_tables: bool = False,
 ) -> Path:
     """Write `model` as a checkpoint of `target`; returns `out`.
 
@@ -98,11 +99,11 @@ def export_model(
         source: folder of the unquantized model; gives tensor names, config.json and all other files.
         out: folder to create.
         target: name of the file layout, see `qat.checkpoints.layouts`.
-        overwrite: replace `out` if an export wrote it.
+        overwrite, keep: replace `out` if an export wrote it; folders that must stay, besides the source.
         max_shard_bytes: size at which a new shard starts.
         extra: recorded as "run" in qat.json.
-        keep: folders that must not be replaced, besides the source.
         beside: writes an adapter into a folder, which the export then has, too.
+        pack_tables: see `plan_export`.
 
     Raises:
         ConfigError: no such target.
@@ -112,7 +113,7 @@ def export_model(
     """
     keep = (source, *keep)
     check_replaceable(out, overwrite, keep)
-    plan = plan_export(model, source, find_target(target))
+    plan = plan_export(model, source, find_target(target), pack_tables=pack_tables)
     check_values(plan)
     for note in plan.notes:
         warnings.warn(note, UserWarning, stacklevel=2)
@@ -147,6 +148,7 @@ def export(
     overwrite: bool = False,
     checkpoint: str = "best",
     moved: Path | str | None = None,
+    pack_tables: bool = False,
 ) -> Path:
     """Export a checkpoint of a training run; `moved` as in `load_student`, the rest as in `export_model`."""
     from qat.checkpoints.resume import load_student, lora_config
@@ -158,7 +160,8 @@ def export(
     beside = partial(write_adapter, tensors=adapter, config=config) if config is not None and adapter else None
     extra = {"name": run.resolve().name, "checkpoint": checkpoint, "step": state.get("step"), "model": state["model"]}
     student: Any = model
-    return export_model(student, source, out, target, overwrite=overwrite, extra=extra, keep=(run,), beside=beside)
+    how: dict[str, Any] = {"overwrite": overwrite, "extra": extra, "beside": beside, "pack_tables": pack_tables}
+    return export_model(student, source, out, target, keep=(run,), **how)
 
 
 def check_replaceable(out: Path, overwrite: bool, keep: tuple[Path, ...]) -> None:

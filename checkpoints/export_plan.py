@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qat.checkpoints.architecture import quiet, read_config, read_json
 from qat.checkpoints.caches import CachePlan, check_ranges, plan_caches
@@ -27,9 +27,11 @@ from qat.checkpoints.names import (
     skeleton,
     stored_names,
     surplus_names,
+    tables,
     wanted_while_loading,
 )
 from qat.checkpoints.shards import ShardReader, TensorInfo
+from qat.checkpoints.tables import packed_sites
 from qat.errors import CheckpointError, UnsupportedError
 from qat.float32 import float32_names, own_tensors
 from qat.numbers.hadamard import rotation
@@ -47,8 +49,9 @@ _WIDE = {"F32": "float32", "F16": "FP16", "F64": "float64"}
 class ExportPlan:
     """What the export of one model needs to know, gathered before the first byte is written.
 
-    Everything is by checkpoint name or path: `linears` and `embeddings` are quantized layers, `dense` every other
-    tensor, `wide` those of them that stay in float32, `copied` what the model never loaded (with shapes), `left_out`
+    Everything is by checkpoint name or path: `linears` are the quantized layers that are packed, `embeddings` quantized
+    tables that are not, `heads` the tables whose packed tensors an output layer shares, `dense` every other tensor,
+    `wide` those of them that stay in float32, `copied` what the model never loaded (with shapes), `left_out`
     names of the source that are not written (with the reason), `order` all names to write, `head` the output layer,
     `fused` the sets that were trained as one, `quantization` what config.json will say of all this, `caches` what
     attention layers keep quantized.
@@ -59,6 +62,7 @@ class ExportPlan:
     names: StoredNames
     linears: dict[str, Matrix]
     embeddings: dict[str, Site]
+    heads: dict[str, str]
     dense: dict[str, Tensor]
     wide: frozenset[str]
     copied: dict[str, tuple[int, ...]]
@@ -71,27 +75,31 @@ class ExportPlan:
     notes: list[str] = field(default_factory=list)
 
     def layer(self, path: str) -> TargetLayer:
-        """The target's view of one linear layer."""
+        """The target's view of one packed layer."""
         matrix = self.linears[path]
         input = matrix.input.format if matrix.input is not None else None
         module, kind = self.names.modules.get(path, ""), self.model.config.model_type
         rotated = rotation(matrix.input.transforms) if matrix.input is not None else 0
-        shape, weight = tuple(matrix.weight.shape), matrix.format
-        return TargetLayer(path, shape, weight, input, module, kind, matrix.transposed, rotated)
+        shape, weight, table = tuple(matrix.weight.shape), matrix.format, matrix.site.is_table
+        heads = {name: None for h, t in self.heads.items() if t == path for name in (h, self.names.modules[h])}
+        return TargetLayer(path, shape, weight, input, module, kind, matrix.transposed, rotated, table, tuple(heads))
 
 
-def plan_export(model: "PreTrainedModel", source: Path | None, target: Target) -> ExportPlan:
+def plan_export(
+    model: "PreTrainedModel", source: Path | None, target: Target, *, pack_tables: bool = False
+) -> ExportPlan:
     """Everything that can be said of an export without the numbers; `model` may have none (torch's meta device).
 
     Args:
         source: folder of the unquantized model; None where only its config is known.
         target: the layout.
+        pack_tables: pack quantized embeddings, too, instead of storing their values in BF16.
 
     Raises:
         UnsupportedError: a format, or pair of formats, that the target cannot hold, or a layer that no file can hold.
         CheckpointError: tensors that do not fit the source, or would not be loaded again.
     """
-    plan = _sort_tensors(model, source, target)
+    plan = _sort_tensors(model, source, target, pack_tables)
     for path in plan.linears:
         check_layer(target, plan.layer(path))
     plan.quantization = target.quantization_config([plan.layer(path) for path in plan.linears], _ignored(plan))
@@ -155,22 +163,22 @@ def refusals(model: "PreTrainedModel", source: Path | None) -> tuple[ExportPlan,
 # --- the fate of every tensor ---------------------------------------------------------------------
 
 
-def _sort_tensors(model: "PreTrainedModel", source: Path | None, target: Target) -> ExportPlan:
-    quantized = sites(model, "weight")
-    linears = [site for site in quantized if not site.is_table]
-    if not linears:
-        raise UnsupportedError("no linear layer of this model is quantized; apply a scheme first (qat.apply)")
+def _sort_tensors(
+    model: "PreTrainedModel", source: Path | None, target: Target, pack_tables: bool = False
+) -> ExportPlan:
+    to_pack, unpacked, shared = packed_sites(sites(model, "weight"), pack_tables)
     given: dict[str, TensorInfo] = {}
     if source is not None:
         with ShardReader(source) as reader:
             given = {name: reader.info(name) for name in reader.names()}
     names = stored_names(model, given)
-    packed, nameless = stored_matrices(linears, names)
+    packed, nameless = stored_matrices(to_pack, names)
     _check_own_tensors(model, names, packed, nameless)
-    tables = {names.paths[site.path]: site for site in quantized if site.is_table}
+    embeddings = {names.paths[site.path]: site for site in unpacked}
+    heads = {names.paths[head]: names.paths[table] for head, table in shared.items()}
     own = {matrix.name for matrix in packed.values()}
     rest = {name: tensor for name, tensor in names.tensors.items() if name not in own}
-    aliases = _aliases(model, names, rest)
+    aliases = _aliases(model, names, rest) | {f"{head}.weight": f"{table}.weight" for head, table in heads.items()}
     dense = {name: tensor for name, tensor in rest.items() if name not in aliases}
     left_out = {name: f"a second name of {other}" for name, other in names.shadowed.items()}
     left_out |= {name: f"the same tensor as {other}" for name, other in aliases.items() if name in given}
@@ -181,9 +189,8 @@ def _sort_tensors(model: "PreTrainedModel", source: Path | None, target: Target)
     in_float32 = float32_names(model)
     wide = frozenset(name for name in dense if names.origins.get(name) in in_float32)
     copied, head = {name: given[name].shape for name in sorted(names.unread)}, _head(model, names.paths)
-    return ExportPlan(
-        model, target, names, packed, tables, dense, wide, copied, left_out, order, head, _trained_as_one(packed)
-    )
+    kinds = packed, embeddings, heads, dense, wide
+    return ExportPlan(model, target, names, *kinds, copied, left_out, order, head, _trained_as_one(packed))
 
 
 def _trained_as_one(matrices: dict[str, Matrix]) -> list[list[str]]:
@@ -257,10 +264,10 @@ def _head(model: "PreTrainedModel", paths: dict[str, str]) -> str:
 def _ignored(plan: ExportPlan) -> list[str]:
     """Matrices that stay dense, under every name that a loader may ask for: the file's, which engines go by, and the
     module's, which plain transformers goes by."""
-    tables = {plan.names.paths.get(path) for path, m in plan.model.named_modules() if isinstance(m, nn.Embedding)}
+    skipped = plan.linears.keys() | tables(plan.model, plan.names)
     matrices = [name.removesuffix(".weight") for name in plan.order if name.endswith(".weight")]
-    matrices = [path for path in matrices if path not in plan.linears and path not in tables and _is_matrix(plan, path)]
-    if plan.head and plan.head not in plan.linears and plan.head not in matrices:
+    matrices = [path for path in matrices if path not in skipped and _is_matrix(plan, path)]
+    if plan.head and plan.head not in plan.linears and plan.head not in [*matrices, *plan.heads]:
         matrices.append(plan.head)
     if plan.target.STACKS_OF:
         matrices += [name.rpartition(".")[0] for name, tensor in plan.dense.items() if tensor.dim() > 2]
@@ -340,9 +347,12 @@ def _notes(plan: ExportPlan, source: Path | None) -> list[str]:
         )
         if layer.rotation and plan.target.ROTATED is not None:
             notes.update(dict.fromkeys(support.notes((plan.target.ROTATED,), layer.weight, layer.input)))
+        if layer.is_table and plan.target.TABLES is not None:
+            notes.update(dict.fromkeys(support.notes((plan.target.TABLES,), layer.weight, layer.input)))
     for path, site in plan.embeddings.items():
         name = site.format.name
-        notes[f"{path} is quantized to {name} in training; this target stores its values as dense BF16"] = None
+        how = ", unless qat export gets --pack-tables" if plan.target.TABLES is not None else ""
+        notes[f"{path} is quantized to {name} in training; this target stores its values as dense BF16{how}"] = None
     elements = [matrix.format.element for matrix in plan.linears.values()]
     parts = dense_parts(plan.model, plan.names, [matrix.name for matrix in plan.linears.values()])
     if parts and not all(e.is_minifloat and e.bits == 8 for e in elements):

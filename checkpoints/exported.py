@@ -155,6 +155,8 @@ def _check_layers(exported: ExportedFolder, stored: StoredNames, kind: str) -> N
     for name, path in exported.weights.items():
         if path not in stored.modules and name not in stored.rows:
             raise CheckpointError(f"{path} is stored, but {kind} has no such layer")
+    for head, table in stored.tied_to(exported.modules).items():
+        exported.check_tied(head, table)
 
 
 def hook_inputs(

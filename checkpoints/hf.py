@@ -281,7 +281,8 @@ def check_loading(model: "PreTrainedModel", info: dict[str, Any], origin: Path) 
     ]
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-    if tied and head is not None and head.weight is not embedding.weight:
+    own, other = (getattr(layer, "weight", None) for layer in (head, embedding))  # packed layers have none
+    if tied and head is not None and own is not other:
         problems.append(
             "config.json ties the output layer to the embedding, but the weights hold two different ones: "
             "set tie_word_embeddings to false if both are meant"

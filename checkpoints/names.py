@@ -52,6 +52,12 @@ class StoredNames:
         """Path in the model by checkpoint path."""
         return {stored: path for path, stored in self.paths.items()}
 
+    def tied_to(self, paths: Collection[str]) -> dict[str, str]:
+        """Checkpoint paths of layers whose weight is that of one of `paths` under another name, and that one."""
+        own = {id(tensor): path for path in paths if (tensor := self.tensors.get(f"{path}.weight")) is not None}
+        weights = {path: self.tensors[f"{path}.weight"] for path in self.paths.values() if path not in paths}
+        return {path: own[id(tensor)] for path, tensor in weights.items() if id(tensor) in own}
+
 
 def stored_names(model: "PreTrainedModel", names: Iterable[str] = ()) -> StoredNames:
     """How the tensors called `names` in a file become those of `model`; without a file, the names it would save."""
@@ -219,6 +225,11 @@ def wanted_while_loading(model: "PreTrainedModel", paths: Collection[str]) -> li
             if "Identity" in str(error):
                 classes[type(module).__name__] = None
     return list(classes)
+
+
+def tables(model: "PreTrainedModel", names: StoredNames) -> set[str]:
+    """Checkpoint paths of the embeddings."""
+    return {stored for path, stored in names.paths.items() if isinstance(model.get_submodule(path), nn.Embedding)}
 
 
 def missing_names(model: "PreTrainedModel", names: StoredNames, stored: Collection[str]) -> list[str]:

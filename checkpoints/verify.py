@@ -23,7 +23,7 @@ from qat.checkpoints.exported import load_exported
 from qat.checkpoints.hf import quiet
 from qat.checkpoints.layouts import ExportedFolder, open_export
 from qat.checkpoints.layouts.reader import PlainLoading, bad_scales, digest
-from qat.checkpoints.names import StoredNames, missing_names, skeleton, stored_names
+from qat.checkpoints.names import StoredNames, missing_names, skeleton, stored_names, tables
 from qat.checkpoints.peft import peft_reads, with_peft
 from qat.checkpoints.progress import progress
 from qat.checkpoints.record import RECORD, read_record
@@ -241,25 +241,25 @@ def _targets(subject: _Subject) -> str:
     """Every matrix is either quantized and targeted by one group, or dense and ignored."""
     exported, problems, quantized = subject.exported, [], 0
     modules = subject.stored.modules
-    tables = {name for path, name in subject.stored.paths.items() if _is_table(subject.model, path)}
     matrices = {n.removesuffix(".weight") for n, t in subject.dense.items() if t.ndim == 2 and n.endswith(".weight")}
     matrices |= exported.modules.keys()
-    for path in sorted(matrices - tables):
+    tied = subject.stored.tied_to(exported.modules)
+    for head, table in tied.items():
+        exported.check_tied(head, table)
+    unpacked = tables(subject.model, subject.stored) - exported.modules.keys()
+    packed = exported.modules.keys() | tied.keys()
+    for path in sorted(matrices - unpacked):
         for name in dict.fromkeys(
             (path, modules.get(path, path))
         ):  # engines go by the file, transformers by its modules
             groups, ignored = exported.matching_groups(name), exported.ignored(name)
-            if path not in exported.modules:
+            if path not in packed:
                 problems += [] if ignored else [f"{name} is dense, but not in `ignore`"]
             elif ignored or len(groups) != 1:
                 problems.append(f"{name} is quantized, but " + ("ignored" if ignored else f"in {len(groups)} groups"))
-        quantized += path in exported.modules
+        quantized += path in packed
     _require(problems, "config.json does not describe the tensors")
-    return f"{quantized} quantized and {len(matrices - tables) - quantized} ignored matrices"
-
-
-def _is_table(model: "PreTrainedModel", path: str) -> bool:
-    return isinstance(model.get_submodule(path), torch.nn.Embedding)
+    return f"{quantized} quantized and {len(matrices - unpacked) - quantized} ignored matrices"
 
 
 def _size(subject: _Subject) -> str:
@@ -350,7 +350,7 @@ def _compare(subject: _Subject, tokens: int, how: PlainLoading) -> str:
     ids = (torch.arange(tokens) * 7919 + 13).remainder(vocabulary)[None]
     with_adapter = peft_reads(subject.folder)
     with redirect_stderr(io.StringIO()):  # compressed-tensors draws three progress bars
-        theirs = _run(lambda: _plain(subject.folder, how, with_adapter), ids)
+        theirs = _run(lambda: _plain(subject, how, with_adapter), ids)
     ours = _run(
         lambda: load_exported(
             subject.folder,
@@ -378,14 +378,22 @@ def _run(load: Callable[[], "PreTrainedModel"], ids: Tensor) -> Tensor:
     return logits
 
 
-def _plain(folder: Path, how: PlainLoading, with_adapter: bool) -> "PreTrainedModel":
-    from transformers import AutoModelForCausalLM
+def _plain(subject: _Subject, how: PlainLoading, with_adapter: bool) -> "PreTrainedModel":
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    loading: Any = AutoModelForCausalLM
+    origin: dict[str, Any] = {"pretrained_model_name_or_path": subject.folder, "local_files_only": True, **how.options}
+    if how.state is not None:
+        config = AutoConfig.from_pretrained(subject.folder)
+        del config.quantization_config
+        loading = type(subject.model)
+        origin = {"pretrained_model_name_or_path": None, "config": config, "state_dict": how.state()}
+        origin["dtype"] = torch.bfloat16
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that an option was passed on top of config.json
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **how.options)
+        model: PreTrainedModel = loading.from_pretrained(**origin)
     if how.transforms:
         from compressed_tensors.transform import TransformConfig, apply_transform_config
 
         apply_transform_config(model, TransformConfig.model_validate(how.transforms))
-    return (with_peft(model, folder) if with_adapter else model).eval()
+    return (with_peft(model, subject.folder) if with_adapter else model).eval()

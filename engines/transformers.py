@@ -31,6 +31,7 @@ from qat.checkpoints.names import StoredNames, missing_names, stored_names
 from qat.checkpoints.peft import put_adapter
 from qat.checkpoints.progress import progress
 from qat.engines.experts import Matrices, pack_experts
+from qat.engines.tables import is_table, put_table, set_heads_aside
 from qat.errors import CheckpointError, FormatError, UnsupportedError
 from qat.kernels.load import cpu_problem, load
 from qat.numbers.format import Format
@@ -59,21 +60,21 @@ class PackedConfig(QuantizationConfigMixin):
 
 
 class StoredLinear(nn.Module):
-    """A linear layer while its checkpoint is being read: parameters named, typed and shaped as they are stored.
+    """A linear layer or embedding while its checkpoint is being read: parameters named, typed and shaped as stored.
 
     Some classes initialise layers through their parents, by the name `weight` (GPTBigCode's `c_proj`): where no such
     tensor is stored there is an empty one, which counts as read.
     """
 
-    def __init__(self, linear: nn.Linear, tensors: dict[str, torch.Tensor]) -> None:
+    def __init__(self, bias: nn.Parameter | None, tensors: dict[str, torch.Tensor]) -> None:
         super().__init__()
         if "weight" not in tensors:
             self.weight = torch.empty(0)
             self.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' own mark
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-        if linear.bias is not None:
-            self.register_parameter("bias", linear.bias)
+        if bias is not None:
+            self.register_parameter("bias", bias)
 
 
 class PackedQuantizer(HfQuantizer):
@@ -85,6 +86,7 @@ class PackedQuantizer(HfQuantizer):
         files = kwargs.get("checkpoint_files")
         if not files:
             raise UnsupportedError("packed checkpoints are read from a folder or the hub, not from a state dict")
+        self.dtype = model.dtype  # that of the first parameter, which may soon be a stored one
         self.exported = open_export(Path(files[0]).parent)
         self.exported.reader.verify_complete()
         self.stored = stored_names(model, self.exported.dense_names)
@@ -97,19 +99,22 @@ class PackedQuantizer(HfQuantizer):
                 f"({unknown[0]}, ...); qat.checkpoints.exported.load_exported reads them densely"
             )
         _check_names(model, self.exported, self.stored)
+        self.tables = {path for path in self.layers if is_table(model.get_submodule(path), path)}
+        self.heads = set_heads_aside(model, self.layers)
+        for head, table in self.heads.items():
+            self.exported.check_tied(self.stored.paths[head], self.stored.paths[table])
         self._set_experts_aside(model)
         for path, module in self.layers.items():
             of_layers = self.exported.quantized_names - self.exported.cache_names
             names = [name for name in of_layers if name.startswith(f"{module.path}.")]
             stored = {name[len(module.path) + 1 :]: self.exported.reader.empty(name) for name in names}
-            linear = model.get_submodule(path)
-            assert isinstance(linear, nn.Linear)  # stored_names lists no others that can be quantized
-            shape, expected = self.exported.shape(module.path), (linear.out_features, linear.in_features)
+            layer = model.get_submodule(path)
+            shape, expected = self.exported.shape(module.path), tuple(layer.get_parameter("weight").shape)
             if shape != expected:
                 raise CheckpointError(
                     f"{module.path}.weight is stored as {[*shape]}, config.json asks for {[*expected]}"
                 )
-            model.set_submodule(path, StoredLinear(linear, stored))
+            model.set_submodule(path, StoredLinear(layer._parameters.get("bias"), stored))
 
     def _set_experts_aside(self, model: "PreTrainedModel") -> None:
         """Packed experts are read from the file afterwards: transformers must not look for them, or make them up."""
@@ -151,7 +156,7 @@ class PackedQuantizer(HfQuantizer):
                         q = TARGETS[self.exported.METHOD].unpack(self.exported.modules[path], tensors)
                         for number, one in enumerate(_one_by_one(q)):
                             first = (rows.start or 0) + number * high
-                            layer, reason = self._matrix(one, biases.get(first // high), model.dtype)
+                            layer, reason = self._matrix(one, biases.get(first // high), self.dtype)
                             if reason is not None:
                                 _note_dense(dense, one, reason, path)
                             packed.setdefault(slot, {})[first // high, first] = layer
@@ -167,7 +172,7 @@ class PackedQuantizer(HfQuantizer):
         name = next((name for name, own in self.stored.origins.items() if own == place), None)
         if name is None:
             raise UnsupportedError(f"{place} is not stored as one tensor; load_exported reads such experts densely")
-        return dict(enumerate(self.exported.reader.get(name).to(model.device, model.dtype)))
+        return dict(enumerate(self.exported.reader.get(name).to(model.device, self.dtype)))
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         load()
@@ -178,12 +183,15 @@ class PackedQuantizer(HfQuantizer):
                 tensors = {name: parameter.detach() for name, parameter in stored.named_parameters()}
                 bias, q = tensors.pop("bias", None), TARGETS[self.exported.METHOD].unpack(module, tensors)
                 try:
-                    layer, reason = self._layer(module, q, bias, model.dtype)
+                    layer, reason = self._layer(module, q, bias, self.dtype)
                 except FormatError as error:
                     raise CheckpointError(f"{module.path}: {error}") from error
                 if reason is not None:
                     _note_dense(dense, q, reason, path)
-                model.set_submodule(path, layer.train(stored.training))
+                if path in self.tables:
+                    put_table(model, path, layer.train(stored.training), self.heads, self.dtype)
+                else:
+                    model.set_submodule(path, layer.train(stored.training))
                 advance(1)
         hook_inputs(model, self.exported, "vllm", {module.path: path for path, module in self.layers.items()})
         self._pack_experts(model, dense)
@@ -191,8 +199,8 @@ class PackedQuantizer(HfQuantizer):
         for reason, paths in dense.items():
             warnings.warn(f"{some(paths, 1)}: {reason}", stacklevel=2)
         for parameter in model.parameters():  # transformers 5.17 leaves what it renames in the type of the file
-            if parameter.dtype == torch.bfloat16 and model.dtype == torch.float32:
-                parameter.data = parameter.data.to(model.dtype)
+            if parameter.dtype == torch.bfloat16 and self.dtype == torch.float32:
+                parameter.data = parameter.data.to(self.dtype)
         _warn_of_slow_paths(model)
         del self.exported, self.layers, self.experts  # open files: they would keep the model from being copied
         return model

@@ -148,14 +148,8 @@ def _teacher(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from qat.checkpoints.export import export
 
-    out = export(
-        arguments.trained,
-        arguments.out,
-        arguments.target,
-        overwrite=arguments.overwrite,
-        checkpoint=arguments.checkpoint,
-        moved=arguments.model,
-    )
+    how = {name: getattr(arguments, name) for name in ("overwrite", "checkpoint", "pack_tables")}
+    out = export(arguments.trained, arguments.out, arguments.target, moved=arguments.model, **how)
     stored = size(sum(path.stat().st_size for path in out.rglob("*.safetensors")))
     print(f"{out}: {stored} of weights for {arguments.target}; check it with: qat verify {out}")
 

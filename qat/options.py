@@ -55,6 +55,8 @@ def export(parser: argparse.ArgumentParser) -> None:
         help="which of RUN/checkpoints: best (default) is the student with the lowest held-out KL",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if an export wrote it")
+    tables = "pack quantized embeddings, once with a head tied to them; few engines read that, see docs/export.md"
+    parser.add_argument("--pack-tables", action="store_true", help=tables)
     moved(parser)
 
 

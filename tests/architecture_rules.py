@@ -78,10 +78,9 @@ NAMES_CLASSES = {
     "qat/training/heads.py": "the loss multiplies with the head chunk by chunk instead of calling it",
     "checkpoints/names.py": "which names of a file are layers is asked before anything is quantized",
     "checkpoints/positions.py": "a table of positions says how long a text may be",
-    "checkpoints/export_plan.py": "engines look tables up under rules of their own",
     "checkpoints/wrapped.py": "peft's class of that name, which holds factors of an update",
-    "checkpoints/verify.py": "a table that is stored dense has no product to compare",
     "trainers/logitcache.py": "a teacher's output layer comes back from the disk as the layer it was",
+    "engines/tables.py": "replaces embeddings and heads of a model that was never quantized by `qat.apply`",
     "engines/transformers.py": "replaces layers of a model that was never quantized by `qat.apply`",
 }
 

@@ -74,6 +74,13 @@ def check_layer(target: Target, layer: TargetLayer) -> None:
     able = holders(layer.weight, layer.input, stacks_of)
     if reason := _not_stored(layer):
         raise UnsupportedError(f"{layer.path} can be trained and evaluated, but not exported: {reason}")
+    if layer.is_table and target.TABLES is None:
+        others = " or ".join(name for name in able if TARGETS[name].TABLES is not None)
+        instead = f", or use --target {others}" if others else ""
+        raise UnsupportedError(
+            f"{layer.path}: no loader of {target.METHOD} checkpoints reads packed tables; leave --pack-tables out, "
+            f"which stores the values of their grid in BF16{instead}"
+        )
     if layer.rotation and target.ROTATED is None:
         others = " or ".join(name for name in able if TARGETS[name].ROTATED is not None)
         instead = f"export it with --target {others}, or " if others else ""
@@ -131,5 +138,5 @@ def open_export(folder: Path) -> ExportedFolder:
 
 def table() -> str:
     """The table of docs/export.md: which engine loads what, of every target."""
-    rotated = {name: (target.ROTATED,) if target.ROTATED is not None else () for name, target in TARGETS.items()}
-    return support.markdown({name: target.ROWS for name, target in TARGETS.items()}, rotated)
+    besides = {name: [row for row in (t.ROTATED, t.TABLES) if row is not None] for name, t in TARGETS.items()}
+    return support.markdown({name: target.ROWS for name, target in TARGETS.items()}, besides)

@@ -87,6 +87,7 @@ class PlainLoading:
         quantizes_inputs: whether it quantizes inputs as the checkpoint asks.
         remark: what is special, for the report.
         transforms: a TransformConfig of compressed-tensors, whose library has to apply it to the loaded model.
+        state: where transformers cannot read the files itself, makes every tensor of the dense model for it.
     """
 
     obstacle: str = ""
@@ -94,6 +95,7 @@ class PlainLoading:
     quantizes_inputs: bool = True
     remark: str = ""
     transforms: Mapping[str, Any] = field(default_factory=dict)
+    state: Callable[[], dict[str, Tensor]] | None = None
 
 
 class ExportedFolder(ReadsCaches, ABC):
@@ -189,6 +191,22 @@ class ExportedFolder(ReadsCaches, ABC):
         if not groups or self.ignored(path):
             raise CheckpointError(f"{path} is stored quantized, but no config group targets it, or `ignore` names it")
         return self._module(path, groups[0])
+
+    def check_tied(self, head: str, table: str) -> None:
+        """An output layer that multiplies with the stored tensors of a packed table: the configuration speaks of it as
+        of the table, or not at all.
+
+        Raises:
+            UnsupportedError: it quantizes the layer otherwise, or what the layer reads.
+        """
+        if self.ignored(head) or not self.matching_groups(head):
+            return
+        other, own = self._describe(head), self.modules[table]
+        if (other.format, other.weights, other.input, other.rotation) != (own.format, own.weights, None, 0):
+            raise UnsupportedError(
+                f"{head} is tied to {table}, which is stored packed, but is quantized in another way; readable: the "
+                "same weights, and inputs as they come"
+            )
 
     @cached_property
     def weights(self) -> dict[str, str]:

@@ -111,7 +111,8 @@ def markdown(tables: Mapping[str, Sequence[Row]], besides: Mapping[str, Sequence
             lines.append("| " + " | ".join([f"`{target}`", row.scheme, *shown, *cells]) + " |")
         for row in besides.get(target, ()):
             cells = [_mark(cell, marks) for cell in row.cells]
-            lines.append("| " + " | ".join([f"`{target}`", row.scheme, "any", "any", *cells]) + " |")
+            inputs = "-" if row.applies(next(iter(CATALOG.values())), None) else "any"
+            lines.append("| " + " | ".join([f"`{target}`", row.scheme, "any", inputs, *cells]) + " |")
     return "\n".join([*lines, "", *(f"{number}. {sentence}." for sentence, number in marks.items())]) + "\n"
 
 

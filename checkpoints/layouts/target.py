@@ -26,6 +26,8 @@ class TargetLayer:
         model_type: of the model's config.
         transposed: whether the dense tensor is stored (..., columns, rows).
         rotation: size of the block Hadamard that its input meets, 0 without; the weight is rotated already.
+        is_table: whether it is an embedding, whose rows are looked up.
+        tied: names, for any loader, of the output layers that multiply with a table's stored tensors.
     """
 
     path: str
@@ -36,6 +38,8 @@ class TargetLayer:
     model_type: str = ""
     transposed: bool = False
     rotation: int = 0
+    is_table: bool = False
+    tied: tuple[str, ...] = ()
 
     @property
     def stacks_of(self) -> str:
@@ -45,7 +49,8 @@ class TargetLayer:
     @property
     def names(self) -> tuple[str, ...]:
         """Every name that a loader may ask for: engines go by the checkpoint, plain transformers by its modules."""
-        return (self.path, self.module) if self.module and self.module != self.path else (self.path,)
+        own = (self.path, self.module) if self.module and self.module != self.path else (self.path,)
+        return own + self.tied
 
 
 @runtime_checkable
@@ -68,6 +73,9 @@ class Target(Protocol):
 
     ROTATED: Row | None
     """Which engine rotates inputs where a checkpoint of this layout says so, None where it cannot say it."""
+
+    TABLES: Row | None
+    """Which engine reads packed tables (embeddings) in a checkpoint of this layout, None where none does."""
 
     CACHES: CacheLayout | None
     """How it describes quantized caches, None where it cannot."""

@@ -153,7 +153,7 @@ def unpack(weight: PackedWeight) -> QTensor:
     weight = ordered(weight, "cpu") if panels.in_panels(weight.words) else weight
     codes = from_words(weight.words, fmt.element.bits, weight.columns, offset=fmt.element.is_integer)
     stored = fmt.scale.from_bytes(weight.scales.t().contiguous())
-    above = torch.tensor(weight.global_scale, device=stored.device) if fmt.global_scale else None
+    above = torch.full((), weight.global_scale, device=stored.device) if fmt.global_scale else None
     zeros = None if weight.zeros is None else weight.zeros.t().contiguous()
     return QTensor(fmt, codes, Scales(stored, above, zeros))
 

@@ -104,7 +104,7 @@ def _from_panels(words: Tensor, fmt: Format) -> Tensor:
     else:
         columns = [word << shift >> 12 & 8 | word << shift >> 6 & 7 for shift in (0, 3, 6)]
         columns.append(word >> 11 & 8 | word >> 11 & 4 | word >> 10 & 3)
-    return torch.stack(columns).permute(1, 3, 2, 0, 4).reshape(words.shape[0] * ROWS, -1).to(torch.uint8)
+    return torch.stack(columns).permute(1, 3, 2, 0, 4).flatten(0, 1).flatten(1).to(torch.uint8)
 
 
 def scales_to_panels(scales: Tensor, fmt: Format) -> Tensor:
@@ -122,7 +122,7 @@ def scales_from_panels(scales: Tensor, fmt: Format) -> Tensor:
     """Undo `scales_to_panels`."""
     if not scales_weights(fmt):
         return scales
-    wide = scales.transpose(1, 2).reshape(scales.shape[0] * ROWS, -1).t().to(torch.int32)
+    wide = scales.transpose(1, 2).flatten(0, 1).flatten(1).t().to(torch.int32)
     step = 2**UE4M3.element.mantissa_bits
     value = torch.ldexp(wide % step / step + 1, wide // step - WIDE_BIAS)
     return fmt.scale.to_bytes(fmt.scale.encode(value)).contiguous()

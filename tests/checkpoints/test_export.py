@@ -100,6 +100,13 @@ def test_architectures(kind: str, pair: Pair, tmp_path: Path) -> None:
     assert_proven(tmp_path / "out")
 
 
+def test_asymmetric_layers_beside_others(llama: Path, tmp_path: Path) -> None:
+    """Plain transformers would decode all by one group, so the library decompresses them."""
+    rules = mixed_rules([("int4_g32_asym", None), ("int8_channel", "int8_token"), ("nvfp4", None)])
+    quiet_export(quantized(llama, [*rules, {"match": "*", "skip": "the rest"}]), llama, tmp_path / "out")
+    assert_proven(tmp_path / "out")
+
+
 LEARNED: list[Pair] = [("int4_g64", None), ("nvfp4", "nvfp4"), ("mxfp4", "mxfp4"), ("fp8_b128", None)]
 
 

@@ -133,8 +133,24 @@ ROWS: tuple[Row, ...] = (
     Row("MXFP8 weights", lambda w, a: mx(w, E4M3) and a is None, (EXACT, cell("yes", _MX8_A16), NO, NO)),
 )
 
+_ONE_FORMAT = (
+    "plain transformers (with compressed-tensors 0.20) loads packed tables only where all layers have one format, "
+    "with quantization_config=CompressedTensorsConfig(dequantize=True), and misreads or refuses others"
+)
+_NAMED = (
+    "vLLM (0.32) reads packed tables of 2-, 4- and 8-bit integers without zero points in classes that give the table "
+    "its name (Qwen2 and Qwen3; not Llama) and where no head is tied to it; it stops at others"
+)
+_UNFILLED = "SGLang skips the tensors of packed tables with a warning and computes garbage"
+
 ROTATED = Row(
     "inputs rotated by a block Hadamard (`init: [hadamard, ...]`)",
     lambda w, a: a is not None,
     (cell("no", _IGNORES), cell("yes", _HADACORE), cell("?", _UNREAD), cell("?", _UNREAD)),
+)
+
+TABLES = Row(
+    "packed tables (`--pack-tables`)",
+    lambda w, a: a is None,
+    (cell("yes", _ONE_FORMAT), cell("yes", _NAMED), cell("no", _UNFILLED), UNKNOWN),
 )

@@ -3,18 +3,20 @@
 import importlib.util
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from qat.checkpoints.architecture import read_config
 from qat.checkpoints.layouts.bits import Array, fields, float_values, raw_rows, scale_values
 from qat.checkpoints.layouts.caches import says_nothing
 from qat.checkpoints.layouts.compressed_tensors.transforms import KEY, online, rotations
 from qat.checkpoints.layouts.reader import ExportedFolder, PackedModule, PlainLoading, Spec, code_values
 from qat.checkpoints.matrices import dense_parts
-from qat.checkpoints.names import StoredNames, wanted_while_loading
+from qat.checkpoints.names import StoredNames, skeleton, stored_names, tables, wanted_while_loading
 from qat.errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ _PLAIN = ("int-quantized", "float-quantized", "naive-quantized", "mxfp8-quantize
 _VERSION = "0"  # major number of the releases whose checkpoints are read
 _DEFAULTS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}  # of the library's QuantizationArgs
 _GROUPED = ("group", "tensor_group")
+_LINEAR, _EMBEDDING = "Linear", "Embedding"  # classes that groups may target
 
 
 class Reader(ExportedFolder):
@@ -62,13 +65,22 @@ class Reader(ExportedFolder):
 
     def matching_groups(self, path: str, linear: bool = True) -> list[str]:
         """Names of the config groups that target `path`, the one loaders choose first: exact names, then regular
-        expressions, then the class name (for linear layers)."""
-        ranked = []
+        expressions, then the class name."""
+        ranked, linear = [], linear and path not in self._embeddings
         for group, scheme in self.quantization["config_groups"].items():
             hits = [rank for target in scheme["targets"] if (rank := _rank(path, target, linear)) is not None]
             if hits:
                 ranked.append((min(hits), group))
         return [group for _, group in sorted(ranked)]
+
+    @cached_property
+    def _embeddings(self) -> frozenset[str]:
+        """Paths of embeddings, where a group targets their class, as those of llm-compressor do."""
+        targets = {target for group in self.quantization["config_groups"].values() for target in group["targets"]}
+        if _EMBEDDING not in targets:
+            return frozenset()
+        model = skeleton(read_config(self.folder))
+        return frozenset(tables(model, stored_names(model)))
 
     def ignored(self, path: str, linear: bool = True) -> bool:
         """Whether `ignore` names `path`."""
@@ -127,8 +139,8 @@ class Reader(ExportedFolder):
             return PlainLoading("compressed-tensors is not installed")
         groups = self.quantization["config_groups"].values()
         affine = any(m.packed and not m.weights["symmetric"] for m in self.modules.values())
-        if affine and len(groups) > 1:
-            return PlainLoading("transformers loads asymmetric packed weights only where all layers have one format")
+        modules = names.modules
+        packed_tables = tables(model, names) & self.modules.keys()
         fp8 = all(group["weights"]["type"] == "float" and group["weights"]["num_bits"] == 8 for group in groups)
         of_experts = {path for path in self.modules if f"{path}.weight" in names.parts}
         if any(self.modules[path].weights["strategy"] == "tensor_group" for path in of_experts):
@@ -140,20 +152,34 @@ class Reader(ExportedFolder):
                 "transformers cannot load dense tensors that it merges (fused experts) beside this format"
             )
         packed = [path for path, module in self.modules.items() if module.packed]
-        modules = names.modules
         if wanted := wanted_while_loading(model, [modules[path] for path in packed if path in modules]):
             return PlainLoading(
                 f"transformers cannot load packed layers of {', '.join(wanted)}, whose weights it initialises"
             )
         left = online(self.quantization[KEY]) if self.rotations else {}
         remark = "with its transform_config applied by compressed-tensors, " if left else ""
-        if not affine:
+        if not affine and not packed_tables:
             return PlainLoading(transforms=left, remark=remark)
+        if len(groups) > 1:  # transformers would decode all layers by the first
+            remark += "with every layer decompressed by compressed-tensors, "
+            return PlainLoading(quantizes_inputs=False, remark=remark, transforms=left, state=self._decompressed)
         from transformers import CompressedTensorsConfig
 
         options = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
-        remark += "with dequantize=True, as asymmetric weights need, "
+        remark += f"with dequantize=True, as {'packed tables' if packed_tables else 'asymmetric weights'} need, "
         return PlainLoading(options=options, quantizes_inputs=False, remark=remark, transforms=left)
+
+    def _decompressed(self) -> dict[str, Tensor]:
+        """Every tensor of the dense model, those of quantized layers as the library decompresses them."""
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization import QuantizationScheme
+
+        dense = {name: self.reader.get(name) for name in self.names - self.quantized_names}
+        for path, module in self.modules.items():
+            scheme = QuantizationScheme(targets=[path], weights=module.weights, format=module.format)
+            compressor = BaseCompressor.get_value_from_registry(module.format)
+            dense[path + self.DENSE] = compressor.decompress(self.layer(path), scheme)["weight"].to(torch.bfloat16)
+        return dense
 
 
 def _complete_group(group: Any, where: str) -> dict[str, Any]:
@@ -220,7 +246,7 @@ def _rank(path: str, target: str, linear: bool) -> tuple[int, str] | None:
         return (1, target) if re.match(target[3:], path) else None
     if target == path:
         return (0, target)
-    return (2, target) if target == "Linear" and linear else None
+    return (2, target) if target == (_LINEAR if linear else _EMBEDDING) else None
 
 
 def expected_tensors(module: PackedModule, rows: int, columns: int) -> dict[str, Spec]:

@@ -26,6 +26,7 @@ from qat.checkpoints.layouts.caches import CacheLayout, TargetCache, cache_args
 from qat.checkpoints.layouts.compressed_tensors.codes import read_layer
 from qat.checkpoints.layouts.compressed_tensors.engines import ROTATED as ROTATED
 from qat.checkpoints.layouts.compressed_tensors.engines import ROWS
+from qat.checkpoints.layouts.compressed_tensors.engines import TABLES as TABLES
 from qat.checkpoints.layouts.compressed_tensors.transforms import KEY, transform_config
 from qat.checkpoints.layouts.reader import PackedModule
 from qat.checkpoints.layouts.stored import bit_stream
@@ -161,8 +162,9 @@ def quantization_config(layers: list[TargetLayer], ignored: list[str]) -> dict[s
         if layer.rotation:
             rotated.setdefault(layer.rotation, []).extend(layer.names)
     everything = [name for layer in layers for name in layer.names] + ignored
-    # vLLM knows the output head by its name only, so "Linear" would miss it.
-    uniform = len(groups) == 1 and not any(is_outside(name) for layer in layers for name in layer.names)
+    # vLLM knows the output head by its name only, so "Linear" would miss it; and a table is none.
+    named = any(layer.is_table or is_outside(name) for layer in layers for name in layer.names)
+    uniform = len(groups) == 1 and not named
     formats = {how.format for how, _ in groups.values()}
     return {
         "quant_method": METHOD,

@@ -22,6 +22,7 @@ from qat.numbers.numerics import QTensor, Scales
 METHOD = "fp8"
 FUSES_TENSOR_SCALES = False  # it has none
 ROTATED = None
+TABLES = None
 STACKS_OF = ()
 CACHES = None
 

@@ -30,6 +30,7 @@ from qat.training.activations import static_part
 METHOD = "modelopt"
 FUSES_TENSOR_SCALES = True
 ROTATED = None
+TABLES = None
 STACKS_OF = ()
 LAYOUT_VERSION = "0.47.0"  # of the modelopt whose files these are like
 LEGACY = "hf_quant_config.json"

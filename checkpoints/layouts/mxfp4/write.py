@@ -23,6 +23,7 @@ from qat.numbers.numerics import QTensor, Scales
 
 FUSES_TENSOR_SCALES = False  # it has none
 ROTATED = None
+TABLES = None
 STACKS_OF = ("gpt_oss",)
 CACHES = None
 

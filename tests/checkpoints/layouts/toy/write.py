@@ -18,6 +18,7 @@ CACHES = None
 METHOD = "toy"
 FUSES_TENSOR_SCALES = False
 ROTATED = None
+TABLES = None
 STACKS_OF = ()
 
 
