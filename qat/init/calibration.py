@@ -16,7 +16,7 @@ from qat.init.scales import ScaleSearch
 from qat.init.step import Calibration, InitStep, Track
 from qat.init.together import Together
 from qat.modes import dense
-from qat.quantizer import SameTensor
+from qat.same_tensor import SameTensor
 from qat.sharded import read
 from qat.sites import Site, sites, weights
 

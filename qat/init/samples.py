@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from qat.init.calibration import Batches
 from qat.modes import dense
 from qat.numbers.numerics import fake_quantize, finite_amax
-from qat.quantizer import InputQuantizer, SameTensor
+from qat.quantizer import InputQuantizer
+from qat.same_tensor import SameTensor
 from qat.sites import Site, weights
 
 TOKENS = 512  # per input
