@@ -26,7 +26,7 @@ from qat.quantizer import InputQuantizer, WeightQuantizer
 from qat.sharded import blocks
 from qat.sites import sites
 from qat.trainers.forward import hidden_states
-from qat.training.activations import is_one_operator
+from qat.training.activations import is_operator
 
 if TYPE_CHECKING:
     from qat.trainers.module import QatModule
@@ -36,6 +36,7 @@ BACKEND = "inductor"
 # Random numbers and roundings to BF16 are those of a model that is not compiled.
 OPTIONS: dict[str, Any] = {"inductor": {"fallback_random": True, "emulate_precision_casts": True}}
 GRAPHS = 64  # of one class of blocks: formats, shapes and modes that differ
+FAILURES = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
 SHOWN = 200  # characters of a reason
 
 Batch = dict[str, Any]
@@ -76,18 +77,22 @@ class Compiled:
             site.quantizer.hold(site.weight)
 
 
-class _Block:
+class Block:
     """A block, and its graph."""
 
     def __init__(self, block: nn.Module, of: Compiled, path: str) -> None:
         self.block, self.of, self.path = block, of, path
         self.reason: str | None = _obstacle(block)
         self.plain = block.forward
+        self.recompute = getattr(block, "_gradient_checkpointing_func", None) if _recomputes(block) else None
+        if self.recompute is not None:  # around the graph instead of in it, which cannot hold its side effects
+            block.gradient_checkpointing = False
         options = OPTIONS.get(BACKEND)
         self.graph: Callable[..., Any] = torch.compile(self.plain, backend=BACKEND, fullgraph=True, options=options)
 
     @property
     def kind(self) -> str:
+        """Name of its class."""
         return type(self.block).__name__
 
     def put(self) -> None:
@@ -95,19 +100,26 @@ class _Block:
 
         @functools.wraps(self.plain)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self.of.on and self.reason is None:
-                try:
-                    return self.graph(*args, **kwargs)
-                except torch._dynamo.exc.TorchDynamoException as error:  # what the first micro-batch did not show
-                    self.reason = _first_line(error)
-                    self.of.tell(f"no longer compiled: {self.path} ({self.kind}): {self.reason}")
-            return self.plain(*args, **kwargs)
+            if self.recompute is not None and self.block.training:
+                return self.recompute(functools.partial(self._run, **kwargs), *args)
+            return self._run(*args, **kwargs)
 
         self.block.forward = forward  # an attribute: names of tensors, hooks and the class stay
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        if self.of.on and self.reason is None:
+            try:
+                return self.graph(*args, **kwargs)
+            except FAILURES as error:  # what the first micro-batch did not show
+                self.reason = _first_line(error)
+                self.of.tell(f"no longer compiled: {self.path} ({self.kind}): {self.reason}")
+        return self.plain(*args, **kwargs)
 
     def take_off(self) -> None:
         """The block as it was."""
         self.block.__dict__.pop("forward", None)
+        if self.recompute is not None:
+            self.block.gradient_checkpointing = True
 
     def attempt(self, args: Any, kwargs: Any) -> None:
         """Compile both directions for these arguments, or know why not."""
@@ -121,6 +133,10 @@ class _Block:
             raise
         except Exception as error:  # whatever a compiler raises: without it, the same call has just gone well
             self.reason = _first_line(error)
+
+
+def _recomputes(block: Any) -> bool:
+    return bool(getattr(block, "gradient_checkpointing", False))
 
 
 def _apart(value: Any) -> Any:
@@ -141,7 +157,7 @@ def _obstacle(block: nn.Module) -> str | None:
     for module in block.modules():
         if isinstance(module, WeightQuantizer) and module.transforms:
             return "weights that are rotated before rounding, which a compiler may round otherwise than an export"
-        if isinstance(module, InputQuantizer) and not is_one_operator(module.format, module.rule):
+        if isinstance(module, InputQuantizer) and not is_operator(module.format, module.rule):
             return (
                 f"{module.format.name} inputs by the rule {module.rule}, which round between operations that a "
                 "compiler joins"
@@ -165,7 +181,7 @@ def compiled(module: "QatModule", parts: "Parts", say: Say = _quiet) -> Iterator
         return
     of = Compiled(say)
     models = {"student": module.student, "teacher": module.teacher}
-    every = {name: _blocks(model, name, of) for name, model in models.items() if model is not None}
+    every = {name: blocks_of(model, name, of) for name, model in models.items() if model is not None}
     with torch._dynamo.config.patch(recompile_limit=GRAPHS, optimize_ddp=False):
         try:
             _compile(module, parts, every, of)
@@ -177,15 +193,19 @@ def compiled(module: "QatModule", parts: "Parts", say: Say = _quiet) -> Iterator
                 block.take_off()
 
 
-def _blocks(model: nn.Module, name: str, of: Compiled) -> list[_Block]:
+def blocks_of(model: nn.Module, name: str, of: Compiled) -> list[Block]:
+    """The blocks of a model, none of them compiled yet; sentences call it `name`."""
     paths = {id(child): path for path, child in model.named_modules()}
-    return [_Block(block, of, f"{name}.{paths[id(block)]}") for block in blocks(model)]
+    return [Block(block, of, f"{name}.{paths[id(block)]}") for block in blocks(model)]
 
 
-def _compile(module: "QatModule", parts: "Parts", every: dict[str, list[_Block]], of: Compiled) -> None:
+def _compile(module: "QatModule", parts: "Parts", every: dict[str, list[Block]], of: Compiled) -> None:
     began = time.monotonic()
+    if module.teacher is not None:  # as it will be: a graph holds for the mode and the gradients that it was made with
+        module.teacher.to(parts.device).eval().requires_grad_(False)
     batch = module.first_batch(parts.device)
-    autocast = torch.autocast(parts.device.type, parts.dtype or torch.bfloat16, enabled=parts.dtype is not None)
+    how = {"enabled": parts.dtype is not None, "cache_enabled": False}  # as Lightning has it
+    autocast = torch.autocast(parts.device.type, parts.dtype or torch.bfloat16, **how)
     devices = [parts.device] if parts.device.type == "cuda" else []
     with torch.random.fork_rng(devices), autocast, contextlib.ExitStack() as stack:
         for name, found in every.items():
@@ -196,26 +216,26 @@ def _compile(module: "QatModule", parts: "Parts", every: dict[str, list[_Block]]
                 of.weights = _held_weights(model, found)
                 of.hold()
             with torch.set_grad_enabled(name == "student"):
-                _try(model, name, found, batch)
+                try_blocks(model, name, found, batch)
     _summarise(every, of, time.monotonic() - began)
-    for block in (block for found in every.values() for block in found if block.reason is None):
-        block.put()
+    for block in (block for found in every.values() for block in found):
+        block.put() if block.reason is None else block.take_off()
     of.weights = _held_weights(module.student, every["student"]) if module.job.holds else []
 
 
-def _held_weights(model: nn.Module, found: list[_Block]) -> list[Any]:
+def _held_weights(model: nn.Module, found: list[Block]) -> list[Any]:
     """Sites in compiled blocks whose layer multiplies with its parameter, rounded, in one operator."""
     inside = {id(m) for block in found if block.reason is None for m in block.block.modules()}
     own = [site for site in sites(model, "weight") if id(site.owner) in inside and not site.is_table]
     return [s for s in own if getattr(s.owner, "lora", None) is None and s.weight.dim() == 2]
 
 
-def _try(model: Any, name: str, found: list[_Block], batch: Batch) -> None:
+def try_blocks(model: Any, name: str, found: list[Block], batch: Batch) -> None:
     """Compile every block in turn, with what it is called with; one failure speaks for its class."""
     failed: dict[str, str] = {}
     with progress(f"compiling the {name}'s blocks", len(found)) as advance, contextlib.ExitStack() as hooks:
 
-        def attempt(block: _Block, args: Any, kwargs: Any) -> None:
+        def attempt(block: Block, args: Any, kwargs: Any) -> None:
             block.reason = block.reason or failed.get(block.kind)
             if block.reason is None:
                 block.attempt(args, kwargs)
@@ -231,7 +251,7 @@ def _try(model: Any, name: str, found: list[_Block], batch: Batch) -> None:
         hidden_states(model, batch)
 
 
-def _summarise(every: dict[str, list[_Block]], of: Compiled, seconds: float) -> None:
+def _summarise(every: dict[str, list[Block]], of: Compiled, seconds: float) -> None:
     for name, found in every.items():
         done = Counter(block.kind for block in found if block.reason is None)
         if done:

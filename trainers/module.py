@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as lit
 import torch
-from torch import Tensor, nn
 from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from qat import zero

@@ -52,9 +52,7 @@ def _(weight: Tensor, *args: Any) -> Tensor:
 
 class _Recorded(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, A: Tensor, B: Tensor, scaling: float, magnitude: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, A: Tensor, B: Tensor, scaling: float, magnitude: Tensor | None) -> Tensor:
         ctx.scaling = scaling
         ctx.save_for_backward(weight if magnitude is not None else None, A, B, magnitude)
         y: Tensor = torch.ops.qat.low_rank_update.default(weight, A, B, scaling, magnitude)
