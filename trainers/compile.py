@@ -80,7 +80,7 @@ class Compiled:
 class Block:
     """A block, and its graph."""
 
-    def __init__(self, block: nn.Module, of: Compiled, path: str) -> None:
+    def __init__(self, block: Any, of: Compiled, path: str) -> None:
         self.block, self.of, self.path = block, of, path
         self.reason: str | None = _obstacle(block)
         self.plain = block.forward
@@ -121,8 +121,8 @@ class Block:
         if self.recompute is not None:
             self.block.gradient_checkpointing = True
 
-    def attempt(self, args: Any, kwargs: Any) -> None:
-        """Compile both directions for these arguments, or know why not."""
+    def attempt(self, args: Any, kwargs: Any) -> str | None:
+        """Compile both directions for these arguments; gives why that cannot be done."""
         args, kwargs = tree_map(_apart, (args, kwargs))
         try:
             found = [t for t in tree_leaves(self.graph(*args, **kwargs)) if _learns(t)]
@@ -133,6 +133,7 @@ class Block:
             raise
         except Exception as error:  # whatever a compiler raises: without it, the same call has just gone well
             self.reason = _first_line(error)
+        return self.reason
 
 
 def _recomputes(block: Any) -> bool:
@@ -237,10 +238,8 @@ def try_blocks(model: Any, name: str, found: list[Block], batch: Batch) -> None:
 
         def attempt(block: Block, args: Any, kwargs: Any) -> None:
             block.reason = block.reason or failed.get(block.kind)
-            if block.reason is None:
-                block.attempt(args, kwargs)
-                if block.reason is not None:
-                    failed[block.kind] = block.reason
+            if block.reason is None and (reason := block.attempt(args, kwargs)) is not None:
+                failed[block.kind] = reason
             advance(1)
 
         for block in found:
