@@ -205,7 +205,7 @@ def _compile(module: "QatModule", parts: "Parts", every: dict[str, list[Block]],
     if module.teacher is not None:  # as it will be: a graph holds for the mode and the gradients that it was made with
         module.teacher.to(parts.device).eval().requires_grad_(False)
     batch = module.first_batch(parts.device)
-    how = {"enabled": parts.dtype is not None, "cache_enabled": False}  # as Lightning has it
+    how = {"enabled": parts.dtype is not None, "cache_enabled": parts.dtype is None}  # as Lightning has it
     autocast = torch.autocast(parts.device.type, parts.dtype or torch.bfloat16, **how)
     devices = [parts.device] if parts.device.type == "cuda" else []
     with torch.random.fork_rng(devices), autocast, contextlib.ExitStack() as stack:
