@@ -6,6 +6,7 @@ memory is measured in a process of its own per model.
 
     python benchmarks/step_time.py [--steps 20] [--tokens 1024] [--device cuda] [--model llama-1b] [--json FILE]
     python benchmarks/step_time.py --model small --micro 4     # a step of four micro-batches: what `hold_weights` gains
+    python benchmarks/step_time.py --model small --compile     # what graphs of blocks gain, as `compile: true`
 
 On a GPU the kernels are loaded and the forward pass runs under BF16 autocast, as `qat train` does there.
 """
@@ -133,6 +134,39 @@ def compare_held(how: tuple[str, str, str], options: argparse.Namespace, ids: An
         )
 
 
+def compare_compiled(how: tuple[str, str, str], options: argparse.Namespace, ids: Any) -> None:
+    """Steps of one quantized model, in turns with its blocks as they are and as graphs; ratios of medians."""
+    import torch
+
+    from qat.trainers.compile import Compiled, blocks_of, try_blocks
+
+    for name in options.case or list(CASES):
+        pair = build(*CASES[name], *how)
+        of = Compiled(print)
+        found = blocks_of(pair[0], "model", of)
+        batch = {"input_ids": ids, "position_ids": torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)}
+        began = time.perf_counter()
+        with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):
+            try_blocks(pair[0], "model", found, batch)
+        for block in found:
+            block.put()
+        seconds = time.perf_counter() - began
+        times: tuple[list[float], list[float]] = ([], [])
+        for index in range(options.steps + 2):
+            for side in (0, 1):
+                of.on = bool(side)
+                taken = step(*pair, ids)
+                if index >= 2:
+                    times[side].append(taken)
+        plain, graphed = map(statistics.median, times)
+        reasons = {block.reason for block in found}
+        print(
+            f"{name:<22} {graphed:.3f} s against {plain:.3f} s: {graphed / plain:.3f}x; {seconds:.0f} s to compile "
+            f"{len(found)} blocks{'' if reasons == {None} else f', not all: {reasons}'}",
+            flush=True,
+        )
+
+
 def peak(case: str | None, options: argparse.Namespace) -> int:
     """Peak bytes of three steps in a fresh process; `case` None is the unquantized model."""
     command = [sys.executable, "-P", __file__, "--peak", case or "none", "--tokens", str(options.tokens)]
@@ -150,6 +184,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--model", default="embedded", choices=("embedded", *RANDOM))
     parser.add_argument("--micro", type=int, default=1, help="micro-batches of a step; several compare `hold_weights`")
+    parser.add_argument("--compile", action="store_true", help="compare blocks as they are and as graphs")
     parser.add_argument("--json")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -170,6 +205,9 @@ def main() -> None:
         for _ in range(3):
             step(model, optimizer, ids)
         print(peak_bytes(torch.device(arguments.device)))
+        return
+    if arguments.compile:
+        compare_compiled(how, arguments, ids)
         return
     if arguments.micro > 1:
         compare_held(how, arguments, ids)

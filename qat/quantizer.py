@@ -6,10 +6,9 @@ it (layer inputs, keys, values); layers that read the same tensor share one inst
 """
 
 import math
-import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +18,13 @@ from qat.errors import TrainingError
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales, quantize
 from qat.observers import Observer, RangeObserver
-from qat.training.activations import ActivationRule, fake_quantize_input, static_part
+from qat.training.activations import ActivationRule, fake_quantize_input, moved_range, static_part
 from qat.training.gradients import Estimator
 from qat.training.ops import fake_quantize, quantized_linear
 from qat.training.refit import refit
+from qat.training.same_tensor import SameTensor
 from qat.training.scales import effective_scales, stored_scales
+from qat.training.step_weight import StepWeight
 
 Learn = Literal["none", "lsq", "dual_lsq", "focus", "refit"]
 LEARNED = ("log_scale", "log_divisor")  # the parameters of a weight's quantizer
@@ -61,66 +62,6 @@ class Quantizer(nn.Module):
         return x
 
 
-class SameTensor:
-    """What was made of the tensor seen last, by identity: several layers read one tensor, which needs one result.
-
-    Threads may share one: its state is read once and written once, so at worst something is made again. The tensor
-    itself is not kept alive, and the result no longer than until its last reader.
-
-    Args:
-        readers: how many ask for the result of one tensor.
-    """
-
-    def __init__(self, readers: float = math.inf) -> None:
-        self.readers = readers
-        self._state: tuple[weakref.ref[Tensor], Any, int] | None = None
-
-    def seen(self, x: Tensor) -> Any:
-        """What was made of x, if it is the very tensor seen last; else None."""
-        state = self._state
-        return state[1] if state is not None and state[0]() is x else None
-
-    def remember(self, x: Tensor, made: Any, uses: int = 0) -> None:
-        """x is the tensor seen last, and `made` was made of it."""
-        self._state = (weakref.ref(x), made, uses) if uses < self.readers else None
-
-    def once(self, x: Tensor, make: Callable[[Tensor], Any]) -> Any:
-        """What `make` makes of x, made for its first reader only."""
-        state = self._state
-        made, uses = (state[1], state[2]) if state is not None and state[0]() is x else (make(x), 0)
-        self.remember(x, made, uses + 1)
-        return made
-
-    def forget(self) -> None:
-        """None was seen."""
-        self._state = None
-
-
-@dataclass(frozen=True)
-class _Held:
-    """What a linear layer made of a weight in a step: scales in force, and the weight on its grid."""
-
-    of: weakref.ref[Tensor]
-    version: int
-    scales: tuple[Tensor, Tensor | None]
-    value: Tensor
-
-    @classmethod
-    def from_weight(cls, weight: Tensor, scales: tuple[Tensor, Tensor | None], value: Tensor) -> "_Held":
-        multiplier, divisor = scales
-        plain = multiplier.detach(), None if divisor is None else divisor.detach()
-        return cls(weakref.ref(_owner(weight)), weight._version, plain, value)
-
-    def fits(self, weight: Tensor) -> bool:
-        """Whether it was made of these very numbers."""
-        return self.of() is _owner(weight) and self.version == weight._version
-
-
-def _owner(weight: Tensor) -> Tensor:
-    """The parameter, of a transposed one, which is another view at every call."""
-    return weight if weight._base is None else weight._base
-
-
 class WeightQuantizer(Quantizer):
     """Scales of one weight (rows, columns), or of a stack of them (experts, rows, columns), and its trip onto the grid.
 
@@ -150,7 +91,7 @@ class WeightQuantizer(Quantizer):
         self.log_divisor = nn.Parameter(zeros.repeat_interleave(self.parts, dim=1)) if divided else None
         self._value: Tensor | None = None
         self.holds = False
-        self._held: _Held | None = None
+        self._held: StepWeight | None = None
         self.set_scales(scales)
 
     def set_scales(self, scales: Scales) -> None:
@@ -260,9 +201,35 @@ class WeightQuantizer(Quantizer):
             return functional.linear(x, self(weight), bias)
         if torch.is_autocast_enabled(x.device.type):  # which would cast the scales too, inside the operator
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        held = self._held if self._held is not None and self._held.fits(weight) else None
-        multiplier, divisor = scales = self.in_force(None if held is None else held.scales)
-        y, value = quantized_linear(
+        held = self._held_of(weight)
+        scales = self.in_force(None if held is None else held.scales)
+        y, value = self._product(x, weight, bias, scales, held)
+        if self.holds and held is None and not torch.compiler.is_compiling():
+            self._held = StepWeight.from_weight(weight, scales, value)
+        return y
+
+    def _held_of(self, weight: Tensor) -> StepWeight | None:
+        """A recorded graph (`torch.compile`) takes what `hold` left, and asks no further."""
+        fits = torch.compiler.is_compiling() or (self._held is not None and self._held.fits(weight))
+        return self._held if fits else None
+
+    @torch.no_grad()
+    def hold(self, weight: Tensor) -> None:
+        """Do now what inside `qat.modes.held` the first `linear` does."""
+        scales = self.in_force()
+        _, value = self._product(weight.new_zeros(1, weight.shape[-1]), weight, None, scales, None)
+        self._held = StepWeight.from_weight(weight, scales, value)
+
+    def _product(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scales: tuple[Tensor, Tensor | None],
+        held: StepWeight | None,
+    ) -> tuple[Tensor, Tensor]:
+        multiplier, divisor = scales
+        return quantized_linear(
             x,
             self.transformed(weight),
             bias,
@@ -273,9 +240,6 @@ class WeightQuantizer(Quantizer):
             round_bf16=self.round_bf16,
             held=None if held is None else held.value,
         )
-        if self.holds and held is None:
-            self._held = _Held.from_weight(weight, scales, value)
-        return y
 
     def extra_repr(self) -> str:
         """What it does, for `print(model)` and for who compares models (`qat.init.kept`)."""
@@ -321,7 +285,7 @@ class InputQuantizer(Quantizer):
     @property
     def limit(self) -> Tensor:
         """The range in force: calibrated, and learned where it is."""
-        return self.amax if self.log_range is None else self.amax * self.log_range.detach().exp().squeeze(0)
+        return moved_range(self.amax, self.log_range)
 
     def observe(self) -> None:
         """Pass inputs through unchanged and collect their range, until `freeze`."""
@@ -378,6 +342,9 @@ class InputQuantizer(Quantizer):
         self._check_calibrated()
         if not self.needs_calibration:
             return None
+        if torch.compiler.is_compiling():
+            recorded: Tensor = torch.ops.qat.static_part.default(self.amax, self.log_range, self.format.name)
+            return recorded
         if self.log_range is not None or self.amax.is_inference():  # which have no version
             return static_part(self.format, self.limit)
         of = self.amax, self.amax._version, self.amax.data_ptr()

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from qat.checkpoints import resume
 from qat.sharded import put
 from qat.trainers.callbacks import Average, Keeper, StepLoop
+from qat.trainers.compile import compiled
 from qat.trainers.data import Batches
 from qat.trainers.interrupts import Interruptions
 from qat.trainers.job import Job
@@ -28,6 +30,7 @@ def fit(
     folder: Path | None,
     interruptions: Interruptions,
     loggers: list[Any],
+    say: Callable[[str], None],
 ) -> StepLoop:
     """Run the steps that are left, from the state in `folder` or from the start; says in the loop why it ended."""
     start = 0
@@ -43,7 +46,8 @@ def fit(
         return loop
     restore = _Restore(folder, average)
     parts.student.train()
-    lightning(job, parts, job.steps - start, [restore, loop], loggers).fit(module)
+    with compiled(module, parts, say) as saved["compiled"]:
+        lightning(job, parts, job.steps - start, [restore, loop], loggers).fit(module)
     parts.student.to(parts.device)  # Lightning leaves it on the CPU
     return loop
 

@@ -52,6 +52,8 @@ class Job(Strict):
         calibration_rows: how much of it.
         checkpoint_every: steps between resumable checkpoints, 0 for only at the end.
         precision: "auto" is bf16-mixed on GPUs and fp32 on CPUs. Master weights are always fp32.
+        compile: run the decoder blocks of training passes as graphs made by `torch.compile`, see
+            `qat.trainers.compile`; a block that cannot be compiled runs as it is, and is named.
         strategy: how several devices share the work. "ddp": each holds the whole model and reads its share of the
             rows; "auto" is ddp where there are several devices. "fsdp" and "deepspeed" divide what a device holds.
         deepspeed: how that strategy divides, see `qat.trainers.zero`.
@@ -88,6 +90,7 @@ class Job(Strict):
     checkpoint_every: int = Field(default=0, ge=0)
     seed: int = Field(default=0, ge=0, lt=1 << 32)
     precision: Precision = "auto"
+    compile: bool = False
     strategy: Strategy = "auto"
     deepspeed: ZeroConfig = ZeroConfig()
     devices: int = Field(default=1, ge=1)

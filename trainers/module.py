@@ -6,10 +6,11 @@ resumed run repeats the interrupted one exactly; Lightning's own loop state is n
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as lit
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -28,6 +29,9 @@ from qat.trainers.readings import Readings
 from qat.trainers.strategy import ALONE, Ranks
 from qat.training.known import known_in
 from qat.training.losses import IGNORE, chunked
+
+if TYPE_CHECKING:
+    from qat.trainers.compile import Compiled
 
 
 class MicroBatches(IterableDataset[Batch]):
@@ -84,6 +88,7 @@ class QatModule(lit.LightningModule):
         self._after: AfterStep | None = None
         self._losses: list[Tensor] = []  # of the step's micro-batches
         self._held = contextlib.ExitStack()  # open while a step's weights are held
+        self.compiled: Compiled | None = None  # see `qat.trainers.compile`
         self.readings = Readings()
         self.step_loss = 0.0  # of the last step that was read, as `grad_norm`
         self.step_tokens = 0
@@ -119,21 +124,35 @@ class QatModule(lit.LightningModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Micro-batches from the current step to the last."""
-        world = self.trainer.world_size
-        share = Batches(self.batches.blocks, self.batches.rows_per_batch, self.batches.seed, self.global_rank, world)
-        data = MicroBatches(share, self.start_step, self.job.steps, self.job.micro_rows, world, self.taught)
-        return DataLoader(data, batch_size=None)
+        return DataLoader(self._data(self.global_rank, self.trainer.world_size), batch_size=None)
+
+    def _data(self, rank: int, world: int) -> MicroBatches:
+        share = Batches(self.batches.blocks, self.batches.rows_per_batch, self.batches.seed, rank, world)
+        return MicroBatches(share, self.start_step, self.job.steps, self.job.micro_rows, world, self.taught)
+
+    def first_batch(self, device: torch.device) -> Batch:
+        """The first of this process's micro-batches."""
+        batch: Batch = move_data_to_device(next(iter(self._data(self.ranks.rank, self.ranks.size))), device)
+        return batch
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss per token of the whole optimizer step, this micro-batch's share of it."""
-        if self.job.holds and not self._losses:
+        first = not self._losses
+        if self.job.holds and first:
             self._held.enter_context(held(self.student))
+        if self.compiled is not None:
+            self.compiled.begin(first)
         value = run(self.student, lambda: self._share(batch))
         close(self.teacher)
         self._losses.append(value.detach())
         self.step_tokens += batch["input_ids"].numel() * self.trainer.world_size
         # Lightning divides by the accumulation count and averages over processes; the sum over the step is wanted.
         return value * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def on_after_backward(self) -> None:
+        """A pass of training has ended, with all that was recomputed in it."""
+        if self.compiled is not None:
+            self.compiled.on = False
 
     def _share(self, batch: Batch) -> Tensor:
         """This micro-batch's share of the mean loss."""

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from qat.checkpoints import resume
 from qat.checkpoints.progress import counted
 from qat.errors import TrainingError
+from qat.trainers.compile import compiled
 from qat.trainers.data import Batches
 from qat.trainers.evaluate import Evaluator
 from qat.trainers.fit import lightning
@@ -75,7 +76,8 @@ def _kl(job: Job, parts: Parts, evaluator: Evaluator) -> float:
     module = QatModule(parts.student, teacher, job, batches, 0, parts.ranks, parts.taught)
     parts.student.train()
     try:
-        lightning(job, parts, job.steps, [], []).fit(module)
+        with compiled(module, parts):
+            lightning(job, parts, job.steps, [], []).fit(module)
         parts.student.to(parts.device)
         return evaluator.score(parts.student, f"evaluating a rate of {job.optim.peak:.3g}").kl
     except TrainingError:  # too high a rate; not a number

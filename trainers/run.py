@@ -1,6 +1,7 @@
 """A run from job to report: load, calibrate, evaluate baselines, train with Lightning, evaluate the best, report."""
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -156,7 +157,8 @@ def _train(job: Job, resume_run: bool, console: Console, interruptions: Interrup
     saved.update(text=text, steps=job.steps)
     strategy.divide(job, parts)
     job = rates.settled(job, parts, keeper.evaluator, saved, console)
-    loop = fit(job, parts, keeper, saved, resume.last_state(run) if resume_run else None, interruptions, loggers)
+    say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    loop = fit(job, parts, keeper, saved, resume.last_state(run) if resume_run else None, interruptions, loggers, say)
     if interruptions.signal is not None:
         raise interruptions.stop()
     if loop.stopped_by:
@@ -362,6 +364,7 @@ def _report(
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         qsnr=[(path, parts.qsnr_start.get(path, value), value) for path, value in after.items()],
         rates=saved.get("rates", []),
+        compiled=saved.get("compiled", []),
     )
 
 

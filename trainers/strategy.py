@@ -125,6 +125,11 @@ def refusal(job: "Job") -> str | None:
             f"lora.base: packed holds codes, which strategy {job.strategy} does not divide; use lora.base=dense or "
             "strategy=ddp"
         )
+    if job.compile and (divides(job) or job.strategy == "deepspeed"):
+        return (
+            f"compile: true makes graphs of whole blocks, whose parameters strategy {job.strategy} gathers only while "
+            "they run; use compile=false or strategy=ddp"
+        )
     return None
 
 

@@ -44,6 +44,33 @@ def static_part(fmt: Format, amax: Tensor) -> Tensor | None:
     return None
 
 
+def moved_range(amax: Tensor, log_range: Tensor | None) -> Tensor:
+    """The calibrated range with what is learned of it, without a gradient."""
+    return amax if log_range is None else amax * log_range.detach().exp().squeeze(0)
+
+
+def static_part_reference(amax: Tensor, log_range: Tensor | None, format: str) -> Tensor:
+    """What `qat::static_part` means: `static_part` of the range in force, of formats that have one; one operator, so
+    that no compiler rounds it otherwise than an export does."""
+    static = static_part(lookup(format), moved_range(amax, log_range))
+    assert static is not None
+    return static
+
+
+@operator("static_part", static_part_reference)
+def _(amax: Tensor, *args: Any) -> Tensor:
+    return amax.new_empty(1)
+
+
+def is_operator(fmt: Format, rule: str) -> bool:
+    """Whether all that rounds inputs of this format is inside of operators, which no compiler takes apart."""
+    return rule == "vllm" and (fmt.is_static or _is_one(fmt))
+
+
+def _is_one(fmt: Format) -> bool:
+    return fmt.is_rowwise and not fmt.zero_point and fmt.is_single
+
+
 def fake_quantize_input(x: Tensor, fmt: Format, rule: str, estimator: Estimator, static: Tensor | None) -> Tensor:
     """`dynamic_fake_quantize` from the stored scale or divisor (see `static_part`) instead of a range.
 
@@ -59,7 +86,7 @@ def fake_quantize_input(x: Tensor, fmt: Format, rule: str, estimator: Estimator,
 
 
 def _vllm(x: Tensor, fmt: Format, static: Tensor | None, estimator: Estimator) -> Tensor:
-    if fmt.is_rowwise and not fmt.zero_point and fmt.is_single:
+    if _is_one(fmt):
         if x.requires_grad and torch.is_grad_enabled():
             through: Tensor = _FakeQuantizeInput.apply(x, static, fmt.name, estimator)
             return through

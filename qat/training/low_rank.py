@@ -6,10 +6,13 @@ they will be stored: some engines multiply it in, in BF16, while they load.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from qat.training.ops import operator
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -24,12 +27,50 @@ def updated(weight: Tensor, A: Tensor, B: Tensor, scaling: float, magnitude: Ten
         scaling: s.
         magnitude: (rows,), or None without DoRA.
     """
+    if torch.compiler.is_compiling():
+        whole: Tensor = _Recorded.apply(weight, A, B, scaling, magnitude)
+        return whole
+    return low_rank_update_reference(weight, A, B, scaling, magnitude)
+
+
+def low_rank_update_reference(weight: Tensor, A: Tensor, B: Tensor, scaling: float, magnitude: Tensor | None) -> Tensor:
+    """What `qat::low_rank_update` means: `updated`, as one operator, whose products no compiler computes otherwise than
+    an export does."""
     with torch.autocast(weight.device.type, enabled=False):
         total = weight.float() + (B.float() @ A.float()) * scaling
-        if magnitude is None:
-            return total
-        norm = torch.linalg.vector_norm(total.detach(), dim=-1).clamp(min=TINY)  # a row of zeros stays one
-        return (magnitude / norm).unsqueeze(-1) * total
+        return total if magnitude is None else (magnitude / _norms(total)).unsqueeze(-1) * total
+
+
+def _norms(total: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(total.detach(), dim=-1).clamp(min=TINY)  # a row of zeros stays one
+
+
+@operator("low_rank_update", low_rank_update_reference)
+def _(weight: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+
+class _Recorded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, A: Tensor, B: Tensor, scaling: float, magnitude: Tensor | None) -> Tensor:
+        ctx.scaling = scaling
+        ctx.save_for_backward(weight if magnitude is not None else None, A, B, magnitude)
+        y: Tensor = torch.ops.qat.low_rank_update.default(weight, A, B, scaling, magnitude)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, A, B, magnitude = ctx.saved_tensors
+        of_magnitude = None
+        if magnitude is not None:
+            total = torch.ops.qat.low_rank_update.default(weight, A, B, ctx.scaling, None)
+            norms = _norms(total)
+            of_magnitude = (grad * total).sum(-1) / norms
+            grad = (magnitude / norms).unsqueeze(-1) * grad
+        scaled = grad * ctx.scaling
+        of_A, of_B = B.transpose(-1, -2) @ scaled, scaled @ A.transpose(-1, -2)
+        return grad if ctx.needs_input_grad[0] else None, of_A, of_B, None, of_magnitude
 
 
 def left_out(A: Tensor, share: float) -> Tensor:

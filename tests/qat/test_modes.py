@@ -162,6 +162,16 @@ def test_transposed_parameters_are_held_too() -> None:
     assert counted.rounded == 1 and all(torch.equal(each, expected) for each in found)
 
 
+def test_a_weight_that_is_held_ahead_is_the_one_of_its_first_use() -> None:
+    model = layers()
+    expected = passes(model)
+    with held(model), Counted() as counted:
+        for layer in model:
+            layer.weight_quantizer.hold(layer.weight)
+        found = passes(model)
+    assert counted.rounded == 2 and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_a_held_weight_is_never_that_of_other_numbers() -> None:
     """A weight changed inside after all, evaluation in between, and updates that are made anew at every call."""
     model = layers()

@@ -306,3 +306,12 @@ def test_the_gradient_of_a_learned_range_is_that_of_its_scale() -> None:
     expected = (grad * torch.where(inside, v.round() - v, 127 * v.sign())).sum() * scale / math.sqrt(8 * 64 * 127)
     torch.testing.assert_close(of_range.double(), expected.view(1), rtol=1e-4, atol=1e-6)
     assert torch.equal(of_x, grad * inside)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "fp8_tensor"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_operator_of_recorded_graphs_is_the_static_part(name: str, learned: bool) -> None:
+    amax, log_range = torch.tensor(3.7), torch.tensor([0.123]) if learned else None
+    torch.library.opcheck(torch.ops.qat.static_part.default, (amax, log_range, name))
+    expected = static_part(lookup(name), amax * log_range.exp()[0] if log_range is not None else amax)
+    assert torch.equal(torch.ops.qat.static_part.default(amax, log_range, name), expected)
