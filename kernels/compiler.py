@@ -1,8 +1,8 @@
 """C kernels for CPUs: compiled once per machine by its own compiler, kept in the cache, loaded through ctypes.
 
 No compiler, no kernel: then the reference runs, and `qat kernels` says so. OpenMP comes from the library that torch
-brought along, so that both use one pool of threads. QAT_CPU_ISA in the environment compiles for less than this processor
-has, to see what another one would do.
+brought along, so that both use one pool of threads. QAT_CPU_ISA in the environment compiles for less than
+this processor has, to see what another one would do.
 """
 
 import ctypes

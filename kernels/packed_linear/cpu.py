@@ -4,14 +4,14 @@ The words are those of the GPU (`triton.py` draws them); scales and zero points 
 because a core walks along one row.
 
 * registers (`cpu.c`): each core decodes its rows into registers and multiplies at once; reading them from memory is the
-  bound. Exact decoding, float32 sums. One token, and up to FEW where no other road is there.
+  bound. Exact decoding, float32 sums. One token; up to FOUR without AMX, up to FEW in other dtypes than BF16.
 * tiles, dots (`cpu_bf16.c`): BF16 tokens on CPUs that multiply BF16. A block of rows is decoded to BF16 in the cache,
-  rounded as every engine that dequantizes rounds it, and multiplied there with float32 sums: by AMX, any number of
-  tokens, or by AVX-512 BF16, some tokens.
+  rounded as every engine that dequantizes rounds it, and multiplied there with float32 sums: by AMX from two tokens on,
+  without it by AVX-512 BF16 up to SOME.
 * slices: many tokens elsewhere. A slice of rows that fits the cache is decoded into dense numbers of x's dtype, and the
   library's product, which then bounds the speed, reads it from there.
 
-On all but slices (whose order is the library's) a token's result is the same whichever tokens go with it on that road.
+Within a road a token's result is the same whichever tokens go with it, but in slices, whose order is the library's.
 """
 
 import ctypes
@@ -33,7 +33,7 @@ from qat.serving.packed import reference
 from qat.serving.words import PART, tile
 
 FEW = 8  # tokens up to which decoding in registers beats a dense slice
-SOME = 16  # tokens up to which dots beat a dense slice
+FOUR, SOME = 4, 32  # dots: above four tokens, which registers multiply at once; later slices, the library's own sums
 SLICE_BYTES = 4 << 20  # of dense weights at a time: they should stay in the cache
 _DOTS, _TILES = 1, 2  # of cpu_bf16.c
 _thread = threading.local()
@@ -89,7 +89,7 @@ def road(tokens: int, dtype: torch.dtype) -> str:
         roads = _bf16_library()[1]
         if roads & _TILES:
             return "tiles"
-        if roads & _DOTS and tokens <= SOME:
+        if roads & _DOTS and FOUR < tokens <= SOME:
             return "dots"
     return "registers" if tokens <= FEW else "slices"
 

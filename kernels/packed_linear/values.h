@@ -161,10 +161,11 @@ static Decode decoder(const Weight *w, int bytes) {
 
 /* 16 BF16 products for every byte that a scale can be. */
 static void make_tables(const Weight *w, bf16 *tables) {
+    float values[16];
+    for (int code = 0; code < 16; code++) values[code] = w->table[code & ((1 << w->bits) - 1)];
     for (int scale = 0; scale < 256; scale++) {
-        const float factor = w->scale_table[scale] * w->global_scale;
-        for (int code = 0; code < 16; code++) {
-            tables[scale * 16 + code] = bf16_of(w->table[code & ((1 << w->bits) - 1)] * factor);
-        }
+        const __m512 factor = _mm512_set1_ps(w->scale_table[scale] * w->global_scale);
+        const __m256i products = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_loadu_ps(values), factor));
+        _mm256_store_si256((void *)(tables + scale * 16), products);
     }
 }
