@@ -1,7 +1,8 @@
 """C kernels for CPUs: compiled once per machine by its own compiler, kept in the cache, loaded through ctypes.
 
 No compiler, no kernel: then the reference runs, and `qat kernels` says so. OpenMP comes from the library that torch
-brought along, so that both use one pool of threads.
+brought along, so that both use one pool of threads. QAT_CPU_ISA in the environment compiles for less than
+this processor has, to see what another one would do.
 """
 
 import ctypes
@@ -21,7 +22,13 @@ import torch
 from qat.cache import cache_folder
 from qat.errors import ConfigError
 
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
+FLAGS = ("-O3", "-fno-math-errno", "-shared", "-fPIC")
+ISAS = {  # instructions that C kernels are compiled with
+    "native": ("-march=native",),
+    "avx512_bf16": ("-march=x86-64-v4", "-mavx512bf16"),
+    "avx512": ("-march=x86-64-v4",),
+    "avx2": ("-march=x86-64-v3",),
+}
 SECONDS = 120
 _SOFT = 1  # omp_pause_soft: settings stay
 
@@ -35,8 +42,20 @@ def compiler() -> str | None:
     )
 
 
+def isa() -> str:
+    """Which of `ISAS` kernels are compiled for: $QAT_CPU_ISA, or what this processor has.
+
+    Raises:
+        OSError: there is no such.
+    """
+    given = os.environ.get("QAT_CPU_ISA") or "native"
+    if given not in ISAS:
+        raise OSError(f"QAT_CPU_ISA={given}: there are {', '.join(ISAS)}")
+    return given
+
+
 def load_library(source: Path, *, exact: bool = False) -> ctypes.CDLL:
-    """The library made from one C file.
+    """The library made from one C file and the headers beside it.
 
     Args:
         source: the file.
@@ -46,7 +65,7 @@ def load_library(source: Path, *, exact: bool = False) -> ctypes.CDLL:
         OSError: there is no compiler, or it failed; carries its message.
     """
     _share_openmp()
-    flags = (*FLAGS, f"-ffp-contract={'off' if exact else 'fast'}")
+    flags = (*FLAGS, *ISAS[isa()], f"-ffp-contract={'off' if exact else 'fast'}")
     try:
         path = _compiled(source, flags)
         try:
@@ -65,7 +84,8 @@ def _compiled(source: Path, flags: tuple[str, ...]) -> Path:
     if cc is None:
         raise OSError("no C compiler found ($CC, cc, gcc, clang)")
     version = subprocess.run([cc, "--version"], capture_output=True, timeout=SECONDS, check=False).stdout
-    key = hashlib.sha256(source.read_bytes() + version + repr((cc, flags, _processor())).encode()).hexdigest()[:16]
+    text = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
+    key = hashlib.sha256(text + version + repr((cc, flags, _processor())).encode()).hexdigest()[:16]
     folder = cache_folder("kernels")
     for threads, openmp in (("", ("-fopenmp",)), ("-one-thread", ())):  # some compilers come without OpenMP
         target = folder / f"{source.parent.name}-{key}{threads}.so"

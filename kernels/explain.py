@@ -51,14 +51,18 @@ def explain(format: str, tokens: int, rows: int, columns: int, input_format: str
 
 
 def _on_a_cpu(fmt: Format, tokens: int) -> dict[str, str]:
-    from qat.kernels.packed_linear.cpu import FEW, problem
+    from qat.kernels.packed_linear.cpu import problem, road
 
     reason = cpu_problem() or problem(fmt)
     if reason is not None:
         return {"kernel": "reference", "why": f"weights are dequantized at every call, slower than BF16: {reason}"}
-    few = f"at most {FEW} tokens: codes are decoded in registers"
-    many = f"more than {FEW} tokens: slices of dense weights for the library's product, somewhat slower than BF16"
-    return {"kernel": "c", "why": few if tokens <= FEW else many}
+    why = {
+        "registers": "codes are decoded in registers",
+        "tiles": "BF16 tokens: blocks of the weight are decoded in the cache and multiplied there by AMX",
+        "dots": "BF16 tokens: rows are decoded in the cache and multiplied there by AVX-512 BF16",
+        "slices": "slices of dense weights for the library's product, somewhat slower than BF16",
+    }[road(tokens, torch.bfloat16)]
+    return {"kernel": "c", "why": f"{tokens} token{'s' * (tokens != 1)}: {why}"}
 
 
 def _explain_quantized(format: str, tokens: int, rows: int, columns: int, input_format: str) -> dict[str, Any]:

@@ -5,54 +5,18 @@
  * divides. Elements of 4 bits are one table lookup where the CPU has one of 16 floats (AVX-512), else integer
  * arithmetic; minifloats are decoded through integers, because subnormal floats are slow or flushed on some CPUs.
  */
-#include <stdint.h>
+#include "weight.h"
 #include <stdlib.h>
-#include <string.h>
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
 #define LANES 16
-#define PART 32
 #define BLOCK 16 /* rows that a thread takes at a time */
 #define AHEAD 8192 /* bytes */
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
-#define INLINE static inline __attribute__((always_inline))
-
-typedef struct {
-    const uint16_t *words; /* (rows, width) */
-    const void *scales;    /* (rows, groups): bf16, float32, or bytes that look up `scale_table` */
-    const int8_t *zeros;   /* (rows, groups) or null */
-    const void *bias;      /* (rows), bf16 or float32, or null */
-    const float *table;    /* value of each code, as stored in words */
-    const float *scale_table;
-    float global_scale;
-    int64_t rows, columns, width, groups;
-    int32_t group_shift; /* log2 of the columns per scale; large where a row has one */
-    int32_t bits, scale_bytes, bias_bytes, minifloat_mantissa; /* mantissa bits, or -1 for integers */
-    float step;                                    /* value of the smallest positive code */
-} Weight;
-
-INLINE float of_bf16(uint16_t half) {
-    uint32_t bits = (uint32_t)half << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-INLINE float scale_at(const Weight *w, int64_t group, int64_t row, int bf16) {
-    int64_t at = row * w->groups + group;
-    if (!bf16 && w->scale_bytes == 1) return w->scale_table[((const uint8_t *)w->scales)[at]];
-    if (!bf16 && w->scale_bytes == 4) return ((const float *)w->scales)[at];
-    return of_bf16(((const uint16_t *)w->scales)[at]);
-}
-
-INLINE float bias_at(const Weight *w, int64_t row) {
-    if (!w->bias) return 0;
-    return w->bias_bytes == 4 ? ((const float *)w->bias)[row] : of_bf16(((const uint16_t *)w->bias)[row]);
-}
 
 INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 
@@ -160,12 +124,6 @@ INLINE void tile_times(const Weight *w, int64_t row, int64_t tile, const float *
     }
 }
 
-INLINE uint16_t bf16_of(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-}
-
 /* ROWS rows times up to 4 rows of x, rounded once to elements of `bytes`. */
 INLINE void some_rows(const Weight *w, const float *x, int64_t stride, char *out, int bytes, int64_t row, int rows,
                       int tokens, int bits, int mantissa, int small, int affine, int bf16, vf table) {
@@ -180,7 +138,7 @@ INLINE void some_rows(const Weight *w, const float *x, int64_t stride, char *out
             int64_t at = token * w->rows + row + r;
             float value = sum(total[r][token][0] + total[r][token][1]) * w->global_scale + bias_at(w, row + r);
             if (bytes == 4) ((float *)out)[at] = value;
-            else ((uint16_t *)out)[at] = value == value ? bf16_of(value) : 0x7FC0;
+            else ((uint16_t *)out)[at] = bf16_of(value);
         }
     }
 }

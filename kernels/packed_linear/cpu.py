@@ -1,12 +1,17 @@
-"""The packed linear kernel on CPUs: `cpu.c` for a few tokens, slices of dense weights and torch's product for many.
+"""The packed linear kernels on CPUs: four roads, by the number of tokens, their dtype and the processor.
 
 The words are those of the GPU (`triton.py` draws them); scales and zero points lie (rows, groups) in memory here,
-because a core walks along one row. A few tokens: each core decodes its rows into registers and multiplies at once, and
-reading them from memory is the bound. Many tokens: a slice of rows that fits the cache is decoded once into dense
-numbers, and the library's product, which then bounds the speed, reads it from there.
+because a core walks along one row.
 
-Decoding is exact and sums are float32. For many tokens in BF16 the dense slice is rounded to BF16, as every engine that
-dequantizes does, because the library product wants its operands alike.
+* registers (`cpu.c`): each core decodes its rows into registers and multiplies at once; reading them from memory is the
+  bound. Exact decoding, float32 sums. One token; up to FOUR without AMX, up to FEW in other dtypes than BF16.
+* tiles, dots (`cpu_bf16.c`): BF16 tokens on CPUs that multiply BF16. A block of rows is decoded to BF16 in the cache,
+  rounded as every engine that dequantizes rounds it, and multiplied there with float32 sums: by AMX from two tokens on,
+  without it by AVX-512 BF16 up to SOME.
+* slices: many tokens elsewhere. A slice of rows that fits the cache is decoded into dense numbers of x's dtype, and the
+  library's product, which then bounds the speed, reads it from there.
+
+Within a road a token's result is the same whichever tokens go with it, but in slices, whose order is the library's.
 """
 
 import ctypes
@@ -28,7 +33,9 @@ from qat.serving.packed import reference
 from qat.serving.words import PART, tile
 
 FEW = 8  # tokens up to which decoding in registers beats a dense slice
+FOUR, SOME = 4, 32  # dots: above four tokens, which registers multiply at once; later slices, the library's own sums
 SLICE_BYTES = 4 << 20  # of dense weights at a time: they should stay in the cache
+_DOTS, _TILES = 1, 2  # of cpu_bf16.c
 _thread = threading.local()
 _NO_MEMORY = 2
 _WHOLE_ROW = 40  # a shift that leaves one group per row
@@ -61,6 +68,30 @@ def library() -> ctypes.CDLL:
     shared.packed_linear.argtypes = [pointer, pointer, whole, flag, pointer, flag]
     shared.dense_rows.argtypes = [pointer, whole, whole, pointer, flag, flag]
     return shared
+
+
+@cache
+def _bf16_library() -> tuple[ctypes.CDLL | None, int]:
+    """`cpu_bf16.c` and the roads that it has here; none where it cannot be compiled, which leaves the others."""
+    try:
+        shared = load_library(Path(__file__).with_name("cpu_bf16.c"))
+    except OSError:
+        return None, 0
+    pointer, whole, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    shared.bf16_memory.argtypes, shared.bf16_memory.restype = [pointer, whole, flag, flag], whole
+    shared.bf16_linear.argtypes = [pointer, pointer, whole, pointer, pointer, flag, flag]
+    return shared, shared.bf16_roads()
+
+
+def road(tokens: int, dtype: torch.dtype) -> str:
+    """How so many tokens of this dtype are multiplied here: "registers", "tiles", "dots" or "slices"."""
+    if tokens > 1 and dtype == torch.bfloat16:
+        roads = _bf16_library()[1]
+        if roads & _TILES:
+            return "tiles"
+        if roads & _DOTS and FOUR < tokens <= SOME:
+            return "dots"
+    return "registers" if tokens <= FEW else "slices"
 
 
 @cache
@@ -223,14 +254,26 @@ def packed_linear(
         x = x.to(torch.float32)
     x = x.contiguous()
     tokens = x.shape[:-1].numel()
-    if tokens > FEW:
+    way = road(tokens, x.dtype)
+    if way == "slices":
         out = _by_slices(x.view(tokens, columns), weight, rows, bias).view(*x.shape[:-1], rows)
     else:
         out = x.new_empty(*x.shape[:-1], rows)
-        arguments = (x.data_ptr(), tokens, x.element_size(), out.data_ptr(), torch.get_num_threads())
-        _check_status(library().packed_linear(ctypes.byref(weight), *arguments))
+        if way == "registers":
+            arguments = (x.data_ptr(), tokens, x.element_size(), out.data_ptr(), torch.get_num_threads())
+            _check_status(library().packed_linear(ctypes.byref(weight), *arguments))
+        else:
+            _in_bf16(x, tokens, weight, out, _TILES if way == "tiles" else _DOTS)
     del ordered  # alive until here
     return out if out.dtype == dtype else out.to(dtype)
+
+
+def _in_bf16(x: Tensor, tokens: int, weight: _Weight, out: Tensor, which: int) -> None:
+    shared, threads = _bf16_library()[0], torch.get_num_threads()
+    assert shared is not None
+    memory = _scratch(shared.bf16_memory(ctypes.byref(weight), tokens, threads, which), torch.uint8)
+    arguments = (x.data_ptr(), tokens, out.data_ptr(), memory.data_ptr(), threads, which)
+    _check_status(shared.bf16_linear(ctypes.byref(weight), *arguments))
 
 
 def _by_slices(x: Tensor, weight: _Weight, rows: int, bias: Tensor | None) -> Tensor:

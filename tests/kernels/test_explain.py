@@ -29,8 +29,15 @@ def test_explain_names_the_pair() -> None:
 
 @pytest.mark.skipif(cpu_problem() is not None, reason=str(cpu_problem()))
 def test_what_runs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    few, many = explain("int4_g64", 1, 64, 64), explain("int4_g64", FEW + 1, 64, 64)
-    assert few["kernel"] == many["kernel"] == "c" and "registers" in few["why"] and "slices" in many["why"]
+    for tokens, roads, told in (
+        (1, 3, "1 token: codes"),
+        (2, 3, "by AMX"),
+        (9, 1, "AVX-512 BF16"),
+        (FEW + 1, 0, "slices"),
+    ):
+        monkeypatch.setattr("qat.kernels.packed_linear.cpu._bf16_library", lambda roads=roads: (None, roads))
+        found = explain("int4_g64", tokens, 64, 64)
+        assert found["kernel"] == "c" and told in found["why"]
     monkeypatch.setattr("qat.kernels.explain.cpu_problem", lambda: "no C compiler found")
     told = explain("int4_g64", 1, 64, 64)
     assert told["kernel"] == "reference" and "slower than BF16: no C compiler" in told["why"]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qat.errors import FormatError, UnsupportedError
 from qat.kernels.load import cpu_problem, load
+from qat.kernels.packed_linear import cpu
 from qat.kernels.packed_linear.cpu import FEW, packed_linear
 from qat.kernels.packed_linear.cpu import problem as cpu_kernel_problem
 from qat.numbers.catalog import CATALOG, lookup
@@ -198,7 +199,8 @@ def test_a_format_without_a_decoder_runs_the_reference(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("rows", [64, 9000])  # one slice, several
-def test_many_tokens_are_the_dense_product_to_the_bit(rows: int) -> None:
+def test_slices_are_the_dense_product_to_the_bit(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "road", lambda tokens, dtype: "slices")
     q, x, bias = (
         quantize(normal(rows, 256), lookup("int4_g64")),
         normal(20, 256, seed=1).bfloat16(),
