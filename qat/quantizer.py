@@ -18,11 +18,11 @@ from qat.errors import TrainingError
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales, quantize
 from qat.observers import Observer, RangeObserver
+from qat.same_tensor import SameTensor
 from qat.training.activations import ActivationRule, fake_quantize_input, moved_range, static_part
 from qat.training.gradients import Estimator
 from qat.training.ops import fake_quantize, quantized_linear
 from qat.training.refit import refit
-from qat.training.same_tensor import SameTensor
 from qat.training.scales import effective_scales, stored_scales
 from qat.training.step_weight import StepWeight
 

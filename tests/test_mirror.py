@@ -37,7 +37,7 @@ ELSEWHERE = {
     "qat/adapters/linear.py": "qat/test_quantizer.py: the modules that a quantizer meets first",
     "qat/errors.py": "qat/test_config.py: types without code, and the nearest name",
     "qat/options.py": "qat/test_cli.py: options are half of the command",
-    "qat/training/same_tensor.py": "qat/test_quantizer.py: what its readers get",
+    "qat/same_tensor.py": "qat/test_quantizer.py: what its readers get",
     "qat/training/step_weight.py": "qat/test_modes.py: what is held in a step",
     "qat/zero.py": "trainers/test_zero_strategy.py: what DeepSpeed's engine has divided",
     "qat/sites.py": "qat/test_surgery.py: sites are what surgery leaves",

@@ -13,8 +13,8 @@ from qat.init.calibration import Batches
 from qat.modes import dense
 from qat.numbers.numerics import fake_quantize, finite_amax
 from qat.quantizer import InputQuantizer
+from qat.same_tensor import SameTensor
 from qat.sites import Site, weights
-from qat.training.same_tensor import SameTensor
 
 TOKENS = 512  # per input
 ROWS = 256  # of a weight whose product is looked at
