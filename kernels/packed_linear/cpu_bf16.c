@@ -24,7 +24,8 @@ int bf16_linear(const Weight *w, const void *x, int64_t tokens, void *out, void 
 #include <unistd.h>
 #endif
 
-#define AT_ONCE 1024 /* tokens between two readings of the weight */
+#define AT_ONCE 1024    /* tokens between two readings of the weight */
+#define FEW_COLUMNS 256 /* decoded at a time for a pair of tokens */
 
 typedef struct {
     const Weight *w;
@@ -109,28 +110,9 @@ static int tiles_allowed(void) {
     return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }
 
-/* 16 tokens as the second operand: (tiles, steps, 16 pairs of columns, 16 tokens), pairs together. */
-static void copy_tile(const Job *job, const bf16 *x, int64_t tile, bf16 *to) {
-    const int64_t columns = job->w->columns, first = tile * SIDE;
-    for (int64_t step = 0; step < job->steps; step++) {
-        bf16 *at = to + (tile * job->steps + step) * TILE;
-        const int64_t column = step * PART, left = columns - column;
-        if (left < PART || first + SIDE > job->tokens) memset(at, 0, 2 * TILE);
-        for (int64_t token = 0; token < SIDE && first + token < job->tokens; token++) {
-            const bf16 *from = x + (first + token) * columns + column;
-            if (left >= PART) {
-                for (int pair = 0; pair < SIDE; pair++) memcpy(at + (pair * SIDE + token) * 2, from + 2 * pair, 4);
-            } else {
-                for (int k = 0; k < left; k++) at[((k / 2) * SIDE + token) * 2 + k % 2] = from[k];
-            }
-        }
-    }
-}
-
-/* Sums of 16 rows and 16 tokens, with their bias, to `out`: rounded, tokens outside. */
-static void write_tile(const Job *job, const float *sums, int64_t row, int64_t rows, int64_t token, int64_t tokens) {
-    __m512 at[SIDE], turned[SIDE];
-    for (int r = 0; r < SIDE; r++) at[r] = _mm512_load_ps(sums + r * SIDE);
+/* 16 rows of 16 lanes: rows become lanes. */
+INLINE void turn(__m512 at[SIDE]) {
+    __m512 turned[SIDE];
     for (int r = 0; r < SIDE; r += 2) {
         turned[r] = _mm512_unpacklo_ps(at[r], at[r + 1]);
         turned[r + 1] = _mm512_unpackhi_ps(at[r], at[r + 1]);
@@ -140,25 +122,46 @@ static void write_tile(const Job *job, const float *sums, int64_t row, int64_t r
             at[r + 2 * h] = (__m512)_mm512_unpacklo_pd((__m512d)turned[r + h], (__m512d)turned[r + h + 2]);
             at[r + 2 * h + 1] = (__m512)_mm512_unpackhi_pd((__m512d)turned[r + h], (__m512d)turned[r + h + 2]);
         }
-    /* Now at[4 q + j] holds rows 4 q to 4 q + 3 of tokens j, j + 4, j + 8, j + 12, four lanes each. */
-    __m512 bias = _mm512_setzero_ps();
+    /* Now at[4 q + j] holds rows 4 q to 4 q + 3 of lanes j, j + 4, j + 8, j + 12, four each. */
+    for (int j = 0; j < 4; j++) {
+        const __m512 low = _mm512_shuffle_f32x4(at[j], at[4 + j], 0x88), high = _mm512_shuffle_f32x4(at[8 + j], at[12 + j], 0x88);
+        const __m512 low2 = _mm512_shuffle_f32x4(at[j], at[4 + j], 0xDD), high2 = _mm512_shuffle_f32x4(at[8 + j], at[12 + j], 0xDD);
+        turned[j] = _mm512_shuffle_f32x4(low, high, 0x88), turned[j + 4] = _mm512_shuffle_f32x4(low2, high2, 0x88);
+        turned[j + 8] = _mm512_shuffle_f32x4(low, high, 0xDD), turned[j + 12] = _mm512_shuffle_f32x4(low2, high2, 0xDD);
+    }
+    for (int r = 0; r < SIDE; r++) at[r] = turned[r];
+}
+
+/* 16 tokens as the second operand: (tiles, steps, 16 pairs of columns, 16 tokens), pairs together, filled up with zeros. */
+static void copy_tile(const Job *job, const bf16 *x, int64_t tile, bf16 *to) {
+    const int64_t columns = job->w->columns, first = tile * SIDE, tokens = least(job->tokens - first, SIDE);
+    for (int64_t step = 0; step < job->steps; step++) {
+        const int64_t left = columns - step * PART;
+        const __mmask32 there = left >= PART ? ~0u : left > 0 ? (1u << left) - 1 : 0;
+        __m512 at[SIDE];
+        for (int64_t token = 0; token < SIDE; token++) {
+            const bf16 *from = x + (first + token) * columns + step * PART;
+            at[token] = token < tokens ? (__m512)_mm512_maskz_loadu_epi16(there, from) : _mm512_setzero_ps();
+        }
+        turn(at);
+        for (int pair = 0; pair < SIDE; pair++) _mm512_store_ps(to + (tile * job->steps + step) * TILE + pair * PART, at[pair]);
+    }
+}
+
+/* Sums of 16 rows and 16 tokens, with their bias, to `out`: rounded, tokens outside. */
+static void write_tile(const Job *job, const float *sums, int64_t row, int64_t rows, int64_t token, int64_t tokens) {
+    __m512 at[SIDE], bias = _mm512_setzero_ps();
+    for (int r = 0; r < SIDE; r++) at[r] = _mm512_load_ps(sums + r * SIDE);
+    turn(at);
     if (job->w->bias) {
         float values[SIDE] = {0};
         for (int64_t r = 0; r < rows; r++) values[r] = bias_at(job->w, row + r);
         bias = _mm512_loadu_ps(values);
     }
     const __mmask16 kept = (1u << rows) - 1;
-    for (int j = 0; j < 4; j++) {
-        const __m512 low = _mm512_shuffle_f32x4(at[j], at[4 + j], 0x88), high = _mm512_shuffle_f32x4(at[8 + j], at[12 + j], 0x88);
-        const __m512 low2 = _mm512_shuffle_f32x4(at[j], at[4 + j], 0xDD), high2 = _mm512_shuffle_f32x4(at[8 + j], at[12 + j], 0xDD);
-        const __m512 four[4] = {_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low2, high2, 0x88),
-                                _mm512_shuffle_f32x4(low, high, 0xDD), _mm512_shuffle_f32x4(low2, high2, 0xDD)};
-        for (int q = 0; q < 4; q++) {
-            const int64_t which = j + 4 * q;
-            if (which >= tokens) continue;
-            const __m256i halves = (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(four[q], bias));
-            _mm256_mask_storeu_epi16(job->out + (token + which) * job->w->rows + row, kept, halves);
-        }
+    for (int64_t which = 0; which < SIDE && which < tokens; which++) {
+        const __m256i halves = (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(at[which], bias));
+        _mm256_mask_storeu_epi16(job->out + (token + which) * job->w->rows + row, kept, halves);
     }
 }
 
@@ -207,19 +210,19 @@ static void write_pair(const Job *job, const float *sums, int64_t row, int64_t l
     }
 }
 
-/* Rows [first, last), at most a pair, times at most a pair of tokens, whose sums stay in registers. Half a block is
+/* Rows [first, last), at most a pair, times at most a pair of tokens, whose sums stay in registers. Some columns are
  * decoded, a few rows at a time, between the products of the one before: they are done by another unit. */
 INLINE void pair_times(const Job *job, int64_t first, int64_t last, bf16 *values, float *sums, int two) {
     const Weight *w = job->w;
-    const int64_t parts = 16 / w->bits, tiles = w->width / PART, block = BLOCK / 2 / (PART * parts);
-    const int64_t apart = BLOCK / 2 / PART * TILE, at_once = PAIR / (BLOCK / 2 / PART);
+    const int64_t parts = 16 / w->bits, tiles = w->width / PART, block = FEW_COLUMNS / (PART * parts);
+    const int64_t apart = FEW_COLUMNS / PART * TILE, at_once = PAIR / (FEW_COLUMNS / PART);
     const bf16 *low = job->x;
     int64_t done = 0, steps = 0; /* of the block before */
     zero_sums();
     for (int64_t tile = 0; tile < tiles + block; tile += block) {
         bf16 *now = values + tile / block % 2 * 2 * apart;
         const bf16 *before = values + (tile / block + 1) % 2 * 2 * apart;
-        for (int64_t step = 0; step < BLOCK / 2 / PART; step++) {
+        for (int64_t step = 0; step < FEW_COLUMNS / PART; step++) {
             const int64_t row = step * at_once, at = row / SIDE * apart + row % SIDE * PART;
             if (tile < tiles && first + row < last)
                 job->decode(w, first + row, least(at_once, last - first - row), tile, least(tile + block, tiles), job->tables,
@@ -239,7 +242,8 @@ static void tiles_rows(const Job *job, int64_t first, int64_t last, bf16 *values
     if (last - first <= PAIR && job->tokens <= PAIR) return pair_times(job, first, last, values, sums, 1);
     const Weight *w = job->w;
     const int64_t parts = 16 / w->bits, tiles = w->width / PART, pairs = (last - first + PAIR - 1) / PAIR;
-    const int64_t block = BLOCK / (PART * parts), apart = BLOCK / PART * TILE;
+    const int64_t blocks = (tiles * parts * PART + BLOCK - 1) / BLOCK, block = (tiles + blocks - 1) / blocks;
+    const int64_t apart = BLOCK / PART * TILE;
     for (int64_t tile = 0; tile < tiles; tile += block) {
         const int64_t until = least(tile + block, tiles), steps = (until - tile) * parts;
         job->decode(w, first, last - first, tile, until, job->tables, values, apart);

@@ -10,8 +10,8 @@
 #define SIDE 16                 /* rows or tokens of a tile */
 #define TILE (SIDE * PART)      /* its BF16 numbers; rows of 32 columns */
 #define PAIR (2 * SIDE)         /* rows or tokens multiplied together */
-#define BLOCK 512               /* columns decoded at a time at most */
-#define GROUPS (BLOCK / 16)     /* at most in a block */
+#define BLOCK 768               /* columns decoded at a time at most */
+#define GROUPS 64               /* scales at most of a block */
 typedef uint16_t bf16;
 
 INLINE __m512i rounded(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
@@ -25,27 +25,26 @@ typedef struct {
 
 INLINE void load_scales(const Weight *w, int64_t row, int64_t group, int64_t count, int bytes, Scales *to) {
     const int64_t at = row * w->groups + group, left = w->groups - group;
-    const __mmask32 there = left >= GROUPS ? ~0u : (1u << left) - 1;
+    const __mmask64 there = left >= GROUPS ? ~0ull : (1ull << left) - 1;
     if (w->scale_bytes == 1) {
-        _mm256_storeu_si256((void *)to->bytes, _mm256_maskz_loadu_epi8(there, (const uint8_t *)w->scales + at));
+        _mm512_store_si512(to->bytes, _mm512_maskz_loadu_epi8(there, (const uint8_t *)w->scales + at));
         if (bytes) return;
     }
-    for (int half = 0; half < (count > 16 ? 2 : 1); half++) {
-        const __mmask16 some = there >> (16 * half);
-        __m512 factor;
+    for (int64_t first = 0; first < count; first += 16) {
+        const __mmask16 some = there >> first;
+        __m512 factor, zero = _mm512_setzero_ps();
         if (w->scale_bytes == 1) {
-            const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)(to->bytes + 16 * half)));
+            const __m512i index = _mm512_cvtepu8_epi32(_mm_load_si128((const void *)(to->bytes + first)));
             factor = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), some, index, w->scale_table, 4);
         } else if (w->scale_bytes == 4) {
-            factor = _mm512_maskz_loadu_ps(some, (const float *)w->scales + at + 16 * half);
+            factor = _mm512_maskz_loadu_ps(some, (const float *)w->scales + at + first);
         } else {
-            const __m256i raw = _mm256_maskz_loadu_epi16(some, (const uint16_t *)w->scales + at + 16 * half);
+            const __m256i raw = _mm256_maskz_loadu_epi16(some, (const uint16_t *)w->scales + at + first);
             factor = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16);
         }
-        _mm512_storeu_ps(to->factors + 16 * half, _mm512_mul_ps(factor, _mm512_set1_ps(w->global_scale)));
-        __m512 zero = _mm512_setzero_ps();
-        if (w->zeros) zero = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(some, w->zeros + at + 16 * half)));
-        _mm512_storeu_ps(to->zeros + 16 * half, zero);
+        _mm512_store_ps(to->factors + first, _mm512_mul_ps(factor, _mm512_set1_ps(w->global_scale)));
+        if (w->zeros) zero = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(some, w->zeros + at + first)));
+        _mm512_store_ps(to->zeros + first, zero);
     }
 }
 
