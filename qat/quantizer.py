@@ -22,7 +22,7 @@ from qat.training.activations import ActivationRule, fake_quantize_input, moved_
 from qat.training.gradients import Estimator
 from qat.training.ops import fake_quantize, quantized_linear
 from qat.training.refit import refit
-from qat.training.same_tensor import SameTensor
+from qat.training.same_tensor import SameTensor as SameTensor  # `qat.init` shares results, too
 from qat.training.scales import effective_scales, stored_scales
 from qat.training.step_weight import StepWeight
 

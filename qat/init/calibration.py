@@ -16,9 +16,9 @@ from qat.init.scales import ScaleSearch
 from qat.init.step import Calibration, InitStep, Track
 from qat.init.together import Together
 from qat.modes import dense
+from qat.quantizer import SameTensor
 from qat.sharded import read
 from qat.sites import Site, sites, weights
-from qat.training.same_tensor import SameTensor
 
 Batches = Iterable[dict[str, Tensor]]  # keyword arguments of the model
 

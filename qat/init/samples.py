@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from qat.init.calibration import Batches
 from qat.modes import dense
 from qat.numbers.numerics import fake_quantize, finite_amax
-from qat.quantizer import InputQuantizer
+from qat.quantizer import InputQuantizer, SameTensor
 from qat.sites import Site, weights
-from qat.training.same_tensor import SameTensor
 
 TOKENS = 512  # per input
 ROWS = 256  # of a weight whose product is looked at
