@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
@@ -105,8 +106,8 @@ def initialised(
 
     given = list(batches(text))
     Counted.seen.clear()
-    Together.spread = watched  # type: ignore[method-assign]  # only looks on
-    said = initialise(model, given, scheme, observe(model, given), track, store)
+    with mock.patch.object(Together, "spread", watched):  # which only looks on
+        said = initialise(model, given, scheme, observe(model, given), track, store)
     return student_tensors(model), said, most[0]
 
 
