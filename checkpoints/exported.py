@@ -21,7 +21,7 @@ from qat.checkpoints.progress import progress
 from qat.errors import CheckpointError, UnsupportedError
 from qat.numbers.format import Format
 from qat.numbers.hadamard import BlockHadamard
-from qat.quantizer import SameTensor
+from qat.same_tensor import SameTensor
 from qat.serving.inputs import quantize_input
 from qat.serving.matmul import QuantizedLinear
 from qat.sites import Quantizers
