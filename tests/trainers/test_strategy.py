@@ -226,9 +226,7 @@ def test_experts_whose_processes_torchrun_starts(home: Path, alone: dict[str, Pa
     [((2, -signal.SIGTERM), 0), ((-signal.SIGTERM, 2), 1), ((2, -signal.SIGKILL), 1), ((1, 2), 0)],
 )
 def test_the_rank_that_ended_the_others(statuses: tuple[int, ...], cause: int) -> None:
-    failures = {
-        rank: ProcessFailure(rank, 1000 + rank, status, "/no/file") for rank, status in enumerate(statuses)
-    }
+    failures = {rank: ProcessFailure(rank, 1000 + rank, status, "/no/file") for rank, status in enumerate(statuses)}
     for rank, failure in failures.items():
         failure.timestamp = 10 + rank
     assert strategy._cause(failures)[0] == cause
