@@ -282,7 +282,7 @@ def print_table(report: RunReport, console: "Console") -> None:
     data = report.to_dict()
     heads, cells = _table(data)
     title = f"{report.name}: {report.bits_per_weight:.2f} bits per weight"
-    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)  # fits in 80 columns
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False, collapse_padding=True)
     for index, head in enumerate(heads):
         table.add_column(head, justify="right" if index else "left", no_wrap=True)
     for row in cells:

@@ -29,6 +29,8 @@ from qat.trainers import zero
 from qat.zero import forget_group
 
 if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
     from qat.trainers.job import Job
     from qat.trainers.parts import Parts
 
@@ -36,7 +38,7 @@ T = TypeVar("T")
 
 WAITING = timedelta(hours=2)  # for rank 0, which may download a model or write text meanwhile
 SAVING_SECONDS = 600  # after a signal, before the agent kills what has not ended
-APART = 1.0  # seconds: what went wrong on every rank is said by the first one, which ends the others
+APART = 5.0  # seconds: what went wrong on every rank is said by the first one, which ends the others
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGUSR1"  # that the agent passes on; see `qat.trainers.interrupts`
 
 
@@ -200,15 +202,14 @@ def launch(job: "Job", arguments: list[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // job.devices)))
     where: dict[str, Any] = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": str(os.getpid())}
     config = LaunchConfig(1, 1, job.devices, max_restarts=0, monitor_interval=0.1, signals_to_handle=SIGNALS, **where)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # each rank would advise against `find_unused_parameters`
     _quiet_agent()
     try:
         elastic_launch(config, sys.executable)("-m", "qat.cli", *arguments)
     except SignalException as error:
         return STATUS.get(error.sigval, 128 + error.sigval)
     except ChildFailedError as error:
-        # One that a signal ended is the cause: the others lost it, and said so.
-        failures = sorted(error.failures.items(), key=lambda item: (item[1].exitcode > 0, item[1].timestamp))
-        rank, failure = failures[0]
+        rank, failure = _cause(error.failures)
         if failure.exitcode in (2, *STATUS.values()):
             return int(failure.exitcode)  # with a message of its own
         how = f"ended with status {failure.exitcode}"
@@ -218,6 +219,17 @@ def launch(job: "Job", arguments: list[str]) -> int:
             f"rank {rank} (process {failure.pid}) {how}, and the others with it; {how_to_go_on(job.folder)}"
         ) from error
     return 0
+
+
+def _cause(failures: "dict[int, ProcessFailure]") -> "tuple[int, ProcessFailure]":
+    """Which rank ended the others: one that a signal ended, whom the others lost and said so; SIGTERM comes last, with
+    which the agent ends those that are left once a rank has said what is wrong."""
+
+    def order(item: "tuple[int, ProcessFailure]") -> tuple[bool, bool, int]:
+        status = item[1].exitcode
+        return status == -signal.SIGTERM, status > 0, item[1].timestamp
+
+    return min(failures.items(), key=order)
 
 
 def _quiet_agent() -> None:

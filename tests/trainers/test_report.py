@@ -130,11 +130,11 @@ def test_shares_are_never_rounded_into_a_lie(closed: float, said: str) -> None:
 
 
 def test_table_on_a_terminal() -> None:
-    console = Console(file=io.StringIO(), width=100)
+    console = Console(file=io.StringIO(), width=80)  # a terminal's, and a log's
     print_table(build(), console)
     text = console.file.getvalue()  # type: ignore[attr-defined]  # the StringIO above
     assert "0.4000" in text and "75 %" in text and "116.4 MB" in text
-    assert "Training closed 75 %" in text
+    assert "Training closed 75 %" in text and "…" not in text
 
 
 # --- pictures -------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from qat.checkpoints.resume import load_student
 from qat.cli import main
@@ -218,6 +219,17 @@ def test_experts_whose_processes_torchrun_starts(home: Path, alone: dict[str, Pa
     assert said.count("held-out text:") == said.count("report:") == 1, "only the first rank speaks"
     close(alone["experts"], path)
     assert same_codes(alone["experts"], path) >= SAME_CODES
+
+
+@pytest.mark.parametrize(
+    ("statuses", "cause"),
+    [((2, -signal.SIGTERM), 0), ((-signal.SIGTERM, 2), 1), ((2, -signal.SIGKILL), 1), ((1, 2), 0)],
+)
+def test_the_rank_that_ended_the_others(statuses: tuple[int, ...], cause: int) -> None:
+    failures = {rank: ProcessFailure(rank, 1000 + rank, status, "/no/file") for rank, status in enumerate(statuses)}
+    for rank, failure in failures.items():
+        failure.timestamp = 10 + rank
+    assert strategy._cause(failures)[0] == cause
 
 
 @pytest.mark.multi
