@@ -60,7 +60,7 @@ def test_another_thread_in_between_changes_nothing(monkeypatch: pytest.MonkeyPat
             theirs[0] = hook(module, (other,))[0]
         return weakref.ref(x)
 
-    monkeypatch.setattr("qat.quantizer.weakref", SimpleNamespace(ref=ref))
+    monkeypatch.setattr("qat.same_tensor.weakref", SimpleNamespace(ref=ref))
     found = [hook(module, (mine,))[0] for _ in range(2)]
     assert all(torch.equal(y, expected[0]) for y in found) and torch.equal(theirs[0], expected[1])
 
