@@ -141,6 +141,7 @@ def export(
     *,
     source: str | Path | None = None,
     overwrite: bool = False,
+    pack_tables: bool = False,
 ) -> Path:
     """Write a checkpoint for `target`.
 
@@ -150,12 +151,13 @@ def export(
         target: name of the file layout.
         source: where the unquantized model lies now, if that is not known or has changed.
         overwrite: replace `out` if an export wrote it.
+        pack_tables: pack quantized embeddings too, which few engines read yet, instead of storing their values in BF16.
     """
     if isinstance(trained, str | Path):
         from qat.checkpoints.export import export as write
 
-        return write(Path(trained), Path(out), target, overwrite, moved=source)
+        return write(Path(trained), Path(out), target, overwrite, moved=source, pack_tables=pack_tables)
     from qat.trainers.prepared import export_prepared
 
     model: Any = trained
-    return export_prepared(model, Path(out), target, source=source, overwrite=overwrite)
+    return export_prepared(model, Path(out), target, source=source, overwrite=overwrite, pack_tables=pack_tables)

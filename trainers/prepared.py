@@ -156,9 +156,10 @@ def export_prepared(
     *,
     source: str | Path | None = None,
     overwrite: bool = False,
+    pack_tables: bool = False,
 ) -> Path:
     """Write a prepared model as a checkpoint of `target`, adapters of peft around it merged; `source` where `prepare`
-    did not know it.
+    did not know it. With `pack_tables` quantized embeddings are packed too, see `export_plan.plan_export`.
 
     Raises:
         ConfigError: the model was not prepared.
@@ -173,7 +174,7 @@ def export_prepared(
                 "known: give source=, a folder or hub id"
             )
         student: Any = plain
-        return export_model(student, folder, out, target, overwrite=overwrite)
+        return export_model(student, folder, out, target, overwrite=overwrite, pack_tables=pack_tables)
 
 
 def prepared(model: nn.Module) -> Prepared:

@@ -16,6 +16,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import qat
 from qat.checkpoints.exported import load_exported
+from qat.checkpoints.layouts import open_export
+from qat.checkpoints.verify import verify
 from qat.errors import CheckpointError, ConfigError, FormatError, UnsupportedError
 from qat.init.calibration import calibrate
 from qat.init.scales import ScaleSearch
@@ -288,3 +290,16 @@ def test_steps_of_the_trainer_refit_scales(tmp_path: Path, source: Path) -> None
     again = made(source, {"rules": rules, "learn": "refit"}, refit_every=3)
     trainer(again, tmp_path / "out", 7).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
     assert not states_differ(model, again)
+
+
+def test_tables_are_packed_where_asked(tmp_path: Path) -> None:
+    source = tiny_model("llama", tmp_path / "model", num_hidden_layers=1, tie_word_embeddings=True)
+    rules = [{"match": "*_proj", "weight": "int4_g32"}, {"match": "*", "weight": "int8_channel"}]
+    model = made(source, {"rules": rules, "tied": "share"})
+    names = {}
+    for packed in (False, True):
+        qat.export(model, tmp_path / str(packed), pack_tables=packed)
+        assert verify(tmp_path / str(packed)).ok
+        names[packed] = open_export(tmp_path / str(packed)).names
+    table = "model.embed_tokens.weight"
+    assert table in names[False] and f"{table}_scale" not in names[False] and f"{table}_scale" in names[True]
