@@ -241,8 +241,7 @@ from qat.trainers import optim
 from qat.trainers.forward import hidden_states, split
 from qat.trainers.job import Job
 from qat.trainers.memory import keep_freed_blocks
-if sys.argv[2] == "run":
-    keep_freed_blocks()
+keep_freed_blocks() if sys.argv[2] == "run" else None
 job = Job.model_validate_json(sys.argv[1])
 def resident(what):  # "VmRSS" now, "VmHWM" at the peak; ru_maxrss would begin with what the parent process used
     return 1024 * int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
@@ -253,28 +252,24 @@ base = resident("VmRSS")
 teacher = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
 student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 apply(student, job.scheme, defer_init=True)
-length = job.data.seq_len
-ids = torch.randint(0, config.vocab_size, (job.micro_rows, length))
-positions = (torch.arange(length) % 97).expand(job.micro_rows, -1)
+ids = torch.randint(0, config.vocab_size, (job.micro_rows, job.data.seq_len))
+positions = (torch.arange(job.data.seq_len) % 97).expand(job.micro_rows, -1)
 batch = {"input_ids": ids, "position_ids": positions, "targets": ids}
 calibrate(student, [{"input_ids": ids[:1, :64]}], job.scheme)
 if job.lora is not None:
     attach(student, job.lora)
-if job.strategy == "fsdp":
-    for model in (student, teacher):
-        divide(model, torch.device("cpu"), job.devices)
+for model in (student, teacher) if job.strategy == "fsdp" else ():
+    divide(model, torch.device("cpu"), job.devices)
 optimizer = optim.build(student, job.optim)
 heads = split(student), split(teacher)
 student.train()
 class Step(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.student = student
     def forward(self):
         with torch.no_grad():
             known = run(teacher, lambda: hidden_states(teacher, batch))
         return chunked(job.objective, hidden_states(student, batch), heads[0], known, heads[1], ids, job.loss_chunk)
 step = Step()
+step.student = student
 if job.strategy == "ddp":  # as `qat.trainers.strategy` has it made
     step = torch.nn.parallel.DistributedDataParallel(
         step, find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True
