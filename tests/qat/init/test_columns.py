@@ -54,6 +54,19 @@ def test_refitting_never_raises_a_rows_error_and_lowers_most(name: str) -> None:
     assert more.left <= found.left + 1e-6
 
 
+@pytest.mark.parametrize("name", ["int4_g64", "nvfp4"])
+def test_refitting_ends_where_no_other_code_of_a_column_would_lose_less(name: str) -> None:
+    weight, scales, gram = parts(name)
+    fmt, factor = lookup(name), inverse(gram)
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    matrix, latent = damped(gram, factor), weight + 0.3 * weight.std() * noise
+    found = refitted(weight, latent, fmt, scales, matrix, 40)
+    values = fake_quantize(found.latent, fmt, found.scales)
+    wanted = values - (values - weight) @ matrix / matrix.diagonal()
+    assert found.better == len(weight)
+    assert (fake_quantize(wanted, fmt, found.scales) == values).float().mean() > 0.999
+
+
 def test_scales_that_are_off_come_back() -> None:
     """A weight on the grid, given scales a twentieth too large: nothing is left once they are found."""
     fmt, generator = lookup("int4_g64"), torch.Generator().manual_seed(0)
