@@ -185,7 +185,7 @@ def _other_seconds(job: Job, facts: Facts, machine: Machine) -> float:
     text, products = job.calibration or job.data, facts.input_products(job)
     observed = sum(step.WHOLE_MODEL or step.kind == "hadamard" for step in job.scheme.init)
     walks = [step for step in job.scheme.init if isinstance(step, BlockStep) and step.by_block]
-    in_blocks = sum(step.passes(job.calibration_rows) for step in walks) + STREAMS * bool(walks)
+    in_blocks = sum(step.passes() for step in walks) + STREAMS * bool(walks)
     learning = [step for step in job.scheme.init if isinstance(step, Rotate | Progressive)]
     learned = sum(step.passes(job.calibration_rows) for step in learning)
     reads = 1 + observed + in_blocks + learned + -(-FP32 * products // PRODUCTS)  # of the calibration text

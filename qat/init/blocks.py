@@ -172,8 +172,8 @@ class BlockStep(InitStep):
         """Whether it does so with these settings; if not, `run` is called."""
         return True
 
-    def passes(self, rows: int) -> float:
-        """What it costs, in forward passes over `rows` of calibration text."""
+    def passes(self) -> float:
+        """What it costs, in forward passes over the calibration text."""
         raise NotImplementedError
 
     def run_outside(self, calibration: Calibration) -> None:

@@ -187,7 +187,7 @@ class Gptq(BlockStep):
         """See `BlockStep`."""
         return self.sequential
 
-    def passes(self, rows: int) -> float:
+    def passes(self) -> float:
         """See `BlockStep`: half way through a block on average, for each of four tensors, in both streams where what
         the inputs have lost is asked for."""
         return 4.0 if self.correction else 2.0

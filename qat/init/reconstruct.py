@@ -45,7 +45,7 @@ class Reconstruct(BlockStep):
     norm_lr: float = Field(default=1e-3, ge=0.0)
     rows: int = Field(default=2, ge=1)
 
-    def passes(self, rows: int) -> float:
+    def passes(self) -> float:
         """See `BlockStep`: those that judge; steps are training, not passes."""
         return (1 + LOOKS) / KEPT_BACK
 

@@ -54,10 +54,8 @@ class Scales:
 
     def rows(self, part: slice) -> "Scales":
         """Those of some block rows, where what is stored divides."""
-        above, (zero, choice) = (
-            self.global_scale,
-            (None if t is None else t[part] for t in (self.zero_point, self.choice)),
-        )
+        zero, choice = (None if t is None else t[part] for t in (self.zero_point, self.choice))
+        above = self.global_scale
         if above is not None and above.dim() and len(above) == len(self.stored):
             above = above[part]
         return Scales(self.stored[part], above, zero, choice, type=self.type)
