@@ -87,6 +87,11 @@ def register(operator: str, device: str, file: str) -> None:
         _loaded.add((operator, device))
 
 
+def registered(operator: str, device: str) -> bool:
+    """Whether a kernel runs this operator for tensors of this type of device."""
+    return (operator, device) in _loaded
+
+
 def load_for_training() -> None:
     """`load` what training calls, and one line on stderr that says what will run."""
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -88,4 +88,4 @@ def choose(tokens: int, heads: int, rows: int, processors: int, *, exact: bool) 
     # One sequence gives every processor about four programs; several only give more, of the same tokens each.
     share = -(-tokens * heads // (4 * processors))
     piece = max(SHORTEST, -(-share // block_t) * block_t)
-    return Tiles(block_r, block_t, piece, warps=4, stages=2 if exact else 3)
+    return Tiles(block_r, block_t, piece, warps=8 if exact or block_r == ROWS else 4, stages=2 if exact else 3)

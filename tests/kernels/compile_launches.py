@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from qat.kernels import device
+from qat.kernels.cached_attention import triton as attention_kernels
 from qat.kernels.distill_rows import triton as rows_kernels
 from qat.kernels.effective_scales import triton as scale_kernels
 from qat.kernels.fake_quantize import triton as fake_kernels
@@ -30,14 +31,15 @@ from qat.kernels.quantized_matmul import triton as matmul_kernels
 from qat.kernels.quantized_matmul.block_scaled import triton as block_scaled_kernels
 from qat.numbers.catalog import lookup
 from qat.numbers.numerics import find_scales, quantize
+from qat.serving.attention import RowLayout
 from qat.serving.inputs import quantize_input
 from qat.serving.matmul import hold
 from qat.serving.packed import ordered, pack
-from qat.training.activations import static_part
+from qat.training.activations import static_part, vllm_scales
 from qat.training.rows import KINDS
 
 MODULES = (rows_kernels, fake_kernels, scale_kernels, input_kernels, packed_kernels, panel_kernels, code_kernels,
-           pack_kernels, matmul_kernels, block_scaled_kernels)  # fmt: skip
+           pack_kernels, matmul_kernels, block_scaled_kernels, attention_kernels)  # fmt: skip
 H100 = device.Device(capability=90, processors=132, shared=227 * 1024)
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "u8", torch.int8: "i8",
          torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.float8_e4m3fn: "fp8e4nv"}  # fmt: skip
@@ -164,6 +166,22 @@ def losses() -> None:
         rows_kernels.distill_rows(normal(rows, vocabulary), teacher, targets, kind, 1.0, 0.5, 1.0)
 
 
+def caches() -> None:
+    """One sequence of one head and one token, and several with masks, in pieces."""
+    for name, batch, heads, groups, queries, tokens, width in (
+        ("fp8_tensor", 1, 1, 1, 1, 1, 16), ("int8_token", 2, 2, 4, 1, 700, 128), ("int4_token", 1, 1, 1, 3, 1, 80),
+        ("nvfp4", 2, 8, 4, 1, 1000, 128), ("nvfp4", 1, 1, 40, 1, 64, 64),
+    ):  # fmt: skip
+        layout, static = RowLayout(lookup(name), width), static_of(name)
+        x = normal(batch, heads, tokens, width).float()
+        rows = layout.join(quantize(x, layout.format, vllm_scales(x, layout.format, static)))
+        mask = torch.ones(1, 1, queries, tokens, dtype=torch.bool) if batch > 1 else None
+        query = normal(batch, heads * groups, queries, width)
+        for own in (query, query.half(), query.float()):
+            given = (own, rows, rows, mask, static, static, width, 0.1, queries > 1, name, name)
+            attention_kernels.cached_attention(*given)
+
+
 def recorders() -> Iterator[tuple[types.ModuleType, str]]:
     """Kernels by module and name."""
     for module in MODULES:
@@ -172,7 +190,7 @@ def recorders() -> Iterator[tuple[types.ModuleType, str]]:
 
 
 def main(groups: list[str]) -> None:
-    everything = {function.__name__: function for function in (linear_layers, products, inputs, training, losses)}
+    everything = {function.__name__: function for function in (linear_layers, products, inputs, training, losses, caches)}
     kernels = list(recorders())
     for module, name in kernels:
         setattr(module, name, Recorder(getattr(module, name)))
