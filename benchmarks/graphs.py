@@ -53,7 +53,13 @@ def cases(device: str) -> Iterator[Case]:
         (side, side),
     )  # fmt: skip
     groups = [_linear(device, *layer) for layer in layers]
-    for group in (*groups, _attention(device), _training(device, side), _products(device, 2 * side), _rows(device, side)):
+    for group in (
+        *groups,
+        _attention(device),
+        _training(device, side),
+        _products(device, 2 * side),
+        _rows(device, side),
+    ):
         try:
             yield from group
         except Exception as error:  # in what comes before a call

@@ -43,13 +43,13 @@ class Held(Tensor):
 
     stored: Tensor
     rows: Rows
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch's own subclasses do
 
     @staticmethod
     def __new__(cls, stored: Tensor, rows: Rows, dtype: torch.dtype) -> "Held":
         """A tensor without memory of its own."""
         shape = (*stored.shape[:-1], rows.width)
-        held: Held = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=stored.device)  # type: ignore[attr-defined]  # missing from torch's stubs
+        held: Held = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=stored.device)
         held.stored, held.rows = stored, rows
         return held
 
@@ -61,7 +61,7 @@ class Held(Tensor):
         return self.rows.decode(self.stored, self.dtype)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # a classmethod, as torch documents it
         args, kwargs = tree_map(lambda each: each.dense() if isinstance(each, Held) else each, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -87,7 +87,10 @@ def attend(
     if isinstance(key, Held) and isinstance(value, Held):
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         causal = bool(causal) and query.shape[2] > 1 and attention_mask is None
-        if _unusual(query, key, attention_mask, causal, dropout, kwargs) is None and _problem(query, key, value) is None:
+        if (
+            _unusual(query, key, attention_mask, causal, dropout, kwargs) is None
+            and _problem(query, key, value) is None
+        ):
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             statics = key.rows.static(query.device), value.rows.static(query.device)
             names = key.rows.format.name, value.rows.format.name
@@ -95,7 +98,7 @@ def attend(
             return cached_attention(query, key.stored, value.stored, *given).transpose(1, 2).contiguous(), None
         key, value = key.dense(), value.dense()
     before = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
-    return _before[_REPLACED](module, query, key, value, attention_mask, **before)  # type: ignore[no-any-return]  # transformers'
+    return _before[_REPLACED](module, query, key, value, attention_mask, **before)
 
 
 def _problem(query: Tensor, key: Held, value: Held) -> str | None:
@@ -112,7 +115,7 @@ def _unusual(
     for name in ("position_bias", "softcap", "s_aux", "cache", "output_attentions"):
         if more.get(name) is not None and more[name] is not False:
             return name
-    if dropout or torch.is_grad_enabled() and query.requires_grad:
+    if dropout or (torch.is_grad_enabled() and query.requires_grad):
         return "training"
     if query.shape[0] != key.shape[0] or query.dtype != key.dtype:
         return "queries of another batch or type"

@@ -11,7 +11,7 @@ from qat.numbers.scale import BF16, F16, F32, UE4M3
 from qat.serving.attention import RowLayout
 
 WORD = 16  # bits of what the kernel loads
-ROWS = 64  # queries times query heads of a head of keys: what one program multiplies at once
+ROWS = 32  # queries times query heads of a head of keys: what one program multiplies at once
 WIDEST = 256  # columns of a head
 SHORTEST = 256  # tokens of a piece: shorter ones spend their time beginning and being merged
 
@@ -21,7 +21,7 @@ class Tiles:
     """Launch parameters.
 
     Attributes:
-        block_r: rows (queries of the query heads of one head), filled up.
+        block_r: rows (queries of the query heads of one head), filled up to what tensor cores multiply.
         block_t: tokens of a step.
         piece: tokens of a program.
         warps, stages: of the program.
@@ -83,7 +83,7 @@ def choose(tokens: int, heads: int, rows: int, processors: int, *, exact: bool) 
         processors: of the device.
         exact: whether products are those of float32.
     """
-    block_r = next(size for size in (16, 32, 64) if rows <= size)
+    block_r = 16 if rows <= 16 else ROWS
     block_t = 32 if exact else 64
     # One sequence gives every processor about four programs; several only give more, of the same tokens each.
     share = -(-tokens * heads // (4 * processors))

@@ -1,7 +1,7 @@
 """Attention that reads quantized keys and values as a cache holds them: the bytes of a row, and the operator on them.
 
-A row is one token of one head: its packed codes, then the scales that belong to it (`RowLayout`). `qat::cached_attention`
-is what device kernels register on; this file is its meaning and what runs where no kernel does: softmax of the scores
+A row is one token of one head: its packed codes, then the scales that belong to it (`RowLayout`). Device kernels
+register on `qat::cached_attention`; this file is its meaning and what runs where no kernel does: softmax of the scores
 with the dequantized keys, times the dequantized values, all in float32.
 """
 
@@ -109,14 +109,15 @@ def reference(
         causal: whether the queries are the last tokens, each of which sees itself and what came before.
         key_format, value_format: names in the catalogue.
     """
-    key_layout, value_layout = RowLayout(lookup(key_format), query.shape[-1]), RowLayout(lookup(value_format), value_width)
+    key_layout, value_layout = (
+        RowLayout(lookup(key_format), query.shape[-1]),
+        RowLayout(lookup(value_format), value_width),
+    )
     dense = key_layout.split(keys, key_static).dequantize(), value_layout.split(values, value_static).dequantize()
     return attention(query, *dense, mask, scaling, causal).to(query.dtype)
 
 
-def attention(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float, causal: bool
-) -> Tensor:
+def attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float, causal: bool) -> Tensor:
     """The same of dense keys and values, computed in their dtype."""
     groups = query.shape[1] // keys.shape[1]
     grouped = query.to(keys.dtype).unflatten(1, (-1, groups))

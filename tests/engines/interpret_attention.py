@@ -32,9 +32,9 @@ class Largest(TorchDispatchMode):
         given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor) and not isinstance(t, Held)}
         result = func(*args, **(kwargs or {}))
         self.called.add(str(func))
-        for made in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in given:
-                self.bytes = max(self.bytes, made.untyped_storage().nbytes())
+        for each in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(each, Tensor) and each.untyped_storage().data_ptr() not in given:
+                self.bytes = max(self.bytes, each.untyped_storage().nbytes())
         return result
 
 

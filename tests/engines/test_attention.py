@@ -1,5 +1,6 @@
-"""Attention to bytes: what a step gives is what dense keys and values give, whoever asks for it; and nothing is expanded
-where the kernel reads. The operator's reference stands in for the kernel where a process of Triton's is too slow."""
+"""Attention to bytes: what a step gives is what dense keys and values give, whoever asks for it; and nothing is
+expanded where the kernel reads. The operator's reference stands in for the kernel where a process of Triton's is too
+slow."""
 
 from pathlib import Path
 from typing import Any

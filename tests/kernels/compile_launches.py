@@ -170,7 +170,7 @@ def caches() -> None:
     """One sequence of one head and one token, and several with masks, in pieces."""
     for name, batch, heads, groups, queries, tokens, width in (
         ("fp8_tensor", 1, 1, 1, 1, 1, 16), ("int8_token", 2, 2, 4, 1, 700, 128), ("int4_token", 1, 1, 1, 3, 1, 80),
-        ("nvfp4", 2, 8, 4, 1, 1000, 128), ("nvfp4", 1, 1, 40, 1, 64, 64),
+        ("nvfp4", 2, 8, 4, 1, 1000, 128), ("nvfp4", 1, 1, 20, 1, 64, 64),
     ):  # fmt: skip
         layout, static = RowLayout(lookup(name), width), static_of(name)
         x = normal(batch, heads, tokens, width).float()
@@ -190,7 +190,9 @@ def recorders() -> Iterator[tuple[types.ModuleType, str]]:
 
 
 def main(groups: list[str]) -> None:
-    everything = {function.__name__: function for function in (linear_layers, products, inputs, training, losses, caches)}
+    everything = {
+        function.__name__: function for function in (linear_layers, products, inputs, training, losses, caches)
+    }
     kernels = list(recorders())
     for module, name in kernels:
         setattr(module, name, Recorder(getattr(module, name)))

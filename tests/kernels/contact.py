@@ -326,14 +326,18 @@ def _attention(device: str, pair: tuple[str, str], lengths: tuple[int, ...]) -> 
             made.append((room.to(device)[:, :2, :tokens], static, dense))
         return made
 
-    def call(query: Tensor, tokens: int, width: int, mask: Any = None, causal: bool = False, part: Any = slice(None)) -> Tensor:
+    def call(
+        query: Tensor, tokens: int, width: int, mask: Any = None, causal: bool = False, part: Any = slice(None)
+    ) -> Tensor:
         (keys, k_static, _), (values, v_static, _) = caches(tokens, width)
         statics = there(device, k_static, v_static)
         given = (keys[part], values[part], mask, *statics, width, width**-0.5, causal, *pair)
         result: Tensor = ops.cached_attention(query, *given)
         return result
 
-    def run(tokens: int, width: int = 128, queries: int = 1, masked: bool = False, dtype: Any = torch.bfloat16) -> float:
+    def run(
+        tokens: int, width: int = 128, queries: int = 1, masked: bool = False, dtype: Any = torch.bfloat16
+    ) -> float:
         query, mask = normal(device, 5, 8, queries, width, dtype=dtype, seed=3), None
         if masked:
             mask = torch.rand(5, 1, queries, tokens, generator=torch.Generator().manual_seed(4)) < 0.6
