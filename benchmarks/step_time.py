@@ -33,21 +33,22 @@ LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers":
             "num_key_value_heads": 8, "vocab_size": 49152, "tie_word_embeddings": True}  # fmt: skip
 SMALL = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 9,
          "num_key_value_heads": 3, "vocab_size": 4096, "tie_word_embeddings": True}  # fmt: skip
-RANDOM = {"llama-1b": LLAMA_1B, "small": SMALL}
+RANDOM = {"llama-1b": LLAMA_1B, "small": SMALL, "135m": {**SMALL, "num_hidden_layers": 30, "vocab_size": 49152}}
 
 
-def load(name: str) -> Any:
-    """The embedded model, or a random Llama: of a billion parameters, or of four of the embedded model's blocks; in
-    float32."""
+def load(name: str, device: str) -> Any:
+    """The embedded model, or a random Llama: of a billion parameters, of the embedded model's shape, or of four of its
+    blocks; in float32."""
     import torch
 
     from qat.checkpoints.hf import ModelConfig, load_model, resolve
 
     if name == "embedded":
-        return load_model(resolve(ModelConfig(id="embedded:smollm2-135m")), torch.float32)
+        return load_model(resolve(ModelConfig(id="embedded:smollm2-135m")), torch.float32).to(device)
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    return AutoModelForCausalLM.from_config(LlamaConfig(**RANDOM[name]), dtype=torch.float32)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(LlamaConfig(**RANDOM[name]), dtype=torch.float32).to(device)
 
 
 def build(weight: str | None, input: str | None, learn: str, name: str, device: str) -> tuple[Any, Any]:
@@ -57,7 +58,7 @@ def build(weight: str | None, input: str | None, learn: str, name: str, device: 
     from qat import Rule, Scheme, apply, calibrate
     from qat.trainers import optim
 
-    model = load(name)
+    model = load(name, device)
     if weight is not None:
         rules = (
             Rule(match="lm_head", skip="tied"),
@@ -66,8 +67,7 @@ def build(weight: str | None, input: str | None, learn: str, name: str, device: 
         )
         scheme = Scheme(rules=rules, init=(), learn=learn)
         apply(model, scheme)
-        calibrate(model, [{"input_ids": torch.arange(64).view(1, -1)}], scheme)
-    model = model.to(device)
+        calibrate(model, [{"input_ids": torch.arange(64, device=device).view(1, -1)}], scheme)
     return model.train(), optim.build(model, optim.OptimConfig())
 
 
@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--model", default="embedded", choices=("embedded", *RANDOM))
     parser.add_argument("--micro", type=int, default=1, help="micro-batches of a step; several compare `hold_weights`")
     parser.add_argument("--compile", action="store_true", help="compare blocks as they are and as graphs")
+    parser.add_argument("--no-peak", dest="peaks", action="store_false", help="time only: no processes for memory")
     parser.add_argument("--json")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -212,10 +213,10 @@ def main() -> None:
     if arguments.micro > 1:
         compare_held(how, arguments, ids)
         return
-    plain_peak = peak(None, arguments)
+    plain_peak = peak(None, arguments) if arguments.peaks else 0
     cases = arguments.case or list(CASES)
-    ratios = {name: peak(name, arguments) / plain_peak for name in cases}
-    for name, ratio in ratios.items():
+    ratios = {name: peak(name, arguments) / plain_peak if arguments.peaks else None for name in cases}
+    for name, ratio in ratios.items() if arguments.peaks else ():
         print(f"{name:<22} peak memory {ratio:.3f}x of {plain_peak / 1e9:.2f} GB", flush=True)
     if not arguments.steps:
         return
