@@ -6,7 +6,7 @@ that does not go there (eager, FlashAttention), or that `qat::cached_attention` 
 those of fake quantization, bit for bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -70,6 +70,16 @@ def reads(device: torch.device, *sides: Rows) -> bool:
     """Whether there is a kernel for caches of these formats on this device."""
     known = all(format_problem(side.format, side.width) is None for side in sides)
     return known and registered("cached_attention", device.type)
+
+
+def how_read(model: Any, sides: Iterable[Rows]) -> str:
+    """What a user should know of how decoding reads a cache of this model; nothing where there is no kernel at all."""
+    if not registered("cached_attention", model.device.type):
+        return ""
+    own = model.config._attn_implementation
+    problems = [f"attn_implementation is {own!r}, not {_REPLACED!r}"] if own != _REPLACED else []
+    problems += [problem for side in sides if (problem := format_problem(side.format, side.width)) is not None]
+    return f"; decoding dequantizes it: {problems[0]}" if problems else "; decoding reads it as it lies"
 
 
 def attend(

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from qat.adapters import candidates
-from qat.engines.attention import FEW, Held, install, reads
+from qat.engines.attention import FEW, Held, how_read, install, reads
 from qat.errors import UnsupportedError
 from qat.kernels.load import load
 from qat.numbers.numerics import quantize
@@ -132,6 +132,7 @@ class QuantizedCache(DynamicCache):
         super().__init__(config=model.config)
         load(("cached_attention",))
         install()
+        sides: list[Rows] = []
         widths = {(c.path, c.role): c.slot.shape[1] for c in candidates(model) if c.role in CACHED}
         for site in sites(model, *CACHED):
             place: Any = site.owner.layer_idx
@@ -140,9 +141,10 @@ class QuantizedCache(DynamicCache):
                 self.layers[place] = layer = _LAYERS[type(layer)](layer)
             elif not isinstance(layer, _ByRows):
                 raise UnsupportedError(f"{site.path}: a {type(layer).__name__} cannot hold quantized keys and values")
-            setattr(layer, site.role, Rows(site.quantizer, widths[site.path, site.role]))
+            sides.append(Rows(site.quantizer, widths[site.path, site.role]))
+            setattr(layer, site.role, sides[-1])
         total, dense = bytes_per_token(model)
-        self.cost = f"the cache takes {total:,} bytes per token ({dense:,} in BF16)"
+        self.cost = f"the cache takes {total:,} bytes per token ({dense:,} in BF16){how_read(model, sides)}"
 
 
 def quantized_cache(model: nn.Module) -> QuantizedCache | None:

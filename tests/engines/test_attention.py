@@ -174,3 +174,12 @@ def test_what_is_read(a_kernel: list[Any], monkeypatch: pytest.MonkeyPatch) -> N
     assert not reads(cpu, held().rows, held("int4_g32_asym").rows)
     monkeypatch.setattr(attention, "registered", lambda operator, device: device == "cuda")
     assert not reads(cpu, held().rows, held().rows) and reads(torch.device("cuda"), held().rows)
+
+
+def test_users_are_told_how_it_is_read(tmp_path: Path, a_kernel: list[Any]) -> None:
+    model = model_of("llama", tmp_path / "a", "fp8_tensor", "nvfp4")
+    assert QuantizedCache(model).cost.endswith("in BF16); decoding reads it as it lies")
+    model.set_attn_implementation("eager")
+    assert "decoding dequantizes it: attn_implementation is 'eager'" in QuantizedCache(model).cost
+    model = model_of("llama", tmp_path / "b", "fp8_tensor", "int4_g32_asym")
+    assert "decoding dequantizes it: the kernel subtracts no zero points" in QuantizedCache(model).cost
