@@ -109,13 +109,12 @@ def ranges() -> None:
         check(f"query {factor}", (normal(1, 2, 1, 32) * factor).float(), keys, values)
         if factor > 1e-5:
             check(f"half query {factor}", (normal(1, 2, 1, 32).clamp(-2, 2) * factor).half(), keys, values)
-    for scale in (1e-12, 1e8):  # of values, and of one token among them
+    for scale, dtype in ((1e-12, torch.float32), (1e8, torch.float32), (1e-3, torch.float16)):  # of values
         values = Cache("int8_token", 1, 1, 90, 32)
         stored = values.rows[..., 32:].contiguous().view(torch.float32) * scale
         values.rows[..., 32:] = stored.view(torch.uint8)
         values.dense *= scale
-        query = normal(1, 2, 1, 32)
-        check(f"values {scale}", query.float(), keys, values)
+        check(f"values {scale}", normal(1, 2, 1, 32).to(dtype), keys, values)
     keys, values = Cache("fp8_tensor", 2, 1, 90, 32), Cache("fp8_tensor", 2, 1, 90, 32)
     query = normal(2, 2, 1, 32).half()
     whole = run(query, keys, values)
