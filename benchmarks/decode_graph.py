@@ -6,6 +6,8 @@ tokens must be the same. Each result is a line of JSON, written as it comes.
 
     python3 benchmarks/decode_graph.py [--layers 32] [--tokens 128] [--formats int4_g128 nvfp4] [--device cuda]
         [--head int8_channel] [--out FOLDER]
+
+Layers that read the same input are stacked, as the engine does; one row has them apart, one an 8-bit head.
 """
 
 import argparse
@@ -23,6 +25,8 @@ from torch import nn  # noqa: E402  # as above
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402  # as above
 
 from qat.engines.graphs import Decoding  # noqa: E402  # as above
+from qat.engines.stacks import stack_readers  # noqa: E402  # as above
+from qat.families import find_family, fused_sets  # noqa: E402  # as above
 from qat.kernels.load import load  # noqa: E402  # as above
 from qat.numbers.catalog import lookup  # noqa: E402  # as above
 from qat.numbers.numerics import quantize  # noqa: E402  # as above
@@ -117,17 +121,20 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     model = made(arguments.device, arguments.layers)
     dense, head = linear_layers(model), model.lm_head
-    kinds = [("bfloat16", None, head), *((name, name, head) for name in arguments.formats)]
+    kinds = [("bfloat16", None, head, False), *((name, name, head, True) for name in arguments.formats)]
     if arguments.formats and arguments.head:
         first = arguments.formats[0]
-        kinds.append((f"{first}, head {arguments.head}", first, packed(head, arguments.head)))
+        kinds.append((f"{first}, head {arguments.head}", first, packed(head, arguments.head), True))
+        kinds.append((f"{first}, layers apart", first, head, False))
     base, failed = None, 0
     with torch.no_grad(), (arguments.out / "decode.jsonl").open("w") as file:
-        for what, format, own_head in kinds:
+        for what, format, own_head, stacked in kinds:
             try:
                 for path, layer in dense.items():
                     model.set_submodule(path, layer if format is None else packed(layer, format))
                 model.set_submodule("lm_head", own_head)
+                if stacked:
+                    stack_readers(model, fused_sets(dense, find_family("llama").fused))
                 row: dict[str, Any] = {"what": what, "layers": arguments.layers, **measured(model, arguments.tokens)}
                 base = base or row["graph_tokens_per_s"]
                 row["of_bfloat16"] = row["graph_tokens_per_s"] / base

@@ -1,9 +1,9 @@
 """Decoding on a GPU without the host: a step of one token is recorded as a CUDA graph, one per batch size.
 
 A step of an 8B model issues some thousand operations, which take the host longer than the GPU; replaying a graph of
-them is one. A graph needs tensors that stay where they are: transformers' `StaticCache` is one, which `generate` takes as it takes any cache, and what
-else goes into a step is copied to the recorded step's own inputs. Where that is not possible the model decodes as
-without this file, which says why, once. CPUs have no graphs.
+them is one. A graph needs tensors that stay where they are: transformers' `StaticCache` is one, which `generate` takes
+as it takes any cache, and what else goes into a step is copied to the recorded step's own inputs. Where that is not
+possible the model decodes as without this file, which says why, once. CPUs have no graphs.
 """
 
 import functools
