@@ -6,6 +6,7 @@ as it takes any cache, and what else goes into a step is copied to the recorded 
 possible the model decodes as without this file, which says why, once. CPUs have no graphs.
 """
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator
@@ -69,6 +70,11 @@ class Decoding:
         ours = any(cache is own for _, own in self._caches.values())
         if args or not ours or ids is None or ids.shape[1] != 1 or torch.is_grad_enabled() or self._problem:
             return self._forward(*args, **given)
+        on_gpu = ids.device.type == "cuda"  # which a thread that serves need not have made the current one
+        with torch.cuda.device(ids.device) if on_gpu else contextlib.nullcontext():
+            return self._step(cache, given)
+
+    def _step(self, cache: Any, given: dict[str, Any]) -> Any:
         key = id(cache), *((name, value) for name, value in _signature(given) if value is not cache)
         if key not in self._steps:
             if len(self._steps) == _STEPS:

@@ -52,7 +52,7 @@ def stack_readers(model: nn.Module, sets: Iterable[list[str]]) -> int:
     """
     stacked = 0
     for paths in sets:
-        layers = [model.get_submodule(path) for path in paths]
+        layers: list[Any] = [model.get_submodule(path) for path in paths]
         if not are_alike(layers):
             continue
         stack, product, first = stacked_layer(layers), SameTensor(len(layers)), 0
