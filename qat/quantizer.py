@@ -8,7 +8,7 @@ it (layer inputs, keys, values); layers that read the same tensor share one inst
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,22 @@ class Quantizer(nn.Module):
         for transform in self.transforms:
             x = transform(x)
         return x
+
+
+class ExpertScales(NamedTuple):
+    """The tensors of a `WeightQuantizer`, those rows of them that are about one matrix of a stack."""
+
+    log_scale: Tensor | None
+    log_divisor: Tensor | None
+    start: Tensor
+    global_scale: Tensor | None
+    zero_point: Tensor | None
+    choice: Tensor | None
+
+    @property
+    def learned(self) -> tuple[Tensor | None, Tensor | None]:
+        """The corrections."""
+        return self.log_scale, self.log_divisor
 
 
 class WeightQuantizer(Quantizer):
@@ -182,15 +198,31 @@ class WeightQuantizer(Quantizer):
         self._value = self._held = None
 
     def _rounded(self, weight: Tensor) -> Tensor:
-        multiplier, divisor = self.in_force()
+        return self._on_grid(weight, self.in_force(), self._given())
+
+    def _on_grid(self, weight: Tensor, scales: tuple[Tensor, Tensor | None], given: Scales) -> Tensor:
+        multiplier, divisor = scales
         return fake_quantize(
             self.transformed(weight),
             self.format.name,
-            self._given(),
+            given,
             multiplier=multiplier,
             divisor=divisor,
             round_bf16=self.round_bf16,
         )
+
+    def of_experts(self, count: int) -> "list[ExpertScales]":
+        """What `one` reads of each matrix of a stack of `count`; gradients reach the whole."""
+        every = (self.log_scale, self.log_divisor, self.start, self.global_scale, self.zero_point, self.choice)
+        parts: list[Any] = [[None] * count if t is None else t.chunk(count) for t in every]
+        return [ExpertScales(*each) for each in zip(*parts, strict=True)]
+
+    def one(self, weight: Tensor, own: "ExpertScales") -> Tensor:
+        """`forward` for one matrix of a stack; "frozen" remembers nothing here."""
+        if self.mode == "dense":
+            return self.transformed(weight)
+        scales = effective_scales(own.start, *own.learned, own.global_scale, self.format.name)
+        return self._on_grid(weight, scales, Scales(own.start, own.global_scale, own.zero_point, own.choice))
 
     def _given(self) -> Scales:
         return Scales(self.start, self.global_scale, self.zero_point, self.choice)

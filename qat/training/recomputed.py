@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 
@@ -39,7 +39,7 @@ class _Linear(torch.autograd.Function):
 
 
 def recomputed_linear(
-    x: Tensor, make: Callable[[], Tensor], bias: Tensor | None, learned: Sequence[nn.Parameter]
+    x: Tensor, make: Callable[[], Tensor], bias: Tensor | None, learned: Sequence[Tensor]
 ) -> Tensor:
     """`linear(x, make(), bias)`, of which x alone is kept for the backward pass, where `make` is called again.
 
@@ -47,7 +47,7 @@ def recomputed_linear(
         x: (..., columns).
         make: the weight (rows, columns), the same at every call.
         bias: (rows,) or None.
-        learned: the parameters that `make` reads.
+        learned: the parameters that `make` reads, or parts of them.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))

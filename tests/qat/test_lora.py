@@ -6,12 +6,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from qat.config import validate
 from qat.errors import ConfigError, QatError, UnsupportedError
 from qat.lora import LoraConfig, adapters, attach, is_adapter, merge, take_off
-from qat.modes import served
+from qat.modes import dense, served
 from qat.sites import weights
 from qat.training.low_rank import LowRank
 from tests.checkpoints.exports import pair_rules, quantized
@@ -331,7 +334,138 @@ def test_bases_that_cannot_be_packed_are_named(tmp_path: Path) -> None:
     model = quantized(tiny_model("qwen3", tmp_path / "model"), [pair_rules("int3_g64", None), RULES[1]])
     with pytest.raises(QatError, match=r"base: packed: model.layers.0.self_attn.q_proj: int3_g64 .* 3 bits"):
         attach(model, LoraConfig(rank=4, base="packed"))
-    folder = tiny_model("qwen3_moe", tmp_path / "experts", **{**KINDS["qwen3_moe"], "num_hidden_layers": 1})
-    rules = [pair_rules("int4_g32", None, "*.experts.*"), pair_rules("int4_g32", None, "*_proj"), RULES[1]]
-    with pytest.raises(QatError, match=r"experts.gate_up_proj \(.*\) is quantized, too, and would stay dense"):
+    folder = tiny_model("gpt2", tmp_path / "conv1d", num_hidden_layers=1)
+    rules = [pair_rules("int4_g32", None, "*.c_attn"), pair_rules("int4_g32", None, "lm_head"), RULES[1]]
+    with pytest.raises(QatError, match=r"c_attn \(QatConv1D\) is quantized, too, and would stay dense"):
         attach(quantized(folder, rules), LoraConfig(rank=4, base="packed"))
+    folder = tiny_model("qwen3_moe", tmp_path / "experts", **{**KINDS["qwen3_moe"], "num_hidden_layers": 1})
+    model = quantized(folder, [pair_rules("int3_g32", None, "*.experts.*"), pair_rules("int4_g32", None), RULES[1]])
+    with pytest.raises(QatError, match=r"base: packed: .*experts.gate_up_proj: int3_g32 .* 3 bits"):
+        attach(model, LoraConfig(rank=4, base="packed"))
+
+
+# --- experts that are held packed -----------------------------------------------------------------
+
+EXPERTS = LoraConfig(rank=4, alpha=8, targets=("*.experts.*", "*q_proj"))
+CASES = [
+    ("qwen3_moe", "nvfp4", "nvfp4", "dual_lsq"),
+    ("qwen3_moe", "int4_g32_asym", None, "none"),
+    ("mixtral", "int4_g32", None, "lsq"),
+    ("gpt_oss", "mxfp4", None, "none"),
+    ("gpt_oss", "nvfp4", "fp8_token", "lsq"),
+]
+
+
+def packed_and_dense(folder: Path, kind: str, rules: list[Any], learn: Any, config: LoraConfig = EXPERTS) -> list[Any]:
+    """A student with packed experts, and one whose dense base is what those decode to; adapters differ from zero."""
+    source = tiny_model(kind, folder / "model", **{**KINDS[kind], "num_hidden_layers": 1})
+    pair = [quantized(source, rules, learn=learn) for _ in range(2)]
+    for each in pair:
+        each.config._experts_implementation = "grouped_mm"
+        for site in weights(each).values():
+            for parameter in site.quantizer.parameters():
+                torch.nn.init.zeros_(parameter)
+    with torch.no_grad():
+        for site in weights(pair[1]).values():
+            middle = site.quantizer.quantize(site.weight).dequantize()
+            site.parameter.copy_(middle.transpose(-1, -2) if site.owner.TRANSPOSED else middle)
+    for each, base in zip(pair, ("packed", "dense"), strict=True):
+        torch.manual_seed(4)
+        attach(each, config.model_copy(update={"base": base}))
+        torch.manual_seed(5)
+        with torch.no_grad():
+            for name, parameter in each.named_parameters():
+                if is_adapter(name) and name.endswith("B"):
+                    parameter.normal_(0, 0.02)
+                elif "log_" in name:
+                    parameter.normal_(0, 0.05)
+    return pair
+
+
+@pytest.mark.parametrize(("kind", "weight", "input", "learn"), CASES)
+def test_packed_experts_are_the_dense_ones_bit_for_bit(
+    kind: str, weight: str, input: str | None, learn: str, tmp_path: Path
+) -> None:
+    """Forward, every gradient, and what merging leaves, of which nothing is held any more."""
+    rules = [pair_rules(weight, input, "*.experts.*"), pair_rules("int4_g32", None, "*.self_attn.*_proj"), RULES[1]]
+    model, twin = packed_and_dense(tmp_path, kind, rules, learn)
+    held = [name for name, _ in model.named_buffers() if "held.down_proj.words" in name]
+    left = [name for name, p in model.named_parameters() if p.dim() > 2 and not is_adapter(name)]
+    assert held == ["model.layers.0.mlp.experts.held.down_proj.words"] and not left
+    for each in (model, twin):
+        each(torch.arange(2, 34).view(1, -1)).logits.square().mean().backward()
+    assert torch.equal(logits(model), logits(twin))
+    own = dict(twin.named_parameters())
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == {n for n in own if own[n].grad is not None}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert torch.equal(parameter.grad, own[name].grad), name
+    assert all(bool(p.grad.any()) for n, p in model.named_parameters() if ".experts." in n and is_adapter(n))
+    before, values = logits(model), {path: site.value() for path, site in weights(model).items()}
+    with served(model):
+        as_served = logits(model)
+    for each in (model, twin):
+        merge(each)
+    assert torch.equal(logits(model), before) and not [name for name in model.state_dict() if ".held." in name]
+    theirs = weights(twin)
+    for path, site in weights(model).items():
+        assert torch.equal(site.value(), values[path]) and torch.equal(site.parameter, theirs[path].parameter)
+    with served(model):
+        assert torch.equal(logits(model), as_served)
+
+
+def test_packed_experts_without_adapters_stay_where_they_are(tmp_path: Path) -> None:
+    """Adapters go to linear layers by default, and experts are held all the same, frozen."""
+    rules = [pair_rules("nvfp4", None, "*_proj"), RULES[1]]
+    plain = LoraConfig(rank=4)
+    model, twin = packed_and_dense(tmp_path, "qwen3_moe", rules, "none", plain)
+    for each in (model, twin):
+        each(torch.arange(2, 34).view(1, -1)).logits.square().mean().backward()
+    for name, parameter in twin.named_parameters():
+        assert parameter.grad is None or torch.equal(parameter.grad, model.get_parameter(name).grad), name
+    assert torch.equal(logits(model), logits(twin)) and len(adapters(model)) == 4
+    with torch.no_grad(), dense(model, inputs=True), dense(twin, inputs=True):
+        assert torch.equal(logits(model), logits(twin))
+
+
+class Alive(TorchDispatchMode):
+    """The most tensors of at least `size` floating-point values that were there at once, and the largest of all."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.most, self.largest = size, 0, 0
+        self.seen: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel() >= self.size:
+                storage = tensor.untyped_storage()
+                self.seen[storage._cdata] = StorageWeakRef(storage)
+                self.largest = max(self.largest, tensor.numel())
+        self.seen = {key: storage for key, storage in self.seen.items() if not storage.expired()}
+        self.most = max(self.most, len(self.seen))
+        return result
+
+
+@pytest.mark.parametrize("learn", ["none", "dual_lsq"])
+def test_no_more_than_one_expert_is_dense_at_a_time(learn: str, tmp_path: Path) -> None:
+    """A few copies of one matrix while it is made, however many experts there are, and nothing between the passes."""
+    found = {}
+    for experts in (4, 8):
+        changes = {"num_experts": experts, "num_experts_per_tok": experts, "num_hidden_layers": 1}
+        source = tiny_model("qwen3_moe", tmp_path / str(experts), **changes)
+        model = quantized(source, [pair_rules("nvfp4", None, "*.experts.*"), RULES[1]], learn=learn)
+        for parameter in (p for site in weights(model).values() for p in site.quantizer.parameters()):
+            torch.nn.init.zeros_(parameter)
+        attach(model, LoraConfig(rank=4, base="packed", targets="*.experts.*"))
+        layer: Any = model.get_submodule("model.layers.0.mlp.experts")
+        chosen = torch.arange(experts).expand(2, -1)
+        with Alive(128 * 128) as alive:
+            y = layer(torch.randn(2, 128), chosen, torch.ones(2, experts) / experts)
+            between = len([storage for storage in alive.seen.values() if not storage.expired()])
+            y.sum().backward()
+        found[experts] = alive.most
+        assert between == 0 and alive.largest == 256 * 128  # one matrix of gate and up
+        assert all(bool(p.grad.abs().sum((1, 2)).all()) for n, p in layer.named_parameters() if n.endswith(".B"))
+    assert found[4] == found[8] <= 3, found
