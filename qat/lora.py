@@ -39,7 +39,8 @@ class LoraConfig(Strict):
         merge: add the update to the weight before rounding. False leaves the quantized weights as they are and the
             adapter beside them in BF16, as engines serve adapters on one packed model; an export then has both.
         base: how the frozen weights are held. "dense" as float32; "packed" as codes and scales, every weight in the
-            middle of its cell (QLoRA), from which each forward and backward pass makes the weight anew.
+            middle of its cell (QLoRA), from which each forward and backward pass makes the weight anew, of experts one
+            at a time.
     """
 
     rank: int = Field(default=16, ge=1)
@@ -99,7 +100,9 @@ def targets(model: nn.Module, config: LoraConfig) -> list[Site]:
             raise ConfigError(f"lora.targets {pattern!r} matches no layer; quantized are {some(list(ends))}")
         found |= chosen
     if not found:
-        raise ConfigError("lora: the scheme quantizes no linear layer that an adapter could be put on")
+        experts = some([site.path for site in quantized if site.path in able])
+        hint = f"; name experts in lora.targets, where they are meant: {experts}" if experts else ""
+        raise ConfigError(f"lora: the scheme quantizes no linear layer that an adapter could be put on{hint}")
     for site in found.values():
         if site.path not in able:
             raise UnsupportedError(
@@ -205,12 +208,12 @@ def hold(model: nn.Module) -> None:
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for site in sites(model, "weight"):
         owner: Any = site.owner
-        if site.is_table or getattr(owner, site.slot) is None:
+        if site.is_table or site.is_held:
             continue
         if site.path not in able:
             raise UnsupportedError(
-                f"lora.base: packed holds linear layers and fused experts, but {site.path} ({type(owner).__name__}) is quantized, too, "
-                "and would stay dense; use base: dense, or skip it"
+                f"lora.base: packed holds linear layers and fused experts, but {site.path} ({type(owner).__name__}) is "
+                "quantized, too, and would stay dense; use base: dense, or skip it"
             )
         if owners[id(site.parameter)] == 1:  # else it is a table, too
             _put(owner, "held", site.slot, _held(site))

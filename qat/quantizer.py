@@ -8,7 +8,7 @@ it (layer inputs, keys, values); layers that read the same tensor share one inst
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -60,22 +60,6 @@ class Quantizer(nn.Module):
         for transform in self.transforms:
             x = transform(x)
         return x
-
-
-class ExpertScales(NamedTuple):
-    """The tensors of a `WeightQuantizer`, those rows of them that are about one matrix of a stack."""
-
-    log_scale: Tensor | None
-    log_divisor: Tensor | None
-    start: Tensor
-    global_scale: Tensor | None
-    zero_point: Tensor | None
-    choice: Tensor | None
-
-    @property
-    def learned(self) -> tuple[Tensor | None, Tensor | None]:
-        """The corrections."""
-        return self.log_scale, self.log_divisor
 
 
 class WeightQuantizer(Quantizer):
@@ -211,18 +195,21 @@ class WeightQuantizer(Quantizer):
             round_bf16=self.round_bf16,
         )
 
-    def of_experts(self, count: int) -> "list[ExpertScales]":
-        """What `one` reads of each matrix of a stack of `count`; gradients reach the whole."""
-        every = (self.log_scale, self.log_divisor, self.start, self.global_scale, self.zero_point, self.choice)
-        parts: list[Any] = [[None] * count if t is None else t.chunk(count) for t in every]
-        return [ExpertScales(*each) for each in zip(*parts, strict=True)]
+    def one(self, weight: Tensor, index: int, log_scale: Tensor | None, log_divisor: Tensor | None) -> Tensor:
+        """`forward` for one matrix (rows, columns) of a stack; "frozen" remembers nothing here.
 
-    def one(self, weight: Tensor, own: "ExpertScales") -> Tensor:
-        """`forward` for one matrix of a stack; "frozen" remembers nothing here."""
+        Args:
+            index: of the matrix.
+            log_scale, log_divisor: the rows of both that are about it.
+        """
         if self.mode == "dense":
             return self.transformed(weight)
-        scales = effective_scales(own.start, *own.learned, own.global_scale, self.format.name)
-        return self._on_grid(weight, scales, Scales(own.start, own.global_scale, own.zero_point, own.choice))
+        high = self.format.grid_shape(*weight.shape)[0]
+        part = slice(index * high, (index + 1) * high)
+        every = (self.global_scale, self.zero_point, self.choice)
+        start, (above, *rest) = self.start[part], [None if t is None else t[part] for t in every]
+        scales = effective_scales(start, log_scale, log_divisor, above, self.format.name)
+        return self._on_grid(weight, scales, Scales(start, above, *rest))
 
     def _given(self) -> Scales:
         return Scales(self.start, self.global_scale, self.zero_point, self.choice)

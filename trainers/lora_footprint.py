@@ -35,7 +35,9 @@ def saved(job: Job, model: nn.Module, coverage: Coverage) -> int:
 
 def largest(job: Job, coverage: Coverage) -> int:
     """Values of the largest quantized weight that is ever dense: of a stack that is held packed one matrix."""
-    shapes = [covered.shape[-2:] if holds_packed(job) else covered.shape for covered in coverage.modules if covered.weight]
+    shapes = [
+        covered.shape[-2:] if holds_packed(job) else covered.shape for covered in coverage.modules if covered.weight
+    ]
     return max(map(math.prod, shapes), default=0)
 
 

@@ -21,7 +21,7 @@ from qat.checkpoints.progress import counted, mute
 from qat.errors import Interrupted
 from qat.init.calibration import initialise, observe, unreached
 from qat.modes import dense
-from qat.numbers.numerics import qsnr
+from qat.numbers.numerics import qsnr_of_parts
 from qat.sharded import is_divided, opened, read
 from qat.sites import Site, weights
 from qat.surgery import Coverage, apply, report, rotate_inputs
@@ -372,5 +372,8 @@ def _report(
 def _site_qsnrs(student: nn.Module) -> dict[str, float]:
     """QSNR in dB of every weight as it is against itself quantized, by layer."""
     found = weights(student)
-    measured = {site.path: qsnr(site.weight, site.value()) for site in opened(student, list(found.values()))}
+    measured = {
+        site.path: qsnr_of_parts((weight, quantizer(weight)) for weight, quantizer in site.parts())
+        for site in opened(student, list(found.values()))
+    }
     return {path: measured[path] for path in found}

@@ -8,18 +8,18 @@ Stacks that are held packed are never whole: each expert's matrix is made when i
 backward pass, so the products are ours and what is around them is as in transformers' `grouped_mm`.
 """
 
-from collections.abc import Callable, Mapping
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qat.quantizer import WeightQuantizer
+from qat.quantizer import LEARNED, WeightQuantizer
 from qat.sites import Quantized, Quantizers, Slot
 from qat.training.low_rank import updated
-from qat.training.recomputed import recomputed_linear
+from qat.training.recomputed import recomputed_experts
 
 FIRST, SECOND = ("gate_up_proj", "up_proj"), "down_proj"
 GATED = "grouped_mm"  # an implementation of transformers that calls `_apply_gate`, as its loop over experts may not
@@ -63,17 +63,34 @@ class QatExperts(Quantized):
     def _holds(self, slot: str) -> bool:
         return self.held is not None and slot in self.held
 
-    def expert(self, slot: str, index: int, factors: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def shape(self, slot: str) -> tuple[int, ...]:
+        """(experts, rows, columns) as a stack multiplies."""
+        return _shape(self, slot) or ()
+
+    def expert(self, slot: str, index: int, factors: tuple[Tensor, ...] = ()) -> Tensor:
         """One matrix (rows, columns) of a stack, with its update.
 
         Args:
             factors: A and B of the update, where the caller has cut them out.
         """
-        weight = self.held[slot].dequantize(index) if self._holds(slot) else super().matrix(slot)[index]
+        if not self._holds(slot):
+            return self.matrix(slot)[index]
+        weight: Tensor = self.held[slot].dequantize(index)
         if self.lora is None or slot not in self.lora:
             return weight
         update = self.lora[slot]
-        return updated(weight, *(factors or (update.A[index], update.B[index])), update.scaling)
+        A, B = factors or (update.A[index], update.B[index])
+        return updated(weight, A, B, update.scaling)
+
+    def parts(self, slot: str) -> Iterator[tuple[Tensor, WeightQuantizer]]:
+        """See `qat.sites.Site.parts`."""
+        if not self._holds(slot):
+            yield from super().parts(slot)
+            return
+        (count, rows, _), whole = self.shape(slot), self.weight_quantizers[slot]
+        assert isinstance(whole, WeightQuantizer)
+        for index in range(count):
+            yield self.expert(slot, index), whole.of_rows(slice(index * rows, (index + 1) * rows))
 
     def quantizers(self) -> dict[str, Quantizers]:
         """By slot."""
@@ -138,28 +155,24 @@ class QatExperts(Quantized):
 
     def _times(self, slot: str, x: Tensor, sizes: list[int], ids: Tensor) -> Tensor:
         """Rows of x, `sizes` of them for each expert in turn, times its matrix, plus its bias."""
-        count, quantizer, update = self.num_experts, None, None
-        if slot in self.weight_quantizers:
-            quantizer = self.weight_quantizers[slot]
+        quantizer = dict(self.weight_quantizers.items()).get(slot)
+        learned: dict[str, Tensor] = {}
+        if isinstance(quantizer, WeightQuantizer):
+            learned = {name: own for name in LEARNED if (own := getattr(quantizer, name)) is not None}
         if self.lora is not None and slot in self.lora:
-            update = self.lora[slot]
-        factors = [None] * count if update is None else list(zip(update.A.unbind(), update.B.unbind(), strict=True))
-        scales = [None] * count if quantizer is None else quantizer.of_experts(count)
-        found = []
-        for index, part in enumerate(x.split(sizes)):
-            if len(part):
-                own = scales[index].learned if quantizer is not None else ()
-                learned = [t for t in (*(factors[index] or ()), *own) if t is not None]
-                make = partial(self._made, slot, index, factors[index], scales[index])
-                found.append(recomputed_linear(part, make, None, learned))
-        y = torch.cat(found)
+            learned |= {name: getattr(self.lora[slot], name) for name in "AB"}
+
+        def make(index: int, parts: list[Tensor]) -> Tensor:
+            own = dict(zip(learned, parts, strict=True))
+            factors = (own["A"][0], own["B"][0]) if "A" in own else ()
+            weight = self.expert(slot, index, factors)
+            if not isinstance(quantizer, WeightQuantizer):
+                return weight
+            return quantizer.one(weight, index, *(own.get(name) for name in LEARNED))
+
+        y = recomputed_experts(x, sizes, self.shape(slot)[1], make, list(learned.values()))
         bias = self._parameters.get(f"{slot}_bias")
         return y if bias is None else y + bias[ids].to(y.dtype)
-
-    def _made(self, slot: str, index: int, factors: Any, scales: Any) -> Tensor:
-        """An expert's matrix as it multiplies."""
-        weight = self.expert(slot, index, factors)
-        return weight if scales is None else self.weight_quantizers[slot].one(weight, scales)
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         """The class's gate; its result is what the second stack is multiplied with."""

@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qat.checkpoints.matrices import Matrix
 from qat.config import validate
 from qat.errors import ConfigError, QatError, UnsupportedError
 from qat.lora import LoraConfig, adapters, attach, is_adapter, merge, take_off
@@ -428,6 +429,58 @@ def test_packed_experts_without_adapters_stay_where_they_are(tmp_path: Path) -> 
         assert torch.equal(logits(model), logits(twin))
 
 
+@pytest.mark.parametrize("match", ["*.self_attn.*_proj", "*.experts.*"])
+def test_served_keeps_the_scales_of_what_is_held(match: str, tmp_path: Path) -> None:
+    """Global scales of other tools are no powers of two, and BF16 would change them."""
+    source = tiny_model("qwen3_moe", tmp_path / "model", **{**KINDS["qwen3_moe"], "num_hidden_layers": 1})
+    model = quantized(source, [pair_rules("nvfp4", None, match), RULES[1]])
+    for site in weights(model).values():
+        site.quantizer.global_scale.mul_(1.2345)
+    attach(model, LoraConfig(rank=4, base="packed", targets=match))
+    with served(model):
+        before = logits(model)
+    merge(model)
+    with served(model):
+        assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_are_made_again_when_activations_are_too(dtype: torch.dtype, tmp_path: Path) -> None:
+    rules = [pair_rules("nvfp4", "nvfp4", "*.experts.*"), RULES[1]]
+    config = LoraConfig(rank=4, targets="*.experts.*")
+    found = []
+    for again in (False, True):
+        model = packed_and_dense(tmp_path, "qwen3_moe", rules, "lsq", config)[0].train()
+        if again:
+            model.gradient_checkpointing_enable()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = model(torch.arange(2, 34).view(1, -1), use_cache=False).logits.float().square().mean()
+        loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert len(found[0]) == 6 and found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) and found[0][name].any() for name in found[0])
+
+
+def test_what_reads_sites_reads_packed_experts_one_by_one(tmp_path: Path) -> None:
+    rules = [pair_rules("int4_g32_asym", None, "*.experts.*"), RULES[1]]
+    config = LoraConfig(rank=4, targets="*.experts.*")
+    model, twin = packed_and_dense(tmp_path, "gpt_oss", rules, "lsq", config)
+    theirs = weights(twin)
+    for path, site in weights(model).items():
+        other = theirs[path]
+        assert site.is_held and not other.is_held and site.shape == other.shape == tuple(other.weight.shape)
+        assert len(list(other.parts())) == 1 and len(list(site.parts())) == site.shape[0]
+        ours, dense_one = site.quantize(), other.quantizer.quantize(other.weight)
+        assert torch.equal(ours.codes, dense_one.codes) and torch.equal(other.quantize().codes, ours.codes)
+        assert torch.equal(ours.dequantize(), dense_one.dequantize())
+        values = torch.stack([quantizer(weight) for weight, quantizer in site.parts()])
+        assert torch.equal(values, other.value()) and torch.equal(site.value(), values)
+        for index in range(site.shape[0]):
+            assert torch.equal(site.owner.expert(site.slot, index), other.owner.expert(site.slot, index))
+        rows = slice(site.shape[1] + 32, site.shape[1] + 64)
+        assert torch.equal(Matrix(site, "x", rows).value(), Matrix(other, "x", rows).value())
+
+
 class Alive(TorchDispatchMode):
     """The most tensors of at least `size` floating-point values that were there at once, and the largest of all."""
 
@@ -452,7 +505,7 @@ class Alive(TorchDispatchMode):
 def test_no_more_than_one_expert_is_dense_at_a_time(learn: str, tmp_path: Path) -> None:
     """A few copies of one matrix while it is made, however many experts there are, and nothing between the passes."""
     found = {}
-    for experts in (4, 8):
+    for experts in (3, 6):
         changes = {"num_experts": experts, "num_experts_per_tok": experts, "num_hidden_layers": 1}
         source = tiny_model("qwen3_moe", tmp_path / str(experts), **changes)
         model = quantized(source, [pair_rules("nvfp4", None, "*.experts.*"), RULES[1]], learn=learn)
@@ -468,4 +521,4 @@ def test_no_more_than_one_expert_is_dense_at_a_time(learn: str, tmp_path: Path) 
         found[experts] = alive.most
         assert between == 0 and alive.largest == 256 * 128  # one matrix of gate and up
         assert all(bool(p.grad.abs().sum((1, 2)).all()) for n, p in layer.named_parameters() if n.endswith(".B"))
-    assert found[4] == found[8] <= 3, found
+    assert found[3] == found[6] <= 4, found

@@ -1,5 +1,6 @@
 """What adapters weigh, counted on the model that would be trained; the rest of the estimate: `test_estimate.py`."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from qat.surgery import apply
 from qat.trainers import lora_footprint
 from qat.trainers.footprint import GIB, job_facts, memory
 from qat.trainers.job import load_job
+from tests.qat.adapters.test_experts import KINDS
 from tests.tiny import tiny_model
 from tests.trainers.test_estimate import ROOT, job
 
@@ -61,6 +63,28 @@ def test_a_packed_base_weighs_its_codes(tmp_path: Path) -> None:
     parts = memory(wanted, job_facts(wanted), "cpu", False)
     assert parts["master weights"] == pytest.approx(held + parameters, rel=1e-3)
     assert parts["quantized weights for backward"] == 0
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_packed_experts_weigh_their_codes(kind: str, tmp_path: Path) -> None:
+    """And one matrix of a stack is what is dense while it is made, whatever the number of experts."""
+    tiny = tiny_model(kind, tmp_path, **{**KINDS[kind], "num_hidden_layers": 1})
+    rules = [{"match": "*.experts.*", "weight": "nvfp4"}, {"match": "*", "skip": "the rest"}]
+    common = {"scheme": {"learn": "none", "rules": rules}}
+    wanted, plain = (
+        job(tiny, **common, lora={"rank": 4, "base": base, "targets": "*.experts.*"}) for base in ("packed", "dense")
+    )
+    assert wanted.lora is not None
+    model = apply(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), wanted.scheme)
+    attach(model, wanted.lora)
+    held = sum(b.nbytes for name, b in model.named_buffers() if ".held." in name)
+    parts = memory(wanted, job_facts(wanted), "cpu", False)
+    assert parts["master weights"] == pytest.approx(held + sum(p.nbytes for p in model.parameters()), rel=1e-3)
+    assert parts["quantized weights for backward"] == 0
+    coverage = job_facts(wanted).coverage
+    stack = max((c.shape for c in coverage.modules if c.weight), key=math.prod)
+    assert lora_footprint.largest(wanted, coverage) == math.prod(stack[1:])
+    assert lora_footprint.largest(plain, coverage) == math.prod(stack)
 
 
 def test_adapters_of_experts_are_counted(tmp_path: Path) -> None:
