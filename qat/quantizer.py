@@ -207,9 +207,10 @@ class WeightQuantizer(Quantizer):
         high = self.format.grid_shape(*weight.shape)[0]
         part = slice(index * high, (index + 1) * high)
         every = (self.global_scale, self.zero_point, self.choice)
-        start, (above, *rest) = self.start[part], [None if t is None else t[part] for t in every]
-        scales = effective_scales(start, log_scale, log_divisor, above, self.format.name)
-        return self._on_grid(weight, scales, Scales(start, above, *rest))
+        above, zero, choice = (None if t is None else t[part] for t in every)
+        given = Scales(self.start[part], above, zero, choice)
+        scales = effective_scales(given.stored, log_scale, log_divisor, above, self.format.name)
+        return self._on_grid(weight, scales, given)
 
     def _given(self) -> Scales:
         return Scales(self.start, self.global_scale, self.zero_point, self.choice)

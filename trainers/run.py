@@ -210,9 +210,10 @@ def _whole(
 ) -> tuple[nn.Module, nn.Module | None, Coverage, int]:
     """What `divided.load` gives, but nothing is quantized or divided yet."""
     teacher = None if reference is None else load_teacher(job, reference)
-    student: nn.Module = load_configured(job.model, source, device=device)
+    place = adapted.first_place(job, source, device)
+    student: nn.Module = load_configured(job.model, source, device=place)
     coverage = report(student, job.scheme)
-    check_called(student.to(adapted.first_place(job, student, device)), coverage)
+    check_called(student.to(place), coverage)
     strategy.check_models(job, *(model for model in (student, teacher) if model is not None))
     return student, teacher, coverage, sum(p.numel() for p in student.parameters())
 

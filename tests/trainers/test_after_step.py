@@ -17,7 +17,7 @@ from qat.trainers.after_step import AfterStep
 from qat.trainers.optim import OptimConfig, build
 from qat.training.refit import refit
 from tests.checkpoints.exports import pair_rules
-from tests.qat.test_lora import packed_and_dense
+from tests.qat.twins import packed_and_dense
 
 
 def trained(learn: str, config: OptimConfig, model: nn.Module | None = None) -> tuple[nn.Module, Any]:

@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 
 from qat.checkpoints.export import export
 from qat.checkpoints.exported import load_exported
+from qat.checkpoints.hf import resolve
 from qat.checkpoints.layouts import TARGETS, open_export
 from qat.checkpoints.resume import load_student
 from qat.checkpoints.verify import verify
 from qat.errors import ConfigError
 from qat.sites import weights
+from qat.trainers.adapted import first_place
 from qat.trainers.estimate import estimate
 from qat.trainers.job import load_job
 from qat.trainers.run import train
@@ -146,6 +148,9 @@ def test_a_run_trains_packed_experts_of_a_packed_checkpoint(kind: str, tmp_path:
     lora = {"rank": 4, "base": "packed", "targets": "*.experts.*"}
     file = path(tmp_path, folder, dense, lora=lora, scheme={"learn": "none"})
     job = load_job(file, ["data.pack=false", "eval.data.pack=false"])
+    gpu, unpacked = torch.device("cuda"), resolve(job.model)
+    assert first_place(job, unpacked, gpu).type == "cpu" and first_place(job, dense, gpu) == gpu
+    assert first_place(job.model_copy(update={"lora": None}), unpacked, gpu) == gpu
     report = train(job, table=False)
     rows = {row["name"]: row for row in report["rows"]}
     assert rows["ptq"]["kl"] == rows["best_ptq"]["kl"] > 0

@@ -18,7 +18,7 @@ from qat.surgery import apply
 from qat.trainers import quantizer_metrics, why
 from qat.trainers.quantizer_metrics import QuantizerMetrics, clipped
 from tests.checkpoints.exports import pair_rules, quantized
-from tests.qat.test_lora import packed_and_dense
+from tests.qat.twins import packed_and_dense
 from tests.tiny import tiny_model
 
 REST = {"match": "*", "skip": "not a projection"}
