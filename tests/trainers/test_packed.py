@@ -154,6 +154,9 @@ def test_a_run_trains_packed_experts_of_a_packed_checkpoint(kind: str, tmp_path:
     report = train(job, table=False)
     rows = {row["name"]: row for row in report["rows"]}
     assert rows["ptq"]["kl"] == rows["best_ptq"]["kl"] > 0
+    again = {row["name"]: row for row in train(job, resume_run=True, table=False)["rows"]}
+    assert again == rows  # from disk
+    assert all(plan.peak > 0 for plan in estimate(job).plans)
     last = saved_steps(job)[-1].name
     student, _, _ = load_student(job.folder, last)
     start, now = load_file(job.folder / "checkpoints" / "start" / "codes.safetensors"), weights(student)

@@ -111,6 +111,31 @@ def test_packed_experts_are_the_dense_ones_bit_for_bit(
         assert torch.equal(logits(model), as_served)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kind", "weight", "input", "learn"), CASES)
+def test_packed_experts_on_a_gpu_compute_what_a_cpu_does(
+    kind: str, weight: str, input: str | None, learn: str, tmp_path: Path
+) -> None:
+    """Kernels see single matrices of a stack, whose scales begin somewhere in a tensor; the codes are the same."""
+    from qat.kernels.load import load_for_training
+
+    load_for_training()
+    rules = [pair_rules(weight, input, "*.experts.*"), REST]
+    model, twin = (packed_and_dense(tmp_path, kind, rules, learn)[0] for _ in range(2))
+    model.cuda()
+    for each, device in ((model, "cuda"), (twin, "cpu")):
+        each(torch.arange(2, 34, device=device).view(1, -1)).logits.square().mean().backward()
+    theirs = dict(twin.named_parameters())
+    for path, site in weights(model).items():
+        other = weights(twin)[path]
+        assert (site.quantize().codes.cpu() != other.quantize().codes).float().mean() < 1e-3
+        assert torch.equal(site.owner.held[site.slot].dequantize().cpu(), other.owner.held[site.slot].dequantize())
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            expected = theirs[name].grad
+            assert (parameter.grad.cpu() - expected).norm() <= 2e-2 * expected.norm() + 1e-8, name
+
+
 def test_packed_experts_without_adapters_stay_where_they_are(tmp_path: Path) -> None:
     """Adapters go to linear layers by default, and experts are held all the same, frozen."""
     rules = [pair_rules("nvfp4", None, "*_proj"), REST]
