@@ -138,8 +138,8 @@ def _result(home: Path, name: str, status: int | None) -> dict[str, Any]:
     return {**found, "stderr": said} if "failed" in found else found
 
 
-def main_check(seconds: float) -> None:
-    """All cases, at the same time; the results of each when it is done."""
+def main_check(seconds: float, only: str) -> None:
+    """The cases whose name holds `only`, at the same time; the results of each when it is done."""
     from tests.tiny import tiny_model
 
     begin = time.monotonic()
@@ -147,7 +147,7 @@ def main_check(seconds: float) -> None:
         home = Path(folder)
         small = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "num_hidden_layers": 2}
         tiny_model("llama", home / "model", **small)
-        processes = {name: _start(home, name) for name in CASES}
+        processes = {name: _start(home, name) for name in CASES if only in name}
         while any(each.poll() is None for each in processes.values()) and time.monotonic() - begin < seconds:
             time.sleep(0.2)
         for process in processes.values():
@@ -161,11 +161,12 @@ def main_check(seconds: float) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=110.0)
+    parser.add_argument("--only", default="", help="cases whose name holds this, such as bf16")
     parser.add_argument("--case", choices=[*CASES])
     parser.add_argument("--home", type=Path)
     given = parser.parse_args()
     if given.case is None:
-        main_check(given.seconds)
+        main_check(given.seconds, given.only)
     else:
         try:
             print(json.dumps(case(given.home, given.case)))

@@ -1,7 +1,9 @@
 """What adapters weigh, counted on the model that would be trained; the rest of the estimate: `test_estimate.py`."""
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,3 +120,36 @@ def test_a_packed_base_of_an_8b_model_needs_less_still(monkeypatch: pytest.Monke
     assert parts["initialisation, beyond that"] > 10 * GIB  # a packed checkpoint is never dense there
     monkeypatch.setattr(lora_footprint, "dense_first", lambda job: False)
     assert peaks[0] >= 4 * sum(memory(held, job_facts(held), "cuda", True).values())
+
+
+QWEN3_30B_A3B = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+}
+
+
+def test_packed_experts_of_a_30b_model_fit_where_dense_ones_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a packed checkpoint, as docs/train.md says."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B_A3B))
+    monkeypatch.setattr(lora_footprint, "dense_first", lambda job: False)
+    rules = [{"match": "*_proj", "weight": "nvfp4"}, {"match": "*", "skip": "the rest"}]
+    text = {"source": "embedded", "seq_len": 4096, "max_tokens": 1 << 20}
+    common: dict[str, Any] = {"data": text, "scheme": {"rules": rules, "learn": "none"}, "rows": 1, "micro_rows": 1}
+    adapters = {"rank": 16, "targets": "*_proj"}
+    wanted = [
+        job(tmp_path, **common, activation_checkpointing=True, **more)
+        for more in ({}, {"lora": adapters}, {"lora": {**adapters, "base": "packed"}})
+    ]
+    full, dense, packed = (sum(memory(each, job_facts(each), "cuda", True).values()) / GIB for each in wanted)
+    assert packed < 100 and dense > 2 * packed and full > 5 * packed
