@@ -24,6 +24,8 @@ in the loop; with groups, the float32 multiplications of partial sums, which at 
 Programs are numbered so that eight tiles of rows meet all tokens in turn, which keeps what they share in the L2 cache.
 """
 
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -32,7 +34,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qat.errors import UnsupportedError
-from qat.kernels.device import device_of
+from qat.kernels.device import Device, device_of
+from qat.kernels.launch import Call, Launch
 from qat.kernels.packed_linear.decode.triton import E4M3_NAN, decode, decode_scale
 from qat.kernels.quantized_matmul.block_scaled.triton import block_scaled_matmul
 from qat.kernels.quantized_matmul.choose import FLOAT16, INTEGER, Tiles, block_scaled_problem, choose, group, problem
@@ -330,6 +333,54 @@ def sum_dtype(tiles: Tiles) -> torch.dtype:
     return torch.int32 if tiles.operand == INTEGER and tiles.flush == 0 else torch.float32
 
 
+@dataclass(frozen=True)
+class Product:
+    """What the shape of a product decides, worked out once: `scale` multiplies the global scale, `add` is for sums of
+    parallel segments. Without a call, units that know block scales multiply."""
+
+    call: Call | None
+    add: Call
+    tiles: Tiles
+    scale: float
+
+
+@lru_cache(maxsize=4096)
+def product(
+    input_format: str, weight_format: str, sizes: tuple[int, ...], bias: bool, device: Device
+) -> Product | None:
+    """Of inputs (tokens, columns) and a weight (rows, columns), `sizes` and strides; None where the reference
+    multiplies.
+
+    Raises:
+        UnsupportedError: so many columns that integer sums would overflow.
+    """
+    tokens, rows, columns, _, stride_xs, *_ = sizes
+    x, w = lookup(input_format), lookup(weight_format)
+    if problem(x, w) is not None:
+        return None
+    tiles = choose(tokens, rows, columns, x, w, device)
+    launch, add = _launches(input_format, weight_format, columns, bias, tiles)
+    scaled = block_scaled_problem(x, w, columns, device.capability) is None
+    if not scaled and tiles.operand == INTEGER and columns > MOST_COLUMNS:
+        raise UnsupportedError(f"{columns} columns of integers: the kernel's int32 sums hold at most {MOST_COLUMNS}")
+    words = w.element.bits != PLAIN_BITS
+    exponent = operand_exponent(x, tiles.operand, words=False) + operand_exponent(w, tiles.operand, words=words)
+    grid = (triton.cdiv(rows, tiles.block_n) * triton.cdiv(tokens, tiles.block_m), tiles.segments * tiles.parallel or 1)
+    added = add.at((triton.cdiv(rows, ADDED), tokens), tokens, rows, stride_xs)
+    return Product(None if scaled else launch.at(grid, *sizes), added, tiles, 2.0**exponent)
+
+
+@lru_cache(maxsize=1024)
+def _launches(input_format: str, weight_format: str, columns: int, bias: bool, tiles: Tiles) -> tuple[Launch, Launch]:
+    fixed = constants(lookup(input_format), lookup(weight_format), columns, bias=bias, tiles=tiles)
+    few = {name: value for name, value in fixed.items() if name in add_segments_kernel.arg_names}
+    launch = Launch(quantized_matmul_kernel, **fixed, num_warps=tiles.warps, num_stages=tiles.stages)
+    return launch, Launch(add_segments_kernel, **few, BLOCK=ADDED, num_warps=2)
+
+
+ADDED = 256  # columns of one program of `add_segments_kernel`
+
+
 def _flat(x: Tensor) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(-1) == 1 else flat.contiguous()
@@ -348,40 +399,28 @@ def quantized_matmul(
     dtype: torch.dtype,
 ) -> Tensor:
     """The operator `qat::quantized_matmul` on a device that runs Triton."""
-    x, w, rows = lookup(input_format), lookup(weight_format), weight.shape[0]
-    if problem(x, w) is not None:
-        formats = input_format, weight_format
-        return reference(codes, scales, weight, weight_scales, bias, global_scale, *formats, columns, dtype)
+    rows = weight.shape[0]
     flat, weight = _flat(codes), weight if weight.stride(-1) == 1 else weight.contiguous()
-    tokens = flat.shape[0]
-    out = torch.empty(*codes.shape[:-1], rows, dtype=dtype, device=codes.device)
+    tokens, x_scales = flat.shape[0], _flat(scales)
+    stride_xs = 0 if lookup(input_format).is_static else x_scales.stride(0)
+    sizes = tokens, rows, columns, flat.stride(0), stride_xs, weight.stride(0), weight_scales.stride(0)
+    own = product(input_format, weight_format, sizes, bias is not None, device_of(codes))
+    formats = input_format, weight_format
+    if own is None:
+        return reference(codes, scales, weight, weight_scales, bias, global_scale, *formats, columns, dtype)
+    out = torch.empty((*codes.shape[:-1], rows), dtype=dtype, device=codes.device)
     if tokens == 0 or rows == 0:
         return out
-    device, x_scales = device_of(codes), _flat(scales)
-    if block_scaled_problem(x, w, columns, device.capability) is None:
-        block_scaled_matmul(flat, x_scales, weight, weight_scales, bias, out, global_scale, (x, w), columns)
+    tiles = own.tiles
+    if own.call is None:
+        block_scaled_matmul(flat, x_scales, weight, weight_scales, bias, out, global_scale, formats, columns)
         return out
-    tiles = choose(tokens, rows, columns, x, w, device)
-    fixed = constants(x, w, columns, bias=bias is not None, tiles=tiles)
-    if tiles.operand == INTEGER and columns > MOST_COLUMNS:
-        raise UnsupportedError(f"{columns} columns of integers: the kernel's int32 sums hold at most {MOST_COLUMNS}")
     if tiles.operand == FLOAT16:  # which has to read E4M3 without the type, for GPUs that lack it
         flat, weight = (t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in (flat, weight))
-    words = w.element.bits != PLAIN_BITS
-    exponent = operand_exponent(x, tiles.operand, words=False) + operand_exponent(w, tiles.operand, words=words)
-    global_scale *= 2.0**exponent
-    stride_xs = 0 if x.is_static else x_scales.stride(0)
-    target = out.new_empty(tiles.segments, tokens, rows, dtype=sum_dtype(tiles)) if tiles.parallel else out
-    grid = (triton.cdiv(rows, tiles.block_n) * triton.cdiv(tokens, tiles.block_m), tiles.segments * tiles.parallel or 1)
-    quantized_matmul_kernel[grid](
-        flat, x_scales, weight, weight_scales, bias, target, tokens, rows, columns, flat.stride(0), stride_xs,
-        weight.stride(0), weight_scales.stride(0), global_scale, **fixed, num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )  # fmt: skip
+    global_scale *= own.scale
+    segments = (tiles.segments, tokens, rows)
+    target = torch.empty(segments, dtype=sum_dtype(tiles), device=out.device) if tiles.parallel else out
+    own.call((flat, x_scales, weight, weight_scales, bias, target), global_scale)
     if tiles.parallel:
-        fixed = {key: value for key, value in fixed.items() if key in add_segments_kernel.arg_names}
-        add_segments_kernel[(triton.cdiv(rows, 256), tokens)](
-            target, x_scales, weight_scales, bias, out, tokens, rows, stride_xs, global_scale, **fixed, BLOCK=256,
-            num_warps=2,
-        )  # fmt: skip
+        own.add((target, x_scales, weight_scales, bias, out), global_scale)
     return out
