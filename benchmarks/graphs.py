@@ -76,7 +76,7 @@ def _copy(source: torch.Tensor) -> Call:
 def _linear(device: str, rows: int, columns: int) -> Iterator[Case]:
     weight = normal(device, rows, columns)
     held = {name: pack(quantize(weight, lookup(name))) for name in ("int4_g128", "nvfp4")}
-    for tokens in (1, 16, 64, 256) if device == "cuda" else (1,):
+    for tokens in (1, 16, 64, 256, 1024, 4096) if device == "cuda" else (1,):
         x, what = normal(device, tokens, columns), f"{rows}x{columns} M={tokens}"
 
         def dense(x: torch.Tensor = x) -> Call:

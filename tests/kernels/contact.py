@@ -126,16 +126,24 @@ def _packed(device: str, sizes: Sizes) -> Iterator[Check]:
                 return error(packed_linear(x, held(), bias), truth)
 
             def alone(held: Any = held, columns: int = columns) -> bool:
-                """A row's result is the same in any company."""
-                x = normal(device, 300, columns)
-                results = [packed_linear(x[:tokens], held())[:1] for tokens in (1, 16, 17, 64, 300)]
+                """A row's result is the same in any company, until there are so many that the library multiplies."""
+                x = normal(device, 192, columns)
+                results = [packed_linear(x[:tokens], held())[:1] for tokens in (1, 16, 17, 64, 192)]
                 return all(same(result, results[0]) for result in results)
+
+            def rounded(weight: Any = weight, held: Any = held, columns: int = columns) -> float:
+                """Share of weights that a prompt does not find rounded once to BF16, under its global scale."""
+                x, dense = torch.eye(columns)[::7][:1200], weight().dequantize()
+                found = packed_linear(x.repeat(-(-200 // len(x)), 1).to(device, torch.bfloat16), held())[: len(x)]
+                return float((found.cpu() != dense[:, ::7][:, :1200].T.bfloat16()).double().mean())
 
             what = f"packed_linear {name} {rows}x{columns}"
             for tokens in sizes.tokens:
                 yield Check(f"{what} M={tokens}", ROUNDED, lambda t=tokens, run=run: run(t, torch.bfloat16))
             if name in WIDE and device != "cpu":
                 yield Check(f"{what} alone", None, alone)
+            if device != "cpu":
+                yield Check(f"{what} one-hot prompt", NEIGHBOURS, rounded)
             if name in WIDE:
                 yield Check(f"{what} float32", 1e-5, lambda run=run: run(3, torch.float32))
 
