@@ -6,10 +6,10 @@ down (`choose.pays`). A program decodes one tile of 64 or 128 rows as it lies in
 writes runs of 32 or 64 neighbouring columns. Slices of rows share one piece of memory, which goes back to the allocator
 afterwards.
 
-**Rounding.** A number is code times scale in float32 (minus the zero point), rounded once to the dtype of x, as every
-engine that dequantizes rounds it; the global scale multiplies the sums. So E2M1 under scales of E4M3 or E8M0 is exact in
-BF16, and so is INT4 under E4M3; under scales of their own in BF16 or float32, weights are rounded, which they are not
-for few tokens. Sums are the library's, whose order may change with the number of tokens.
+**Rounding.** A number is code (less the zero point) times scale in float32, rounded once to the dtype of x, as every
+engine that dequantizes rounds it; the global scale multiplies the sums. So 4-bit codes under scales of E4M3 or E8M0 are
+exact in BF16; under scales in BF16 or float32, weights are rounded, which they are not for few tokens. Sums are the
+library's, whose order may change with the number of tokens.
 """
 
 from functools import lru_cache
