@@ -32,7 +32,7 @@ from qat.numbers.numerics import find_scales, quantize  # noqa: E402  # as above
 from qat.serving.inputs import quantize_input, rms_norm_quantize  # noqa: E402  # as above
 from qat.serving.matmul import hold, quantized_matmul  # noqa: E402  # as above
 from qat.serving.packed import pack, packed_linear  # noqa: E402  # as above
-from qat.training.activations import static_part  # noqa: E402  # as above
+from qat.training.activations import fake_quantize_input, static_part  # noqa: E402  # as above
 from qat.training.ops import fake_quantize_reference  # noqa: E402, F401  # as above; defines the operators of training
 from qat.training.rows import distill_rows  # noqa: E402  # as above
 
@@ -52,7 +52,8 @@ def cases(device: str) -> Iterator[Case]:
         (side, side),
     )  # fmt: skip
     groups = [_linear(device, *layer) for layer in layers]
-    for group in (*groups, _training(device, side), _products(device, 2 * side), _rows(device, side)):
+    groups += [_training(device, side), _products(device, 2 * side), _rounded(device, 2 * side), _rows(device, side)]
+    for group in groups:
         try:
             yield from group
         except Exception as error:  # in what comes before a call
@@ -76,7 +77,7 @@ def _copy(source: torch.Tensor) -> Call:
 def _linear(device: str, rows: int, columns: int) -> Iterator[Case]:
     weight = normal(device, rows, columns)
     held = {name: pack(quantize(weight, lookup(name))) for name in ("int4_g128", "nvfp4")}
-    for tokens in (1, 16, 64, 256) if device == "cuda" else (1,):
+    for tokens in (1, 16, 64, 256, 1024, 4096) if device == "cuda" else (1,):
         x, what = normal(device, tokens, columns), f"{rows}x{columns} M={tokens}"
 
         def dense(x: torch.Tensor = x) -> Call:
@@ -107,6 +108,22 @@ def _products(device: str, side: int) -> Iterator[Case]:
                 return lambda: quantized_matmul(codes, scales, own, **given)
 
             yield f"quantized_matmul {x_name} x {w_name} {side}x{side} M={tokens}", held.codes.nbytes, call
+
+
+def _rounded(device: str, side: int) -> Iterator[Case]:
+    """NVFP4 times NVFP4 where no units multiply block scales: rounded inputs, packed weights."""
+    weight = normal(device, side, side)
+    fmt = lookup("nvfp4")
+    held = pack(quantize(weight, fmt))
+    for tokens in (1, 16, 4096) if device == "cuda" else (1,):
+        x = normal(device, tokens, side)
+        static = static_part(fmt, x.abs().amax().float())
+
+        def call(x: Any = x, static: Any = static) -> Call:
+            own = replace(held, words=held.words.clone(), scales=held.scales.clone())
+            return lambda: packed_linear(fake_quantize_input(x, fmt, "vllm", "ste", static), own)
+
+        yield f"packed_linear nvfp4 x rounded nvfp4 {side}x{side} M={tokens}", held.nbytes, call
 
 
 def _training(device: str, side: int) -> Iterator[Case]:

@@ -27,6 +27,7 @@ from qat.kernels.fake_quantize import triton as fake_kernels
 from qat.kernels.fake_quantize_input import triton as input_kernels
 from qat.kernels.launch import Call, Launch
 from qat.kernels.packed_linear import triton as packed_kernels
+from qat.kernels.packed_linear.dense import triton as dense_kernels
 from qat.kernels.packed_linear.panels import triton as panel_kernels
 from qat.kernels.quantize_input import triton as code_kernels
 from qat.kernels.quantize_pack import triton as pack_kernels
@@ -41,8 +42,8 @@ from qat.training.activations import static_part
 from qat.training.rows import KINDS
 from tests.kernels.played import SHARED, Launcher, Noted, play
 
-MODULES = (rows_kernels, fake_kernels, scale_kernels, input_kernels, packed_kernels, panel_kernels, code_kernels,
-           pack_kernels, matmul_kernels, block_scaled_kernels)  # fmt: skip
+MODULES = (rows_kernels, fake_kernels, scale_kernels, input_kernels, packed_kernels, dense_kernels, panel_kernels,
+           code_kernels, pack_kernels, matmul_kernels, block_scaled_kernels)  # fmt: skip
 H100 = device.Device(capability=90, processors=132, shared=SHARED)
 GENERATOR = torch.Generator().manual_seed(0)
 CALLS = 55  # of functions, Python's and C's, in a product of one token: some 10 us
@@ -59,7 +60,8 @@ def static_of(name: str) -> torch.Tensor | None:
 def linear_layers() -> None:
     """One token of a weight whose K is cut into pieces, several of a narrow one, and a weight of one number."""
     cases = (("int4_g32_asym", 4096, 4096, 1), ("int4_g32_asym", 100, 640, 17), ("nvfp4", 100, 640, 1),
-             ("int8_channel", 1, 1, 1), ("nvfp4", 4096, 4096, 1), ("int4_g128", 192, 768, 17))  # fmt: skip
+             ("int8_channel", 1, 1, 1), ("nvfp4", 4096, 4096, 1), ("int4_g128", 192, 768, 17),
+             ("nvfp4", 192, 768, 200), ("int8_channel", 100, 640, 200), ("int4_g32_asym", 1, 32, 200))  # fmt: skip
     for name, rows, columns, tokens in cases:
         held = ordered(pack(quantize(normal(rows, columns), lookup(name))), "cuda")
         bias = normal(rows) if tokens > 1 else None
