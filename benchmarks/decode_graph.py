@@ -7,7 +7,8 @@ tokens must be the same. Each result is a line of JSON, written as it comes.
     python3 benchmarks/decode_graph.py [--layers 32] [--tokens 96] [--formats int4_g128 nvfp4] [--device cuda]
         [--head int8_channel] [--seconds 60] [--out FOLDER]
 
-Layers that read the same input are stacked, as the engine does; one row has them apart, one an 8-bit head.
+Norms are fused and layers that read the same input stacked, as the engine does; one row has layers apart, one an 8-bit
+head. BF16 is measured as transformers has it, which is what the others are compared with, and with fused norms.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from torch import nn  # noqa: E402  # as above
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402  # as above
 
 from qat.engines.graphs import Decoding  # noqa: E402  # as above
+from qat.engines.norms import fuse_norms  # noqa: E402  # as above
 from qat.engines.stacks import stack_readers  # noqa: E402  # as above
 from qat.families import find_family, fused_sets  # noqa: E402  # as above
 from qat.kernels.load import load  # noqa: E402  # as above
@@ -122,10 +124,14 @@ def main() -> None:
     began = time.perf_counter()
     model = made(arguments.device, arguments.layers)
     dense, head = linear_layers(model), model.lm_head
-    kinds = [("bfloat16", None, None, False), *((name, name, None, True) for name in arguments.formats)]
+    kinds = [
+        ("bfloat16", None, None, False),
+        ("bfloat16, norms fused", None, None, False),
+        *((name, name, None, True) for name in arguments.formats),
+    ]
     if arguments.formats:
         first = arguments.formats[0]
-        kinds[2:2] = [(f"{first}, head {arguments.head}", first, arguments.head, True),
+        kinds[3:3] = [(f"{first}, head {arguments.head}", first, arguments.head, True),
                       (f"{first}, layers apart", first, None, False)]  # fmt: skip
     base, failed = None, 0
     with torch.no_grad(), (arguments.out / "decode.jsonl").open("w") as file:
@@ -137,6 +143,8 @@ def main() -> None:
                 for path, layer in dense.items():
                     model.set_submodule(path, layer if format is None else packed(layer, format))
                 model.set_submodule("lm_head", head if own_head is None else packed(head, own_head))
+                if what != kinds[0][0]:
+                    fuse_norms(model)
                 if stacked:
                     stack_readers(model, fused_sets(dense, find_family("llama").fused))
                 row: dict[str, Any] = {"what": what, "layers": arguments.layers, **measured(model, arguments.tokens)}

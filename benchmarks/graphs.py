@@ -108,6 +108,27 @@ def _products(device: str, side: int) -> Iterator[Case]:
                 return lambda: quantized_matmul(codes, scales, own, **given)
 
             yield f"quantized_matmul {x_name} x {w_name} {side}x{side} M={tokens}", held.codes.nbytes, call
+    if device == "cuda":
+        yield from _by_the_library(device, weight, 4096)
+
+
+def _by_the_library(device: str, weight: torch.Tensor, tokens: int) -> Iterator[Case]:
+    """8-bit products as the library has them, FP8 with precise sums and with fast ones."""
+    x, ones = normal(device, tokens, weight.shape[1]), torch.ones(max(tokens, len(weight)), 1, device=device)
+    what = f"{len(weight)}x{weight.shape[1]} M={tokens}"
+
+    def fp8(fast: bool) -> Call:
+        a, b = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
+        given = {"scale_a": ones[:tokens], "scale_b": ones[: len(weight)].t(), "out_dtype": torch.bfloat16}
+        return lambda: torch._scaled_mm(a, b.t(), use_fast_accum=fast, **given)
+
+    def int8() -> Call:
+        a, b = (30 * x.clamp(-4, 4)).to(torch.int8), (30 * weight.clamp(-4, 4)).to(torch.int8)
+        return lambda: torch._int_mm(a, b.t())
+
+    yield f"_scaled_mm, precise sums, {what}", weight.numel(), partial(fp8, False)
+    yield f"_scaled_mm, fast sums, {what}", weight.numel(), partial(fp8, True)
+    yield f"_int_mm {what}", weight.numel(), int8
 
 
 def _rounded(device: str, side: int) -> Iterator[Case]:

@@ -31,6 +31,7 @@ from qat.checkpoints.names import StoredNames, missing_names, stored_names
 from qat.checkpoints.peft import adapter_of, put_adapter
 from qat.checkpoints.progress import progress
 from qat.engines.experts import Matrices, pack_experts
+from qat.engines.norms import fuse_norms
 from qat.engines.stacks import stack_readers
 from qat.engines.tables import is_table, put_table, set_heads_aside
 from qat.errors import CheckpointError, FormatError, UnsupportedError
@@ -390,5 +391,7 @@ def load_packed(folder: Path, dtype: torch.dtype | None = None, device: str = "c
     model, info = pair
     check_loading(model, info, folder)
     put_adapter(model, folder)
+    if model.device.type == "cuda":
+        fuse_norms(model)
     loaded: PreTrainedModel = model.eval()
     return loaded

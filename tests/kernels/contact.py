@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qat.kernels.fake_quantize.choose import input_problem as dynamic_problem
+from qat.kernels.quantized_matmul import library
 from qat.kernels.quantized_matmul.choose import rounded_reason
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.format import Format
@@ -166,7 +167,9 @@ def _products(device: str, sizes: Sizes) -> Iterator[Check]:
                 given = there(device, codes, scales)
                 return error(quantized_matmul(*given, moved, input_format=x_name, dtype=torch.bfloat16), truth)
 
-            for tokens in sizes.tokens:
+            many = 520  # of which some are the library's
+            shape = many, rows, columns, torch.bfloat16, library.HOPPER
+            for tokens in (*sizes.tokens, *((many,) if library.takes(x_name, w_name, *shape) else ())):
                 name = f"quantized_matmul {x_name} x {w_name} {rows}x{columns} M={tokens}"
                 yield Check(name, ROUNDED, lambda t=tokens, run=run: run(t))
             if rounded_reason(lookup(x_name), lookup(w_name), columns, 0) is None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qat.kernels.quantized_matmul import library
 from qat.kernels.quantized_matmul.choose import (
     Device,
     block_scaled_problem,
@@ -110,6 +111,31 @@ def test_rounded_inputs_give_the_product_of_codes(x_name: str, w_name: str) -> N
     by_codes = quantized_matmul(codes, scales, hold(weight), input_format=x_name, dtype=x.dtype, input_scale=scale)
     for found, limit in ((by_codes, 2.0**-9), (packed_linear(rounded, pack(weight)), 1.5 * 2.0**-9)):
         assert float((found.double() - truth).norm() / truth.norm()) <= limit
+
+
+# --- the library's product ----------------------------------------------------------------------------------------
+
+
+def test_what_the_library_multiplies() -> None:
+    given = ("fp8_token", "fp8_channel", 512, 4096, 4096, torch.bfloat16, 90)
+    assert library.takes(*given) and library.takes("fp8_tensor", *given[1:])
+    for at, other in enumerate(("fp8_g128", "fp8_b128", 511, 4088, 4088, torch.float16, 89)):
+        assert not library.takes(*given[:at], other, *given[at + 1 :])
+    assert not library.takes("int8_token", "int8_channel", *given[2:])
+
+
+@pytest.mark.parametrize("x_name", ["fp8_token", "fp8_tensor"])
+def test_the_library_gives_the_same_product(x_name: str) -> None:
+    """In BF16, against float64: scales of every token and row, one above them, and a bias."""
+    x, weight = 3 * normal(33, 256).bfloat16(), quantize(normal(64, 256, seed=1), lookup("fp8_channel"))
+    static, bias = static_part(lookup(x_name), x.abs().amax().float()), normal(64, seed=2)
+    codes, scales = quantize_input(x, x_name, static)
+    truth = dequantize_input(codes, scales, static, x_name).double() @ weight.dequantize().double().T
+    held = hold(weight)
+    for above, added in ((1.0, None), (0.75, bias)):
+        exact = truth * above + (0 if added is None else added.double())
+        found = library.multiply(codes, scales, held.codes, held.scales, added, above, torch.bfloat16)
+        assert float((found.double() - exact).norm() / exact.norm()) <= 2.0**-8
 
 
 # --- the kernels themselves ---------------------------------------------------------------------------------------
