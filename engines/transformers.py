@@ -36,7 +36,9 @@ from qat.engines.stacks import stack_readers
 from qat.engines.tables import is_table, put_table, set_heads_aside
 from qat.errors import CheckpointError, FormatError, UnsupportedError
 from qat.families import find_family, fused_sets
+from qat.kernels.device import device_of
 from qat.kernels.load import cpu_problem, load
+from qat.kernels.quantized_matmul.choose import rounded_reason
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales
 from qat.serving.matmul import QuantizedLinear, hold
@@ -274,11 +276,15 @@ def _one_by_one(q: QTensor) -> list[QTensor]:
 
 
 def multiplies_codes(input: Format, weight: QTensor) -> bool:
-    """Whether a layer with quantized inputs multiplies codes here: where `qat::quantized_matmul` has a kernel.
+    """Whether a layer with quantized inputs multiplies codes here: where `qat::quantized_matmul` has a kernel, and the
+    faster one.
 
     Elsewhere inputs are rounded and the weight stays packed, which is the same product in wider arithmetic.
     """
-    return weight.codes.is_cuda and "cuda" in load() and pair_problem(input, weight.format) is None
+    if not weight.codes.is_cuda or "cuda" not in load() or pair_problem(input, weight.format) is not None:
+        return False
+    capability = device_of(weight.codes).capability
+    return rounded_reason(input, weight.format, weight.codes.shape[-1], capability) is None
 
 
 def _dense(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

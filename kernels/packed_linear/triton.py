@@ -28,7 +28,8 @@ tokens, so M tokens cost 16 * M / BITS operations per byte: up to about 70 token
 operations per byte) waits for memory, and only two things matter: enough programs to keep all of it busy, hence
 SPLITS pieces of K where N alone gives too few, and loads under way while the last tile is decoded, hence `num_stages`.
 Beyond, decoding counts (a shift, a mask, an "or" and a subtraction per code and BLOCK_M tokens), and the tensor
-cores wait for it. Sums of splits are added in a fixed order by the host, without atomics.
+cores wait for it. Sums of splits are added in a fixed order by the host, without atomics. Prompts of some 200 tokens
+and more are decoded to dense rows for the library (`dense`).
 """
 
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ from qat.kernels.device import device_of
 from qat.kernels.launch import Call, Launch
 from qat.kernels.packed_linear.choose import Tiles, choose, problem
 from qat.kernels.packed_linear.decode.triton import decode, decode_scale
+from qat.kernels.packed_linear.dense import triton as dense
+from qat.kernels.packed_linear.dense.choose import FEW
 from qat.kernels.packed_linear.panels import triton as panels
 from qat.numbers.catalog import lookup
 from qat.numbers.format import Format
@@ -211,6 +214,11 @@ def packed_linear(
     if tokens == 0 or rows == 0:
         return out
     flat = x if x.is_contiguous() else _flat(x, columns)
+    if tokens > FEW and dense.takes(format, tokens, x.dtype):
+        dense.multiply(
+            flat.view(tokens, columns), words, scales, zeros, bias, out.view(tokens, rows), global_scale, format
+        )
+        return out
     stride = columns if flat is x else flat.stride(0)
     if in_panels(words):
         assembly = panels.multiplies_pairs(x, device)

@@ -36,6 +36,7 @@ from qat.errors import UnsupportedError
 from qat.kernels.device import Device, device_of
 from qat.kernels.launch import Call, Launch
 from qat.kernels.packed_linear.decode.triton import E4M3_NAN, decode, decode_scale
+from qat.kernels.quantized_matmul import library
 from qat.kernels.quantized_matmul.block_scaled.triton import block_scaled_matmul
 from qat.kernels.quantized_matmul.choose import (
     FLOAT16,
@@ -361,6 +362,11 @@ def quantized_matmul(
     rows = weight.shape[0]
     flat, weight = _flat(codes), weight if weight.stride(-1) == 1 else weight.contiguous()
     tokens, x_scales = flat.shape[0], _flat(scales)
+    if tokens >= library.MANY:
+        capability = device_of(codes).capability
+        if library.takes(input_format, weight_format, tokens, rows, columns, dtype, capability):
+            y = library.multiply(flat, scales, weight, weight_scales, bias, global_scale, dtype)
+            return y.view(*codes.shape[:-1], rows)
     stride_xs = 0 if lookup(input_format).is_static else x_scales.stride(0)
     sizes = tokens, rows, columns, flat.stride(0), stride_xs, weight.stride(0), weight_scales.stride(0)
     own = product(input_format, weight_format, sizes, bias is not None, device_of(codes))
