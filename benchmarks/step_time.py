@@ -6,6 +6,7 @@ memory is measured in a process of its own per model.
 
     python benchmarks/step_time.py [--steps 20] [--tokens 1024] [--device cuda] [--model llama-1b] [--json FILE]
     python benchmarks/step_time.py --model small --micro 4     # a step of four micro-batches: what `hold_weights` gains
+    python benchmarks/step_time.py --device cuda --graphs      # passes as CUDA graphs: the device's time alone
     python benchmarks/step_time.py --model small --compile     # what graphs of blocks gain, as `compile: true`
 
 On a GPU the kernels are loaded and the forward pass runs under BF16 autocast, as `qat train` does there.
@@ -71,25 +72,44 @@ def build(weight: str | None, input: str | None, learn: str, name: str, device: 
     return model.train(), optim.build(model, optim.OptimConfig())
 
 
-def step(model: Any, optimizer: Any, ids: Any, micro: int = 1, hold: bool = False) -> float:
-    """Seconds of one optimizer step of so many micro-batches with the chunked cross-entropy loss."""
+def loss_of(model: Any, ids: Any, tokens: int) -> Any:
+    """The chunked cross-entropy loss of a micro-batch, its share of so many tokens."""
+    import torch
+
+    from qat.trainers.forward import Head
+    from qat.training.losses import chunked
+    from qat.training.objectives import CrossEntropy
+
+    head, targets = Head(model.get_output_embeddings()), ids[:, 1:]
+    every = torch.arange(targets.numel(), device=ids.device)  # no target is missing, which a GPU need not be asked
+    with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda, cache_enabled=False):
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        return chunked(CrossEntropy(), hidden, head, None, None, targets, kept=every) / tokens
+
+
+def recorded(model: Any, tokens: int) -> Any:
+    """The passes of a model as CUDA graphs, as `cuda_graphs: true` has them."""
+    from qat.trainers.cuda_graphs import Passes
+
+    return Passes(lambda batch: loss_of(model, batch["input_ids"], tokens), model, print)
+
+
+def step(model: Any, optimizer: Any, ids: Any, micro: int = 1, hold: bool = False, passes: Any = None) -> float:
+    """Seconds of one optimizer step of so many micro-batches."""
     import contextlib
 
     import torch
 
     from qat.modes import held
-    from qat.trainers.forward import Head
-    from qat.training.losses import chunked
-    from qat.training.objectives import CrossEntropy
 
-    head = Head(model.get_output_embeddings())
     began = time.perf_counter()
     with held(model) if hold else contextlib.nullcontext():
-        for part in ids.chunk(micro, dim=1):
-            with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):
-                hidden = model.base_model(input_ids=part, use_cache=False).last_hidden_state[:, :-1]
-                loss = chunked(CrossEntropy(), hidden, head, None, None, part[:, 1:]) / ids[:, 1:].numel()
-            loss.backward()
+        for index, part in enumerate(ids.chunk(micro, dim=1)):
+            if passes is None:
+                loss_of(model, part, ids[:, 1:].numel()).backward()
+            else:
+                assert passes({"input_ids": part}, index == 0) is not None
+                passes.give()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if ids.is_cuda:
@@ -184,6 +204,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--model", default="embedded", choices=("embedded", *RANDOM))
     parser.add_argument("--micro", type=int, default=1, help="micro-batches of a step; several compare `hold_weights`")
+    parser.add_argument("--graphs", action="store_true", help="passes of both models as CUDA graphs")
     parser.add_argument("--compile", action="store_true", help="compare blocks as they are and as graphs")
     parser.add_argument("--no-peak", dest="peaks", action="store_false", help="time only: no processes for memory")
     parser.add_argument("--json")
@@ -221,18 +242,22 @@ def main() -> None:
     if not arguments.steps:
         return
     plain = build(None, None, *how)
+    graphs = {True: recorded(plain[0], ids[:, 1:].numel())} if arguments.graphs else {}
     rows = []
     for name in cases:
         quantized = build(*CASES[name], *how)
+        if graphs:
+            graphs[False] = recorded(quantized[0], ids[:, 1:].numel())
         times: tuple[list[float], list[float]] = ([], [])
         for index in range(arguments.steps + 2):
             for side, pair in enumerate((plain, quantized)):
-                seconds = step(*pair, ids)
+                seconds = step(*pair, ids, passes=graphs.get(pair is plain))
                 if index >= 2:
                     times[side].append(seconds)
         medians = [statistics.median(side) for side in times]
         rows.append({"case": name, "plain_s": medians[0], "qat_s": medians[1], "time_ratio": medians[1] / medians[0],
-                     "memory_ratio": ratios[name], "steps": arguments.steps})  # fmt: skip
+                     "memory_ratio": ratios[name], "steps": arguments.steps, "graphs": arguments.graphs,
+                     "tokens": arguments.tokens})  # fmt: skip
         print(
             f"{name:<22} {medians[1]:.2f} s against {medians[0]:.2f} s: {rows[-1]['time_ratio']:.3f}x time", flush=True
         )
@@ -245,6 +270,7 @@ def main() -> None:
                 flush=True,
             )
         del quantized
+        graphs.pop(False, None)
     if arguments.json:
         about = {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine(),
                  "device": arguments.device, "model": arguments.model}  # fmt: skip

@@ -5,7 +5,7 @@ resumed run repeats the interrupted one exactly; Lightning's own loop state is n
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import lightning as lit
@@ -21,10 +21,12 @@ from qat.sharded import close, is_divided, read, run, whole
 from qat.trainers import optim
 from qat.trainers.after_step import AfterStep
 from qat.trainers.cached import Taught
+from qat.trainers.cuda_graphs import Passes, padded, passes
 from qat.trainers.data import Batches
 from qat.trainers.forward import Head, heads, hidden_states
 from qat.trainers.job import Job
-from qat.trainers.packing import Batch, known
+from qat.trainers.packing import Batch
+from qat.trainers.packing import known as known_of
 from qat.trainers.readings import Readings
 from qat.trainers.strategy import ALONE, Ranks
 from qat.training.known import known_in
@@ -53,7 +55,7 @@ class MicroBatches(IterableDataset[Batch]):
                 part = slice(first, first + self.micro_rows)
                 micro = {name: tensor[part] for name, tensor in mine.items()}
                 said = {} if self.taught is None else self.taught.columns(self.batches.indices(step)[part])
-                yield {**micro, **known(micro), **said, "step_tokens": count}
+                yield {**micro, **known_of(micro), **said, "step_tokens": count}
 
 
 class QatModule(lit.LightningModule):
@@ -89,6 +91,9 @@ class QatModule(lit.LightningModule):
         self._losses: list[Tensor] = []  # of the step's micro-batches
         self._held = contextlib.ExitStack()  # open while a step's weights are held
         self.compiled: Compiled | None = None  # see `qat.trainers.compile`
+        self.passes: Passes | None = None  # see `qat.trainers.cuda_graphs`
+        self.say: Callable[[str], None] = lambda _: None
+        self._replayed = False
         self.readings = Readings()
         self.step_loss = 0.0  # of the last step that was read, as `grad_norm`
         self.step_tokens = 0
@@ -121,6 +126,7 @@ class QatModule(lit.LightningModule):
             own, other = read(teacher, lambda: read(student, lambda: heads(student, teacher)))
         self._heads = own if self.taught is None else self.taught.head(own), other
         self._after = AfterStep(self.student, self.job.optim, self.job.steps)
+        self.passes = passes(self)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Micro-batches from the current step to the last."""
@@ -138,24 +144,33 @@ class QatModule(lit.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss per token of the whole optimizer step, this micro-batch's share of it."""
         first = not self._losses
-        if self.job.holds and first:
+        if self.job.holds and first and self.passes is None:  # a recorded pass keeps nothing for the next
             self._held.enter_context(held(self.student))
         if self.compiled is not None:
-            self.compiled.begin(first)
-        value = run(self.student, lambda: self._share(batch))
+            self.compiled.begin(first and self.passes is None)
+        replayed = None if self.passes is None else self.passes(padded(batch), first)
+        self._replayed = replayed is not None
+        value = run(self.student, lambda: self.share(batch)) if replayed is None else replayed
         close(self.teacher)
         self._losses.append(value.detach())
         self.step_tokens += batch["input_ids"].numel() * self.trainer.world_size
         # Lightning divides by the accumulation count and averages over processes; the sum over the step is wanted.
         return value * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Of a replayed pass, whose forward pass was followed by it, the gradients that it left."""
+        if self._replayed and self.passes is not None:
+            self.passes.give()
+        else:
+            super().backward(loss, *args, **kwargs)
+
     def on_after_backward(self) -> None:
         """A pass of training has ended, with all that was recomputed in it."""
         if self.compiled is not None:
             self.compiled.on = False
 
-    def _share(self, batch: Batch) -> Tensor:
-        """This micro-batch's share of the mean loss."""
+    def share(self, batch: Batch) -> Tensor:
+        """This micro-batch's share of the step's mean loss."""
         assert self._heads is not None
         student_head, teacher_head = self._heads
         teacher, teacher_hidden = self.teacher, None
@@ -164,8 +179,9 @@ class QatModule(lit.LightningModule):
                 teacher_hidden = run(teacher, lambda: hidden_states(teacher, batch))
         hidden = hidden_states(self.student, batch)
         models = (hidden, student_head, teacher_hidden, teacher_head)
-        chunk, kept = self.job.loss_chunk, batch.get("kept")
-        total = chunked(self.job.objective, *models, batch["targets"], chunk, known_in(batch), kept)
+        places, gaps = batch.get("places", batch.get("kept")), "places" in batch
+        chunk, known = self.job.loss_chunk, known_in(batch)
+        total = chunked(self.job.objective, *models, batch["targets"], chunk, known, places, gaps)
         return total / batch["step_tokens"].clamp(min=1)
 
     def read(self) -> None:

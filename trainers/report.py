@@ -47,6 +47,7 @@ class RunReport:
         finished_at: ISO 8601, UTC.
         qsnr: (layer, dB at the start, dB after training), each against the weights that were quantized.
         compiled: which blocks ran as graphs of `torch.compile`, and which did not and why.
+        graphs: whether passes ran as CUDA graphs, and which did not and why.
         rates: (learning rate, KL on the text that decides) of those that `optim.lr: auto` tried.
         texts: what was read of the training, the held-out and the choosing text, and what of it was left out.
         choosing: "ptq", "best_ptq" and "student" on the text that decided; empty where that was the held-out text.
@@ -85,6 +86,7 @@ class RunReport:
     why: dict[str, Any] = field(default_factory=dict)
     rates: list[list[float]] = field(default_factory=list)
     compiled: list[str] = field(default_factory=list)
+    graphs: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `report.json`: plain JSON values, with None for what is not a finite number."""
@@ -247,6 +249,7 @@ def _provenance(report: dict[str, Any]) -> list[str]:
         "student": f"step {report['best_step']:,}, the one with the lowest {_chosen(report)}",
         **_rates(report.get("rates") or []),
         **({"torch.compile": "; ".join(report["compiled"])} if report.get("compiled") else {}),
+        **({"passes": "; ".join(report["graphs"])} if report.get("graphs") else {}),
         "machine": f"{report['machine']}; peak memory {size(report['peak_memory_bytes'])}",
         "versions": versions,
         **{f"{name} text": text for name, text in report.get("texts", {}).items()},

@@ -365,6 +365,7 @@ def _report(
         qsnr=[(path, parts.qsnr_start.get(path, value), value) for path, value in after.items()],
         rates=saved.get("rates", []),
         compiled=saved.get("compiled", []),
+        graphs=saved.get("graphs", []),
     )
 
 

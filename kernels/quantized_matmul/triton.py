@@ -26,7 +26,6 @@ Programs are numbered so that eight tiles of rows meet all tokens in turn, which
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
@@ -39,11 +38,18 @@ from qat.kernels.launch import Call, Launch
 from qat.kernels.packed_linear.decode.triton import E4M3_NAN, decode, decode_scale
 from qat.kernels.quantized_matmul import library
 from qat.kernels.quantized_matmul.block_scaled.triton import block_scaled_matmul
-from qat.kernels.quantized_matmul.choose import FLOAT16, INTEGER, Tiles, block_scaled_problem, choose, group, problem
-from qat.numbers.catalog import E4M3, lookup
-from qat.numbers.format import Format
-from qat.numbers.scale import UE4M3
-from qat.serving.inputs import is_paired
+from qat.kernels.quantized_matmul.choose import (
+    FLOAT16,
+    INTEGER,
+    Tiles,
+    block_scaled_problem,
+    choose,
+    constants,
+    operand_exponent,
+    problem,
+    sum_dtype,
+)
+from qat.numbers.catalog import lookup
 from qat.serving.matmul import PLAIN_BITS, reference
 
 MOST_COLUMNS = 2**17  # int32 sums of products of two bytes stay below 2^31
@@ -285,53 +291,6 @@ def add_segments_kernel(
                      "" if X_GROUP else X_SCALE, "" if W_GROUP else W_SCALE, W_ROWS, SCALE_MANTISSA, SCALE_BIAS,
                      HAS_BIAS)  # fmt: skip
     tl.store(out + m.to(tl.int64)[None, :] * N + n[:, None], total.to(out.dtype.element_ty), mask=n[:, None] < N)
-
-
-def operand_exponent(fmt: Format, operand: str, *, words: bool) -> int:
-    """log2 of the value of a code over the operand that it becomes."""
-    element = fmt.element
-    if operand == FLOAT16:
-        return 0
-    if operand == INTEGER:
-        return element.bits - PLAIN_BITS if words else 0
-    if element.is_integer:
-        return E4M3.exponent_bias + E4M3.mantissa_bits - 1
-    return E4M3.exponent_bias - element.exponent_bias
-
-
-def constants(x: Format, w: Format, columns: int, *, bias: bool, tiles: Tiles) -> dict[str, Any]:
-    """Compile-time arguments for inputs of format `x` and weights of format `w`; all that depends on them."""
-    sides: dict[str, Any] = {}
-    for side, fmt in (("X", x), ("W", w)):
-        sides |= {
-            f"{side}_KIND": fmt.element.kind,
-            f"{side}_BITS": fmt.element.bits,
-            f"{side}_MANTISSA": fmt.element.mantissa_bits,
-            f"{side}_BIAS": fmt.element.exponent_bias,
-            f"{side}_SCALE": fmt.scale.name,
-            f"{side}_GROUP": group(fmt, columns),
-        }
-    return {
-        "OPERAND": tiles.operand,
-        **sides,
-        "X_PAIRED": is_paired(x),
-        "W_ROWS": w.block[0],
-        "SCALE_MANTISSA": UE4M3.element.mantissa_bits,
-        "SCALE_BIAS": UE4M3.element.exponent_bias,
-        "HAS_BIAS": bias,
-        "PART": tiles.part,
-        "PARTS": tiles.parts,
-        "FLUSH": tiles.flush,
-        "BLOCK_N": tiles.block_n,
-        "BLOCK_M": tiles.block_m,
-        "SEGMENTS": tiles.segments,
-        "PARALLEL": tiles.parallel,
-    }
-
-
-def sum_dtype(tiles: Tiles) -> torch.dtype:
-    """Of the sums that segments leave: exact int32 where only rows have scales."""
-    return torch.int32 if tiles.operand == INTEGER and tiles.flush == 0 else torch.float32
 
 
 @dataclass(frozen=True)

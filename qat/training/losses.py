@@ -44,14 +44,21 @@ def chunk_tokens(vocabulary: int, bytes_per_logit: int, memory: int | None, copi
     return min(max(tokens // 128 * 128, 256), 8192)
 
 
-def _head(module: nn.Module, hidden: Tensor, keep: Tensor, device: str) -> tuple[AnyHead, Tensor, Tensor]:
+def _head(
+    module: nn.Module, hidden: Tensor, keep: Tensor, device: str, gaps: Tensor | None = None
+) -> tuple[AnyHead, Tensor, Tensor]:
     """The head, the hidden states of the tokens that count, and what the head reads of them: a quantized head's inputs
     are quantized once, in the shape in which the model would."""
-    kept = hidden.flatten(0, 1)[keep]
+
+    def taken(states: Tensor) -> Tensor:
+        of = states.flatten(0, 1)[keep]
+        return of if gaps is None else of.masked_fill(gaps[:, None], 0.0)
+
+    kept = taken(hidden)
     product = as_product(module)
     if product is None:
         return WholeHead(module), kept, kept
-    read = kept if product.input is None else product.input(hidden).flatten(0, 1)[keep]
+    read = kept if product.input is None else taken(product.input(hidden))
     return ProductHead(product, device), kept, read
 
 
@@ -116,6 +123,7 @@ def chunked(
     chunk: int | None = None,
     known: Known | None = None,
     kept: Tensor | None = None,
+    gaps: bool = False,
 ) -> Tensor:
     """Sum of `loss` over the tokens that carry one (targets != -100), holding one chunk of logits at a time.
 
@@ -126,6 +134,8 @@ def chunked(
         chunk: tokens per piece; by default as `chunk_tokens` says.
         known: what is known of the teacher where it is not at hand, of the tokens with a target, in their order.
         kept: where the flattened targets carry a loss; found here by default, which on a GPU waits for a count.
+        gaps: `kept` may hold -1, a place without a token: zero there is in both models, which costs and teaches nothing
+            where heads are products without a bias. So the number of tokens need not be known to the host.
 
     Raises:
         UnsupportedError: the loss asks for more than is known.
@@ -134,12 +144,15 @@ def chunked(
         raise UnsupportedError(problem)
     device = student_hidden.device.type
     keep = (targets.flatten() != IGNORE).nonzero().squeeze(1) if kept is None else kept
+    empty = keep < 0 if gaps else None
+    keep = keep.clamp_min(0) if gaps else keep
     labels = targets.flatten()[keep]
-    head, student, read = _head(student_head, student_hidden, keep, device)
+    labels = labels if empty is None else labels.masked_fill(empty, IGNORE)
+    head, student, read = _head(student_head, student_hidden, keep, device, empty)
     teacher, teacher_logits, teacher_read = None, None, None
     if loss.needs_teacher and teacher_hidden is not None and teacher_head is not None:
         with torch.no_grad():
-            known_head, teacher, teacher_read = _head(teacher_head, teacher_hidden, keep, device)
+            known_head, teacher, teacher_read = _head(teacher_head, teacher_hidden, keep, device, empty)
         teacher_logits = known_head.logits
     chunk = _automatic_chunk(head, teacher is not None, student) if chunk is None else chunk
 
