@@ -29,10 +29,11 @@ from torch.nn import functional  # noqa: E402  # as above
 from qat.kernels.load import load  # noqa: E402  # as above
 from qat.numbers.catalog import lookup  # noqa: E402  # as above
 from qat.numbers.numerics import find_scales, quantize  # noqa: E402  # as above
+from qat.serving.attention import RowLayout, cached_attention  # noqa: E402  # as above
 from qat.serving.inputs import quantize_input, rms_norm_quantize  # noqa: E402  # as above
 from qat.serving.matmul import hold, quantized_matmul  # noqa: E402  # as above
 from qat.serving.packed import pack, packed_linear  # noqa: E402  # as above
-from qat.training.activations import fake_quantize_input, static_part  # noqa: E402  # as above
+from qat.training.activations import fake_quantize_input, static_part, vllm_scales  # noqa: E402  # as above
 from qat.training.ops import fake_quantize_reference  # noqa: E402, F401  # as above; defines the operators of training
 from qat.training.rows import distill_rows  # noqa: E402  # as above
 
@@ -52,8 +53,8 @@ def cases(device: str) -> Iterator[Case]:
         (side, side),
     )  # fmt: skip
     groups = [_linear(device, *layer) for layer in layers]
-    groups += [_training(device, side), _products(device, 2 * side), _rounded(device, 2 * side), _rows(device, side)]
-    for group in groups:
+    groups += [_attention(device), _training(device, side), _products(device, 2 * side), _rounded(device, 2 * side)]
+    for group in (*groups, _rows(device, side)):
         try:
             yield from group
         except Exception as error:  # in what comes before a call
@@ -145,6 +146,32 @@ def _rounded(device: str, side: int) -> Iterator[Case]:
             return lambda: packed_linear(fake_quantize_input(x, fmt, "vllm", "ste", static), own)
 
         yield f"packed_linear nvfp4 x rounded nvfp4 {side}x{side} M={tokens}", held.nbytes, call
+
+
+def _attention(device: str) -> Iterator[Case]:
+    """A step of decoding of 8 sequences of 32768 tokens, 32 query heads to 8 heads of 128 columns. The numbers
+    repeat, so that making them takes no memory worth mentioning."""
+    batch, tokens, repeats = (8, 1024, 32) if device == "cuda" else (2, 64, 1)
+    query, one = normal(device, batch, 32, 1, 128), normal(device, 1, 8, tokens, 128)
+    what = f"{batch}x{tokens * repeats}"
+
+    def dense() -> Call:
+        keys, values = one.repeat(batch, 1, repeats, 1), one.repeat(batch, 1, repeats, 1)
+        return lambda: functional.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+
+    yield f"BF16 attention {what}", 2 * batch * repeats * one.nbytes, dense
+    for name in ("fp8_tensor", "int8_token", "int4_token", "nvfp4", "fp8_token", "int8_tensor"):
+        layout = RowLayout(lookup(name), 128)
+        static = static_part(layout.format, one.abs().amax().float())
+        rows = layout.join(quantize(one, layout.format, vllm_scales(one, layout.format, static)))
+
+        def call(rows: Any = rows, static: Any = static, name: str = name) -> Call:
+            keys, values = rows.repeat(batch, 1, repeats, 1), rows.repeat(batch, 1, repeats, 1)
+            return lambda: cached_attention(
+                query, keys, values, None, static, static, 128, 128**-0.5, False, name, name
+            )
+
+        yield f"cached_attention {name} {what}", 2 * batch * repeats * rows.nbytes, call
 
 
 def _training(device: str, side: int) -> Iterator[Case]:

@@ -2,7 +2,8 @@
 
 Each token and head is one row of bytes: its packed codes, then the scales that belong to it. To transformers such rows
 are keys and values like others, which it crops, reorders, repeats and slides; only `update` knows what they mean.
-Attention gets them back dequantized: the numbers that fake quantization gives, bit for bit.
+Attention gets them back dequantized, the numbers that fake quantization gives, bit for bit; or while decoding, where a
+kernel reads them, as they are (`attention.py`).
 """
 
 from typing import Any
@@ -13,15 +14,18 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from qat.adapters import candidates
+from qat.engines.attention import FEW, Held, install, reads
 from qat.errors import UnsupportedError
-from qat.numbers.format import Format
-from qat.numbers.numerics import QTensor, Scales, quantize
+from qat.kernels.load import load
+from qat.numbers.numerics import quantize
 from qat.quantizer import InputQuantizer
+from qat.serving.attention import RowLayout
 from qat.sites import CACHED, sites
 from qat.training.activations import vllm_scales
 
 _RULE = "vllm"  # whose arithmetic the rows follow
-_BYTE, _BF16 = 8, 2  # bits; bytes
+_BF16 = 2  # bytes
+_SPARE, _LEAST = 8, 32  # room for an eighth more tokens, and at least so many
 
 
 class Rows:
@@ -29,66 +33,29 @@ class Rows:
 
     def __init__(self, quantizer: InputQuantizer, width: int) -> None:
         self.quantizer, self.format, self.width = quantizer, quantizer.format, width
+        self.layout = RowLayout(self.format, width)
         static = quantizer.static()
         self._static = None if static is None else static.detach()
-        blocks = self.format.grid_shape(1, width)[1] if self.format.is_rowwise else 0
-        extra = self.format.zero_point + (not self.format.is_single)
-        self.parts = [width // _per_byte(self.format, width), blocks * self.format.scale.storage.itemsize]
-        self.parts += [blocks] * extra
 
     @property
     def bytes(self) -> int:
         """Of one token and head."""
-        return sum(self.parts)
+        return self.layout.bytes
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes and scales of x as bytes."""
         x = self.quantizer.transformed(x)
-        q = quantize(x, self.format, vllm_scales(x, self.format, self._on(x.device)))
-        parts = [_packed(q.codes, _per_byte(self.format, self.width))]
-        if self.format.is_rowwise:
-            given = [tensor for name, tensor in q.parameters.items() if name != "global_scale"]
-            parts += [tensor.contiguous().view(torch.uint8).view(*x.shape[:-1], -1) for tensor in given]
-        return torch.cat(parts, dim=-1)
+        return self.layout.join(quantize(x, self.format, vllm_scales(x, self.format, self.static(x.device))))
 
     def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """The values that the bytes stand for."""
-        codes, stored, *more = rows.split(self.parts, dim=-1)
-        codes = _unpacked(codes, _per_byte(self.format, self.width))
-        static, fmt = self._on(rows.device), self.format
-        if not fmt.is_rowwise:
-            assert static is not None
-            return QTensor(fmt, codes, Scales(static.view(1, 1))).dequantize(dtype)
-        scale = stored.contiguous().view(fmt.scale.storage).flatten(0, -2)
-        above = static.reciprocal().view(()) if fmt.global_scale and static is not None else None
-        zero = more[0].contiguous().view(torch.int8).flatten(0, -2) if fmt.zero_point else None
-        choice = more[-1].flatten(0, -2) if not fmt.is_single else None
-        return QTensor(fmt, codes, Scales(scale, above, zero, choice)).dequantize(dtype)
+        return self.layout.split(rows, self.static(rows.device)).dequantize(dtype)
 
-    def _on(self, device: torch.device) -> Tensor | None:
+    def static(self, device: torch.device) -> Tensor | None:
+        """What of the scales does not follow the data."""
         if self._static is not None and self._static.device != device:
             self._static = self._static.to(device)
         return self._static
-
-
-def _per_byte(fmt: Format, width: int) -> int:
-    """How many codes share a byte: those of 3 or 6 bits do not."""
-    count = _BYTE // fmt.element.bits if _BYTE % fmt.element.bits == 0 else 1
-    return count if width % count == 0 else 1
-
-
-def _packed(codes: Tensor, per_byte: int) -> Tensor:
-    """Neighbours in one byte, the first in the lowest bits."""
-    bits, packed = _BYTE // per_byte, torch.zeros_like(codes[..., ::per_byte])
-    for place in range(per_byte):
-        packed |= codes[..., place::per_byte] << place * bits
-    return packed
-
-
-def _unpacked(packed: Tensor, per_byte: int) -> Tensor:
-    bits = _BYTE // per_byte
-    fields = [packed >> place * bits & (1 << bits) - 1 for place in range(per_byte)]
-    return torch.stack(fields, dim=-1).flatten(-2)
 
 
 class _ByRows:
@@ -104,10 +71,44 @@ class _ByRows:
         """Takes new keys and values, gives all that are attended to."""
         grown: Any = super()
         rows = grown.update(self.key.encode(key_states), self.value.encode(value_states), *args, **kwargs)
-        return self.key.decode(rows[0], key_states.dtype), self.value.decode(rows[1], value_states.dtype)
+        dtype = key_states.dtype
+        if key_states.shape[-2] <= FEW and reads(key_states.device, self.key, self.value):
+            return Held(rows[0], self.key, dtype), Held(rows[1], self.value, dtype)
+        return self.key.decode(rows[0], dtype), self.value.decode(rows[1], dtype)
 
 
-class QuantizedLayer(_ByRows, DynamicLayer):
+class _Growing(DynamicLayer):
+    """transformers' layer, but for room behind the last token: a step writes its own rows, and copies no others."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Takes new rows, gives all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.rooms: dict[str, Tensor] = {}
+        self.keys, self.values = self._behind("keys", key_states), self._behind("values", value_states)
+        return self.keys, self.values
+
+    def _behind(self, name: str, new: Tensor) -> Tensor:
+        """What is held with `new` behind it, in the room that it lies in, or where it lies elsewhere by now (other
+        beams, another device) in a new one."""
+        held, room = getattr(self, name), self.rooms.get(name)
+        first = held.shape[2] if held.dim() == new.dim() else 0
+        end = first + new.shape[2]
+        if room is None or not _is_begin(held, room) or room.shape[2] < end:
+            room = new.new_empty(*new.shape[:2], end + end // _SPARE + _LEAST, new.shape[3])
+            if first:
+                room[:, :, :first] = held
+        room[:, :, first:end] = new
+        self.rooms[name] = room
+        return room[:, :, :end]
+
+
+def _is_begin(held: Tensor, room: Tensor) -> bool:
+    """Whether these are the first tokens of the room."""
+    return (held.data_ptr(), held.stride(), held.shape[:2]) == (room.data_ptr(), room.stride(), room.shape[:2])
+
+
+class QuantizedLayer(_ByRows, _Growing):
     """A layer that grows."""
 
 
@@ -129,6 +130,8 @@ class QuantizedCache(DynamicCache):
 
     def __init__(self, model: Any) -> None:
         super().__init__(config=model.config)
+        load(("cached_attention",))
+        install()
         widths = {(c.path, c.role): c.slot.shape[1] for c in candidates(model) if c.role in CACHED}
         for site in sites(model, *CACHED):
             place: Any = site.owner.layer_idx

@@ -19,6 +19,7 @@ from qat.kernels.device import on_its_device
 # Operator -> file below kernels/ by device type; the file holds a function of the operator's name.
 KERNELS: dict[str, dict[str, str]] = {
     "packed_linear": {"cuda": "packed_linear/triton", "cpu": "packed_linear/cpu"},
+    "cached_attention": {"cuda": "cached_attention/triton"},
     "fake_quantize": {"cuda": "fake_quantize/triton"},
     "fake_quantize_backward": {"cuda": "fake_quantize/triton"},
     "quantized_linear": {"cuda": "fake_quantize/triton"},
@@ -84,6 +85,11 @@ def register(operator: str, device: str, file: str) -> None:
         for name in (operator, preparing) if hasattr(module, preparing) else (operator,):
             torch.library.register_kernel(f"qat::{name}", device, on_its_device(getattr(module, name)))
         _loaded.add((operator, device))
+
+
+def registered(operator: str, device: str) -> bool:
+    """Whether a kernel runs this operator for tensors of this type of device."""
+    return (operator, device) in _loaded
 
 
 def load_for_training() -> None:

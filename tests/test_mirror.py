@@ -24,6 +24,7 @@ ELSEWHERE = {
     "engines/experts.py": "engines/test_transformers.py: experts that the engine serves",
     "engines/front.py": "engines/test_serve.py: over a socket, as clients see it",
     "engines/replies.py": "engines/test_serve.py: over a socket, as clients see it",
+    "kernels/cached_attention/decode/triton.py": "kernels/test_cached_attention.py: every code that it reads",
     "kernels/effective_scales/triton.py": "kernels/test_fake_quantize.py: one process interprets both",
     "kernels/fake_quantize_input/triton.py": "kernels/test_fake_quantize.py: one process interprets both",
     "kernels/packed_linear/decode/triton.py": "kernels/test_packed_linear.py: every code that it multiplies",

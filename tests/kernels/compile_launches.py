@@ -21,6 +21,7 @@ from triton import knobs
 from triton.runtime.jit import JITFunction
 
 from qat.kernels import device
+from qat.kernels.cached_attention import triton as attention_kernels
 from qat.kernels.distill_rows import triton as rows_kernels
 from qat.kernels.effective_scales import triton as scale_kernels
 from qat.kernels.fake_quantize import triton as fake_kernels
@@ -35,15 +36,17 @@ from qat.kernels.quantized_matmul import triton as matmul_kernels
 from qat.kernels.quantized_matmul.block_scaled import triton as block_scaled_kernels
 from qat.numbers.catalog import lookup
 from qat.numbers.numerics import find_scales, quantize
+from qat.serving.attention import RowLayout
 from qat.serving.inputs import quantize_input
 from qat.serving.matmul import hold
 from qat.serving.packed import ordered, pack
-from qat.training.activations import static_part
+from qat.training.activations import static_part, vllm_scales
 from qat.training.rows import KINDS
 from tests.kernels.played import SHARED, Launcher, Noted, play
 
 MODULES = (rows_kernels, fake_kernels, scale_kernels, input_kernels, packed_kernels, dense_kernels, panel_kernels,
-           code_kernels, pack_kernels, matmul_kernels, block_scaled_kernels)  # fmt: skip
+           code_kernels, pack_kernels, matmul_kernels, block_scaled_kernels,
+           attention_kernels)  # fmt: skip
 H100 = device.Device(capability=90, processors=132, shared=SHARED)
 GENERATOR = torch.Generator().manual_seed(0)
 CALLS = 55  # of functions, Python's and C's, in a product of one token: some 10 us
@@ -116,6 +119,22 @@ def losses() -> None:
         teacher = None if kind == "cross_entropy" else normal(rows, vocabulary)
         targets = torch.zeros(rows, dtype=torch.long) if kind == "cross_entropy" else None
         rows_kernels.distill_rows(normal(rows, vocabulary), teacher, targets, kind, 1.0, 0.5, 1.0)
+
+
+def caches() -> None:
+    """One sequence of one head and one token, and several with masks, in pieces."""
+    for name, batch, heads, groups, queries, tokens, width in (
+        ("fp8_tensor", 1, 1, 1, 1, 1, 16), ("int8_token", 2, 2, 4, 1, 700, 128), ("int4_token", 1, 1, 1, 3, 1, 80),
+        ("nvfp4", 2, 8, 4, 1, 1000, 128), ("nvfp4", 1, 1, 20, 1, 64, 64),
+    ):  # fmt: skip
+        layout, static = RowLayout(lookup(name), width), static_of(name)
+        x = normal(batch, heads, tokens, width).float()
+        rows = layout.join(quantize(x, layout.format, vllm_scales(x, layout.format, static)))
+        mask = torch.ones(1, 1, queries, tokens, dtype=torch.bool) if batch > 1 else None
+        query = normal(batch, heads * groups, queries, width)
+        for own in (query, query.half(), query.float()):
+            given = (own, rows, rows, mask, static, static, width, 0.1, queries > 1, name, name)
+            attention_kernels.cached_attention(*given)
 
 
 class Bound(Exception):
@@ -204,7 +223,9 @@ def lean() -> None:
 
 
 def main(groups: list[str]) -> None:
-    everything = {function.__name__: function for function in (linear_layers, products, inputs, training, losses)}
+    everything = {
+        function.__name__: function for function in (linear_layers, products, inputs, training, losses, caches)
+    }
     noted, names = play(), Counter[str]()
     kernels = {name for module in MODULES for name, value in vars(module).items()
                if name.endswith("_kernel") and value.fn.__module__ == module.__name__}  # fmt: skip
