@@ -91,7 +91,8 @@ def test_which_inputs_are_rounded_instead() -> None:
         units = block_scaled_problem(x, w, 4096, 100) is None
         assert (rounded_reason(x, w, 4096, 100) is None) == units
     for x_name, w_name in (("int8_token", "int4_g128"), ("fp8_token", "mxfp4"), ("fp8_g128", "fp8_b128"),
-                           ("mxfp8", "mxfp8"), ("fp8_g128", "int4_g128"), ("int4_token", "int4_g32"), ("nvfp4", "fp8_channel")):  # fmt: skip
+                           ("mxfp8", "mxfp8"), ("fp8_g128", "int4_g128"),
+                           ("int4_token", "int4_g32"), ("nvfp4", "fp8_channel")):  # fmt: skip
         assert rounded_reason(lookup(x_name), lookup(w_name), 4096, 90) is None
 
 
