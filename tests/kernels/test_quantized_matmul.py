@@ -91,7 +91,8 @@ def test_which_inputs_are_rounded_instead() -> None:
         units = block_scaled_problem(x, w, 4096, 100) is None
         assert (rounded_reason(x, w, 4096, 100) is None) == units
     for x_name, w_name in (("int8_token", "int4_g128"), ("fp8_token", "mxfp4"), ("fp8_g128", "fp8_b128"),
-                           ("mxfp8", "mxfp8"), ("int4_token", "int4_g32"), ("nvfp4", "fp8_channel")):  # fmt: skip
+                           ("mxfp8", "mxfp8"), ("fp8_g128", "int4_g128"),
+                           ("int4_token", "int4_g32"), ("nvfp4", "fp8_channel")):  # fmt: skip
         assert rounded_reason(lookup(x_name), lookup(w_name), 4096, 90) is None
 
 
@@ -121,7 +122,8 @@ def test_what_the_library_multiplies() -> None:
     assert library.takes(*given) and library.takes("fp8_tensor", *given[1:])
     for at, other in enumerate(("fp8_g128", "fp8_b128", 511, 4088, 4088, torch.float16, 89)):
         assert not library.takes(*given[:at], other, *given[at + 1 :])
-    assert not library.takes("int8_token", "int8_channel", *given[2:])
+    for pair in (("int8_token", "int8_channel"), ("fp8_token", "fp8_tensor"), ("fp8_token", "mxfp8")):
+        assert not library.takes(*pair, *given[2:])
 
 
 @pytest.mark.parametrize("x_name", ["fp8_token", "fp8_tensor"])
