@@ -18,9 +18,11 @@ from transformers import StaticCache
 from transformers.cache_utils import Cache, StaticLayer
 
 from qat.engines.cache import quantized_cache
+from qat.errors import UnsupportedError
 
 LEAST, MOST = 256, 8192  # positions of a cache; attention goes through all of them, used or not
 _STEPS = 8  # recorded at a time
+SAME = 1e-2  # of the largest logit: what a replayed step may differ by from one that is run
 Run = Callable[[], Any]
 Record = Callable[[Run, Callable[[], None]], Run]
 
@@ -118,12 +120,16 @@ class _Step:
 
 
 def cuda_graph(run: Run, undo: Callable[[], None]) -> Run:
-    """`run`, recorded; it gives its results where it gave the first ones."""
+    """`run`, recorded; it gives its results where it gave the first ones.
+
+    Raises:
+        UnsupportedError: replayed, it gives other logits than when it is run.
+    """
     beside = torch.cuda.Stream()
     beside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(beside):  # libraries make their workspaces and kernels are compiled outside of the graph
         for _ in range(2):
-            run()
+            expected = run()
             undo()
     torch.cuda.current_stream().wait_stream(beside)
     graph = torch.cuda.CUDAGraph()
@@ -134,7 +140,22 @@ def cuda_graph(run: Run, undo: Callable[[], None]) -> Run:
         graph.replay()
         return results
 
+    check(expected, replay())
     return replay
+
+
+def check(expected: Any, replayed: Any) -> None:
+    """Refuse a recorded step whose logits are not those of the step that was run.
+
+    Raises:
+        UnsupportedError: they differ by more than what another order of sums explains.
+    """
+    run, again = expected.logits.float(), replayed.logits.float()
+    apart, size = (run - again).abs().max(), run.abs().max()
+    if not bool(apart <= SAME * size):  # NaN is not
+        raise UnsupportedError(
+            f"a replayed step gives logits that are {float(apart):.3g} from those of one that is run"
+        )
 
 
 def problem(model: Any) -> str | None:

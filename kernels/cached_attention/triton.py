@@ -319,22 +319,13 @@ def _launch(
     key: str, value: str, sizes: tuple[int, int, int, int], told: tuple[bool, bool, bool, bool, bool], tiles: Tiles
 ) -> Launch:
     (queries, rows, width, value_width), (causal, masked, exact, assembly, split) = sizes, told
+    of_keys = side("K", lookup(key), width, assembly=assembly)
+    of_values = side("V", lookup(value), value_width, assembly=assembly)
     return Launch(
-        cached_attention_kernel,
-        QUERIES=queries,
-        ROWS=rows,
-        CAUSAL=causal,
-        MASKED=masked,
-        DTYPE=tl.float32 if exact else tl.float16,
-        ASSEMBLY=assembly,
-        **side("K", lookup(key), width, assembly=assembly),
-        **side("V", lookup(value), value_width, assembly=assembly),
-        SPLIT=split,
-        BLOCK_R=tiles.block_r,
-        BLOCK_T=tiles.block_t,
-        STAGES=tiles.stages,
-        num_warps=tiles.warps,
-    )
+        cached_attention_kernel, QUERIES=queries, ROWS=rows, CAUSAL=causal, MASKED=masked, SPLIT=split,
+        DTYPE=tl.float32 if exact else tl.float16, ASSEMBLY=assembly, BLOCK_R=tiles.block_r,
+        BLOCK_T=tiles.block_t, STAGES=tiles.stages, num_warps=tiles.warps, **of_keys, **of_values,
+    )  # fmt: skip
 
 
 @cache

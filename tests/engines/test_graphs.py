@@ -1,18 +1,22 @@
 """Recorded steps: the tokens of `generate` without them, whatever is asked one after the other. A CPU has no graphs: a
 recorded step is there one that is taken again, from the inputs that were recorded."""
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from qat.engines import graphs
 from qat.engines.cache import QuantizedCache
 from qat.engines.graphs import LEAST, MOST, Decoding
 from qat.engines.transformers import load_packed
+from qat.errors import UnsupportedError
 from tests.checkpoints.exports import export_pair
 from tests.qat.adapters.test_attention import caches
 from tests.tiny import tiny_model
@@ -137,3 +141,11 @@ def test_graphs_give_the_same_tokens_on_a_gpu(tmp_path: Path) -> None:
             plain.forward = apart._forward  # the same cache, no graph
             expected = generated(plain, ids, options, apart.cache(*size(ids)))
             assert torch.equal(generated(model, ids, options, decoding.cache(*size(ids))), expected), ids
+
+
+@pytest.mark.parametrize(("apart", "good"), [(0.0, True), (0.005, True), (0.02, False), (float("nan"), False)])
+def test_a_recorded_step_that_gives_other_logits_is_refused(apart: float, good: bool) -> None:
+    run = SimpleNamespace(logits=torch.tensor([[1.0, -2.0]]))
+    replayed = SimpleNamespace(logits=run.logits + torch.tensor([[0.0, 2 * apart]]))
+    with contextlib.nullcontext() if good else pytest.raises(UnsupportedError, match="a replayed step gives logits"):
+        graphs.check(run, replayed)
