@@ -33,7 +33,7 @@ from qat.serving.attention import RowLayout, cached_attention  # noqa: E402  # a
 from qat.serving.inputs import quantize_input, rms_norm_quantize  # noqa: E402  # as above
 from qat.serving.matmul import hold, quantized_matmul  # noqa: E402  # as above
 from qat.serving.packed import pack, packed_linear  # noqa: E402  # as above
-from qat.training.activations import static_part, vllm_scales  # noqa: E402  # as above
+from qat.training.activations import fake_quantize_input, static_part, vllm_scales  # noqa: E402  # as above
 from qat.training.ops import fake_quantize_reference  # noqa: E402, F401  # as above; defines the operators of training
 from qat.training.rows import distill_rows  # noqa: E402  # as above
 
@@ -53,13 +53,8 @@ def cases(device: str) -> Iterator[Case]:
         (side, side),
     )  # fmt: skip
     groups = [_linear(device, *layer) for layer in layers]
-    for group in (
-        *groups,
-        _attention(device),
-        _training(device, side),
-        _products(device, 2 * side),
-        _rows(device, side),
-    ):
+    groups += [_attention(device), _training(device, side), _products(device, 2 * side), _rounded(device, 2 * side)]
+    for group in (*groups, _rows(device, side)):
         try:
             yield from group
         except Exception as error:  # in what comes before a call
@@ -83,7 +78,7 @@ def _copy(source: torch.Tensor) -> Call:
 def _linear(device: str, rows: int, columns: int) -> Iterator[Case]:
     weight = normal(device, rows, columns)
     held = {name: pack(quantize(weight, lookup(name))) for name in ("int4_g128", "nvfp4")}
-    for tokens in (1, 16, 64, 256) if device == "cuda" else (1,):
+    for tokens in (1, 16, 64, 256, 1024, 4096) if device == "cuda" else (1,):
         x, what = normal(device, tokens, columns), f"{rows}x{columns} M={tokens}"
 
         def dense(x: torch.Tensor = x) -> Call:
@@ -114,6 +109,43 @@ def _products(device: str, side: int) -> Iterator[Case]:
                 return lambda: quantized_matmul(codes, scales, own, **given)
 
             yield f"quantized_matmul {x_name} x {w_name} {side}x{side} M={tokens}", held.codes.nbytes, call
+    if device == "cuda":
+        yield from _by_the_library(device, weight, 4096)
+
+
+def _by_the_library(device: str, weight: torch.Tensor, tokens: int) -> Iterator[Case]:
+    """8-bit products as the library has them, FP8 with precise sums and with fast ones."""
+    x, ones = normal(device, tokens, weight.shape[1]), torch.ones(max(tokens, len(weight)), 1, device=device)
+    what = f"{len(weight)}x{weight.shape[1]} M={tokens}"
+
+    def fp8(fast: bool) -> Call:
+        a, b = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
+        given = {"scale_a": ones[:tokens], "scale_b": ones[: len(weight)].t(), "out_dtype": torch.bfloat16}
+        return lambda: torch._scaled_mm(a, b.t(), use_fast_accum=fast, **given)
+
+    def int8() -> Call:
+        a, b = (30 * x.clamp(-4, 4)).to(torch.int8), (30 * weight.clamp(-4, 4)).to(torch.int8)
+        return lambda: torch._int_mm(a, b.t())
+
+    yield f"_scaled_mm, precise sums, {what}", weight.numel(), partial(fp8, False)
+    yield f"_scaled_mm, fast sums, {what}", weight.numel(), partial(fp8, True)
+    yield f"_int_mm {what}", weight.numel(), int8
+
+
+def _rounded(device: str, side: int) -> Iterator[Case]:
+    """NVFP4 times NVFP4 where no units multiply block scales: rounded inputs, packed weights."""
+    weight = normal(device, side, side)
+    fmt = lookup("nvfp4")
+    held = pack(quantize(weight, fmt))
+    for tokens in (1, 16, 4096) if device == "cuda" else (1,):
+        x = normal(device, tokens, side)
+        static = static_part(fmt, x.abs().amax().float())
+
+        def call(x: Any = x, static: Any = static) -> Call:
+            own = replace(held, words=held.words.clone(), scales=held.scales.clone())
+            return lambda: packed_linear(fake_quantize_input(x, fmt, "vllm", "ste", static), own)
+
+        yield f"packed_linear nvfp4 x rounded nvfp4 {side}x{side} M={tokens}", held.nbytes, call
 
 
 def _attention(device: str) -> Iterator[Case]:

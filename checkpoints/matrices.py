@@ -38,11 +38,11 @@ class Matrix:
     @property
     def weight(self) -> Tensor:
         """The trained weight behind the codes."""
-        whole, rows = self.site.weight, self.rows
-        if rows is None or whole.dim() == 2:
-            return whole if rows is None else whole[rows]
-        expert, first = divmod(rows.start, whole.shape[1])
-        return whole[expert, first : first + rows.stop - rows.start]
+        site, rows = self.site, self.rows
+        if rows is None or len(site.shape) == 2:
+            return site.weight if rows is None else site.weight[rows]
+        expert, first = divmod(rows.start, site.shape[1])
+        return site.owner.expert(site.slot, expert)[first : first + rows.stop - rows.start]
 
     @cached_property
     def quantizer(self) -> WeightQuantizer:
@@ -55,7 +55,7 @@ class Matrix:
         """What it was trained as one with: the fused set of a layer, or the rows of one expert in its stack."""
         if self.rows is None:
             return self.site.fused or (self.site.path,)
-        return self.site.path, str(self.rows.start // self.site.weight.shape[1])
+        return self.site.path, str(self.rows.start // self.site.shape[1])
 
     @property
     def input(self) -> Any:
@@ -96,7 +96,7 @@ def stored_matrices(sites: list[Site], names: StoredNames) -> tuple[dict[str, Ma
     for site in sites:
         place = f"{site.module}.{site.slot}"
         parts = {name: rows for name, (owner, rows) in names.rows.items() if owner == place}
-        if place in whole and (site.weight.dim() > 2 or whole[place].endswith(".weight")):
+        if place in whole and (len(site.shape) > 2 or whole[place].endswith(".weight")):
             found.append(Matrix(site, whole[place], transposed=site.owner.TRANSPOSED))
         elif parts and all(name.endswith(".weight") for name in parts):
             found += [Matrix(site, name, rows) for name, rows in parts.items()]

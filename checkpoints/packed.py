@@ -278,7 +278,7 @@ def _put_scales(site: Site, parts: list[dict[str, Tensor]]) -> None:
     quantizer, device = site.quantizer, site.quantizer.start.device
     joined = {key: torch.cat([p[key] for p in parts]) for key in ("scale", "zero_point") if key in parts[0]}
     above = parts[0].get("global_scale")
-    if above is not None and site.weight.dim() > 2:  # as `shared_global_scale` lays those of a stack
+    if above is not None and len(site.shape) > 2:  # as `shared_global_scale` lays those of a stack
         above = torch.cat([p["global_scale"].reshape(1, 1).expand(len(p["scale"]), 1) for p in parts])
     above, zeros = (None if t is None else t.to(device) for t in (above, joined.get("zero_point")))
     quantizer.set_scales(Scales(joined["scale"].to(device), above, zeros, type=site.format.scale))

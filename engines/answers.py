@@ -19,7 +19,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from qat.checkpoints.decoding import TextStream
-from qat.engines.cache import quantized_cache
+from qat.engines.graphs import Decoding
 from qat.engines.requests import Request
 
 MOST_TOKENS = 1024  # written where neither the request nor the generation config says how many
@@ -190,6 +190,7 @@ def generation_config(defaults: GenerationConfig, request: Request, limit: int) 
     config.min_p = _first(request.min_p, defaults.min_p, 0.0) if config.do_sample else None
     config.repetition_penalty = float(_first(request.repetition_penalty, defaults.repetition_penalty, 1.0))
     config.max_new_tokens, config.max_length = limit, None
+    config.disable_compile = True  # steps are recorded as they are, see graphs.py
     for other in ("num_beams", "num_return_sequences", "early_stopping", "penalty_alpha", "prompt_lookup_num_tokens"):
         setattr(config, other, None)  # one token at a time
     return config
@@ -204,7 +205,7 @@ class Writer:
 
     def __init__(self, model: Any, tokenizer: Any, context: int) -> None:
         self._model, self._tokenizer, self._context = model, tokenizer, context
-        self._speller = Speller(tokenizer)
+        self._speller, self._decoding = Speller(tokenizer), Decoding(model)
         self._defaults: GenerationConfig = model.generation_config
         model.generation_config = GenerationConfig()  # `generate` would fill in from it what a request leaves out
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="answers")
@@ -257,7 +258,7 @@ class Writer:
                 seeing.callback(self._model.register_forward_hook(see).remove)
             ids = torch.tensor([prompt], device=self._model.device)
             with seeing:
-                if (cache := quantized_cache(self._model)) is not None:
+                if (cache := self._decoding.cache(len(prompt) + config.max_new_tokens)) is not None:
                     config.cache_implementation = None
                 self._model.generate(
                     input_ids=ids,

@@ -28,12 +28,17 @@ from qat.checkpoints.layouts import READERS, TARGETS, open_export
 from qat.checkpoints.layouts.arguments import input_format
 from qat.checkpoints.layouts.reader import ExportedFolder, PackedModule
 from qat.checkpoints.names import StoredNames, missing_names, stored_names
-from qat.checkpoints.peft import put_adapter
+from qat.checkpoints.peft import adapter_of, put_adapter
 from qat.checkpoints.progress import progress
 from qat.engines.experts import Matrices, pack_experts
+from qat.engines.norms import fuse_norms
+from qat.engines.stacks import stack_readers
 from qat.engines.tables import is_table, put_table, set_heads_aside
 from qat.errors import CheckpointError, FormatError, UnsupportedError
+from qat.families import find_family, fused_sets
+from qat.kernels.device import device_of
 from qat.kernels.load import cpu_problem, load
+from qat.kernels.quantized_matmul.choose import rounded_reason
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales
 from qat.serving.matmul import QuantizedLinear, hold
@@ -196,6 +201,8 @@ class PackedQuantizer(HfQuantizer):
         hook_inputs(model, self.exported, "vllm", {module.path: path for path, module in self.layers.items()})
         self._pack_experts(model, dense)
         quantize_caches(model, self.exported, "vllm", self.stored)
+        if model.device.type == "cuda" and adapter_of(self.exported.folder) is None:  # adapters sit on single layers
+            stack_readers(model, fused_sets(self.layers, find_family(self.exported.config.get("model_type")).fused))
         for reason, paths in dense.items():
             warnings.warn(f"{some(paths, 1)}: {reason}", stacklevel=2)
         for parameter in model.parameters():  # transformers 5.17 leaves what it renames in the type of the file
@@ -269,11 +276,15 @@ def _one_by_one(q: QTensor) -> list[QTensor]:
 
 
 def multiplies_codes(input: Format, weight: QTensor) -> bool:
-    """Whether a layer with quantized inputs multiplies codes here: where `qat::quantized_matmul` has a kernel.
+    """Whether a layer with quantized inputs multiplies codes here: where `qat::quantized_matmul` has a kernel, and the
+    faster one.
 
     Elsewhere inputs are rounded and the weight stays packed, which is the same product in wider arithmetic.
     """
-    return weight.codes.is_cuda and "cuda" in load() and pair_problem(input, weight.format) is None
+    if not weight.codes.is_cuda or "cuda" not in load() or pair_problem(input, weight.format) is not None:
+        return False
+    capability = device_of(weight.codes).capability
+    return rounded_reason(input, weight.format, weight.codes.shape[-1], capability) is None
 
 
 def _dense(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
@@ -380,5 +391,7 @@ def load_packed(folder: Path, dtype: torch.dtype | None = None, device: str = "c
     model, info = pair
     check_loading(model, info, folder)
     put_adapter(model, folder)
+    if model.device.type == "cuda":
+        fuse_norms(model)
     loaded: PreTrainedModel = model.eval()
     return loaded

@@ -141,6 +141,7 @@ def _int4_fp8(weight: Format, input: Format | None, capability: int) -> bool:
 
 
 def _fp4_before_sm100(weight: Format, input: Format | None, capability: int) -> bool:
+    """Rounded inputs times packed weights, see `qat.kernels.quantized_matmul.choose.rounded_reason`."""
     return _fp4(weight) and _fp4(input) and capability < 100
 
 

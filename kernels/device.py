@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -23,9 +23,12 @@ INTERPRETED = Device(capability=90, processors=1, shared=2**17)  # what Triton's
 
 def device_of(tensor: Tensor) -> Device:
     """Of the tensor's GPU; a tensor on the CPU means that Triton interprets."""
-    if not tensor.is_cuda:
-        return INTERPRETED
-    properties = torch.cuda.get_device_properties(tensor.device)
+    return _device(tensor.device) if tensor.is_cuda else INTERPRETED
+
+
+@cache
+def _device(device: torch.device) -> Device:
+    properties = torch.cuda.get_device_properties(device)
     shared: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # missing from torch's stubs
     return Device(10 * properties.major + properties.minor, properties.multi_processor_count, shared)
 
@@ -36,7 +39,10 @@ def on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(kernel)
     def launch(*arguments: Any) -> Any:
-        device = next(given.device for given in arguments if isinstance(given, Tensor))
+        for given in arguments:
+            if isinstance(given, Tensor):
+                break
+        device = given.device
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             return kernel(*arguments)
         with torch.cuda.device(device):

@@ -9,6 +9,7 @@ from qat.kernels.fake_quantize.choose import input_problem, scales_problem
 from qat.kernels.fake_quantize.choose import problem as training_problem
 from qat.kernels.load import available, cpu_problem
 from qat.kernels.packed_linear import choose as packed
+from qat.kernels.packed_linear.dense import choose as dense
 from qat.kernels.quantized_matmul import choose as matmul
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.format import Format
@@ -42,6 +43,9 @@ def explain(format: str, tokens: int, rows: int, columns: int, input_format: str
     reason = packed.problem(fmt)
     if reason is not None:
         return {**answer, "kernel": "reference", "why": reason}
+    if dense.pays(tokens, fmt.element.bits):
+        why = f"{tokens} tokens: decoded to dense rows, for the library's product"
+        return {**answer, "kernel": "triton", "why": why}
     processors = device_of(torch.empty(0, device="cuda")).processors
     if panels.problem(fmt, rows, columns) is None:
         why = packed.choose_panels(tokens, rows, columns, panels.tile(fmt), processors).why
@@ -82,6 +86,10 @@ def _explain_quantized(format: str, tokens: int, rows: int, columns: int, input_
     if reason is not None:
         return {**answer, "kernel": "reference", "why": reason}
     device = device_of(torch.empty(0, device="cuda"))
+    reason = matmul.rounded_reason(x, w, columns, device.capability)
+    if reason is not None:
+        alone = explain(format, tokens, rows, columns)
+        return {**alone, "input": input_format, "why": f"{reason}; {alone['why']}"}
     if matmul.block_scaled_problem(x, w, columns, device.capability) is None:
         return {**answer, "kernel": "triton", "why": "units that multiply block scales themselves; never measured"}
     return {**answer, "kernel": "triton", "why": matmul.choose(tokens, rows, columns, x, w, device).why}

@@ -199,7 +199,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--seed {arguments.seed}: a whole number from 0, of 63 bits")
     if not arguments.prompt:
         raise ConfigError("the prompt is empty; give a text to continue")
-    from qat.engines.cache import quantized_cache
+    from qat.engines.graphs import Decoding
     from qat.engines.transformers import load_packed
     from qat.trainers.memory import keep_freed_blocks
 
@@ -213,7 +213,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         chat=arguments.chat,
         device=arguments.device,
         load_export=None if arguments.dense else load_packed,
-        make_cache=quantized_cache,
+        make_cache=lambda model, positions: Decoding(model).cache(positions),
         moved=arguments.model,
     )
 

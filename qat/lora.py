@@ -39,7 +39,8 @@ class LoraConfig(Strict):
         merge: add the update to the weight before rounding. False leaves the quantized weights as they are and the
             adapter beside them in BF16, as engines serve adapters on one packed model; an export then has both.
         base: how the frozen weights are held. "dense" as float32; "packed" as codes and scales, every weight in the
-            middle of its cell (QLoRA), from which each forward and backward pass makes the weight anew.
+            middle of its cell (QLoRA), from which each forward and backward pass makes the weight anew, of experts one
+            at a time.
     """
 
     rank: int = Field(default=16, ge=1)
@@ -99,7 +100,9 @@ def targets(model: nn.Module, config: LoraConfig) -> list[Site]:
             raise ConfigError(f"lora.targets {pattern!r} matches no layer; quantized are {some(list(ends))}")
         found |= chosen
     if not found:
-        raise ConfigError("lora: the scheme quantizes no linear layer that an adapter could be put on")
+        experts = some([site.path for site in quantized if site.path in able])
+        hint = f"; name experts in lora.targets, where they are meant: {experts}" if experts else ""
+        raise ConfigError(f"lora: the scheme quantizes no linear layer that an adapter could be put on{hint}")
     for site in found.values():
         if site.path not in able:
             raise UnsupportedError(
@@ -148,14 +151,29 @@ def attach(model: nn.Module, config: LoraConfig) -> None:
     for site in chosen:
         owner: Any = site.owner
         scaling = config.alpha / config.rank
-        weight, kind = site.weight.detach(), {"dora": config.dora, "merges": config.merge}
-        update = LowRank(weight, config.rank, scaling, dropout=config.dropout, **kind)
+        kind = {"dora": config.dora, "merges": config.merge}
+        update = LowRank(_frozen(site), config.rank, scaling, dropout=config.dropout, **kind)
         update.train(owner.training)
-        if weight.dim() == 2:
-            owner.lora = update
-        else:
-            owner.lora = nn.ModuleDict() if owner.lora is None else owner.lora
-            owner.lora[site.slot] = update
+        _put(owner, "lora", site.slot, update)
+
+
+def _frozen(site: Site) -> Tensor:
+    """The weight under an adapter; of a stack that is held packed shape and device only."""
+    held = getattr(site.owner, "held", None)
+    if not isinstance(held, nn.ModuleDict) or site.slot not in held:
+        return site.weight.detach()
+    stack: Any = held[site.slot]
+    return torch.empty(1, device=stack.words.device).expand(stack.shape)
+
+
+def _put(owner: Any, name: str, slot: str, module: nn.Module) -> None:
+    """Give a layer its adapter or held weight, experts one for each stack."""
+    if not hasattr(owner, "weight_quantizers"):
+        setattr(owner, name, module)
+        return
+    if getattr(owner, name) is None:
+        setattr(owner, name, nn.ModuleDict())
+    getattr(owner, name)[slot] = module
 
 
 def _check_beside(model: Any, chosen: list[Site]) -> None:
@@ -180,39 +198,42 @@ def _check_beside(model: Any, chosen: list[Site]) -> None:
 
 @torch.no_grad()
 def hold(model: nn.Module) -> None:
-    """Hold every quantized linear weight as its codes, from which it is made again, instead of as a parameter; what is
-    held already stays. Without numbers (on torch's meta device) only shapes change.
+    """Hold every quantized weight of linear layers and experts as its codes, from which it is made again, instead of as
+    a parameter; what is held already stays. Without numbers (on torch's meta device) only shapes change.
 
     Raises:
         UnsupportedError: a weight, or its format, cannot be held so, or its codes would not come back; names it.
     """
-    able = {candidate.path for candidate in candidates(model) if is_linear(candidate)}
+    able = {candidate.path for candidate in candidates(model) if candidate.slot.low_rank}
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for site in sites(model, "weight"):
         owner: Any = site.owner
-        if site.is_table or getattr(owner, "held", None) is not None:
+        if site.is_table or site.is_held:
             continue
         if site.path not in able:
             raise UnsupportedError(
-                f"lora.base: packed holds linear layers, but {site.path} ({type(owner).__name__}) is quantized, too, "
-                "and would stay dense; use base: dense, or skip it"
+                f"lora.base: packed holds linear layers and fused experts, but {site.path} ({type(owner).__name__}) is "
+                "quantized, too, and would stay dense; use base: dense, or skip it"
             )
         if owners[id(site.parameter)] == 1:  # else it is a table, too
-            owner.held = _held(site)
-            owner.weight = None
+            _put(owner, "held", site.slot, _held(site))
+            setattr(owner, site.slot, None)
 
 
 def _held(site: Site) -> HeldWeight:
     weight = site.weight
-    rows, columns = weight.shape
     try:
-        held = HeldWeight(site.format, (rows, columns), weight.device)
+        held = HeldWeight(site.format, tuple(weight.shape), weight.device)
     except UnsupportedError as error:
         raise UnsupportedError(f"lora.base: packed: {site.path}: {error}; use base: dense") from error
-    if not weight.is_meta:
-        q = site.quantizer.quantize(weight)
-        held.hold(q)
-        if site.quantizer.transforms or not torch.equal(site.quantizer.quantize(held.dequantize()).codes, q.codes):
+    rows = weight.shape[-2]
+    for expert in () if weight.is_meta else (None,) if weight.dim() == 2 else range(len(weight)):
+        one, matrix = site.quantizer, weight
+        if expert is not None:
+            one, matrix = one.of_rows(slice(expert * rows, (expert + 1) * rows)), weight[expert]
+        q = one.quantize(matrix)
+        held.hold(q, expert)
+        if one.transforms or not torch.equal(one.quantize(held.dequantize(expert)).codes, q.codes):
             raise UnsupportedError(
                 f"lora.base: packed: {site.path} does not round to the codes that it is made from, since its scales "
                 "for rounding and for dequantizing were moved apart before (reconstruct); use base: dense"
@@ -237,7 +258,7 @@ def merge(model: nn.Module) -> None:
     gpu = torch.device("cuda") if torch.cuda.is_available() else None
     changed = adapters(model) | {p: m for p, m in model.named_modules() if getattr(m, "held", None) is not None}
     for layer in changed.values():
-        if isinstance(layer.lora, nn.ModuleDict):
+        if hasattr(layer, "weight_quantizers"):
             _merge_stacks(layer, gpu)
             continue
         place = layer.weight_quantizer.start.device
@@ -256,13 +277,24 @@ def merge(model: nn.Module) -> None:
 
 
 def _merge_stacks(layer: Any, gpu: torch.device | None) -> None:
-    for slot, update in layer.lora.items():
+    updates = dict(layer.lora.items()) if layer.lora is not None else {}
+    for slot, held in layer.held.items() if layer.held is not None else ():
+        place = held.words.device
+        held.to(gpu or place)
+        if slot in updates:
+            updates.pop(slot).eval().to(gpu or place)
+        total = torch.empty(held.shape, device=place)
+        for index, matrix in enumerate(total):
+            matrix.copy_(layer.expert(slot, index))
+        total = total.transpose(-1, -2).contiguous() if layer.TRANSPOSED else total
+        setattr(layer, slot, nn.Parameter(total, requires_grad=False))
+    for slot, update in updates.items():
         parameter = layer.get_parameter(slot)
         weight = parameter.transpose(-1, -2) if layer.TRANSPOSED else parameter
         device = gpu or parameter.device
         total = update.eval().to(device).merged(weight.to(device)).to(parameter.device)
         parameter.data = (total.transpose(-1, -2) if layer.TRANSPOSED else total).contiguous()
-    layer.lora = None
+    layer.lora = layer.held = None
 
 
 def take_off(model: nn.Module) -> dict[str, Tensor]:

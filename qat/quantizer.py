@@ -182,15 +182,35 @@ class WeightQuantizer(Quantizer):
         self._value = self._held = None
 
     def _rounded(self, weight: Tensor) -> Tensor:
-        multiplier, divisor = self.in_force()
+        return self._on_grid(weight, self.in_force(), self._given())
+
+    def _on_grid(self, weight: Tensor, scales: tuple[Tensor, Tensor | None], given: Scales) -> Tensor:
+        multiplier, divisor = scales
         return fake_quantize(
             self.transformed(weight),
             self.format.name,
-            self._given(),
+            given,
             multiplier=multiplier,
             divisor=divisor,
             round_bf16=self.round_bf16,
         )
+
+    def one(self, weight: Tensor, index: int, log_scale: Tensor | None, log_divisor: Tensor | None) -> Tensor:
+        """`forward` for one matrix (rows, columns) of a stack; "frozen" remembers nothing here.
+
+        Args:
+            index: of the matrix.
+            log_scale, log_divisor: the rows of both that are about it.
+        """
+        if self.mode == "dense":
+            return self.transformed(weight)
+        high = self.format.grid_shape(*weight.shape)[0]
+        part = slice(index * high, (index + 1) * high)
+        every = (self.global_scale, self.zero_point, self.choice)
+        above, zero, choice = (None if t is None else t[part] for t in every)
+        given = Scales(self.start[part], above, zero, choice)
+        scales = effective_scales(given.stored, log_scale, log_divisor, above, self.format.name)
+        return self._on_grid(weight, scales, given)
 
     def _given(self) -> Scales:
         return Scales(self.start, self.global_scale, self.zero_point, self.choice)

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from qat.numbers.numerics import QTensor
 from qat.quantizer import InputQuantizer, Quantizer, WeightQuantizer
 
 Role = Literal["weight", "input", "key", "value"]
@@ -112,6 +113,28 @@ class Site:
         return self.owner.matrix(self.slot)
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of `weight`, which is not made for it where it is held packed."""
+        return self.owner.shape(self.slot)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the weight is held packed, and no parameter."""
+        return getattr(self.owner, self.slot) is None
+
+    def parts(self) -> Iterator[tuple[Tensor, WeightQuantizer]]:
+        """The weight as it multiplies, and its quantizer; of a stack that is held packed every matrix in turn, with a
+        quantizer that writes through, so that the stack is never whole."""
+        return self.owner.parts(self.slot)
+
+    @torch.no_grad()
+    def quantize(self) -> QTensor:
+        """Codes and stored scales of the weight."""
+        codes = [quantizer.quantize(weight).codes for weight, quantizer in self.parts()]
+        together = codes[0] if len(codes) == 1 else torch.stack(codes)
+        return QTensor(self.format, together, self.quantizer.scales())
+
+    @property
     def is_table(self) -> bool:
         """Whether the weight is looked up, not multiplied with."""
         return self.owner.IS_TABLE
@@ -141,6 +164,20 @@ class Quantized(nn.Module):
         """A weight as it multiplies."""
         parameter = self.get_parameter(slot)
         return parameter.transpose(-1, -2) if self.TRANSPOSED else parameter
+
+    def shape(self, slot: str) -> tuple[int, ...]:
+        """See `Site.shape`."""
+        return tuple(self.matrix(slot).shape)
+
+    def expert(self, slot: str, index: int) -> Tensor:
+        """One matrix (rows, columns) of a stack as it multiplies."""
+        return self.matrix(slot)[index]
+
+    def parts(self, slot: str) -> Iterator[tuple[Tensor, WeightQuantizer]]:
+        """See `Site.parts`."""
+        own = self.quantizers()[slot].own
+        assert isinstance(own, WeightQuantizer)
+        yield self.matrix(slot), own
 
     def watch(self, slot: str, see: Callable[[Tensor], None]) -> Any:
         """See `Site.watch`."""

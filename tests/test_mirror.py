@@ -28,6 +28,8 @@ ELSEWHERE = {
     "kernels/effective_scales/triton.py": "kernels/test_fake_quantize.py: one process interprets both",
     "kernels/fake_quantize_input/triton.py": "kernels/test_fake_quantize.py: one process interprets both",
     "kernels/packed_linear/decode/triton.py": "kernels/test_packed_linear.py: every code that it multiplies",
+    "kernels/packed_linear/dense/choose.py": "kernels/test_tiles.py: with the other closed-form rules",
+    "kernels/packed_linear/dense/triton.py": "kernels/test_packed_linear.py: the same operator, for many tokens",
     "kernels/packed_linear/panels/triton.py": "kernels/test_packed_linear.py: one operator, two orders of words",
     "kernels/quantize_input/codes/triton.py": "kernels/test_quantize_input.py: the arithmetic of that kernel",
     "kernels/quantize_pack/triton.py": "kernels/test_fake_quantize.py: one process interprets both",

@@ -1,5 +1,6 @@
 """When a run's student gets its adapters: after its initialisation, whose weights are then kept once as their base."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,20 +13,21 @@ from qat.trainers.optim import freeze
 from qat.trainers.parts import Parts
 
 
-def first_place(job: Job, student: Any, device: torch.device) -> torch.device:
-    """Where the student is while it is dense: on the CPU where it is held packed before it goes to `device`."""
-    return torch.device("cpu") if _held_from_the_start(job, student) else device
+def first_place(job: Job, source: Path, device: torch.device) -> torch.device:
+    """Where the student is loaded from its folder and stays while it is dense: on the CPU where it is held packed
+    before it goes to `device`."""
+    return torch.device("cpu") if _held_from_the_start(job, source) else device
 
 
 def hold_early(job: Job, student: Any) -> None:
     """Hold the weights of a packed checkpoint packed before anything else, where the job asks for that."""
-    if _held_from_the_start(job, student):
+    if _held_from_the_start(job, packed.folder_of(student)):
         packed.put(student)
         hold(student)
 
 
-def _held_from_the_start(job: Job, student: Any) -> bool:
-    return job.lora is not None and job.lora.base == "packed" and packed.continues(student)
+def _held_from_the_start(job: Job, source: Path) -> bool:
+    return job.lora is not None and job.lora.base == "packed" and packed.is_from_packed(source)
 
 
 def fingerprints(job: Job, parts: Parts) -> dict[str, str]:

@@ -26,7 +26,7 @@ class AfterStep:
     def __init__(self, model: nn.Module, config: OptimConfig, steps: int) -> None:
         self.config, self.steps = config, steps
         once = {id(site.quantizer): site for site in sites(model, "weight")}
-        trained = [site for site in once.values() if site.weight.requires_grad]
+        trained = [site for site in once.values() if next(site.parts())[0].requires_grad]
         self.trained = by_holder(model, trained)
         self.refitted = by_holder(model, [site for site in trained if site.quantizer.learn == "refit"])
 
@@ -43,7 +43,8 @@ class AfterStep:
                 moments = [_second_moment(site, optimizer) for site in sites_there]
                 with edited(holder):
                     for site, moment in zip(sites_there, moments, strict=True):
-                        site.quantizer.refit(site.weight, moment)
+                        for weight, quantizer in site.parts():
+                            quantizer.refit(weight, moment)
 
     def _damp(self, share: float) -> None:
         for holder, sites_there in self.trained:
@@ -54,6 +55,8 @@ class AfterStep:
 
 
 def _second_moment(site: Site, optimizer: Any) -> Tensor | None:
-    """Adam's, as the weight multiplies; None before the first step."""
+    """Adam's, as the weight multiplies; None before the first step, and of a weight that is held packed."""
+    if site.is_held:
+        return None
     found = moment(optimizer, site.parameter, "exp_avg_sq")
     return found.transpose(-1, -2) if found is not None and site.owner.TRANSPOSED else found

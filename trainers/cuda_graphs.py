@@ -2,7 +2,8 @@
 
 A step of a small model issues thousands of kernels that run for microseconds each, and a GPU waits for the host that
 launches them. A graph launches all of them at once. It reads and writes the same memory each time: a micro-batch is
-copied to where the recorded one lay, and gradients are added where they were. Everything else of a step (clipping, the
+copied to where the recorded one lay, and gradients are added where they were. A graph whose first replay does not give
+the loss and the gradients of the pass that was run before is not used. Everything else of a step (clipping, the
 optimizer, what follows it, evaluation) runs as ever, on parameters that stay where they are; should one move, graphs
 are recorded again.
 
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qat.errors import UnsupportedError
 from qat.sharded import is_divided
 from qat.training.heads import as_product
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 LENGTHS = 8  # to one of which the number of learnt tokens is padded
 MOST = 16  # graphs of one run; further shapes are run as they are
+SAME = 1e-2  # what a replayed pass's loss and gradients' norm may differ by from those of one that is run
 WARM = 2  # passes before one is recorded: what compiles or allocates at its first call is then done
 
 Batch = dict[str, Tensor]
@@ -169,12 +172,18 @@ class Passes:
         with self._on_side():
             for _ in range(WARM):
                 self._cleared()
-                self._once(own)
+                expected = self._once(own)
         if not self._gradients:
-            self._gradients = {p: p.grad for p in self.model.parameters() if p.grad is not None}
+            self._gradients = {p: p.grad.clone() for p in self.model.parameters() if p.grad is not None}
+        norm = self._norm([p.grad for p in self.model.parameters()])
         self._cleared()
         self.give()  # recorded as additions to these
         replay, loss = self._record(lambda: self._once(own))
+        torch._foreach_zero_(list(self._gradients.values()))
+        replay()
+        for run, again in ((expected, loss), (norm, self._norm(list(self._gradients.values())))):
+            if not bool((run - again).abs() <= SAME * run.abs()):  # NaN is not
+                raise UnsupportedError(f"a replayed pass gives {float(again):.6g} and one that is run {float(run):.6g}")
         if not self._passes:
             self._places = self._pointers()
             self.tell(
@@ -187,6 +196,10 @@ class Passes:
         with torch.autocast(loss.device.type, enabled=False):
             loss.backward()
         return loss.detach()
+
+    @staticmethod
+    def _norm(gradients: list[Tensor | None]) -> Tensor:
+        return torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
 
     def _cleared(self) -> None:
         for parameter in self.model.parameters():

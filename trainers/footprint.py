@@ -388,7 +388,7 @@ def _training_space(job: Job, facts: Facts, device: str, mixed: bool) -> int:
     else:
         logits = copies * FP32 * min(job.loss_chunk or chunk_tokens(0, 0, None), tokens)
     head = 2 * FP32 * shape.hidden * shape.vocabulary if facts.head_trained else 0
-    largest = max((m.parameters for m in facts.coverage.modules if m.weight), default=0)
+    largest = lora_footprint.largest(job, facts.coverage)
     backward = BACKWARD_COPIES * FP32 * largest + 4 * (BF16 if mixed else FP32) * tokens * shape.ffn
     return max(logits + head, backward)
 

@@ -196,13 +196,13 @@ def generate(
     chat: bool = False,
     device: str = "cpu",
     load_export: Callable[..., Any] | None = None,
-    make_cache: Callable[[Any], Any] | None = None,
+    make_cache: Callable[[Any, int], Any] | None = None,
     moved: str | None = None,
 ) -> None:
     """Stream a continuation of `prompt` to stdout and the speed to stderr; `load_export` and `moved` as in `load`.
 
     Args:
-        make_cache: gives the engine's cache for a model, or None for transformers' own.
+        make_cache: gives the engine's cache for a model and so many positions, or None for transformers' own.
 
     Raises:
         ConfigError: no such device, or a prompt that this model cannot read.
@@ -216,15 +216,15 @@ def generate(
     loaded.model.generation_config = _generation(loaded.model, tokenizer, room, temperature)
     streamer = _Printer(tokenizer, skip_prompt=chat)
     with served(loaded.model):
-        cache = None if make_cache is None else make_cache(loaded.model)
+        cache = None if make_cache is None else make_cache(loaded.model, length + room)
         given = {name: tensor.to(loaded.model.device) for name, tensor in inputs.items()}
         began = time.monotonic()
         output = loaded.model.generate(**given, streamer=streamer, past_key_values=cache)
     count = output.shape[1] - length
     seconds = time.monotonic() - began
     print(f"{count} tokens in {seconds:.1f} s: {count / seconds:.1f} tokens/s", file=sys.stderr)
-    if cache is not None:
-        print(cache.cost, file=sys.stderr)
+    if (cost := getattr(cache, "cost", None)) is not None:
+        print(cost, file=sys.stderr)
 
 
 def _prompt(model: Any, tokenizer: Any, prompt: str, chat: bool) -> dict[str, torch.Tensor]:
@@ -274,6 +274,7 @@ def _generation(model: Any, tokenizer: Any, tokens: int, temperature: float) -> 
 
     own = model.generation_config
     settings: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": tokens, "use_cache": True}
+    settings["disable_compile"] = True  # an engine records steps instead
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(own, name, None)
         ids = value if isinstance(value, list) else [value]

@@ -9,7 +9,7 @@ from torch import nn
 from qat.adapters import candidates
 from qat.checkpoints.packed import is_packed
 from qat.lora import LoraConfig, is_linear
-from qat.surgery import Coverage, Covered
+from qat.surgery import Coverage
 from qat.trainers.job import Job
 
 FP32 = 4
@@ -28,7 +28,17 @@ def saved(job: Job, model: nn.Module, coverage: Coverage) -> int:
     """Bytes of the master weights that are not there, since codes and scales are held instead."""
     if not holds_packed(job):
         return 0
-    return int(sum(covered.parameters * (FP32 - covered.bits / 8) for covered in _able(model, coverage)))
+    able = {candidate.path for candidate in candidates(model) if candidate.slot.low_rank}
+    held = [covered for covered in coverage.modules if covered.weight and covered.path in able]
+    return int(sum(covered.parameters * (FP32 - covered.bits / 8) for covered in held))
+
+
+def largest(job: Job, coverage: Coverage) -> int:
+    """Values of the largest quantized weight that is ever dense: of a stack that is held packed one matrix."""
+    shapes = [
+        covered.shape[-2:] if holds_packed(job) else covered.shape for covered in coverage.modules if covered.weight
+    ]
+    return max(map(math.prod, shapes), default=0)
 
 
 def holds_packed(job: Job) -> bool:
@@ -48,11 +58,6 @@ def dense_first(job: Job) -> bool:
     checkpoint are not."""
     folder = Path(job.model.id).expanduser()
     return holds_packed(job) and not ((folder / "config.json").is_file() and is_packed(folder))
-
-
-def _able(model: nn.Module, coverage: Coverage) -> list[Covered]:
-    linear = _linear(model)
-    return [covered for covered in coverage.modules if covered.weight and covered.path in linear]
 
 
 def _linear(model: nn.Module) -> set[str]:

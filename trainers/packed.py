@@ -110,14 +110,20 @@ def check(job: "Job", folder: Path | None, model: Any) -> None:
 
 def continues(student: Any) -> bool:
     """Whether `student` was unpacked from a packed checkpoint."""
-    return packed.read(_folder(student)) is not None
+    return is_from_packed(folder_of(student))
+
+
+def is_from_packed(folder: Path) -> bool:
+    """Whether the model in `folder` was."""
+    return packed.read(folder) is not None
 
 
 def put(student: Any) -> list[str]:
     """Put a quantized student where its packed checkpoint is, if it is made of one; returns what is worth telling."""
-    found = packed.read(_folder(student))
+    found = packed.read(folder_of(student))
     return [] if found is None else found.put(student)
 
 
-def _folder(student: Any) -> Path:
+def folder_of(student: Any) -> Path:
+    """Where the student was loaded from."""
     return Path(student.config._name_or_path)

@@ -5,6 +5,7 @@ Read at evaluations, never in steps: a reading rounds every weight once more, wh
 each to the host. Of codes and scales an even sample is remembered, on the device.
 """
 
+import functools
 import math
 from pathlib import Path
 
@@ -33,7 +34,7 @@ class QuantizerMetrics:
 
     def __init__(self, model: nn.Module, start: Path | None = None) -> None:
         found = list(_weights(model).values())
-        first = {site.path: _sample(_quantized(site)) for site in opened(model, found)}
+        first = {site.path: _sample(site.quantize()) for site in opened(model, found)}
         self._last = {path: codes for path, (codes, _) in first.items()}
         if start is not None and start.is_file():
             with safe_open(start, "pt") as file:
@@ -55,27 +56,30 @@ class QuantizerMetrics:
         found = _weights(model)
         by_path = {site.path: self._row(site.path, site) for site in opened(model, list(found.values()))}
         rows = torch.stack([by_path[path] for path in found]).cpu().double()
-        sizes = torch.tensor([site.weight.numel() for site in found.values()], dtype=torch.float64)
+        sizes = torch.tensor([math.prod(site.shape) for site in found.values()], dtype=torch.float64)
         mean = (rows * (sizes / sizes.sum())[:, None]).sum(dim=0).tolist()
         names = ("flip_rate", "flip_rate_last", "clip_rate", "scale_drift", "qsnr")
         total = {f"quantizers/{name}": value for name, value in zip(names, mean, strict=True)}
         return total | {f"qsnr/{path}": value for path, value in zip(found, rows[:, -1].tolist(), strict=True)}
 
     def _row(self, path: str, site: Site) -> Tensor:
-        quantized = _quantized(site)
-        codes, scale = _sample(quantized)
+        codes, scale = _sample(site.quantize())
         (first, first_scale), last = self._first[path], self._last[path]
         self._last[path] = codes
-        weight = site.quantizer.transformed(site.weight).float()
+        norms, beyond = [], []
+        for latent, quantizer in site.parts():
+            weight, quantized = quantizer.transformed(latent).float(), quantizer.quantize(latent)
+            norms.append([torch.linalg.vector_norm(t) for t in (weight - quantized.dequantize(), weight)])
+            beyond.append(clipped(weight, site.format, quantized.scales))
+        noise, signal = (functools.reduce(torch.hypot, each) for each in zip(*norms, strict=True))
         drift = (scale / first_scale).log2().abs()
-        noise = torch.linalg.vector_norm(weight - quantized.dequantize()) / torch.linalg.vector_norm(weight)
         return torch.stack(
             [
                 (codes != first).float().mean(),
                 (codes != last).float().mean(),
-                clipped(weight, site.format, quantized.scales),
+                torch.stack(beyond).mean(),
                 torch.where(torch.isfinite(drift), drift, 0.0).mean(),
-                -20 * noise.log10(),
+                -20 * (noise / signal).log10(),
             ]
         )
 
@@ -110,12 +114,6 @@ def _weights(model: nn.Module) -> dict[str, Site]:
     for site in sites(model, "weight"):
         once.setdefault(id(site.quantizer), site)
     return {site.path: site for site in once.values()}
-
-
-def _quantized(site: Site) -> QTensor:
-    with torch.no_grad():
-        quantized: QTensor = site.quantizer.quantize(site.weight)
-    return quantized
 
 
 def _sample(quantized: QTensor) -> tuple[Tensor, Tensor]:

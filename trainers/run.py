@@ -21,7 +21,7 @@ from qat.checkpoints.progress import counted, mute
 from qat.errors import Interrupted
 from qat.init.calibration import initialise, observe, unreached
 from qat.modes import dense
-from qat.numbers.numerics import qsnr
+from qat.numbers.numerics import qsnr_of_parts
 from qat.sharded import is_divided, opened, read
 from qat.sites import Site, weights
 from qat.surgery import Coverage, apply, report, rotate_inputs
@@ -210,9 +210,10 @@ def _whole(
 ) -> tuple[nn.Module, nn.Module | None, Coverage, int]:
     """What `divided.load` gives, but nothing is quantized or divided yet."""
     teacher = None if reference is None else load_teacher(job, reference)
-    student: nn.Module = load_configured(job.model, source, device=device)
+    place = adapted.first_place(job, source, device)
+    student: nn.Module = load_configured(job.model, source, device=place)
     coverage = report(student, job.scheme)
-    check_called(student.to(adapted.first_place(job, student, device)), coverage)
+    check_called(student.to(place), coverage)
     strategy.check_models(job, *(model for model in (student, teacher) if model is not None))
     return student, teacher, coverage, sum(p.numel() for p in student.parameters())
 
@@ -373,5 +374,8 @@ def _report(
 def _site_qsnrs(student: nn.Module) -> dict[str, float]:
     """QSNR in dB of every weight as it is against itself quantized, by layer."""
     found = weights(student)
-    measured = {site.path: qsnr(site.weight, site.value()) for site in opened(student, list(found.values()))}
+    measured = {
+        site.path: qsnr_of_parts((weight, quantizer(weight)) for weight, quantizer in site.parts())
+        for site in opened(student, list(found.values()))
+    }
     return {path: measured[path] for path in found}

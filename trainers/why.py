@@ -57,7 +57,7 @@ def keep_start(run: Path, model: nn.Module, write: bool = True) -> None:
 
 def _stored(site: Site) -> tuple[Tensor, Tensor]:
     """Codes (uint8) and effective scales (float32), on the CPU."""
-    quantized = site.quantizer.quantize(site.weight)
+    quantized = site.quantize()
     return quantized.codes.cpu().contiguous(), quantized.scales.effective().float().cpu().contiguous()
 
 

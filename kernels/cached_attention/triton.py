@@ -20,6 +20,8 @@ order by a second kernel. Nothing behind the last token is read.
 """
 
 import math
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,9 +29,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qat.kernels.cached_attention.choose import WORD, choose, problem, scale_place
+from qat.kernels.cached_attention.choose import WORD, Tiles, choose, problem, scale_place
 from qat.kernels.cached_attention.decode.triton import factors, parts
 from qat.kernels.device import Device, device_of
+from qat.kernels.launch import Launch
 from qat.numbers.catalog import lookup
 from qat.numbers.format import Format
 from qat.numbers.scale import TINY as SMALLEST
@@ -76,7 +79,6 @@ def cached_attention_kernel(
     out,
     sums,
     ends,
-    scaling,
     T,
     piece,
     heads,
@@ -89,6 +91,7 @@ def cached_attention_kernel(
     stride_vh,
     stride_mb,
     stride_mq,
+    scaling,
     QUERIES: tl.constexpr,
     ROWS: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -311,6 +314,25 @@ def scales_of(rows: Tensor, fmt: Format) -> Tensor:
     return rows if fmt.scale.is_bytes else rows.view(fmt.scale.storage)
 
 
+@cache
+def _launch(
+    key: str, value: str, sizes: tuple[int, int, int, int], told: tuple[bool, bool, bool, bool, bool], tiles: Tiles
+) -> Launch:
+    (queries, rows, width, value_width), (causal, masked, exact, assembly, split) = sizes, told
+    of_keys = side("K", lookup(key), width, assembly=assembly)
+    of_values = side("V", lookup(value), value_width, assembly=assembly)
+    return Launch(
+        cached_attention_kernel, QUERIES=queries, ROWS=rows, CAUSAL=causal, MASKED=masked, SPLIT=split,
+        DTYPE=tl.float32 if exact else tl.float16, ASSEMBLY=assembly, BLOCK_R=tiles.block_r,
+        BLOCK_T=tiles.block_t, STAGES=tiles.stages, num_warps=tiles.warps, **of_keys, **of_values,
+    )  # fmt: skip
+
+
+@cache
+def _merge(width: int) -> Launch:
+    return Launch(merge_pieces_kernel, WIDTH=width, BLOCK_D=triton.next_power_of_2(width), BLOCK_P=MERGED)
+
+
 def cached_attention(
     query: Tensor,
     keys: Tensor,
@@ -349,19 +371,11 @@ def cached_attention(
     split, assembly = pieces > 1, assembles(query, device)
     sums = query.new_empty(batch * heads * rows, pieces, value_width, dtype=torch.float32) if split else None
     ends = query.new_empty(2, batch * heads * rows, pieces, dtype=torch.float32) if split else None
-    cached_attention_kernel[pieces, heads, batch](
-        query,
-        keys.view(torch.int16),
-        values.view(torch.int16),
-        scales_of(keys, key),
-        scales_of(values, value),
-        key_static,
-        value_static,
-        mask,
-        out,
-        sums,
-        ends,
-        scaling * math.log2(math.e),
+    sizes = queries, rows, width, value_width
+    told = causal, mask is not None, exact, assembly, split
+    launch = _launch(key_format, value_format, sizes, told, replace(tiles, piece=0))
+    call = launch.at(
+        (pieces, heads, batch),
         tokens,
         tiles.piece,
         heads,
@@ -369,25 +383,12 @@ def cached_attention(
         *(stride // keys.shape[-1] for stride in keys.stride()[:2]),
         *(stride // values.shape[-1] for stride in values.stride()[:2]),
         *((0, 0) if mask is None else (mask.stride(0), mask.stride(2))),
-        QUERIES=queries,
-        ROWS=rows,
-        CAUSAL=causal,
-        MASKED=mask is not None,
-        DTYPE=tl.float32 if exact else tl.float16,
-        ASSEMBLY=assembly,
-        **side("K", key, width, assembly=assembly),
-        **side("V", value, value_width, assembly=assembly),
-        SPLIT=split,
-        BLOCK_R=tiles.block_r,
-        BLOCK_T=tiles.block_t,
-        STAGES=tiles.stages,
-        num_warps=tiles.warps,
     )
+    held = keys.view(torch.int16), values.view(torch.int16), scales_of(keys, key), scales_of(values, value)
+    call((query, *held, key_static, value_static, mask, out, sums, ends), scaling * math.log2(math.e))
     if split:
-        block_d = triton.next_power_of_2(value_width)
-        merge_pieces_kernel[batch * heads * rows,](
-            sums, ends, out, batch * heads * rows, pieces, WIDTH=value_width, BLOCK_D=block_d, BLOCK_P=MERGED
-        )
+        count = batch * heads * rows
+        _merge(value_width).at((count,), count, pieces)((sums, ends, out))
     return out
 
 

@@ -15,6 +15,7 @@ Every thread reads an element before the same thread writes it, or before a redu
 """
 
 import math
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qat.kernels.launch import Call, Launch
 from qat.training.rows import IGNORE, reference
 
 TILE, PER_THREAD = 2048, 8  # logits of one model per step: 16 bytes of BF16 per thread
@@ -169,6 +171,17 @@ def warps(block: int) -> int:
     return max(1, block // (32 * PER_THREAD))
 
 
+@cache
+def _launch(kind: str, vocabulary: int) -> Launch:
+    fixed = constants(kind, vocabulary)
+    return Launch(distill_rows_kernel, **fixed, num_warps=warps(fixed["BLOCK"]))
+
+
+@lru_cache(maxsize=1024)
+def _call(kind: str, rows: int, vocabulary: int, *strides: int) -> Call:
+    return _launch(kind, vocabulary).at((rows,), vocabulary, *strides)
+
+
 def distill_rows(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
@@ -191,22 +204,14 @@ def distill_rows(
         return losses.zero_()
     work, *others = (logits if logits.stride(-1) == 1 else logits.contiguous() for logits in both)
     teacher = others[0] if others else None
-    fixed = constants(kind, vocabulary)
-    distill_rows_kernel[(rows,)](
-        work,
-        teacher,
-        None if targets is None else targets.contiguous(),
-        losses,
-        vocabulary,
-        work.stride(0),
-        0 if teacher is None else teacher.stride(0),
+    call = _call(kind, rows, vocabulary, work.stride(0), 0 if teacher is None else teacher.stride(0))
+    call(
+        (work, teacher, None if targets is None else targets.contiguous(), losses),
         float(temperature),
         float(beta),
         math.log(beta),
         math.log1p(-beta),
         float(scale),
-        **fixed,
-        num_warps=warps(fixed["BLOCK"]),
     )
     if work is not student_logits:
         student_logits.copy_(work)

@@ -1,6 +1,7 @@
 """The scales in force and their gradients in one launch each, where PyTorch takes ten to twenty: a small layer's step
 waits for launches. Exponentials stay PyTorch's, whose bits no other implementation promises."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from qat.kernels.fake_quantize.choose import scales_problem
 from qat.kernels.fake_quantize.triton import ALL, clamp, rounded, to_bf16_grid
+from qat.kernels.launch import Launch
 from qat.numbers.catalog import lookup
 from qat.numbers.scale import MinifloatScale
 from qat.training.scales import effective_scales_backward_reference, effective_scales_reference
@@ -138,15 +140,28 @@ def effective_scales(
     start, factors = start.contiguous(), _exponentials(log_scale, log_divisor)
     multiplier = torch.empty(start.shape, dtype=torch.float32, device=start.device)
     divisor = start.new_empty(0 if log_divisor is None else log_divisor.shape)
-    element: Any = scale.element if isinstance(scale, MinifloatScale) else None
-    effective_scales_kernel[(triton.cdiv(start.numel(), BLOCK),)](
-        start, *factors, None if global_scale is None else global_scale.contiguous(), multiplier, divisor,
-        start.numel(), start.shape[-1], SCALE=scale.name, SMALLEST=scale.smallest, LARGEST=scale.largest,
-        MANTISSA=element.mantissa_bits if element else 0, MIN_NORMAL=element.min_normal if element else 1.0,
-        LEARNED=log_scale is not None, DIVIDES=log_divisor is not None, ABOVE=above,
-        PARTS=_parts(start, log_divisor), BLOCK=BLOCK,
-    )  # fmt: skip
+    launch = _launch(format, log_scale is not None, log_divisor is not None, above, _parts(start, log_divisor))
+    above_all = None if global_scale is None else global_scale.contiguous()
+    call = launch.at((triton.cdiv(start.numel(), BLOCK),), start.numel(), start.shape[-1])
+    call((start, *factors, above_all, multiplier, divisor))
     return multiplier, divisor
+
+
+@cache
+def _launch(format: str, learned: bool, divides: bool, above: str, parts: int) -> Launch:
+    scale = lookup(format).scale
+    element: Any = scale.element if isinstance(scale, MinifloatScale) else None
+    return Launch(
+        effective_scales_kernel, SCALE=scale.name, SMALLEST=scale.smallest, LARGEST=scale.largest,
+        MANTISSA=element.mantissa_bits if element else 0, MIN_NORMAL=element.min_normal if element else 1.0,
+        LEARNED=learned, DIVIDES=divides, ABOVE=above, PARTS=parts, BLOCK=BLOCK,
+    )  # fmt: skip
+
+
+@cache
+def _launch_backward(learned: bool, divides: bool, parts: int) -> Launch:
+    fixed = {"LEARNED": learned, "DIVIDES": divides, "PARTS": parts, "BLOCK": BLOCK}
+    return Launch(effective_scales_backward_kernel, **fixed)
 
 
 def _exponentials(*logs: Tensor | None) -> list[Tensor | None]:
@@ -168,9 +183,8 @@ def effective_scales_backward(
         return effective_scales_backward_reference(grad_multiplier, grad_divisor, start, log_scale, log_divisor)
     found = [None if log is None else torch.empty(log.shape, dtype=log.dtype, device=log.device) for log in logs]
     if any(each is not None for each in found):
-        effective_scales_backward_kernel[(triton.cdiv(start.numel(), BLOCK),)](
-            *(None if grad is None else grad.contiguous() for grad in grads), start.contiguous(),
-            *_exponentials(*logs), *found, start.numel(), LEARNED=logs[0] is not None, DIVIDES=logs[1] is not None,
-            PARTS=_parts(start, logs[1]), BLOCK=BLOCK,
-        )  # fmt: skip
+        launch = _launch_backward(logs[0] is not None, logs[1] is not None, _parts(start, logs[1]))
+        given = *(None if grad is None else grad.contiguous() for grad in grads), start.contiguous()
+        call = launch.at((triton.cdiv(start.numel(), BLOCK),), start.numel())
+        call((*given, *_exponentials(*logs), *found))
     return [each for each in found if each is not None]

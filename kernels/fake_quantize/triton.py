@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qat.kernels.fake_quantize.choose import Plan, plan, problem
+from qat.kernels.launch import Call, Launch
 from qat.numbers.catalog import lookup
 from qat.numbers.format import Format
 from qat.training.ops import fake_quantize_backward_reference, fake_quantize_reference, quantized_linear_reference
@@ -90,9 +91,9 @@ def fake_quantize_kernel(
     out,
     R,
     C,
+    scale_columns,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
-    scale_columns,
     KIND: tl.constexpr,
     MANTISSA: tl.constexpr,
     MIN_NORMAL: tl.constexpr,
@@ -145,9 +146,9 @@ def fake_quantize_backward_kernel(
     R,
     C,
     SEGMENT,
+    scale_columns,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
-    scale_columns,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     ZEROS: tl.constexpr,
@@ -219,7 +220,6 @@ def limits(fmt: Format) -> dict[str, float]:
     return {"LOW": float(low), "HIGH": float(high)}
 
 
-@lru_cache(maxsize=256)  # at every launch; callers copy it
 def constants(fmt: Format) -> dict[str, Any]:
     """Compile-time arguments of `rounded`; whatever depends on the format is derived here."""
     element, grid = fmt.element, torch.tensor(fmt.element.grid if fmt.element.kind == "table" else (0.0,))
@@ -253,24 +253,47 @@ def takes(x: Tensor, scales: Sequence[Tensor | None], zero_point: Tensor | None,
 def _forward(x: Tensor, scales: Sequence[Tensor | None], fmt: Format, round_bf16: bool, dtype: torch.dtype) -> Tensor:
     """x (..., columns) on its grid, in `dtype`; scales are (divisor or None, multiplier, zero points)."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    rows, columns = size(x)
-    cut = plan(fmt, rows, columns, 4096)
     divisor, multiplier, zeros = (None if t is None else t.contiguous() for t in scales)
     divisor = multiplier if divisor is None else divisor
     # The cast to BF16 rounds like this by itself on a device, but not in Triton's interpreter.
     round_here = (round_bf16 and fmt.rounds_in_bf16) or (dtype == torch.bfloat16 and not x.is_cuda)
-    fake_quantize_kernel[(cut.tiles,)](
-        x.contiguous(), divisor, multiplier, zeros, out, cut.rows, cut.columns,
-        **_geometry(cut), **constants(fmt), ROUND_BF16=round_here, num_warps=cut.warps,
-    )  # fmt: skip
+    _call(fmt.name, *size(x), round_here)((x.contiguous(), divisor, multiplier, zeros, out))
     return out
+
+
+@lru_cache(maxsize=1024)
+def _call(format: str, rows: int, columns: int, round_here: bool) -> Call:
+    fmt = lookup(format)
+    cut = plan(fmt, rows, columns, 4096)
+    fixed = {**_geometry(cut), **constants(fmt), "ROUND_BF16": round_here}
+    launch = Launch(fake_quantize_kernel, **fixed, num_warps=cut.warps)
+    return launch.at((cut.tiles,), cut.rows, cut.columns, cut.scale_columns)
+
+
+@lru_cache(maxsize=1024)
+def _call_backward(
+    format: str, rows: int, columns: int, clipped: bool, one_scale: bool, needs: tuple[bool, ...]
+) -> tuple[Call, Plan]:
+    fmt = lookup(format)
+    cut = plan(fmt, rows, columns, 2048, PROGRAMS)
+    launch = Launch(
+        fake_quantize_backward_kernel, **_geometry(cut), **limits(fmt), ZEROS=fmt.zero_point, CLIPPED=clipped,
+        ONE_SCALE=one_scale, NEEDS_X=needs[0], NEEDS_DIVISOR=needs[1], NEEDS_MULTIPLIER=needs[2], WHOLE=_is_whole(cut),
+        ONE_TILE=cut.segment <= cut.tile_columns, num_warps=cut.warps,
+    )  # fmt: skip
+    grid = (-(-cut.rows // cut.tile_rows) * cut.segments,)
+    return launch.at(grid, cut.rows, cut.columns, cut.segment, cut.scale_columns), cut
+
+
+def _is_whole(cut: Plan) -> bool:
+    """Whether a program of a reduction sees whole rows of one scale each."""
+    return cut.block_columns == 0 and cut.segments == 1
 
 
 def _geometry(cut: Plan) -> dict[str, int]:
     return {
         "BLOCK_ROWS": cut.block_rows,
         "BLOCK_COLUMNS": cut.block_columns,
-        "scale_columns": cut.scale_columns,
         "TILE_ROWS": cut.tile_rows,
         "TILE_COLUMNS": cut.tile_columns,
     }
@@ -330,22 +353,15 @@ def fake_quantize_backward(
     fmt = lookup(format)
     if grad.dtype == torch.float64 or not takes(x, (divisor, multiplier), zero_point, fmt):
         return fake_quantize_backward_reference(grad, x, y, divisor, multiplier, zero_point, format, estimator, needs)
-    rows, columns = size(x)
-    cut = plan(fmt, rows, columns, 2048, PROGRAMS)
+    call, cut = _call_backward(format, *size(x), estimator == "clipped", divisor is None, tuple(needs))
     one = multiplier.contiguous()
     two = one if divisor is None else divisor.contiguous()
-    whole = cut.block_columns == 0 and cut.segments == 1
     grad_x = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device) if needs[0] else None
     sums = [one.new_empty(cut.rows, cut.segments) if need else None for need in needs[1:]]
-    fake_quantize_backward_kernel[(-(-cut.rows // cut.tile_rows) * cut.segments,)](
-        grad.contiguous(), x.contiguous(), None if y is None else y.contiguous(), two, one,
-        None if zero_point is None else zero_point.contiguous(), grad_x, *sums, cut.rows, cut.columns, cut.segment,
-        **_geometry(cut), **limits(fmt), ZEROS=fmt.zero_point, CLIPPED=estimator == "clipped",
-        ONE_SCALE=divisor is None, NEEDS_X=needs[0], NEEDS_DIVISOR=needs[1], NEEDS_MULTIPLIER=needs[2], WHOLE=whole,
-        ONE_TILE=cut.segment <= cut.tile_columns, num_warps=cut.warps,
-    )  # fmt: skip
+    y, zeros = (None if t is None else t.contiguous() for t in (y, zero_point))
+    call((grad.contiguous(), x.contiguous(), y, two, one, zeros, grad_x, *sums))
     divisor_sum, multiplier_sum = (None if t is None else _added(t, cut, one.shape) for t in sums)
-    if not whole:
+    if not _is_whole(cut):
         divisor_sum = None if divisor_sum is None else -(divisor_sum / two) * (one / two)
         multiplier_sum = None if multiplier_sum is None else multiplier_sum / one
     return [t for t in (grad_x, divisor_sum, multiplier_sum) if t is not None]

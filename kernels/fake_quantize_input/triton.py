@@ -5,6 +5,7 @@ reference's bits. A program holds whole blocks: many groups, or one token, whose
 it is longer than fits into registers.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from qat.kernels.fake_quantize.choose import input_problem
 from qat.kernels.fake_quantize.triton import ALL, constants, rounded, size, to_bf16_grid
+from qat.kernels.launch import Call, Launch
 from qat.numbers.catalog import lookup
 from qat.numbers.element import EXPONENT_BIAS
 from qat.numbers.format import Format
@@ -177,9 +179,13 @@ def fake_quantize_input(x: Tensor, static: Tensor | None, format: str, estimator
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     keep = estimator == "clipped"
     scales = torch.empty(shape if keep else 0, dtype=torch.float32, device=x.device)
-    fixed = arguments(fmt, rows, columns)
-    fake_quantize_input_kernel[(triton.cdiv(rows, fixed["TILE_ROWS"]),)](
-        x.contiguous(), static, out, scales, rows, columns, **fixed, KEEP=keep,
-        ROUND_BF16=x.dtype == torch.bfloat16 and not x.is_cuda,  # the interpreter's cast does not round
-    )  # fmt: skip
+    round_here = x.dtype == torch.bfloat16 and not x.is_cuda  # the interpreter's cast does not round
+    _call(format, rows, columns, keep, round_here)((x.contiguous(), static, out, scales))
     return out, scales
+
+
+@lru_cache(maxsize=1024)
+def _call(format: str, rows: int, columns: int, keep: bool, round_here: bool) -> Call:
+    fixed = arguments(lookup(format), rows, columns)
+    launch = Launch(fake_quantize_input_kernel, **fixed, KEEP=keep, ROUND_BF16=round_here)
+    return launch.at((triton.cdiv(rows, fixed["TILE_ROWS"]),), rows, columns)

@@ -28,9 +28,12 @@ tokens, so M tokens cost 16 * M / BITS operations per byte: up to about 70 token
 operations per byte) waits for memory, and only two things matter: enough programs to keep all of it busy, hence
 SPLITS pieces of K where N alone gives too few, and loads under way while the last tile is decoded, hence `num_stages`.
 Beyond, decoding counts (a shift, a mask, an "or" and a subtraction per code and BLOCK_M tokens), and the tensor
-cores wait for it. Sums of splits are added in a fixed order by the host, without atomics.
+cores wait for it. Sums of splits are added in a fixed order by the host, without atomics. Prompts of some 200 tokens
+and more are decoded to dense rows for the library (`dense`).
 """
 
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -39,15 +42,17 @@ import triton.language as tl
 from torch import Tensor
 
 from qat.kernels.device import device_of
-from qat.kernels.packed_linear.choose import Tiles, choose, choose_panels, problem
+from qat.kernels.launch import Call, Launch
+from qat.kernels.packed_linear.choose import Tiles, choose, problem
 from qat.kernels.packed_linear.decode.triton import decode, decode_scale
+from qat.kernels.packed_linear.dense import triton as dense
+from qat.kernels.packed_linear.dense.choose import FEW
 from qat.kernels.packed_linear.panels import triton as panels
 from qat.numbers.catalog import lookup
 from qat.numbers.format import Format
 from qat.numbers.scale import UE4M3
 from qat.serving.packed import reference
 from qat.serving.panels import in_panels, rows_of
-from qat.serving.panels import tile as panel_tile
 from qat.serving.words import PART, tile
 
 
@@ -163,6 +168,35 @@ def constants(fmt: Format, columns: int, *, zeros: bool, bias: bool, dtype: Any,
 COMPUTE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
+@dataclass(frozen=True)
+class Product:
+    """What the shape of a product decides, worked out once."""
+
+    call: Call
+    splits: int
+
+
+@lru_cache(maxsize=4096)
+def product(
+    format: str, sizes: tuple[int, ...], dtype: torch.dtype, zeros: bool, bias: bool, processors: int
+) -> Product | None:
+    """Of x (tokens, columns) and a weight (rows, columns), `sizes` and both strides; None where the reference
+    multiplies."""
+    tokens, rows, columns, *_ = sizes
+    fmt = lookup(format)
+    if problem(fmt) is not None:
+        return None
+    tiles = choose(tokens, rows, columns, tile(fmt.element.bits), processors)
+    grid = triton.cdiv(rows, tiles.block_n), triton.cdiv(tokens, tiles.block_m), tiles.splits
+    return Product(_launch(format, columns, dtype, zeros, bias, tiles).at(grid, *sizes), tiles.splits)
+
+
+@lru_cache(maxsize=1024)
+def _launch(format: str, columns: int, dtype: torch.dtype, zeros: bool, bias: bool, tiles: Tiles) -> Launch:
+    fixed = constants(lookup(format), columns, zeros=zeros, bias=bias, dtype=COMPUTE[dtype], tiles=tiles)
+    return Launch(packed_linear_kernel, **fixed, num_warps=tiles.warps, num_stages=tiles.stages)
+
+
 def packed_linear(
     x: Tensor,
     words: Tensor,
@@ -174,49 +208,36 @@ def packed_linear(
     prepared: Tensor | None = None,
 ) -> Tensor:
     """The operator `qat::packed_linear` on a device that runs Triton; computes in the dtype of x, sums in float32."""
-    fmt, columns, rows = lookup(format), x.shape[-1], rows_of(words)
-    if problem(fmt) is not None:
-        return reference(x, words, scales, zeros, bias, global_scale, format)
-    flat = x.reshape(-1, columns)
-    flat = flat if flat.stride(-1) == 1 else flat.contiguous()
-    tokens = flat.shape[0]
-    out = x.new_empty(*x.shape[:-1], rows)
+    columns, rows, device = x.shape[-1], rows_of(words), device_of(x)
+    out = x.new_empty((*x.shape[:-1], rows))
+    tokens = x.numel() // columns
     if tokens == 0 or rows == 0:
         return out
-    device = device_of(x)
-    if in_panels(words):
-        few = choose_panels(tokens, rows, columns, panel_tile(fmt), device.processors)
-        fixed = panels.constants(
-            fmt,
-            columns,
-            bias=bias is not None,
-            dtype=COMPUTE[x.dtype],
-            assembly=panels.multiplies_pairs(x, device),
-            tiles=few,
+    flat = x if x.is_contiguous() else _flat(x, columns)
+    if tokens > FEW and dense.takes(format, tokens, x.dtype):
+        dense.multiply(
+            flat.view(tokens, columns), words, scales, zeros, bias, out.view(tokens, rows), global_scale, format
         )
-        panels.launch(flat, words, scales, bias, out.view(tokens, rows), global_scale, fixed, few)
         return out
-    tiles = choose(tokens, rows, columns, tile(fmt.element.bits), device.processors)
-    target = out if tiles.splits == 1 else x.new_empty(tiles.splits, tokens, rows, dtype=torch.float32)
-    grid = (triton.cdiv(rows, tiles.block_n), triton.cdiv(tokens, tiles.block_m), tiles.splits)
-    packed_linear_kernel[grid](
-        flat,
-        words,
-        scales.contiguous(),
-        None if zeros is None else zeros.contiguous(),
-        bias,
-        target,
-        tokens,
-        rows,
-        columns,
-        flat.stride(0),
-        words.stride(0),
-        global_scale,
-        **constants(fmt, columns, zeros=zeros is not None, bias=bias is not None, dtype=COMPUTE[x.dtype], tiles=tiles),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
-    if tiles.splits > 1:
+    stride = columns if flat is x else flat.stride(0)
+    if in_panels(words):
+        assembly = panels.multiplies_pairs(x, device)
+        shape = tokens, rows, columns, stride
+        panels.multiply(format, shape, flat, words, scales, bias, out, global_scale, assembly, device.processors)
+        return out
+    sizes = tokens, rows, columns, stride, words.stride(0)
+    own = product(format, sizes, x.dtype, zeros is not None, bias is not None, device.processors)
+    if own is None:
+        return reference(x, words, scales, zeros, bias, global_scale, format)
+    target = out if own.splits == 1 else x.new_empty((own.splits, tokens, rows), dtype=torch.float32)
+    zeros = None if zeros is None else zeros.contiguous()
+    own.call((flat, words, scales.contiguous(), zeros, bias, target), global_scale)
+    if own.splits > 1:
         summed = target.sum(dim=0)
         out.view(tokens, rows).copy_(summed if bias is None else summed + bias)
     return out
+
+
+def _flat(x: Tensor, columns: int) -> Tensor:
+    flat = x.reshape(-1, columns)
+    return flat if flat.stride(-1) == 1 else flat.contiguous()

@@ -12,6 +12,7 @@ for FP8 and FP4 the instructions per value come close (11 to 26, see `kernels/RE
 multiplication by a reciprocal and one correction.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from torch import Tensor
 
 from qat.errors import UnsupportedError
 from qat.kernels.device import device_of
+from qat.kernels.launch import Call, Launch
 from qat.kernels.quantize_input.choose import Tiles, choose
 from qat.kernels.quantize_input.codes.triton import MAGNITUDE, block_scale, divisor, encode, float_bits, quotient
+from qat.numbers.catalog import lookup
 from qat.numbers.format import Format
 from qat.serving.inputs import check, empty, nan_code
 from qat.training.activations import floors
@@ -214,6 +217,22 @@ def shares_rows(fmt: Format, norm: bool) -> bool:
     return norm or (fmt.is_rowwise and not fmt.group)
 
 
+@lru_cache(maxsize=4096)
+def _call(format: str, sizes: tuple[int, ...], source: str, norm: bool, dtype: torch.dtype, processors: int) -> Call:
+    """For x (rows, columns), `sizes` and what else is counted."""
+    fmt, (rows, columns, *_) = lookup(format), sizes
+    tiles = choose(rows, columns, shares_rows(fmt, norm), processors)
+    grid = triton.cdiv(rows, tiles.rows), 1 if tiles.steps else triton.cdiv(columns, tiles.block)
+    return _launch(format, source, norm, dtype, tiles).at(grid, *sizes)
+
+
+@lru_cache(maxsize=1024)
+def _launch(format: str, source: str, norm: bool, dtype: torch.dtype, tiles: Tiles) -> Launch:
+    fixed = constants(lookup(format), source, norm, COMPUTE[dtype], tiles)
+    # A fused multiplication and addition would round once where the meaning rounds twice.
+    return Launch(quantize_input_kernel, **fixed, num_warps=tiles.warps, enable_fp_fusion=False)
+
+
 def _flat(x: Tensor) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(-1) == 1 else flat.contiguous()
@@ -236,32 +255,13 @@ def _run(
     if x.numel() == 0:
         scales.zero_() if static is None or not fmt.is_static else scales.copy_(static)
         return codes, scales, sums
-    norm = weight is not None
     flat = _flat(x)
     rest = None if other is None else _flat(other)
-    rows, columns = flat.shape
-    processors = device_of(x).processors
-    tiles = choose(rows, columns, shares_rows(fmt, norm), processors)
-    grid = (triton.cdiv(rows, tiles.rows), 1 if tiles.steps else triton.cdiv(columns, tiles.block))
-    quantize_input_kernel[grid](
-        flat,
-        rest,
-        weight,
-        static,
-        codes.view(torch.uint8) if codes.dtype.is_floating_point else codes,
-        scales,
-        sums,
-        rows,
-        columns,
-        codes.shape[-1],
-        scales.shape[-1],
-        flat.stride(0),
-        0 if rest is None else rest.stride(0),
-        eps,
-        **constants(fmt, source, norm, COMPUTE[x.dtype], tiles),
-        num_warps=tiles.warps,
-        enable_fp_fusion=False,  # a fused multiplication and addition would round once where the meaning rounds twice
-    )
+    strides = flat.stride(0), 0 if rest is None else rest.stride(0)
+    sizes = *flat.shape, codes.shape[-1], scales.shape[-1], *strides
+    call = _call(format, sizes, source, weight is not None, x.dtype, device_of(x).processors)
+    target = codes.view(torch.uint8) if codes.dtype.is_floating_point else codes
+    call((flat, rest, weight, static, target, scales, sums), eps)
     return codes, scales, sums
 
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qat.kernels.fake_quantize.triton import constants, rounded, takes
+from qat.kernels.launch import Launch
 from qat.numbers.catalog import lookup
 from qat.numbers.format import Format
 from qat.serving.packed import problem
@@ -103,8 +104,8 @@ def quantize_pack(weight: Tensor, divisor: Tensor, zero_point: Tensor | None, fo
     fixed = arguments(fmt, rows, columns)
     across = triton.cdiv(words.shape[1], fixed["TILES"] * PART)
     zeros = None if zero_point is None else zero_point.contiguous()
-    quantize_pack_kernel[(triton.cdiv(rows, fixed["TILE_ROWS"]) * across,)](
-        weight.contiguous(), divisor.contiguous(), zeros, words, rows, columns, words.shape[1], divisor.shape[1],
-        **fixed,
-    )  # fmt: skip
+    call = Launch(quantize_pack_kernel, **fixed).at(
+        (triton.cdiv(rows, fixed["TILE_ROWS"]) * across,), rows, columns, words.shape[1], divisor.shape[1]
+    )
+    call((weight.contiguous(), divisor.contiguous(), zeros, words))
     return words

@@ -24,7 +24,8 @@ in the loop; with groups, the float32 multiplications of partial sums, which at 
 Programs are numbered so that eight tiles of rows meet all tokens in turn, which keeps what they share in the L2 cache.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -32,14 +33,23 @@ import triton.language as tl
 from torch import Tensor
 
 from qat.errors import UnsupportedError
-from qat.kernels.device import device_of
+from qat.kernels.device import Device, device_of
+from qat.kernels.launch import Call, Launch
 from qat.kernels.packed_linear.decode.triton import E4M3_NAN, decode, decode_scale
+from qat.kernels.quantized_matmul import library
 from qat.kernels.quantized_matmul.block_scaled.triton import block_scaled_matmul
-from qat.kernels.quantized_matmul.choose import FLOAT16, INTEGER, Tiles, block_scaled_problem, choose, group, problem
-from qat.numbers.catalog import E4M3, lookup
-from qat.numbers.format import Format
-from qat.numbers.scale import UE4M3
-from qat.serving.inputs import is_paired
+from qat.kernels.quantized_matmul.choose import (
+    FLOAT16,
+    INTEGER,
+    Tiles,
+    block_scaled_problem,
+    choose,
+    constants,
+    operand_exponent,
+    problem,
+    sum_dtype,
+)
+from qat.numbers.catalog import lookup
 from qat.serving.matmul import PLAIN_BITS, reference
 
 MOST_COLUMNS = 2**17  # int32 sums of products of two bytes stay below 2^31
@@ -283,51 +293,52 @@ def add_segments_kernel(
     tl.store(out + m.to(tl.int64)[None, :] * N + n[:, None], total.to(out.dtype.element_ty), mask=n[:, None] < N)
 
 
-def operand_exponent(fmt: Format, operand: str, *, words: bool) -> int:
-    """log2 of the value of a code over the operand that it becomes."""
-    element = fmt.element
-    if operand == FLOAT16:
-        return 0
-    if operand == INTEGER:
-        return element.bits - PLAIN_BITS if words else 0
-    if element.is_integer:
-        return E4M3.exponent_bias + E4M3.mantissa_bits - 1
-    return E4M3.exponent_bias - element.exponent_bias
+@dataclass(frozen=True)
+class Product:
+    """What the shape of a product decides, worked out once: `scale` multiplies the global scale, `add` is for sums of
+    parallel segments. Without a call, units that know block scales multiply."""
+
+    call: Call | None
+    add: Call
+    tiles: Tiles
+    scale: float
 
 
-def constants(x: Format, w: Format, columns: int, *, bias: bool, tiles: Tiles) -> dict[str, Any]:
-    """Compile-time arguments for inputs of format `x` and weights of format `w`; all that depends on them."""
-    sides: dict[str, Any] = {}
-    for side, fmt in (("X", x), ("W", w)):
-        sides |= {
-            f"{side}_KIND": fmt.element.kind,
-            f"{side}_BITS": fmt.element.bits,
-            f"{side}_MANTISSA": fmt.element.mantissa_bits,
-            f"{side}_BIAS": fmt.element.exponent_bias,
-            f"{side}_SCALE": fmt.scale.name,
-            f"{side}_GROUP": group(fmt, columns),
-        }
-    return {
-        "OPERAND": tiles.operand,
-        **sides,
-        "X_PAIRED": is_paired(x),
-        "W_ROWS": w.block[0],
-        "SCALE_MANTISSA": UE4M3.element.mantissa_bits,
-        "SCALE_BIAS": UE4M3.element.exponent_bias,
-        "HAS_BIAS": bias,
-        "PART": tiles.part,
-        "PARTS": tiles.parts,
-        "FLUSH": tiles.flush,
-        "BLOCK_N": tiles.block_n,
-        "BLOCK_M": tiles.block_m,
-        "SEGMENTS": tiles.segments,
-        "PARALLEL": tiles.parallel,
-    }
+@lru_cache(maxsize=4096)
+def product(
+    input_format: str, weight_format: str, sizes: tuple[int, ...], bias: bool, device: Device
+) -> Product | None:
+    """Of inputs (tokens, columns) and a weight (rows, columns), `sizes` and strides; None where the reference
+    multiplies.
+
+    Raises:
+        UnsupportedError: so many columns that integer sums would overflow.
+    """
+    tokens, rows, columns, _, stride_xs, *_ = sizes
+    x, w = lookup(input_format), lookup(weight_format)
+    if problem(x, w) is not None:
+        return None
+    tiles = choose(tokens, rows, columns, x, w, device)
+    launch, add = _launches(input_format, weight_format, columns, bias, tiles)
+    scaled = block_scaled_problem(x, w, columns, device.capability) is None
+    if not scaled and tiles.operand == INTEGER and columns > MOST_COLUMNS:
+        raise UnsupportedError(f"{columns} columns of integers: the kernel's int32 sums hold at most {MOST_COLUMNS}")
+    words = w.element.bits != PLAIN_BITS
+    exponent = operand_exponent(x, tiles.operand, words=False) + operand_exponent(w, tiles.operand, words=words)
+    grid = (triton.cdiv(rows, tiles.block_n) * triton.cdiv(tokens, tiles.block_m), tiles.segments * tiles.parallel or 1)
+    added = add.at((triton.cdiv(rows, ADDED), tokens), tokens, rows, stride_xs)
+    return Product(None if scaled else launch.at(grid, *sizes), added, tiles, 2.0**exponent)
 
 
-def sum_dtype(tiles: Tiles) -> torch.dtype:
-    """Of the sums that segments leave: exact int32 where only rows have scales."""
-    return torch.int32 if tiles.operand == INTEGER and tiles.flush == 0 else torch.float32
+@lru_cache(maxsize=1024)
+def _launches(input_format: str, weight_format: str, columns: int, bias: bool, tiles: Tiles) -> tuple[Launch, Launch]:
+    fixed = constants(lookup(input_format), lookup(weight_format), columns, bias=bias, tiles=tiles)
+    few = {name: value for name, value in fixed.items() if name in add_segments_kernel.arg_names}
+    launch = Launch(quantized_matmul_kernel, **fixed, num_warps=tiles.warps, num_stages=tiles.stages)
+    return launch, Launch(add_segments_kernel, **few, BLOCK=ADDED, num_warps=2)
+
+
+ADDED = 256  # columns of one program of `add_segments_kernel`
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -348,40 +359,33 @@ def quantized_matmul(
     dtype: torch.dtype,
 ) -> Tensor:
     """The operator `qat::quantized_matmul` on a device that runs Triton."""
-    x, w, rows = lookup(input_format), lookup(weight_format), weight.shape[0]
-    if problem(x, w) is not None:
-        formats = input_format, weight_format
-        return reference(codes, scales, weight, weight_scales, bias, global_scale, *formats, columns, dtype)
+    rows = weight.shape[0]
     flat, weight = _flat(codes), weight if weight.stride(-1) == 1 else weight.contiguous()
-    tokens = flat.shape[0]
-    out = torch.empty(*codes.shape[:-1], rows, dtype=dtype, device=codes.device)
+    tokens, x_scales = flat.shape[0], _flat(scales)
+    if tokens >= library.MANY:
+        capability = device_of(codes).capability
+        if library.takes(input_format, weight_format, tokens, rows, columns, dtype, capability):
+            y = library.multiply(flat, scales, weight, weight_scales, bias, global_scale, dtype)
+            return y.view(*codes.shape[:-1], rows)
+    stride_xs = 0 if lookup(input_format).is_static else x_scales.stride(0)
+    sizes = tokens, rows, columns, flat.stride(0), stride_xs, weight.stride(0), weight_scales.stride(0)
+    own = product(input_format, weight_format, sizes, bias is not None, device_of(codes))
+    formats = input_format, weight_format
+    if own is None:
+        return reference(codes, scales, weight, weight_scales, bias, global_scale, *formats, columns, dtype)
+    out = torch.empty((*codes.shape[:-1], rows), dtype=dtype, device=codes.device)
     if tokens == 0 or rows == 0:
         return out
-    device, x_scales = device_of(codes), _flat(scales)
-    if block_scaled_problem(x, w, columns, device.capability) is None:
-        block_scaled_matmul(flat, x_scales, weight, weight_scales, bias, out, global_scale, (x, w), columns)
+    tiles = own.tiles
+    if own.call is None:
+        block_scaled_matmul(flat, x_scales, weight, weight_scales, bias, out, global_scale, formats, columns)
         return out
-    tiles = choose(tokens, rows, columns, x, w, device)
-    fixed = constants(x, w, columns, bias=bias is not None, tiles=tiles)
-    if tiles.operand == INTEGER and columns > MOST_COLUMNS:
-        raise UnsupportedError(f"{columns} columns of integers: the kernel's int32 sums hold at most {MOST_COLUMNS}")
     if tiles.operand == FLOAT16:  # which has to read E4M3 without the type, for GPUs that lack it
         flat, weight = (t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in (flat, weight))
-    words = w.element.bits != PLAIN_BITS
-    exponent = operand_exponent(x, tiles.operand, words=False) + operand_exponent(w, tiles.operand, words=words)
-    global_scale *= 2.0**exponent
-    stride_xs = 0 if x.is_static else x_scales.stride(0)
-    target = out.new_empty(tiles.segments, tokens, rows, dtype=sum_dtype(tiles)) if tiles.parallel else out
-    grid = (triton.cdiv(rows, tiles.block_n) * triton.cdiv(tokens, tiles.block_m), tiles.segments * tiles.parallel or 1)
-    quantized_matmul_kernel[grid](
-        flat, x_scales, weight, weight_scales, bias, target, tokens, rows, columns, flat.stride(0), stride_xs,
-        weight.stride(0), weight_scales.stride(0), global_scale, **fixed, num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )  # fmt: skip
+    global_scale *= own.scale
+    segments = (tiles.segments, tokens, rows)
+    target = torch.empty(segments, dtype=sum_dtype(tiles), device=out.device) if tiles.parallel else out
+    own.call((flat, x_scales, weight, weight_scales, bias, target), global_scale)
     if tiles.parallel:
-        fixed = {key: value for key, value in fixed.items() if key in add_segments_kernel.arg_names}
-        add_segments_kernel[(triton.cdiv(rows, 256), tokens)](
-            target, x_scales, weight_scales, bias, out, tokens, rows, stride_xs, global_scale, **fixed, BLOCK=256,
-            num_warps=2,
-        )  # fmt: skip
+        own.add((target, x_scales, weight_scales, bias, out), global_scale)
     return out

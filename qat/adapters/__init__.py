@@ -54,7 +54,8 @@ def candidates(model: nn.Module) -> Iterator[Candidate]:
                 slot = known or Slot(name, "weight", tuple(parameter.shape))
                 yield Candidate(site_path(path, name), "weight", path, slot, adapter if known else None)
         for slot in slots.values():
-            yield Candidate(path, slot.role, path, slot, adapter)
+            own = site_path(path, slot.name) if slot.role == "weight" else path  # a weight that is held packed
+            yield Candidate(own, slot.role, path, slot, adapter)
 
 
 def unknown_kind(module: nn.Module) -> str:

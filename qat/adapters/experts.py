@@ -3,17 +3,23 @@
 The module stays what it is, an instance of a subclass made for its class: while it runs, its weight attributes answer
 with the quantized stacks, so that transformers' own experts (grouped or batched products, whatever gate) compute with
 them. Gate and up projection are one matrix here and share their scales; routers are modules of their own.
+
+Stacks that are held packed are never whole: each expert's matrix is made when its tokens come, and again in the
+backward pass, so the products are ours and what is around them is as in transformers' `grouped_mm`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qat.quantizer import WeightQuantizer
+from qat.quantizer import LEARNED, WeightQuantizer
 from qat.sites import Quantized, Quantizers, Slot
+from qat.training.low_rank import updated
+from qat.training.recomputed import recomputed_experts
 
 FIRST, SECOND = ("gate_up_proj", "up_proj"), "down_proj"
 GATED = "grouped_mm"  # an implementation of transformers that calls `_apply_gate`, as its loop over experts may not
@@ -22,12 +28,15 @@ _NO_GATE = "a stack of experts without a gate, whose second input cannot be reac
 
 class QatExperts(Quantized):
     """What is added to a class of experts. `weight_quantizers`, `input_quantizers` and, where weights carry trained
-    updates that are added before rounding, `lora` are by parameter name."""
+    updates that are added before rounding, `lora` are by parameter name; so is `held`, where a stack is held packed and
+    no parameter."""
 
-    config: Any  # these four are the class's own
+    config: Any  # these six are the class's own
     num_experts: int
     is_transposed: bool
     has_gate: bool
+    act_fn: Any
+    post_expert_norm: Any
     weight_quantizers: nn.ModuleDict
     input_quantizers: nn.ModuleDict
     routed: Tensor | None  # tokens per expert, while somebody watches
@@ -42,11 +51,46 @@ class QatExperts(Quantized):
         self.TRANSPOSED = bool(self.is_transposed)
         self.routed = None
         self.lora: Any = None
+        self.held: Any = None
 
     def matrix(self, slot: str) -> Tensor:
         """A stack as it multiplies, with its update."""
+        if self._holds(slot):
+            return torch.stack([self.expert(slot, index) for index in range(self.num_experts)])
         weight = super().matrix(slot)
         return self.lora[slot].merged(weight) if self.lora is not None and slot in self.lora else weight
+
+    def _holds(self, slot: str) -> bool:
+        return self.held is not None and slot in self.held
+
+    def shape(self, slot: str) -> tuple[int, ...]:
+        """(experts, rows, columns) as a stack multiplies."""
+        return _shape(self, slot) or ()
+
+    def expert(self, slot: str, index: int, factors: tuple[Tensor, ...] = ()) -> Tensor:
+        """One matrix (rows, columns) of a stack, with its update.
+
+        Args:
+            factors: A and B of the update, where the caller has cut them out.
+        """
+        if not self._holds(slot):
+            return self.matrix(slot)[index]
+        weight: Tensor = self.held[slot].dequantize(index)
+        if self.lora is None or slot not in self.lora:
+            return weight
+        update = self.lora[slot]
+        A, B = factors or (update.A[index], update.B[index])
+        return updated(weight, A, B, update.scaling)
+
+    def parts(self, slot: str) -> Iterator[tuple[Tensor, WeightQuantizer]]:
+        """See `qat.sites.Site.parts`."""
+        if not self._holds(slot):
+            yield from super().parts(slot)
+            return
+        (count, rows, _), whole = self.shape(slot), self.weight_quantizers[slot]
+        assert isinstance(whole, WeightQuantizer)
+        for index in range(count):
+            yield self.expert(slot, index), whole.of_rows(slice(index * rows, (index + 1) * rows))
 
     def quantizers(self) -> dict[str, Quantizers]:
         """By slot."""
@@ -77,6 +121,8 @@ class QatExperts(Quantized):
         first = next((self.input_quantizers[name] for name in FIRST if name in self.input_quantizers), None)
         if first is not None:
             hidden_states = first(hidden_states)
+        if self.held is not None:
+            return self._one_by_one(hidden_states, *args, **kwargs)
         for name, quantizer in self.weight_quantizers.items():
             value = quantizer(self.matrix(name))
             self._values[name] = value.transpose(-1, -2) if self.TRANSPOSED else value
@@ -89,6 +135,44 @@ class QatExperts(Quantized):
         finally:
             self._values.clear()
             self.config._experts_implementation = before
+
+    def _one_by_one(self, hidden: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """hidden (tokens, columns), the experts chosen for each token and their shares. How many tokens each expert has
+        is read by the host, once."""
+        chosen, shares = (*args, *kwargs.values())
+        top = chosen.shape[-1]
+        ids, order = torch.sort(chosen.reshape(-1))
+        bounds = torch.searchsorted(ids, torch.arange(self.num_experts + 1, device=ids.device)).tolist()
+        sizes = [end - begin for begin, end in pairwise(bounds)]
+        y = self._times(FIRST[0] if self.has_gate else FIRST[1], hidden[order // top], sizes, ids)
+        y = self._times(SECOND, self._apply_gate(y) if self.has_gate else self.act_fn(y), sizes, ids)
+        if getattr(self, "has_post_expert_norm", False):
+            y = self.post_expert_norm(y)
+        y = y * shares.reshape(-1)[order].unsqueeze(-1)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        return y[place].view(len(hidden), top, -1).sum(dim=1).to(hidden.dtype)
+
+    def _times(self, slot: str, x: Tensor, sizes: list[int], ids: Tensor) -> Tensor:
+        """Rows of x, `sizes` of them for each expert in turn, times its matrix, plus its bias."""
+        quantizer = dict(self.weight_quantizers.items()).get(slot)
+        learned: dict[str, Tensor] = {}
+        if isinstance(quantizer, WeightQuantizer):
+            learned = {name: own for name in LEARNED if (own := getattr(quantizer, name)) is not None}
+        if self.lora is not None and slot in self.lora:
+            learned |= {name: getattr(self.lora[slot], name) for name in "AB"}
+
+        def make(index: int, parts: list[Tensor]) -> Tensor:
+            own = dict(zip(learned, parts, strict=True))
+            factors = (own["A"][0], own["B"][0]) if "A" in own else ()
+            weight = self.expert(slot, index, factors)
+            if not isinstance(quantizer, WeightQuantizer):
+                return weight
+            return quantizer.one(weight, index, *(own.get(name) for name in LEARNED))
+
+        y = recomputed_experts(x, sizes, self.shape(slot)[1], make, list(learned.values()))
+        bias = self._parameters.get(f"{slot}_bias")
+        return y if bias is None else y + bias[ids].to(y.dtype)
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         """The class's gate; its result is what the second stack is multiplied with."""
@@ -127,11 +211,25 @@ def _quantized_class(kind: Any, slots: tuple[str, ...]) -> type[nn.Module]:
     return type(f"Qat{kind.__name__}", (QatExperts, kind), {name: _stack(name) for name in slots})
 
 
+def _shape(module: Any, name: str) -> tuple[int, ...] | None:
+    """Of a stack as it multiplies, None where there is none."""
+    if isinstance(module, QatExperts) and module._holds(name):
+        held: tuple[int, ...] = module.held[name].shape
+        return held
+    parameter = module._parameters.get(name)
+    if parameter is None:
+        return None
+    experts, rows, columns = parameter.shape
+    return (experts, columns, rows) if module.is_transposed else (experts, rows, columns)
+
+
 class ExpertsAdapter:
     """See `qat.sites.Adapter`."""
 
     def takes(self, module: nn.Module) -> bool:
         """Experts as transformers fuses them: they say how their stacks lie."""
+        if isinstance(module, QatExperts):  # whose stacks may be held packed
+            return True
         down = module._parameters.get(SECOND)
         return down is not None and down.dim() == 3 and all(hasattr(module, n) for n in ("is_transposed", "has_gate"))
 
@@ -139,10 +237,8 @@ class ExpertsAdapter:
         """The stacks of first and second matrices."""
         slots = []
         for name in (*FIRST, SECOND):
-            parameter = module._parameters.get(name)
-            if parameter is not None:
-                experts, rows, columns = parameter.shape
-                shape = (experts, columns, rows) if module.is_transposed else (experts, rows, columns)
+            shape = _shape(module, name)
+            if shape is not None:
                 no_input = "" if name in FIRST or module.has_gate else _NO_GATE
                 slots.append(Slot(name, "weight", shape, no_input, module.is_transposed, low_rank=True))
         return slots

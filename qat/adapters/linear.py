@@ -45,6 +45,10 @@ class QatLinear(Quantized, nn.Linear):
         """The weight with its update; not a view of the parameter where there is one."""
         return self._matrix()
 
+    def shape(self, slot: str) -> tuple[int, ...]:
+        """(rows, columns)."""
+        return self.out_features, self.in_features
+
     def _matrix(self, drawn: Tensor | None = None) -> Tensor:
         weight: Tensor = self.weight if self.held is None else self.held.dequantize()
         return self.lora.merged(weight, drawn) if self._merges else weight

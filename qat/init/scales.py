@@ -156,7 +156,8 @@ class ScaleSearch(InitStep):
     def run(self, calibration: Calibration) -> str | None:
         """Put every weight at the scales found for it."""
         together = Together(calibration.model)
-        for sites in opened_parts(calibration):
+        for part in opened_parts(calibration):
+            sites = {path: site for path, site in part.items() if not site.is_held}  # which has those of its codes
             share_global_scales(replace(calibration, sites=sites))
             for index, (path, site) in enumerate(calibration.track(sites) if together.size == 1 else sites.items()):
                 if together.owns(index):

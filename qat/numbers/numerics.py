@@ -9,7 +9,7 @@ columns, columns per block); scale tensors are (block rows, block columns).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -304,5 +304,14 @@ def fake_quantize(x: Tensor, fmt: Format, scales: Scales | None = None) -> Tenso
 
 def qsnr(x: Tensor, quantized: Tensor) -> float:
     """Quantization signal-to-noise ratio in dB: -10 log10(|x - q|^2 / |x|^2)."""
-    x64, q64 = x.detach().to(torch.float64), quantized.detach().to(torch.float64)
-    return float(-10 * torch.log10((x64 - q64).square().sum() / x64.square().sum()))
+    return qsnr_of_parts([(x, quantized)])
+
+
+def qsnr_of_parts(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """`qsnr` of a tensor that comes in parts, each with what it was quantized to."""
+    sums = []
+    for x, quantized in pairs:
+        x64, q64 = x.detach().to(torch.float64), quantized.detach().to(torch.float64)
+        sums.append(torch.stack([(x64 - q64).square().sum(), x64.square().sum()]))
+    noise, signal = torch.stack(sums).sum(dim=0)
+    return float(-10 * torch.log10(noise / signal))

@@ -7,6 +7,7 @@ two fused operators round between their steps where transformers' modules do, so
 steps.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -62,13 +63,18 @@ def check(format: str, columns: int, static: Tensor | None) -> Format:
         FormatError: no such format, a width that its groups do not divide, or a missing static part.
         UnsupportedError: a format that inputs are not quantized to.
     """
+    return _checked(format, columns, static is None)
+
+
+@lru_cache(maxsize=4096)  # at every call of a layer
+def _checked(format: str, columns: int, without_static: bool) -> Format:
     fmt = lookup(format)
     reason = problem(fmt)
     if reason is not None:
         raise UnsupportedError(f"inputs cannot be quantized to {fmt.name}: {reason}")
     if not fmt.divides(columns):
         raise FormatError(width_problem(fmt, columns))
-    if needs_static(fmt) and static is None:
+    if needs_static(fmt) and without_static:
         raise FormatError(
             f"{fmt.name} inputs need a calibrated scale: pass what qat.training.activations.static_part returns"
         )
@@ -78,11 +84,18 @@ def check(format: str, columns: int, static: Tensor | None) -> Format:
 def empty(x: Tensor, fmt: Format) -> QuantizedInput:
     """Uninitialized codes and scales for x (..., columns)."""
     *rows, columns = x.shape
-    codes = x.new_empty(*rows, columns // (2 if is_paired(fmt) else 1), dtype=code_dtype(fmt.element))
-    if fmt.is_static:
-        return QuantizedInput(codes, x.new_empty(1, dtype=torch.float32))
-    scale_dtype = torch.uint8 if fmt.scale.is_bytes else torch.float32
-    return QuantizedInput(codes, x.new_empty(*rows, columns // fmt.group if fmt.group else 1, dtype=scale_dtype))
+    width, dtype, groups, scale_dtype = _layout(fmt.name, columns)
+    codes = x.new_empty((*rows, width), dtype=dtype)
+    return QuantizedInput(codes, x.new_empty((1,) if groups is None else (*rows, groups), dtype=scale_dtype))
+
+
+@lru_cache(maxsize=4096)
+def _layout(format: str, columns: int) -> tuple[int, torch.dtype, int | None, torch.dtype]:
+    """Codes of a row and their dtype, scales of a row (None: one for all rows) and theirs."""
+    fmt = lookup(format)
+    groups = None if fmt.is_static else columns // fmt.group if fmt.group else 1
+    scale_dtype = torch.uint8 if fmt.scale.is_bytes and not fmt.is_static else torch.float32
+    return columns // (2 if is_paired(fmt) else 1), code_dtype(fmt.element), groups, scale_dtype
 
 
 def is_paired(fmt: Format) -> bool:

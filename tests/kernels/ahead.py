@@ -59,6 +59,12 @@ def resources(kernel: CompiledKernel) -> tuple[int, int]:
     return registers, sum(int(size) for size in re.findall(r"(?:LOCAL|STACK):(\d+)", text))
 
 
+def instructions(kernel: CompiledKernel) -> list[str]:
+    """All of them, up to the end of the kernel."""
+    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", _tool(kernel, "nvdisasm", "-c"))
+    return found[: 1 + max(at for at, line in enumerate(found) if line.strip().endswith("EXIT"))]
+
+
 def longest_loop(kernel: CompiledKernel) -> list[str]:
     """The instructions of the longest loop without another inside, as the processor gets them."""
     labels: dict[str, int] = {}

@@ -33,7 +33,6 @@ def compiled(kernel: Any, fixed: dict[str, Any], capability: int, warps: int) ->
 def forward(name: str, cut: Plan, capability: int) -> CompiledKernel:
     fmt = lookup(name)
     fixed = {**kernels._geometry(cut), **kernels.constants(fmt), "ROUND_BF16": fmt.rounds_in_bf16}
-    del fixed["scale_columns"]
     fixed |= {} if fmt.zero_point else {"zeros": None}
     return compiled(kernels.fake_quantize_kernel, fixed, capability, cut.warps)
 
@@ -41,7 +40,6 @@ def forward(name: str, cut: Plan, capability: int) -> CompiledKernel:
 def backward(name: str, cut: Plan, capability: int, estimator: str, needs: str) -> CompiledKernel:
     fmt = lookup(name)
     fixed = {**kernels._geometry(cut), **kernels.limits(fmt), "ZEROS": fmt.zero_point}
-    del fixed["scale_columns"]
     fixed |= {"CLIPPED": estimator == "clipped", "ONE_SCALE": needs == "x", "NEEDS_X": "x" in needs}
     fixed |= {"NEEDS_DIVISOR": "d" in needs, "NEEDS_MULTIPLIER": "m" in needs}
     fixed["WHOLE"] = cut.block_columns == 0 and cut.segments == 1

@@ -1,21 +1,24 @@
-"""Run by test_device.py: every kernel compiled exactly as its host code launches it, without a GPU.
+"""Run by test_launch.py: every kernel compiled exactly as its host code launches it, without a GPU.
 
-The operators run on small tensors of the CPU while a recorder stands in each kernel's place. What it is called with is
-specialised as Triton's JIT specialises a launch (an integer of 1 becomes a constant, one that 16 divides and a pointer
-to such an address are told so) and compiled for an H100, which the host code believes to have. So a kernel that cannot
-take one token, one row or one column, or a host that passes what a kernel does not, fails here.
+The operators run on small tensors of the CPU, on a GPU that is played (`played.py`): Triton specialises what it is
+called with (an integer of 1 becomes a constant, one that 16 divides and a pointer to such an address are told so) and
+compiles for an H100, which the host code believes to have. So a kernel that cannot take one token, one row or one
+column, or a host that passes what a kernel does not take, fails here. Every launch is made three times: by Triton
+itself, then twice by `Launch`, the second time past Triton; all three must be the same.
 """
 
 import itertools
 import sys
-import types
-from collections.abc import Iterator
-from typing import Any, ClassVar
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import triton.language as tl
+from triton import knobs
+from triton.runtime.jit import JITFunction
 
 from qat.kernels import device
 from qat.kernels.cached_attention import triton as attention_kernels
@@ -23,7 +26,9 @@ from qat.kernels.distill_rows import triton as rows_kernels
 from qat.kernels.effective_scales import triton as scale_kernels
 from qat.kernels.fake_quantize import triton as fake_kernels
 from qat.kernels.fake_quantize_input import triton as input_kernels
+from qat.kernels.launch import Call, Launch
 from qat.kernels.packed_linear import triton as packed_kernels
+from qat.kernels.packed_linear.dense import triton as dense_kernels
 from qat.kernels.packed_linear.panels import triton as panel_kernels
 from qat.kernels.quantize_input import triton as code_kernels
 from qat.kernels.quantize_pack import triton as pack_kernels
@@ -37,65 +42,14 @@ from qat.serving.matmul import hold
 from qat.serving.packed import ordered, pack
 from qat.training.activations import static_part, vllm_scales
 from qat.training.rows import KINDS
+from tests.kernels.played import SHARED, Launcher, Noted, play
 
-MODULES = (rows_kernels, fake_kernels, scale_kernels, input_kernels, packed_kernels, panel_kernels, code_kernels,
-           pack_kernels, matmul_kernels, block_scaled_kernels, attention_kernels)  # fmt: skip
-H100 = device.Device(capability=90, processors=132, shared=227 * 1024)
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "u8", torch.int8: "i8",
-         torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.float8_e4m3fn: "fp8e4nv"}  # fmt: skip
+MODULES = (rows_kernels, fake_kernels, scale_kernels, input_kernels, packed_kernels, dense_kernels, panel_kernels,
+           code_kernels, pack_kernels, matmul_kernels, block_scaled_kernels,
+           attention_kernels)  # fmt: skip
+H100 = device.Device(capability=90, processors=132, shared=SHARED)
 GENERATOR = torch.Generator().manual_seed(0)
-
-
-class Recorder:
-    """Stands in a kernel's place in its module; compiles what it is called with, once per specialisation."""
-
-    compiled: ClassVar[dict[tuple[Any, ...], str]] = {}
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-        self.arg_names = kernel.arg_names  # host code asks for them
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        assert all(0 < size < 2**31 for size in grid) and all(size < 2**16 for size in grid[1:]), grid
-        return self.launch
-
-    def launch(self, *arguments: Any, **named: Any) -> None:
-        parameters = {p.name: p for p in self.kernel.params}
-        options = {name: value for name, value in named.items() if name not in parameters}
-        given = dict(zip(parameters, arguments, strict=False)) | {n: v for n, v in named.items() if n in parameters}
-        assert given.keys() == parameters.keys(), given.keys() ^ parameters.keys()
-        types_of, fixed, divisible = {}, {}, []
-        for name, value in given.items():
-            kind, by_16 = specialised(value, parameters[name].do_not_specialize)
-            if parameters[name].is_constexpr or kind == "constexpr":
-                kind, fixed[name] = "constexpr", value
-            elif by_16:
-                divisible.append(name)
-            types_of[name] = kind
-        key = (self.kernel.__name__, *types_of.items(), *divisible, *map(str, fixed.items()), *options.items())
-        if key not in self.compiled:
-            at = self.kernel.arg_names.index
-            source = ASTSource(
-                self.kernel, types_of, {(at(name),): value for name, value in fixed.items()},
-                {(at(name),): [["tt.divisibility", 16]] for name in divisible},
-            )  # fmt: skip
-            triton.compile(source, target=GPUTarget("cuda", H100.capability, 32), options=options)
-            self.compiled[key] = self.kernel.__name__
-
-
-def specialised(value: Any, plainly: bool) -> tuple[str, bool]:
-    """Triton's type of an argument ("constexpr" for what is compiled in), and whether it is told that 16 divides it."""
-    if value is None:
-        return "constexpr", False
-    if isinstance(value, torch.Tensor):
-        return f"*{TYPES[value.dtype]}", not plainly and value.data_ptr() % 16 == 0
-    if isinstance(value, float):
-        return "fp32", False
-    if isinstance(value, int) and not isinstance(value, bool):
-        if value == 1 and not plainly:
-            return "constexpr", False
-        return "i32", not plainly and value % 16 == 0
-    return "constexpr", False
+CALLS = 55  # of functions, Python's and C's, in a product of one token: some 10 us
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -109,7 +63,8 @@ def static_of(name: str) -> torch.Tensor | None:
 def linear_layers() -> None:
     """One token of a weight whose K is cut into pieces, several of a narrow one, and a weight of one number."""
     cases = (("int4_g32_asym", 4096, 4096, 1), ("int4_g32_asym", 100, 640, 17), ("nvfp4", 100, 640, 1),
-             ("int8_channel", 1, 1, 1), ("nvfp4", 4096, 4096, 1), ("int4_g128", 192, 768, 17))  # fmt: skip
+             ("int8_channel", 1, 1, 1), ("nvfp4", 4096, 4096, 1), ("int4_g128", 192, 768, 17),
+             ("nvfp4", 192, 768, 200), ("int8_channel", 100, 640, 200), ("int4_g32_asym", 1, 32, 200))  # fmt: skip
     for name, rows, columns, tokens in cases:
         held = ordered(pack(quantize(normal(rows, columns), lookup(name))), "cuda")
         bias = normal(rows) if tokens > 1 else None
@@ -182,27 +137,109 @@ def caches() -> None:
             attention_kernels.cached_attention(*given)
 
 
-def recorders() -> Iterator[tuple[types.ModuleType, str]]:
-    """Kernels by module and name."""
-    for module in MODULES:
-        yield from ((module, name) for name, value in vars(module).items()
-                    if name.endswith("_kernel") and value.fn.__module__ == module.__name__)  # fmt: skip
+class Bound(Exception):
+    """Triton was asked to bind arguments."""
+
+
+def compared(noted: list[Noted], names: Counter[str]) -> Callable[..., None]:
+    """`Call.__call__`, with Triton's own launch before it and one past Triton after it."""
+    launch, run = Call.__call__, JITFunction.run
+
+    def thrice(self: Call, tensors: tuple[Any, ...], *floats: float) -> None:
+        del noted[:]
+        self.launch.kernel[self._grid](*tensors, *self._integers, *floats, **self.launch.fixed)
+        launch(self, tensors, *floats)
+        JITFunction.run = forbidden
+        launch(self, tensors, *floats)
+        JITFunction.run = run
+        first, second, third = noted
+        assert first == second == third, f"{first}\n{third}"
+        assert all(0 < size < 2**31 for size in first.grid) and all(size < 2**16 for size in first.grid[1:]), first
+        names[first.name] += 1
+
+    return thrice
+
+
+def forbidden(self: Any, *_: Any, **__: Any) -> None:
+    raise Bound(self)
+
+
+@triton.jit(do_not_specialize=["plain"])
+def any_kernel(first, second, number, plain, real, SIZE: tl.constexpr):
+    """Takes one of each kind."""
+    tl.store(first, number + plain + real + SIZE)
+    if second is not None:
+        tl.store(second, number)
+
+
+def kinds(noted: list[Noted]) -> None:
+    """The compiled kernel is the one that Triton would take, for every kind of argument."""
+    launch, wide = Launch(any_kernel, SIZE=3, num_warps=1), torch.zeros(64)
+    tensors = [wide, wide[1:], wide[4:], wide.int(), wide.half()[8:], wide.double()[1:]]
+    integers = [0, 1, 2, 16, 17, -16, -1, 2**31 - 1, 2**31, 2**31 + 16, -(2**31), 2**40, 2**40 + 1]
+    whole = [(tensor, None, 5, 5, 0.5) for tensor in tensors]
+    whole += [(wide, second, number, 3, 1.0) for second in (wide, wide[1:], None) for number in integers]
+    whole += [(wide, None, 3, plain, real) for plain in integers for real in (0.0, 1.0, 16.0)]
+    for _ in range(2):
+        for arguments in whole:
+            del noted[:]
+            any_kernel[(1,)](*arguments, SIZE=3, num_warps=1)
+            launch.at((1,), *arguments[2:4])(arguments[:2], *arguments[4:])
+            assert noted[0] == noted[1], f"{arguments}: {noted}"
+    assert len({function for _, function, *_ in launch.compiled.values()}) >= 15, "Triton told these apart"
+    told = []
+    knobs.runtime.launch_enter_hook.add(told.append)
+    call = launch.at((1,), 5, 5)
+    call((wide, None), 0.5)
+    assert Launcher.hooks, "a hook was not told of a launch"
+    knobs.runtime.launch_enter_hook.remove(told.append)
+    any_kernel.add_pre_run_hook(lambda *_, **__: told.append("before"))
+    call((wide, None), 0.5)
+    assert told == ["before"]
+    any_kernel.pre_run_hooks.clear()
+
+
+def lean() -> None:
+    """A product of one token costs the host little: how many functions it calls, once everything is compiled."""
+    launcher, Launcher.__call__ = Launcher.__call__, lambda *_: None
+    for name in ("int4_g128", "nvfp4", "int4_g64_asym"):
+        held = ordered(pack(quantize(normal(256, 512), lookup(name))), "cuda")
+        x = normal(1, 1, 512)
+        given = (x, held.words, held.scales, held.zeros, None, held.global_scale, name, None)
+        call = device.on_its_device(packed_kernels.packed_linear)
+        for _ in range(3):
+            call(*given)
+        calls: Counter[str] = Counter()
+        sys.setprofile(lambda frame, event, what, calls=calls: calls.update([event] * event.endswith("call")))
+        call(*given)
+        sys.setprofile(None)
+        began = time.perf_counter()
+        for _ in range(1000):
+            call(*given)
+        took = 1e3 * (time.perf_counter() - began)
+        print(f"packed_linear {name}: {dict(calls)}, {took:.1f} us without the dispatcher and the driver")
+        assert calls.total() <= CALLS, f"{name}: {calls}"
+    Launcher.__call__ = launcher
 
 
 def main(groups: list[str]) -> None:
     everything = {
         function.__name__: function for function in (linear_layers, products, inputs, training, losses, caches)
     }
-    kernels = list(recorders())
-    for module, name in kernels:
-        setattr(module, name, Recorder(getattr(module, name)))
+    noted, names = play(), Counter[str]()
+    kernels = {name for module in MODULES for name, value in vars(module).items()
+               if name.endswith("_kernel") and value.fn.__module__ == module.__name__}  # fmt: skip
     for module in MODULES:
         if "device_of" in vars(module):
             module.device_of = lambda _: H100
+    if not groups:
+        kinds(noted)
+        lean()
+    Call.__call__ = compared(noted, names)
     for group in groups or everything:
         everything[group]()
-        print(f"{group}: {len(Recorder.compiled)} specialisations compiled so far", flush=True)
-    missing = {name for _, name in kernels} - set(Recorder.compiled.values()) - {"block_scaled_kernel"}
+        print(f"{group}: {dict(names)}", flush=True)
+    missing = kernels - set(names) - {"block_scaled_kernel"}
     assert groups or not missing, f"never launched: {missing}"
     print("all compiled")
 

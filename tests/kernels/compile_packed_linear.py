@@ -12,15 +12,17 @@ import triton.language as tl
 from triton.compiler import CompiledKernel
 
 from qat.kernels.packed_linear.choose import PanelTiles, Tiles, choose, choose_panels
+from qat.kernels.packed_linear.dense import triton as dense_kernels
 from qat.kernels.packed_linear.panels import triton as panel_kernels
 from qat.kernels.packed_linear.triton import constants, packed_linear_kernel
 from qat.numbers.catalog import lookup
 from qat.serving.panels import tile as panel_tile
 from qat.serving.words import tile
-from tests.kernels.ahead import build, longest_loop, resources
+from tests.kernels.ahead import build, instructions, longest_loop, resources
 
 # Instructions of a thread per weight at 16 and at 64 tokens, by Triton 3.6 to 3.9 and a few to spare.
 COSTS = {"nvfp4": (4.2, 4.8), "int4_g128": (2.9, 3.5), "int4_g32": (4.7, 6.0), "mxfp4": (5.2, 6.5)}
+DENSE = {"int4_g128": 6.7, "nvfp4": 9.0, "mxfp4": 9.5}  # the same of decoding alone: 10 are as slow as an H100's memory
 POINTERS = {"bf16": "*bf16", "e4m3": "*u8", "e8m0": "*u8", "f32": "*fp32"}
 
 
@@ -89,8 +91,38 @@ def check_panels() -> None:
     assert "tf32" not in compiled_panels("nvfp4", 90, few, tl.float32).asm["ptx"]
 
 
+def compiled_dense(name: str, capability: int, panelled: bool) -> CompiledKernel:
+    """What decodes for prompts."""
+    fmt = lookup(name)
+    launch = dense_kernels._launch(name, 8192, panelled)
+    fixed = {key: value for key, value in launch.fixed.items() if key in launch.kernel.arg_names}
+    types = {"packed": "*i16", "scales": POINTERS[fmt.scale.name], "zeros": "*i8", "dense": "*bf16",
+             **dict.fromkeys(("rows", "N", "K", "width"), "i32")}  # fmt: skip
+    if not panelled and not fmt.zero_point:
+        fixed["zeros"] = None
+    return build(launch.kernel, types, fixed, capability, num_warps=launch.fixed["num_warps"])
+
+
+def check_dense() -> None:
+    for name, capability in itertools.product(DENSE, (80, 89, 90, 100, 120)):
+        kernel = compiled_dense(name, capability, True)
+        registers, spilled = resources(kernel)
+        assert spilled == 0, f"{name} dense on sm_{capability}: spills"
+        if capability == 90:
+            found = instructions(kernel)
+            moved = [line for line in found if re.search(r"\b(?:STG|LDG)\.E\S*\.128", line)]
+            codes = panel_tile(lookup(name)) * 64 // 128  # of a thread; eight words in, eight numbers out at a time
+            assert len(moved) == codes * 5 // 32, f"{name} dense: {len(moved)} accesses of 16 bytes"
+            cost = len(found) / codes
+            assert cost <= DENSE[name], f"{name} dense: {cost:.2f} instructions per weight, {DENSE[name]} allowed"
+            print(f"{name} in panels to dense rows: {cost:.2f} instructions per weight, {registers} registers")
+    for name in ("int4_g64_asym", "int8_channel", "nvfp4", "mxfp8"):
+        assert resources(compiled_dense(name, 90, False))[1] == 0, f"{name} dense from words: spills"
+
+
 def main() -> None:
     check_panels()
+    check_dense()
     few, many = (choose(tokens, rows, 4096, tile(4), 132) for tokens, rows in ((16, 4096), (64, 16384)))
     cases = [(name, 90, tiles) for name in ("int4_g128", "int4_g32_asym", "nvfp4", "mxfp4", "int8_channel")
              for tiles in (few, many)]  # fmt: skip

@@ -13,8 +13,8 @@ from triton.compiler import CompiledKernel
 
 from qat.kernels.quantized_matmul.block_scaled.triton import block_scaled_kernel
 from qat.kernels.quantized_matmul.block_scaled.triton import constants as block_scaled_constants
-from qat.kernels.quantized_matmul.choose import Device, Tiles, choose
-from qat.kernels.quantized_matmul.triton import constants, quantized_matmul_kernel, sum_dtype
+from qat.kernels.quantized_matmul.choose import Device, Tiles, choose, constants, sum_dtype
+from qat.kernels.quantized_matmul.triton import quantized_matmul_kernel
 from qat.numbers.catalog import lookup
 from tests.kernels.ahead import build, resources
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from qat.kernels.fake_quantize.choose import input_problem as dynamic_problem
+from qat.kernels.quantized_matmul import library
+from qat.kernels.quantized_matmul.choose import rounded_reason
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.format import Format
 from qat.numbers.numerics import find_scales, quantize
@@ -24,7 +26,12 @@ from qat.serving.matmul import MatmulWeight, hold, quantized_matmul
 from qat.serving.packed import pack, packed_linear
 from qat.serving.packed import problem as packing_problem
 from qat.serving.quantize_pack import quantize_pack_reference
-from qat.training.activations import fake_quantize_input_reference, static_part, vllm_scales
+from qat.training.activations import (
+    fake_quantize_input,
+    fake_quantize_input_reference,
+    static_part,
+    vllm_scales,
+)
 from qat.training.losses import chunked
 from qat.training.objectives import ForwardKL
 from qat.training.ops import (
@@ -134,16 +141,24 @@ def _packed(device: str, sizes: Sizes) -> Iterator[Check]:
                 return error(packed_linear(x, held(), bias), truth)
 
             def alone(held: Any = held, columns: int = columns) -> bool:
-                """A row's result is the same in any company."""
-                x = normal(device, 300, columns)
-                results = [packed_linear(x[:tokens], held())[:1] for tokens in (1, 16, 17, 64, 300)]
+                """A row's result is the same in any company, until there are so many that the library multiplies."""
+                x = normal(device, 192, columns)
+                results = [packed_linear(x[:tokens], held())[:1] for tokens in (1, 16, 17, 64, 192)]
                 return all(same(result, results[0]) for result in results)
+
+            def rounded(weight: Any = weight, held: Any = held, columns: int = columns) -> float:
+                """Share of weights that a prompt does not find rounded once to BF16, under its global scale."""
+                x, dense = torch.eye(columns)[::7][:1200], weight().dequantize()
+                found = packed_linear(x.repeat(-(-200 // len(x)), 1).to(device, torch.bfloat16), held())[: len(x)]
+                return float((found.cpu() != dense[:, ::7][:, :1200].T.bfloat16()).double().mean())
 
             what = f"packed_linear {name} {rows}x{columns}"
             for tokens in sizes.tokens:
                 yield Check(f"{what} M={tokens}", ROUNDED, lambda t=tokens, run=run: run(t, torch.bfloat16))
             if name in WIDE and device != "cpu":
                 yield Check(f"{what} alone", None, alone)
+            if device != "cpu":
+                yield Check(f"{what} one-hot prompt", NEIGHBOURS, rounded)
             if name in WIDE:
                 yield Check(f"{what} float32", 1e-5, lambda run=run: run(3, torch.float32))
 
@@ -165,9 +180,27 @@ def _products(device: str, sizes: Sizes) -> Iterator[Check]:
                 given = there(device, codes, scales)
                 return error(quantized_matmul(*given, moved, input_format=x_name, dtype=torch.bfloat16), truth)
 
-            for tokens in sizes.tokens:
+            many = 520  # of which some are the library's
+            shape = many, rows, columns, torch.bfloat16, library.HOPPER
+            for tokens in (*sizes.tokens, *((many,) if library.takes(x_name, w_name, *shape) else ())):
                 name = f"quantized_matmul {x_name} x {w_name} {rows}x{columns} M={tokens}"
                 yield Check(name, ROUNDED, lambda t=tokens, run=run: run(t))
+            if rounded_reason(lookup(x_name), lookup(w_name), columns, 0) is None:
+                continue
+            packed = cache(lambda weight=weight: pack(weight()).to(device))
+
+            def rounded(tokens: int, x_name: str = x_name, weight: Any = weight, packed: Any = packed) -> float:
+                """The other way to the same product, which engines take where no units multiply block scales."""
+                fmt, dense = lookup(x_name), weight().dequantize()
+                x = normal("cpu", tokens, dense.shape[1])
+                static = static_part(fmt, x.abs().amax().float())
+                truth = dequantize_input(*ops.quantize_input(x, static, x_name), static, x_name).double()
+                found = fake_quantize_input(x.to(device), fmt, "vllm", "ste", *there(device, static))
+                return error(packed_linear(found, packed()), truth @ dense.double().T)
+
+            for tokens in (sizes.tokens[0], sizes.tokens[-1]):
+                name = f"packed_linear {w_name} x rounded {x_name} {rows}x{columns} M={tokens}"
+                yield Check(name, ROUNDED, lambda t=tokens, rounded=rounded: rounded(t))
 
 
 # --- inputs -------------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ import torch
 
 from qat.kernels.packed_linear import triton as kernel
 from qat.kernels.packed_linear.choose import PanelTiles, Tiles
+from qat.kernels.packed_linear.dense import choose as dense_rule
+from qat.kernels.packed_linear.dense import triton as dense
 from qat.kernels.packed_linear.panels import triton as panels
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.numerics import QTensor, Scales, quantize
@@ -35,7 +37,9 @@ def run(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, splits
     tiles = Tiles(block_n=16, block_m=16, splits=splits, warps=4, stages=1, why="small, for the interpreter")
     kernel.choose = lambda *_: tiles
     low = PanelTiles(block_n=64 if splits == 1 else 128, block_m=16, pieces=splits, warps=4, stages=1, why="as above")
-    kernel.choose_panels = lambda *_: low
+    panels.choose_panels = lambda *_: low
+    kernel.product.cache_clear()
+    panels.product.cache_clear()
     y: torch.Tensor = kernel.packed_linear(
         x, weight.words, weight.scales, weight.zeros, bias, weight.global_scale, weight.format
     )
@@ -93,6 +97,37 @@ def check_panels(name: str) -> None:
     panels.TOGETHER = before
 
 
+def check_dense(name: str) -> None:
+    """Rows of a weight decoded for the library: every code, rounded once; then products, in slices and without."""
+    weight = every_code(name, rows=192)
+    above = weight.scales.global_scale
+    alone = QTensor(weight.format, weight.codes, Scales(weight.scales.stored, None if above is None else above**0,
+                                                        weight.scales.zero_point))  # fmt: skip
+    for held, dtype in itertools.product((pack(weight), ordered(pack(weight), "cuda")), (torch.float32, torch.float16)):
+        rows = torch.full((64, 512), torch.nan, dtype=dtype)
+        zeros = None if held.zeros is None else held.zeros.contiguous()
+        dense.decode_rows(rows, 128, held.words, held.scales.contiguous(), zeros, name, 192)
+        assert torch.equal(rows, alone.dequantize(dtype)[128:]), f"{name} {dtype}: other dense rows"
+
+
+def check_prompts(name: str) -> None:
+    """Products of many tokens, whose dense rows come in slices and at once."""
+    bias, used = torch.randn(320, generator=GENERATOR), dense_rule.SLICE_BYTES
+    for width in (next(width for width in (352, 320, 384) if lookup(name).divides(width)), 512):  # and in panels
+        weight = quantize(torch.randn(320, width, generator=GENERATOR), lookup(name))
+        held = ordered(pack(weight), "cuda")
+        x = torch.randn(193, 2 * width, generator=GENERATOR).half()[:, :width]
+        for dense_rule.SLICE_BYTES, given in itertools.product((used, 2 * width * 128), (bias.half(), None)):
+            dense.slices.cache_clear()
+            assert dense.takes(name, len(x), x.dtype) and not dense.takes(name, len(x), torch.float32)
+            found = run(x, held, given).double()
+            exact = x.double() @ weight.dequantize().double().T + (0 if given is None else given.double())
+            off = float((found - exact).norm() / exact.norm())  # a weight rounded to FP16, then the result
+            assert off <= 2**-11, f"{name} {width} columns, dense: {off}"
+    dense_rule.SLICE_BYTES = used
+    dense.slices.cache_clear()
+
+
 def main() -> None:
     mend()
     names = [name for name, fmt in CATALOG.items() if problem(fmt) is None]
@@ -124,6 +159,10 @@ def main() -> None:
             assert torch.equal(run(whole, pack(integers), None), whole @ integers.dequantize().T), f"{name}: integers"
     for name in (name for name in names if panel_problem(lookup(name), 128, 512) is None):
         check_panels(name)
+    for name in names:
+        check_dense(name)
+    for name in ("int4_g128", "nvfp4", "mxfp4", "int8_g128_asym"):
+        check_prompts(name)
     empty = run(torch.zeros(0, 64), pack(quantize(torch.randn(8, 64), lookup("int4_g32"))), None)
     assert empty.shape == (0, 8)
     rows = torch.randn(4, 64, generator=GENERATOR)

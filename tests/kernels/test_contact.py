@@ -66,7 +66,7 @@ def few() -> list[Check]:
 
 
 def test_a_gpu_has_a_test_of_every_operator() -> None:
-    assert {check.name.split(" ")[0] for check in few()} == KERNELS.keys() and len(few()) < 300
+    assert {check.name.split(" ")[0] for check in few()} == KERNELS.keys() and len(few()) < 330
 
 
 @pytest.mark.gpu

@@ -1,5 +1,5 @@
-"""What lies between an operator and its kernel: the device that is current, and the arguments as Triton specialises
-them. Both matter on a GPU only, and are seen here without one."""
+"""The device that is current where an operator meets its kernel: it matters on a GPU only, and is seen here without
+one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,13 +9,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qat.kernels.device import INTERPRETED, device_of, on_its_device
-from tests.kernels.processes import in_a_process
-
-
-def test_kernels_compile_as_they_are_launched() -> None:
-    """Sizes of 1 are constants there, which have no methods: one token of a split weight did not compile."""
-    pytest.importorskip("triton")
-    assert "all compiled" in in_a_process("compile_launches.py")
 
 
 def test_a_kernel_runs_with_its_tensors_device_current(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,14 +5,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from qat.kernels.quantized_matmul import library
 from qat.kernels.quantized_matmul.choose import (
     Device,
     block_scaled_problem,
     choose,
     operand,
+    rounded_reason,
 )
 from qat.numbers.catalog import CATALOG, lookup
-from qat.serving.matmul import problem
+from qat.numbers.numerics import quantize
+from qat.serving.inputs import dequantize_input, quantize_input
+from qat.serving.matmul import hold, problem, quantized_matmul
+from qat.serving.packed import pack, packed_linear
+from qat.training.activations import fake_quantize_input, static_part
 from tests.kernels.processes import in_a_process
 
 pytest.importorskip("triton")
@@ -71,6 +77,67 @@ def test_what_block_scaled_units_take() -> None:
     }
     for reason, given in refusals.items():
         assert reason in str(block_scaled_problem(*given))
+
+
+GROUPED = [("nvfp4", "nvfp4"), ("mxfp4", "mxfp4"), ("nvfp4", "mxfp4"), ("mxfp4", "nvfp4"), ("mxfp8", "mxfp4"),
+           ("nvint4", "int4_g128"), ("mxint8", "mxint4")]  # fmt: skip
+
+
+def test_which_inputs_are_rounded_instead() -> None:
+    """Those with a scale per 16 or 32 columns on 4-bit weights, where no units multiply block scales themselves."""
+    for x_name, w_name in GROUPED:
+        x, w = lookup(x_name), lookup(w_name)
+        assert rounded_reason(x, w, 4096, 90) and rounded_reason(x, w, 4096, 89)
+        units = block_scaled_problem(x, w, 4096, 100) is None
+        assert (rounded_reason(x, w, 4096, 100) is None) == units
+    for x_name, w_name in (("int8_token", "int4_g128"), ("fp8_token", "mxfp4"), ("fp8_g128", "fp8_b128"),
+                           ("mxfp8", "mxfp8"), ("fp8_g128", "int4_g128"),
+                           ("int4_token", "int4_g32"), ("nvfp4", "fp8_channel")):  # fmt: skip
+        assert rounded_reason(lookup(x_name), lookup(w_name), 4096, 90) is None
+
+
+@pytest.mark.parametrize(("x_name", "w_name"), GROUPED)
+def test_rounded_inputs_give_the_product_of_codes(x_name: str, w_name: str) -> None:
+    """Against float64. Without a global scale, inputs are exact in BF16; with one, they are rounded once more."""
+    fmt, x = lookup(x_name), 3 * normal(33, 640).bfloat16()
+    weight = quantize(normal(64, 640, seed=1), lookup(w_name))
+    static = static_part(fmt, x.abs().amax().float())
+    codes, scales = quantize_input(x, x_name, static)
+    exact, alone = (dequantize_input(codes, scales, above, x_name) for above in (static, None))
+    assert torch.equal(alone.bfloat16().float(), alone), "code times scale is no BF16 number"
+    rounded = fake_quantize_input(x, fmt, "vllm", "ste", static)
+    torch.testing.assert_close(rounded.float(), exact, rtol=2.0**-8 if fmt.global_scale else 0, atol=0)
+    truth = exact.double() @ weight.dequantize().double().T
+    scale = 1.0 if static is None or not fmt.global_scale else 1.0 / float(static)
+    by_codes = quantized_matmul(codes, scales, hold(weight), input_format=x_name, dtype=x.dtype, input_scale=scale)
+    for found, limit in ((by_codes, 2.0**-9), (packed_linear(rounded, pack(weight)), 1.5 * 2.0**-9)):
+        assert float((found.double() - truth).norm() / truth.norm()) <= limit
+
+
+# --- the library's product ----------------------------------------------------------------------------------------
+
+
+def test_what_the_library_multiplies() -> None:
+    given = ("fp8_token", "fp8_channel", 512, 4096, 4096, torch.bfloat16, 90)
+    assert library.takes(*given) and library.takes("fp8_tensor", *given[1:])
+    for at, other in enumerate(("fp8_g128", "fp8_b128", 511, 4088, 4088, torch.float16, 89)):
+        assert not library.takes(*given[:at], other, *given[at + 1 :])
+    for pair in (("int8_token", "int8_channel"), ("fp8_token", "fp8_tensor"), ("fp8_token", "mxfp8")):
+        assert not library.takes(*pair, *given[2:])
+
+
+@pytest.mark.parametrize("x_name", ["fp8_token", "fp8_tensor"])
+def test_the_library_gives_the_same_product(x_name: str) -> None:
+    """In BF16, against float64: scales of every token and row, one above them, and a bias."""
+    x, weight = 3 * normal(33, 256).bfloat16(), quantize(normal(64, 256, seed=1), lookup("fp8_channel"))
+    static, bias = static_part(lookup(x_name), x.abs().amax().float()), normal(64, seed=2)
+    codes, scales = quantize_input(x, x_name, static)
+    truth = dequantize_input(codes, scales, static, x_name).double() @ weight.dequantize().double().T
+    held = hold(weight)
+    for above, added in ((1.0, None), (0.75, bias)):
+        exact = truth * above + (0 if added is None else added.double())
+        found = library.multiply(codes, scales, held.codes, held.scales, added, above, torch.bfloat16)
+        assert float((found.double() - exact).norm() / exact.norm()) <= 2.0**-8
 
 
 # --- the kernels themselves ---------------------------------------------------------------------------------------

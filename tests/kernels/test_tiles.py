@@ -1,11 +1,14 @@
 """The closed-form rules for tiles at the edges of their conditions: numbers by hand for an H100, so that a sign, an
 axis or an off-by-one in them is seen without one."""
 
+from itertools import pairwise
+
 import pytest
 
 from qat.kernels.device import Device
 from qat.kernels.fake_quantize.choose import plan
 from qat.kernels.packed_linear import choose as packed
+from qat.kernels.packed_linear.dense import choose as dense
 from qat.kernels.quantized_matmul import choose as matmul
 from qat.numbers.catalog import lookup
 
@@ -54,6 +57,36 @@ def test_tiles_of_panels(tokens: int, rows: int, columns: int, tile: int, block_
     tiles = packed.choose_panels(tokens, rows, columns, tile, H100.processors)
     assert (tiles.block_n, tiles.block_m, tiles.pieces, tiles.warps, tiles.stages) == (64, block_m, pieces, 4, 3)
     assert packed.choose_panels(4096, rows, columns, tile, H100.processors).pieces == pieces
+
+
+@pytest.mark.parametrize(
+    ("tokens", "bits", "pays"),
+    [
+        (1, 4, False),
+        (192, 2, False),  # three tiles decode as long as four bytes move; a dense weight moves four and a quarter
+        (193, 4, True),  # four tiles: 5.3 bytes against 4.5
+        (192, 4, False),
+        (193, 8, True),
+        (4096, 4, True),  # the library's product is the bound: 39 of 85 bytes
+    ],
+)
+def test_many_tokens_are_multiplied_densely(tokens: int, bits: int, pays: bool) -> None:
+    assert dense.pays(tokens, bits) == pays and (tokens > dense.FEW) >= pays
+
+
+def test_slices_of_dense_rows() -> None:
+    """Whole steps, nearly equal, together all rows, and never more memory than allowed."""
+    for rows, columns, step, sizes in (
+        (8192, 8192, 64, [8192]),
+        (28672, 4096, 64, [14336, 14336]),
+        (16448, 8192, 64, [5504, 5504, 5440]),
+        (100, 640, 128, [100]),
+        (192, 2**21, 64, [64, 64, 64]),  # not even one panel fits
+    ):
+        found = dense.slices(rows, columns, step)
+        assert [len(one) for one in found] == sizes and found[-1].stop == rows
+        assert all(one.start % step == 0 and one.stop == two.start for one, two in pairwise(found))
+        assert max(sizes) <= max(dense.SLICE_BYTES // (2 * columns), step)
 
 
 @pytest.mark.parametrize(

@@ -331,7 +331,11 @@ def test_bases_that_cannot_be_packed_are_named(tmp_path: Path) -> None:
     model = quantized(tiny_model("qwen3", tmp_path / "model"), [pair_rules("int3_g64", None), RULES[1]])
     with pytest.raises(QatError, match=r"base: packed: model.layers.0.self_attn.q_proj: int3_g64 .* 3 bits"):
         attach(model, LoraConfig(rank=4, base="packed"))
-    folder = tiny_model("qwen3_moe", tmp_path / "experts", **{**KINDS["qwen3_moe"], "num_hidden_layers": 1})
-    rules = [pair_rules("int4_g32", None, "*.experts.*"), pair_rules("int4_g32", None, "*_proj"), RULES[1]]
-    with pytest.raises(QatError, match=r"experts.gate_up_proj \(.*\) is quantized, too, and would stay dense"):
+    folder = tiny_model("gpt2", tmp_path / "conv1d", num_hidden_layers=1)
+    rules = [pair_rules("int4_g32", None, "*.c_attn"), pair_rules("int4_g32", None, "lm_head"), RULES[1]]
+    with pytest.raises(QatError, match=r"c_attn \(QatConv1D\) is quantized, too, and would stay dense"):
         attach(quantized(folder, rules), LoraConfig(rank=4, base="packed"))
+    folder = tiny_model("qwen3_moe", tmp_path / "experts", **{**KINDS["qwen3_moe"], "num_hidden_layers": 1})
+    model = quantized(folder, [pair_rules("int3_g32", None, "*.experts.*"), pair_rules("int4_g32", None), RULES[1]])
+    with pytest.raises(QatError, match=r"base: packed: .*experts.gate_up_proj: int3_g32 .* 3 bits"):
+        attach(model, LoraConfig(rank=4, base="packed"))

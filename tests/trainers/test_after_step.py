@@ -1,6 +1,7 @@
 """What follows a step: damping by its formula, refits that read Adam's second moment, each tensor once."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,12 +9,15 @@ import torch
 from torch import nn
 
 from qat.adapters.conv1d import QatConv1D
+from qat.lora import LoraConfig
 from qat.scheme import Scheme
 from qat.sites import weights
 from qat.surgery import apply
 from qat.trainers.after_step import AfterStep
 from qat.trainers.optim import OptimConfig, build
 from qat.training.refit import refit
+from tests.checkpoints.exports import pair_rules
+from tests.qat.twins import packed_and_dense
 
 
 def trained(learn: str, config: OptimConfig, model: nn.Module | None = None) -> tuple[nn.Module, Any]:
@@ -73,6 +77,22 @@ def test_the_moment_lies_as_the_weight_multiplies() -> None:
         found.append(weights(model)["0"].quantizer.start)
     assert isinstance(model[0], QatConv1D)
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("match", ["*.self_attn.*_proj", "*.experts.*"])
+def test_what_is_held_packed_is_refitted_as_its_dense_twin(match: str, tmp_path: Path) -> None:
+    """A frozen weight has no moment; a stack is refitted matrix by matrix."""
+    config = LoraConfig(rank=4, targets=match)
+    rules = [pair_rules("int4_g32_asym", None, match), {"match": "*", "skip": "the rest"}]
+    pair = packed_and_dense(tmp_path, "qwen3_moe", rules, "refit", config)
+    for model in pair:
+        before = {path: site.quantizer.start.clone() for path, site in weights(model).items()}
+        after = AfterStep(model, OptimConfig(refit_every=1), 5)
+        after(1, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0))
+        assert all(not torch.equal(site.quantizer.start, before[path]) for path, site in weights(model).items())
+    for path, site in weights(pair[0]).items():
+        assert torch.equal(site.quantizer.start, weights(pair[1])[path].quantizer.start)
+        assert torch.equal(site.quantizer.zero_point, weights(pair[1])[path].quantizer.zero_point)
 
 
 def test_frozen_weights_are_left_alone() -> None:

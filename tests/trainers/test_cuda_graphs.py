@@ -128,13 +128,15 @@ def test_a_parameter_that_moved_is_not_read_where_it_was() -> None:
 
     def bound(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """As a graph is: to the memory of the weight."""
-        weight, result = net.read.weight.data, torch.zeros(())
+        weight, (replay, result) = net.read.weight.data, again(net)(work)
         held.append(weight)
 
-        def replay() -> None:
-            result.copy_((weight.sum() + net.read.bias.data).square().sum())
+        def from_there() -> None:
+            now, net.read.weight.data = net.read.weight.data, weight
+            replay()
+            net.read.weight.data = now
 
-        return replay, result
+        return from_there, result
 
     passes = Passes(net.loss, net, lambda _: None, bound)
     passes(batch, True)
@@ -159,6 +161,17 @@ def test_what_cannot_be_recorded_is_run_and_named() -> None:
         assert (parameter.grad is None) == (gradient is None)
         assert gradient is None or torch.equal(parameter.grad, gradient)
     assert said == ["no CUDA graphs: RuntimeError: operation not permitted when stream is capturing"]
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5, float("nan")])
+def test_a_graph_that_computes_something_else_is_not_used(share: float) -> None:
+    net, said = Net(), list[str]()
+
+    def other(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        return again(net)(lambda: work() * share)
+
+    assert Passes(net.loss, net, said.append, other)({"input_ids": torch.ones(2, 3)}, True) is None
+    assert "a replayed pass gives" in said[0] and all(p.grad is None for p in net.parameters())
 
 
 # --- runs -----------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Jobs whose model is quantized already: the scheme that follows from it, runs that go on from it, what is refused."""
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,20 @@ from safetensors.torch import load_file
 
 from qat.checkpoints.export import export
 from qat.checkpoints.exported import load_exported
+from qat.checkpoints.hf import resolve
 from qat.checkpoints.layouts import TARGETS, open_export
 from qat.checkpoints.resume import load_student
 from qat.checkpoints.verify import verify
 from qat.errors import ConfigError
+from qat.sites import weights
+from qat.trainers.adapted import first_place
 from qat.trainers.estimate import estimate
 from qat.trainers.job import load_job
 from qat.trainers.run import train
 from qat.trainers.why import moved
-from tests.checkpoints.exports import export_pair, forward_weights
+from tests.checkpoints.exports import TARGET, export_pair, forward_weights, quantized, quiet_export
+from tests.checkpoints.layouts.test_mxfp4 import EXPERTS, GPT_OSS
+from tests.checkpoints.test_packed import by_the_library
 from tests.tiny import tiny_model
 from tests.trainers.jobs import saved_steps, write
 
@@ -64,8 +70,6 @@ def test_the_scheme_follows_from_the_checkpoint(tmp_path: Path, source: Path, ch
 
 
 def test_layers_that_are_treated_apart_get_rules_of_their_own(tmp_path: Path, source: Path) -> None:
-    from tests.checkpoints.exports import quantized, quiet_export
-
     tall = tiny_model("qwen3", tmp_path / "tall", num_hidden_layers=3)
     rules = [
         {"match": "model.layers.0.*", "skip": "the first"},
@@ -125,6 +129,51 @@ def test_an_ordinary_model_is_packed_after_its_initialisation(tmp_path: Path, so
     assert (job.folder / "checkpoints" / "best" / "adapter_config.json").is_file()
     export(job.folder, tmp_path / "out", checkpoint=last)
     assert verify(tmp_path / "out").ok
+
+
+INT4: dict[str, Any] = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_a_run_trains_packed_experts_of_a_packed_checkpoint(kind: str, tmp_path: Path) -> None:
+    """INT4 on experts only, another tool's, one matrix each in the file; and the MXFP4 stacks of gpt-oss. What is
+    exported is what was trained, and no stack was ever a parameter."""
+    if kind == "gpt_oss":
+        dense = tiny_model("gpt_oss", tmp_path / "dense", **GPT_OSS)
+        folder, target = tmp_path / "packed", "mxfp4"
+        quiet_export(quantized(dense, EXPERTS), dense, folder, target)
+    else:
+        dense = tiny_model("qwen3_moe", tmp_path / "dense", num_hidden_layers=1)
+        folder, target = by_the_library(dense, tmp_path / "packed", "pack-quantized", ".experts.", **INT4), TARGET
+    lora = {"rank": 4, "base": "packed", "targets": "*.experts.*"}
+    file = path(tmp_path, folder, dense, lora=lora, scheme={"learn": "none"})
+    job = load_job(file, ["data.pack=false", "eval.data.pack=false"])
+    gpu, unpacked = torch.device("cuda"), resolve(job.model)
+    assert first_place(job, unpacked, gpu).type == "cpu" and first_place(job, dense, gpu) == gpu
+    assert first_place(job.model_copy(update={"lora": None}), unpacked, gpu) == gpu
+    report = train(job, table=False)
+    rows = {row["name"]: row for row in report["rows"]}
+    assert rows["ptq"]["kl"] == rows["best_ptq"]["kl"] > 0
+    again = {row["name"]: row for row in train(job, resume_run=True, table=False)["rows"]}
+    assert again == rows  # from disk
+    assert all(plan.peak > 0 for plan in estimate(job).plans)
+    last = saved_steps(job)[-1].name
+    student, _, _ = load_student(job.folder, last)
+    start, now = load_file(job.folder / "checkpoints" / "start" / "codes.safetensors"), weights(student)
+    served = open_export(folder)
+    assert {f"{path} codes" for path in now} <= start.keys() and 0 < flipped(job.folder, student) < 0.5
+    assert len(now) == 2 and all(site.shape == start[f"{path} codes"].shape for path, site in now.items())
+    codes = {name: TARGETS[served.METHOD].unpack(m, served.layer(name)).codes for name, m in served.modules.items()}
+    assert sum(tensor.numel() for tensor in codes.values()) == sum(math.prod(site.shape) for site in now.values())
+    base = load_file(job.folder / "checkpoints" / "base" / "base.safetensors")
+    assert sum(name.endswith(".words") for name in base) == 2 and not any(name.endswith("_proj") for name in base)
+    export(job.folder, tmp_path / "out", target, checkpoint=last)
+    assert verify(tmp_path / "out").ok
+    stored = load_exported(tmp_path / "out")
+    for site in now.values():
+        value = site.value().to(torch.bfloat16)
+        value = value.transpose(-1, -2) if site.owner.TRANSPOSED else value
+        assert torch.equal(stored.get_submodule(site.module).get_parameter(site.slot).to(torch.bfloat16), value)
 
 
 def flipped(run: Path, student: Any) -> float:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from qat.checkpoints.hf import load_model
+from qat.lora import LoraConfig
 from qat.numbers.catalog import lookup
 from qat.numbers.numerics import qsnr, quantize
 from qat.scheme import Scheme
@@ -17,6 +18,7 @@ from qat.surgery import apply
 from qat.trainers import quantizer_metrics, why
 from qat.trainers.quantizer_metrics import QuantizerMetrics, clipped
 from tests.checkpoints.exports import pair_rules, quantized
+from tests.qat.twins import packed_and_dense
 from tests.tiny import tiny_model
 
 REST = {"match": "*", "skip": "not a projection"}
@@ -135,3 +137,21 @@ def test_tied_weights_count_once(tmp_path: Path) -> None:
     scheme = Scheme(rules=[{"match": "*", "weight": "int8_channel"}], tied="share", init=())
     found = QuantizerMetrics(trained := apply(load_model(source), scheme)).read(trained)
     assert "qsnr/model.embed_tokens" in found and "qsnr/lm_head" not in found
+
+
+def test_packed_experts_are_read_as_their_dense_twin(tmp_path: Path) -> None:
+    """Matrix by matrix: flips, clipping and QSNR of a stack are those of the whole."""
+    rules, config = [pair_rules("nvfp4", None, "*.experts.*"), REST], LoraConfig(rank=4, targets="*.experts.*")
+    found = []
+    for trained in packed_and_dense(tmp_path, "qwen3_moe", rules, "lsq", config):
+        why.keep_start(tmp_path, trained)
+        metrics = QuantizerMetrics(trained)
+        with torch.no_grad():
+            for name, parameter in trained.named_parameters():
+                if name.endswith(".B"):
+                    parameter.mul_(5)
+        read, moved = metrics.read(trained), why.moved(tmp_path, trained)
+        assert moved is not None and 0 < read["quantizers/flip_rate"] < 1 and read["quantizers/clip_rate"] > 0
+        found.append((read, moved["flipped"]))
+    assert found[0][1] == found[1][1]
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)

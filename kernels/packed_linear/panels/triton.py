@@ -13,6 +13,8 @@
 Sums of the pieces of K are added in their order, so that a row's result depends on no other row.
 """
 
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -21,12 +23,14 @@ import triton.language as tl
 from torch import Tensor
 
 from qat.kernels.device import Device
-from qat.kernels.packed_linear.choose import PanelTiles
+from qat.kernels.launch import Call, Launch
+from qat.kernels.packed_linear.choose import PanelTiles, choose_panels
 from qat.kernels.packed_linear.decode.triton import decode, decode_scale, exp2_const
+from qat.numbers.catalog import lookup
 from qat.numbers.element import EXPONENT_BIAS
 from qat.numbers.format import Format
 from qat.numbers.scale import UE4M3
-from qat.serving.panels import BESIDE, BF16_MANTISSA, PARTS, ROWS, part, scales_weights, wide_offset
+from qat.serving.panels import BESIDE, BF16_MANTISSA, ROWS, part, scales_weights, tile, wide_offset
 
 PANEL = tl.constexpr(ROWS)
 SCALE_COLUMNS = tl.constexpr(BESIDE)
@@ -247,41 +251,71 @@ def multiplies_pairs(x: Tensor, device: Device) -> bool:
     return x.is_cuda and x.dtype == torch.bfloat16 and torch.version.hip is None and device.capability >= 80
 
 
-def launch(
+@dataclass(frozen=True)
+class Product:
+    """What the shape of a product decides, worked out once: `above` multiplies the global scale, and `add` is for sums
+    of several pieces of K."""
+
+    call: Call
+    add: Call
+    pieces: int
+    above: float
+
+
+@lru_cache(maxsize=4096)
+def product(
+    format: str, shape: tuple[int, int, int, int], dtype: torch.dtype, bias: bool, assembly: bool, processors: int
+) -> Product:
+    """Of x (tokens, columns) and a weight (rows, columns) in panels; `shape` is tokens, rows, columns and the elements
+    from one token of x to the next."""
+    tokens, rows, columns, _ = shape
+    fmt = lookup(format)
+    tiles = choose_panels(tokens, rows, columns, tile(fmt), processors)
+    grid = rows // tiles.block_n, triton.cdiv(tokens, tiles.block_m), tiles.pieces
+    call = _launch(format, columns, dtype, bias, assembly, tiles).at(
+        grid, *shape, -(-(columns // tile(fmt)) // tiles.pieces)
+    )
+    add = _add(bias).at((triton.cdiv(tokens * rows, ADDED),), tokens * rows, tiles.pieces, rows)
+    return Product(call, add, tiles.pieces, 2.0**AFTER if brings(fmt, assembly) else 1.0)
+
+
+@lru_cache(maxsize=1024)
+def _launch(format: str, columns: int, dtype: torch.dtype, bias: bool, assembly: bool, tiles: PanelTiles) -> Launch:
+    number = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
+    fixed = constants(lookup(format), columns, bias=bias, dtype=number, assembly=assembly, tiles=tiles)
+    return Launch(panels_kernel, **fixed, num_warps=tiles.warps)
+
+
+@cache
+def _add(bias: bool) -> Launch:
+    return Launch(add_pieces_kernel, HAS_BIAS=bias, BLOCK=ADDED, num_warps=4)
+
+
+def multiply(
+    format: str,
+    shape: tuple[int, int, int, int],
     x: Tensor,
     words: Tensor,
     scales: Tensor,
     bias: Tensor | None,
     out: Tensor,
     global_scale: float,
-    fixed: dict[str, Any],
-    tiles: PanelTiles,
+    assembly: bool,
+    processors: int,
 ) -> None:
-    """out (tokens, rows) of x (tokens, columns); `fixed` are `constants`."""
-    (tokens, columns), rows = x.shape, out.shape[-1]
-    above = global_scale * 2.0**AFTER if fixed["WIDE_OFFSET"] == wide_offset(BEFORE) else global_scale
-    most, steps = min(tokens, TOGETHER), columns // (PARTS * fixed["PART"])
-    sums = x.new_empty(tiles.pieces, most, rows, dtype=torch.float32) if tiles.pieces > 1 else out
-    for first in range(0, tokens, most):
-        count, target = min(most, tokens - first), out[first : first + most]
-        panels_kernel[(rows // tiles.block_n, triton.cdiv(count, tiles.block_m), tiles.pieces)](
-            x[first : first + most],
-            words,
-            scales,
-            bias,
-            target,
-            sums,
-            count,
-            rows,
-            columns,
-            x.stride(0),
-            -(-steps // tiles.pieces),
-            above,
-            **fixed,
-            num_warps=tiles.warps,
-        )
-        if tiles.pieces > 1:
-            size = count * rows
-            add_pieces_kernel[(triton.cdiv(size, ADDED),)](
-                sums, bias, target, size, tiles.pieces, rows, HAS_BIAS=fixed["HAS_BIAS"], BLOCK=ADDED, num_warps=4
-            )
+    """Fill out (..., rows) from x (..., columns); see `product` for their shape."""
+    tokens, rows, columns, stride = shape
+    if tokens > TOGETHER:
+        for first in range(0, tokens, TOGETHER):
+            some, target = (t.view(tokens, -1)[first : first + TOGETHER] for t in (x, out))
+            part = len(some), rows, columns, stride
+            multiply(format, part, some, words, scales, bias, target, global_scale, assembly, processors)
+        return
+    own = product(format, shape, x.dtype, bias is not None, assembly, processors)
+    above = global_scale * own.above
+    if own.pieces == 1:
+        own.call((x, words, scales, bias, out, out), above)
+        return
+    sums = x.new_empty((own.pieces, tokens, rows), dtype=torch.float32)
+    own.call((x, words, scales, bias, out, sums), above)
+    own.add((sums, bias, out))

@@ -5,6 +5,7 @@ Compiled and interpreted, never run on such a GPU. `choose.block_scaled_problem`
 weights leave their words for bytes of neighbouring columns in registers, since inputs hold neighbours.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,10 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qat.kernels.launch import Launch
 from qat.kernels.quantized_matmul.choose import SPAN
+from qat.numbers.catalog import lookup
 from qat.numbers.format import Format
 from qat.numbers.scale import UE4M3
 
+TOKENS = (16, 32, 64)  # of a tile
 DOT_NAME = {4: "e2m1", 8: "e4m3"}  # what tl.dot_scaled calls the elements, by bits
 
 
@@ -101,7 +105,7 @@ def constants(x: Format, w: Format, tokens: int, *, bias: bool) -> dict[str, Any
         "HAS_BIAS": bias,
         "SPAN": SPAN,
         "BLOCK_N": 128,
-        "BLOCK_M": next((size for size in (16, 32) if tokens <= size), 64),
+        "BLOCK_M": next((size for size in TOKENS if tokens <= size), TOKENS[-1]),
     }
 
 
@@ -113,15 +117,20 @@ def block_scaled_matmul(
     bias: Tensor | None,
     out: Tensor,
     global_scale: float,
-    formats: tuple[Format, Format],
+    formats: tuple[str, str],
     columns: int,
 ) -> None:
     """Fill out (tokens, rows) from flat inputs and scales; `formats` are those of input and weight."""
     tokens, rows = x.shape[0], weight.shape[0]
     x, weight = (t.view(torch.uint8) if t.element_size() == 1 else t for t in (x, weight))
-    fixed = constants(*formats, tokens, bias=bias is not None)
-    grid = (triton.cdiv(rows, fixed["BLOCK_N"]), triton.cdiv(tokens, fixed["BLOCK_M"]))
-    block_scaled_kernel[grid](
-        x, x_scales, weight, weight_scales, bias, out, tokens, rows, columns, x.stride(0), x_scales.stride(0),
-        weight.stride(0), weight_scales.stride(0), global_scale, **fixed, num_warps=4, num_stages=3,
-    )  # fmt: skip
+    launch = _launch(formats, next((size for size in TOKENS if tokens <= size), TOKENS[-1]), bias is not None)
+    grid = (triton.cdiv(rows, launch.fixed["BLOCK_N"]), triton.cdiv(tokens, launch.fixed["BLOCK_M"]))
+    strides = x.stride(0), x_scales.stride(0), weight.stride(0), weight_scales.stride(0)
+    call = launch.at(grid, tokens, rows, columns, *strides)
+    call((x, x_scales, weight, weight_scales, bias, out), global_scale)
+
+
+@cache
+def _launch(formats: tuple[str, str], tokens: int, bias: bool) -> Launch:
+    fixed = constants(lookup(formats[0]), lookup(formats[1]), tokens, bias=bias)
+    return Launch(block_scaled_kernel, **fixed, num_warps=4, num_stages=3)

@@ -2,17 +2,25 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from qat.checkpoints.hf import load_model
 from qat.errors import FormatError
+from qat.init.calibration import calibrate
 from qat.init.scales import initial_scales, shared_global_scale
+from qat.lora import hold
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.format import Format
 from qat.numbers.numerics import Scales, find_scales, from_blocks, global_scale_for, per_block, rounded, to_blocks
 from qat.numbers.scale import F32, UE4M3
+from qat.scheme import Scheme
+from qat.sites import weights
+from qat.surgery import apply
+from tests.tiny import tiny_model
 
 every_format = pytest.mark.parametrize("fmt", CATALOG.values(), ids=lambda fmt: fmt.name)
 
@@ -156,3 +164,18 @@ def test_blocks_of_an_overhang_ignore_the_padding() -> None:
     assert scales.stored.shape == (2, 2)
     back = from_blocks(to_blocks(x, fmt), x.shape, fmt)
     assert torch.equal(back, x)
+
+
+@pytest.mark.parametrize("match", ["*.self_attn.*_proj", "*.experts.*"])
+def test_what_is_held_packed_keeps_the_scales_of_its_codes(match: str, tmp_path: Path) -> None:
+    source = tiny_model("qwen3_moe", tmp_path / "model", num_hidden_layers=1)
+    rules = ({"match": match, "weight": "nvfp4"}, {"match": "*", "skip": "the rest"})
+    scheme = Scheme(rules=rules, init=("scales",), learn="none")
+    model = apply(load_model(source), scheme)
+    for site in weights(model).values():
+        site.quantizer.start.mul_(2)
+    before = {path: site.quantizer.scales().effective().clone() for path, site in weights(model).items()}
+    hold(model)
+    calibrate(model, [{"input_ids": torch.arange(2, 34).view(1, -1)}], scheme)
+    assert all(torch.equal(site.quantizer.scales().effective(), before[path]) for path, site in weights(model).items())
+    assert all(site.is_held for site in weights(model).values())
