@@ -23,7 +23,7 @@ weight; the other side goes down to a handful of tokens.
 multiply the weight, where E4M3 times a 4-bit code stays exact. A scale per row acts once, at the end. float32
 activations are multiplied as such ("ieee"): tensor cores would drop 13 of their bits.
 
-**What bounds the speed** (reckoned, not measured: no GPU has run it). The weight's bytes are read once per BLOCK_M
+**What bounds the speed** (reckoned; docs/measurements.md has times). The weight's bytes are read once per BLOCK_M
 tokens, so M tokens cost 16 * M / BITS operations per byte: up to about 70 tokens at 4 bits, an H100 (300 BF16
 operations per byte) waits for memory, and only two things matter: enough programs to keep all of it busy, hence
 SPLITS pieces of K where N alone gives too few, and loads under way while the last tile is decoded, hence `num_stages`.

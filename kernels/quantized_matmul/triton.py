@@ -18,7 +18,7 @@ global scale:
 end. Sums of E4M3 products are promoted to float32 every 128 columns, because Hopper's accumulators keep fewer bits than
 float32 has.
 
-**What bounds the speed** (reckoned, not measured: no GPU has run it). Few tokens: the weight's bytes, as in
+**What bounds the speed** (reckoned; docs/measurements.md has times). Few tokens: the weight's bytes, as in
 `packed_linear`. Many tokens: the tensor cores where a row has one scale, for then nothing but loads and products is
 in the loop; with groups, the float32 multiplications of partial sums, which at 32 columns cost as much as the products.
 Programs are numbered so that eight tiles of rows meet all tokens in turn, which keeps what they share in the L2 cache.
