@@ -1,7 +1,8 @@
 """Which tiles the packed linear kernel runs with: a closed-form rule from shape and device, nothing tuned at run time.
 
 The number of splits of K depends on the weight alone, not on the number of tokens, and partial sums are added in a
-fixed order, so that a row's result need not depend on its batch. On an H200 it does not (`alone` in tests/kernels/contact.py).
+fixed order, so that a row's result need not depend on its batch; on an H200 it does not (`alone` in tests/kernels/
+contact.py).
 """
 
 from dataclasses import dataclass
