@@ -8,6 +8,7 @@ possible the model decodes as without this file, which says why, once. CPUs have
 
 import contextlib
 import functools
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import StaticCache
 from transformers.cache_utils import Cache, StaticLayer
 
+from qat.cuda_graph import WARM, record
 from qat.engines.cache import quantized_cache
 from qat.errors import UnsupportedError
 
@@ -27,20 +29,26 @@ Run = Callable[[], Any]
 Record = Callable[[Run, Callable[[], None]], Run]
 
 
+def wanted() -> bool:
+    """Whether steps are recorded where nobody says how: `$QAT_CUDA_GRAPHS` is 1. No GPU has run it yet."""
+    return os.environ.get("QAT_CUDA_GRAPHS") == "1"
+
+
 class Decoding:
     """Gives a model's caches for `generate`, and replays its steps on those that allow it.
 
     Args:
         model: whose `forward` this takes the place of.
-        record: makes a recorded step of a step and of what undoes it; by default a CUDA graph, on a GPU.
+        record: makes a recorded step of a step and of what undoes it; by default a CUDA graph, on a GPU, if `wanted`.
     """
 
     def __init__(self, model: Any, record: Record | None = None) -> None:
         self._model, self._forward = model, model.forward
-        self._record = record or (cuda_graph if model.device.type == "cuda" else None)
+        self._record = record or (cuda_graph if model.device.type == "cuda" and wanted() else None)
         self._problem = problem(model) if self._record else None
         self._caches: dict[int, tuple[int, StaticCache]] = {}  # capacity and cache, by batch size
         self._steps: dict[Any, _Step] = {}
+        self._empty: StaticCache | None = None  # a cache that waits for its prompt, which may be one token, but no step
         if self._record and self._problem is None:
             model.forward = functools.wraps(model.forward)(lambda *args, **given: self._decode(*args, **given))
 
@@ -64,13 +72,16 @@ class Decoding:
             cache = StaticCache(config=self._model.config, max_cache_len=capacity)
             self._caches[batch] = capacity, cache
         cache.reset()
+        self._empty = cache
         return cache
 
     def _decode(self, *args: Any, **given: Any) -> Any:
         """In the place of the model's `forward`."""
-        cache, ids = given.get("past_key_values"), given.get("input_ids")
+        cache: Any = given.get("past_key_values")
+        ids, empty = given.get("input_ids"), self._empty is cache
+        self._empty = None
         ours = any(cache is own for _, own in self._caches.values())
-        if args or not ours or ids is None or ids.shape[1] != 1 or torch.is_grad_enabled() or self._problem:
+        if args or not ours or empty or ids is None or ids.shape[1] != 1 or torch.is_grad_enabled() or self._problem:
             return self._forward(*args, **given)
         on_gpu = ids.device.type == "cuda"  # which a thread that serves need not have made the current one
         with torch.cuda.device(ids.device) if on_gpu else contextlib.nullcontext():
@@ -125,19 +136,17 @@ def cuda_graph(run: Run, undo: Callable[[], None]) -> Run:
     Raises:
         UnsupportedError: replayed, it gives other logits than when it is run.
     """
-    beside = torch.cuda.Stream()
+    beside, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
     beside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(beside):  # libraries make their workspaces and kernels are compiled outside of the graph
-        for _ in range(2):
+        for _ in range(WARM):
             expected = run()
             undo()
     torch.cuda.current_stream().wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        results = run()
+    again, results = record(run, pool, beside)
 
     def replay() -> Any:
-        graph.replay()
+        again()
         return results
 
     check(expected, replay())

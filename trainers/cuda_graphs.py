@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qat.cuda_graph import WARM, record
 from qat.errors import UnsupportedError
 from qat.sharded import is_divided
 from qat.training.heads import as_product
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 LENGTHS = 8  # to one of which the number of learnt tokens is padded
 MOST = 16  # graphs of one run; further shapes are run as they are
 SAME = 1e-2  # what a replayed pass's loss and gradients' norm may differ by from those of one that is run
-WARM = 2  # passes before one is recorded: what compiles or allocates at its first call is then done
 
 Batch = dict[str, Tensor]
 Work = Callable[[Batch], Tensor]
@@ -56,6 +56,10 @@ def obstacle(module: "QatModule") -> str | None:
         return "several processes train together"
     if job.activation_checkpointing:
         return "activation_checkpointing recomputes with the host's random state"
+    if job.lora is not None and job.lora.base == "packed":
+        return "lora.base: packed decodes by tables that come from the host"
+    if job.lora is not None and job.lora.dropout:
+        return "lora.dropout draws random numbers, which a resumed run has to draw again"
     if module.taught is not None:
         return "a cached teacher says another number of things of every batch"
     if getattr(job.objective, "hidden", 0.0):
@@ -63,6 +67,8 @@ def obstacle(module: "QatModule") -> str | None:
     if teacher is not None and any(p.device != device for p in teacher.parameters()):
         return "the teacher is elsewhere"
     for model in (module.student, teacher):
+        if model is not None and (reason := _waits(model)) is not None:
+            return reason
         if model is not None:
             head: Any = model.get_output_embeddings()  # type: ignore[operator] # of a causal LM
             product = as_product(head)
@@ -71,13 +77,29 @@ def obstacle(module: "QatModule") -> str | None:
     return None
 
 
-def _record(work: Callable[[], Tensor], pool: Any, stream: Any) -> tuple[Replay, Tensor]:
-    """Record `work` as a CUDA graph; its result lies where each replay writes it."""
-    graph = torch.cuda.CUDAGraph()
-    # Other threads (logging, data) may talk to the device meanwhile.
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        result = work()
-    return graph.replay, result
+def _waits(model: nn.Module) -> str | None:
+    """What in a model asks the GPU for numbers on the way, or draws them, as far as that can be known, or None."""
+    name = type(model).__name__
+    config: Any = getattr(model, "config", None)
+    if "flash" in str(getattr(config, "_attn_implementation", "")):
+        return f"flash attention counts the documents of {name}'s rows; model.attn_implementation=sdpa does not"
+    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    if {"dynamic", "longrope"} & set(_words(rope)):
+        return f"rotary positions of {name} depend on the longest sequence"
+    if any(getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
+        return f"the path through {name} depends on which experts its tokens choose"
+    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()) or getattr(text, "attention_dropout", None):
+        return f"{name} has dropout, whose random numbers a resumed run has to draw again"
+    return None
+
+
+def _words(tree: Any) -> Iterator[str]:
+    if isinstance(tree, dict):
+        for value in tree.values():
+            yield from _words(value)
+    elif isinstance(tree, str):
+        yield tree
 
 
 class _Pass:
@@ -103,18 +125,19 @@ class Passes:
         record: how one is recorded; by default as a CUDA graph.
 
     Attributes:
+        active: whether passes are recorded; no longer after one could not be.
         sentences: what was recorded, and what was not and why.
     """
 
     def __init__(self, work: Work, model: nn.Module, say: Say, record: Record | None = None) -> None:
         self.work, self.model, self.say = work, model, say
-        self.sentences: list[str] = []
+        self.active, self.sentences = True, list[str]()
         self._record = record or self._as_graph
         self._passes: dict[Any, _Pass | None] = {}
         self._gradients: dict[nn.Parameter, Tensor] = {}
+        self._fixed: list[Tensor] = []  # what graphs were recorded with, and where it was
         self._places: list[int] = []
         self._shared: tuple[Any, Any] | None = None  # the pool and the stream of all graphs
-        self._off = False
 
     def tell(self, sentence: str) -> None:
         """Say it, and keep it for the report."""
@@ -128,10 +151,10 @@ class Passes:
             batch: on the device.
             first: of the optimizer step: gradients begin at zero.
         """
-        if self._off:
+        if not self.active:
             return None
-        if self._passes and self._places != self._pointers():
-            self._passes.clear()
+        if self._passes and self._places != [tensor.data_ptr() for tensor in self._fixed]:
+            self._passes, self._shared = {}, None
         key = tuple((name, tensor.shape, tensor.dtype) for name, tensor in sorted(batch.items()))
         if key not in self._passes:
             if len(self._passes) >= MOST:
@@ -140,8 +163,9 @@ class Passes:
             try:
                 self._passes[key] = self._recorded(batch)
             except Exception as error:  # whatever cannot be recorded can still be run
-                self._off, self._passes = True, {}
-                self.tell(f"no CUDA graphs: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}")
+                self.active, self._passes, self._gradients, self._shared = False, {}, {}, None
+                reason = (str(error).strip().splitlines() or [""])[0]
+                self.tell(f"no CUDA graphs: {type(error).__name__}: {reason[:200]}")
             for parameter, gradient in zip(self.model.parameters(), before, strict=True):
                 parameter.grad = gradient
         found = self._passes.get(key)
@@ -164,9 +188,6 @@ class Passes:
         for parameter, gradient in self._gradients.items():
             parameter.grad = gradient
 
-    def _pointers(self) -> list[int]:
-        return [t.data_ptr() for group in (self.model.parameters(), self.model.buffers()) for t in group]
-
     def _recorded(self, batch: Batch) -> _Pass:
         own = {name: tensor.clone() for name, tensor in batch.items()}
         with self._on_side():
@@ -185,7 +206,8 @@ class Passes:
             if not bool((run - again).abs() <= SAME * run.abs()):  # NaN is not
                 raise UnsupportedError(f"a replayed pass gives {float(again):.6g} and one that is run {float(run):.6g}")
         if not self._passes:
-            self._places = self._pointers()
+            self._fixed = [*self.model.parameters(), *self.model.buffers()]
+            self._places = [tensor.data_ptr() for tensor in self._fixed]
             self.tell(
                 f"CUDA graphs: a forward and backward pass of {batch['input_ids'].numel():,} tokens is one launch"
             )
@@ -216,21 +238,22 @@ class Passes:
             self._shared = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         stream = self._shared[1]
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), torch.random.fork_rng(devices=[torch.cuda.current_device()]):
-            yield
-        torch.cuda.current_stream().wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream), torch.random.fork_rng(devices=[torch.cuda.current_device()]):
+                yield
+        finally:
+            torch.cuda.current_stream().wait_stream(stream)
 
     def _as_graph(self, work: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         assert self._shared is not None
-        return _record(work, *self._shared)
+        return record(work, *self._shared)
 
 
 def passes(module: "QatModule") -> Passes | None:
     """The passes of a run's micro-batches; None where they are not recorded, which is said where it was asked for."""
-    if module.job.cuda_graphs is False:
+    if not module.job.cuda_graphs:
         return None
     if (reason := obstacle(module)) is not None:
-        if module.job.cuda_graphs:
-            module.say(f"no CUDA graphs: {reason}")
+        module.say(f"no CUDA graphs: {reason}")
         return None
     return Passes(module.share, module.student, module.say)

@@ -47,10 +47,12 @@ def fit(
     restore = _Restore(folder, average)
     parts.student.train()
     module.say = say
-    with compiled(module, parts, say) as saved["compiled"]:
-        lightning(job, parts, job.steps - start, [restore, loop], loggers).fit(module)
-    saved["graphs"] = [] if module.passes is None else module.passes.sentences
-    module.passes = None  # and the memory of its graphs
+    try:
+        with compiled(module, parts, say) as saved["compiled"]:
+            lightning(job, parts, job.steps - start, [restore, loop], loggers).fit(module)
+    finally:
+        saved["graphs"] = [] if module.passes is None else module.passes.sentences
+        module.passes = None  # and the memory of its graphs
     parts.student.to(parts.device)  # Lightning leaves it on the CPU
     return loop
 

@@ -54,8 +54,8 @@ class Job(Strict):
         precision: "auto" is bf16-mixed on GPUs and fp32 on CPUs. Master weights are always fp32.
         compile: run the decoder blocks of training passes as graphs made by `torch.compile`, see
             `qat.trainers.compile`; a block that cannot be compiled runs as it is, and is named.
-        cuda_graphs: launch the forward and backward pass of a micro-batch at once, see `qat.trainers.cuda_graphs`; by
-            default wherever nothing stands against it, on one GPU.
+        cuda_graphs: launch the forward and backward pass of a micro-batch at once, on one GPU, see
+            `qat.trainers.cuda_graphs`; what stands against it is named.
         strategy: how several devices share the work. "ddp": each holds the whole model and reads its share of the
             rows; "auto" is ddp where there are several devices. "fsdp" and "deepspeed" divide what a device holds.
         deepspeed: how that strategy divides, see `qat.trainers.zero`.
@@ -93,7 +93,7 @@ class Job(Strict):
     seed: int = Field(default=0, ge=0, lt=1 << 32)
     precision: Precision = "auto"
     compile: bool = False
-    cuda_graphs: bool | None = None
+    cuda_graphs: bool = False
     strategy: Strategy = "auto"
     deepspeed: ZeroConfig = ZeroConfig()
     devices: int = Field(default=1, ge=1)

@@ -144,10 +144,11 @@ class QatModule(lit.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss per token of the whole optimizer step, this micro-batch's share of it."""
         first = not self._losses
-        if self.job.holds and first and self.passes is None:  # a recorded pass keeps nothing for the next
+        recorded = self.passes is not None and self.passes.active  # which keeps nothing for the next pass
+        if self.job.holds and first and not recorded:
             self._held.enter_context(held(self.student))
         if self.compiled is not None:
-            self.compiled.begin(first and self.passes is None)
+            self.compiled.begin(first and not recorded)
         replayed = None if self.passes is None else self.passes(padded(batch), first)
         self._replayed = replayed is not None
         value = run(self.student, lambda: self.share(batch)) if replayed is None else replayed

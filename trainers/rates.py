@@ -83,3 +83,5 @@ def _kl(job: Job, parts: Parts, evaluator: Evaluator) -> float:
     except TrainingError:  # too high a rate; not a number
         parts.student.to(parts.device)
         return math.inf
+    finally:
+        module.passes = None  # and the memory of its graphs

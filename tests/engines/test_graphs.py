@@ -24,6 +24,8 @@ from tests.tiny import tiny_model
 ASKED: list[tuple[list[list[int]], dict[str, Any]]] = [
     ([[5, 6, 7, 8, 9]], {}),
     ([[9, 8, 7]], {}),
+    ([[9]], {}),
+    ([[9], [5], [9]], {}),  # a prompt of one token meets a new cache
     ([[0, 0, 5, 6, 7], [3, 4, 5, 6, 7]], {}),  # a batch, the first padded
     ([[5, 6, 7, 8, 9]], {"do_sample": True, "temperature": 2.0}),
     ([[11] * 300], {}),  # longer than the cache that is there
@@ -82,7 +84,7 @@ def test_recorded_steps_give_the_same_tokens(folder: Path) -> None:
             expected = generated(plain, ids, options, None)
             assert torch.equal(generated(model, ids, options, decoding.cache(*size(ids))), expected), ids
     assert again.replayed == 2 * 11 * len(ASKED), "the first token comes from the prompt"
-    assert again.recorded == 3, "two sizes of batch, and one that needs more room: others replay what is there"
+    assert again.recorded == 4, "three sizes of batch, and one that needs more room: others replay what is there"
 
 
 def test_what_cannot_be_recorded_is_decoded_as_ever(folder: Path) -> None:

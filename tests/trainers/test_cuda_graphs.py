@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from qat.trainers import cuda_graphs
 from qat.trainers.cuda_graphs import LENGTHS, Passes, Record, padded
@@ -212,6 +213,27 @@ def test_who_asks_for_graphs_is_told_why_there_are_none(
     Module.job = job  # type: ignore[attr-defined] # of a module that trains
     assert cuda_graphs.passes(Module) is None  # type: ignore[arg-type]  # what of it is read
     assert said == ([f"no CUDA graphs: they need a CUDA device, and {reason}"] if reason else [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("llama", {}, None),
+        ("mixtral", {}, "which experts its tokens choose"),
+        ("llama", {"attention_dropout": 0.1}, "has dropout"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "longest sequence"),
+        ("llama", {"_attn_implementation": "flash_attention_2"}, "counts the documents"),
+    ],
+)
+def test_models_that_ask_the_device_on_the_way_are_named(
+    kind: str, changes: dict[str, Any], reason: str | None, tmp_path: Path
+) -> None:
+    told = {name: changes.pop(name) for name in list(changes) if name.startswith("_")}
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(kind, tmp_path / "model", **changes))
+    for name, value in told.items():
+        setattr(model.config, name, value)
+    found = cuda_graphs._waits(model)
+    assert (found is None) == (reason is None) and (reason is None or reason in str(found))
 
 
 @pytest.mark.gpu
