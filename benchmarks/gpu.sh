@@ -4,7 +4,7 @@
 #     OUT=results bash benchmarks/gpu.sh first       at most 4.5 minutes: does every kernel run, and is it right? Then a
 #                                                    whole road on a tiny model, and how long kernels take
 #     OUT=results bash benchmarks/gpu.sh train       at most 4 minutes: a distillation of the embedded model, its step time
-#     OUT=results bash benchmarks/gpu.sh operators steps recovery peers           longer: tables, plots, other libraries
+#     OUT=results bash benchmarks/gpu.sh decode operators steps recovery peers    longer: tables, plots, other libraries
 #
 # Every step has its own limit, the next one runs after a failure, and results are written to OUT as they come. A machine
 # without network needs what `bash benchmarks/wheels.sh` puts into .wheels/ on another one. DEVICE=cpu rehearses.
@@ -44,7 +44,7 @@ embedded_model() { # put together from the halves that wheels.sh made, where its
 }
 
 first() {
-    local jobs tests=("$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/kernels)
+    local jobs tests=("$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/qat/test_cuda_graph.py tests/trainers tests/engines tests/qat/serving tests/kernels)
     jobs=$(nproc)
     "$PYTHON" -c "import xdist" 2>/dev/null && tests+=(-n "$((jobs < 12 ? jobs : 12))")
     [ "$DEVICE" = cuda ] || tests+=(--collect-only)
@@ -66,8 +66,10 @@ train() {
     step train train 150 "$PYTHON" -m qat.cli train configs/qad/smollm2-135m-nvfp4.yaml calibration=null \
         optim.lr=3e-4 "${size[@]}" runs="$KEEP/runs"
     cp -f "$run/metrics.csv" "$run/report.json" "$run/report.md" "$OUT" 2>/dev/null
-    step train steps 80 "$PYTHON" benchmarks/step_time.py --device "$DEVICE" --case "nvfp4 W4A4" "${timing[@]}" \
+    step train steps 50 "$PYTHON" benchmarks/step_time.py --device "$DEVICE" --case "nvfp4 W4A4" "${timing[@]}" \
         --json "$OUT/steps.json"
+    [ "$DEVICE" != cuda ] || step train graphs 50 "$PYTHON" benchmarks/step_time.py --device cuda --model 135m --no-peak \
+        --graphs "${timing[@]}" --json "$OUT/steps-graphs.json"
 }
 
 embedded_model
@@ -75,6 +77,7 @@ for part in "${@:-first}"; do
     case $part in
         first) first ;;
         train) train ;;
+        decode) step decode decode 100 "$PYTHON" benchmarks/decode_graph.py --device "$DEVICE" --out "$OUT" ;;
         operators) step operators operators 540 "$PYTHON" benchmarks/operators.py --device "$DEVICE" --peers none --out "$OUT" ;;
         steps)
             for model in embedded llama-1b; do
@@ -90,7 +93,7 @@ for part in "${@:-first}"; do
             done
             ;;
         *)
-            echo "no part called $part; there are first, train, operators, steps, recovery and peers" >&2
+            echo "no part called $part; there are first, train, decode, operators, steps, recovery and peers" >&2
             exit 2
             ;;
     esac
