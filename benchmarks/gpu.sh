@@ -68,7 +68,7 @@ train() {
     cp -f "$run/metrics.csv" "$run/report.json" "$run/report.md" "$OUT" 2>/dev/null
     step train steps 50 "$PYTHON" benchmarks/step_time.py --device "$DEVICE" --case "nvfp4 W4A4" "${timing[@]}" \
         --json "$OUT/steps.json"
-    [ "$DEVICE" != cuda ] || step train graphs 50 "$PYTHON" benchmarks/step_time.py --device cuda --model 135m --no-peak \
+    [ "$DEVICE" != cuda ] || step train graphs 40 "$PYTHON" benchmarks/step_time.py --device cuda --model 135m --no-peak \
         --graphs "${timing[@]}" --json "$OUT/steps-graphs.json"
 }
 

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from qat.trainers.module import QatModule
 
 LENGTHS = 8  # to one of which the number of learnt tokens is padded
-MOST = 16  # graphs of one run; further shapes are run as they are
 SAME = 1e-2  # what a replayed pass's loss and gradients' norm may differ by from those of one that is run
 
 Batch = dict[str, Tensor]
@@ -133,7 +132,7 @@ class Passes:
         self.work, self.model, self.say = work, model, say
         self.active, self.sentences = True, list[str]()
         self._record = record or self._as_graph
-        self._passes: dict[Any, _Pass | None] = {}
+        self._passes: dict[Any, _Pass] = {}
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._fixed: list[Tensor] = []  # what graphs were recorded with, and where it was
         self._places: list[int] = []
@@ -157,8 +156,6 @@ class Passes:
             self._passes, self._shared = {}, None
         key = tuple((name, tensor.shape, tensor.dtype) for name, tensor in sorted(batch.items()))
         if key not in self._passes:
-            if len(self._passes) >= MOST:
-                return None
             before = [None if first or p.grad is None else p.grad.clone() for p in self.model.parameters()]
             try:
                 self._passes[key] = self._recorded(batch)
@@ -168,11 +165,10 @@ class Passes:
                 self.tell(f"no CUDA graphs: {type(error).__name__}: {reason[:200]}")
             for parameter, gradient in zip(self.model.parameters(), before, strict=True):
                 parameter.grad = gradient
-        found = self._passes.get(key)
-        if found is None:
+        if not self.active:
             return None
         self._begin(first)
-        return found(batch)
+        return self._passes[key](batch)
 
     def _begin(self, first: bool) -> None:
         """What a pass adds to: nothing, or what the step's passes so far have given, recorded or not."""
