@@ -26,6 +26,7 @@ ELSEWHERE = {
     "engines/replies.py": "engines/test_serve.py: over a socket, as clients see it",
     "kernels/cached_attention/decode/triton.py": "kernels/test_cached_attention.py: every code that it reads",
     "kernels/effective_scales/triton.py": "kernels/test_fake_quantize.py: one process interprets both",
+    "kernels/fake_quantize/rounding/triton.py": "kernels/test_fake_quantize.py: and its quotients in test_quotients.py",
     "kernels/fake_quantize_input/triton.py": "kernels/test_fake_quantize.py: one process interprets both",
     "kernels/packed_linear/decode/triton.py": "kernels/test_packed_linear.py: every code that it multiplies",
     "kernels/packed_linear/dense/choose.py": "kernels/test_tiles.py: with the other closed-form rules",

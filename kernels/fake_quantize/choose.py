@@ -69,7 +69,16 @@ def input_problem(fmt: Format) -> str | None:
     return problem(fmt)
 
 
-def plan(fmt: Format, rows: int, columns: int, values: int, programs: int = 0) -> Plan:
+def parts_of(fmt: Format, divisors: tuple[int, ...], scales: tuple[int, ...]) -> int:
+    """Parts of a block that have divisors of their own, by the two shapes; 0 where the kernels do not take them."""
+    if divisors == scales:
+        return 1
+    parts = divisors[-1] // max(1, scales[-1])
+    fits = divisors == (*scales[:-1], parts * scales[-1]) and fmt.block[0] == 1 and fmt.block[1] % max(1, parts) == 0
+    return parts if fits and 1 < parts < fmt.block[1] and not parts & (parts - 1) else 0
+
+
+def plan(fmt: Format, rows: int, columns: int, values: int, programs: int = 0, parts: int = 1) -> Plan:
     """The plan for x (rows, columns), neither of them 0.
 
     Args:
@@ -77,6 +86,7 @@ def plan(fmt: Format, rows: int, columns: int, values: int, programs: int = 0) -
         rows, columns: of the tensor, all leading dimensions counted as rows.
         values: in a tile, a power of two.
         programs: cut long rows of a reduction until there are about so many programs; 0 cuts at every tile.
+        parts: of a group that have divisors of their own; each is a row.
     """
     block_rows, block_columns = fmt.block
     if block_rows > 1 and block_columns:
@@ -87,7 +97,7 @@ def plan(fmt: Format, rows: int, columns: int, values: int, programs: int = 0) -
     if block_rows == 0:
         rows, columns = 1, rows * columns
     elif block_columns:
-        rows, columns = rows * (columns // block_columns), block_columns
+        rows, columns = rows * (columns // block_columns) * parts, block_columns // parts
     tile_columns = _tile_columns(columns, values)
     tile_rows = min(max(values // tile_columns, 1), _next_power(rows))
     pieces = max(1, -(-programs * tile_rows // rows))

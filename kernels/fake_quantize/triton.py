@@ -1,13 +1,14 @@
 """Fake quantization and its gradients in Triton: one pass over memory each, numbers equal to the reference's.
 
-Rounding is float32 arithmetic that IEEE 754 fixes to the last bit (a correctly rounded division, additions that drop
-bits, no casts to small floats), so a GPU, the interpreter and `qat.numbers.numerics` give the same bits. What the
-kernels do not take runs the reference; `qat.kernels.load.explain_training` says so by name.
+Rounding is float32 arithmetic that IEEE 754 fixes to the last bit (`rounding/triton.py`), so a GPU, the interpreter and
+`qat.numbers.numerics` give the same bits. What the kernels do not take runs the reference;
+`qat.kernels.load.explain_training` says so by name.
 
-Values lie as the model has them; `choose.plan` sees every tensor as a matrix with one scale per row (a group is a row),
-so that a tile of TILE_ROWS x TILE_COLUMNS values needs a handful of scales. Memory bounds the speed: each value is read
-once and written once, 16 bytes per access and thread, and about ten instructions lie between, so nothing is worth
-tuning but the width of a tile.
+Values lie as the model has them; `choose.plan` sees every tensor as a matrix with one scale per row (a group is a row,
+and so is each of the parts of a group that have divisors of their own: PARTS of these rows share a multiplier), so that
+a tile of TILE_ROWS x TILE_COLUMNS values needs a handful of scales. Memory bounds the speed: each value is read once
+and written once, 16 bytes per access and thread, and 16 to 20 instructions lie between, so nothing is worth tuning but
+the width of a tile.
 
 Sums over large blocks are made in two steps, each in a fixed order: no atomics, so a run repeats itself exactly.
 """
@@ -23,63 +24,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from qat.kernels.fake_quantize.choose import Plan, plan, problem
+from qat.kernels.fake_quantize.choose import Plan, parts_of, plan, problem
+from qat.kernels.fake_quantize.rounding.triton import divided, to_bf16_grid
 from qat.kernels.launch import Call, Launch
 from qat.numbers.catalog import lookup
 from qat.numbers.format import Format
 from qat.training.ops import fake_quantize_backward_reference, fake_quantize_reference, quantized_linear_reference
 
-ALL = tl.constexpr(tl.PropagateNan.ALL)
-ROUNDER = tl.constexpr(1.5 * 2.0**23)  # adding it drops the fraction, ties to even
 PROGRAMS = 1024  # of a reduction, about 8 per processor of the largest devices
-
-
-@triton.jit
-def clamp(x, low, high):
-    """As torch.clamp: NaN stays NaN."""
-    return tl.minimum(tl.maximum(x, low, propagate_nan=ALL), high, propagate_nan=ALL)
-
-
-@triton.jit
-def rounded(
-    x,
-    zero,
-    KIND: tl.constexpr,
-    MANTISSA: tl.constexpr,
-    MIN_NORMAL: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    ZEROS: tl.constexpr,
-    GRID: tl.constexpr,
-    BOUNDS: tl.constexpr,
-):
-    """float32 x, in units of the element, to the nearest value (zero point subtracted). LOW and HIGH bound the values,
-    or the codes where there are zero points."""
-    if KIND == "table":
-        y = tl.full(x.shape, GRID[0], tl.float32)
-        for index in tl.static_range(len(BOUNDS)):
-            y = tl.where(x > BOUNDS[index], GRID[index + 1], y)
-        return tl.where(x == x, y, x)
-    elif KIND == "integer" and ZEROS:  # clamped first, which is the same for whole bounds: the addition stays exact
-        return clamp(x, LOW - zero, HIGH - zero) + ROUNDER - ROUNDER
-    elif KIND == "integer":
-        x = clamp(x, LOW, HIGH)
-        sign = x.to(tl.int32, bitcast=True) & -2147483648  # the sum below loses that of -0.0, which torch.round keeps
-        return ((x + ROUNDER - ROUNDER).to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-    else:  # see Element.round_
-        x = clamp(x, LOW, HIGH)
-        binade = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        # As large as leaves MANTISSA bits of x to the sum: the addition rounds, half to even.
-        dropper = tl.maximum(binade, MIN_NORMAL) * (1.5 * 2.0 ** (23 - MANTISSA))
-        return x + dropper - dropper
-
-
-@triton.jit
-def to_bf16_grid(x):
-    """float32 x rounded to a BF16 number, half to even, by integer arithmetic; NaN stays NaN."""
-    bits = x.to(tl.int32, bitcast=True)
-    near = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-    return tl.where(x == x, near.to(tl.float32, bitcast=True), x)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -102,34 +54,39 @@ def fake_quantize_kernel(
     ZEROS: tl.constexpr,
     GRID: tl.constexpr,
     BOUNDS: tl.constexpr,
+    PARTS: tl.constexpr,
     ROUND_BF16: tl.constexpr,
+    FULL: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ):
-    """out (R, C) = x on its grid. BLOCK_COLUMNS 0: one scale per row; else one per block, which holds whole tiles."""
-    across = tl.cdiv(C, TILE_COLUMNS)
-    first_row = (tl.program_id(0) // across) * TILE_ROWS
-    first_column = (tl.program_id(0) % across).to(tl.int64) * TILE_COLUMNS
+    """out (R, C) = x on its grid. BLOCK_COLUMNS 0: one divisor per row and one multiplier to PARTS rows; else one of
+    both per block, which holds whole tiles. FULL: a row is exactly one tile wide."""
     row, column = tl.arange(0, TILE_ROWS), tl.arange(0, TILE_COLUMNS)
-    inside = (row < R - first_row)[:, None] & (column < C - first_column)[None, :]
-    at = first_row.to(tl.int64) * C + first_column + row[:, None] * C + column[None, :]
+    if FULL:
+        first_row = tl.program_id(0) * TILE_ROWS
+        inside = (row < R - first_row)[:, None] & (column < TILE_COLUMNS)[None, :]
+        at = first_row.to(tl.int64) * TILE_COLUMNS + (row[:, None] * TILE_COLUMNS + column[None, :])
+    else:
+        across = tl.cdiv(C, TILE_COLUMNS)
+        first_row = (tl.program_id(0) // across) * TILE_ROWS
+        first_column = (tl.program_id(0) % across).to(tl.int64) * TILE_COLUMNS
+        inside = (row < R - first_row)[:, None] & (column < C - first_column)[None, :]
+        at = first_row.to(tl.int64) * C + first_column + row[:, None] * C + column[None, :]
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if BLOCK_COLUMNS == 0:
         scale_at = first_row + row
         there = scale_at < R
         d = tl.load(divisor + scale_at, mask=there, other=1.0)[:, None]
-        m = tl.load(multiplier + scale_at, mask=there, other=1.0)[:, None]
-        zero = tl.load(zeros + scale_at, mask=there, other=0).to(tl.float32)[:, None] if ZEROS else 0.0
+        m = tl.load(multiplier + scale_at // PARTS, mask=there, other=1.0)[:, None]
+        zero = tl.load(zeros + scale_at // PARTS, mask=there, other=0).to(tl.float32)[:, None] if ZEROS else 0.0
     else:
         scale_at = (first_row // BLOCK_ROWS) * scale_columns + first_column // BLOCK_COLUMNS
         d = tl.load(divisor + scale_at)
         m = tl.load(multiplier + scale_at)
         zero = tl.load(zeros + scale_at).to(tl.float32) if ZEROS else 0.0
-    value = tl.div_rn(value, d)
-    y = rounded(value, zero, KIND, MANTISSA, MIN_NORMAL, LOW, HIGH, ZEROS, GRID, BOUNDS) * m
-    if ROUND_BF16:
-        y = to_bf16_grid(y)
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
+    y = divided(value, d, zero, KIND, MANTISSA, MIN_NORMAL, LOW, HIGH, ZEROS, GRID, BOUNDS) * m
+    tl.store(out + at, to_bf16_grid(y, ROUND_BF16).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -149,6 +106,7 @@ def fake_quantize_backward_kernel(
     scale_columns,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     ZEROS: tl.constexpr,
@@ -164,8 +122,9 @@ def fake_quantize_backward_kernel(
 ):
     """Gradients as `qat.training.gradients.backward` defines them.
 
-    grad_x (R, C). The two others are finished, (R,), where a program sees WHOLE rows of one scale each, else the sums
-    per row and segment, (R, segments), which the host adds up. ONE_TILE: a segment is no longer than a tile.
+    grad_x (R, C). The two others are finished, (R,) and (R / PARTS,), where a program sees WHOLE rows of one scale
+    each, else the sums per row and segment, (R, segments), which the host adds up. ONE_TILE: a segment is no longer
+    than a tile.
     """
     segments = tl.cdiv(C, SEGMENT)
     first_row = (tl.program_id(0) // segments) * TILE_ROWS
@@ -174,9 +133,9 @@ def fake_quantize_backward_kernel(
     in_row = row < R - first_row
     of_block = (first_row // BLOCK_ROWS) * scale_columns + segment
     scale_at = first_row + row if BLOCK_COLUMNS == 0 else of_block + row * 0
-    m = tl.load(multiplier + scale_at, mask=in_row, other=1.0)
+    m = tl.load(multiplier + scale_at // PARTS, mask=in_row, other=1.0)
     d = m if ONE_SCALE else tl.load(divisor + scale_at, mask=in_row, other=1.0)
-    zero = tl.load(zeros + scale_at, mask=in_row, other=0).to(tl.float32) if ZEROS else 0.0
+    zero = tl.load(zeros + scale_at // PARTS, mask=in_row, other=0).to(tl.float32) if ZEROS else 0.0
     lowest, highest = ((LOW - zero) * d)[:, None], ((HIGH - zero) * d)[:, None]
     # y = round(x / d) * m: inside the bounds dy/dx is m / d, which is 1 where both are one scale.
     passing = 1.0 if ONE_SCALE else tl.div_rn(m, d)[:, None]
@@ -209,6 +168,11 @@ def fake_quantize_backward_kernel(
         tl.store(of_divisor + result_at, total, mask=in_row)
     if NEEDS_MULTIPLIER:
         total = multiplier_sum if ONE_TILE else tl.sum(multiplier_sum, axis=1)
+        if PARTS > 1:  # of groups, which are whole; a tile holds all parts of each
+            total = tl.sum(tl.reshape(total, (TILE_ROWS // PARTS, PARTS)), axis=1)
+            result_at = first_row // PARTS + tl.arange(0, TILE_ROWS // PARTS)
+            in_row = result_at < R // PARTS
+            m = tl.load(multiplier + result_at, mask=in_row, other=1.0)
         total = tl.div_rn(total, m) if WHOLE else total
         tl.store(of_multiplier + result_at, total, mask=in_row)
 
@@ -239,47 +203,55 @@ def size(x: Tensor) -> tuple[int, int]:
     return math.prod(x.shape[:-1]), x.shape[-1]
 
 
-def takes(x: Tensor, scales: Sequence[Tensor | None], zero_point: Tensor | None, fmt: Format) -> bool:
-    """Whether the kernels take x (..., columns) with these scales; the reference computes (or refuses) all others."""
+def takes(x: Tensor, divisor: Tensor | None, multiplier: Tensor | None, zero_point: Tensor | None, fmt: Format) -> int:
+    """In how many parts of a block the kernels take x (..., columns) with these scales, 1 where blocks are whole; 0
+    where they do not: the reference computes (or refuses) all others."""
     if problem(fmt) is not None or x.dtype == torch.float64 or not x.numel() or not x.dim():
-        return False
+        return 0
     rows, columns = size(x)
     shape = fmt.grid_shape(rows, columns)
-    fits = all(t is None or (t.dtype == torch.float32 and t.shape == shape) for t in scales)
-    zeros = zero_point is None if not fmt.zero_point else zero_point is not None and zero_point.shape == shape
-    return fits and zeros and fmt.divides(columns)
+    if any(t is not None and t.dtype != torch.float32 for t in (divisor, multiplier)) or not fmt.divides(columns):
+        return 0
+    if (multiplier is not None and multiplier.shape != shape) or fmt.zero_point != (zero_point is not None):
+        return 0
+    if zero_point is not None and zero_point.shape != shape:
+        return 0
+    return 1 if divisor is None else parts_of(fmt, tuple(divisor.shape), shape)
 
 
-def _forward(x: Tensor, scales: Sequence[Tensor | None], fmt: Format, round_bf16: bool, dtype: torch.dtype) -> Tensor:
+def _forward(
+    x: Tensor, scales: Sequence[Tensor | None], parts: int, fmt: Format, round_bf16: bool, dtype: torch.dtype
+) -> Tensor:
     """x (..., columns) on its grid, in `dtype`; scales are (divisor or None, multiplier, zero points)."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     divisor, multiplier, zeros = (None if t is None else t.contiguous() for t in scales)
     divisor = multiplier if divisor is None else divisor
-    # The cast to BF16 rounds like this by itself on a device, but not in Triton's interpreter.
-    round_here = (round_bf16 and fmt.rounds_in_bf16) or (dtype == torch.bfloat16 and not x.is_cuda)
-    _call(fmt.name, *size(x), round_here)((x.contiguous(), divisor, multiplier, zeros, out))
+    to_bf16, once = dtype == torch.bfloat16, round_bf16 and fmt.rounds_in_bf16
+    how = "cast" if x.is_cuda else "bits"  # what becomes BF16 is rounded there, but not in Triton's interpreter
+    rounding = how if (once and not to_bf16) or (to_bf16 and not x.is_cuda) else ""
+    _call(fmt.name, *size(x), parts, rounding)((x.contiguous(), divisor, multiplier, zeros, out))
     return out
 
 
 @lru_cache(maxsize=1024)
-def _call(format: str, rows: int, columns: int, round_here: bool) -> Call:
+def _call(format: str, rows: int, columns: int, parts: int, rounding: str) -> Call:
     fmt = lookup(format)
-    cut = plan(fmt, rows, columns, 4096)
-    fixed = {**_geometry(cut), **constants(fmt), "ROUND_BF16": round_here}
-    launch = Launch(fake_quantize_kernel, **fixed, num_warps=cut.warps)
+    cut = plan(fmt, rows, columns, 4096, parts=parts)
+    fixed = {**geometry(cut), **constants(fmt), "PARTS": parts, "ROUND_BF16": rounding, "FULL": is_full(cut)}
+    launch = Launch(fake_quantize_kernel, **fixed, num_warps=cut.warps, enable_fp_fusion=False)
     return launch.at((cut.tiles,), cut.rows, cut.columns, cut.scale_columns)
 
 
 @lru_cache(maxsize=1024)
 def _call_backward(
-    format: str, rows: int, columns: int, clipped: bool, one_scale: bool, needs: tuple[bool, ...]
+    format: str, rows: int, columns: int, parts: int, clipped: bool, one_scale: bool, needs: tuple[bool, ...]
 ) -> tuple[Call, Plan]:
     fmt = lookup(format)
-    cut = plan(fmt, rows, columns, 2048, PROGRAMS)
+    cut = plan(fmt, rows, columns, 2048, PROGRAMS, parts)
     launch = Launch(
-        fake_quantize_backward_kernel, **_geometry(cut), **limits(fmt), ZEROS=fmt.zero_point, CLIPPED=clipped,
-        ONE_SCALE=one_scale, NEEDS_X=needs[0], NEEDS_DIVISOR=needs[1], NEEDS_MULTIPLIER=needs[2], WHOLE=_is_whole(cut),
-        ONE_TILE=cut.segment <= cut.tile_columns, num_warps=cut.warps,
+        fake_quantize_backward_kernel, **geometry(cut), PARTS=parts, **limits(fmt), ZEROS=fmt.zero_point,
+        CLIPPED=clipped, ONE_SCALE=one_scale, NEEDS_X=needs[0], NEEDS_DIVISOR=needs[1], NEEDS_MULTIPLIER=needs[2],
+        WHOLE=_is_whole(cut), ONE_TILE=cut.segment <= cut.tile_columns, num_warps=cut.warps,
     )  # fmt: skip
     grid = (-(-cut.rows // cut.tile_rows) * cut.segments,)
     return launch.at(grid, cut.rows, cut.columns, cut.segment, cut.scale_columns), cut
@@ -290,7 +262,13 @@ def _is_whole(cut: Plan) -> bool:
     return cut.block_columns == 0 and cut.segments == 1
 
 
-def _geometry(cut: Plan) -> dict[str, int]:
+def is_full(cut: Plan) -> bool:
+    """Whether each row, with one scale, is exactly one tile wide, as groups are."""
+    return cut.block_columns == 0 and cut.columns == cut.tile_columns
+
+
+def geometry(cut: Plan) -> dict[str, int]:
+    """Compile-time arguments that say how the tensor is cut."""
     return {
         "BLOCK_ROWS": cut.block_rows,
         "BLOCK_COLUMNS": cut.block_columns,
@@ -311,9 +289,10 @@ def fake_quantize(
 ) -> Tensor:
     """The operator `qat::fake_quantize` on a device that runs Triton."""
     fmt = lookup(format)
-    if choice is not None or not takes(x, (divisor, multiplier), zero_point, fmt):
+    parts = 0 if choice is not None else takes(x, divisor, multiplier, zero_point, fmt)
+    if not parts:
         return fake_quantize_reference(x, divisor, multiplier, zero_point, choice, format, estimator, round_bf16)
-    return _forward(x, (divisor, multiplier, zero_point), fmt, round_bf16, x.dtype)
+    return _forward(x, (divisor, multiplier, zero_point), parts, fmt, round_bf16, x.dtype)
 
 
 def quantized_linear(
@@ -330,10 +309,11 @@ def quantized_linear(
     """The operator `qat::quantized_linear` on a device that runs Triton: one kernel for the weight, then the library's
     matrix product."""
     fmt = lookup(format)
-    if choice is not None or not takes(weight, (divisor, multiplier), zero_point, fmt):
+    parts = 0 if choice is not None else takes(weight, divisor, multiplier, zero_point, fmt)
+    if not parts:
         return quantized_linear_reference(x, weight, bias, divisor, multiplier, zero_point, choice, format, round_bf16)
     dtype = torch.bfloat16 if round_bf16 else weight.dtype
-    quantized = _forward(weight, (divisor, multiplier, zero_point), fmt, round_bf16, dtype)
+    quantized = _forward(weight, (divisor, multiplier, zero_point), parts, fmt, round_bf16, dtype)
     operand = quantized if quantized.dtype == x.dtype else quantized.to(weight.dtype).to(x.dtype)
     return functional.linear(x, operand, None if bias is None else bias.to(x.dtype)), quantized
 
@@ -351,16 +331,21 @@ def fake_quantize_backward(
 ) -> list[Tensor]:
     """The operator `qat::fake_quantize_backward` on a device that runs Triton."""
     fmt = lookup(format)
-    if grad.dtype == torch.float64 or not takes(x, (divisor, multiplier), zero_point, fmt):
+    parts = 0 if grad.dtype == torch.float64 else takes(x, divisor, multiplier, zero_point, fmt)
+    if not parts:
         return fake_quantize_backward_reference(grad, x, y, divisor, multiplier, zero_point, format, estimator, needs)
-    call, cut = _call_backward(format, *size(x), estimator == "clipped", divisor is None, tuple(needs))
+    call, cut = _call_backward(format, *size(x), parts, estimator == "clipped", divisor is None, tuple(needs))
     one = multiplier.contiguous()
     two = one if divisor is None else divisor.contiguous()
     grad_x = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device) if needs[0] else None
-    sums = [one.new_empty(cut.rows, cut.segments) if need else None for need in needs[1:]]
+    rows = cut.rows, cut.rows // parts
+    sums = [one.new_empty(n, cut.segments) if need else None for n, need in zip(rows, needs[1:], strict=True)]
     y, zeros = (None if t is None else t.contiguous() for t in (y, zero_point))
     call((grad.contiguous(), x.contiguous(), y, two, one, zeros, grad_x, *sums))
-    divisor_sum, multiplier_sum = (None if t is None else _added(t, cut, one.shape) for t in sums)
+    shapes = two.shape, one.shape
+    divisor_sum, multiplier_sum = (
+        None if t is None else _added(t, cut, shape) for t, shape in zip(sums, shapes, strict=True)
+    )
     if not _is_whole(cut):
         divisor_sum = None if divisor_sum is None else -(divisor_sum / two) * (one / two)
         multiplier_sum = None if multiplier_sum is None else multiplier_sum / one

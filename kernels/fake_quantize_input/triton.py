@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qat.kernels.fake_quantize.choose import input_problem
-from qat.kernels.fake_quantize.triton import ALL, constants, rounded, size, to_bf16_grid
+from qat.kernels.fake_quantize.rounding.triton import ALL, divided, rounded, to_bf16_grid
+from qat.kernels.fake_quantize.triton import constants, size
 from qat.kernels.launch import Call, Launch
 from qat.numbers.catalog import lookup
 from qat.numbers.element import EXPONENT_BIAS
@@ -80,7 +81,7 @@ def scale_for(
         scale = tl.div_rn(tl.maximum(amax, AMAX_FLOOR, propagate_nan=ALL), MAX)
         scale = tl.maximum(scale, SCALE_FLOOR, propagate_nan=ALL)
         scale = tl.maximum(tl.where(scale < float("inf"), scale, float("nan")), TINIEST, propagate_nan=ALL)
-        return to_bf16_grid(scale) if SCALE == "bf16" else scale
+        return to_bf16_grid(scale, "bits" if SCALE == "bf16" else "")
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -136,10 +137,8 @@ def fake_quantize_input_kernel(
         inside = in_row[:, None] & (column < C - first)[None, :]
         if LONG:
             value = tl.load(x + at + first, mask=inside, other=0.0).to(tl.float32)
-        y = tl.div_rn(value, scale[:, None])
-        y = rounded(y, 0.0, KIND, MANTISSA, MIN_NORMAL, LOW, HIGH, False, GRID, BOUNDS) * scale[:, None]
-        if ROUND_BF16:
-            y = to_bf16_grid(y)
+        y = divided(value, scale[:, None], 0.0, KIND, MANTISSA, MIN_NORMAL, LOW, HIGH, False, GRID, BOUNDS)
+        y = to_bf16_grid(y * scale[:, None], ROUND_BF16)
         tl.store(out + at + first, y.to(out.dtype.element_ty), mask=inside)
 
 
@@ -179,13 +178,13 @@ def fake_quantize_input(x: Tensor, static: Tensor | None, format: str, estimator
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     keep = estimator == "clipped"
     scales = torch.empty(shape if keep else 0, dtype=torch.float32, device=x.device)
-    round_here = x.dtype == torch.bfloat16 and not x.is_cuda  # the interpreter's cast does not round
-    _call(format, rows, columns, keep, round_here)((x.contiguous(), static, out, scales))
+    rounding = "bits" if x.dtype == torch.bfloat16 and not x.is_cuda else ""  # the interpreter's cast does not round
+    _call(format, rows, columns, keep, rounding)((x.contiguous(), static, out, scales))
     return out, scales
 
 
 @lru_cache(maxsize=1024)
-def _call(format: str, rows: int, columns: int, keep: bool, round_here: bool) -> Call:
+def _call(format: str, rows: int, columns: int, keep: bool, rounding: str) -> Call:
     fixed = arguments(lookup(format), rows, columns)
-    launch = Launch(fake_quantize_input_kernel, **fixed, KEEP=keep, ROUND_BF16=round_here)
+    launch = Launch(fake_quantize_input_kernel, **fixed, KEEP=keep, ROUND_BF16=rounding, enable_fp_fusion=False)
     return launch.at((triton.cdiv(rows, fixed["TILE_ROWS"]),), rows, columns)

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qat.kernels.fake_quantize.triton import constants, rounded, takes
+from qat.kernels.fake_quantize.rounding.triton import rounded
+from qat.kernels.fake_quantize.triton import constants, takes
 from qat.kernels.launch import Launch
 from qat.numbers.catalog import lookup
 from qat.numbers.format import Format
@@ -96,7 +97,7 @@ def arguments(fmt: Format, rows: int, columns: int) -> dict[str, Any]:
 def quantize_pack(weight: Tensor, divisor: Tensor, zero_point: Tensor | None, format: str) -> Tensor:
     """The operator `qat::quantize_pack` on a device that runs Triton."""
     fmt = lookup(format)
-    if weight.dim() != 2 or problem(fmt) is not None or not takes(weight, (divisor,), zero_point, fmt):
+    if weight.dim() != 2 or problem(fmt) is not None or takes(weight, divisor, None, zero_point, fmt) != 1:
         return quantize_pack_reference(weight, divisor, zero_point, format)
     rows, columns = weight.shape
     width = tile(fmt.element.bits)

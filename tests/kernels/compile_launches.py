@@ -104,7 +104,11 @@ def training() -> None:
         scales = find_scales(x, lookup(name))
         one = scales.effective()
         fake_kernels.fake_quantize(x, one, one, scales.zero_point, None, name, "ste", True)
-        for divisor, needs in ((one, (True, True, True)), (None, (True, False, False))):
+        kinds = [(one, (True, True, True)), (None, (True, False, False))]
+        if lookup(name).group:  # a divisor to each half of a group
+            kinds.append((one.repeat_interleave(2, dim=1), (True, True, True)))
+            fake_kernels.fake_quantize(x, kinds[-1][0], one, scales.zero_point, None, name, "ste", True)
+        for divisor, needs in kinds:
             fake_kernels.fake_quantize_backward(x, x, x, divisor, one, scales.zero_point, name, "clipped", needs)
         pack_kernels.quantize_pack(x, one, scales.zero_point, name)
         for logs in ((one, one.repeat_interleave(2, dim=1)), (None, one), (None, None)):

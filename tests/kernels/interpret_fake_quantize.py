@@ -76,6 +76,34 @@ def forward(name: str, fmt: Format) -> None:
         same(kernels.fake_quantize(*given), fake_quantize_reference(*given), f"{name} {dtype} {round_bf16}")
 
 
+def parted(name: str, fmt: Format, of: int) -> None:
+    """A divisor to each part of a group."""
+    x = sample(fmt, 70)
+    scales = find_scales(x, fmt)
+    multiplier = scales.effective()
+    divisor = multiplier.repeat_interleave(of, dim=1)
+    divisor *= 0.6 + 0.3 * torch.rand(divisor.shape, generator=GENERATOR)
+    divisor[0, 1] = torch.nan
+    for dtype in FLOATS:
+        given = (broken(x).to(dtype), divisor, multiplier, scales.zero_point, None, name, "ste", dtype == torch.float32)
+        same(kernels.fake_quantize(*given), fake_quantize_reference(*given), f"{name} in {of} parts, {dtype}")
+
+
+def divisors(name: str) -> None:
+    """Every kind of float32 number divides every kind: zeros, subnormal and largest ones, infinities, NaN, signs."""
+    fmt = lookup(name)
+    odd = [0.0, 1e-45, 7e-45, 3e-39, 2.0**-126, 1e-38, 1e-20, 0.7, 1.0, 1 / 3, 2.0**126, 2.0**127, 3.4e38, torch.inf]
+    divisor = torch.tensor([*odd, *(-number for number in odd), torch.nan])[:, None]
+    near = torch.tensor([0.5, 1.5, 2.5, 6.99, 7.01, 100.0, 1e-3, *odd, torch.nan])
+    x = torch.cat([near, -near, divisor[:13, 0] * 3.5, divisor[:13, 0] * 0.5])
+    x = torch.cat([x, normal(-len(x) % (fmt.group or 1))]).repeat(len(divisor), 1)
+    divisor = divisor.expand(fmt.grid_shape(*x.shape)).contiguous()
+    zeros = (torch.arange(divisor.numel()) % 15 - 8).view_as(divisor).to(torch.int8) if fmt.zero_point else None
+    for dtype in FLOATS[:2]:
+        given = (x.to(dtype), divisor, torch.full_like(divisor, 0.75), zeros, None, name, "ste", False)
+        same(kernels.fake_quantize(*given), fake_quantize_reference(*given), f"{name} odd divisors {dtype}")
+
+
 def ties(name: str) -> None:
     """Halfway between neighbours, where only the rule of the element decides."""
     fmt = lookup(name)
@@ -89,6 +117,10 @@ def ties(name: str) -> None:
 def all_shapes() -> None:
     for name in ("int4_g32", "nvfp4", "mxfp6", "mxfp8", "nf4_g64"):
         ties(name)
+        divisors(name)
+    divisors("int4_g32_asym")
+    for name, of in (("nvfp4", 2), ("int4_g32_asym", 4), ("int4_g128", 16), ("nf4_g64", 8)):
+        parted(name, lookup(name), of)
     for name in ("int4_g32_asym", "int8_token", "int8_tensor", "fp8_b128", "if4"):
         fmt = lookup(name)
         wide = normal(70, 2 * 64)
@@ -106,7 +138,7 @@ def all_shapes() -> None:
     x, weight, bias = normal(3, 96), normal(40, 96), normal(40)
     scale = find_scales(weight, lookup("int4_g32")).effective()
     parts = scale.repeat_interleave(4, dim=1) * (0.9 + 0.2 * torch.rand(40, 12, generator=GENERATOR))
-    for dtype, rounding in ((FLOATS[0], scale), (FLOATS[1], scale), (FLOATS[0], parts)):  # parts of a block: not ours
+    for dtype, rounding in ((FLOATS[0], scale), (FLOATS[1], scale), (FLOATS[0], parts)):
         given = (x.to(dtype), weight, bias, rounding, scale, None, None, "int4_g32", True)
         pairs = zip(kernels.quantized_linear(*given), quantized_linear_reference(*given), strict=True)
         for found, expected in pairs:
@@ -122,9 +154,12 @@ def gradients(name: str, columns: int) -> None:
     y = fake_quantize_reference(x, divisor, multiplier, scales.zero_point, None, name, "ste", False)
     grad = normal(*x.shape)
     every = (True, True, True)
+    of = 2 if name == "nvfp4" else 4 if fmt.group else 1  # parts of a block with divisors of their own
+    parts = divisor.repeat_interleave(of, dim=1) * (0.9 + 0.2 * torch.rand(len(divisor), 1, generator=GENERATOR))
     kinds = ((torch.float32, "clipped", divisor, every), (torch.float16, "ste", divisor, every),
              (torch.float32, "ste", None, (False, True, True)), (torch.bfloat16, "clipped", None, (True, False, False)),
-             (torch.float16, "ste", divisor, (True, False, True)))  # fmt: skip
+             (torch.float16, "ste", divisor, (True, False, True)), (torch.float16, "clipped", parts, every),
+             (torch.float32, "ste", parts, (False, True, False)))  # fmt: skip
     for dtype, estimator, rounding, needs in kinds:
         values = (grad.to(dtype), x.to(dtype), y.to(dtype))
         rest = (multiplier, scales.zero_point, name, estimator, needs)
@@ -138,8 +173,9 @@ def gradients(name: str, columns: int) -> None:
         wide = (*(t.double() for t in values), one, multiplier.double(), scales.zero_point, fmt, estimator)
         sums = [t for t in backward(*wide, (False, *needs[1:])) if t is not None]
         for got, exact in zip(found[needs[0] :], sums, strict=True):
+            assert got.shape == exact.shape, what
             size = (grad.abs() @ x.abs().t()).max() / multiplier.min()
-            assert got.shape == multiplier.shape and bool(((got - exact).abs() <= 1e-6 * size).all()), what
+            assert bool(((got - exact).abs() <= 1e-6 * size).all()), what
             torch.testing.assert_close(got.double(), exact, rtol=2e-4, atol=float(2e-6 * size))
 
 

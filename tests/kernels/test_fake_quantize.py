@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat.kernels.fake_quantize.choose import plan, problem
+from qat.kernels.fake_quantize.choose import parts_of, plan, problem
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.numerics import find_scales
 from qat.training.activations import fake_quantize_input, static_part, vllm_scales
@@ -68,10 +68,26 @@ def test_tiles_cover_the_matrix_and_stay_inside_blocks() -> None:
                 continue
             cut = plan(fmt, rows, columns, 4096)
             assert cut.rows * cut.columns == rows * columns, name
+            parts = (fmt.group or 8) // 8  # as FOCUS has them
+            if parts > 1:
+                assert cut.rows * parts == plan(fmt, rows, columns, 4096, parts=parts).rows, name
+                assert plan(fmt, rows, columns, 2048, 1024, parts).tile_rows % parts == 0, name
             assert cut.tile_rows * cut.tile_columns <= 4096 and cut.tiles * 4096 >= rows * columns, name
             assert cut.block_rows % cut.tile_rows == 0 or cut.block_rows == 1, name
             assert cut.block_columns in (0, cut.tile_columns), name
             assert cut.segments * cut.segment >= cut.columns > (cut.segments - 1) * cut.segment, name
+
+
+def test_parts_of_blocks() -> None:
+    """By the shapes of divisor and multiplier; what is no equal part of a group runs the reference."""
+    nvfp4, channel = lookup("nvfp4"), lookup("int8_channel")
+    assert parts_of(nvfp4, (4, 8), (4, 8)) == 1 and parts_of(nvfp4, (4, 16), (4, 8)) == 2
+    assert parts_of(lookup("int4_g128"), (3, 32), (3, 2)) == 16
+    assert parts_of(channel, (4, 1), (4, 1)) == 1
+    for fmt, divisors, scales in ((nvfp4, (4, 24), (4, 8)), (nvfp4, (4, 12), (4, 8)), (nvfp4, (2, 16), (4, 8)),
+                                  (nvfp4, (4, 128), (4, 8)), (channel, (4, 2), (4, 1)),
+                                  (lookup("fp8_b128"), (1, 2), (1, 1))):  # fmt: skip
+        assert parts_of(fmt, divisors, scales) == 0, (fmt.name, divisors)
 
 
 # --- the kernels themselves ---------------------------------------------------------------------------------------
