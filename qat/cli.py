@@ -167,6 +167,18 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+def _convert(arguments: argparse.Namespace) -> None:
+    from qat.checkpoints.blobs import convert
+
+    description = convert(arguments.folder, arguments.out, arguments.layout)
+    if arguments.json:
+        return _print_json(description)
+    count = len(description["tensors"])
+    print(
+        f"{arguments.out}: {count} blobs, each put back into its plain order and compared; no public engine loads them"
+    )
+
+
 # --- eval and generate ------------------------------------------------------------------------------
 
 
@@ -339,41 +351,18 @@ def _formats(arguments: argparse.Namespace) -> None:
 
 
 def _kernels(arguments: argparse.Namespace) -> None:
-    from qat.kernels.explain import explain_all
+    from qat.kernels.explain import explain_all, explain_all_training, lines, training_lines
 
     sizes = (arguments.tokens, arguments.rows, arguments.columns)
     if arguments.training:
         if arguments.input or sizes != (1, 4096, 4096):
             raise ConfigError("--training goes by format alone: leave out --tokens, --rows, --columns and --input")
-        return _training_kernels(arguments.json)
+        every = explain_all_training()
+        return _print_json(every) if arguments.json else print(*training_lines(every), sep="\n")
     if min(sizes) < 1:
         raise ConfigError(f"--tokens, --rows and --columns must be positive; given {sizes}")
     answers = explain_all(*sizes, arguments.input)
-    if arguments.json:
-        _print_json(answers)
-        return
-    inputs = f"{sizes[0]} token(s) in {arguments.input or '16 bits'}"
-    print(f"{inputs} times packed weights of {sizes[1]} x {sizes[2]}:")
-    for answer in answers:
-        print(f"{answer['format']:<20}{answer['kernel']:<11}{answer['why']}")
-    where = ", on GPUs" if arguments.input else ""
-    print(f"\nof {answers[0]['operator']}, which `qat generate` and `qat serve` run{where}")
-
-
-def _training_kernels(as_json: bool) -> None:
-    from qat.kernels.explain import explain_training
-    from qat.numbers.catalog import CATALOG
-
-    answers = {name: explain_training(name) for name in CATALOG}
-    if as_json:
-        return _print_json(answers)
-    print("what `qat train` runs here, by format and operator:")
-    for name, by_operator in answers.items():
-        kinds: dict[tuple[str, str], list[str]] = {}
-        for operator, answer in by_operator.items():
-            kinds.setdefault((answer["kernel"], answer["why"]), []).append(operator.removeprefix("qat::"))
-        for (kernel, why), operators in kinds.items():
-            print(f"{name:<20}{kernel:<11}{', '.join(operators)}: {why}")
+    return _print_json(answers) if arguments.json else print(*lines(answers, sizes, arguments.input), sep="\n")
 
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Any], str]] = {
@@ -382,6 +371,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[a
     "eval": (options.evaluate, _eval, "evaluate a run, an export or a model: KL to the teacher, NLL, top-1 agreement"),
     "export": (options.export, _export, "write a trained run as a native low-precision checkpoint"),
     "verify": (options.verify, _verify, "check an exported checkpoint against the trained model, bit for bit"),
+    "convert": (options.convert, _convert, "write an export as raw tensors in the orders that a device reads"),
     "generate": (options.generate, _generate, "continue a prompt on this machine, streaming, and print tokens/s"),
     "analyze": (options.analyze, _analyze, "say which weights of a model lose most in which format"),
     "assign": (options.assign, _assign, "choose formats layer by layer under a budget of bits, as a run's YAML"),

@@ -76,6 +76,15 @@ def verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the checks as JSON")
 
 
+def convert(parser: argparse.ArgumentParser) -> None:
+    """`qat convert`."""
+    parser.add_argument("folder", type=path, metavar="DIR", help="an exported checkpoint")
+    parser.add_argument("out", type=path, metavar="OUT", help="folder to write; must not exist, or be empty")
+    orders = "one for codes, one for scales, or both: see docs/ascend_layouts.md; anything else stays in plain order"
+    parser.add_argument("--layout", nargs="+", required=True, metavar="NAME", help=orders)
+    parser.add_argument("--json", action="store_true", help="print the description of the blobs")
+
+
 def evaluate(parser: argparse.ArgumentParser) -> None:
     """`qat eval`."""
     parser.add_argument("folder", type=path, metavar="DIR", help="a run, an exported checkpoint, or a plain model")
