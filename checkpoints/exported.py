@@ -135,7 +135,7 @@ def load_exported(
         quantize_caches(model, exported, activation_rule, stored)
     hook_inputs(model, exported, activation_rule, stored.modules, quantize_inputs)
     if quantize_inputs and expert_inputs:
-        _quantize_stack_inputs(model, stack_inputs(exported, activation_rule, stored.rows))
+        quantize_stack_inputs(model, stack_inputs(exported, activation_rule, stored.rows))
     if adapter:
         put_adapter(model, folder)
     loaded: PreTrainedModel = model.eval()
@@ -227,7 +227,8 @@ def stack_inputs(
     return stacks
 
 
-def _quantize_stack_inputs(model: nn.Module, stacks: dict[str, dict[str, ServedInput]]) -> None:
+def quantize_stack_inputs(model: nn.Module, stacks: dict[str, dict[str, ServedInput]]) -> None:
+    """Put what `stack_inputs` found in its places."""
     for path, inputs in stacks.items():
         fused = model.get_submodule(path)
         adapter = adapter_for(fused)

@@ -75,6 +75,9 @@ def verify(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compare files only; do not load it in plain transformers and compare logits",
     )
+    engines = ("vllm-ascend", "sglang-ascend", "mindie")
+    parser.add_argument("--engine", choices=engines, help="an engine on Ascend NPUs: whether it loads every layer, "
+                        "and its operators, simulated, compute what was trained")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the checks as JSON")
 
 

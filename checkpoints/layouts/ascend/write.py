@@ -73,15 +73,18 @@ def check(layer: TargetLayer) -> None:
 
 def pack(q: QTensor, input: Format | None = None, amax: Tensor | None = None) -> dict[str, Tensor]:
     """Tensors of one layer, by their name below the layer's path, on CPU; arguments as in `Target.pack`."""
-    kind = kind_of(q.format, input)
+    static = None if input is None or amax is None else static_part(input, amax.to("cpu"))
+    return tensors_of(kind_of(q.format, input), q, static)
+
+
+def tensors_of(kind: Type, q: QTensor, static: Tensor | None) -> dict[str, Tensor]:
+    """`pack`, given what is stored of the input's range (see `static_part`)."""
     codes, stored = q.codes.to("cpu"), q.scales.stored.to("cpu")
     if kind.group:
         return {"weight": _bytes(codes, kind), "weight_scale": stored}
     scale = stored.to(torch.float32)
     if not kind.is_static:
         return {"weight": _bytes(codes, kind), "weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
-    assert input is not None and amax is not None
-    static = static_part(input, amax.to("cpu"))
     assert static is not None
     weight, offset = _bytes(codes, kind), offset_of(static)
     sums = weight.to(torch.int64).sum(dim=1)
