@@ -122,7 +122,7 @@ def export_model(
     with (
         torch.no_grad(),
         ShardReader(source) as reader,
-        ShardWriter(out, max_shard_bytes, overwrite=overwrite, expected_bytes=_expected_bytes(plan)) as writer,
+        ShardWriter(out, max_shard_bytes, overwrite=overwrite, **_shards(plan)) as writer,
         progress(f"writing {out.name}", len(plan.order)) as advance,
     ):
         for name in plan.order:
@@ -132,7 +132,7 @@ def export_model(
         for name, scale in _cache_scales(plan, record).items():
             writer.add(name, scale)
         files = _copy_files(source, writer.folder) | _adapter(writer.folder, beside)
-        extras = plan.target.files(plan.quantization)
+        extras = plan.target.files(plan.quantization, sorted(writer.names))
         for name, value in {"config.json": exported_config(plan, source), **extras}.items():
             files[name] = _write_json(writer.folder / name, value)
         whole = _record(plan, source, target, record) | {"bytes": writer.total_bytes, "files": files}
@@ -188,10 +188,12 @@ def check_replaceable(out: Path, overwrite: bool, keep: tuple[Path, ...]) -> Non
         )
 
 
-def _expected_bytes(plan: ExportPlan) -> int:
+def _shards(plan: ExportPlan) -> dict[str, Any]:
+    """What the writer of shards is told about them."""
     layers = [plan.layer(path) for path in plan.linears]
     packed = sum(each.weight.bits_per_weight(*each.shape[-2:]) * math.prod(each.shape) / 8 for each in layers)
-    return int(packed) + sum(2 * tensor.numel() for tensor in plan.dense.values())
+    expected = int(packed) + sum(2 * tensor.numel() for tensor in plan.dense.values())
+    return {"expected_bytes": expected, "stem": plan.target.STEM}
 
 
 # --- tensors --------------------------------------------------------------------------------------
@@ -237,7 +239,7 @@ def _packed(plan: ExportPlan, path: str, record: dict[str, Any]) -> dict[str, Te
         "input": layer.input.name if layer.input else None,
         "shape": list(layer.shape),
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
-        "input_amax": float(amax) if amax is not None and bool(torch.isfinite(amax)) else None,
+        "input_amax": amax.tolist() if amax is not None and bool(torch.isfinite(amax).all()) else None,
         "sha256": sha256,
     }
     return tensors

@@ -82,7 +82,8 @@ class ExportPlan:
         rotated = rotation(matrix.input.transforms) if matrix.input is not None else 0
         shape, weight, table = tuple(matrix.weight.shape), matrix.format, matrix.site.is_table
         heads = {name: None for h, t in self.heads.items() if t == path for name in (h, self.names.modules[h])}
-        return TargetLayer(path, shape, weight, input, module, kind, matrix.transposed, rotated, table, tuple(heads))
+        last = matrix.transposed, rotated, table, tuple(heads), f"{path}.bias" in self.dense
+        return TargetLayer(path, shape, weight, input, module, kind, *last)
 
 
 def plan_export(
@@ -120,9 +121,9 @@ def check_values(plan: ExportPlan) -> None:
     check_ranges(plan.caches)
     for path, site in plan.linears.items():
         quantizer = site.input
-        limit = float(quantizer.limit) if quantizer is not None and quantizer.needs_calibration else 1.0
-        if not 0 < limit < math.inf:
-            raise CheckpointError(f"{path}: the range of its input is {limit}; run qat.calibrate first")
+        limit = quantizer.limit if quantizer is not None and quantizer.needs_calibration else torch.ones(())
+        if not (limit.isfinite().all() and limit.max() - limit.min().clamp_max(0.0) > 0):
+            raise CheckpointError(f"{path}: the range of its input is {limit.tolist()}; run qat.calibrate first")
     check_fused(plan)
 
 
@@ -293,8 +294,8 @@ def exported_config(plan: ExportPlan, source: Path) -> dict[str, Any]:
     nested = config.get("text_config") or {}
     for part in [config, nested] if "tie_word_embeddings" in nested else [config]:
         part["tie_word_embeddings"] = bool(plan.head) and tied
-    config["quantization_config"] = plan.quantization
-    return config
+    own: dict[str, Any] = {"quantization_config": plan.quantization}
+    return config | (own if plan.target.DESCRIPTION is None else plan.quantization["config"])
 
 
 def _check_loads(plan: ExportPlan, source: Path) -> None:
@@ -304,7 +305,7 @@ def _check_loads(plan: ExportPlan, source: Path) -> None:
         CheckpointError: names what would be lost or made up.
     """
     config = exported_config(plan, source)
-    del config["quantization_config"]
+    config.pop("quantization_config", None)
     model = _bare(plan.model, config)
     loaded = stored_names(model, plan.order)
     problems = [f"{name} would be missing" for name in missing_names(model, loaded, plan.order)]

@@ -155,9 +155,12 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from qat.checkpoints.simulated import check_engine
     from qat.checkpoints.verify import verify
 
-    report = verify(arguments.folder, logits=not arguments.no_logits)
+    engine = arguments.engine
+    more = {engine: lambda subject: check_engine(subject.exported, engine)} if engine else {}
+    report = verify(arguments.folder, logits=not arguments.no_logits, more=more)
     if arguments.json:
         _print_json(report.to_dict())
     else:

@@ -47,7 +47,9 @@ def export(parser: argparse.ArgumentParser) -> None:
     """`qat export`."""
     parser.add_argument("trained", type=path, metavar="RUN", help="folder of a run: runs/NAME")
     parser.add_argument("out", type=path, metavar="OUT", help="folder to write; must not exist, or be empty")
-    layouts = "file layout: compressed-tensors, modelopt, fp8 or mxfp4 (default: %(default)s); see docs/export.md"
+    layouts = (
+        "file layout: compressed-tensors, modelopt, fp8, mxfp4 or ascend (default: %(default)s); see docs/export.md"
+    )
     parser.add_argument("--target", default="compressed-tensors", help=layouts)
     parser.add_argument(
         "--checkpoint",
@@ -73,6 +75,9 @@ def verify(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compare files only; do not load it in plain transformers and compare logits",
     )
+    engines = ("vllm-ascend", "sglang-ascend", "mindie")
+    parser.add_argument("--engine", choices=engines, help="an engine on Ascend NPUs: whether it loads every layer, "
+                        "and its operators, simulated, compute what was trained")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the checks as JSON")
 
 

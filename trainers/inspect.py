@@ -14,6 +14,7 @@ import torch
 from qat.checkpoints.architecture import empty_model
 from qat.checkpoints.decoding import TextStream
 from qat.checkpoints.hf import ModelConfig, describe, load_configured, load_model, load_tokenizer, read_json
+from qat.checkpoints.layouts import described_by
 from qat.checkpoints.origin import locate
 from qat.checkpoints.positions import most_positions
 from qat.checkpoints.resume import load_student
@@ -72,12 +73,17 @@ def load(
         raise ConfigError(f"--model says where the model of a run is; {folder} is no run")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is neither a run (job.yaml) nor a model or an export (config.json)")
-    if "quantization_config" in read_json(folder / "config.json"):
+    if described_by(folder)[0] is not None:
         from qat.checkpoints.exported import load_exported
+        from qat.checkpoints.simulated import is_simulated, load_simulated
 
         record = read_json(folder / "qat.json") if (folder / "qat.json").is_file() else {}
         origin = record.get("run", {}).get("model")
-        exported: Any = load_export(folder, device=str(device)) if load_export else load_exported(folder)
+        exported: Any
+        if is_simulated(folder):
+            exported = load_simulated(folder)
+        else:
+            exported = load_export(folder, device=str(device)) if load_export else load_exported(folder)
         return Loaded(exported.to(device).eval(), folder, ModelConfig(id=origin) if origin else None, "export")
     plain: torch.nn.Module = load_model(folder)
     return Loaded(plain.to(device).eval(), folder, None, "model")

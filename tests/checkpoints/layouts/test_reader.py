@@ -21,6 +21,7 @@ PAIRS = {
     "compressed-tensors": ("nvfp4", "nvfp4"),
     "modelopt": ("nvfp4", "nvfp4"),
     "fp8": ("fp8_b128", "fp8_g128"),
+    "ascend": ("mxfp4", "mxfp4"),
 }
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -101,7 +102,11 @@ def test_a_checkpoint_labelled_as_another_target_is_refused(target: str, other: 
 @pytest.mark.parametrize(
     ("target", "change", "message"),
     [
-        ("modelopt", {"quant_method": "awq"}, "quant_method 'awq'; readable: compressed-tensors, fp8, modelopt, mxfp4"),
+        (
+            "modelopt",
+            {"quant_method": "awq"},
+            "quant_method 'awq'; readable: compressed-tensors, ascend",
+        ),
         ("modelopt", {"quant_method": None}, "describes no quantization"),
         ("modelopt", {"quant_algo": "W4A8_AWQ"}, "quant_algo 'W4A8_AWQ'; readable: NVFP4"),
         ("modelopt", {"quant_algo": None}, "quant_algo None"),

@@ -65,7 +65,7 @@ def test_what_a_new_target_says_is_heard_everywhere(toy: None, tmp_path: Path) -
     assert "| `toy` | bytes | `int8_channel` | - | no (" in table() and ". toys.\n" in table()
     with pytest.raises(UnsupportedError, match=r"q_proj: toy cannot hold int4_g64 weights \(compressed-tensors can\)"):
         quiet_export(model, source, tmp_path / "out", "toy")
-    with pytest.raises(UnsupportedError, match=r"\(compressed-tensors, toy can\)"):
+    with pytest.raises(UnsupportedError, match=r"\(ascend, compressed-tensors, toy can\)"):
         quiet_export(projections(source, ("int8_channel", None)), source, tmp_path / "out", "modelopt")
     assert check_export(model, source) == []
     with pytest.raises(ConfigError, match="nearest: toy"):
