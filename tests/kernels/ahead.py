@@ -65,11 +65,11 @@ def instructions(kernel: CompiledKernel) -> list[str]:
     return found[: 1 + max(at for at, line in enumerate(found) if line.strip().endswith("EXIT"))]
 
 
-def longest_loop(kernel: CompiledKernel) -> list[str]:
-    """The instructions of the longest loop without another inside, as the processor gets them."""
+def loops(kernel: CompiledKernel) -> list[list[str]]:
+    """The instructions of every loop without another inside, as the processor gets them."""
     labels: dict[str, int] = {}
     found: list[str] = []
-    loops: list[range] = []
+    spans: list[range] = []
     for line in _tool(kernel, "nvdisasm", "-c").splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label.group(1)] = len(found)
@@ -77,8 +77,12 @@ def longest_loop(kernel: CompiledKernel) -> list[str]:
             found.append(instruction.group(1).strip())
             back = re.search(r"BRA.*`\((\.L_x_\d+)\)", found[-1])
             if back and back.group(1) in labels:
-                loop = range(labels[back.group(1)], len(found))
-                if not any(inner.start in loop for inner in loops):
-                    loops.append(loop)
-    longest = max(loops, key=len)
-    return found[longest.start : longest.stop]
+                span = range(labels[back.group(1)], len(found))
+                if len(span) > 1 and not any(inner.start in span for inner in spans):  # what ends a kernel is no loop
+                    spans.append(span)
+    return [found[span.start : span.stop] for span in spans]
+
+
+def longest_loop(kernel: CompiledKernel) -> list[str]:
+    """The longest of `loops`."""
+    return max(loops(kernel), key=len)
