@@ -150,14 +150,16 @@ def _export(arguments: argparse.Namespace) -> None:
 
     how = {name: getattr(arguments, name) for name in ("overwrite", "checkpoint", "pack_tables")}
     out = export(arguments.trained, arguments.out, arguments.target, moved=arguments.model, **how)
-    stored = size(sum(path.stat().st_size for path in out.rglob("*.safetensors")))
+    stored = size(sum(path.stat().st_size for path in ([out] if out.is_file() else out.rglob("*.safetensors"))))
     print(f"{out}: {stored} of weights for {arguments.target}; check it with: qat verify {out}")
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     from qat.checkpoints.verify import verify
+    from qat.checkpoints.verify_file import verify_file
 
-    report = verify(arguments.folder, logits=not arguments.no_logits)
+    prove = verify_file if arguments.folder.is_file() or arguments.folder.suffix == ".gguf" else verify
+    report = prove(arguments.folder, logits=not arguments.no_logits)
     if arguments.json:
         _print_json(report.to_dict())
     else:

@@ -28,6 +28,7 @@ class TargetLayer:
         rotation: size of the block Hadamard that its input meets, 0 without; the weight is rotated already.
         is_table: whether it is an embedding, whose rows are looked up.
         tied: names, for any loader, of the output layers that multiply with a table's stored tensors.
+        rounded: whether it was trained rounded to BF16 (`Scheme.round_bf16`).
     """
 
     path: str
@@ -40,6 +41,7 @@ class TargetLayer:
     rotation: int = 0
     is_table: bool = False
     tied: tuple[str, ...] = ()
+    rounded: bool = True
 
     @property
     def stacks_of(self) -> str:
@@ -55,7 +57,8 @@ class TargetLayer:
 
 @runtime_checkable
 class Target(Protocol):
-    """The interface of a layout's `write.py`, which is a module."""
+    """The interface of a layout's `write.py`, which is a module. One that writes a single file instead of a folder
+    also has `FILE`, how the file's name ends; it has no `Reader`, and `unpack` and `files` are never asked."""
 
     METHOD: str
     """The target's name, which is also config.json's `quant_method`."""

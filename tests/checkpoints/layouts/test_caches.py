@@ -30,5 +30,5 @@ def test_formats_of_caches() -> None:
 
 def test_what_targets_hold() -> None:
     held = {name: target.CACHES.holds() if target.CACHES else [] for name, target in TARGETS.items()}
-    other = {"fp8": [], "mxfp4": []}
+    other = {"fp8": [], "gguf": [], "mxfp4": []}
     assert held == {"compressed-tensors": ["int8_tensor", "fp8_tensor"], "modelopt": ["fp8_tensor"], **other}
