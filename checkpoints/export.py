@@ -30,7 +30,8 @@ from qat.checkpoints.export_plan import (
     refusals,
 )
 from qat.checkpoints.hf import source_files
-from qat.checkpoints.layouts import READERS, TARGETS, find_target, no_layout
+from qat.checkpoints.layouts import FILES, READERS, TARGETS, find_target, no_layout
+from qat.checkpoints.layouts.gguf.file import check_file, write_file
 from qat.checkpoints.layouts.reader import add_to_digest, digest
 from qat.checkpoints.matrices import Matrix
 from qat.checkpoints.peft import FOLDER, write_adapter
@@ -112,11 +113,32 @@ def export_model(
             not be replaced, or trouble with the disk.
     """
     keep = (source, *keep)
-    check_replaceable(out, overwrite, keep)
-    plan = plan_export(model, source, find_target(target), pack_tables=pack_tables)
+    check_replaceable(out, overwrite, keep, target)
+    tables = pack_tables or (target in FILES and any(site.is_table for site in sites(model, "weight")))
+    plan = plan_export(model, source, find_target(target), pack_tables=tables)
     check_values(plan)
     for note in plan.notes:
         warnings.warn(note, UserWarning, stacklevel=2)
+    if target in FILES:
+        about = {"qat_version": _release(), "target": target, "source": source.resolve().name, "fused": plan.fused}
+        return write_file(plan, source, out, about | ({"run": extra} if extra else {}), overwrite=overwrite)
+    how: dict[str, Any] = {"overwrite": overwrite, "extra": extra, "keep": keep, "beside": beside}
+    return _write_folder(plan, source, out, max_shard_bytes=max_shard_bytes, **how)
+
+
+def _write_folder(
+    plan: ExportPlan,
+    source: Path,
+    out: Path,
+    *,
+    overwrite: bool,
+    max_shard_bytes: int,
+    extra: dict[str, Any] | None,
+    keep: tuple[Path, ...],
+    beside: Callable[[Path], None] | None,
+) -> Path:
+    """`export_model` for a target that writes folders."""
+    target = plan.target.METHOD
     record: dict[str, Any] = {"modules": {}, "tensors": {}}
     own = {matrix.name: path for path, matrix in plan.linears.items()}
     with (
@@ -154,7 +176,7 @@ def export(
     from qat.checkpoints.resume import load_student, lora_config
 
     find_target(target)
-    check_replaceable(out, overwrite, (run,))
+    check_replaceable(out, overwrite, (run,), target)
     model, source, state = load_student(run, checkpoint, moved)
     config, adapter = lora_config(run), take_off(model)
     beside = partial(write_adapter, tensors=adapter, config=config) if config is not None and adapter else None
@@ -164,12 +186,14 @@ def export(
     return export_model(student, source, out, target, keep=(run,), **how)
 
 
-def check_replaceable(out: Path, overwrite: bool, keep: tuple[Path, ...]) -> None:
+def check_replaceable(out: Path, overwrite: bool, keep: tuple[Path, ...], target: str = DEFAULT_TARGET) -> None:
     """Refuse to overwrite what no export wrote, and what holds one of `keep`, the working directory or home.
 
     Raises:
         CheckpointError: says which.
     """
+    if target in FILES:
+        return check_file(out, FILES[target], overwrite)
     destination = Path(os.path.realpath(out.expanduser()))
     if not overwrite or not destination.is_dir() or not any(destination.iterdir()):
         return
@@ -314,13 +338,9 @@ def _record(plan: ExportPlan, source: Path, target: str, written: dict[str, Any]
     weights = sum(site.weight.numel() for site in plan.linears.values())
     packed = sum(entry["bytes"] for entry in written["modules"].values())
     rules = {site.input.rule for site in plan.linears.values() if site.input is not None}
-    try:
-        release = version("qat-native")
-    except PackageNotFoundError:
-        release = "unknown"
     return {
         "record_version": RECORD_VERSION,
-        "qat_version": release,
+        "qat_version": _release(),
         "target": target,
         "source": source.resolve().name,
         "source_config_sha256": hashlib.sha256((source / "config.json").read_bytes()).hexdigest(),
@@ -334,6 +354,13 @@ def _record(plan: ExportPlan, source: Path, target: str, written: dict[str, Any]
         "bits_per_weight": 8 * packed / weights,
         **written,
     }
+
+
+def _release() -> str:
+    try:
+        return version("qat-native")
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from qat.checkpoints.architecture import quiet, read_config, read_json
 from qat.checkpoints.caches import CachePlan, check_ranges, plan_caches
 from qat.checkpoints.fused import check_fused, scales_apart
-from qat.checkpoints.layouts import TARGETS, Target, TargetLayer, check_layer, support
+from qat.checkpoints.layouts import FILES, TARGETS, Target, TargetLayer, check_layer, support
 from qat.checkpoints.matrices import Matrix, dense_parts, stored_matrices
 from qat.checkpoints.names import (
     StoredNames,
@@ -83,7 +83,7 @@ class ExportPlan:
         shape, weight, table = tuple(matrix.weight.shape), matrix.format, matrix.site.is_table
         heads = {name: None for h, t in self.heads.items() if t == path for name in (h, self.names.modules[h])}
         last = matrix.transposed, rotated, table, tuple(heads), f"{path}.bias" in self.dense
-        return TargetLayer(path, shape, weight, input, module, kind, *last)
+        return TargetLayer(path, shape, weight, input, module, kind, *last, matrix.site.quantizer.round_bf16)
 
 
 def plan_export(
@@ -167,7 +167,7 @@ def refusals(model: "PreTrainedModel", source: Path | None) -> tuple[ExportPlan,
 def _sort_tensors(
     model: "PreTrainedModel", source: Path | None, target: Target, pack_tables: bool = False
 ) -> ExportPlan:
-    to_pack, unpacked, shared = packed_sites(sites(model, "weight"), pack_tables)
+    to_pack, unpacked, shared = packed_sites(sites(model, "weight"), pack_tables, target.METHOD in FILES)
     given: dict[str, TensorInfo] = {}
     if source is not None:
         with ShardReader(source) as reader:
@@ -366,7 +366,7 @@ def _notes(plan: ExportPlan, source: Path | None) -> list[str]:
         wanted = wanted_while_loading(plan.model, [modules[path] for path in plan.linears if path in modules])
         notes.update(dict.fromkeys(f"plain transformers (5.23) cannot load packed layers of {name}, whose weights it "
                                    "initialises; vLLM can" for name in wanted))  # fmt: skip
-    if not all(site.quantizer.round_bf16 for site in plan.linears.values()):
+    if plan.target.METHOD not in FILES and not all(m.quantizer.round_bf16 for m in plan.linears.values()):
         notes["trained with round_bf16: false, so BF16 servers round the exported weights once more"] = None
     if any(m.rows is not None and (m.format.global_scale or m.format.zero_point) for m in plan.linears.values()):
         notes[

@@ -150,17 +150,23 @@ def _export(arguments: argparse.Namespace) -> None:
 
     how = {name: getattr(arguments, name) for name in ("overwrite", "checkpoint", "pack_tables")}
     out = export(arguments.trained, arguments.out, arguments.target, moved=arguments.model, **how)
-    stored = size(sum(path.stat().st_size for path in out.rglob("*.safetensors")))
+    stored = size(sum(path.stat().st_size for path in ([out] if out.is_file() else out.rglob("*.safetensors"))))
     print(f"{out}: {stored} of weights for {arguments.target}; check it with: qat verify {out}")
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     from qat.checkpoints.simulated import check_engine
     from qat.checkpoints.verify import verify
+    from qat.checkpoints.verify_file import verify_file
 
-    engine = arguments.engine
+    engine, file = arguments.engine, arguments.folder.is_file() or arguments.folder.suffix == ".gguf"
+    if engine and file:
+        raise ConfigError(f"--engine simulates what reads folders; {arguments.folder} is a file: leave --engine out")
     more = {engine: lambda subject: check_engine(subject.exported, engine)} if engine else {}
-    report = verify(arguments.folder, logits=not arguments.no_logits, more=more)
+    logits = not arguments.no_logits
+    report = (
+        verify_file(arguments.folder, logits=logits) if file else verify(arguments.folder, logits=logits, more=more)
+    )
     if arguments.json:
         _print_json(report.to_dict())
     else:

@@ -46,9 +46,11 @@ def teacher(parser: argparse.ArgumentParser) -> None:
 def export(parser: argparse.ArgumentParser) -> None:
     """`qat export`."""
     parser.add_argument("trained", type=path, metavar="RUN", help="folder of a run: runs/NAME")
-    parser.add_argument("out", type=path, metavar="OUT", help="folder to write; must not exist, or be empty")
+    parser.add_argument("out", type=path, metavar="OUT", help="folder to write; must not exist, or be empty "
+                         "(a name that ends in .gguf with --target gguf)")  # fmt: skip
     layouts = (
-        "file layout: compressed-tensors, modelopt, fp8, mxfp4 or ascend (default: %(default)s); see docs/export.md"
+        "file layout: compressed-tensors, modelopt, fp8, mxfp4, ascend or gguf (default: %(default)s); see "
+        "docs/export.md"
     )
     parser.add_argument("--target", default="compressed-tensors", help=layouts)
     parser.add_argument(
@@ -69,7 +71,7 @@ def moved(parser: argparse.ArgumentParser) -> None:
 
 def verify(parser: argparse.ArgumentParser) -> None:
     """`qat verify`."""
-    parser.add_argument("folder", type=path, metavar="DIR", help="an exported checkpoint")
+    parser.add_argument("folder", type=path, metavar="DIR", help="an exported checkpoint, or a .gguf file")
     parser.add_argument(
         "--no-logits",
         action="store_true",

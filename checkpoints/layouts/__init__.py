@@ -18,14 +18,20 @@ FOLDERS = tuple(sorted(_FOUND, key=lambda folder: folder != _FIRST))
 TARGETS: dict[str, Target] = {}
 """Writers by the name that users type, which is config.json's `quant_method`."""
 READERS: dict[str, type[ExportedFolder]] = {}
-"""Independent readers by the same name."""
+"""Independent readers by the same name, of the layouts that are folders."""
+FILES: dict[str, str] = {}
+"""How the files of the other layouts are called at their end."""
 
 for _folder in FOLDERS:
     _writer: Target = import_module(f"{__name__}.{_folder}.write")
     TARGETS[_writer.METHOD] = _writer
-    READERS[_writer.METHOD] = import_module(f"{__name__}.{_folder}.read").Reader
+    if suffix := getattr(_writer, "FILE", ""):
+        FILES[_writer.METHOD] = suffix
+    else:
+        READERS[_writer.METHOD] = import_module(f"{__name__}.{_folder}.read").Reader
 
 __all__ = [
+    "FILES",
     "READERS",
     "TARGETS",
     "ExportedFolder",

@@ -29,6 +29,7 @@ class TargetLayer:
         is_table: whether it is an embedding, whose rows are looked up.
         tied: names, for any loader, of the output layers that multiply with a table's stored tensors.
         bias: whether it adds one.
+        rounded: whether it was trained rounded to BF16 (`Scheme.round_bf16`).
     """
 
     path: str
@@ -42,6 +43,7 @@ class TargetLayer:
     is_table: bool = False
     tied: tuple[str, ...] = ()
     bias: bool = False
+    rounded: bool = True
 
     @property
     def stacks_of(self) -> str:
@@ -57,7 +59,8 @@ class TargetLayer:
 
 @runtime_checkable
 class Target(Protocol):
-    """The interface of a layout's `write.py`, which is a module."""
+    """The interface of a layout's `write.py`, which is a module. One that writes a single file instead of a folder
+    also has `FILE`, how the file's name ends; it has no `Reader`, and `unpack` and `files` are never asked."""
 
     METHOD: str
     """The target's name, which is also config.json's `quant_method`."""
