@@ -155,12 +155,10 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from qat.checkpoints.simulated import check_engine
+    from qat.checkpoints.simulated import engine_checks
     from qat.checkpoints.verify import verify
 
-    engine = arguments.engine
-    more = {engine: lambda subject: check_engine(subject.exported, engine)} if engine else {}
-    report = verify(arguments.folder, logits=not arguments.no_logits, more=more)
+    report = verify(arguments.folder, logits=not arguments.no_logits, more=engine_checks(arguments.engine))
     if arguments.json:
         _print_json(report.to_dict())
     else:
@@ -178,8 +176,9 @@ def _eval(arguments: argparse.Namespace) -> None:
 
     texts, tasks = arguments.text or [], arguments.tasks or []
     result = evaluate_folder(
-        arguments.folder, arguments.teacher, texts, arguments.tokens, tasks, arguments.model, arguments.device
-    )
+        arguments.folder, arguments.teacher, texts, arguments.tokens, tasks, arguments.model, arguments.device,
+        arguments.activation_rule,
+    )  # fmt: skip
     if arguments.json:
         _print_json(result)
         return
@@ -306,6 +305,7 @@ def _assign(arguments: argparse.Namespace) -> None:
 
 
 def _formats(arguments: argparse.Namespace) -> None:
+    from qat.checkpoints.layouts.ascend.types import types_with
     from qat.numbers.catalog import CATALOG
 
     rows = [
@@ -319,6 +319,7 @@ def _formats(arguments: argparse.Namespace) -> None:
             "global_scale": fmt.global_scale,
             "zero_point": fmt.zero_point,
             "bits_per_weight": round(fmt.bits_per_weight(4096, 4096), 4),
+            "ascend": types_with(fmt),
             "source": fmt.source,
         }
         for fmt in CATALOG.values()
@@ -331,6 +332,7 @@ def _formats(arguments: argparse.Namespace) -> None:
         block = "x".join(str(n) if n else "all" for n in row["block"])  # type: ignore[attr-defined]  # a list here
         scale = f"{row['scale']} {row['scale_rule']}"
         extra = " +tensor scale" if row["global_scale"] else " +zero point" if row["zero_point"] else ""
+        extra += f"  Ascend: {', '.join(row['ascend'])}" if row["ascend"] else ""  # type: ignore[arg-type]  # as above
         print(
             f"{row['name']:<20}{row['element']:<20}{row['max']:>8.4g}  {block:<14}{scale:<16}"
             f"{row['bits_per_weight']:>11.3f}{extra}"

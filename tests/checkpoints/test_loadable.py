@@ -1,5 +1,6 @@
 """What an engine on an NPU does not load is refused before training, by the command that would train."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +113,10 @@ def test_the_whole_road(source: Path, tmp_path: Path, capsys: Any) -> None:
     assert main(["generate", out, "The fox", "--tokens", "3"]) == 0
     assert main(["eval", out, "--tokens", "256", "--teacher", str(source)]) == 0
     assert "export: NLL" in capsys.readouterr().out
+    scores = {}
+    for rule in ("ascend", "vllm"):
+        assert main(["eval", out, "--tokens", "256", "--activation-rule", rule, "--json"]) == 0
+        scores[rule] = json.loads(capsys.readouterr().out)["rows"][-1]["nll"]
+    assert scores["ascend"] != scores["vllm"]
+    assert main(["eval", str(source), "--tokens", "256", "--activation-rule", "vllm"]) == 2
+    assert "goes with an export" in capsys.readouterr().err
