@@ -103,7 +103,7 @@ def plan_export(
     plan = _sort_tensors(model, source, target, pack_tables)
     for path in plan.linears:
         check_layer(target, plan.layer(path))
-    plan.quantization = target.quantization_config([plan.layer(path) for path in plan.linears], _ignored(plan))
+    plan.quantization = target.quantization_config([plan.layer(path) for path in plan.linears], ignored(plan))
     plan.caches = plan_caches(model, plan.names, target)
     plan.quantization |= plan.caches.config
     if source is not None:
@@ -148,7 +148,7 @@ def refusals(model: "PreTrainedModel", source: Path | None) -> tuple[ExportPlan,
         try:
             for layer in layered:
                 check_layer(target, layer)
-            target.quantization_config(layered, _ignored(replace(base, target=target)))
+            target.quantization_config(layered, ignored(replace(base, target=target)))
             plan_caches(model, base.names, target)
         except UnsupportedError as error:
             refused[name] = str(error)
@@ -262,7 +262,7 @@ def _head(model: "PreTrainedModel", paths: dict[str, str]) -> str:
     return next((paths[path] for path, module in model.named_modules() if module is head and path in paths), "")
 
 
-def _ignored(plan: ExportPlan) -> list[str]:
+def ignored(plan: ExportPlan) -> list[str]:
     """Matrices that stay dense, under every name that a loader may ask for: the file's, which engines go by, and the
     module's, which plain transformers goes by."""
     skipped = plan.linears.keys() | tables(plan.model, plan.names)

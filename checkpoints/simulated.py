@@ -6,8 +6,9 @@ The simulation follows vllm-ascend, from CANN's documents; no NPU was asked (doc
 """
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -92,6 +93,11 @@ def _kind(exported: ExportedFolder, path: str) -> tuple[Type, Format, Format | N
 
 
 # --- verify ---------------------------------------------------------------------------------------
+
+
+def engine_checks(engine: npu.Engine | None) -> dict[str, Callable[[Any], str]]:
+    """`check_engine` by the engine's name, as `qat.checkpoints.verify` takes it."""
+    return {} if engine is None else {engine: lambda subject: check_engine(subject.exported, engine)}
 
 
 def check_engine(exported: ExportedFolder, engine: npu.Engine) -> str:

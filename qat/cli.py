@@ -155,17 +155,18 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from qat.checkpoints.simulated import check_engine
+    from qat.checkpoints.simulated import engine_checks
     from qat.checkpoints.verify import verify
     from qat.checkpoints.verify_file import verify_file
 
     engine, file = arguments.engine, arguments.folder.is_file() or arguments.folder.suffix == ".gguf"
     if engine and file:
         raise ConfigError(f"--engine simulates what reads folders; {arguments.folder} is a file: leave --engine out")
-    more = {engine: lambda subject: check_engine(subject.exported, engine)} if engine else {}
     logits = not arguments.no_logits
     report = (
-        verify_file(arguments.folder, logits=logits) if file else verify(arguments.folder, logits=logits, more=more)
+        verify_file(arguments.folder, logits=logits)
+        if file
+        else verify(arguments.folder, logits=logits, more=engine_checks(engine))
     )
     if arguments.json:
         _print_json(report.to_dict())
@@ -196,8 +197,9 @@ def _eval(arguments: argparse.Namespace) -> None:
 
     texts, tasks = arguments.text or [], arguments.tasks or []
     result = evaluate_folder(
-        arguments.folder, arguments.teacher, texts, arguments.tokens, tasks, arguments.model, arguments.device
-    )
+        arguments.folder, arguments.teacher, texts, arguments.tokens, tasks, arguments.model, arguments.device,
+        arguments.activation_rule,
+    )  # fmt: skip
     if arguments.json:
         _print_json(result)
         return
@@ -324,6 +326,7 @@ def _assign(arguments: argparse.Namespace) -> None:
 
 
 def _formats(arguments: argparse.Namespace) -> None:
+    from qat.checkpoints.layouts.ascend.types import types_with
     from qat.numbers.catalog import CATALOG
 
     rows = [
@@ -337,6 +340,7 @@ def _formats(arguments: argparse.Namespace) -> None:
             "global_scale": fmt.global_scale,
             "zero_point": fmt.zero_point,
             "bits_per_weight": round(fmt.bits_per_weight(4096, 4096), 4),
+            "ascend": types_with(fmt),
             "source": fmt.source,
         }
         for fmt in CATALOG.values()
@@ -349,6 +353,7 @@ def _formats(arguments: argparse.Namespace) -> None:
         block = "x".join(str(n) if n else "all" for n in row["block"])  # type: ignore[attr-defined]  # a list here
         scale = f"{row['scale']} {row['scale_rule']}"
         extra = " +tensor scale" if row["global_scale"] else " +zero point" if row["zero_point"] else ""
+        extra += f"  Ascend: {', '.join(row['ascend'])}" if row["ascend"] else ""  # type: ignore[arg-type]  # as above
         print(
             f"{row['name']:<20}{row['element']:<20}{row['max']:>8.4g}  {block:<14}{scale:<16}"
             f"{row['bits_per_weight']:>11.3f}{extra}"

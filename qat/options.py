@@ -109,6 +109,8 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         default=8192,
         help="how much of it; below 4096, a few per cent are noise (default: %(default)s)",
     )
+    parser.add_argument("--activation-rule", choices=("vllm", "compressed_tensors", "ascend"),
+                        help="of an export: whose arithmetic inputs follow (default: its engine's)")  # fmt: skip
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="lm-eval tasks (pip install 'qat-native[eval]')")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")

@@ -46,6 +46,7 @@ def load(
     load_export: Callable[..., Any] | None = None,
     device: torch.device | str = "cpu",
     moved: str | None = None,
+    rule: str | None = None,
 ) -> Loaded:
     """Find out what `folder` is and load it.
 
@@ -55,6 +56,7 @@ def load(
             model.
         device: where to put it.
         moved: where the model that a run was made from is now, if its path changed.
+        rule: of an export, whose arithmetic its inputs follow, on its dense weights.
 
     Raises:
         CheckpointError: it is none of a run, an exported checkpoint and a model.
@@ -80,7 +82,9 @@ def load(
         record = read_json(folder / "qat.json") if (folder / "qat.json").is_file() else {}
         origin = record.get("run", {}).get("model")
         exported: Any
-        if is_simulated(folder):
+        if rule is not None:
+            exported = load_exported(folder, rule)
+        elif is_simulated(folder):
             exported = load_simulated(folder)
         else:
             exported = load_export(folder, device=str(device)) if load_export else load_exported(folder)
@@ -101,8 +105,10 @@ def evaluate_folder(
     tasks: list[str],
     moved: str | None = None,
     device: str = "auto",
+    rule: str | None = None,
 ) -> dict[str, Any]:
-    """Scores of `folder` (and of its teacher) on held-out text; `--json` of `qat eval`. `moved` as in `load`.
+    """Scores of `folder` (and of its teacher) on held-out text; `--json` of `qat eval`. `moved` and `rule` as
+    in `load`.
 
     Raises:
         ConfigError: no such device, no tokens, or a teacher that does not fit.
@@ -110,7 +116,9 @@ def evaluate_folder(
     if tokens < 1:
         raise ConfigError(f"--tokens {tokens} must be positive")
     place = torch_device(device)
-    loaded = load(folder, device=place, moved=moved)
+    loaded = load(folder, device=place, moved=moved, rule=rule)
+    if rule is not None and loaded.kind != "export":
+        raise ConfigError(f"--activation-rule goes with an export; {folder} is a {loaded.kind}")
     reference = ModelConfig(id=teacher) if teacher else loaded.made_from
     if reference is None and loaded.kind == "export":
         warnings.warn(

@@ -161,7 +161,8 @@ def test_a_head_with_two_names_is_ignored_under_both(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", sorted(name for name in READERS if not TARGETS[name].STACKS_OF))
 def test_a_quantized_head_with_two_names_is_found_under_both(target: str, tmp_path: Path) -> None:
     source = tiny_model("gpt_neox", tmp_path / "model", num_hidden_layers=1)
-    pair = ("fp8_b128", "fp8_g128") if target == "fp8" else ("fp8_channel", "fp8_token")
+    others = {"fp8": ("fp8_b128", "fp8_g128"), "ascend": ("int8_channel", "int8_token")}
+    pair = others.get(target, ("fp8_channel", "fp8_token"))
     rules = [pair_rules(*pair, "*.dense*"), *([] if target == "fp8" else [pair_rules(*pair, "lm_head")]), REST]
     out, record = exported(source, rules, "--target", target)
     assert ("embed_out" in record["modules"]) == (target != "fp8")
