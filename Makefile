@@ -13,6 +13,9 @@ RUN := runs/quickstart
 OUT := $(RUN)/export/compressed-tensors
 VLLM := .venv-vllm
 VLLM_NEEDS := tests/engines/vllm-requirements.txt
+ASCEND := .ascend
+ASCEND_ENGINES := 0.23.0.post1 0.30.0rc2
+ASCEND_FETCH := setuptools==65.5.0 wheel==0.48.0 setuptools_scm==10.3.4 cmake==4.4.5 packaging==26.4 pybind11==3.1.0
 
 # What has to pass besides constraints.txt, each in an environment of its own: the lower bounds of pyproject.toml, what an
 # index without CPU builds gives (=== leaves out builds such as 2.13.0+cpu), and the newest. `FOLLOWS` are packages whose
@@ -26,7 +29,7 @@ FOLLOWS := torch|triton|transformers|tokenizers|huggingface_hub|setuptools|nvidi
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart tutorials test test-deepspeed test-vllm test-versions $(VERSIONS:%=test-versions-%) lint clean
+.PHONY: help setup quickstart tutorials test test-ascend test-deepspeed test-vllm test-versions $(VERSIONS:%=test-versions-%) lint clean
 
 help:
 	@echo "make quickstart     train, export, verify and sample the embedded 135M model"
@@ -34,10 +37,11 @@ help:
 	@echo "make test           set up, then ruff, mypy and the CPU tests"
 	@echo "make test-deepspeed DeepSpeed on CPU processes against one device; installs it into .deepspeed"
 	@echo "make test-vllm      exports inside vLLM itself, in an environment of its own (x86-64 Linux, 3 GB)"
+	@echo "make test-ascend    Ascend files and kernels against msmodelslim, vllm-ascend, torch_npu and triton-ascend, on a CPU"
 	@echo "make test-versions  the CPU tests with other versions: $(VERSIONS) (x86-64 Linux, 7 GB and 15 minutes each)"
 	@echo "make lint           ruff and mypy only"
 	@echo "make setup          create .venv with pinned versions (the others do this too)"
-	@echo "make clean          remove .venv, .venv-vllm, .deepspeed, .versions, caches and build products; runs/ stays"
+	@echo "make clean          remove .venv, .venv-vllm, .ascend, .deepspeed, .versions, caches and build products; runs/ stays"
 
 setup: $(VENV)/.ready
 
@@ -111,6 +115,34 @@ test-vllm: setup $(VLLM)/.ready
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 QAT_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python \
 		$(BIN)/python -m pytest -q tests/engines/test_vllm.py
 
+# Python 3.11 on x86-64 Linux. vllm-ascend is unpacked, not installed: building it needs CANN; pip asks its setup.py for a
+# name all the same. triton-ascend takes Triton's place, so it never comes into .venv.
+$(ASCEND)/.ready: tests/ascend/msmodelslim-requirements.txt tests/ascend/triton-requirements.txt
+	@echo "setup ascend 1/3: install msmodelslim into $(ASCEND)/msmodelslim"
+	@$(PYTHON) -m venv --clear $(ASCEND)/msmodelslim
+	@$(ASCEND)/msmodelslim/bin/python -m pip install -qq --only-binary :all: -r $<
+	@$(ASCEND)/msmodelslim/bin/python -m pip install -qq --only-binary :all: --no-deps msmodelslim==26.1.0
+	@echo "setup ascend 2/3: install triton-ascend into $(ASCEND)/triton"
+	@$(PYTHON) -m venv --clear $(ASCEND)/triton
+	@$(ASCEND)/triton/bin/python -m pip install -qq --only-binary :all: -r tests/ascend/triton-requirements.txt
+	@$(ASCEND)/triton/bin/python -m pip uninstall -qq -y triton
+	@$(ASCEND)/triton/bin/python -m pip install -qq --only-binary :all: --no-deps triton-ascend==3.2.0
+	@echo "setup ascend 3/3: unpack vllm-ascend ($(ASCEND_ENGINES)) and torch_npu into $(ASCEND)/src"
+	@$(PYTHON) -m venv --clear $(ASCEND)/fetch
+	@$(ASCEND)/fetch/bin/python -m pip install -qq --only-binary :all: $(ASCEND_FETCH)
+	@set -e; for version in $(ASCEND_ENGINES); do \
+		COMPILE_CUSTOM_KERNELS=0 SOC_VERSION=ascend910b1 $(ASCEND)/fetch/bin/python -m pip download -qq --no-deps \
+			--no-build-isolation --no-binary vllm-ascend -d $(ASCEND)/src vllm-ascend==$$version; \
+		tar xzf $(ASCEND)/src/vllm_ascend-$$version.tar.gz -C $(ASCEND)/src vllm_ascend-$$version/vllm_ascend; \
+	done
+	@$(ASCEND)/fetch/bin/python -m pip download -qq --only-binary :all: --no-deps -d $(ASCEND)/src torch-npu==2.14.0
+	@$(PYTHON) -m zipfile -e $(ASCEND)/src/torch_npu-2.14.0-*.whl $(ASCEND)/src/torch_npu
+	@touch $@
+
+test-ascend: setup $(ASCEND)/.ready
+	@echo "test-ascend: pytest, with msmodelslim, vllm-ascend, torch_npu and triton-ascend"
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m ascend tests/ascend
+
 $(VERSIONS:%=.versions/%/.ready): .versions/%/.ready: pyproject.toml constraints.txt Makefile
 	@echo "setup versions: create $(@D) with $($*)"
 	@$(PYTHON) -m venv --clear $(@D)
@@ -128,6 +160,6 @@ $(VERSIONS:%=test-versions-%): test-versions-%: .versions/%/.ready
 test-versions: $(VERSIONS:%=test-versions-%)
 
 clean:
-	@echo "clean: remove $(VENV), $(VLLM), .deepspeed, .versions, caches and build products; runs/ stays"
-	@rm -rf $(VENV) $(VLLM) .deepspeed .versions build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@echo "clean: remove $(VENV), $(VLLM), $(ASCEND), .deepspeed, .versions, caches and build products; runs/ stays"
+	@rm -rf $(VENV) $(VLLM) $(ASCEND) .deepspeed .versions build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

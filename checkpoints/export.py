@@ -30,7 +30,8 @@ from qat.checkpoints.export_plan import (
     refusals,
 )
 from qat.checkpoints.hf import source_files
-from qat.checkpoints.layouts import READERS, TARGETS, find_target, no_layout
+from qat.checkpoints.layouts import FILES, READERS, TARGETS, find_target, no_layout
+from qat.checkpoints.layouts.gguf.file import check_file, write_file
 from qat.checkpoints.layouts.reader import add_to_digest, digest
 from qat.checkpoints.matrices import Matrix
 from qat.checkpoints.peft import FOLDER, write_adapter
@@ -112,17 +113,38 @@ def export_model(
             not be replaced, or trouble with the disk.
     """
     keep = (source, *keep)
-    check_replaceable(out, overwrite, keep)
-    plan = plan_export(model, source, find_target(target), pack_tables=pack_tables)
+    check_replaceable(out, overwrite, keep, target)
+    tables = pack_tables or (target in FILES and any(site.is_table for site in sites(model, "weight")))
+    plan = plan_export(model, source, find_target(target), pack_tables=tables)
     check_values(plan)
     for note in plan.notes:
         warnings.warn(note, UserWarning, stacklevel=2)
+    if target in FILES:
+        about = {"qat_version": _release(), "target": target, "source": source.resolve().name, "fused": plan.fused}
+        return write_file(plan, source, out, about | ({"run": extra} if extra else {}), overwrite=overwrite)
+    how: dict[str, Any] = {"overwrite": overwrite, "extra": extra, "keep": keep, "beside": beside}
+    return _write_folder(plan, source, out, max_shard_bytes=max_shard_bytes, **how)
+
+
+def _write_folder(
+    plan: ExportPlan,
+    source: Path,
+    out: Path,
+    *,
+    overwrite: bool,
+    max_shard_bytes: int,
+    extra: dict[str, Any] | None,
+    keep: tuple[Path, ...],
+    beside: Callable[[Path], None] | None,
+) -> Path:
+    """`export_model` for a target that writes folders."""
+    target = plan.target.METHOD
     record: dict[str, Any] = {"modules": {}, "tensors": {}}
     own = {matrix.name: path for path, matrix in plan.linears.items()}
     with (
         torch.no_grad(),
         ShardReader(source) as reader,
-        ShardWriter(out, max_shard_bytes, overwrite=overwrite, expected_bytes=_expected_bytes(plan)) as writer,
+        ShardWriter(out, max_shard_bytes, overwrite=overwrite, **_shards(plan)) as writer,
         progress(f"writing {out.name}", len(plan.order)) as advance,
     ):
         for name in plan.order:
@@ -132,7 +154,7 @@ def export_model(
         for name, scale in _cache_scales(plan, record).items():
             writer.add(name, scale)
         files = _copy_files(source, writer.folder) | _adapter(writer.folder, beside)
-        extras = plan.target.files(plan.quantization)
+        extras = plan.target.files(plan.quantization, sorted(writer.names))
         for name, value in {"config.json": exported_config(plan, source), **extras}.items():
             files[name] = _write_json(writer.folder / name, value)
         whole = _record(plan, source, target, record) | {"bytes": writer.total_bytes, "files": files}
@@ -154,7 +176,7 @@ def export(
     from qat.checkpoints.resume import load_student, lora_config
 
     find_target(target)
-    check_replaceable(out, overwrite, (run,))
+    check_replaceable(out, overwrite, (run,), target)
     model, source, state = load_student(run, checkpoint, moved)
     config, adapter = lora_config(run), take_off(model)
     beside = partial(write_adapter, tensors=adapter, config=config) if config is not None and adapter else None
@@ -164,12 +186,14 @@ def export(
     return export_model(student, source, out, target, keep=(run,), **how)
 
 
-def check_replaceable(out: Path, overwrite: bool, keep: tuple[Path, ...]) -> None:
+def check_replaceable(out: Path, overwrite: bool, keep: tuple[Path, ...], target: str = DEFAULT_TARGET) -> None:
     """Refuse to overwrite what no export wrote, and what holds one of `keep`, the working directory or home.
 
     Raises:
         CheckpointError: says which.
     """
+    if target in FILES:
+        return check_file(out, FILES[target], overwrite)
     destination = Path(os.path.realpath(out.expanduser()))
     if not overwrite or not destination.is_dir() or not any(destination.iterdir()):
         return
@@ -188,10 +212,12 @@ def check_replaceable(out: Path, overwrite: bool, keep: tuple[Path, ...]) -> Non
         )
 
 
-def _expected_bytes(plan: ExportPlan) -> int:
+def _shards(plan: ExportPlan) -> dict[str, Any]:
+    """What the writer of shards is told about them."""
     layers = [plan.layer(path) for path in plan.linears]
     packed = sum(each.weight.bits_per_weight(*each.shape[-2:]) * math.prod(each.shape) / 8 for each in layers)
-    return int(packed) + sum(2 * tensor.numel() for tensor in plan.dense.values())
+    expected = int(packed) + sum(2 * tensor.numel() for tensor in plan.dense.values())
+    return {"expected_bytes": expected, "stem": plan.target.STEM}
 
 
 # --- tensors --------------------------------------------------------------------------------------
@@ -237,7 +263,7 @@ def _packed(plan: ExportPlan, path: str, record: dict[str, Any]) -> dict[str, Te
         "input": layer.input.name if layer.input else None,
         "shape": list(layer.shape),
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
-        "input_amax": float(amax) if amax is not None and bool(torch.isfinite(amax)) else None,
+        "input_amax": amax.tolist() if amax is not None and bool(torch.isfinite(amax).all()) else None,
         "sha256": sha256,
     }
     return tensors
@@ -312,13 +338,9 @@ def _record(plan: ExportPlan, source: Path, target: str, written: dict[str, Any]
     weights = sum(site.weight.numel() for site in plan.linears.values())
     packed = sum(entry["bytes"] for entry in written["modules"].values())
     rules = {site.input.rule for site in plan.linears.values() if site.input is not None}
-    try:
-        release = version("qat-native")
-    except PackageNotFoundError:
-        release = "unknown"
     return {
         "record_version": RECORD_VERSION,
-        "qat_version": release,
+        "qat_version": _release(),
         "target": target,
         "source": source.resolve().name,
         "source_config_sha256": hashlib.sha256((source / "config.json").read_bytes()).hexdigest(),
@@ -332,6 +354,13 @@ def _record(plan: ExportPlan, source: Path, target: str, written: dict[str, Any]
         "bits_per_weight": 8 * packed / weights,
         **written,
     }
+
+
+def _release() -> str:
+    try:
+        return version("qat-native")
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from qat.checkpoints.architecture import quiet, read_config, read_json
 from qat.checkpoints.caches import CachePlan, check_ranges, plan_caches
 from qat.checkpoints.fused import check_fused, scales_apart
-from qat.checkpoints.layouts import TARGETS, Target, TargetLayer, check_layer, support
+from qat.checkpoints.layouts import FILES, TARGETS, Target, TargetLayer, check_layer, support
 from qat.checkpoints.matrices import Matrix, dense_parts, stored_matrices
 from qat.checkpoints.names import (
     StoredNames,
@@ -82,7 +82,8 @@ class ExportPlan:
         rotated = rotation(matrix.input.transforms) if matrix.input is not None else 0
         shape, weight, table = tuple(matrix.weight.shape), matrix.format, matrix.site.is_table
         heads = {name: None for h, t in self.heads.items() if t == path for name in (h, self.names.modules[h])}
-        return TargetLayer(path, shape, weight, input, module, kind, matrix.transposed, rotated, table, tuple(heads))
+        last = matrix.transposed, rotated, table, tuple(heads), f"{path}.bias" in self.dense
+        return TargetLayer(path, shape, weight, input, module, kind, *last, matrix.site.quantizer.round_bf16)
 
 
 def plan_export(
@@ -102,7 +103,7 @@ def plan_export(
     plan = _sort_tensors(model, source, target, pack_tables)
     for path in plan.linears:
         check_layer(target, plan.layer(path))
-    plan.quantization = target.quantization_config([plan.layer(path) for path in plan.linears], _ignored(plan))
+    plan.quantization = target.quantization_config([plan.layer(path) for path in plan.linears], ignored(plan))
     plan.caches = plan_caches(model, plan.names, target)
     plan.quantization |= plan.caches.config
     if source is not None:
@@ -120,9 +121,9 @@ def check_values(plan: ExportPlan) -> None:
     check_ranges(plan.caches)
     for path, site in plan.linears.items():
         quantizer = site.input
-        limit = float(quantizer.limit) if quantizer is not None and quantizer.needs_calibration else 1.0
-        if not 0 < limit < math.inf:
-            raise CheckpointError(f"{path}: the range of its input is {limit}; run qat.calibrate first")
+        limit = quantizer.limit if quantizer is not None and quantizer.needs_calibration else torch.ones(())
+        if not (limit.isfinite().all() and limit.max() - limit.min().clamp_max(0.0) > 0):
+            raise CheckpointError(f"{path}: the range of its input is {limit.tolist()}; run qat.calibrate first")
     check_fused(plan)
 
 
@@ -147,7 +148,7 @@ def refusals(model: "PreTrainedModel", source: Path | None) -> tuple[ExportPlan,
         try:
             for layer in layered:
                 check_layer(target, layer)
-            target.quantization_config(layered, _ignored(replace(base, target=target)))
+            target.quantization_config(layered, ignored(replace(base, target=target)))
             plan_caches(model, base.names, target)
         except UnsupportedError as error:
             refused[name] = str(error)
@@ -166,7 +167,7 @@ def refusals(model: "PreTrainedModel", source: Path | None) -> tuple[ExportPlan,
 def _sort_tensors(
     model: "PreTrainedModel", source: Path | None, target: Target, pack_tables: bool = False
 ) -> ExportPlan:
-    to_pack, unpacked, shared = packed_sites(sites(model, "weight"), pack_tables)
+    to_pack, unpacked, shared = packed_sites(sites(model, "weight"), pack_tables, target.METHOD in FILES)
     given: dict[str, TensorInfo] = {}
     if source is not None:
         with ShardReader(source) as reader:
@@ -261,7 +262,7 @@ def _head(model: "PreTrainedModel", paths: dict[str, str]) -> str:
     return next((paths[path] for path, module in model.named_modules() if module is head and path in paths), "")
 
 
-def _ignored(plan: ExportPlan) -> list[str]:
+def ignored(plan: ExportPlan) -> list[str]:
     """Matrices that stay dense, under every name that a loader may ask for: the file's, which engines go by, and the
     module's, which plain transformers goes by."""
     skipped = plan.linears.keys() | tables(plan.model, plan.names)
@@ -293,8 +294,8 @@ def exported_config(plan: ExportPlan, source: Path) -> dict[str, Any]:
     nested = config.get("text_config") or {}
     for part in [config, nested] if "tie_word_embeddings" in nested else [config]:
         part["tie_word_embeddings"] = bool(plan.head) and tied
-    config["quantization_config"] = plan.quantization
-    return config
+    own: dict[str, Any] = {"quantization_config": plan.quantization}
+    return config | (own if plan.target.DESCRIPTION is None else plan.quantization["config"])
 
 
 def _check_loads(plan: ExportPlan, source: Path) -> None:
@@ -304,7 +305,7 @@ def _check_loads(plan: ExportPlan, source: Path) -> None:
         CheckpointError: names what would be lost or made up.
     """
     config = exported_config(plan, source)
-    del config["quantization_config"]
+    config.pop("quantization_config", None)
     model = _bare(plan.model, config)
     loaded = stored_names(model, plan.order)
     problems = [f"{name} would be missing" for name in missing_names(model, loaded, plan.order)]
@@ -365,7 +366,7 @@ def _notes(plan: ExportPlan, source: Path | None) -> list[str]:
         wanted = wanted_while_loading(plan.model, [modules[path] for path in plan.linears if path in modules])
         notes.update(dict.fromkeys(f"plain transformers (5.23) cannot load packed layers of {name}, whose weights it "
                                    "initialises; vLLM can" for name in wanted))  # fmt: skip
-    if not all(site.quantizer.round_bf16 for site in plan.linears.values()):
+    if plan.target.METHOD not in FILES and not all(m.quantizer.round_bf16 for m in plan.linears.values()):
         notes["trained with round_bf16: false, so BF16 servers round the exported weights once more"] = None
     if any(m.rows is not None and (m.format.global_scale or m.format.zero_point) for m in plan.linears.values()):
         notes[

@@ -39,7 +39,7 @@ class ServedInput:
     Args:
         fmt: the input's format; None only rotates it.
         rule: whose arithmetic, see `qat.training.activations`.
-        static: stored scale or divisor, float32 [1], where the format has one.
+        static: stored scale or divisor, float32 [1], where the format has one; see `static_part`.
         consumers: how many layers read the same tensor.
         codes: give codes and scales (`qat.serving.inputs`) to a layer that multiplies those, instead of rounded values.
         rotation: size of the block Hadamard that comes before rounding, 0 without.
@@ -82,7 +82,7 @@ class ServedInput:
 
 def load_exported(
     folder: Path,
-    activation_rule: str = "vllm",
+    activation_rule: str | None = None,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
     quantize_inputs: bool = True,
@@ -94,7 +94,7 @@ def load_exported(
 
     Args:
         folder: a checkpoint of one of the export targets, ours or another tool's.
-        activation_rule: "vllm" or "compressed_tensors".
+        activation_rule: "vllm", "compressed_tensors" or "ascend"; by default that of who will run it, see `rule`.
         dtype: float32, or bfloat16 to compute as a BF16 server does.
         attn_implementation: as in transformers; by default what it chooses itself.
         quantize_inputs: False leaves inputs in `dtype` (weights only), rotated where the checkpoint asks for it.
@@ -107,8 +107,8 @@ def load_exported(
     """
     from transformers import AutoConfig, GenerationConfig
 
-    exported = open_export(folder)
-    config = AutoConfig.from_pretrained(folder)
+    exported, config = open_export(folder), AutoConfig.from_pretrained(folder)
+    activation_rule = activation_rule or exported.rule
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     dense: dict[str, Tensor] = {}
@@ -135,7 +135,7 @@ def load_exported(
         quantize_caches(model, exported, activation_rule, stored)
     hook_inputs(model, exported, activation_rule, stored.modules, quantize_inputs)
     if quantize_inputs and expert_inputs:
-        _quantize_stack_inputs(model, stack_inputs(exported, activation_rule, stored.rows))
+        quantize_stack_inputs(model, stack_inputs(exported, activation_rule, stored.rows))
     if adapter:
         put_adapter(model, folder)
     loaded: PreTrainedModel = model.eval()
@@ -185,11 +185,15 @@ def hook_inputs(
             continue
         layer, first = model.get_submodule(own[path]), groups.get(path, [path])[0]
         static, codes = exported.static_input(path), isinstance(layer, QuantizedLinear)
-        key = first, fmt and fmt.name, None if static is None else float(static), codes, module.rotation
+        key = first, fmt and fmt.name, _plain(static), codes, module.rotation
         hook = ServedInput(fmt, rule, static, consumers=0, codes=codes, rotation=module.rotation)
         hook = shared.setdefault(key, hook)
         hook.same.readers += 1
         layer.register_forward_pre_hook(hook)
+
+
+def _plain(static: Tensor | None) -> str | None:
+    return None if static is None else str(static.tolist())
 
 
 def stack_inputs(
@@ -214,7 +218,7 @@ def stack_inputs(
         wanted = ServedInput(input_format(module.input), rule, exported.static_input(path))
         owner, _, slot = place[0].rpartition(".")
         known = stacks.setdefault(owner, {}).setdefault(slot, wanted)
-        scales = [None if each.static is None else float(each.static) for each in (known, wanted)]
+        scales = [_plain(each.static) for each in (known, wanted)]
         if known.format != wanted.format or scales[0] != scales[1]:
             raise UnsupportedError(
                 f"{path}: the experts of one layer ask for inputs of different scales ({scales}), but they read one "
@@ -223,7 +227,8 @@ def stack_inputs(
     return stacks
 
 
-def _quantize_stack_inputs(model: nn.Module, stacks: dict[str, dict[str, ServedInput]]) -> None:
+def quantize_stack_inputs(model: nn.Module, stacks: dict[str, dict[str, ServedInput]]) -> None:
+    """Put what `stack_inputs` found in its places."""
     for path, inputs in stacks.items():
         fused = model.get_submodule(path)
         adapter = adapter_for(fused)

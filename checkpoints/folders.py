@@ -62,6 +62,46 @@ def atomic_folder(out: Path, *, overwrite: bool = False, expected_bytes: int | N
         os.close(lock)
 
 
+@contextlib.contextmanager
+def atomic_file(out: Path, *, overwrite: bool = False, expected_bytes: int | None = None) -> Iterator[Path]:
+    """Yield a path beside `out` that becomes `out` when the block ends well and disappears when it does not; the rest
+    as `atomic_folder`."""
+    destination = Path(os.path.realpath(out.expanduser()))
+
+    def check() -> None:
+        if destination.is_dir():
+            raise CheckpointError(f"{destination} is a folder; give the name of a file")
+        if destination.exists() and not overwrite:
+            raise CheckpointError(f"{destination} exists; give another name or ask to overwrite it")
+
+    check()
+    inside = destination.parent / f".{destination.name}.unfinished"
+    with _scratch(inside, expected_bytes) as folder:
+        yield folder / destination.name
+        _open_up(folder)
+        _sync_tree(folder)
+        check()  # again: hours may have passed
+        os.replace(folder / destination.name, destination)
+        _sync(destination.parent)
+
+
+@contextlib.contextmanager
+def _scratch(name: Path, expected_bytes: int | None) -> Iterator[Path]:
+    """A locked folder called like `name`, for the block; what killed runs left of the same name is removed."""
+    name.parent.mkdir(parents=True, exist_ok=True)
+    partial, lock = _claim(name, False, expected_bytes)
+    try:
+        yield partial
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if (number := _no_room_number(error)) is not None:
+            raise _no_room(number, partial, name.with_name(name.name[1:].removesuffix(".unfinished"))) from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)
+
+
 def _staging(destination: Path) -> Path:
     """Where the unfinished folder lies: beside the destination if that may be written and is on the same disk."""
     beside = destination.parent

@@ -4,7 +4,7 @@ Which layers those are is what the scheme trained as one, recorded in `qat.json`
 engines usually merge.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qat.checkpoints.layouts import Target, support
 from qat.checkpoints.layouts.kinds import ROW, TENSOR
@@ -66,8 +66,8 @@ def _difference(plan: "ExportPlan", members: list[str]) -> str:
     matrices = [plan.linears[path] for path in members]
     scales = [matrix.quantizer.scales() for matrix in matrices]
     above = {float(s.global_scale) for s in scales if s.global_scale is not None}
-    ranges = {float(q.limit) for m in matrices if (q := m.input) is not None and q.needs_calibration}
-    values = (("global scales", above), ("input ranges", ranges))
+    ranges = {str(q.limit.tolist()) for m in matrices if (q := m.input) is not None and q.needs_calibration}
+    values: tuple[tuple[str, set[Any]], ...] = (("global scales", above), ("input ranges", ranges))
     return next((f"{what} differ: {sorted(own)}" for what, own in values if len(own) > 1), "")
 
 

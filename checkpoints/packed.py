@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qat.checkpoints.hf import read_json, source_files
-from qat.checkpoints.layouts import READERS, TARGETS, ExportedFolder, open_export
+from qat.checkpoints.layouts import READERS, TARGETS, ExportedFolder, described_by, open_export
 from qat.checkpoints.layouts.arguments import input_format
 from qat.checkpoints.names import stored_names
 from qat.checkpoints.origin import fingerprint
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 MARKER, SCALES = ".qat-packed.json", "packed_scales.safetensors"
 _VERSION = 1  # raise it when the same checkpoint would be unpacked to something else
-_OF_PACKED = (RECORD, "hf_quant_config.json")  # files that describe the packed weights
+_DESCRIPTIONS = [target.DESCRIPTION for target in TARGETS.values() if target.DESCRIPTION is not None]
+_OF_PACKED = (RECORD, "hf_quant_config.json", *_DESCRIPTIONS)  # files that describe the packed weights
 _STEPS = 4  # float32 numbers on each side of a global scale that are tried
 _INSTEAD = "give the original BF16, FP16 or FP32 weights"
 
@@ -48,8 +49,7 @@ Treatment = tuple[str, str | None]  # formats of a weight and of its input
 
 def is_packed(folder: Path) -> bool:
     """Whether `folder` is a checkpoint that `convert` reads."""
-    given = read_json(folder / "config.json").get("quantization_config")
-    return isinstance(given, dict) and given.get("quant_method") in READERS
+    return described_by(folder)[0] in READERS
 
 
 # --- unpacking ------------------------------------------------------------------------------------
@@ -293,8 +293,12 @@ def _put_range(site: Site, static: Tensor | None) -> bool:
         return False
     fmt, stored = input.format, static.to(input.amax.device)
     amax = stored * fmt.element.max if fmt.is_static else fmt.element.max * fmt.scale.largest / stored
-    again = static_part(fmt, amax.reshape(()))
+    if input.is_affine:
+        half = fmt.element.max + 1
+        amax = (torch.tensor([-half, half - 1], device=stored.device) - stored[1]) * stored[0]
+    amax = amax.view_as(input.amax)
+    again = static_part(fmt, amax)
     if again is None or not torch.equal(again, stored):
         return False
-    input.amax.copy_(amax.reshape(()))
+    input.amax.copy_(amax)
     return True

@@ -23,7 +23,8 @@ from qat.errors import CheckpointError, UnsupportedError, nearest
 from qat.text import some
 
 SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+INDEX = f"{SINGLE}.index.json"
+STEMS = (SINGLE.partition(".")[0], "quant_model_weights")  # what files of weights are called; the second on Ascend
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _COPY_BYTES = 16 << 20
 _SPOOL = ".spool"
@@ -79,6 +80,7 @@ class ShardWriter:
         max_shard_bytes: a shard closes before it would exceed this; a larger tensor gets its own shard.
         overwrite: replace a non-empty destination.
         expected_bytes: size of the checkpoint, if known, to refuse at once when the disk is too small.
+        stem: what the files are called, one of `STEMS`.
     """
 
     folder: Path
@@ -90,16 +92,17 @@ class ShardWriter:
         *,
         overwrite: bool = False,
         expected_bytes: int | None = None,
+        stem: str = STEMS[0],
     ) -> None:
         if max_shard_bytes <= 0:
             raise CheckpointError(f"max_shard_bytes must be positive, not {max_shard_bytes}")
         peak = None if expected_bytes is None else expected_bytes + min(expected_bytes, max_shard_bytes)
         self._building: AbstractContextManager[Path] = atomic_folder(out, overwrite=overwrite, expected_bytes=peak)
-        self._max = max_shard_bytes
+        self._max, self._stem = max_shard_bytes, stem
         self._spool: IO[bytes] | None = None
         self._open: dict[str, TensorInfo] = {}  # tensors of the open shard, with offsets in the spool
         self._shards: list[list[str]] = []  # tensor names of each closed shard
-        self._names: set[str] = set()
+        self.names: set[str] = set()
         self.total_bytes = 0
 
     def __enter__(self) -> Self:
@@ -139,7 +142,7 @@ class ShardWriter:
         start = self._spool.tell()
         self._spool.write(data.reshape(-1).view(torch.uint8).numpy().data)
         self._open[name] = TensorInfo(_CODES[data.dtype], tuple(data.shape), start, start + data.nbytes)
-        self._names.add(name)
+        self.names.add(name)
         self.total_bytes += data.nbytes
 
     def _check(self, name: str, tensor: torch.Tensor) -> None:
@@ -147,7 +150,7 @@ class ShardWriter:
             raise CheckpointError("ShardWriter.add works only inside its `with` block")
         if not name or name == "__metadata__":
             raise CheckpointError(f"{name!r} cannot name a tensor")
-        if name in self._names:
+        if name in self.names:
             raise CheckpointError(f"tensor {name!r} was added twice")
         if tensor.is_meta or tensor.layout != torch.strided:
             kind = "meta" if tensor.is_meta else str(tensor.layout)
@@ -189,13 +192,19 @@ class ShardWriter:
         self._spool.close()
         (self.folder / _SPOOL).unlink()
         count = len(self._shards)
-        names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)] if count > 1 else [SINGLE]
+        single, index_name = _names(self._stem)
+        parts = [f"{self._stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        names = parts if count > 1 else [single]
         for number, name in enumerate(names, start=1):
             os.replace(self.folder / _unfinished(number), self.folder / name)
         if count > 1:
             where = {tensor: names[i] for i, tensors in enumerate(self._shards) for tensor in tensors}
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(where.items()))}
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            (self.folder / index_name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _names(stem: str) -> tuple[str, str]:  # of the only file, and of the index of several
+    return f"{stem}.safetensors", f"{stem}.safetensors.index.json"
 
 
 def _unfinished(number: int) -> str:
@@ -362,11 +371,15 @@ class ShardReader:
 
 def _locate(folder: Path) -> dict[str, str]:
     """Tensor name to shard file name."""
-    single, index = folder / SINGLE, folder / INDEX
+    stems = [stem for stem in STEMS if any((folder / name).is_file() for name in _names(stem))]
+    if not stems:
+        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}")
+    if len(stems) > 1:  # engines that read every *.safetensors would take both
+        raise CheckpointError(f"{folder} has weights called {' and '.join(stems)}; remove those that are stale")
+    single_name, index_name = _names(stems[0])
+    single, index = folder / single_name, folder / index_name
     if not index.is_file():
-        if not single.is_file():
-            raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}")
-        return dict.fromkeys(read_header(single)[0], SINGLE)
+        return dict.fromkeys(read_header(single)[0], single_name)
     try:
         where = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_distinct)["weight_map"]
         outside = [shard for shard in set(where.values()) if Path(shard).name != shard]
@@ -376,7 +389,9 @@ def _locate(folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{index} lists no tensor")
     if outside:
         raise CheckpointError(f"{index} points outside its folder: {some(outside)}")
-    if single.is_file() and SINGLE not in where.values():
+    if single.is_file() and single_name not in where.values():
         # transformers would read the single file, vLLM the shards: refuse to choose.
-        raise CheckpointError(f"{folder} has both {SINGLE} and shards in {INDEX}; remove the one that is stale")
+        raise CheckpointError(
+            f"{folder} has both {single_name} and shards in {index_name}; remove the one that is stale"
+        )
     return dict(where)

@@ -8,7 +8,7 @@ import gc
 import hashlib
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -113,13 +113,14 @@ class _Subject:
         return next((paths[path] for path, m in self.model.named_modules() if m is head and path in paths), None)
 
 
-def verify(folder: Path, logits: bool = True, tokens: int = 64) -> VerifyReport:
+def verify(folder: Path, logits: bool = True, tokens: int = 64, more: Mapping[str, Any] | None = None) -> VerifyReport:
     """Check an exported checkpoint of any target.
 
     Args:
         folder: ours (with qat.json), or another tool's; then the comparison with the trained weights is left out.
         logits: also load it with plain transformers and compare logits with our own reading of it, in BF16.
         tokens: length of the sequence for that.
+        more: further checks by name, which are given the subject and say what they found, or raise.
 
     Raises:
         CheckpointError: there is no such folder.
@@ -133,7 +134,7 @@ def verify(folder: Path, logits: bool = True, tokens: int = 64) -> VerifyReport:
         checks.append(Check("complete", True, f"{len(subject.exported.reader.shards)} safetensors files, all whole"))
     except Exception as error:  # a damaged file can make a reader raise anything
         return VerifyReport(str(folder), [Check("complete", False, _message(error))])
-    tests: list[tuple[str, Callable[[_Subject], str]]] = [*CHECKS.items()]
+    tests: list[tuple[str, Any]] = [*CHECKS.items(), *(more or {}).items()]
     if logits:
         tests.append(("transformers", lambda subject: _logits(subject, tokens)))
     with progress(f"verifying {folder.name}", len(tests), "checks") as advance:

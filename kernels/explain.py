@@ -7,7 +7,8 @@ import torch
 from qat.kernels.device import device_of
 from qat.kernels.fake_quantize.choose import input_problem, scales_problem
 from qat.kernels.fake_quantize.choose import problem as training_problem
-from qat.kernels.load import available, cpu_problem
+from qat.kernels.load import KERNELS, available, cpu_problem
+from qat.kernels.npu import npu_problem
 from qat.kernels.packed_linear import choose as packed
 from qat.kernels.packed_linear.dense import choose as dense
 from qat.kernels.quantized_matmul import choose as matmul
@@ -130,3 +131,34 @@ def explain_training(format: str) -> dict[str, dict[str, str]]:
         why, how = problem(fmt), problems["qat::fake_quantize_input"][1]
         answer["qat::fake_quantize_input"] = {"kernel": "c" if why is None else "reference", "why": why or how}
     return answer
+
+
+def explain_all_training() -> dict[str, dict[str, dict[str, str]]]:
+    """`explain_training` for every format."""
+    return {name: explain_training(name) for name in CATALOG}
+
+
+def lines(answers: list[dict[str, Any]], sizes: tuple[int, int, int], input_format: str | None) -> list[str]:
+    """What `qat kernels` prints of `explain_all`."""
+    tokens, rows, columns = sizes
+    found = [f"{tokens} token(s) in {input_format or '16 bits'} times packed weights of {rows} x {columns}:"]
+    found += [f"{answer['format']:<20}{answer['kernel']:<11}{answer['why']}" for answer in answers]
+    where = ", on GPUs" if input_format else ""
+    return [*found, "", f"of {answers[0]['operator']}, which `qat generate` and `qat serve` run{where}", for_npus()]
+
+
+def for_npus() -> str:
+    """What there is for Ascend NPUs, and why it does not run here."""
+    operators = ", ".join(name for name, files in KERNELS.items() if "npu" in files)
+    return f"for Ascend NPUs: {operators}; frontend-checked only, no NPU has run them ({npu_problem() or 'ready here'})"
+
+
+def training_lines(answers: dict[str, dict[str, dict[str, str]]]) -> list[str]:
+    """What `qat kernels --training` prints."""
+    found = ["what `qat train` runs here, by format and operator:"]
+    for name, by_operator in answers.items():
+        kinds: dict[tuple[str, str], list[str]] = {}
+        for operator, answer in by_operator.items():
+            kinds.setdefault((answer["kernel"], answer["why"]), []).append(operator.removeprefix("qat::"))
+        found += [f"{name:<20}{kernel:<11}{', '.join(what)}: {why}" for (kernel, why), what in kinds.items()]
+    return found

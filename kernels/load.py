@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from qat.kernels.device import on_its_device
+from qat.kernels.npu import npu_problem
 
 # Operator -> file below kernels/ by device type; the file holds a function of the operator's name.
 KERNELS: dict[str, dict[str, str]] = {
-    "packed_linear": {"cuda": "packed_linear/triton", "cpu": "packed_linear/cpu"},
+    "packed_linear": {"cuda": "packed_linear/triton", "cpu": "packed_linear/cpu", "npu": "packed_linear/ascend"},
     "cached_attention": {"cuda": "cached_attention/triton"},
     "prompt_attention": {"cuda": "prompt_attention/triton"},
     "fake_quantize": {"cuda": "fake_quantize/triton"},
@@ -29,7 +30,7 @@ KERNELS: dict[str, dict[str, str]] = {
     "fake_quantize_input": {"cuda": "fake_quantize_input/triton", "cpu": "fake_quantize_input/cpu"},
     "quantize_pack": {"cuda": "quantize_pack/triton"},
     "distill_rows": {"cuda": "distill_rows/triton"},
-    "quantize_input": {"cuda": "quantize_input/triton"},
+    "quantize_input": {"cuda": "quantize_input/triton", "npu": "quantize_input/ascend"},
     "rms_norm_quantize": {"cuda": "quantize_input/triton"},
     "silu_mul_quantize": {"cuda": "quantize_input/triton"},
     "quantized_matmul": {"cuda": "quantized_matmul/triton"},
@@ -67,7 +68,8 @@ def cpu_problem(operators: Iterable[str] = KERNELS) -> str | None:
 
 def load(operators: Collection[str] = KERNELS.keys()) -> list[str]:
     """Put the kernels under the operators, once; returns the device types that have some now."""
-    devices = [device for device, there in (("cuda", available()), ("cpu", cpu_problem(operators) is None)) if there]
+    there = {"cuda": available(), "cpu": cpu_problem(operators) is None, "npu": npu_problem() is None}
+    devices = [device for device, found in there.items() if found]
     for device in devices:
         for operator in operators:
             if device in KERNELS[operator]:

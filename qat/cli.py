@@ -150,14 +150,24 @@ def _export(arguments: argparse.Namespace) -> None:
 
     how = {name: getattr(arguments, name) for name in ("overwrite", "checkpoint", "pack_tables")}
     out = export(arguments.trained, arguments.out, arguments.target, moved=arguments.model, **how)
-    stored = size(sum(path.stat().st_size for path in out.rglob("*.safetensors")))
+    stored = size(sum(path.stat().st_size for path in ([out] if out.is_file() else out.rglob("*.safetensors"))))
     print(f"{out}: {stored} of weights for {arguments.target}; check it with: qat verify {out}")
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from qat.checkpoints.simulated import engine_checks
     from qat.checkpoints.verify import verify
+    from qat.checkpoints.verify_file import verify_file
 
-    report = verify(arguments.folder, logits=not arguments.no_logits)
+    engine, file = arguments.engine, arguments.folder.is_file() or arguments.folder.suffix == ".gguf"
+    if engine and file:
+        raise ConfigError(f"--engine simulates what reads folders; {arguments.folder} is a file: leave --engine out")
+    logits = not arguments.no_logits
+    report = (
+        verify_file(arguments.folder, logits=logits)
+        if file
+        else verify(arguments.folder, logits=logits, more=engine_checks(engine))
+    )
     if arguments.json:
         _print_json(report.to_dict())
     else:
@@ -165,6 +175,18 @@ def _verify(arguments: argparse.Namespace) -> int:
             print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name}: {check.detail}")
         print("all checks passed" if report.ok else "the checkpoint does NOT pass")
     return 0 if report.ok else 1
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from qat.checkpoints.blobs import convert
+
+    description = convert(arguments.folder, arguments.out, arguments.layout)
+    if arguments.json:
+        return _print_json(description)
+    count = len(description["tensors"])
+    print(
+        f"{arguments.out}: {count} blobs, each put back into its plain order and compared; no public engine loads them"
+    )
 
 
 # --- eval and generate ------------------------------------------------------------------------------
@@ -175,8 +197,9 @@ def _eval(arguments: argparse.Namespace) -> None:
 
     texts, tasks = arguments.text or [], arguments.tasks or []
     result = evaluate_folder(
-        arguments.folder, arguments.teacher, texts, arguments.tokens, tasks, arguments.model, arguments.device
-    )
+        arguments.folder, arguments.teacher, texts, arguments.tokens, tasks, arguments.model, arguments.device,
+        arguments.activation_rule,
+    )  # fmt: skip
     if arguments.json:
         _print_json(result)
         return
@@ -303,6 +326,7 @@ def _assign(arguments: argparse.Namespace) -> None:
 
 
 def _formats(arguments: argparse.Namespace) -> None:
+    from qat.checkpoints.layouts.ascend.types import types_with
     from qat.numbers.catalog import CATALOG
 
     rows = [
@@ -316,6 +340,7 @@ def _formats(arguments: argparse.Namespace) -> None:
             "global_scale": fmt.global_scale,
             "zero_point": fmt.zero_point,
             "bits_per_weight": round(fmt.bits_per_weight(4096, 4096), 4),
+            "ascend": types_with(fmt),
             "source": fmt.source,
         }
         for fmt in CATALOG.values()
@@ -328,6 +353,7 @@ def _formats(arguments: argparse.Namespace) -> None:
         block = "x".join(str(n) if n else "all" for n in row["block"])  # type: ignore[attr-defined]  # a list here
         scale = f"{row['scale']} {row['scale_rule']}"
         extra = " +tensor scale" if row["global_scale"] else " +zero point" if row["zero_point"] else ""
+        extra += f"  Ascend: {', '.join(row['ascend'])}" if row["ascend"] else ""  # type: ignore[arg-type]  # as above
         print(
             f"{row['name']:<20}{row['element']:<20}{row['max']:>8.4g}  {block:<14}{scale:<16}"
             f"{row['bits_per_weight']:>11.3f}{extra}"
@@ -339,41 +365,18 @@ def _formats(arguments: argparse.Namespace) -> None:
 
 
 def _kernels(arguments: argparse.Namespace) -> None:
-    from qat.kernels.explain import explain_all
+    from qat.kernels.explain import explain_all, explain_all_training, lines, training_lines
 
     sizes = (arguments.tokens, arguments.rows, arguments.columns)
     if arguments.training:
         if arguments.input or sizes != (1, 4096, 4096):
             raise ConfigError("--training goes by format alone: leave out --tokens, --rows, --columns and --input")
-        return _training_kernels(arguments.json)
+        every = explain_all_training()
+        return _print_json(every) if arguments.json else print(*training_lines(every), sep="\n")
     if min(sizes) < 1:
         raise ConfigError(f"--tokens, --rows and --columns must be positive; given {sizes}")
     answers = explain_all(*sizes, arguments.input)
-    if arguments.json:
-        _print_json(answers)
-        return
-    inputs = f"{sizes[0]} token(s) in {arguments.input or '16 bits'}"
-    print(f"{inputs} times packed weights of {sizes[1]} x {sizes[2]}:")
-    for answer in answers:
-        print(f"{answer['format']:<20}{answer['kernel']:<11}{answer['why']}")
-    where = ", on GPUs" if arguments.input else ""
-    print(f"\nof {answers[0]['operator']}, which `qat generate` and `qat serve` run{where}")
-
-
-def _training_kernels(as_json: bool) -> None:
-    from qat.kernels.explain import explain_training
-    from qat.numbers.catalog import CATALOG
-
-    answers = {name: explain_training(name) for name in CATALOG}
-    if as_json:
-        return _print_json(answers)
-    print("what `qat train` runs here, by format and operator:")
-    for name, by_operator in answers.items():
-        kinds: dict[tuple[str, str], list[str]] = {}
-        for operator, answer in by_operator.items():
-            kinds.setdefault((answer["kernel"], answer["why"]), []).append(operator.removeprefix("qat::"))
-        for (kernel, why), operators in kinds.items():
-            print(f"{name:<20}{kernel:<11}{', '.join(operators)}: {why}")
+    return _print_json(answers) if arguments.json else print(*lines(answers, sizes, arguments.input), sep="\n")
 
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Any], str]] = {
@@ -382,6 +385,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[a
     "eval": (options.evaluate, _eval, "evaluate a run, an export or a model: KL to the teacher, NLL, top-1 agreement"),
     "export": (options.export, _export, "write a trained run as a native low-precision checkpoint"),
     "verify": (options.verify, _verify, "check an exported checkpoint against the trained model, bit for bit"),
+    "convert": (options.convert, _convert, "write an export as raw tensors in the orders that a device reads"),
     "generate": (options.generate, _generate, "continue a prompt on this machine, streaming, and print tokens/s"),
     "analyze": (options.analyze, _analyze, "say which weights of a model lose most in which format"),
     "assign": (options.assign, _assign, "choose formats layer by layer under a budget of bits, as a run's YAML"),

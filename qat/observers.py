@@ -95,6 +95,10 @@ class RangeObserver:
             return _kl_threshold(self._histogram, 2 ** (self.fmt.element.bits - 1))
         return self._amax
 
+    def range(self) -> tuple[float, ...]:
+        """`amax`, as every observer says it."""
+        return (self.amax(),)
+
     def _least_squares(self) -> float:
         centres, counts = self._histogram.centres, self._histogram.counts
         limits = [float(self._amax or 0.0) * ratio / 100 for ratio in range(2, 101)]
@@ -104,6 +108,49 @@ class RangeObserver:
             value = self.fmt.element.round((centres / scale).to(torch.float32)).to(torch.float64) * scale
             errors.append(float(((value - centres).square() * counts).sum()))
         return limits[errors.index(min(errors))]
+
+
+class TwoSidedObserver:
+    """The lowest and the highest value, for static formats with a zero point: an observer for each side of zero.
+
+    Raises:
+        FormatError: a kind that looks for a clip under a symmetric grid (mse, kl).
+    """
+
+    def __init__(self, kind: Observer, fmt: Format) -> None:
+        if kind in ("mse", "kl"):
+            raise FormatError(
+                f"observer: {kind} finds a symmetric range, but {fmt.name} has a zero point; use minmax, "
+                "moving_average or percentile"
+            )
+        self._sides = RangeObserver(kind, fmt), RangeObserver(kind, fmt)
+
+    def add(self, x: Tensor) -> None:
+        """Observe one batch of activations (any shape)."""
+        below, above = self._sides
+        below.add(x.clamp_max(0))
+        above.add(x.clamp_min(0))
+
+    @property
+    def top(self) -> tuple[float, float]:
+        """Those of both sides."""
+        return self._sides[0].top, self._sides[1].top
+
+    def widen(self, top: tuple[float, float]) -> None:
+        """See `RangeObserver`."""
+        for side, other in zip(self._sides, top, strict=True):
+            side.widen(other)
+
+    def range(self) -> tuple[float, ...]:
+        """Lowest and highest value; a side on which nothing lies ends at 0.
+
+        Raises:
+            FormatError: nothing, or only zeros, was observed.
+        """
+        below, above = (side.amax() if side.top else 0.0 for side in self._sides)
+        if not below and not above:
+            self._sides[1].amax()  # which says so
+        return -below, above
 
 
 def _kl_threshold(histogram: Histogram, levels: int) -> float:

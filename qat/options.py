@@ -46,8 +46,12 @@ def teacher(parser: argparse.ArgumentParser) -> None:
 def export(parser: argparse.ArgumentParser) -> None:
     """`qat export`."""
     parser.add_argument("trained", type=path, metavar="RUN", help="folder of a run: runs/NAME")
-    parser.add_argument("out", type=path, metavar="OUT", help="folder to write; must not exist, or be empty")
-    layouts = "file layout: compressed-tensors, modelopt, fp8 or mxfp4 (default: %(default)s); see docs/export.md"
+    parser.add_argument("out", type=path, metavar="OUT", help="folder to write; must not exist, or be empty "
+                         "(a name that ends in .gguf with --target gguf)")  # fmt: skip
+    layouts = (
+        "file layout: compressed-tensors, modelopt, fp8, mxfp4, ascend or gguf (default: %(default)s); see "
+        "docs/export.md"
+    )
     parser.add_argument("--target", default="compressed-tensors", help=layouts)
     parser.add_argument(
         "--checkpoint",
@@ -67,13 +71,25 @@ def moved(parser: argparse.ArgumentParser) -> None:
 
 def verify(parser: argparse.ArgumentParser) -> None:
     """`qat verify`."""
-    parser.add_argument("folder", type=path, metavar="DIR", help="an exported checkpoint")
+    parser.add_argument("folder", type=path, metavar="DIR", help="an exported checkpoint, or a .gguf file")
     parser.add_argument(
         "--no-logits",
         action="store_true",
         help="compare files only; do not load it in plain transformers and compare logits",
     )
+    engines = ("vllm-ascend", "sglang-ascend", "mindie")
+    parser.add_argument("--engine", choices=engines, help="an engine on Ascend NPUs: whether it loads every layer, "
+                        "and its operators, simulated, compute what was trained")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the checks as JSON")
+
+
+def convert(parser: argparse.ArgumentParser) -> None:
+    """`qat convert`."""
+    parser.add_argument("folder", type=path, metavar="DIR", help="an exported checkpoint")
+    parser.add_argument("out", type=path, metavar="OUT", help="folder to write; must not exist, or be empty")
+    orders = "one for codes, one for scales, or both: see docs/ascend_layouts.md; anything else stays in plain order"
+    parser.add_argument("--layout", nargs="+", required=True, metavar="NAME", help=orders)
+    parser.add_argument("--json", action="store_true", help="print the description of the blobs")
 
 
 def evaluate(parser: argparse.ArgumentParser) -> None:
@@ -93,6 +109,8 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         default=8192,
         help="how much of it; below 4096, a few per cent are noise (default: %(default)s)",
     )
+    parser.add_argument("--activation-rule", choices=("vllm", "compressed_tensors", "ascend"),
+                        help="of an export: whose arithmetic inputs follow (default: its engine's)")  # fmt: skip
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="lm-eval tasks (pip install 'qat-native[eval]')")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")

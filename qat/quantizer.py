@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from qat.errors import TrainingError
 from qat.numbers.format import Format
-from qat.numbers.numerics import QTensor, Scales, quantize
-from qat.observers import Observer, RangeObserver
+from qat.numbers.numerics import QTensor, Scales, finite_amax, quantize
+from qat.observers import Observer, RangeObserver, TwoSidedObserver
 from qat.same_tensor import SameTensor
 from qat.training.activations import ActivationRule, fake_quantize_input, moved_range, static_part
 from qat.training.gradients import Estimator
@@ -270,7 +270,8 @@ class InputQuantizer(Quantizer):
     """Fake quantization of a tensor that follows the data, by the serving engine's rule.
 
     `amax` is the calibrated range (a float32 scalar, NaN until `calibrate`): static formats derive their scale from it,
-    NVFP4-like formats their per-tensor scale; dynamic formats ignore it. With `learn` (static formats only) a
+    NVFP4-like formats their per-tensor scale; dynamic formats ignore it. Static formats with a zero point have the
+    lowest and the highest value instead. With `learn` (static formats only) a
     logarithmic correction of it is a parameter, with LSQ's gradient; `limit` is then the range in force.
     """
 
@@ -282,8 +283,8 @@ class InputQuantizer(Quantizer):
         super().__init__(fmt)
         self.log_range = nn.Parameter(torch.zeros(1)) if learn else None  # FSDP2 takes no scalar
         self.rule, self.estimator, self.observer_kind = rule, estimator, observer
-        self.register_buffer("amax", torch.tensor(float("nan")))
-        self._observer: RangeObserver | None = None
+        self.register_buffer("amax", torch.full((2,) if self.is_affine else (), math.nan))
+        self._observer: RangeObserver | TwoSidedObserver | None = None
         self._same = SameTensor(readers=1)
         self._ready = False
         self._static: tuple[tuple[Tensor, int, int], Tensor | None] | None = None  # and what it was made of
@@ -303,16 +304,28 @@ class InputQuantizer(Quantizer):
         return self.format.global_scale or self.format.is_static
 
     @property
+    def is_affine(self) -> bool:
+        """Whether its range has two ends that are independent of each other."""
+        return self.format.is_static and self.format.zero_point
+
+    def range_of(self, x: Tensor, amax: Tensor) -> Tensor:
+        """The range that calibration would find in x alone, whose largest magnitude is known to be `amax`."""
+        if self.is_affine:
+            return torch.stack(torch.aminmax(self.transformed(x).to(torch.float32)))
+        return finite_amax(self.transformed(x)) if self.transforms else amax
+
+    @property
     def limit(self) -> Tensor:
         """The range in force: calibrated, and learned where it is."""
         return moved_range(self.amax, self.log_range)
 
     def observe(self) -> None:
         """Pass inputs through unchanged and collect their range, until `freeze`."""
-        self._observer = RangeObserver(self.observer_kind, self.format)
+        kind = TwoSidedObserver if self.is_affine else RangeObserver
+        self._observer = kind(self.observer_kind, self.format)
 
     @property
-    def observer(self) -> RangeObserver | None:
+    def observer(self) -> RangeObserver | TwoSidedObserver | None:
         """What collects the range, between `observe` and `freeze`."""
         return self._observer
 
@@ -324,7 +337,7 @@ class InputQuantizer(Quantizer):
     def freeze(self) -> None:
         """Fix the range from what was observed."""
         if self._observer is not None and self.needs_calibration:
-            self.amax.fill_(self._observer.amax())
+            self.amax.copy_(torch.tensor(self._observer.range()).view_as(self.amax))
             if self.log_range is not None:
                 nn.init.zeros_(self.log_range)
         self.cancel()
@@ -375,7 +388,7 @@ class InputQuantizer(Quantizer):
     def _check_calibrated(self) -> None:
         if self._ready or not self.needs_calibration:
             return
-        if not bool(torch.isfinite(self.amax)):
+        if not bool(torch.isfinite(self.amax).all()):
             raise TrainingError(
                 f"{self.format.name} inputs need a calibrated range; run qat.calibrate(model, batches) first"
             )

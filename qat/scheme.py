@@ -222,6 +222,11 @@ class Scheme(Strict):
                 f"{', '.join(inputs) or 'none'}. Scales that follow the data are the engine's, which has no factor to "
                 "learn; the per-tensor part of NVFP4 is a power of two that only places its block scales"
             )
+        if self.learn_inputs and any(lookup(name).is_static and lookup(name).zero_point for name in inputs):
+            raise ValueError(
+                "learn_inputs: a range with a zero point has two ends, which one learned factor does not move well; "
+                "use int8_tensor inputs, or leave learn_inputs out"
+            )
         if self.learn_inputs and self.activation_rule != "vllm":
             raise ValueError(f"learn_inputs needs activation_rule: vllm, not {self.activation_rule}")
         return self

@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 
 import qat
-from qat.checkpoints.layouts import TARGETS, support
+from qat.checkpoints.layouts import READERS, TARGETS, support
 from qat.errors import UnsupportedError
 from tests.checkpoints.exports import export_pair
 from tests.tiny import tiny_model
@@ -70,7 +70,7 @@ def of_exports(root: Path) -> dict[str, str]:
     """One digest per target and pair of formats."""
     source = tiny_model("llama", root / "model", hidden_size=256, num_hidden_layers=1)
     found = {}
-    for target, layout in TARGETS.items():
+    for target, layout in ((name, TARGETS[name]) for name in READERS):
         for weight, input in support.pairs(layout.ROWS):
             out = root / target / f"{weight}-{input}"
             label = f"export {target} {weight} {input}"

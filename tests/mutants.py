@@ -26,6 +26,7 @@ _LEFT_OUT = (
     ".git",
     ".venv*",
     ".triton*",
+    ".ascend",
     ".versions*",
     "runs",
     ".*_cache",

@@ -28,6 +28,7 @@ ELSEWHERE = {
     "kernels/effective_scales/triton.py": "kernels/test_fake_quantize.py: one process interprets both",
     "kernels/fake_quantize/rounding/triton.py": "kernels/test_fake_quantize.py: and its quotients in test_quotients.py",
     "kernels/fake_quantize_input/triton.py": "kernels/test_fake_quantize.py: one process interprets both",
+    "kernels/packed_linear/decode/ascend.py": "kernels/test_npu.py: every code under every scale",
     "kernels/packed_linear/decode/triton.py": "kernels/test_packed_linear.py: every code that it multiplies",
     "kernels/packed_linear/dense/choose.py": "kernels/test_tiles.py: with the other closed-form rules",
     "kernels/packed_linear/dense/triton.py": "kernels/test_packed_linear.py: the same operator, for many tokens",

@@ -7,6 +7,7 @@ from typing import Any
 
 from qat.checkpoints.architecture import empty_model, read_config
 from qat.checkpoints.export import check_export
+from qat.checkpoints.loadable import check_loadable
 from qat.checkpoints.peft import check_package
 from qat.checkpoints.shards import INDEX, SINGLE, ShardReader
 from qat.lora import attach
@@ -26,7 +27,8 @@ def export_notes(job: Job, folder: Path | None, model: Any) -> list[str]:
         model: the student without numbers, on the meta device; it is left as it is.
 
     Raises:
-        CheckpointError, UnsupportedError: no target can hold it, its tensors do not fit, or layers are never called.
+        CheckpointError, UnsupportedError: no target can hold it, the job's engine loads none that can, its tensors do
+            not fit, or layers are never called.
         ConfigError: `optim.freeze` matches nothing, or everything; `lora` cannot be had as configured; the model is
             quantized already, and the job does not go on from it.
     """
@@ -38,6 +40,8 @@ def export_notes(job: Job, folder: Path | None, model: Any) -> list[str]:
     scheme = job.scheme.model_copy(update={"fallback": None})
     bare: Any = rotate_inputs(apply(copy.deepcopy(model), scheme, defer_init=True), scheme)
     notes = [f"export: {note}" for note in check_export(bare, weights)]
+    if job.engine is not None and job.device is not None:
+        notes += check_loadable(bare, weights, job.engine, job.device)
     if job.lora is not None:
         check_package()
         attach(bare, job.lora)

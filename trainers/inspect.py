@@ -14,6 +14,7 @@ import torch
 from qat.checkpoints.architecture import empty_model
 from qat.checkpoints.decoding import TextStream
 from qat.checkpoints.hf import ModelConfig, describe, load_configured, load_model, load_tokenizer, read_json
+from qat.checkpoints.layouts import described_by
 from qat.checkpoints.origin import locate
 from qat.checkpoints.positions import most_positions
 from qat.checkpoints.resume import load_student
@@ -45,6 +46,7 @@ def load(
     load_export: Callable[..., Any] | None = None,
     device: torch.device | str = "cpu",
     moved: str | None = None,
+    rule: str | None = None,
 ) -> Loaded:
     """Find out what `folder` is and load it.
 
@@ -54,6 +56,7 @@ def load(
             model.
         device: where to put it.
         moved: where the model that a run was made from is now, if its path changed.
+        rule: of an export, whose arithmetic its inputs follow, on its dense weights.
 
     Raises:
         CheckpointError: it is none of a run, an exported checkpoint and a model.
@@ -72,12 +75,19 @@ def load(
         raise ConfigError(f"--model says where the model of a run is; {folder} is no run")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is neither a run (job.yaml) nor a model or an export (config.json)")
-    if "quantization_config" in read_json(folder / "config.json"):
+    if described_by(folder)[0] is not None:
         from qat.checkpoints.exported import load_exported
+        from qat.checkpoints.simulated import is_simulated, load_simulated
 
         record = read_json(folder / "qat.json") if (folder / "qat.json").is_file() else {}
         origin = record.get("run", {}).get("model")
-        exported: Any = load_export(folder, device=str(device)) if load_export else load_exported(folder)
+        exported: Any
+        if rule is not None:
+            exported = load_exported(folder, rule)
+        elif is_simulated(folder):
+            exported = load_simulated(folder)
+        else:
+            exported = load_export(folder, device=str(device)) if load_export else load_exported(folder)
         return Loaded(exported.to(device).eval(), folder, ModelConfig(id=origin) if origin else None, "export")
     plain: torch.nn.Module = load_model(folder)
     return Loaded(plain.to(device).eval(), folder, None, "model")
@@ -95,8 +105,10 @@ def evaluate_folder(
     tasks: list[str],
     moved: str | None = None,
     device: str = "auto",
+    rule: str | None = None,
 ) -> dict[str, Any]:
-    """Scores of `folder` (and of its teacher) on held-out text; `--json` of `qat eval`. `moved` as in `load`.
+    """Scores of `folder` (and of its teacher) on held-out text; `--json` of `qat eval`. `moved` and `rule` as
+    in `load`.
 
     Raises:
         ConfigError: no such device, no tokens, or a teacher that does not fit.
@@ -104,7 +116,9 @@ def evaluate_folder(
     if tokens < 1:
         raise ConfigError(f"--tokens {tokens} must be positive")
     place = torch_device(device)
-    loaded = load(folder, device=place, moved=moved)
+    loaded = load(folder, device=place, moved=moved, rule=rule)
+    if rule is not None and loaded.kind != "export":
+        raise ConfigError(f"--activation-rule goes with an export; {folder} is a {loaded.kind}")
     reference = ModelConfig(id=teacher) if teacher else loaded.made_from
     if reference is None and loaded.kind == "export":
         warnings.warn(

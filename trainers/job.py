@@ -6,6 +6,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from qat.checkpoints.hf import ModelConfig
+from qat.checkpoints.layouts import npu
+from qat.checkpoints.layouts.reader import NPU_RULE
 from qat.config import Strict, load_yaml, override, validate
 from qat.errors import ConfigError
 from qat.lora import LoraConfig
@@ -40,6 +42,8 @@ class Job(Strict):
         model: the student before quantization.
         teacher: whom to imitate and to be compared with; by default the student's own BF16 weights.
         teacher_cache: train on what the teacher said earlier (`qat teacher` asks it), without loading it.
+        engine, device: an engine on an Ascend NPU (vllm-ascend, sglang-ascend, mindie) and the chip (a2, a3, 950): what
+            it does not load is refused before training, see docs/ascend.md.
         scheme: which weights and inputs get which format; a file whose model is quantized already may leave its rules
             out (`qat.trainers.packed`).
         lora: train low-rank updates of frozen weights instead of the weights.
@@ -78,6 +82,8 @@ class Job(Strict):
     model: ModelConfig
     teacher: ModelConfig | None = None
     teacher_cache: TeacherCache | None = None
+    engine: npu.Engine | None = None
+    device: npu.Device | None = None
     scheme: Scheme
     lora: LoraConfig | None = None
     data: DataConfig = DataConfig()
@@ -109,6 +115,20 @@ class Job(Strict):
     @classmethod
     def _home(cls, value: Path) -> Path:
         return value.expanduser()  # `~` in a YAML file, which no shell has seen
+
+    @model_validator(mode="after")
+    def _on_npu(self) -> "Job":
+        if (self.engine is None) != (self.device is None):
+            raise ValueError(
+                f"engine ({self.engine}) and device ({self.device}) go together: an engine on an NPU and the chip, as "
+                "vllm-ascend and a2; or leave both out"
+            )
+        if self.engine is not None and self.scheme.activation_rule != NPU_RULE:
+            raise ValueError(
+                f"{self.engine} rounds inputs by the NPU's rule, but scheme.activation_rule is "
+                f"{self.scheme.activation_rule}; set scheme.activation_rule: {NPU_RULE}, or leave engine out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> "Job":

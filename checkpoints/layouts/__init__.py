@@ -11,28 +11,38 @@ from qat.checkpoints.layouts.target import Target, TargetLayer
 from qat.errors import CheckpointError, ConfigError, UnsupportedError, nearest
 from qat.numbers.format import Format
 
-FOLDERS = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/write.py")))
+_FIRST = "compressed_tensors"  # the default target leads every list
+_FOUND = sorted(path.parent.name for path in Path(__file__).parent.glob("*/write.py"))
+FOLDERS = tuple(sorted(_FOUND, key=lambda folder: folder != _FIRST))
 
 TARGETS: dict[str, Target] = {}
 """Writers by the name that users type, which is config.json's `quant_method`."""
 READERS: dict[str, type[ExportedFolder]] = {}
-"""Independent readers by the same name."""
+"""Independent readers by the same name, of the layouts that are folders."""
+FILES: dict[str, str] = {}
+"""How the files of the other layouts are called at their end."""
 
 for _folder in FOLDERS:
     _writer: Target = import_module(f"{__name__}.{_folder}.write")
     TARGETS[_writer.METHOD] = _writer
-    READERS[_writer.METHOD] = import_module(f"{__name__}.{_folder}.read").Reader
+    if suffix := getattr(_writer, "FILE", ""):
+        FILES[_writer.METHOD] = suffix
+    else:
+        READERS[_writer.METHOD] = import_module(f"{__name__}.{_folder}.read").Reader
 
 __all__ = [
+    "FILES",
     "READERS",
     "TARGETS",
     "ExportedFolder",
     "Target",
     "TargetLayer",
     "check_layer",
+    "described_by",
     "find_target",
     "holders",
     "no_layout",
+    "npu_table",
     "open_export",
     "table",
 ]
@@ -128,12 +138,51 @@ def open_export(folder: Path) -> ExportedFolder:
         CheckpointError: no config.json, no `quantization_config`, or one of a layout that is not known.
         UnsupportedError: a variant of a known layout that cannot be read.
     """
-    quantization = read_json(folder / "config.json").get("quantization_config") or {}
-    method = quantization.get("quant_method")
+    method, file = described_by(folder)
     if method not in READERS:
         what = f"quant_method {method!r}" if method else "no quantization"
         raise CheckpointError(f"{folder / 'config.json'} describes {what}; readable: {', '.join(READERS)}")
-    return READERS[method](folder)
+    exported = READERS[method](folder)
+    if file is not None and (other := _configured(folder)) is not None:
+        _check_agree(exported, other, file)
+    return exported
+
+
+def described_by(folder: Path) -> tuple[str | None, str | None]:
+    """Name of the layout of a folder, None where nothing says that it is quantized; and the file of its own that says
+    so, None where config.json does. Engines that know such files look for them first."""
+    for name, target in TARGETS.items():
+        if target.DESCRIPTION is not None and (folder / target.DESCRIPTION).is_file():
+            return name, target.DESCRIPTION
+    return _configured(folder), None
+
+
+def _configured(folder: Path) -> str | None:
+    given = read_json(folder / "config.json").get("quantization_config") or {}
+    return given.get("quant_method") if isinstance(given, dict) else None
+
+
+def _check_agree(exported: ExportedFolder, method: str, file: str) -> None:
+    """Some engines go by one description and some by the other: both must say the same of every layer.
+
+    Raises:
+        CheckpointError: they do not; names the first layer, or what cannot be read.
+    """
+    other = READERS[method](exported.folder).modules if method in READERS else {}
+    for path in sorted(exported.modules.keys() | other.keys()):
+        kinds = [
+            (m.weights, m.input) if (m := each.get(path)) is not None else None for each in (exported.modules, other)
+        ]
+        if kinds[0] != kinds[1]:
+            raise CheckpointError(
+                f"{exported.folder}: {file} and config.json ({method}) do not agree about {path}, and engines read "
+                "either; remove the one that the tensors do not follow"
+            )
+
+
+def npu_table() -> str:
+    """The table of docs/ascend.md: which engine on an NPU loads what, of every target."""
+    return support.npu_markdown({name: target.ROWS for name, target in TARGETS.items()})
 
 
 def table() -> str:

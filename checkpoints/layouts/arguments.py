@@ -38,6 +38,8 @@ def weight_args(fmt: Format) -> Args | None:
 def input_args(fmt: Format) -> Args | None:
     """QuantizationArgs of a layer's input, or None where there are none that mean this format."""
     base = _base_args(fmt, dynamic=True)
+    if base is not None and fmt.zero_point and fmt.is_static and fmt.scale is BF16:
+        return {**base, "strategy": "tensor", "dynamic": False}
     if base is None or fmt.zero_point:
         return None
     if fmt.scale is F32 and fmt.block == ROW and base["num_bits"] in (4, 8):

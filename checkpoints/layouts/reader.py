@@ -43,6 +43,7 @@ _UNREAD_TENSORS = {
     "q_scale": "quantized attention",
 }
 
+NPU_RULE = "ascend"
 Spec = tuple[str, tuple[int, ...]]  # safetensors type and shape
 
 
@@ -111,6 +112,7 @@ class ExportedFolder(ReadsCaches, ABC):
     SCALES: ClassVar[tuple[str, ...]]  # every scale a quantized layer may have; but for SCALE, one number each
     SUFFIXES: ClassVar[tuple[str, ...]]  # every tensor a quantized layer may have, besides its bias
     UNREAD: ClassVar[Mapping[str, str]] = UNREAD_KEYS  # keys of the configuration that ask for what is not implemented
+    RULE: ClassVar[str] = "vllm"  # activation rule of those who serve the layout
     JOINT: ClassVar[str] = "."  # between a layer's path and the names of its tensors
     DENSE: ClassVar[str] = ".weight"  # what follows the path in the name of its dense tensor
     TRANSPOSED: ClassVar[bool] = False  # whether dense tensors are stored (..., columns, rows)
@@ -118,8 +120,7 @@ class ExportedFolder(ReadsCaches, ABC):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = read_json(folder / "config.json")
-        self.quantization: dict[str, Any] = self.config.get("quantization_config") or {}
-        self.where = f"{folder / 'config.json'}: quantization_config"
+        self.quantization, self.where = self._described()
         method = self.quantization.get("quant_method")
         if method != self.METHOD:
             raise CheckpointError(f"{self.where} describes {method or 'nothing'}, not {self.METHOD}")
@@ -132,6 +133,10 @@ class ExportedFolder(ReadsCaches, ABC):
         self._check_caches()
 
     # What a layout has to say.
+
+    def _described(self) -> tuple[dict[str, Any], str]:
+        """The configuration, and where it stands."""
+        return self.config.get("quantization_config") or {}, f"{self.folder / 'config.json'}: quantization_config"
 
     @abstractmethod
     def _check_configuration(self) -> None:
@@ -207,6 +212,12 @@ class ExportedFolder(ReadsCaches, ABC):
                 f"{head} is tied to {table}, which is stored packed, but is quantized in another way; readable: the "
                 "same weights, and inputs as they come"
             )
+
+    @cached_property
+    def rule(self) -> str:
+        """Whose arithmetic inputs follow (`qat.training.activations`): an NPU's where that was trained."""
+        rules = (read_record(self.folder) or {}).get("activation_rules")
+        return NPU_RULE if rules == [NPU_RULE] else self.RULE
 
     @cached_property
     def weights(self) -> dict[str, str]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from qat.checkpoints.layouts.npu import VERSIONS, Npu
 from qat.numbers.catalog import CATALOG
 from qat.numbers.format import Format
 
@@ -29,11 +30,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One scheme of a layout: which (weight, input) formats it covers, and a cell per engine, as in `ENGINES`."""
+    """One scheme of a layout: which (weight, input) formats it covers, a cell per engine, as in `ENGINES`, and the
+    engines on NPUs that load it (`qat.checkpoints.layouts.npu`; docs/ascend.md has their table)."""
 
     scheme: str
     applies: Applies
     cells: tuple[Cell, Cell, Cell, Cell]
+    npu: tuple[Npu, ...] = ()
 
 
 def cell(loads: Literal["exact", "yes", "no", "?"], *surprises: str) -> Cell:
@@ -114,6 +117,27 @@ def markdown(tables: Mapping[str, Sequence[Row]], besides: Mapping[str, Sequence
             inputs = "-" if row.applies(next(iter(CATALOG.values())), None) else "any"
             lines.append("| " + " | ".join([f"`{target}`", row.scheme, "any", inputs, *cells]) + " |")
     return "\n".join([*lines, "", *(f"{number}. {sentence}." for sentence, number in marks.items())]) + "\n"
+
+
+def npu_markdown(tables: Mapping[str, Sequence[Row]]) -> str:
+    """The table of docs/ascend.md, with its footnotes: rows that an engine on an NPU loads."""
+    heads = [f"{engine} {version}" for engine, version in VERSIONS.items()]
+    lines = ["| target | scheme | weights | inputs | " + " | ".join(heads) + " |", "|---" * (4 + len(heads)) + "|"]
+    marks: dict[str, int] = {}
+    for target, rows in tables.items():
+        able = pairs(rows)
+        for row in (row for row in rows if row.npu):
+            own = [(w, a) for w, a in able if find(rows, CATALOG[w], CATALOG[a] if a else None) is row]
+            shown = [_names(dict.fromkeys(side)) for side in zip(*own, strict=True)]
+            cells = [_npu_cell([one for one in row.npu if one.engine == engine], marks) for engine in VERSIONS]
+            lines.append("| " + " | ".join([f"`{target}`", row.scheme, *shown, *cells]) + " |")
+    return "\n".join([*lines, "", *(f"{number}. {sentence}." for sentence, number in marks.items())]) + "\n"
+
+
+def _npu_cell(entries: Sequence[Npu], marks: dict[str, int]) -> str:
+    numbers = [marks.setdefault(one.remark, len(marks) + 1) for one in entries if one.remark]
+    said = "; ".join(", ".join(one.devices) + (f" (from {one.since})" if one.since else "") for one in entries)
+    return (said or "-") + (f" ({', '.join(map(str, numbers))})" if numbers else "")
 
 
 def _mark(cell: Cell, marks: dict[str, int]) -> str:

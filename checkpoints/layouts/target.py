@@ -1,7 +1,7 @@
 """What every export target offers, and how it is told about the layers. A target decides names, bytes and config
 entries; it never sees a model, so it can be tested one tensor at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -28,6 +28,8 @@ class TargetLayer:
         rotation: size of the block Hadamard that its input meets, 0 without; the weight is rotated already.
         is_table: whether it is an embedding, whose rows are looked up.
         tied: names, for any loader, of the output layers that multiply with a table's stored tensors.
+        bias: whether it adds one.
+        rounded: whether it was trained rounded to BF16 (`Scheme.round_bf16`).
     """
 
     path: str
@@ -40,6 +42,8 @@ class TargetLayer:
     rotation: int = 0
     is_table: bool = False
     tied: tuple[str, ...] = ()
+    bias: bool = False
+    rounded: bool = True
 
     @property
     def stacks_of(self) -> str:
@@ -55,10 +59,18 @@ class TargetLayer:
 
 @runtime_checkable
 class Target(Protocol):
-    """The interface of a layout's `write.py`, which is a module."""
+    """The interface of a layout's `write.py`, which is a module. One that writes a single file instead of a folder
+    also has `FILE`, how the file's name ends; it has no `Reader`, and `unpack` and `files` are never asked."""
 
     METHOD: str
     """The target's name, which is also config.json's `quant_method`."""
+
+    DESCRIPTION: str | None
+    """The JSON file that describes the quantization where config.json does not, which then gets only what
+    `quantization_config` has in "config"."""
+
+    STEM: str
+    """What files of weights are called, see `qat.checkpoints.shards`."""
 
     ROWS: tuple[Row, ...]
     """The pairs of formats that the layout holds and which engine loads them, from its `engines.py`."""
@@ -105,5 +117,5 @@ class Target(Protocol):
         Raises UnsupportedError where the target cannot hold the layers together.
         """
 
-    def files(self, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Other JSON files to write, by name, given the `quantization_config`."""
+    def files(self, config: dict[str, Any], stored: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Other JSON files to write, by name, given the `quantization_config` and the names of all stored tensors."""

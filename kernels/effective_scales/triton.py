@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qat.kernels.fake_quantize.choose import scales_problem
-from qat.kernels.fake_quantize.rounding.triton import ALL, clamp, rounded, to_bf16_grid
+from qat.kernels.fake_quantize.rounding.triton import clamp, rounded, to_bf16_grid
 from qat.kernels.launch import Launch
 from qat.numbers.catalog import lookup
 from qat.numbers.scale import MinifloatScale
@@ -33,7 +33,7 @@ def stored(
     if SCALE == "e4m3":
         scale = clamp(scale, SMALLEST, LARGEST)
         return rounded(scale, 0.0, "minifloat", MANTISSA, MIN_NORMAL, SMALLEST, LARGEST, False, (0.0,), ())
-    scale = tl.maximum(scale, SMALLEST, propagate_nan=ALL)
+    scale = clamp(scale, SMALLEST, LARGEST)
     if SCALE == "bf16":
         return to_bf16_grid(scale, "bits")
     return scale.to(tl.float16).to(tl.float32) if SCALE == "f16" else scale

@@ -328,12 +328,14 @@ def fake_quantize_backward(
     format: str,
     estimator: str,
     needs: Sequence[bool],
+    choice: Tensor | None = None,
 ) -> list[Tensor]:
     """The operator `qat::fake_quantize_backward` on a device that runs Triton."""
     fmt = lookup(format)
     parts = 0 if grad.dtype == torch.float64 else takes(x, divisor, multiplier, zero_point, fmt)
     if not parts:
-        return fake_quantize_backward_reference(grad, x, y, divisor, multiplier, zero_point, format, estimator, needs)
+        given = grad, x, y, divisor, multiplier, zero_point, format, estimator, needs, choice
+        return fake_quantize_backward_reference(*given)
     call, cut = _call_backward(format, *size(x), parts, estimator == "clipped", divisor is None, tuple(needs))
     one = multiplier.contiguous()
     two = one if divisor is None else divisor.contiguous()

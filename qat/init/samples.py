@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qat.init.calibration import Batches
 from qat.modes import dense
-from qat.numbers.numerics import fake_quantize, finite_amax
+from qat.numbers.numerics import fake_quantize
 from qat.quantizer import InputQuantizer
 from qat.same_tensor import SameTensor
 from qat.sites import Site, weights
@@ -145,7 +145,7 @@ class Products:
 def _quantized(input: InputQuantizer, x: Tensor, amax: Tensor) -> Tensor:
     before = input.amax.clone()
     if input.needs_calibration:
-        input.amax.copy_(finite_amax(input.transformed(x)) if input.transforms else amax)
+        input.amax.copy_(input.range_of(x, amax))
     try:
         y: Tensor = input.quantize(x)
         return y

@@ -10,13 +10,15 @@ from dataclasses import replace
 from qat.errors import FormatError, nearest
 from qat.numbers.element import integer, minifloat, table
 from qat.numbers.format import Format
-from qat.numbers.scale import BF16, E8M0, F32, UE4M3
+from qat.numbers.scale import BF16, E8M0, F16, F32, UE4M3
 
 E2M1 = minifloat(2, 1)
 E2M3 = minifloat(2, 3)
 E4M3 = UE4M3.element
 INT8, INT4, INT3, INT2 = integer(8), integer(4), integer(3), integer(2)
 INT4_SIX_SEVENTHS = integer(4, step=6 / 7)  # the int4 grid stretched to E2M1's largest value, for IF4
+# llama.cpp's Q4_0 has the codes -8 to 7 under a scale of either sign: where it is negative, the values -7 to 8.
+INT4_DOWN, INT4_UP = integer(4, full=True), integer(4, step=-1.0, full=True)
 NF4 = table(
     "nf4",
     (
@@ -43,6 +45,11 @@ _BLOCKS = {"tensor": (0, 0), "channel": (1, 0), "g32": (1, 32), "g64": (1, 64), 
 _TOKEN = (1, 0)
 _BITNET = "BitNet b1.58, arXiv 2402.17764"
 _OCP = "OCP Microscaling Formats v1.0"
+_GGML = "llama.cpp, ggml-common.h"
+# What llama.cpp has and a Format cannot say yet.
+_SIX_BITS = "its block scales and minima are six-bit numbers under two FP16 ones, a scale of two levels"
+_MISSING = dict.fromkeys(("q2_k", "q3_k", "q4_k", "q5_k"), _SIX_BITS)
+_MISSING["q6_k"] = "its block scales are signed bytes under one FP16 number, a scale of two levels"
 
 
 def _integers() -> list[Format]:
@@ -73,6 +80,8 @@ _FORMATS: list[Format] = [
     Format(name="nvfp4", elements=(E2M1,), block=(1, 16), scale=UE4M3, global_scale=True, source="NVIDIA NVFP4"),
     Format(name="nvint4", elements=(INT4,), block=(1, 16), scale=UE4M3, global_scale=True, source="arXiv 2510.25602"),
     Format(name="nf4_g64", elements=(NF4,), block=(1, 64), scale=BF16, source="QLoRA, arXiv 2305.14314"),
+    Format(name="q4_0", elements=(INT4_DOWN, INT4_UP), block=(1, 32), scale=F16, source=_GGML),
+    Format(name="q8_0", elements=(INT8,), block=(1, 32), scale=F16, source=_GGML),
     Format(
         name="if4",
         elements=(E2M1, INT4_SIX_SEVENTHS),
@@ -90,8 +99,10 @@ def lookup(name: str) -> Format:
     """The Format called `name`.
 
     Raises:
-        FormatError: no such format; names the three nearest.
+        FormatError: no such format; names the three nearest, or says why one of llama.cpp's is missing.
     """
+    if name in _MISSING:
+        raise FormatError(f"{name} of llama.cpp cannot be trained yet: {_MISSING[name]}; use q4_0 or q8_0")
     try:
         return CATALOG[name]
     except KeyError:

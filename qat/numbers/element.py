@@ -155,12 +155,14 @@ def _positive_values(element: Element) -> Tensor:
     return torch.tensor([v for v in half if v == v], dtype=torch.float32)
 
 
-def integer(bits: int, step: float = 1.0) -> Element:
-    """Two's-complement integer times `step`; rounding uses the symmetric range +-(2^(bits-1) - 1)."""
+def integer(bits: int, step: float = 1.0, *, full: bool = False) -> Element:
+    """Two's-complement integer times `step`; rounding uses the symmetric range +-(2^(bits-1) - 1), or with `full` all
+    codes. A negative step mirrors those: the same codes under a negative scale."""
     half = 2 ** (bits - 1)
-    values = tuple(step * (code if code < half else code - 2 * half) for code in range(2 * half))
-    name = f"int{bits}" if step == 1.0 else f"int{bits}x{step:.4g}"
-    return Element(name, "integer", bits, values, -step * (half - 1), step * (half - 1), step=step)
+    values = tuple(step * (code if code < half else code - 2 * half) + 0.0 for code in range(2 * half))  # no -0
+    ends = -step * (half if full else half - 1), step * (half - 1)
+    name = (f"int{bits}" if step == 1.0 else f"int{bits}x{step:.4g}") + "full" * full
+    return Element(name, "integer", bits, values, min(ends), max(ends), step=step)
 
 
 def minifloat(exponent: int, mantissa: int, *, nan: bool = False) -> Element:

@@ -28,7 +28,8 @@ class ScaleType:
         name: what files, tables and kernels call it.
         storage: torch dtype of the stored tensor.
         significant_bits: of the longest significand.
-        smallest, largest: positive numbers that it has. Smaller scales become the smallest.
+        smallest, largest: positive numbers that it has. Smaller scales become the smallest, larger ones the
+            largest.
         sweep: offsets, in codes, of the neighbours worth trying; empty where the codes are too fine. Needs codes of a
             byte that grow with the scale.
     """
@@ -47,8 +48,8 @@ class ScaleType:
         return next((key for key, value in globals().items() if value is self), self.name)
 
     def encode(self, scale: Tensor) -> Tensor:
-        """What is stored of float32 scales (any shape); NaN stays NaN."""
-        return scale.clamp_min(self.smallest).to(self.storage)
+        """What is stored of float32 scales (any shape), at most the largest; NaN stays NaN."""
+        return scale.clamp(self.smallest, self.largest).to(self.storage)
 
     def decode(self, stored: Tensor) -> Tensor:
         """float32 values of what is stored."""

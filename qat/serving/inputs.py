@@ -113,8 +113,8 @@ def code_dtype(element: Element) -> torch.dtype:
 # --- the operators ----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("qat::quantize_input", mutates_args=())
-def _quantize_input(x: Tensor, static: Tensor | None, format: str) -> tuple[Tensor, Tensor]:
+def reference(x: Tensor, static: Tensor | None, format: str) -> tuple[Tensor, Tensor]:
+    """What `qat::quantize_input` means."""
     fmt = check(format, x.shape[-1], static)
     out = empty(x, fmt)
     if x.numel() == 0 and not fmt.is_static:
@@ -139,6 +139,9 @@ def _encode(values: Tensor, element: Element) -> Tensor:
 def nan_code(element: Element) -> int:
     """The code of NaN, or 0 where there is none."""
     return next(iter(element.nan_codes), 0)
+
+
+_quantize_input = torch.library.custom_op("qat::quantize_input", reference, mutates_args=())
 
 
 @_quantize_input.register_fake

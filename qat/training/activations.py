@@ -4,6 +4,7 @@ The rule is named after who runs it. "vllm" computes in float32, as vLLM's refer
 ties, which its kernels break by multiplying with an approximate reciprocal). "compressed_tensors" is what plain
 transformers simulates, mostly in BF16; it is reproduced bit for bit (the sign of a zero aside), so that an exported
 checkpoint can be compared with an exact difference of zero. For a float32 input it computes what the BF16 model would.
+"ascend" is what an NPU does, see `qat.training.npu`.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from qat.numbers.element import EXPONENT_BIAS, Element
 from qat.numbers.format import Format
 from qat.numbers.numerics import Scales, block_amax, find_scales, global_scale_for, to_blocks
 from qat.numbers.scale import BF16, E8M0, F32, TINY, UE4M3, MinifloatScale, over
+from qat.training import npu
 from qat.training.gradients import Estimator
 from qat.training.ops import fake_quantize, fake_quantize_reference, operator
 
@@ -25,7 +27,7 @@ _VLLM_TOKEN_FLOOR = 512  # scaled_fp8_quant: a token's scale is at least 1 / (el
 _VLLM_GROUP_FLOOR = 1e-10  # per_token_group_quant_fp8: a group's maximum counts at least this
 _MANTISSA = 7  # of BF16
 
-ActivationRule = Literal["vllm", "compressed_tensors"]
+ActivationRule = Literal["vllm", "compressed_tensors", "ascend"]
 _Rule = Callable[[Tensor, Format, Tensor | None, Estimator], Tensor]
 
 
@@ -36,7 +38,12 @@ def dynamic_fake_quantize(x: Tensor, fmt: Format, rule: str, estimator: Estimato
 
 def static_part(fmt: Format, amax: Tensor) -> Tensor | None:
     """What a checkpoint stores of an input quantizer, float32 [1]: the scale of a static format, the divisor above E4M3
-    block scales (the reciprocal of our power-of-two multiplier), or None where everything follows the data."""
+    block scales (the reciprocal of our power-of-two multiplier), or None where everything follows the data. A static
+    format with a zero point has [2], scale and zero point, of a range that is [2] as well, lowest and highest value."""
+    if fmt.is_static and fmt.zero_point:
+        affine = find_scales(amax.detach().reshape(1, 2), fmt)
+        assert affine.zero_point is not None
+        return torch.cat([affine.effective().reshape(1), affine.zero_point.to(torch.float32).reshape(1)])
     if fmt.is_static:
         return fmt.scale.decode(fmt.scale.store(over(amax.detach(), fmt.element.max).reshape(1)))
     if fmt.global_scale:
@@ -59,7 +66,7 @@ def static_part_reference(amax: Tensor, log_range: Tensor | None, format: str) -
 
 @operator("static_part", static_part_reference)
 def _(amax: Tensor, *args: Any) -> Tensor:
-    return amax.new_empty(1)
+    return amax.new_empty(max(1, amax.numel()))
 
 
 def is_operator(fmt: Format, rule: str) -> bool:
@@ -155,7 +162,8 @@ def vllm_scales(x: Tensor, fmt: Format, static: Tensor | None) -> Scales:
     element = fmt.element
     if fmt.is_static:
         assert static is not None
-        return Scales(static.view(1, 1).to(torch.float32))  # ours are BF16 numbers; other tools' need not be
+        scale = static[:1].view(1, 1).to(torch.float32)  # ours are BF16 numbers; other tools' need not be
+        return Scales(scale, zero_point=static[1:].view(1, 1).to(torch.int8) if fmt.zero_point else None)
     if isinstance(fmt.scale, MinifloatScale) and fmt.is_single:
         assert static is not None
         amax = block_amax(to_blocks(x.to(torch.float32), fmt))
@@ -177,11 +185,7 @@ def vllm_scales(x: Tensor, fmt: Format, static: Tensor | None) -> Scales:
 def _compressed_tensors(x: Tensor, fmt: Format, static: Tensor | None, estimator: Estimator) -> Tensor:
     with torch.no_grad():
         y, inside = _ct_values(x.detach().to(torch.bfloat16), fmt, static)
-    y = y.to(x.dtype)
-    if not x.requires_grad:
-        return y
-    through = x if estimator == "ste" else torch.where(inside, x, 0.0)
-    return y + (through - through.detach())  # adds an exact zero that carries the gradient
+    return _with_gradient(x, y.to(x.dtype), inside, estimator)
 
 
 def _ct_values(x: Tensor, fmt: Format, static: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -252,4 +256,19 @@ def _ct_e8m0_scale(amax: Tensor, fmt: Format) -> Tensor:
     return bits.to(torch.int16).view(torch.bfloat16)
 
 
-RULES: dict[str, _Rule] = {"vllm": _vllm, "compressed_tensors": _compressed_tensors}
+def _ascend(x: Tensor, fmt: Format, static: Tensor | None, estimator: Estimator) -> Tensor:
+    if npu.is_dynamic_integer(fmt):  # amax over the largest code, as everywhere
+        return _vllm(x, fmt, static, estimator)
+    with torch.no_grad():
+        y, inside = npu.fake_quantized(x.detach(), fmt, static)
+    return _with_gradient(x, y.to(x.dtype), inside, estimator)
+
+
+def _with_gradient(x: Tensor, y: Tensor, inside: Tensor, estimator: Estimator) -> Tensor:
+    if not x.requires_grad:
+        return y
+    through = x if estimator == "ste" else torch.where(inside, x, 0.0)
+    return y + (through - through.detach())  # adds an exact zero that carries the gradient
+
+
+RULES: dict[str, _Rule] = {"vllm": _vllm, "compressed_tensors": _compressed_tensors, "ascend": _ascend}

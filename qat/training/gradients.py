@@ -32,6 +32,7 @@ def backward(
     fmt: Format,
     estimator: Estimator,
     needs: tuple[bool, bool, bool],
+    choice: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients for (x, divisor, multiplier).
 
@@ -43,6 +44,7 @@ def backward(
         zero_point: (block rows, block columns) or None.
         estimator: "ste" or "clipped".
         needs: which of the three to compute.
+        choice: (block rows, block columns), index of the element type of each block, or None where there is one.
     """
     needs_x, needs_divisor, needs_multiplier = needs
     dividing = multiplier if divisor is None else divisor
@@ -54,8 +56,10 @@ def backward(
     parts = dividing.shape[1] // max(1, multiplier.shape[1])
     of_parts = multiplier if parts == 1 else multiplier.repeat_interleave(parts, dim=1)
     if needs_divisor or (needs_x and estimator == "clipped"):
-        zeros = zero_point if zero_point is None or parts == 1 else zero_point.repeat_interleave(parts, dim=1)
-        clipped = _clipped(in_parts(to_blocks(x, fmt), dividing), dividing, zeros, fmt)
+        zeros, chosen = (
+            t if t is None or parts == 1 else t.repeat_interleave(parts, dim=1) for t in (zero_point, choice)
+        )
+        clipped = _clipped(in_parts(to_blocks(x, fmt), dividing), dividing, zeros, fmt, chosen)
     if needs_multiplier:
         grad_multiplier = (blocked_grad * to_blocks(y, fmt)).sum(dim=(1, 3)) / multiplier
     if needs_divisor:
@@ -72,11 +76,14 @@ def backward(
     return grad_x, grad_divisor, grad_multiplier
 
 
-def _clipped(blocked: Tensor, divisor: Tensor, zero_point: Tensor | None, fmt: Format) -> Tensor:
+def _clipped(blocked: Tensor, divisor: Tensor, zero_point: Tensor | None, fmt: Format, choice: Tensor | None) -> Tensor:
     """True where x lies beyond the representable range (not merely rounded to its end)."""
-    if zero_point is None and fmt.element.high == -fmt.element.low:
+    if zero_point is None and {-each.low for each in fmt.elements} == {each.high for each in fmt.elements[:1]}:
         return blocked.abs() > per_block(divisor * fmt.element.max)
     low, high = torch.full_like(divisor, fmt.element.low), torch.full_like(divisor, fmt.element.high)
+    if choice is not None:
+        for index, other in enumerate(fmt.elements[1:], start=1):
+            low, high = low.masked_fill(choice == index, other.low), high.masked_fill(choice == index, other.high)
     if zero_point is not None:
         half = 2 ** (fmt.element.bits - 1)
         low, high = -half - zero_point.to(divisor.dtype), half - 1 - zero_point.to(divisor.dtype)

@@ -76,14 +76,14 @@ class _FakeQuantize(torch.autograd.Function):
         )
         learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         needs_x = learned or estimator == "clipped" or divisor is not None
-        ctx.save_for_backward(x if needs_x else None, y if learned else None, divisor, multiplier, zero_point)
+        ctx.save_for_backward(x if needs_x else None, y if learned else None, divisor, multiplier, zero_point, choice)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, divisor, multiplier, zero_point = ctx.saved_tensors
-        about = ctx.format, ctx.estimator, ctx.needs_input_grad[:3]
+        x, y, divisor, multiplier, zero_point, choice = ctx.saved_tensors
+        about = ctx.format, ctx.estimator, ctx.needs_input_grad[:3], choice
         return (*_gradients(grad, x, y, divisor, multiplier, zero_point, *about), *[None] * 5)
 
 
@@ -97,6 +97,7 @@ def _gradients(
     format: str,
     estimator: str,
     needs: Sequence[bool],
+    choice: Tensor | None,
 ) -> list[Tensor | None]:
     """Gradients for (x, divisor, multiplier), as `qat::fake_quantize_backward`; what passes unchanged is not copied.
     One scale, which divides and multiplies, gets the sum of both."""
@@ -105,7 +106,7 @@ def _gradients(
     results: list[Tensor] = []
     if any(requests):
         results = torch.ops.qat.fake_quantize_backward.default(
-            grad, grad if x is None else x, y, divisor, multiplier, zero_point, format, estimator, requests
+            grad, grad if x is None else x, y, divisor, multiplier, zero_point, format, estimator, requests, choice
         )
     grads = iter(results)
     of_x, *of_scales = [next(grads) if ask else None for ask in requests]
@@ -124,11 +125,12 @@ def fake_quantize_backward_reference(
     format: str,
     estimator: str,
     needs: Sequence[bool],
+    choice: Tensor | None = None,
 ) -> list[Tensor]:
     """What `qat::fake_quantize_backward` means: `gradients.backward` for those of (x, divisor, multiplier) that are
     needed, in this order. Without a divisor the multiplier is the one scale; y is read for the multiplier only."""
     y, fmt, wanted = grad if y is None else y, lookup(format), (needs[0], needs[1], needs[2])
-    grads = backward(grad, x, y, divisor, multiplier, zero_point, fmt, _estimator(estimator), wanted)
+    grads = backward(grad, x, y, divisor, multiplier, zero_point, fmt, _estimator(estimator), wanted, choice)
     results = [g.to(t.dtype) for g, t in zip(grads, (grad, multiplier, multiplier), strict=True) if g is not None]
     return [g.clone() if g.data_ptr() == grad.data_ptr() else g for g in results]  # an operator owns what it returns
 
@@ -139,7 +141,7 @@ def _estimator(name: str) -> Estimator:
 
 @operator("fake_quantize_backward", fake_quantize_backward_reference)
 def _(grad: Tensor, x: Tensor, y: Tensor | None, divisor: Tensor | None, *args: Any) -> list[Tensor]:
-    multiplier, needs = args[0], args[-1]
+    multiplier, needs = args[0], args[4]
     dividing = torch.empty_like(multiplier if divisor is None else divisor)
     shapes = (torch.empty_like(grad, memory_format=torch.contiguous_format), dividing, torch.empty_like(multiplier))
     return [torch.empty_like(like) for like, need in zip(shapes, needs, strict=True) if need]
@@ -188,6 +190,7 @@ def quantized_linear_backward_reference(
     weight_dtype: torch.dtype,
     bias_dtype: torch.dtype,
     needs: Sequence[bool],
+    choice: Tensor | None = None,
 ) -> list[Tensor]:
     """What `qat::quantized_linear_backward` means: the gradients that are needed of (x, weight, bias, divisor,
     multiplier), in this order. What is around the matrix products goes by `qat::fake_quantize_backward`.
@@ -210,14 +213,15 @@ def quantized_linear_backward_reference(
         assert x is not None
         grad_weight = (rows.t() @ x.flatten(0, -2)).to(weight_dtype)
         wanted = (needs_weight, needs_divisor, needs_multiplier)
-        of_weight = _gradients(grad_weight, weight, quantized, divisor, multiplier, zero_point, format, "ste", wanted)
+        about = format, "ste", wanted, choice
+        of_weight = _gradients(grad_weight, weight, quantized, divisor, multiplier, zero_point, *about)
     found = (grad_x, of_weight[0], grad_bias, *of_weight[1:])
     return [gradient for gradient, need in zip(found, needs, strict=True) if need and gradient is not None]
 
 
 @operator("quantized_linear_backward", quantized_linear_backward_reference)
 def _(grad: Tensor, x: Tensor | None, weight: Tensor | None, quantized: Tensor | None, *args: Any) -> list[Tensor]:
-    divisor, multiplier, _zero, _format, weight_dtype, bias_dtype, needs = args
+    divisor, multiplier, _zero, _format, weight_dtype, bias_dtype, needs = args[:7]
     columns = next(t.shape[-1] for t in (x, weight, quantized) if t is not None) if any((*needs[:2], *needs[3:])) else 0
     found = (
         grad.new_empty(*grad.shape[:-1], columns),
@@ -264,6 +268,7 @@ class _QuantizedLinear(torch.autograd.Function):
             divisor,
             multiplier,
             zero_point,
+            choice,
         )
         return y, quantized
 
@@ -273,7 +278,8 @@ class _QuantizedLinear(torch.autograd.Function):
         needs = ctx.needs_input_grad[:5]
         if grad is None:
             return (None,) * 10
-        found = iter(torch.ops.qat.quantized_linear_backward.default(grad, *ctx.saved_tensors, *ctx.about, needs))
+        *saved, choice = ctx.saved_tensors
+        found = iter(torch.ops.qat.quantized_linear_backward.default(grad, *saved, *ctx.about, needs, choice))
         return (*(next(found) if need else None for need in needs), *[None] * 5)
 
 

@@ -14,7 +14,6 @@ from qat.checkpoints.export import RECORD, export_model
 from qat.checkpoints.hf import load_model
 from qat.checkpoints.layouts.compressed_tensors.engines import ROWS
 from qat.checkpoints.layouts.support import pairs
-from qat.checkpoints.shards import SINGLE
 from qat.checkpoints.verify import verify
 from qat.init.calibration import calibrate
 from qat.scheme import Scheme
@@ -91,9 +90,10 @@ def quiet_export(model: nn.Module, source: Path, out: Path, target: str = TARGET
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     """Change the tensors of an export that is one file."""
-    tensors = load_file(folder / SINGLE)
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
     change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / SINGLE, {"format": "pt"})
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], Any], forget: bool = False) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from qat.checkpoints.export import RECORD, check_export
 from qat.checkpoints.exported import load_exported
 from qat.checkpoints.hf import load_model
-from qat.checkpoints.layouts import TARGETS
+from qat.checkpoints.layouts import READERS, TARGETS
 from qat.checkpoints.names import stored_names
 from qat.checkpoints.resume import save_best, student_tensors
 from qat.cli import main
@@ -158,10 +158,11 @@ def test_a_head_with_two_names_is_ignored_under_both(tmp_path: Path) -> None:
         assert main(["verify", str(out), "--no-logits"]) == 1, f"without the other name, {name} alone"
 
 
-@pytest.mark.parametrize("target", sorted(name for name, target in TARGETS.items() if not target.STACKS_OF))
+@pytest.mark.parametrize("target", sorted(name for name in READERS if not TARGETS[name].STACKS_OF))
 def test_a_quantized_head_with_two_names_is_found_under_both(target: str, tmp_path: Path) -> None:
     source = tiny_model("gpt_neox", tmp_path / "model", num_hidden_layers=1)
-    pair = ("fp8_b128", "fp8_g128") if target == "fp8" else ("fp8_channel", "fp8_token")
+    others = {"fp8": ("fp8_b128", "fp8_g128"), "ascend": ("int8_channel", "int8_token")}
+    pair = others.get(target, ("fp8_channel", "fp8_token"))
     rules = [pair_rules(*pair, "*.dense*"), *([] if target == "fp8" else [pair_rules(*pair, "lm_head")]), REST]
     out, record = exported(source, rules, "--target", target)
     assert ("embed_out" in record["modules"]) == (target != "fp8")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from qat.checkpoints.shards import INDEX, SINGLE, ShardReader, ShardWriter, read_header
+from qat.checkpoints.shards import INDEX, SINGLE, STEMS, ShardReader, ShardWriter, read_header
 from qat.errors import CheckpointError, UnsupportedError
 
 DTYPES = (
@@ -384,3 +384,17 @@ def test_types_torch_lacks_are_named_only_when_asked_for(tmp_path: Path) -> None
     reader.verify_complete()
     with pytest.raises(UnsupportedError, match="F6_E2M3"):
         _ = reader.info("x").dtype
+
+
+def test_files_of_another_name(tmp_path: Path) -> None:
+    """As on Ascend; a folder with both names is refused, since engines may read every file."""
+    tensors = {"a": torch.ones(3), "b": torch.zeros(2)}
+    for size, count in ((1 << 20, 1), (12, 3)):
+        with ShardWriter(tmp_path / f"of {count}", size, stem=STEMS[1]) as writer:
+            for name, tensor in tensors.items():
+                writer.add(name, tensor)
+        assert len([*(tmp_path / f"of {count}").glob(f"{STEMS[1]}*")]) == count
+        assert all(torch.equal(ShardReader(tmp_path / f"of {count}").get(n), t) for n, t in tensors.items())
+    save_file(tensors, tmp_path / "of 1" / SINGLE)
+    with pytest.raises(CheckpointError, match="weights called model and quant_model_weights"):
+        ShardReader(tmp_path / "of 1")

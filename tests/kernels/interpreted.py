@@ -28,10 +28,11 @@ E2M1_MANTISSA, E2M1_BIAS = (tl.constexpr(value) for value in (E2M1.mantissa_bits
 
 def mend() -> None:
     """Make the loops of kernels, `tl.fma` and `tl.dot_scaled` mean what they mean on a GPU."""
-    for by_device in KERNELS.values():
-        import_module(f"qat.kernels.{by_device['cuda'].replace('/', '.')}")
+    files = {by_device[device] for by_device in KERNELS.values() for device in ("cuda", "npu") if device in by_device}
+    for file in sorted(files):
+        import_module(f"qat.kernels.{file.replace('/', '.')}")
     for name, module in list(sys.modules.items()):
-        if name.startswith("qat.kernels.") and name.endswith(".triton"):
+        if name.startswith("qat.kernels.") and name.endswith((".triton", ".ascend")):
             vars(module)["range"] = lambda *bounds: range(*map(whole, bounds))  # in front of the builtin
     if not fma_rounds_once():
         tl.fma = fma

@@ -10,7 +10,7 @@ from torch.ao.quantization.observer import MovingAverageMinMaxObserver
 
 from qat.errors import FormatError
 from qat.numbers.catalog import lookup
-from qat.observers import Histogram, Observer, RangeObserver
+from qat.observers import Histogram, Observer, RangeObserver, TwoSidedObserver
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -148,3 +148,22 @@ def test_observers_take_any_shape_and_dtype_and_keep_no_data() -> None:
     observer.add(x * 2)
     held = [v for v in vars(observer).values() if isinstance(v, Tensor)]
     assert not held and not observer._histogram.counts.requires_grad
+
+
+def test_two_sides() -> None:
+    """A static range with a zero point: lowest and highest value, whatever the other side does."""
+    fmt = lookup("int8_tensor_asym")
+    seen = TwoSidedObserver("minmax", fmt)
+    for batch in (torch.tensor([-0.5, 2.0, 0.1]), torch.tensor([0.2, 1.0, -0.25])):
+        seen.add(batch)
+    assert seen.range() == (-0.5, 2.0) and seen.top == (0.5, 2.0)
+    seen.widen((0.75, 1.0))
+    assert seen.range() == (-0.75, 2.0)
+    one = TwoSidedObserver("percentile", fmt)
+    one.add(torch.tensor([1.0, 3.0]))
+    low, high = one.range()
+    assert low == 0.0 and 2.9 < high <= 3.01
+    with pytest.raises(FormatError, match="no non-zero activations"):
+        TwoSidedObserver("minmax", fmt).range()
+    with pytest.raises(FormatError, match="mse finds a symmetric range, but int8_tensor_asym"):
+        TwoSidedObserver("mse", fmt)

@@ -163,3 +163,5 @@ def test_learning_modes_that_formats_do_not_have_are_refused() -> None:
     assert "no rule has an input format with one scale per tensor" in message and "nvfp4" in message
     static = {"match": "*", "weight": "fp8_tensor", "input": "fp8_tensor"}
     assert "activation_rule: vllm" in refused(static, learn_inputs="true", activation_rule="compressed_tensors")
+    affine = {"match": "*", "weight": "int8_channel", "input": "int8_tensor_asym"}
+    assert "has two ends" in refused(affine, learn_inputs="true")

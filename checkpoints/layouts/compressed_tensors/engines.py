@@ -12,6 +12,7 @@ from qat.checkpoints.layouts.kinds import (
     mx,
     nvfp4,
 )
+from qat.checkpoints.layouts.npu import A2_A3, A5, NPU_MX, on_npus
 from qat.checkpoints.layouts.support import EXACT, NO, NV_OLD, SM89, UNKNOWN, YES, Row, cell
 from qat.numbers.catalog import E2M1, E2M3, E4M3
 
@@ -32,6 +33,10 @@ _MX_A8 = "vLLM gives the FP8 inputs of MXFP4 layers float32 scales, and quantize
 _MX_AS_A16 = "TensorRT-LLM reads MXFP4 layers as weight-only"
 _MX6 = "vLLM 0.33 and compressed-tensors before 0.20 have no MXFP6"
 _MX8_A16 = "vLLM also quantizes the inputs of weight-only MXFP8 layers where its kernel does"
+_NPU_STATIC = (
+    "vllm-ascend multiplies the scales of input and weight of compressed-tensors INT8 in BF16, which rounds their "
+    "product; the target ascend stores it in float32"
+)
 _IGNORES = (
     "plain transformers ignores `transform_config` and computes garbage; with compressed-tensors, "
     "`apply_transform_config` of its `input` parts makes up for it"
@@ -67,8 +72,15 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "8-bit integers, 8-bit inputs",
-        lambda w, a: int_weight(w, 8) and w.group is None and (int_input(a, ROW, 8) or int_input(a, TENSOR, 8)),
+        lambda w, a: int_weight(w, 8) and w.group is None and int_input(a, ROW, 8),
         (EXACT, YES, YES, cell("no", _AS_FP8)),
+        on_npus(*A2_A3),
+    ),
+    Row(
+        "8-bit integers, static 8-bit inputs",
+        lambda w, a: int_weight(w, 8) and w.group is None and int_input(a, TENSOR, 8),
+        (EXACT, YES, YES, cell("no", _AS_FP8)),
+        on_npus(*A2_A3, remark=_NPU_STATIC),
     ),
     Row(
         "4-bit integers, 8-bit inputs",
@@ -117,6 +129,7 @@ ROWS: tuple[Row, ...] = (
         "MXFP4",
         lambda w, a: mx(w, E2M1) and mx(a, E2M1),
         (EXACT, cell("yes", _MX_CEIL), NO, cell("yes", _MX_AS_A16)),
+        on_npus(*A5, since=NPU_MX),
     ),
     Row("MXFP4 weights", lambda w, a: mx(w, E2M1) and a is None, (EXACT, cell("yes", _MX_A4), NO, YES)),
     Row(
@@ -129,7 +142,7 @@ ROWS: tuple[Row, ...] = (
         lambda w, a: mx(w, E2M3) and (a is None or mx(a, E4M3)),
         (EXACT, cell("no", _MX6), UNKNOWN, UNKNOWN),
     ),
-    Row("MXFP8", lambda w, a: mx(w, E4M3) and mx(a, E4M3), (EXACT, YES, NO, NO)),
+    Row("MXFP8", lambda w, a: mx(w, E4M3) and mx(a, E4M3), (EXACT, YES, NO, NO), on_npus(*A5, since=NPU_MX)),
     Row("MXFP8 weights", lambda w, a: mx(w, E4M3) and a is None, (EXACT, cell("yes", _MX8_A16), NO, NO)),
 )
 

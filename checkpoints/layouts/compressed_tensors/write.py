@@ -13,7 +13,7 @@ files back with it. Choices where the layout allows several:
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from qat.checkpoints.layouts.compressed_tensors.transforms import KEY, transform
 from qat.checkpoints.layouts.reader import PackedModule
 from qat.checkpoints.layouts.stored import bit_stream
 from qat.checkpoints.layouts.target import TargetLayer
+from qat.checkpoints.shards import STEMS
 from qat.errors import UnsupportedError
 from qat.families import is_outside
 from qat.numbers.catalog import E4M3
@@ -39,6 +40,8 @@ from qat.numbers.numerics import QTensor
 from qat.training.activations import static_part
 
 METHOD = "compressed-tensors"
+DESCRIPTION = None
+STEM = STEMS[0]
 FUSES_TENSOR_SCALES = False  # one scale per tensor is written once per row
 STACKS_OF = ()
 LAYOUT_VERSION = "0.18.0"  # the first release that packs every width as written here
@@ -217,7 +220,7 @@ def _cache_scales(cache: TargetCache) -> tuple[str, str]:
 CACHES = CacheLayout(_cache_config, _cache_note, _cache_scales, lambda scale: scale.to(torch.bfloat16))
 
 
-def files(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def files(config: dict[str, Any], stored: Sequence[str]) -> dict[str, dict[str, Any]]:
     """config.json says everything."""
     return {}
 

@@ -3,7 +3,7 @@
 `weight_scale_inv` multiplies, whatever its name says. Inputs are quantized on the fly in groups as wide as a block.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,15 @@ from qat.checkpoints.layouts.fp8.engines import ROWS as ROWS
 from qat.checkpoints.layouts.reader import PackedModule
 from qat.checkpoints.layouts.stored import shape, take, take_narrow
 from qat.checkpoints.layouts.target import TargetLayer
+from qat.checkpoints.shards import STEMS
 from qat.errors import UnsupportedError
 from qat.families import is_outside
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales
 
 METHOD = "fp8"
+DESCRIPTION = None
+STEM = STEMS[0]
 FUSES_TENSOR_SCALES = False  # it has none
 ROTATED = None
 TABLES = None
@@ -75,6 +78,6 @@ def quantization_config(layers: list[TargetLayer], ignored: list[str]) -> dict[s
     }
 
 
-def files(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def files(config: dict[str, Any], stored: Sequence[str]) -> dict[str, dict[str, Any]]:
     """config.json says everything."""
     return {}

@@ -1,6 +1,7 @@
 """Which engine loads what of modelopt checkpoints. A row's scheme is the `quant_algo` that is written."""
 
 from qat.checkpoints.layouts.kinds import ROW, TENSOR, fp8_input, fp8_weight, mx, nvfp4
+from qat.checkpoints.layouts.npu import A5, NPU_MX, on_npus
 from qat.checkpoints.layouts.support import NV_OLD, SM89, YES, Row, cell
 from qat.numbers.catalog import E4M3
 
@@ -26,5 +27,6 @@ ROWS: tuple[Row, ...] = (
         "MXFP8",
         lambda w, a: mx(w, E4M3) and mx(a, E4M3),
         (cell("no", NO_PLAIN), YES, cell("yes", _MX8_100), YES),
+        on_npus(*A5, since=NPU_MX),
     ),
 )

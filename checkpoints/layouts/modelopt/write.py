@@ -6,7 +6,7 @@ covers all quantized layers of a checkpoint. What is not quantized is excluded b
 list of experts, because engines ask for the list as a whole.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from qat.checkpoints.layouts.modelopt.engines import ROWS
 from qat.checkpoints.layouts.reader import PackedModule
 from qat.checkpoints.layouts.stored import bit_stream, shape, take, take_narrow, take_scale
 from qat.checkpoints.layouts.target import TargetLayer
+from qat.checkpoints.shards import STEMS
 from qat.errors import UnsupportedError
 from qat.families import expert_list
 from qat.numbers.catalog import E4M3
@@ -28,6 +29,8 @@ from qat.numbers.numerics import QTensor, Scales
 from qat.training.activations import static_part
 
 METHOD = "modelopt"
+DESCRIPTION = None
+STEM = STEMS[0]
 FUSES_TENSOR_SCALES = True
 ROTATED = None
 TABLES = None
@@ -167,7 +170,7 @@ def _cache_scales(cache: TargetCache) -> tuple[str, str]:
 CACHES = CacheLayout(_cache_config, _cache_note, _cache_scales, lambda scale: scale.reshape(()))
 
 
-def files(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def files(config: dict[str, Any], stored: Sequence[str]) -> dict[str, dict[str, Any]]:
     """hf_quant_config.json, which older engines read: the same in the nested form, with each key that vLLM asks for."""
     quantization = {
         "quant_algo": config["quant_algo"],

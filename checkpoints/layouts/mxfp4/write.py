@@ -5,7 +5,7 @@ are the even columns, and `<stack>_scales`, uint8 [experts, rows, columns / 32],
 model has them (gate and up take turns); the dense tensor that transformers makes of them is transposed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,13 @@ from qat.checkpoints.layouts.mxfp4.engines import ROWS as ROWS
 from qat.checkpoints.layouts.reader import PackedModule
 from qat.checkpoints.layouts.stored import take, take_scale
 from qat.checkpoints.layouts.target import TargetLayer
+from qat.checkpoints.shards import STEMS
 from qat.errors import CheckpointError, UnsupportedError
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales
 
+DESCRIPTION = None
+STEM = STEMS[0]
 FUSES_TENSOR_SCALES = False  # it has none
 ROTATED = None
 TABLES = None
@@ -72,6 +75,6 @@ def quantization_config(layers: list[TargetLayer], ignored: list[str]) -> dict[s
     return {"quant_method": METHOD, "modules_to_not_convert": ignored}
 
 
-def files(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def files(config: dict[str, Any], stored: Sequence[str]) -> dict[str, dict[str, Any]]:
     """config.json says everything."""
     return {}

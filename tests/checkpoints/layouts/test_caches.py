@@ -30,5 +30,5 @@ def test_formats_of_caches() -> None:
 
 def test_what_targets_hold() -> None:
     held = {name: target.CACHES.holds() if target.CACHES else [] for name, target in TARGETS.items()}
-    other = {"fp8": [], "mxfp4": []}
+    other: dict[str, list[str]] = {"fp8": [], "mxfp4": [], "ascend": [], "gguf": []}
     assert held == {"compressed-tensors": ["int8_tensor", "fp8_tensor"], "modelopt": ["fp8_tensor"], **other}

@@ -13,7 +13,7 @@ from torch import Tensor
 from qat.checkpoints.export import check_export
 from qat.checkpoints.exported import load_exported
 from qat.checkpoints.hf import quiet
-from qat.checkpoints.layouts import TARGETS, TargetLayer, check_layer, find_target, open_export
+from qat.checkpoints.layouts import READERS, TARGETS, TargetLayer, check_layer, find_target, open_export
 from qat.checkpoints.layouts.mxfp4 import write as target
 from qat.checkpoints.verify import verify
 from qat.cli import main
@@ -153,7 +153,7 @@ def test_names_of_published_configurations_are_understood(exported: Path) -> Non
     assert broken(exported, logits=True) == set()
 
 
-@pytest.mark.parametrize("name", sorted(set(TARGETS) - {"mxfp4"}))
+@pytest.mark.parametrize("name", sorted(set(READERS) - {"mxfp4"}))
 def test_other_targets_name_this_one(name: str, source: Path, model: Any, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=f"{STACK}: {name} holds matrices, .* --target mxfp4$"):
         quiet_export(model, source, tmp_path / "out", name)
@@ -234,7 +234,7 @@ def test_a_run_of_a_layout_that_stores_transposed_matrices_trains_and_is_not_exp
     sentence = "can be trained and evaluated, but not exported: no layout holds matrices that are stored transposed"
     assert main(["train", job(local, rules)]) == 0
     assert f"export: this {sentence}" in capfd.readouterr().err
-    for name in TARGETS:
+    for name in READERS:
         assert main(["export", str(tmp_path / "runs" / "run"), str(tmp_path / "out"), "--target", name]) == 2
         assert f"c_attn {sentence}" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()

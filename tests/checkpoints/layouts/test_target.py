@@ -8,7 +8,7 @@ import torch
 
 from qat.checkpoints.export import check_export
 from qat.checkpoints.exported import load_exported
-from qat.checkpoints.layouts import FOLDERS, READERS, TARGETS, Target, find_target, open_export, table
+from qat.checkpoints.layouts import FILES, FOLDERS, READERS, TARGETS, Target, find_target, open_export, table
 from qat.checkpoints.verify import verify
 from qat.errors import ConfigError, UnsupportedError
 from qat.modes import served
@@ -22,10 +22,13 @@ DOWN = "model.layers.0.mlp.down_proj"
 @pytest.mark.parametrize("name", [*TARGETS, "toy"])
 def test_a_writer_has_the_whole_interface(name: str, toy: None) -> None:
     target = TARGETS[name]
-    assert isinstance(target, Target) and target.METHOD == READERS[name].METHOD == name
+    assert isinstance(target, Target) and name == target.METHOD
     for method in ("check", "pack", "unpack", "quantization_config", "files"):
         own, wanted = (inspect.signature(getattr(given, method)) for given in (target, Target))
         assert list(own.parameters) == list(wanted.parameters)[1:], method
+    if name in FILES:
+        return
+    assert name == READERS[name].METHOD
     assert READERS[name].SCALE in READERS[name].SCALES and set(READERS[name].SCALES) <= set(READERS[name].SUFFIXES)
 
 
@@ -65,7 +68,7 @@ def test_what_a_new_target_says_is_heard_everywhere(toy: None, tmp_path: Path) -
     assert "| `toy` | bytes | `int8_channel` | - | no (" in table() and ". toys.\n" in table()
     with pytest.raises(UnsupportedError, match=r"q_proj: toy cannot hold int4_g64 weights \(compressed-tensors can\)"):
         quiet_export(model, source, tmp_path / "out", "toy")
-    with pytest.raises(UnsupportedError, match=r"\(compressed-tensors, toy can\)"):
+    with pytest.raises(UnsupportedError, match=r"\(ascend, compressed-tensors, toy can\)"):
         quiet_export(projections(source, ("int8_channel", None)), source, tmp_path / "out", "modelopt")
     assert check_export(model, source) == []
     with pytest.raises(ConfigError, match="nearest: toy"):

@@ -1,9 +1,15 @@
 """What the catalogue says about formats among each other."""
 
+from dataclasses import replace
+
+import gguf
+import pytest
 import torch
 
+from qat.errors import FormatError
 from qat.numbers.catalog import CATALOG, lookup, widened
-from qat.numbers.numerics import Scales, fake_quantize
+from qat.numbers.numerics import Scales, fake_quantize, qsnr, quantize
+from qat.numbers.scale import F16
 
 
 def test_siblings_differ_in_their_width_alone() -> None:
@@ -32,3 +38,41 @@ def test_three_stretched_levels_are_int2_under_another_scale() -> None:
     alpha = a.repeat_interleave(64, dim=1)
     stretched = alpha / 1.5 * ((weight / alpha).clamp(-0.99, 0.99) * 1.5).round()
     torch.testing.assert_close(fake_quantize(weight, lookup("int2_g64"), scales), stretched, rtol=1e-6, atol=0)
+
+
+def test_what_llama_cpp_has_and_a_format_cannot_say_is_refused_by_name() -> None:
+    for name in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"):
+        with pytest.raises(FormatError, match=f"{name} of llama.cpp cannot be trained yet: .* two levels; use q4_0"):
+            lookup(name)
+
+
+def test_q4_0_takes_what_llama_cpp_chooses() -> None:
+    """Its rule: the number of largest magnitude, with its sign, is the code -8, so that the scale may be negative."""
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    ours, blocks = quantize(weight, lookup("q4_0")), weight.reshape(-1, 32)
+    extreme = blocks.gather(1, blocks.abs().argmax(dim=1, keepdim=True))
+    scale = (extreme / -8).half().float()
+    chosen = ours.scales.choice
+    assert chosen is not None
+    assert torch.equal(ours.scales.effective().reshape(-1, 1), scale.abs())
+    mirrored = chosen.reshape(-1, 1) == 1
+    assert float((mirrored == (scale < 0)).float().mean()) > 0.98  # the better of the two, where the other end is near
+    theirs = (blocks / scale).round().clamp(-8, 7) * scale
+    same = (mirrored == (scale < 0)).squeeze(1)
+    found = ours.dequantize().reshape(-1, 32)
+    assert torch.equal(found[same], theirs[same])
+    lost = (found - blocks).square().sum(1), (theirs - blocks).square().sum(1)
+    assert bool((lost[0] <= lost[1]).all())
+    symmetric = fake_quantize(weight, replace(lookup("int4_g32"), scale=F16))
+    assert qsnr(weight, ours.dequantize()) > qsnr(weight, symmetric) + 0.9
+
+
+def test_q8_0_is_llama_cpps_own() -> None:
+    """Against the `gguf` package, up to a code where it divides by a scale that was not rounded yet."""
+    weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(0))
+    ours = quantize(weight, lookup("q8_0"))
+    blocks = gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType.Q8_0).reshape(-1, 34)
+    assert torch.equal(ours.scales.stored.reshape(-1), torch.from_numpy(blocks[:, :2].copy()).view(torch.float16)[:, 0])
+    codes = torch.from_numpy(blocks[:, 2:].copy()).view(torch.int8)
+    apart = (ours.codes.view(torch.int8).reshape(-1, 32).int() - codes.int()).abs()
+    assert int(apart.max()) <= 1 and float((apart > 0).float().mean()) < 0.02

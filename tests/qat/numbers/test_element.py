@@ -181,3 +181,18 @@ def test_tables_are_read_by_position_in_any_order() -> None:
     assert shuffled.bits == 2 and HALVES.bits == 3
     assert shuffled.max == 5.0 and table("below", (-3.0, 0.0, 1.0)).max == 3.0  # the largest magnitude of either sign
     assert shuffled.round(torch.tensor([1.0, 3.5])).tolist() == [0.0, 2.0]  # ties go down
+
+
+def test_full_integers_have_every_code_and_may_be_mirrored() -> None:
+    down, up = integer(4, full=True), integer(4, step=-1.0, full=True)
+    assert (down.low, down.high, down.max) == (-8.0, 7.0, 8.0) and (up.low, up.high, up.max) == (-7.0, 8.0, 8.0)
+    x = torch.linspace(-10, 10, 81)
+    for element, sign in ((down, 1), (up, -1)):
+        rounded = element.round(x)
+        wanted = np.clip(np.round(x.numpy() * sign), -8, 7) * sign  # numpy rounds half to even, too
+        assert np.array_equal(rounded.numpy(), wanted)
+        codes = element.encode(rounded)
+        assert torch.equal(element.decode(codes), rounded) and int(codes.max()) <= 15
+        nibbles = torch.where(codes < 8, codes.int(), codes.int() - 16)
+        assert torch.equal(nibbles * sign, rounded.int())
+    assert not any(value == 0 and np.signbit(value) for value in up.values) and len({integer(4), down, up}) == 3

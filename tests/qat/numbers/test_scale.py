@@ -96,6 +96,8 @@ def test_the_smallest_stands_in_for_nothing(scale: ScaleType) -> None:
     tiny = scale.decode(scale.store(torch.zeros(3)))
     assert (tiny == scale.smallest).all() and scale.smallest > 0
     assert scale.decode(scale.store(torch.tensor([scale.largest]))).item() == scale.largest
+    beyond = torch.tensor([min(4 * scale.largest, torch.finfo(torch.float32).max)])
+    assert scale.decode(scale.store(beyond)).item() == scale.largest
 
 
 @every_type

@@ -20,6 +20,7 @@ from qat.training.ops import fake_quantize
 
 # symmetric integers and floats, a table, groups, channels, an overhanging 2-D block, zero points, two element types
 NAMES = ["int4_g32", "int8_channel", "int3_tensor", "nvfp4", "mxfp4", "nf4_g64", "fp8_b128", "int4_g32_asym", "if4"]
+NAMES += ["q4_0"]  # whose two element types have different ends
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -28,6 +29,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def limits(fmt: Format, scales: Scales) -> tuple[Tensor, Tensor]:
     """Smallest and largest element value that rounding returns, per block."""
+    if scales.choice is not None:
+        ends = torch.tensor([[e.low, e.high] for e in fmt.elements])[scales.choice.long()]
+        return per_block(ends[..., 0]), per_block(ends[..., 1])
     if scales.zero_point is None:
         return torch.tensor(fmt.element.low), torch.tensor(fmt.element.high)
     half = 2 ** (fmt.element.bits - 1)

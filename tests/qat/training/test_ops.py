@@ -61,6 +61,7 @@ def test_opcheck(name: str, estimator: str) -> None:
         arguments = (x, divisor, multiplier, scales.zero_point, scales.choice, name, estimator, True)
         torch.library.opcheck(torch.ops.qat.fake_quantize.default, arguments)
         backward = (x, x, x, divisor, multiplier, scales.zero_point, name, estimator, [True, True, True])
+        backward = (*backward, scales.choice)
         torch.library.opcheck(torch.ops.qat.fake_quantize_backward.default, backward)
 
 
@@ -187,7 +188,7 @@ def test_opcheck_of_the_quantized_linear(name: str) -> None:
     _, quantized = torch.ops.qat.quantized_linear(*arguments)
     about = (multiplier, scales.zero_point, name, torch.float32, torch.float32)
     for needs in ([True] * 5, [False, True, False, False, True], [False, False, True, False, False]):
-        given = (normal(2, 5, 3), x, weight, quantized, divisor, *about, needs)
+        given = (normal(2, 5, 3), x, weight, quantized, divisor, *about, needs, scales.choice)
         torch.library.opcheck(torch.ops.qat.quantized_linear_backward.default, given)
 
 

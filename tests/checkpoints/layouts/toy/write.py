@@ -1,6 +1,6 @@
 """A checkpoint layout in which codes are plain bytes: all that a new target needs, beside its reader and its rows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,15 @@ from qat.checkpoints.layouts.arguments import weight_format
 from qat.checkpoints.layouts.reader import PackedModule
 from qat.checkpoints.layouts.stored import shape, take, take_scale
 from qat.checkpoints.layouts.target import TargetLayer
+from qat.checkpoints.shards import STEMS
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales
 from tests.checkpoints.layouts.toy.engines import ROWS as ROWS
 
 CACHES = None
 METHOD = "toy"
+DESCRIPTION = None
+STEM = STEMS[0]
 FUSES_TENSOR_SCALES = False
 ROTATED = None
 TABLES = None
@@ -43,6 +46,6 @@ def quantization_config(layers: list[TargetLayer], ignored: list[str]) -> dict[s
     return {"quant_method": METHOD, "layers": [name for layer in layers for name in layer.names], "ignored": ignored}
 
 
-def files(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def files(config: dict[str, Any], stored: Sequence[str]) -> dict[str, dict[str, Any]]:
     """A second file, so that one is written."""
     return {"toy.json": {"layers": len(config["layers"])}}

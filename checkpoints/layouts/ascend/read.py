@@ -1,0 +1,169 @@
+"""The independent reader of Ascend checkpoints, ours and msmodelslim's: the description, and the tensors of each type.
+
+Written from what vllm-ascend's scheme classes do with the tensors. A static type stores no scale of its weights: it is
+deq_scale / input_scale.
+"""
+
+import math
+from functools import cached_property
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qat.checkpoints.hf import read_json
+from qat.checkpoints.layouts.ascend.engines import NO_PLAIN
+from qat.checkpoints.layouts.ascend.types import BY_NAME, FLOAT, LEFT_OUT, Type
+from qat.checkpoints.layouts.bits import Array, float_values, scale_values
+from qat.checkpoints.layouts.reader import NPU_RULE, ExportedFolder, PackedModule, PlainLoading, Spec
+from qat.checkpoints.names import StoredNames
+from qat.errors import CheckpointError, UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DESCRIPTION = "quant_model_description.json"
+_VERSION = "1.0.0"
+_WEIGHT = ".weight"
+_SETTINGS = frozenset(("version", "model_quant_type", "group_size", "metadata", "optional"))
+_UNREAD = {
+    "fa_quant_type": "quantized attention",
+    "kv_cache_type": "quantized caches (C8)",
+    "kv_quant_type": "quantized caches (C8)",
+    "indexer_quant_type": "a quantized indexer",
+    "reduce_quant_type": "quantized sums over ranks",
+}
+_INPUTS: dict[str, dict[str, Any]] = {
+    "tensor": {"symmetric": False, "strategy": "tensor", "dynamic": False},
+    "token": {"symmetric": True, "strategy": "token", "dynamic": True},
+    "group": {"symmetric": True, "strategy": "group", "dynamic": True},
+}
+_MX: dict[str, Any] = {"group_size": 32, "scale_dtype": "torch.uint8"}
+_PACKED, _PLAIN = "mxfp4-pack-quantized", "mxfp8-quantized"  # as compressed-tensors calls the same bytes
+
+
+class Reader(ExportedFolder):
+    """A checkpoint with `quant_model_description.json` on disk."""
+
+    METHOD = "ascend"
+    RULE = NPU_RULE
+    SCALES = ("weight_scale", "input_scale")
+    SUFFIXES = ("weight", *SCALES, "weight_offset", "input_offset", "quant_bias", "deq_scale")
+    UNREAD = MappingProxyType(_UNREAD)
+
+    def _described(self) -> tuple[dict[str, Any], str]:
+        where = self.folder / DESCRIPTION
+        return {**read_json(where), "quant_method": self.METHOD}, str(where)
+
+    def _check_configuration(self) -> None:
+        if (version := self.quantization.get("version", _VERSION)) != _VERSION:
+            raise UnsupportedError(f"{self.where}: version {version!r}, whose tensors differ; readable: {_VERSION!r}")
+        for name, kind in self.types.items():
+            if kind not in BY_NAME and kind != FLOAT:
+                why = f" ({LEFT_OUT[kind]})" if kind in LEFT_OUT else ""
+                raise UnsupportedError(f"{self.where}: {name} is {kind!r}{why}; readable: {', '.join(BY_NAME)}")
+
+    @cached_property
+    def types(self) -> dict[str, str]:
+        """What the description says of each tensor."""
+        every = {key: value for key, value in self.quantization.items() if key not in _SETTINGS | {"quant_method"}}
+        if wrong := [key for key, value in every.items() if not isinstance(value, str)]:
+            raise UnsupportedError(f"{self.where}: {wrong[0]} is {every[wrong[0]]!r}, not the name of a type")
+        return every
+
+    @cached_property
+    def modules(self) -> dict[str, PackedModule]:
+        """Quantized layers by path: those whose weight has a type, and every one of their tensors the same.
+
+        Raises:
+            CheckpointError: a tensor has no type, or another than its weight.
+        """
+        if unsaid := sorted(self.names - self.types.keys()):
+            raise CheckpointError(f"{self.where} does not say what {unsaid[0]} is; engines stop there ({len(unsaid)})")
+        typed = {name: kind for name, kind in self.types.items() if name.endswith(_WEIGHT) and kind != FLOAT}
+        found = {name.removesuffix(_WEIGHT): BY_NAME[kind] for name, kind in typed.items()}
+        for path, kind in found.items():
+            for key in kind.tensors:
+                if (other := self.types.get(f"{path}.{key}", kind.name)) != kind.name:
+                    raise CheckpointError(f"{self.where}: {path}.{key} is {other}, but its weight {kind.name}")
+        return {path: self._module(path, kind.name) for path, kind in sorted(found.items())}
+
+    def type_of(self, path: str) -> Type:
+        """The type of a quantized layer."""
+        return BY_NAME[self.types[f"{path}{_WEIGHT}"]]
+
+    def matching_groups(self, path: str, linear: bool = True) -> list[str]:
+        """The type of a layer, if it has one."""
+        kind = self.types.get(f"{path}{_WEIGHT}", FLOAT)
+        return [kind] if linear and kind != FLOAT else []
+
+    def ignored(self, path: str, linear: bool = True) -> bool:
+        """Whether the description says that `path` stays dense."""
+        return self.types.get(f"{path}{_WEIGHT}") == FLOAT
+
+    def _module(self, path: str, group: str) -> PackedModule:
+        kind = BY_NAME[group]
+        number = "int" if kind.element.is_integer else "float"
+        weights = {"num_bits": kind.element.bits, "type": number, "symmetric": True, "dynamic": False}
+        weights |= {"strategy": "group", **_MX} if kind.group else {"strategy": "channel"}
+        inputs = None
+        if kind.input:
+            inputs = {"num_bits": kind.input_element.bits, "type": number, **_INPUTS[kind.input]}
+            inputs |= _MX if kind.group else {}
+        form = "int-quantized" if kind.element.is_integer else _PACKED if kind.packed else _PLAIN
+        return PackedModule(path, form, weights, inputs)
+
+    def expected_tensors(self, module: PackedModule, *shape: int) -> dict[str, Spec]:
+        """Type and shape of every tensor that a layer (rows, columns) must have, by its name below its path."""
+        return self.type_of(module.path).specs(*shape)
+
+    def layer(self, path: str) -> dict[str, Tensor]:
+        """As of every layout; besides, offsets and biases are what engines take them for."""
+        tensors = super().layer(path)
+        if "weight_offset" in tensors and bool(tensors["weight_offset"].count_nonzero()):
+            raise UnsupportedError(
+                f"{self.folder}: {path}.weight_offset is not zero; vllm-ascend drops it or adds it with the wrong sign"
+            )
+        if self.type_of(path).is_static:
+            self._check_static(path, tensors)
+        return tensors
+
+    def _check_static(self, path: str, tensors: dict[str, Tensor]) -> None:
+        offset, deq = float(tensors["input_offset"]), tensors["deq_scale"]
+        bounds = torch.iinfo(torch.int8)
+        if offset != round(offset) or not bounds.min <= offset <= bounds.max:
+            raise CheckpointError(
+                f"{self.folder}: {path}.input_offset is {offset}, not a whole number from {bounds.min} to {bounds.max}"
+            )
+        if not bool((torch.isfinite(deq) & (deq > 0)).all()):
+            raise CheckpointError(f"{self.folder}: {path}.deq_scale must be finite and positive everywhere")
+        sums = tensors["weight"].numpy().astype("int64").sum(axis=1)
+        if f"{path}.bias" not in self.types and (tensors["quant_bias"].numpy() != -int(offset) * sums).any():
+            raise CheckpointError(
+                f"{self.folder}: {path}.quant_bias is not -input_offset times the sum of its row; a folded bias is not "
+                "implemented"
+            )
+
+    def _scale(self, module: PackedModule, tensors: dict[str, Tensor]) -> Array:
+        if "deq_scale" in tensors:
+            scale: Array = (float_values(tensors["deq_scale"]) / float_values(tensors["input_scale"])).reshape(-1, 1)
+            return scale
+        return scale_values(tensors["weight_scale"])
+
+    def static_input(self, path: str) -> Tensor | None:
+        """Scale, as the engine casts it, and offset of a static input, float32 [2], or None."""
+        if not self.type_of(path).is_static:
+            return None
+        scale = self._sound_value(f"{path}.input_scale").to(torch.bfloat16).to(torch.float32)
+        return torch.cat([scale, self.reader.get(f"{path}.input_offset").to(torch.float32)])
+
+    def theoretical_bits(self, module: PackedModule, *shape: int) -> float:
+        """Bits per weight that the type's tensors take."""
+        widths = {"I8": 8, "U8": 8, "F8_E4M3": 8, "F32": 32, "I32": 32}
+        specs = self.expected_tensors(module, *shape).values()
+        return sum(widths[code] * math.prod(of) for code, of in specs) / math.prod(shape)
+
+    def plain_loading(self, model: "PreTrainedModel", names: StoredNames) -> PlainLoading:
+        """Not at all."""
+        return PlainLoading(NO_PLAIN)

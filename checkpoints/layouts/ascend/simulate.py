@@ -1,0 +1,81 @@
+"""A layer of an Ascend checkpoint as vllm-ascend runs it: what its scheme class makes of the stored tensors when it has
+loaded them, and the operators that it then calls, simulated (`qat.serving.npu`).
+
+Inputs and outputs are BF16, whatever the model around it computes in.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from qat.checkpoints.layouts.ascend.types import Type
+from qat.serving import npu
+
+_MODEL = torch.bfloat16
+
+
+class SimulatedLinear(nn.Module):
+    """In place of a linear layer.
+
+    Args:
+        kind: its type.
+        tensors: what is stored of it, by name below its path, on any device.
+        bias: that it adds, which static types have folded.
+    """
+
+    def __init__(self, kind: Type, tensors: Mapping[str, Tensor], bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.kind = kind
+        held = dict(_static(tensors) if kind.is_static else _mx(tensors) if kind.group else _rows(tensors))
+        self.out_features, self.in_features = held["weight"].shape[1], held["weight"].shape[0]
+        for name, tensor in held.items():
+            self.register_buffer(name, tensor.contiguous())
+        self.register_buffer("added", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., inputs) of any float type; the same type comes out."""
+        y = self._product(x.reshape(-1, x.shape[-1]).to(_MODEL))
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+    def _product(self, x: Tensor) -> Tensor:
+        get, kind = self.get_buffer, self.kind
+        bias = self.added.float() if isinstance(self.added, Tensor) else None
+        bits = kind.input_element.bits
+        if kind.is_static:
+            codes = npu.quantize(x, get("reciprocal"), get("offset"))
+            return npu.quant_matmul(codes, get("weight"), get("scale"), bias=get("quant_bias"), output_dtype=_MODEL)
+        if kind.group:
+            codes, scales = npu.dynamic_mx_quant(x, bits)
+            return npu.mx_matmul(codes, get("weight"), None, pertoken_scale=scales, bias=bias)
+        if not kind.input:
+            return npu.weight_quant_matmul(x, get("weight"), get("scale"), get("offset"), bias)
+        codes, scales = npu.dynamic_quant(x, bits)
+        if bits == 8:
+            return npu.quant_matmul(codes, get("weight"), get("scale"), pertoken_scale=scales, bias=bias)
+        wide = npu.quant_matmul(codes, get("weight"), get("scale"), pertoken_scale=scales, output_dtype=torch.float16)
+        return wide.to(_MODEL) if bias is None else wide.to(_MODEL) + bias.to(_MODEL)
+
+    def extra_repr(self) -> str:
+        """For `print(model)`."""
+        return f"{self.in_features}, {self.out_features}, {self.kind.name}"
+
+
+def _rows(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scales and offsets are cast to the model's type."""
+    scale, offset = (tensors[name].to(_MODEL).flatten() for name in ("weight_scale", "weight_offset"))
+    return {"weight": tensors["weight"].t().float(), "scale": scale, "offset": offset}
+
+
+def _static(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        "weight": tensors["weight"].t().float(),
+        "scale": tensors["deq_scale"],
+        "quant_bias": tensors["quant_bias"],
+        "reciprocal": 1 / tensors["input_scale"].to(_MODEL),
+        "offset": tensors["input_offset"].to(torch.int8).to(_MODEL),
+    }
+
+
+def _mx(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {"weight": npu.mx_values(tensors["weight"], npu.pair_scales(tensors["weight_scale"])).t()}

@@ -1,0 +1,189 @@
+"""The Ascend layout as msmodelslim writes it: plain tensors, and `quant_model_description.json`, which names the type
+of every one of them. Nothing is stored in a device's own order: engines do that after loading (docs/ascend.md).
+
+Scales are written in float32 but are BF16 numbers, as they were trained, because vllm-ascend casts them to the model's
+type. What a static type folds together (`deq_scale`, `quant_bias`) is exact: the product of two BF16 numbers is a
+float32 number, and the offset's share of the bias a whole number.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.checkpoints.layouts import support
+from qat.checkpoints.layouts.arguments import weight_format
+from qat.checkpoints.layouts.ascend.engines import ROWS as ROWS
+from qat.checkpoints.layouts.ascend.types import BY_NAME, FLOAT, Type, find_type
+from qat.checkpoints.layouts.npu import ENGINES
+from qat.checkpoints.layouts.reader import PackedModule
+from qat.checkpoints.layouts.stored import bit_stream, shape, take, take_narrow, take_scale
+from qat.checkpoints.layouts.target import TargetLayer
+from qat.checkpoints.shards import STEMS
+from qat.errors import UnsupportedError
+from qat.families import expert_list, find_family, fused_sets
+from qat.numbers.format import Format
+from qat.numbers.numerics import QTensor, Scales
+from qat.text import some
+from qat.training.activations import static_part
+from qat.training.npu import offset_of
+
+METHOD = "ascend"
+DESCRIPTION = "quant_model_description.json"
+STEM = STEMS[1]
+FUSES_TENSOR_SCALES = False  # weights have none
+ROTATED = None
+TABLES = None
+STACKS_OF = ()
+CACHES = None
+MINDIE = ENGINES[2]  # which asks config.json for the type, in its own words
+VERSION = "1.0.0"  # of the description; vllm-ascend reads other versions in another way
+
+
+def kind_of(weight: Format, input: Format | None) -> Type:
+    """The type of a pair of formats.
+
+    Raises:
+        UnsupportedError: there is none; names the nearest.
+    """
+    kind = find_type(weight, input)
+    if kind is None:
+        raise UnsupportedError(support.refusal(METHOD, ROWS, weight, input))
+    return kind
+
+
+def check(layer: TargetLayer) -> None:
+    """Raise UnsupportedError where engines would not compute what was trained."""
+    kind = kind_of(layer.weight, layer.input)
+    if kind.packed and layer.shape[-1] % 2:
+        raise UnsupportedError(f"{layer.path}: {kind.name} packs two columns into a byte, but has {layer.shape[-1]}")
+    if expert_list(layer.path) is not None and not kind.experts:
+        can = ", ".join(other.name for other in BY_NAME.values() if other.experts)
+        raise UnsupportedError(f"{layer.path}: no engine on Ascend runs experts as {kind.name}; they can be {can}")
+    if layer.bias and kind.is_static:
+        raise UnsupportedError(
+            f"{layer.path} adds a bias, which {kind.name} folds into whole numbers that were not trained; use "
+            "int8_token inputs (W8A8_DYNAMIC), which leave it alone"
+        )
+
+
+# --- bytes ----------------------------------------------------------------------------------------
+
+
+def pack(q: QTensor, input: Format | None = None, amax: Tensor | None = None) -> dict[str, Tensor]:
+    """Tensors of one layer, by their name below the layer's path, on CPU; arguments as in `Target.pack`."""
+    static = None if input is None or amax is None else static_part(input, amax.to("cpu"))
+    return tensors_of(kind_of(q.format, input), q, static)
+
+
+def tensors_of(kind: Type, q: QTensor, static: Tensor | None) -> dict[str, Tensor]:
+    """`pack`, given what is stored of the input's range (see `static_part`)."""
+    codes, stored = q.codes.to("cpu"), q.scales.stored.to("cpu")
+    if kind.group:
+        return {"weight": _bytes(codes, kind), "weight_scale": stored}
+    scale = stored.to(torch.float32)
+    if not kind.is_static:
+        return {"weight": _bytes(codes, kind), "weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
+    assert static is not None
+    weight, offset = _bytes(codes, kind), offset_of(static)
+    sums = weight.to(torch.int64).sum(dim=1)
+    return {
+        "weight": weight,
+        "input_scale": static[:1].clone(),
+        "input_offset": offset.clone(),
+        "quant_bias": (-offset.to(torch.int64) * sums).to(torch.int32),
+        "deq_scale": scale.flatten() * static[0],
+    }
+
+
+def _bytes(codes: Tensor, kind: Type) -> Tensor:
+    """Raw codes as they are stored: a byte each, integers with their sign, or two neighbours in one, the first low."""
+    if kind.packed:
+        return bit_stream(codes, kind.element.bits)
+    if not kind.element.is_integer:
+        return codes.view(torch.float8_e4m3fn)
+    half = 1 << (kind.element.bits - 1)
+    return ((codes.to(torch.int16) ^ half) - half).to(torch.int8)
+
+
+def unpack(module: PackedModule, tensors: Mapping[str, Tensor]) -> QTensor:
+    """Undo `pack`.
+
+    Raises:
+        CheckpointError: a tensor is missing or does not fit, or a scale is zero, negative or not finite; names it.
+    """
+    fmt, (rows, columns) = weight_format(module.weights), shape(module, tensors)
+    grid = fmt.grid_shape(rows, columns)
+    if module.packed:
+        pairs = take(module, tensors, "weight", torch.uint8, (rows, columns // 2))
+        codes = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1)
+    else:
+        dtype = torch.int8 if fmt.element.is_integer else torch.float8_e4m3fn
+        codes = take(module, tensors, "weight", dtype, (rows, columns)).view(torch.uint8)
+        codes = codes & (2**fmt.element.bits - 1)
+    if fmt.group:
+        return QTensor(fmt, codes, Scales(take_scale(module, tensors, "weight_scale", fmt.scale.storage, grid)))
+    if "deq_scale" in tensors:
+        deq = take_scale(module, tensors, "deq_scale", torch.float32, (rows,))
+        tensors = {"weight_scale": (deq / take_scale(module, tensors, "input_scale", torch.float32, (1,))).view(grid)}
+    return QTensor(fmt, codes, Scales(take_narrow(module, tensors, "weight_scale", fmt, grid)))
+
+
+# --- description ----------------------------------------------------------------------------------
+
+
+def quantization_config(layers: list[TargetLayer], ignored: list[str]) -> dict[str, Any]:
+    """What the description will say: types by path, what stays dense, and the one group size; and in "config" what
+    config.json gets.
+
+    Raises:
+        UnsupportedError: engines would fuse layers of several types, or need several group sizes.
+    """
+    types = {layer.path: kind_of(layer.weight, layer.input) for layer in layers}
+    groups = sorted({kind.group for kind in types.values() if kind.group})
+    if len(groups) > 1:
+        raise UnsupportedError(f"{METHOD}: a model has one group size, but these layers need {groups}")
+    _check_fused({path: kind.name for path, kind in types.items()} | dict.fromkeys(ignored, FLOAT), layers)
+    names = list(dict.fromkeys(kind.name for kind in types.values()))
+    return {
+        "quant_method": METHOD,
+        "model_quant_type": names[0] if names else FLOAT,
+        "group_size": groups[0] if groups else 0,
+        "types": {path: kind.name for path, kind in types.items()},
+        "config": {"quantize": names[0].lower()} if len(names) == 1 and MINDIE in _engines(names[0]) else {},
+        "ignored": ignored,
+    }
+
+
+def _engines(name: str) -> set[str]:
+    return {one.engine for one in BY_NAME[name].npu}
+
+
+def _check_fused(types: dict[str, str], layers: list[TargetLayer]) -> None:
+    model_type = layers[0].model_type if layers else ""
+    experts: dict[str, list[str]] = {}
+    for path in types:
+        if (owner := expert_list(path)) is not None:
+            experts.setdefault(owner, []).append(path)
+    for members in (*fused_sets(types, find_family(model_type).fused), *experts.values()):
+        if len({types[path] for path in members}) > 1:
+            listed = some([f"{path} is {types[path]}" for path in members])
+            raise UnsupportedError(
+                f"engines on Ascend fuse these layers and refuse several types among them: {listed}; give them one "
+                "format, or none"
+            )
+
+
+def files(config: dict[str, Any], stored: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The description: the type of every stored tensor, and of an output layer that is tied to the embedding."""
+    kinds = {f"{path}.{name}": kind for path, kind in config["types"].items() for name in BY_NAME[kind].tensors}
+    named = dict.fromkeys((*(f"{path}.weight" for path in config["ignored"]), *stored))
+    return {
+        DESCRIPTION: {
+            "version": VERSION,
+            "model_quant_type": config["model_quant_type"],
+            "group_size": config["group_size"],
+            **{name: kinds.get(name, FLOAT) for name in sorted(named)},
+        }
+    }

@@ -1,0 +1,172 @@
+"""The architectures that are written: what llama.cpp calls them, what it wants done to their tensors, and the settings
+that it reads of them. Each is compared with llama.cpp's own converter (see `tests/checkpoints/layouts/llama_cpp.py`);
+what is not here is refused by name.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from gguf import MODEL_ARCH, GGUFWriter, RopeScalingType
+from torch import Tensor
+
+from qat.errors import UnsupportedError
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is special about one `model_type`.
+
+    Attributes:
+        arch: llama.cpp's name.
+        permuted: whether rows of query and key change places: llama.cpp rotates neighbouring channels of a head,
+            transformers one of the first half with one of the second.
+        describe: adds settings beyond the usual ones.
+        check: says why a configuration cannot be expressed, or "".
+    """
+
+    arch: MODEL_ARCH
+    permuted: bool = False
+    describe: Callable[[GGUFWriter, Settings], None] = lambda writer, settings: None
+    check: Callable[[Settings], str] = lambda settings: ""
+
+
+def _llama(writer: GGUFWriter, settings: Settings) -> None:
+    writer.add_vocab_size(settings["vocab_size"])
+    writer.add_rope_dimension_count(_head(settings))
+
+
+def _llama_check(settings: Settings) -> str:
+    window = settings.get("sliding_window")
+    if window is not None and window < settings["max_position_embeddings"]:
+        return f"sliding_window {window}, which llama.cpp's llama architecture does not have"
+    return ""
+
+
+def _qwen_check(settings: Settings) -> str:
+    return "use_sliding_window, which llama.cpp ignores" if settings.get("use_sliding_window") else ""
+
+
+def _moe(writer: GGUFWriter, settings: Settings) -> None:
+    writer.add_expert_feed_forward_length(settings["moe_intermediate_size"])
+
+
+def _moe_check(settings: Settings) -> str:
+    dense = settings.get("mlp_only_layers") or settings.get("decoder_sparse_step", 1) != 1
+    if not settings.get("norm_topk_prob"):
+        return "norm_topk_prob: false, which llama.cpp takes for true"
+    return "layers without experts, which llama.cpp does not have" if dense else _qwen_check(settings)
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(MODEL_ARCH.LLAMA, permuted=True, describe=_llama, check=_llama_check),
+    "mistral": Family(MODEL_ARCH.LLAMA, permuted=True, describe=_llama, check=_llama_check),
+    "qwen2": Family(MODEL_ARCH.QWEN2, check=_qwen_check),
+    "qwen3": Family(MODEL_ARCH.QWEN3, check=_qwen_check),
+    "qwen3_moe": Family(MODEL_ARCH.QWEN3MOE, describe=_moe, check=_moe_check),
+}
+
+
+def find(model_type: str) -> Family:
+    """The family called `model_type`.
+
+    Raises:
+        UnsupportedError: llama.cpp does not know it, or its mapping was not tested here.
+    """
+    if model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise UnsupportedError(f"GGUF files of {model_type!r} are not written: no tested mapping; there are {known}")
+    return FAMILIES[model_type]
+
+
+def check(family: Family, settings: Settings) -> None:
+    """Refuse what a file could not say.
+
+    Raises:
+        UnsupportedError: names the setting.
+    """
+    kind = _rope(settings).get("rope_type", "default")
+    reason = family.check(settings) or ("" if kind in _ROPES else f"rope_type {kind!r}; known: {', '.join(_ROPES)}")
+    if reason:
+        raise UnsupportedError(f"the model has {reason}; nothing was written")
+
+
+_ROPES = ("default", "linear", "yarn", "llama3")
+
+
+def _head(settings: Settings) -> int:
+    own = settings.get("head_dim")
+    return int(own if own is not None else settings["hidden_size"] // settings["num_attention_heads"])
+
+
+def _rope(settings: Settings) -> Settings:
+    return settings.get("rope_parameters") or {}
+
+
+def describe(writer: GGUFWriter, family: Family, settings: Settings) -> None:
+    """What llama.cpp reads of any architecture, then what is special about one."""
+    writer.add_block_count(settings["num_hidden_layers"])
+    writer.add_context_length(settings["max_position_embeddings"])
+    writer.add_embedding_length(settings["hidden_size"])
+    writer.add_feed_forward_length(settings["intermediate_size"])
+    writer.add_head_count(settings["num_attention_heads"])
+    writer.add_head_count_kv(settings["num_key_value_heads"])
+    _describe_rope(writer, _rope(settings))
+    writer.add_layer_norm_rms_eps(settings["rms_norm_eps"])
+    if (experts := settings.get("num_experts", settings.get("num_local_experts"))) is not None:
+        writer.add_expert_count(experts)
+    if (used := settings.get("num_experts_per_tok")) is not None:
+        writer.add_expert_used_count(used)
+    if settings.get("head_dim") is not None:
+        writer.add_key_length(settings["head_dim"])
+        writer.add_value_length(settings["head_dim"])
+    family.describe(writer, settings)
+
+
+def _describe_rope(writer: GGUFWriter, rope: Settings) -> None:
+    if rope.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope.get("rope_type") == "yarn":
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        for key, add in (
+            ("attention_factor", writer.add_rope_scaling_yarn_attn_factor),
+            ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
+            ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
+        ):
+            if rope.get(key) is not None:
+                add(rope[key])
+    if rope.get("rope_theta") is not None:
+        writer.add_rope_freq_base(rope["rope_theta"])
+
+
+def rope_factors(settings: Settings) -> Tensor | None:
+    """What llama.cpp divides the frequencies by (its tensor `rope_freqs`), of Llama 3's scaling; None for others."""
+    rope = _rope(settings)
+    if rope.get("rope_type") != "llama3":
+        return None
+    old, factor, width = rope["original_max_position_embeddings"], rope["factor"], _head(settings)
+    low, high = old / rope["low_freq_factor"], old / rope["high_freq_factor"]
+    waves = 2 * math.pi / (1.0 / rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
+    share = (old / waves - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+    between = 1 / ((1 - share) / factor + share)
+    return torch.where(waves < high, 1.0, torch.where(waves > low, float(factor), between)).to(torch.float32)
+
+
+def row_order(name: str, rows: int, family: Family, settings: Settings) -> Tensor | None:
+    """Which row of transformers' tensor each row of the file is, or None where none moves.
+
+    Args:
+        name: of a weight or bias in transformers.
+    """
+    role = name.rpartition(".")[0].rpartition(".")[2]
+    heads = {"q_proj": settings["num_attention_heads"], "k_proj": settings["num_key_value_heads"]}.get(role)
+    if not family.permuted or heads is None:
+        return None
+    return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).reshape(-1)

@@ -1,0 +1,70 @@
+"""A file that `write` made as a model of transformers in float32: what `qat verify` compares others with, and what `qat
+eval` and `qat generate` run where llama.cpp is not installed."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qat.checkpoints.hf import check_loading, quiet
+from qat.checkpoints.layouts.gguf.read import GgufFile
+from qat.errors import CheckpointError, UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Settings that transformers (5.23) leaves at the defaults of some configurations.
+_MISREAD = {"attention.key_length": "head_dim", "expert_feed_forward_length": "moe_intermediate_size"}
+
+
+def dense_tensors(file: GgufFile) -> dict[str, Tensor]:
+    """float32 tensors by transformers' names.
+
+    Raises:
+        UnsupportedError: no export of ours wrote the file, so that the names are not known.
+        CheckpointError: a tensor is missing.
+    """
+    if file.record is None:
+        raise UnsupportedError(f"{file.path} was not written by `qat export`; give it as `model.id` of a run instead")
+    found: dict[str, Tensor] = {}
+    for part, entry in parts(file.record).items():
+        value = file.value(entry["tensor"])
+        found[part] = value if "expert" not in entry else value[entry["expert"]]
+    return found
+
+
+def parts(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Entries of a record by the name of the dense tensor."""
+    modules, tensors = record.get("modules"), record.get("tensors")
+    if not isinstance(modules, dict) or not isinstance(tensors, dict):
+        raise CheckpointError("the file's record has no modules and tensors")
+    return {**{f"{path}.weight": entry for path, entry in modules.items()}, **tensors}
+
+
+def load_file(path: Path) -> "PreTrainedModel":
+    """The model in eval mode, its weights as llama.cpp dequantizes them, its inputs as they come.
+
+    Raises:
+        CheckpointError: it is cut short, or tensors are missing.
+        UnsupportedError: another tool wrote it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    file = GgufFile(path)
+    state = dense_tensors(file)
+    with quiet():
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        for trace in ("quantization_config", "_name_or_path"):
+            if hasattr(config, trace):
+                delattr(config, trace)
+        for key, name in _MISREAD.items():
+            if (value := file.facts.get(f"{file.arch}.{key}")) is not None:
+                setattr(config, name, value)
+        loader: Any = AutoModelForCausalLM._model_mapping[type(config)]
+        model, info = loader.from_pretrained(
+            None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
+        )
+    check_loading(model, info, path)
+    loaded: PreTrainedModel = model.eval()
+    return loaded

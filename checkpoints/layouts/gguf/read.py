@@ -1,0 +1,94 @@
+"""The independent reader: the file's own bytes, dequantized by the `gguf` package (the arithmetic of llama.cpp's
+authors), in transformers' names and order of rows. It shares nothing with the writer but the record."""
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
+from gguf.quants import dequantize
+from torch import Tensor
+
+from qat.checkpoints.gguf import read_metadata
+from qat.errors import CheckpointError, UnsupportedError
+
+RECORD_KEY = "qat.record"
+_HEADS = {"attn_q": "head_count", "attn_k": "head_count_kv"}
+_ROTATES_NEIGHBOURS = ("llama",)
+
+
+class GgufFile:
+    """A GGUF file whose tensors are all there.
+
+    Raises:
+        CheckpointError: it is no GGUF file, or cut short; names it.
+        UnsupportedError: of another version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise CheckpointError(f"there is no file {path}")
+        with path.open("rb") as opened:
+            if opened.read(4) != b"GGUF":
+                raise CheckpointError(f"{path} is not a GGUF file (its first bytes are not 'GGUF')")
+        self.facts = read_metadata(path)
+        try:
+            self.reader = GGUFReader(path)
+        except Exception as error:  # numpy's, wherever the bytes end
+            raise CheckpointError(f"{path} is truncated or damaged: {type(error).__name__}: {error}") from error
+        self.tensors: dict[str, ReaderTensor] = {tensor.name: tensor for tensor in self.reader.tensors}
+
+    @property
+    def arch(self) -> str:
+        """llama.cpp's name of the architecture."""
+        return str(self.facts.get("general.architecture"))
+
+    @cached_property
+    def record(self) -> dict[str, Any] | None:
+        """What our export says of it, None of other files."""
+        text = self.facts.get(RECORD_KEY)
+        try:
+            record = json.loads(text) if text is not None else None
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: its {RECORD_KEY} is no JSON") from error
+        if record is not None and not isinstance(record, dict):
+            raise CheckpointError(f"{self.path}: its {RECORD_KEY} is no table")
+        return record
+
+    def stored(self, name: str) -> ReaderTensor:
+        """One tensor as it lies in the file."""
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise CheckpointError(f"{self.path} has no tensor {name}") from None
+
+    def value(self, name: str) -> Tensor:
+        """float32 numbers of a tensor, rows in transformers' order."""
+        tensor = self.stored(name)
+        try:
+            values = dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise UnsupportedError(f"{self.path}: {name} is {tensor.tensor_type.name}, which is not read") from error
+        found = torch.from_numpy(np.array(values, dtype=np.float32)).reshape([int(n) for n in tensor.shape[::-1]])
+        role = name.split(".")[-2]
+        if self.arch in _ROTATES_NEIGHBOURS and role in _HEADS:
+            heads = int(self.facts[f"{self.arch}.attention.{_HEADS[role]}"])
+            pairs = found.unflatten(0, (heads, -1, 2))
+            found = torch.cat([pairs[:, :, 0], pairs[:, :, 1]], dim=1).flatten(0, 1)
+        return found
+
+    def bad_scales(self, name: str) -> int:
+        """How many scales of a tensor are zero or not finite; those of Q4_0 may be negative."""
+        tensor = self.stored(name)
+        kind = tensor.tensor_type
+        if kind in (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0):
+            size = {GGMLQuantizationType.Q4_0: 18, GGMLQuantizationType.Q8_0: 34}[kind]
+            scales = np.ascontiguousarray(tensor.data.reshape(-1, size)[:, :2]).view(np.float16)
+            return int((~np.isfinite(scales) | (scales == 0)).sum())
+        if kind is GGMLQuantizationType.MXFP4:
+            return int((tensor.data.reshape(-1, 17)[:, 0] == 255).sum())
+        return 0

@@ -1,0 +1,63 @@
+"""Which type of GGUF holds which format of the catalogue, and the bytes of its blocks.
+
+A row is a run of blocks of 32 weights: an FP16 number d (for MXFP4 an E8M0 byte), then the codes. Q4_0 stores code + 8
+of each weight, MXFP4 the bits of E2M1; both put weight j of a block into the low nibble of byte j and weight j + 16
+into the high one. Q8_0 stores signed bytes.
+"""
+
+from collections.abc import Callable
+
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from torch import Tensor
+
+from qat.checkpoints.layouts.kinds import mx
+from qat.numbers.catalog import CATALOG, E2M1, INT4_DOWN, INT4_UP, INT8
+from qat.numbers.format import Format
+from qat.numbers.numerics import QTensor
+from qat.numbers.scale import F16
+
+BLOCK = 32  # weights
+
+
+def _blocks(fmt: Format) -> bool:
+    return fmt.scale is F16 and fmt.block == (1, BLOCK) and not fmt.zero_point and not fmt.global_scale
+
+
+_HOLDS: tuple[tuple[GGMLQuantizationType, Callable[[Format], bool]], ...] = (
+    (GGMLQuantizationType.Q4_0, lambda fmt: _blocks(fmt) and fmt.elements == (INT4_DOWN, INT4_UP)),
+    (GGMLQuantizationType.Q8_0, lambda fmt: _blocks(fmt) and fmt.elements == (INT8,)),
+    (GGMLQuantizationType.MXFP4, lambda fmt: mx(fmt, E2M1)),
+)
+
+
+def type_of(fmt: Format) -> GGMLQuantizationType | None:
+    """GGUF's type that holds the format, or None."""
+    return next((kind for kind, holds in _HOLDS if holds(fmt)), None)
+
+
+FORMATS: dict[GGMLQuantizationType, Format] = {kind: fmt for fmt in CATALOG.values() if (kind := type_of(fmt))}
+"""The format of the catalogue that a type of GGUF holds."""
+
+
+def bytes_per_row(kind: GGMLQuantizationType, columns: int) -> int:
+    """Of a row of so many numbers, which blocks divide."""
+    weights, size = GGML_QUANT_SIZES[kind]
+    return columns // weights * size
+
+
+def row_bytes(q: QTensor) -> Tensor:
+    """uint8 (rows, bytes) of a matrix in one of `FORMATS`, on CPU."""
+    kind, columns = type_of(q.format), q.shape[-1]
+    blocks = columns // BLOCK
+    codes = q.codes.to("cpu").reshape(-1, blocks, BLOCK)
+    scales = q.scales.stored.to("cpu").reshape(-1, blocks, 1)
+    if kind is GGMLQuantizationType.Q4_0:
+        assert q.scales.choice is not None
+        mirrored = q.scales.choice.to("cpu").reshape(scales.shape) == 1
+        scales = torch.where(mirrored, -scales, scales)
+        codes = codes ^ 8  # two's complement of four bits, plus 8
+    if kind is not GGMLQuantizationType.Q8_0:
+        low, high = codes.split(BLOCK // 2, dim=-1)
+        codes = low | high << 4
+    return torch.cat([scales.view(torch.uint8), codes], dim=-1).flatten(1)

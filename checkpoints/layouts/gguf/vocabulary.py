@@ -1,0 +1,113 @@
+"""A tokenizer as llama.cpp keeps it: tokens, their kinds, merges, and the name of the rule that splits text first.
+
+llama.cpp knows such rules by name only, so the name follows from what tokenizer.json does: a tokenizer that does
+anything else is refused, since it would split text otherwise there.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFWriter, SpecialVocab, TokenType
+
+from qat.checkpoints.hf import load_tokenizer, read_json
+from qat.errors import UnsupportedError
+
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_REGEX = {_WORDS % "": "qwen2", _WORDS % "{1,3}": "llama-bpe"}
+_MERGED_FIRST = ("llama-bpe",)  # rules under which llama.cpp takes a word that is a token before it merges
+_NFC = ("qwen2",)  # whose normalization llama.cpp leaves out
+
+
+def splitting(tokenizer: dict[str, Any]) -> str:
+    """llama.cpp's name (`tokenizer.ggml.pre`) for how a tokenizer.json splits text.
+
+    Raises:
+        UnsupportedError: llama.cpp has no such tokenizer, or none that was compared here.
+    """
+    model, steps = tokenizer["model"], tokenizer.get("pre_tokenizer") or {}
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        kind = "SentencePiece BPE" if model.get("byte_fallback") else model.get("type")
+        raise UnsupportedError(f"a tokenizer of kind {kind} is not written to GGUF files; byte-level BPE is")
+    chain = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
+    name = _named(chain)
+    normalized = (tokenizer.get("normalizer") or {}).get("type")
+    early = bool(model.get("ignore_merges")) == (name in _MERGED_FIRST)
+    if name is None or not early or not (normalized is None or (normalized == "NFC" and name in _NFC)):
+        what = json.dumps({"normalizer": tokenizer.get("normalizer"), "pre_tokenizer": steps}, ensure_ascii=False)
+        raise UnsupportedError(f"llama.cpp has no name for how this tokenizer splits text: {what[:400]}")
+    return name
+
+
+def _named(chain: list[dict[str, Any]]) -> str | None:
+    *first, last = chain
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return None
+    if not first:
+        return "gpt-2" if last.get("use_regex", True) else None
+    if len(first) > 1:
+        return None
+    (step,) = first
+    if step.get("type") == "Digits" and step.get("individual_digits") and last.get("use_regex", True):
+        return "smollm"
+    if step.get("type") == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+        return None if last.get("use_regex", True) else _REGEX.get(step["pattern"].get("Regex", ""))
+    return None
+
+
+def add_vocabulary(writer: GGUFWriter, source: Path, size: int) -> None:
+    """Everything about the tokenizer in `source`, padded to the `size` rows of the embedding.
+
+    Raises:
+        UnsupportedError: a tokenizer that llama.cpp cannot express.
+        CheckpointError: there is none.
+    """
+    fast = source / "tokenizer.json"
+    if not fast.is_file():
+        raise UnsupportedError(f"{source} has no tokenizer.json, which GGUF's vocabulary is made of")
+    whole = read_json(fast)
+    rule = splitting(whole)
+    tokenizer: Any = load_tokenizer(source)
+    tokens, kinds = _tokens(tokenizer, size)
+    config = read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").is_file() else {}
+    if writer.arch == "llama" and config.get("add_prefix_space") is not None:
+        writer.add_add_space_prefix(config["add_prefix_space"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(rule)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    special = SpecialVocab(source, load_merges=True)
+    if "bos" not in special.add_special_token and (bos := special.special_token_ids.get("bos")) is not None:
+        special.add_special_token["bos"] = tokenizer.encode("a")[:1] == [bos]
+    special.add_to_gguf(writer, quiet=True)
+
+
+def _tokens(tokenizer: Any, size: int) -> tuple[list[str], list[TokenType]]:
+    names = {number: token for token, number in tokenizer.get_vocab().items()}
+    if max(names) >= size:
+        raise UnsupportedError(f"the tokenizer has token {max(names)}, but the embedding only {size} rows")
+    added = tokenizer.added_tokens_decoder
+    tokens, kinds = [], []
+    for number in range(size):
+        token, kind = names.get(number, f"[PAD{number}]"), TokenType.UNUSED
+        if number in added:
+            if not added[number].normalized:
+                token = tokenizer.decode(tokenizer.encode(token, add_special_tokens=False))
+            special = added[number].special or _looks_special(token)
+            kind = TokenType.CONTROL if special else TokenType.USER_DEFINED
+            token = token if special else token.replace("\u2581", " ")
+        elif number in names:
+            kind = TokenType.NORMAL
+        tokens.append(token)
+        kinds.append(kind)
+    return tokens, kinds
+
+
+def _looks_special(token: str) -> bool:
+    """Some tokenizers leave out the mark of tokens that steer."""
+    return token in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or any(
+        token.startswith(start) and token.endswith(end)
+        for start, end in (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">"))
+    )

@@ -1,0 +1,69 @@
+"""Engines on Ascend NPUs: what rows of the support tables say of them, and what follows from that before training.
+
+No NPU was at hand. "Loads" means that the engine's own code, read or run on a CPU in the versions named here, takes the
+files and asks for operators of that device; docs/ascend.md says which of the two.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+Engine = Literal["vllm-ascend", "sglang-ascend", "mindie"]
+Device = Literal["a2", "a3", "950", "310p"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
+DEVICES: tuple[Device, ...] = get_args(Device)
+VERSIONS: Mapping[Engine, str] = {
+    "vllm-ascend": "0.23.0.post1 to 0.30.0rc2",
+    "sglang-ascend": "main of 2026-08 (modelslim loader)",
+    "mindie": "1.0.0 to 2.3.0",
+}
+HALF = "310p"
+"""The device without BF16: models are FP16 there."""
+
+
+@dataclass(frozen=True)
+class Npu:
+    """One engine that loads a scheme: on which devices, from which version on, and for what it should be known."""
+
+    engine: Engine
+    devices: tuple[Device, ...]
+    since: str = ""
+    remark: str = ""
+
+
+A2_A3, A5 = DEVICES[:2], DEVICES[2:3]
+NPU_MX = "0.30.0rc2"
+"""The first vllm-ascend known to load MX formats from compressed-tensors and modelopt files, and FP8 blocks."""
+
+
+def on_npus(*devices: Device, since: str = "", remark: str = "") -> tuple[Npu, ...]:
+    """Rows of layouts that vLLM loads, too: vllm-ascend alone is known to."""
+    return (Npu(ENGINES[0], devices, since, remark),)
+
+
+class HasNpu(Protocol):
+    """A row of a support table, as far as it concerns NPUs."""
+
+    @property
+    def scheme(self) -> str:
+        """What it is called."""
+
+    @property
+    def npu(self) -> tuple[Npu, ...]:
+        """Who loads it."""
+
+
+def loads(row: HasNpu | None, engine: str, device: str) -> Npu | None:
+    """What is known of an engine on a device that loads the row; None where it does not."""
+    own = row.npu if row is not None else ()
+    return next((one for one in own if one.engine == engine and device in one.devices), None)
+
+
+def refusal(
+    tables: Mapping[str, Sequence[HasNpu]], pairs: Iterable[tuple[str, HasNpu | None]], engine: str, device: str
+) -> str:
+    """Why an engine on a device loads none of these (target, row), and what it does load; "" if it loads one."""
+    if any(loads(row, engine, device) for _, row in pairs):
+        return ""
+    able = [f"{row.scheme} ({name})" for name, rows in tables.items() for row in rows if loads(row, engine, device)]
+    return f"{engine} on {device} loads " + (", ".join(dict.fromkeys(able)) if able else "nothing that is written here")

@@ -1,0 +1,73 @@
+"""Whether an engine on an NPU will load what a model is to be exported as, asked before anything is trained."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qat.checkpoints.export_plan import ExportPlan, ignored, refusals
+from qat.checkpoints.layouts import TARGETS, TargetLayer, npu, support
+from qat.errors import UnsupportedError
+from qat.families import find_family, fused_sets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def check_loadable(model: "PreTrainedModel", source: Path | None, engine: npu.Engine, device: npu.Device) -> list[str]:
+    """What `engine` on `device` will do with exports of `model`, one sentence each.
+
+    Args:
+        model: with a scheme applied, with or without numbers.
+        source: folder of the unquantized model; None where only its config is known.
+
+    Raises:
+        UnsupportedError: it loads no export of this model; names the layer, and what it does load.
+    """
+    if device == npu.HALF:
+        raise UnsupportedError(
+            f"{engine} on {device} computes in FP16, and checkpoints are written in BF16; train for "
+            + ", ".join(each for each in npu.DEVICES if each != npu.HALF)
+        )
+    plan, refused = refusals(model, source)
+    layers = [plan.layer(path) for path in plan.linears]
+    _check_fused(plan, layers)
+    able = [name for name in TARGETS if name not in refused and _loads(name, layers, engine, device)]
+    if not able:
+        raise UnsupportedError(_reason(layers, refused, engine, device))
+    rows = [row for name in able[:1] for layer in layers if (row := _row(name, layer)) is not None]
+    remarks = [one.remark for row in rows if (one := npu.loads(row, engine, device)) is not None and one.remark]
+    first = f"{engine} on {device} loads this with --target {' or '.join(able)}"
+    return [first, *dict.fromkeys(remarks)]
+
+
+def _row(target: str, layer: TargetLayer) -> support.Row | None:
+    return support.find(TARGETS[target].ROWS, layer.weight, layer.input)
+
+
+def _loads(target: str, layers: list[TargetLayer], engine: str, device: str) -> bool:
+    return all(npu.loads(_row(target, layer), engine, device) for layer in layers)
+
+
+def _reason(layers: list[TargetLayer], refused: dict[str, str], engine: str, device: str) -> str:
+    """The first layer that the engine loads in no layout; else why the layouts that it loads refuse the model."""
+    tables = {name: target.ROWS for name, target in TARGETS.items()}
+    for layer in layers:
+        if said := npu.refusal(tables, [(name, _row(name, layer)) for name in TARGETS], engine, device):
+            pair = layer.weight.name + (f" with {layer.input.name} inputs" if layer.input else "")
+            return f"{layer.path} is {pair}, but {said}"
+    read = [f"{name}: {refused[name]}" for name in TARGETS if name in refused and _loads(name, layers, engine, device)]
+    return f"{engine} on {device} loads no export of this model: " + (
+        "; ".join(read) or "no layout holds all its layers"
+    )
+
+
+def _check_fused(plan: ExportPlan, layers: list[TargetLayer]) -> None:
+    """Engines on Ascend merge these layers into one matrix of one type."""
+    kinds = dict.fromkeys(ignored(plan), "dense")
+    kinds |= {each.path: f"{each.weight.name}/{each.input.name if each.input else None}" for each in layers}
+    for members in fused_sets(kinds, find_family(plan.model.config.model_type).fused):
+        if len({kinds[path] for path in members}) > 1:
+            listed = ", ".join(f"{path} is {kinds[path]}" for path in members)
+            raise UnsupportedError(
+                f"engines on Ascend fuse these layers and refuse several types among them: {listed}; give them one "
+                "pair of formats, or none"
+            )

@@ -1,0 +1,162 @@
+"""Exported folders as engines on Ascend NPUs would run them, on this machine: the quantized layers by simulated
+operators, everything else by transformers. For text and scores (`qat generate`, `qat eval`), and for the check of
+`qat verify --engine` that this is what was trained.
+
+The simulation follows vllm-ascend, from CANN's documents; no NPU was asked (docs/ascend.md).
+"""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qat.checkpoints.exported import load_exported, quantize_stack_inputs, stack_inputs
+from qat.checkpoints.layouts import TARGETS, ExportedFolder, npu, open_export, support
+from qat.checkpoints.layouts.arguments import input_format, weight_format
+from qat.checkpoints.layouts.ascend.simulate import SimulatedLinear
+from qat.checkpoints.layouts.ascend.types import Type, find_type
+from qat.checkpoints.layouts.ascend.write import METHOD, tensors_of
+from qat.checkpoints.layouts.reader import NPU_RULE
+from qat.checkpoints.names import stored_names
+from qat.checkpoints.progress import progress
+from qat.errors import CheckpointError, UnsupportedError
+from qat.numbers.format import Format
+from qat.text import some
+from qat.training.activations import fake_quantize_input
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TOKENS = 16  # that a layer is checked with
+PER_ELEMENT, PER_RMS, IN_NORM = 2.0**-7, 2.0**-8, 2.0**-8
+_MODEL = torch.bfloat16
+
+
+def is_simulated(folder: Path) -> bool:
+    """Whether the folder is one that only engines on NPUs load."""
+    return open_export(folder).METHOD == METHOD
+
+
+def load_simulated(folder: Path, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
+    """The model in an exported folder, in eval mode, its quantized layers simulated; the rest computes in `dtype`.
+
+    Raises:
+        CheckpointError: tensors are missing, surplus or damaged.
+        UnsupportedError: formats that no engine on an NPU loads.
+    """
+    exported = open_export(folder)
+    model = load_exported(folder, dtype=dtype, quantize_inputs=False)
+    stored = stored_names(model, exported.dense_names)
+    with progress(f"simulating {folder.name}", len(exported.modules)) as advance:
+        for path in exported.modules:
+            if (place := stored.modules.get(path)) is not None:
+                layer = model.get_submodule(place)
+                model.set_submodule(place, simulated(exported, path, layer._parameters.get("bias")))
+            advance(1)
+    stacks = stack_inputs(exported, NPU_RULE, stored.rows)
+    if stacks:
+        quantize_stack_inputs(model, stacks)
+        warnings.warn("experts are fake-quantized by the NPU's rule, not simulated", stacklevel=2)
+    return model
+
+
+def simulated(exported: ExportedFolder, path: str, bias: Tensor | None = None) -> SimulatedLinear:
+    """One layer of a checkpoint.
+
+    Raises:
+        UnsupportedError: its formats are no type of an NPU's.
+    """
+    kind, _, _ = _kind(exported, path)
+    tensors = exported.layer(path)
+    if exported.METHOD != METHOD:
+        q = TARGETS[exported.METHOD].unpack(exported.modules[path], tensors)
+        tensors = tensors_of(kind, q, exported.static_input(path))
+        if kind.is_static:  # whose product vllm-ascend then computes itself, in the model's type
+            scales = q.scales.stored.to(_MODEL).flatten() * tensors["input_scale"].to(_MODEL)
+            tensors["deq_scale"] = scales.to(torch.float32)
+    return SimulatedLinear(kind, tensors, None if kind.is_static and exported.METHOD == METHOD else bias)
+
+
+def _kind(exported: ExportedFolder, path: str) -> tuple[Type, Format, Format | None]:
+    module = exported.modules[path]
+    weight = weight_format(module.weights)
+    input = None if module.input is None else input_format(module.input)
+    kind = find_type(weight, input)
+    if kind is None or module.rotation:
+        raise UnsupportedError(
+            f"{path}: {weight.name} with {input.name if input else 'dense'} inputs has no simulation"
+        )
+    return kind, weight, input
+
+
+# --- verify ---------------------------------------------------------------------------------------
+
+
+def engine_checks(engine: npu.Engine | None) -> dict[str, Callable[[Any], str]]:
+    """`check_engine` by the engine's name, as `qat.checkpoints.verify` takes it."""
+    return {} if engine is None else {engine: lambda subject: check_engine(subject.exported, engine)}
+
+
+def check_engine(exported: ExportedFolder, engine: npu.Engine) -> str:
+    """Whether an engine loads every layer, and its operators compute what was trained; says on which devices.
+
+    Raises:
+        CheckpointError: it does not; names the layers.
+    """
+    devices, worst = set(npu.DEVICES), 0.0
+    with progress(f"simulating {engine}", len(exported.modules), "layers") as advance:
+        for path, module in exported.modules.items():
+            weight = weight_format(module.weights)
+            input = None if module.input is None else input_format(module.input)
+            row = support.find(TARGETS[exported.METHOD].ROWS, weight, input)
+            devices &= {device for device in devices if npu.loads(row, engine, device)}
+            if not devices:
+                raise CheckpointError(
+                    f"{path}: no device on which {engine} loads the layers before has a loader of {exported.METHOD} "
+                    f"{weight.name} with {input.name if input else 'dense'} inputs; it loads {_loaded(engine)}"
+                )
+            apart = _compared(exported, path)
+            if apart > 1:
+                raise CheckpointError(
+                    f"{path}: simulated operators of {engine} are {apart:.1f} times the bound from what was trained"
+                )
+            worst = max(worst, apart)
+            advance(1)
+    return (
+        f"{len(exported.modules)} layers load on {', '.join(sorted(devices))} ({npu.VERSIONS[engine]}); simulated "
+        f"operators differ from fake quantization by {worst:.2f} of the bound at most"
+    )
+
+
+def _loaded(engine: npu.Engine) -> str:
+    every = ((name, row) for name, target in TARGETS.items() for row in target.ROWS)
+    return some([f"{row.scheme} ({name})" for name, row in every if any(one.engine == engine for one in row.npu)])
+
+
+def _compared(exported: ExportedFolder, path: str) -> float:
+    """How far the simulated layer is from fake quantization, in units of the bound, for inputs that fill its range."""
+    _, _, input = _kind(exported, path)
+    static = exported.static_input(path)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(TOKENS, exported.shape(path)[-1], generator=generator)
+    if static is not None:  # a few values beyond the range, so that clipping is seen, too
+        x = (x * 48 - (static[1:] if static.numel() > 1 else 0.0)) * static[0]
+    x = x.to(_MODEL)
+    wide = x.float()
+    read = wide if input is None else fake_quantize_input(wide, input, NPU_RULE, "ste", static)
+    expected = read @ exported.dense(path).float().t()
+    found = simulated(exported, path)(x).float()
+    return distance(found, expected)
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """The smaller of two: the largest difference of an element over 2^-7 of it plus 2^-8 of the root mean square, and
+    the difference's norm over 2^-8 of the whole."""
+    difference = (found - expected).double()
+    rms = expected.double().square().mean().sqrt()
+    element = (difference.abs() / (PER_ELEMENT * expected.double().abs() + PER_RMS * rms)).max()
+    norm = difference.norm() / (IN_NORM * expected.double().norm())
+    return float(torch.minimum(element, norm).nan_to_num(nan=float("inf")))

@@ -1,0 +1,81 @@
+"""How an Ascend NPU rounds inputs, as CANN documents the operators that vllm-ascend (0.23 to 0.30) calls; no NPU was
+asked.
+
+`npu_quantize` (static integers) multiplies with the reciprocal of the scale, which vllm-ascend computes in BF16, adds
+the offset and then rounds: the code is not always that of a division. `npu_dynamic_mx_quant` takes the exponent of a
+block's maximum (the floor rule of OCP MX v1.0, whatever weights use), saturates, and rounds 4-bit elements half away
+from zero (round_mode "round") and 8-bit ones half to even ("rint"). `npu_dynamic_quant` (integers per token) divides by
+amax over the largest code, which is what every engine does.
+"""
+
+import torch
+from torch import Tensor
+
+from qat.errors import UnsupportedError
+from qat.numbers.catalog import E2M1, E4M3
+from qat.numbers.element import Element
+from qat.numbers.format import Format
+from qat.numbers.numerics import block_amax, from_blocks, per_block, to_blocks
+from qat.numbers.scale import E8M0, F32
+
+
+def is_dynamic_integer(fmt: Format) -> bool:
+    """Whether `npu_dynamic_quant` makes this format: 4- or 8-bit integers with a scale per token."""
+    integer = fmt.is_single and fmt.element.is_integer and not fmt.zero_point
+    return integer and fmt.block == (1, 0) and fmt.scale is F32 and fmt.element.bits in (4, 8)
+
+
+def fake_quantized(x: Tensor, fmt: Format, static: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x (..., columns) on the grid of `fmt` as float32, and where it was not clipped.
+
+    Args:
+        static: as `qat.training.activations.static_part` returns it.
+
+    Raises:
+        UnsupportedError: no operator of the NPU makes this format.
+    """
+    if fmt.is_static and fmt.is_single and fmt.element.is_integer:
+        assert static is not None
+        codes, inside = static_codes(x, static)
+        return (codes - offset_of(static)) * static[:1], inside
+    if fmt.is_single and fmt.element in (E2M1, E4M3) and fmt.scale is E8M0 and fmt.group:
+        return _mx(x, fmt)
+    raise UnsupportedError(
+        f"activation_rule: ascend has no operator for {fmt.name} inputs; it has int8_token, int4_token, int8_tensor, "
+        "int8_tensor_asym, mxfp8 and mxfp4"
+    )
+
+
+def offset_of(static: Tensor) -> Tensor:
+    """The zero point, float32 [1]; 0 of a symmetric format."""
+    return static[1:] if static.numel() > 1 else torch.zeros_like(static)
+
+
+def static_codes(x: Tensor, static: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes, as float32, and where they were not clipped: round(x / scale + offset)."""
+    reciprocal = static[:1].to(torch.bfloat16).reciprocal().to(torch.float32)
+    wide = (x.to(torch.float32) * reciprocal + offset_of(static)).round_()
+    low, high = torch.iinfo(torch.int8).min, torch.iinfo(torch.int8).max
+    return wide.clamp(low, high), (wide >= low) & (wide <= high)
+
+
+def mx_scales(blocked: Tensor, fmt: Format) -> Tensor:
+    """Stored scales (block rows, block columns) of an MX input."""
+    return fmt.scale.from_amax(block_amax(blocked), fmt.element, "floor")
+
+
+def mx_round(x: Tensor, element: Element) -> Tensor:
+    """Float32 numbers in units of their scale, rounded to the element as its operator does, saturating."""
+    if element.bits == E4M3.bits:
+        return element.round(x)
+    grid = torch.tensor([value for value in element.grid if value >= 0], device=x.device)
+    nearest = grid[torch.bucketize(x.abs(), (grid[1:] + grid[:-1]) / 2, right=True)]
+    return torch.where(torch.isnan(x), x, nearest.copysign(x))
+
+
+def _mx(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    blocked = to_blocks(x.to(torch.float32), fmt)
+    scale = per_block(fmt.scale.decode(mx_scales(blocked, fmt)))
+    relative = blocked / scale
+    values, inside = mx_round(relative, fmt.element) * scale, relative.abs() <= fmt.element.max
+    return from_blocks(values, x.shape, fmt), from_blocks(inside, x.shape, fmt)

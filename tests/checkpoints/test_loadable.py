@@ -1,0 +1,122 @@
+"""What an engine on an NPU does not load is refused before training, by the command that would train."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qat.checkpoints.loadable import check_loadable
+from qat.cli import main
+from qat.errors import UnsupportedError
+from qat.scheme import Scheme
+from qat.surgery import apply
+from qat.trainers.exportable import student_without_numbers
+from qat.trainers.job import load_job
+from tests.checkpoints.exports import pair_rules
+from tests.tiny import tiny_model
+from tests.trainers import jobs
+
+REST = {"match": "*", "skip": "the rest"}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("llama", tmp_path_factory.mktemp("source") / "model", num_hidden_layers=1)
+
+
+def student(source: Path, *rules: dict[str, Any], folder: Path) -> Any:
+    scheme = {"rules": [*rules, REST], "activation_rule": "ascend"}
+    job = load_job(jobs.write(folder, source, scheme=scheme))
+    options = {"learn": "none", "init": (), "fused": ()}
+    return apply(student_without_numbers(job, source), Scheme.model_validate({**scheme, **options}), defer_init=True)
+
+
+def test_what_loads_is_said(source: Path, tmp_path: Path) -> None:
+    model = student(source, pair_rules("int8_channel", "int8_token"), folder=tmp_path)
+    assert check_loadable(model, source, "vllm-ascend", "a2") == [
+        "vllm-ascend on a2 loads this with --target compressed-tensors or ascend"
+    ]
+    assert check_loadable(model, source, "mindie", "a3")[0] == "mindie on a3 loads this with --target ascend"
+    static = student(source, pair_rules("int8_channel", "int8_tensor"), folder=tmp_path)
+    (_, remark) = check_loadable(static, source, "vllm-ascend", "a3")
+    assert remark.startswith("vllm-ascend multiplies the scales")
+
+
+@pytest.mark.parametrize(
+    ("rules", "engine", "device", "message"),
+    [
+        (
+            [("nvfp4", "nvfp4", "*_proj")],
+            "vllm-ascend",
+            "950",
+            "q_proj is nvfp4 with nvfp4 inputs, but vllm-",
+        ),
+        ([("mxfp4", "mxfp4", "*_proj")], "vllm-ascend", "a2", r"a2 loads .*W8A8_DYNAMIC \(ascend\)"),
+        ([("int4_g64", None, "*_proj")], "vllm-ascend", "a2", "q_proj is int4_g64, but vllm-ascend on a2 loads"),
+        ([("int8_channel", "int8_token", "*_proj")], "vllm-ascend", "310p", "computes in FP16.*train for a2, a3, 950"),
+        (
+            [("int8_channel", "int8_token", "*.q_proj"), ("int8_channel", None, "*_proj")],
+            "vllm-ascend",
+            "a2",
+            "fuse these layers.*q_proj is int8_channel/int8_token, .*k_proj is int8_channel/None",
+        ),
+    ],
+)
+def test_what_does_not_is_refused(
+    rules: list[Any], engine: Any, device: Any, message: str, source: Path, tmp_path: Path
+) -> None:
+    model = student(source, *(pair_rules(*rule) for rule in rules), folder=tmp_path)
+    with pytest.raises(UnsupportedError, match=message):
+        check_loadable(model, source, engine, device)
+
+
+def test_layers_that_no_one_layout_holds_together(source: Path, tmp_path: Path) -> None:
+    """Each loads from some layout; together they have none that the engine reads."""
+    mlp, attention = pair_rules("fp8_b128", "fp8_g128", "*.mlp.*"), pair_rules("mxfp8", "mxfp8", "*.self_attn.*_proj")
+    model = student(source, mlp, attention, folder=tmp_path)
+    with pytest.raises(UnsupportedError, match=r"loads no export of this model: no layout holds all its layers"):
+        check_loadable(model, source, "vllm-ascend", "950")
+
+
+@pytest.mark.parametrize("option", [[], ["--dry-run"]])
+def test_the_command_refuses_before_a_step(source: Path, tmp_path: Path, capsys: Any, option: list[str]) -> None:
+    scheme = {"rules": [pair_rules("nvfp4", "nvfp4"), REST], "activation_rule": "ascend", "init": []}
+    job = jobs.write(tmp_path, source, scheme=scheme, engine="vllm-ascend", device="a2", steps=2)
+    assert main(["train", str(job), *option]) == 2
+    assert "nvfp4" in capsys.readouterr().err and not (tmp_path / "runs" / "tiny" / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engine": "vllm-ascend"}, "go together"),
+        ({"device": "a2"}, "go together"),
+        ({"engine": "vllm-ascend", "device": "a9"}, "'a2'"),
+        ({"engine": "vllm-ascend", "device": "a2"}, "set scheme.activation_rule: ascend"),
+    ],
+)
+def test_jobs_that_say_half_of_it(source: Path, tmp_path: Path, changes: Any, message: str, capsys: Any) -> None:
+    assert main(["train", str(jobs.write(tmp_path, source, **changes))]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_whole_road(source: Path, tmp_path: Path, capsys: Any) -> None:
+    """train, export, verify --engine, generate and eval, as a user types them."""
+    scheme = {"rules": [pair_rules("int8_channel", "int8_tensor_asym"), REST], "activation_rule": "ascend", "init": []}
+    job = jobs.write(tmp_path, source, scheme=scheme, engine="vllm-ascend", device="a2", steps=2)
+    run, out = str(tmp_path / "runs" / "tiny"), str(tmp_path / "out")
+    assert main(["train", str(job)]) == 0
+    assert main(["export", run, out, "--target", "ascend"]) == 0
+    assert main(["verify", out, "--engine", "vllm-ascend"]) == 0
+    assert "vllm-ascend: 7 layers load on a2, a3" in capsys.readouterr().out
+    assert main(["generate", out, "The fox", "--tokens", "3"]) == 0
+    assert main(["eval", out, "--tokens", "256", "--teacher", str(source)]) == 0
+    assert "export: NLL" in capsys.readouterr().out
+    scores = {}
+    for rule in ("ascend", "vllm"):
+        assert main(["eval", out, "--tokens", "256", "--activation-rule", rule, "--json"]) == 0
+        scores[rule] = json.loads(capsys.readouterr().out)["rows"][-1]["nll"]
+    assert scores["ascend"] != scores["vllm"]
+    assert main(["eval", str(source), "--tokens", "256", "--activation-rule", "vllm"]) == 2
+    assert "goes with an export" in capsys.readouterr().err

@@ -1,0 +1,150 @@
+"""Exports through simulated NPU operators: what was trained, within the bound; damaged layers far outside of it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qat.checkpoints.exported import load_exported
+from qat.checkpoints.layouts import open_export
+from qat.checkpoints.layouts.ascend.simulate import SimulatedLinear
+from qat.checkpoints.layouts.ascend.types import Type, find_type
+from qat.checkpoints.layouts.ascend.write import tensors_of
+from qat.checkpoints.simulated import check_engine, distance, is_simulated, load_simulated
+from qat.cli import main
+from qat.errors import CheckpointError
+from qat.numbers.catalog import lookup
+from qat.numbers.numerics import QTensor, quantize
+from qat.training.activations import fake_quantize_input, static_part
+from tests.checkpoints.exports import Pair, export_pair, ids
+from tests.checkpoints.layouts.test_ascend import ALL, PAIRS
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("llama", tmp_path_factory.mktemp("source") / "model", num_hidden_layers=1)
+
+
+def layer(pair: Pair) -> tuple[Type, QTensor, Tensor | None, Tensor]:
+    """A type, a weight of it, what is stored of its input, and inputs in BF16."""
+    weight, input = lookup(pair[0]), lookup(pair[1]) if pair[1] else None
+    kind = find_type(weight, input)
+    assert kind is not None
+    generator = torch.Generator().manual_seed(5)
+    q = quantize(torch.randn(96, 192, generator=generator) * 0.05, weight)
+    affine = input is not None and input.zero_point
+    amax = torch.tensor([-1.0, 3.0]) if affine else torch.tensor(3.0)
+    static = static_part(input, amax) if input is not None else None
+    x = torch.randn(24, 192, generator=generator) + (1.0 if affine else 0.0)
+    return kind, q, static, x.bfloat16()
+
+
+def expected(pair: Pair, q: QTensor, static: Tensor | None, x: Tensor) -> Tensor:
+    """Fake quantization in float32, with the BF16 weight that training multiplies with."""
+    wide = x.float()
+    read = fake_quantize_input(wide, lookup(pair[1]), "ascend", "ste", static) if pair[1] else wide
+    return read @ q.dequantize(torch.bfloat16).float().t()
+
+
+@pytest.mark.parametrize(("kind", "pair"), ALL)
+def test_a_layer_computes_what_was_trained(kind: str, pair: Pair) -> None:
+    found, q, static, x = layer(pair)
+    assert found.name == kind
+    simulated = SimulatedLinear(found, tensors_of(found, q, static))
+    y = simulated(x)
+    assert y.dtype == torch.bfloat16 and distance(y.float(), expected(pair, q, static, x)) <= 1
+    assert torch.equal(simulated(x.float().view(4, 6, 192)), y.float().view(4, 6, 96))
+
+
+def swapped(tensors: dict[str, Tensor]) -> None:
+    tensors["weight"] = (tensors["weight"] & 15) << 4 | tensors["weight"] >> 4
+
+
+def shifted(tensors: dict[str, Tensor]) -> None:
+    tensors["weight_scale"] = tensors["weight_scale"].roll(1, dims=1 if tensors["weight_scale"].shape[1] > 1 else 0)
+
+
+def wrong_sign(tensors: dict[str, Tensor]) -> None:
+    tensors["input_offset"] = -tensors["input_offset"]
+
+
+def unfolded(tensors: dict[str, Tensor]) -> None:
+    tensors["quant_bias"] = torch.zeros_like(tensors["quant_bias"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [
+        ("W4A4_MXFP4", swapped),
+        ("W4A8_MXFP", swapped),
+        ("W4A4_MXFP4", shifted),
+        ("W8A8_MXFP8", shifted),
+        ("W8A8_DYNAMIC", shifted),
+        ("W8A16", shifted),
+        ("W8A8", wrong_sign),
+        ("W8A8", unfolded),
+    ],
+)
+def test_damage_is_seen(kind: str, damage: Callable[[dict[str, Tensor]], None]) -> None:
+    pair = PAIRS[kind][0]
+    found, q, static, x = layer(pair)
+    tensors = tensors_of(found, q, static)
+    damage(tensors)
+    assert distance(SimulatedLinear(found, tensors)(x).float(), expected(pair, q, static, x)) > 10
+
+
+def test_a_bias_is_added() -> None:
+    for kind in ("W8A8_DYNAMIC", "W8A16", "W4A4_DYNAMIC", "W4A4_MXFP4"):
+        found, q, static, x = layer(PAIRS[kind][0])
+        bias = torch.arange(96).float()
+        plain, added = (SimulatedLinear(found, tensors_of(found, q, static), b)(x).float() for b in (None, bias))
+        assert torch.allclose(added, plain + bias, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("pair", [PAIRS["W8A8"][0], PAIRS["W4A4_MXFP4"][0]])
+def test_a_model_and_its_check(pair: Pair, source: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    export_pair(source, out, pair, "ascend", activation_rule="ascend")
+    assert is_simulated(out)
+    model, plain = load_simulated(out), load_exported(out)
+    assert sum(isinstance(module, SimulatedLinear) for module in model.modules()) == 7
+    with torch.no_grad():
+        found, wanted = model(ids()).logits, plain(ids()).logits
+    apart = float((found - wanted).norm() / wanted.norm())  # inputs become BF16 first, which moves some codes
+    assert 0 < apart < (0.05 if pair[0] == "int8_channel" else 0.5)
+    assert main(["verify", str(out), "--engine", "vllm-ascend", "--json"]) == 0
+    checks = {check["name"]: check["detail"] for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert checks["vllm-ascend"].startswith("7 layers load on " + ("a2, a3" if pair[0] == "int8_channel" else "950"))
+
+
+def test_portable_exports_are_checked_too(source: Path, tmp_path: Path) -> None:
+    pairs: list[Pair] = [("int8_channel", "int8_token"), ("int8_channel", "int8_tensor"), ("mxfp8", "mxfp8")]
+    for number, pair in enumerate(pairs):
+        export_pair(source, tmp_path / str(number), pair, activation_rule="ascend")
+        exported = open_export(tmp_path / str(number))
+        assert exported.rule == "ascend" and "7 layers" in check_engine(exported, "vllm-ascend")
+        assert not is_simulated(tmp_path / str(number))
+    with pytest.raises(CheckpointError, match=r"no device on which mindie.*it loads W8A8_DYNAMIC \(ascend\)"):
+        check_engine(open_export(tmp_path / "0"), "mindie")
+
+
+def test_far_layers_are_named(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export_pair(source, tmp_path / "out", PAIRS["W8A8_DYNAMIC"][0], "ascend", activation_rule="ascend")
+    real = SimulatedLinear.forward
+    monkeypatch.setattr(SimulatedLinear, "forward", lambda self, x: real(self, x) * 1.05)
+    with pytest.raises(CheckpointError, match=r"simulated operators of vllm-ascend are .* times the bound"):
+        check_engine(open_export(tmp_path / "out"), "vllm-ascend")
+
+
+def test_the_distance_is_the_smaller_of_two() -> None:
+    y = torch.tensor([[1.0, -2.0], [0.0, 1.0]])
+    rms = float(y.square().mean().sqrt())
+    assert distance(y, y) == 0
+    one = y + torch.tensor([[0.0, 0.0], [2**-8 * rms, 0.0]])
+    assert distance(one, y) == pytest.approx(2**-8 * rms / (2**-8 * float(y.norm())))
+    assert distance(y * 2, y) > 50 and distance(y * float("nan"), y) == float("inf")
