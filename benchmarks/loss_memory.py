@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 
-
 LOSSES = ("forward_kl", "reverse_kl", "jsd", "cross_entropy")
 
 
