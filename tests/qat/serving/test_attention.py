@@ -67,10 +67,10 @@ def test_the_operator_is_attention_to_dequantized_rows(pair: tuple[str, str], qu
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_pages_are_the_cache_in_another_order(causal: bool) -> None:
-    """Sequences of 7 and of 4 tokens in pages of 3, against each of them alone; other bytes would be NaN."""
+    """Sequences of 7 and of 3 tokens in pages of 3, against each of them alone; other bytes would be NaN."""
     rows, static, _ = caches("fp8_tensor", 7, 32, 1)
     query, room = normal(2, 4, 2, 32), torch.full((9, rows.shape[1], 3, rows.shape[-1]), 0x7F, dtype=torch.uint8)
-    pages, lengths = torch.tensor([[5, 0, 7], [2, 8, 10**6]]), torch.tensor([7, 4])
+    pages, lengths = torch.tensor([[5, 0, 7], [2, 10**6, 10**6]]), torch.tensor([7, 3])
     for sequence, length in enumerate(lengths.tolist()):
         for token in range(length):
             room[pages[sequence, token // 3], :, token % 3] = rows[sequence, :, token]
