@@ -25,6 +25,7 @@ ELSEWHERE = {
     "engines/front.py": "engines/test_serve.py: over a socket, as clients see it",
     "engines/replies.py": "engines/test_serve.py: over a socket, as clients see it",
     "kernels/cached_attention/decode/triton.py": "kernels/test_cached_attention.py: every code that it reads",
+    "kernels/cached_attention/merge/triton.py": "kernels/test_cached_attention.py: whatever is longer than a piece",
     "kernels/effective_scales/triton.py": "kernels/test_fake_quantize.py: one process interprets both",
     "kernels/fake_quantize/rounding/triton.py": "kernels/test_fake_quantize.py: and its quotients in test_quotients.py",
     "kernels/fake_quantize_input/triton.py": "kernels/test_fake_quantize.py: one process interprets both",

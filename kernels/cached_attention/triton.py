@@ -31,6 +31,7 @@ from torch import Tensor
 
 from qat.kernels.cached_attention.choose import WORD, Tiles, choose, problem, scale_place
 from qat.kernels.cached_attention.decode.triton import factors, parts
+from qat.kernels.cached_attention.merge.triton import merge
 from qat.kernels.device import Device, device_of
 from qat.kernels.launch import Launch
 from qat.numbers.catalog import lookup
@@ -40,7 +41,6 @@ from qat.serving.attention import RowLayout, reference
 
 TINY = tl.constexpr(SMALLEST)
 HALF_BIAS = 15  # of FP16
-MERGED = 32  # pieces that are merged at once
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def query_part(at, PART: tl.constexpr, PARTS: tl.constexpr, inside, WIDTH: tl.co
 
 @triton.jit(
     do_not_specialize=["T", "piece", "heads", "stride_qb", "stride_qh", "stride_qt", "stride_kb", "stride_kh",
-                       "stride_vb", "stride_vh", "stride_mb", "stride_mq"]
+                       "stride_vb", "stride_vh", "stride_mb", "stride_mq", "stride_table"]
 )  # fmt: skip
 def cached_attention_kernel(
     query,
@@ -76,6 +76,8 @@ def cached_attention_kernel(
     key_static,
     value_static,
     mask,
+    pages,
+    lengths,
     out,
     sums,
     ends,
@@ -91,11 +93,13 @@ def cached_attention_kernel(
     stride_vh,
     stride_mb,
     stride_mq,
+    stride_table,
     scaling,
     QUERIES: tl.constexpr,
     ROWS: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
+    PAGE: tl.constexpr,
     DTYPE: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     K_KIND: tl.constexpr,
@@ -127,7 +131,8 @@ def cached_attention_kernel(
 ):
     """out (batch * heads * ROWS, V_WIDTH), or where SPLIT its unmerged pieces: sums (rows, pieces, V_WIDTH), and ends
     (2, rows, pieces), their maxima and totals. Words of keys and values are int16, strides count rows of the cache.
-    *_WORDS are the words of a row's codes, filled up; *_ROW all of a row's."""
+    *_WORDS are the words of a row's codes, filled up; *_ROW all of a row's. PAGE: tokens of a page; keys and values
+    then hold pages in place of sequences, and `pages` says which are whose; 0 where there are none."""
     K_PARTS: tl.constexpr = 16 // K_BITS
     V_PARTS: tl.constexpr = 16 // V_BITS
     index, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -135,8 +140,10 @@ def cached_attention_kernel(
     in_r = r < ROWS
     own = r % QUERIES  # which query; heads lie above each other
     q_at = query + sequence * stride_qb + (head * (ROWS // QUERIES) + r // QUERIES) * stride_qh + own * stride_qt
-    key_row = sequence * stride_kb + head * stride_kh.to(tl.int64)
-    value_row = sequence * stride_vb + head * stride_vh.to(tl.int64)
+    key_row = (0 if PAGE else sequence) * stride_kb + head * stride_kh.to(tl.int64)
+    value_row = (0 if PAGE else sequence) * stride_vb + head * stride_vh.to(tl.int64)
+    if PAGE:
+        T = tl.load(lengths + sequence)
     keys += key_row * K_ROW
     values += value_row * V_ROW
     j, i = tl.arange(0, K_WORDS), tl.arange(0, V_WORDS)
@@ -166,15 +173,22 @@ def cached_attention_kernel(
     for first in tl.range(index * piece, end, BLOCK_T, num_stages=STAGES):
         token = first + tl.arange(0, BLOCK_T)
         inside = token < end
+        k_at, v_at = token, token
+        if PAGE:
+            if PAGE % BLOCK_T == 0:
+                page = tl.load(pages + sequence * stride_table + first // PAGE).to(tl.int64)
+            else:
+                page = tl.load(pages + sequence * stride_table + token // PAGE, mask=inside, other=0).to(tl.int64)
+            k_at, v_at = page * stride_kb + token % PAGE, page * stride_vb + token % PAGE
         # Scores.
         in_words = (
             inside[:, None] if K_WORDS * K_PARTS == K_WIDTH else inside[:, None] & (j < K_WIDTH // K_PARTS)[None, :]
         )
-        word = tl.load(keys + token[:, None] * K_ROW + j[None, :], mask=in_words, other=0)
+        word = tl.load(keys + k_at[:, None] * K_ROW + j[None, :], mask=in_words, other=0)
         k = parts(word, K_KIND, K_BITS, K_MANTISSA, K_BIAS, DTYPE, ASSEMBLY)
         if K_PLACE == "group":
             at = key_scales + key_row * (2 * K_ROW)
-            by = factors(at, token, inside, K_ROW, K_WIDTH, K_WORDS, K_BITS, DTYPE, ASSEMBLY)
+            by = factors(at, k_at, inside, K_ROW, K_WIDTH, K_WORDS, K_BITS, DTYPE, ASSEMBLY)
             scores = tl.dot(q0, tl.trans(k[0] * by), input_precision="ieee")
             scores = tl.dot(q1, tl.trans(k[1] * by), scores, input_precision="ieee")
             if K_PARTS == 4:
@@ -188,7 +202,7 @@ def cached_attention_kernel(
                 scores = tl.dot(q3, tl.trans(k[3]), scores, input_precision="ieee")
         scores *= by_row[:, None]
         if K_PLACE == "row":
-            at = key_scales + (key_row + token) * (2 * K_ROW // K_SCALE_BYTES) + K_WIDTH * K_BITS // 8 // K_SCALE_BYTES
+            at = key_scales + (key_row + k_at) * (2 * K_ROW // K_SCALE_BYTES) + K_WIDTH * K_BITS // 8 // K_SCALE_BYTES
             scores *= tl.load(at, mask=inside, other=0.0).to(tl.float32)[None, :]
         seen = inside[None, :] & in_r[:, None]
         if CAUSAL:
@@ -208,10 +222,10 @@ def cached_attention_kernel(
         in_words = (
             inside[:, None] if V_WORDS * V_PARTS == V_WIDTH else inside[:, None] & (i < V_WIDTH // V_PARTS)[None, :]
         )
-        word = tl.load(values + token[:, None] * V_ROW + i[None, :], mask=in_words, other=0)
+        word = tl.load(values + v_at[:, None] * V_ROW + i[None, :], mask=in_words, other=0)
         v = parts(word, V_KIND, V_BITS, V_MANTISSA, V_BIAS, DTYPE, ASSEMBLY)
         if V_PLACE == "row":  # in the range of FP16: relative to the largest of the step
-            at = value_scales + (value_row + token) * (2 * V_ROW // V_SCALE_BYTES)
+            at = value_scales + (value_row + v_at) * (2 * V_ROW // V_SCALE_BYTES)
             at += V_WIDTH * V_BITS // 8 // V_SCALE_BYTES
             by_token = tl.load(at, mask=inside, other=0.0).to(tl.float32)
             unit = tl.maximum(tl.max(by_token, 0), TINY)
@@ -226,7 +240,7 @@ def cached_attention_kernel(
             weights, fade = weights.to(DTYPE), fade[:, None]
             if V_PLACE == "group":
                 at = value_scales + value_row * (2 * V_ROW)
-                by = factors(at, token, inside, V_ROW, V_WIDTH, V_WORDS, V_BITS, DTYPE, ASSEMBLY)
+                by = factors(at, v_at, inside, V_ROW, V_WIDTH, V_WORDS, V_BITS, DTYPE, ASSEMBLY)
                 sum0 = tl.dot(weights, v[0] * by, sum0 * fade, input_precision="ieee")
                 sum1 = tl.dot(weights, v[1] * by, sum1 * fade, input_precision="ieee")
                 if V_PARTS == 4:
@@ -256,32 +270,6 @@ def cached_attention_kernel(
     if V_PARTS == 4:
         tl.store(target + 2, (sum2 * by).to(target.dtype.element_ty), mask=keep)
         tl.store(target + 3, (sum3 * by).to(target.dtype.element_ty), mask=keep)
-
-
-@triton.jit(do_not_specialize=["rows", "pieces"])
-def merge_pieces_kernel(
-    sums, ends, out, rows, pieces, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr
-):
-    """out (rows, WIDTH) of the pieces of each row, in their order."""
-    row = tl.program_id(0).to(tl.int64)
-    p, d = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
-    ends += row * pieces
-    highest = tl.full((BLOCK_P,), -float("inf"), tl.float32)
-    for first in range(0, pieces, BLOCK_P):
-        highest = tl.maximum(highest, tl.load(ends + first + p, mask=first + p < pieces, other=-float("inf")))
-    top = tl.max(highest, 0)
-    top = tl.where(top == -float("inf"), 0.0, top)
-    total = tl.zeros((BLOCK_P,), tl.float32)
-    result = tl.zeros((BLOCK_D,), tl.float32)
-    for first in range(0, pieces, BLOCK_P):
-        in_p = first + p < pieces
-        weight = tl.exp2(tl.load(ends + first + p, mask=in_p, other=-float("inf")) - top)
-        total += weight * tl.load(ends + rows.to(tl.int64) * pieces + first + p, mask=in_p, other=0.0)
-        at = sums + (row * pieces + first + p)[:, None] * WIDTH + d[None, :]
-        result += tl.sum(weight[:, None] * tl.load(at, mask=in_p[:, None] & (d < WIDTH)[None, :], other=0.0), 0)
-    whole = tl.sum(total, 0)
-    result = result / tl.where(whole == 0.0, 1.0, whole)
-    tl.store(out + row * WIDTH + d, result.to(out.dtype.element_ty), mask=d < WIDTH)
 
 
 def side(prefix: str, fmt: Format, width: int, *, assembly: bool) -> dict[str, Any]:
@@ -316,21 +304,21 @@ def scales_of(rows: Tensor, fmt: Format) -> Tensor:
 
 @cache
 def _launch(
-    key: str, value: str, sizes: tuple[int, int, int, int], told: tuple[bool, bool, bool, bool, bool], tiles: Tiles
+    key: str,
+    value: str,
+    sizes: tuple[int, int, int, int],
+    told: tuple[bool, bool, bool, bool, bool],
+    page: int,
+    tiles: Tiles,
 ) -> Launch:
     (queries, rows, width, value_width), (causal, masked, exact, assembly, split) = sizes, told
     of_keys = side("K", lookup(key), width, assembly=assembly)
     of_values = side("V", lookup(value), value_width, assembly=assembly)
     return Launch(
-        cached_attention_kernel, QUERIES=queries, ROWS=rows, CAUSAL=causal, MASKED=masked, SPLIT=split,
+        cached_attention_kernel, QUERIES=queries, ROWS=rows, CAUSAL=causal, MASKED=masked, PAGE=page, SPLIT=split,
         DTYPE=tl.float32 if exact else tl.float16, ASSEMBLY=assembly, BLOCK_R=tiles.block_r,
         BLOCK_T=tiles.block_t, STAGES=tiles.stages, num_warps=tiles.warps, **of_keys, **of_values,
     )  # fmt: skip
-
-
-@cache
-def _merge(width: int) -> Launch:
-    return Launch(merge_pieces_kernel, WIDTH=width, BLOCK_D=triton.next_power_of_2(width), BLOCK_P=MERGED)
 
 
 def cached_attention(
@@ -345,15 +333,19 @@ def cached_attention(
     causal: bool,
     key_format: str,
     value_format: str,
+    pages: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """The operator `qat::cached_attention` on a device that runs Triton."""
     key, value = lookup(key_format), lookup(value_format)
     batch, query_heads, queries, width = query.shape
     heads, tokens = keys.shape[1:3]
     rows = query_heads // heads * queries
-    if problem(key, value, (width, value_width), rows) is not None:
+    page = 0 if pages is None else tokens
+    if problem(key, value, (width, value_width), rows) is not None or (page and (mask is not None or lengths is None)):
         return reference(query, keys, values, mask, key_static, value_static, value_width, scaling, causal,
-                         key_format, value_format)  # fmt: skip
+                         key_format, value_format, pages, lengths)  # fmt: skip
+    tokens = tokens if pages is None else pages.shape[1] * page
     out = query.new_empty(batch, query_heads, queries, value_width)
     if out.numel() == 0:
         return out
@@ -373,7 +365,7 @@ def cached_attention(
     ends = query.new_empty(2, batch * heads * rows, pieces, dtype=torch.float32) if split else None
     sizes = queries, rows, width, value_width
     told = causal, mask is not None, exact, assembly, split
-    launch = _launch(key_format, value_format, sizes, told, replace(tiles, piece=0))
+    launch = _launch(key_format, value_format, sizes, told, page, replace(tiles, piece=0))
     call = launch.at(
         (pieces, heads, batch),
         tokens,
@@ -383,13 +375,19 @@ def cached_attention(
         *(stride // keys.shape[-1] for stride in keys.stride()[:2]),
         *(stride // values.shape[-1] for stride in values.stride()[:2]),
         *((0, 0) if mask is None else (mask.stride(0), mask.stride(2))),
+        0 if pages is None else pages.shape[1],
     )
+    table = (None, None) if pages is None or lengths is None else (_int32(pages), _int32(lengths))
     held = keys.view(torch.int16), values.view(torch.int16), scales_of(keys, key), scales_of(values, value)
-    call((query, *held, key_static, value_static, mask, out, sums, ends), scaling * math.log2(math.e))
+    call((query, *held, key_static, value_static, mask, *table, out, sums, ends), scaling * math.log2(math.e))
     if split:
         count = batch * heads * rows
-        _merge(value_width).at((count,), count, pieces)((sums, ends, out))
+        merge(value_width).at((count,), count, pieces)((sums, ends, out))
     return out
+
+
+def _int32(table: Tensor) -> Tensor:
+    return table.to(torch.int32).contiguous()
 
 
 def _by_rows(cached: Tensor) -> bool:

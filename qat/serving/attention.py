@@ -95,6 +95,8 @@ def reference(
     causal: bool,
     key_format: str,
     value_format: str,
+    pages: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """What `qat::cached_attention` means: (batch, query heads, queries, value_width) in the dtype of the query.
 
@@ -108,13 +110,36 @@ def reference(
         scaling: of the scores.
         causal: whether the queries are the last tokens, each of which sees itself and what came before.
         key_format, value_format: names in the catalogue.
+        pages: integers (batch, pages of a sequence); then keys and values are (pages, heads, tokens of a page, bytes),
+            and token t of a sequence lies in page t // tokens of it. Only those before its length are looked up.
+        lengths: integers (batch,), tokens of each sequence, with `pages` only; `causal` counts from its own end.
     """
     key_layout, value_layout = (
         RowLayout(lookup(key_format), query.shape[-1]),
         RowLayout(lookup(value_format), value_width),
     )
+    if pages is not None and lengths is not None:
+        keys, values = (_in_order(rows, pages, lengths) for rows in (keys, values))
+        seen = _seen(lengths, query.shape[2], keys.shape[2], causal)
+        mask, causal = seen if mask is None else seen & mask, False
     dense = key_layout.split(keys, key_static).dequantize(), value_layout.split(values, value_static).dequantize()
     return attention(query, *dense, mask, scaling, causal).to(query.dtype)
+
+
+def _in_order(rows: Tensor, pages: Tensor, lengths: Tensor) -> Tensor:
+    """Rows of every sequence (batch, heads, tokens, bytes) from where its pages lie, zeros behind its length."""
+    each = rows.shape[2]
+    used = torch.arange(pages.shape[1], device=rows.device) * each < lengths[:, None]
+    found = rows[torch.where(used, pages, 0).long()].transpose(1, 2).flatten(2, 3)
+    behind = torch.arange(found.shape[2], device=rows.device) >= lengths[:, None]
+    return found.masked_fill(behind[:, None, :, None], 0)
+
+
+def _seen(lengths: Tensor, queries: int, tokens: int, causal: bool) -> Tensor:
+    """Which tokens (batch, 1, queries, tokens) each query sees."""
+    place = torch.arange(queries, device=lengths.device) + 1 - queries if causal else lengths.new_zeros(queries)
+    last = lengths[:, None] + place
+    return torch.arange(tokens, device=lengths.device) < last[:, None, :, None]
 
 
 def attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float, causal: bool) -> Tensor:

@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from qat.kernels import device
 from qat.kernels.cached_attention import triton as attention_kernels
+from qat.kernels.cached_attention.merge import triton as merge_kernels
 from qat.kernels.distill_rows import triton as rows_kernels
 from qat.kernels.effective_scales import triton as scale_kernels
 from qat.kernels.fake_quantize import triton as fake_kernels
@@ -48,7 +49,7 @@ from tests.kernels.played import SHARED, Launcher, Noted, play
 
 MODULES = (rows_kernels, fake_kernels, scale_kernels, input_kernels, packed_kernels, dense_kernels, panel_kernels,
            code_kernels, pack_kernels, matmul_kernels, block_scaled_kernels,
-           attention_kernels, prompt_kernels)  # fmt: skip
+           attention_kernels, merge_kernels, prompt_kernels)  # fmt: skip
 H100 = device.Device(capability=90, processors=132, shared=SHARED)
 GENERATOR = torch.Generator().manual_seed(0)
 CALLS = 55  # of functions, Python's and C's, in a product of one token: some 10 us
@@ -141,6 +142,8 @@ def caches() -> None:
         for own in (query, query.half(), query.float()):
             given = (own, rows, rows, mask, static, static, width, 0.1, queries > 1, name, name)
             attention_kernels.cached_attention(*given)
+        pages, lengths = torch.arange(batch)[:, None].repeat(1, 20), torch.full((batch,), tokens)
+        attention_kernels.cached_attention(query, rows, rows, None, *given[4:], pages, lengths)
 
 
 def prompts() -> None:

@@ -11,7 +11,7 @@ from qat.kernels.cached_attention import choose as rules
 from qat.kernels.cached_attention import triton as kernel
 from qat.numbers.catalog import lookup
 from qat.numbers.numerics import quantize
-from qat.serving.attention import RowLayout, attention
+from qat.serving.attention import RowLayout, attention, cached_attention
 from qat.training.activations import static_part, vllm_scales
 from tests.kernels.interpreted import mend
 
@@ -102,6 +102,43 @@ def shapes() -> None:
     assert torch.equal(run(turned, keys, values), run(query, keys, values))
 
 
+class Paged(Cache):
+    """The same in pages that lie anywhere, some of other sequences, all unused bytes standing for NaN."""
+
+    def __init__(self, name: str, lengths: Tensor, heads: int, page: int, pages: Tensor, width: int) -> None:
+        capacity = pages.shape[1] * page
+        super().__init__(name, len(lengths), heads, capacity, width)
+        room = torch.full((int(pages.max()) + 3, heads, page, self.layout.bytes), 0xFF, dtype=torch.uint8)
+        for sequence, length in enumerate(lengths.tolist()):
+            for token in range(length):
+                at = pages[sequence, token // page], slice(None), token % page
+                room[at] = self.rows[sequence, :, token]
+        self.rows = room
+
+
+def in_pages() -> None:
+    """Sequences of different lengths, in one piece and in several, against each of them alone in float64."""
+    for name, page, capacity in (("int4_token", 16, 48), ("fp8_tensor", 64, 320), ("nvfp4", 16, 32),
+                                 ("int8_token", 3, 9)):  # fmt: skip
+        for queries in (1, 3):
+            tokens = [capacity, queries, 0, capacity - 5]
+            lengths, count = torch.tensor(tokens), -(-capacity // page)
+            pages = torch.randperm(4 * count + 7, generator=GENERATOR)[: 4 * count].view(4, count)
+            keys, values = (Paged(name, lengths, 2, page, pages, 32) for _ in range(2))
+            pages = torch.where(torch.arange(count) * page < lengths[:, None], pages, 10**6)  # nobody looks these up
+            query = normal(4, 4, queries, 32).half()
+            given = (query, keys.rows, values.rows, None, keys.static, values.static, 32, 0.2, True, name, name)
+            found = kernel.cached_attention(*given, pages, lengths)
+            expected = cached_attention(*given, pages, lengths)
+            for sequence, length in enumerate(tokens):
+                dense = (cache.dense[sequence : sequence + 1, :, :length] for cache in (keys, values))
+                own = query[sequence : sequence + 1].double()
+                truth = attention(own, *dense, None, 0.2, True) if length else torch.zeros_like(own)
+                for what, result in (("kernel", found), ("reference", expected)):
+                    error = float((result[sequence].double() - truth[0]).norm() / truth.norm().clamp_min(1e-30))
+                    assert error <= 6e-4, f"{what} {name} in pages of {page}, {length} tokens: {error}"
+
+
 def ranges() -> None:
     """Queries and scales far from 1, and what is no number."""
     for factor in (1e-30, 1e-4, 300.0, 3e4):
@@ -169,7 +206,7 @@ def poisoned(*given: Any, **more: Any) -> Tensor:
 def main() -> None:
     mend()
     torch.Tensor.new_empty = poisoned  # type: ignore[method-assign]  # what nothing writes is seen
-    for group in (numbers, shapes, ranges, company, refusals):
+    for group in (numbers, shapes, in_pages, ranges, company, refusals):
         group()
     print("all equal")
 

@@ -65,6 +65,23 @@ def test_the_operator_is_attention_to_dequantized_rows(pair: tuple[str, str], qu
     assert half.dtype == torch.float16 and half.shape == (2, 6, queries, 32)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_pages_are_the_cache_in_another_order(causal: bool) -> None:
+    """Sequences of 7 and of 3 tokens in pages of 3, against each of them alone; other bytes would be NaN."""
+    rows, static, _ = caches("fp8_tensor", 7, 32, 1)
+    query, room = normal(2, 4, 2, 32), torch.full((9, rows.shape[1], 3, rows.shape[-1]), 0x7F, dtype=torch.uint8)
+    pages, lengths = torch.tensor([[5, 0, 7], [2, 10**6, 10**6]]), torch.tensor([7, 3])
+    for sequence, length in enumerate(lengths.tolist()):
+        for token in range(length):
+            room[pages[sequence, token // 3], :, token % 3] = rows[sequence, :, token]
+    more = (static, static, 32, 0.2, causal, "fp8_tensor", "fp8_tensor")
+    found = cached_attention(query, room, room, None, *more, pages, lengths)
+    for sequence, length in enumerate(lengths.tolist()):
+        own = slice(sequence, sequence + 1)
+        alone = cached_attention(query[own], rows[own, :, :length], rows[own, :, :length], None, *more)
+        torch.testing.assert_close(found[own], alone)
+
+
 def test_it_is_an_operator_that_compilers_know() -> None:
     keys, static, _ = caches("fp8_tensor", 5, 32, 1)
     query = normal(2, 4, 1, 32)
