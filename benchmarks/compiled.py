@@ -48,17 +48,20 @@ from qat.kernels.fake_quantize import triton as fake  # noqa: E402  # as above
 from qat.kernels.fake_quantize.choose import plan  # noqa: E402  # as above
 from qat.kernels.fake_quantize_input import triton as dynamic  # noqa: E402  # as above
 from qat.kernels.packed_linear.choose import choose_panels  # noqa: E402  # as above
+from qat.kernels.prompt_attention.triton import WARPS as PROMPT_WARPS  # noqa: E402  # as above
 from qat.kernels.quantize_input.choose import choose as choose_input  # noqa: E402  # as above
 from qat.kernels.quantize_input.triton import shares_rows  # noqa: E402  # as above
 from qat.kernels.quantized_matmul.choose import choose as choose_matmul  # noqa: E402  # as above
 from qat.numbers.catalog import lookup  # noqa: E402  # as above
 from qat.serving.attention import RowLayout  # noqa: E402  # as above
 from qat.serving.panels import tile  # noqa: E402  # as above
+from qat.serving.prompt_attention import KEYS, QUERIES  # noqa: E402  # as above
 from tests.kernels import (  # noqa: E402  # as above
     compile_cached_attention,
     compile_distill_rows,
     compile_fake_quantize,
     compile_packed_linear,
+    compile_prompt_attention,
     compile_quantize_input,
     compile_quantized_matmul,
 )
@@ -187,6 +190,25 @@ def attention(name: str, batch: int, tokens: int, heads: int = 8, groups: int = 
 
 
 @cache
+def _prompt(causal: bool) -> Callable[[], Any]:
+    return partial(compile_prompt_attention.compiled, 128, 90, causal, "*fp16")
+
+
+def prompt(tokens: int, heads: int = 32, width: int = 128) -> Compiled:
+    """`prompt_attention` without a mask: the first of its two loops walks, and scores are multiplied twice as fast as
+    values."""
+    whole, inner, registers, spilled, shared, _, found = anatomy(_prompt(False))
+    walked, steps = min(inner), tokens // KEYS
+    sums = 2.0 * heads * tokens**2 * width
+    per = walked * LANES * PROMPT_WARPS / (QUERIES * KEYS)
+    return Compiled(
+        f"prompt_attention 1x{tokens}, {heads} heads", heads * tokens // QUERIES, PROMPT_WARPS,
+        whole + walked * (steps - 1), per, "score", registers, spilled, shared, shared * 2 // 3,
+        heads * tokens * width * 6.0, found, 1.5 * sums,
+    )  # fmt: skip
+
+
+@cache
 def _forward(name: str) -> Callable[[], Any]:
     return partial(compile_fake_quantize.forward, name, plan(lookup(name), 4096, 4096, 4096), 90)
 
@@ -267,6 +289,7 @@ def cases() -> Iterator[Case]:
         yield f"quantized_matmul {x} x {w} 8192x8192 M={tokens}", partial(matmul, x, w, tokens, 8192, 8192)
     for name in ("fp8_tensor", "int8_token", "int4_token", "nvfp4"):
         yield f"cached_attention {name} 8x32768", partial(attention, name, 8, 32768)
+    yield "prompt_attention 1x8192, 32 heads", partial(prompt, 8192)
     for name in ("int4_g128", "nvfp4"):
         for at in range(2):
             yield f"fake_quantize {name}", lambda name=name, at=at: list(training(name))[at]

@@ -21,6 +21,7 @@ from qat.kernels.npu import npu_problem
 KERNELS: dict[str, dict[str, str]] = {
     "packed_linear": {"cuda": "packed_linear/triton", "cpu": "packed_linear/cpu", "npu": "packed_linear/ascend"},
     "cached_attention": {"cuda": "cached_attention/triton"},
+    "prompt_attention": {"cuda": "prompt_attention/triton"},
     "fake_quantize": {"cuda": "fake_quantize/triton"},
     "fake_quantize_backward": {"cuda": "fake_quantize/triton"},
     "quantized_linear": {"cuda": "fake_quantize/triton"},

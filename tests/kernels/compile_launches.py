@@ -30,6 +30,7 @@ from qat.kernels.launch import Call, Launch
 from qat.kernels.packed_linear import triton as packed_kernels
 from qat.kernels.packed_linear.dense import triton as dense_kernels
 from qat.kernels.packed_linear.panels import triton as panel_kernels
+from qat.kernels.prompt_attention import triton as prompt_kernels
 from qat.kernels.quantize_input import triton as code_kernels
 from qat.kernels.quantize_pack import triton as pack_kernels
 from qat.kernels.quantized_matmul import triton as matmul_kernels
@@ -40,13 +41,14 @@ from qat.serving.attention import RowLayout
 from qat.serving.inputs import quantize_input
 from qat.serving.matmul import hold
 from qat.serving.packed import ordered, pack
+from qat.serving.prompt_attention import by_blocks, by_heads
 from qat.training.activations import static_part, vllm_scales
 from qat.training.rows import KINDS
 from tests.kernels.played import SHARED, Launcher, Noted, play
 
 MODULES = (rows_kernels, fake_kernels, scale_kernels, input_kernels, packed_kernels, dense_kernels, panel_kernels,
            code_kernels, pack_kernels, matmul_kernels, block_scaled_kernels,
-           attention_kernels)  # fmt: skip
+           attention_kernels, prompt_kernels)  # fmt: skip
 H100 = device.Device(capability=90, processors=132, shared=SHARED)
 GENERATOR = torch.Generator().manual_seed(0)
 CALLS = 55  # of functions, Python's and C's, in a product of one token: some 10 us
@@ -141,6 +143,15 @@ def caches() -> None:
             attention_kernels.cached_attention(*given)
 
 
+def prompts() -> None:
+    """One token, and several blocks of it with other heads."""
+    for batch, heads, groups, queries, tokens, width in ((1, 1, 1, 1, 1, 16), (2, 2, 4, 130, 700, 128)):
+        x = [normal(batch, h, t, width) for h, t in ((heads * groups, queries), (heads, tokens), (heads, tokens))]
+        for codes, causal in ((by_blocks(*x), True), (by_heads(*x, *(torch.ones(t.shape[1]) for t in x)), False)):
+            given = (codes.query, codes.keys, codes.values, codes.query_scales, codes.key_scales, codes.value_scales)
+            prompt_kernels.prompt_attention(*given, 0.1, causal, torch.bfloat16)
+
+
 class Bound(Exception):
     """Triton was asked to bind arguments."""
 
@@ -228,7 +239,7 @@ def lean() -> None:
 
 def main(groups: list[str]) -> None:
     everything = {
-        function.__name__: function for function in (linear_layers, products, inputs, training, losses, caches)
+        function.__name__: function for function in (linear_layers, products, inputs, training, losses, caches, prompts)
     }
     noted, names = play(), Counter[str]()
     kernels = {name for module in MODULES for name, value in vars(module).items()

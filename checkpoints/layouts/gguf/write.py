@@ -1,7 +1,7 @@
 """The target `gguf`: one file for llama.cpp, Ollama and LM Studio. What stands here says which layers it holds; the
 file itself is written by `file.py`, since it is no folder of safetensors."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,11 +13,14 @@ from qat.checkpoints.layouts.gguf.families import find
 from qat.checkpoints.layouts.gguf.types import row_bytes
 from qat.checkpoints.layouts.reader import PackedModule
 from qat.checkpoints.layouts.target import TargetLayer
+from qat.checkpoints.shards import STEMS
 from qat.errors import UnsupportedError
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor
 
 FILE = ".gguf"
+DESCRIPTION = None
+STEM = STEMS[0]
 FUSES_TENSOR_SCALES = False  # it has none
 ROTATED = None
 STACKS_OF = ()
@@ -49,6 +52,6 @@ def quantization_config(layers: list[TargetLayer], ignored: list[str]) -> dict[s
     return {}
 
 
-def files(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def files(config: dict[str, Any], stored: Sequence[str]) -> dict[str, dict[str, Any]]:
     """None."""
     return {}

@@ -88,12 +88,17 @@ def test_a_checkpoint_labelled_as_another_target_is_refused(target: str, other: 
     """Its own configuration with another method, and another's configuration over its tensors."""
     if target == other:
         return
-    folder = copy(target)
-    edit(folder, lambda c: c["quantization_config"].update(quant_method=other))
-    with pytest.raises((CheckpointError, UnsupportedError), match="quantization_config"):
-        open_export(folder)
-    theirs = json.loads((exports / other / "config.json").read_text())["quantization_config"]
-    edit(folder, lambda c: c.update(quantization_config=theirs), forget=True)
+    folder, description = copy(target), TARGETS[other].DESCRIPTION
+    if TARGETS[target].DESCRIPTION is None:
+        edit(folder, lambda c: c["quantization_config"].update(quant_method=other))
+        with pytest.raises((CheckpointError, UnsupportedError), match=description or "quantization_config"):
+            open_export(folder)
+    if description is None:
+        theirs = json.loads((exports / other / "config.json").read_text())["quantization_config"]
+        edit(folder, lambda c: c.update(quantization_config=theirs), forget=True)
+    else:
+        shutil.copyfile(exports / other / description, folder / description)
+        edit(folder, lambda c: c["quantization_config"].update(quant_method=target), forget=True)
     assert broken(folder)
     with pytest.raises(CheckpointError, match=r"model\.layers\.0"):
         load_exported(folder)
