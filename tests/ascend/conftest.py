@@ -1,4 +1,4 @@
-"""A tiny model, and what msmodelslim makes of it: once per type and session."""
+"""A tiny model, and what msmodelslim and our export make of it: once per type and session."""
 
 import json
 from collections.abc import Callable
@@ -6,12 +6,15 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from tests.ascend.exchanged import KINDS, Kind
 from tests.ascend.places import by_msmodelslim
+from tests.checkpoints.exports import Pair, export_pair
 from tests.tiny import tiny_model
 
 Produced = Callable[[str], Path]
+Exported = Callable[..., tuple[Path, nn.Module]]
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +35,18 @@ def produced(model: Path) -> Produced:
     @cache
     def make(name: str) -> Path:
         return by_msmodelslim(model, model.parent / name, config(KINDS[name]))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def exported(model: Path) -> Exported:
+    """Our export of a type, and the model that it is of."""
+
+    @cache
+    def make(name: str, target: str = "ascend", pair: Pair | None = None) -> tuple[Path, nn.Module]:
+        out = model.parent / f"ours-{name}-{target}"
+        return out, export_pair(model, out, pair or KINDS[name].pair, target, activation_rule="ascend")
 
     return make
 

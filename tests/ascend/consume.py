@@ -1,18 +1,19 @@
-"""vllm-ascend's own code on a checkpoint: run by test_consumer.py, in a process of its own, as
+"""vllm-ascend's own code on checkpoints: run by test_consumer.py, in a process of its own, as
 
-    consume.py SOURCE DEVICE VLLM RULES FOLDER LAYERS
+    consume.py SOURCE DEVICE VLLM RULES JOBS
 
 SOURCE holds the package `vllm_ascend`, unpacked; DEVICE is A2, A3, _310P or A5; RULES is torch_npu's shape rules
-(`metas.py`); LAYERS is a safetensors file with an input for each layer to run, by its path. The engine's config class
-reads the description and chooses a scheme, which makes parameters; stored tensors are copied into them under the rule
-of vLLM's default loader (same shape); then its `process_weights_after_loading` and `apply` run. Outputs go to
-OUT.safetensors beside LAYERS, and one JSON object to stdout: per layer the scheme, and tensors that were missing,
-derived or unexpected; and the operators that were checked.
+(`metas.py`); JOBS is a JSON list of [folder, inputs, outputs]: a checkpoint, a safetensors file with an input for each
+layer to run, by its path, and where outputs go. The engine's config class reads the description and chooses a scheme,
+which makes parameters; stored tensors are copied into them as vLLM's default loader does (same shape); then its
+`process_weights_after_loading` and `apply` run. One JSON list goes to stdout: per job, per layer the scheme, and what
+was missing, derived or unexpected; and the operators that were checked; or the error that the engine raised.
 """
 
 import importlib
 import json
 import sys
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.ascend import metas
 from tests.ascend.operators import OPERATORS
-from tests.ascend.stubs import install
+from tests.ascend.stubs import Standin, install
 from tests.ascend.vllm_parts import CURRENT, PARTS, LinearBase
 
 DESCRIPTION = "quant_model_description.json"
@@ -40,6 +41,7 @@ def engine(source: str, device: str, vllm: str, rules: str) -> set[str]:
     started = module("ascend_config")  # what a server's start sets: weights in FRACTAL_NZ, as by default
     started._ASCEND_CONFIG = SimpleNamespace(weight_nz_mode=1)
     started._is_ascend_config_initialized = lambda config: True
+    module("utils")._WEIGHT_PREFETCH_METHOD = Standin()  # which fetches weights ahead of time
     return seen
 
 
@@ -95,22 +97,34 @@ def run(config: Any, path: str, stored: dict[str, torch.Tensor], x: torch.Tensor
     return said, method.apply(layer, x, stored.get("bias"))
 
 
-def main(source: str, device: str, vllm: str, rules: str, folder: str, layers: str) -> None:
-    seen = engine(source, device, vllm, rules)
+def job(folder: str, inputs: str, out: str) -> dict[str, Any]:
     config = config_of(Path(folder))
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
         tensors |= load_file(file)
     answer, outputs = {}, {}
-    for path, x in load_file(layers).items():
+    for path, x in load_file(inputs).items():
         own = {name.removeprefix(f"{path}."): t for name, t in tensors.items() if name.startswith(f"{path}.")}
         own.pop("weight_shape", None)
         weight = own.get("weight", own.get("weight_packed"))
         assert weight is not None
         own["shape"] = torch.tensor([weight.shape[0], x.shape[-1]])
         answer[path], outputs[path] = run(config, path, own, x)
-    save_file(outputs, Path(layers).with_name("OUT.safetensors"))
-    print(json.dumps({"layers": answer, "checked": sorted(seen)}))
+    save_file(outputs, out)
+    return answer
+
+
+def main(source: str, device: str, vllm: str, rules: str, jobs: str) -> None:
+    seen = engine(source, device, vllm, rules)
+    answers: list[dict[str, Any]] = []
+    for one in json.loads(Path(jobs).read_text()):
+        seen.clear()
+        try:
+            answers.append({"layers": job(*one), "checked": sorted(seen)})
+        except Exception as error:
+            traceback.print_exc()
+            answers.append({"error": f"{type(error).__name__}: {error}"})
+    print(json.dumps(answers))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 
+from tests.ascend.places import ENGINES
+
 
 @dataclass(frozen=True)
 class Kind:
     """One type.
 
     Attributes:
+        pair: our formats of weight and input.
         act, weight: scope and number type in msmodelslim's words.
         device: whose code the engine runs.
         symmetric: inputs.
@@ -17,6 +20,7 @@ class Kind:
         produced: whether msmodelslim makes it by rounding alone (its 4-bit inputs come from another method).
     """
 
+    pair: tuple[str, str | None]
     act: tuple[str, str]
     weight: tuple[str, str]
     device: str
@@ -28,31 +32,36 @@ class Kind:
 
 
 _TOKEN, _CHANNEL = ("per_token", "int8"), ("per_channel", "int8")
+_MXFP8, _MXFP4 = ("per_block", "mxfp8"), ("per_block", "mxfp4")
+_INT8 = "int8_channel"
+_DYNAMIC, _MX = ("npu_dynamic_quant", "npu_quant_matmul"), ("npu_dynamic_mx_quant", "npu_quant_matmul")
 KINDS = {
     "W8A8_DYNAMIC": Kind(
-        _TOKEN, _CHANNEL, "A2", "AscendW8A8DynamicLinearMethod", ("npu_dynamic_quant", "npu_quant_matmul")
+        (_INT8, "int8_token"), _TOKEN, _CHANNEL, "A2", "AscendW8A8DynamicLinearMethod", _DYNAMIC
     ),
     "W8A8": Kind(
-        ("per_tensor", "int8"), _CHANNEL, "A2", "AscendW8A8LinearMethod", ("npu_quant_matmul", "npu_quantize"),
-        symmetric=False, derived=("weight_offset", "weight_scale"),
+        (_INT8, "int8_tensor_asym"), ("per_tensor", "int8"), _CHANNEL, "A2", "AscendW8A8LinearMethod",
+        ("npu_quant_matmul", "npu_quantize"), symmetric=False, derived=("weight_offset", "weight_scale"),
     ),
     "W8A16": Kind(
-        ("per_tensor", "float"), _CHANNEL, "A2", "AscendW8A16LinearMethod", ("npu_weight_quant_batchmatmul",)
+        (_INT8, None), ("per_tensor", "float"), _CHANNEL, "A2", "AscendW8A16LinearMethod",
+        ("npu_weight_quant_batchmatmul",),
     ),
     "W4A4_DYNAMIC": Kind(
-        ("per_token", "int4"), ("per_channel", "int4"), "A2", "AscendW4A4LaosDynamicLinearMethod",
-        ("npu_dynamic_quant", "npu_quant_matmul"), produced=False,
+        ("int4_channel", "int4_token"), ("per_token", "int4"), ("per_channel", "int4"), "A2",
+        "AscendW4A4LaosDynamicLinearMethod", _DYNAMIC, produced=False,
     ),
     "W8A8_MXFP8": Kind(
-        ("per_block", "mxfp8"), ("per_block", "mxfp8"), "A5", "AscendW8A8MXFP8DynamicLinearMethod",
-        ("npu_dynamic_mx_quant", "npu_quant_matmul"),
+        ("mxfp8", "mxfp8"), _MXFP8, _MXFP8, "A5", "AscendW8A8MXFP8DynamicLinearMethod", _MX
     ),
     "W4A4_MXFP4": Kind(
-        ("per_block", "mxfp4"), ("per_block", "mxfp4"), "A5", "AscendW4A4MXFP4DynamicLinearMethod",
-        ("npu_dynamic_mx_quant", "npu_quant_matmul"),
+        ("mxfp4", "mxfp4"), _MXFP4, _MXFP4, "A5", "AscendW4A4MXFP4DynamicLinearMethod", _MX
     ),
-    "W4A8_MXFP": Kind(
-        ("per_block", "mxfp8"), ("per_block", "mxfp4"), "A5", "AscendW4A8MXFPDynamicLinearMethod",
-        ("npu_dynamic_mx_quant", "npu_quant_matmul"),
-    ),
+    "W4A8_MXFP": Kind(("mxfp4", "mxfp8"), _MXFP8, _MXFP4, "A5", "AscendW4A8MXFPDynamicLinearMethod", _MX),
 }  # fmt: skip
+
+STATIC = ("W8A8", "compressed-tensors", ("int8_channel", "int8_tensor"))
+"""What that engine takes from compressed-tensors with a parameter that no such file has."""
+
+PORTABLE = {"W8A8_DYNAMIC": ENGINES, "W8A8_MXFP8": ENGINES[1:], "W4A4_MXFP4": ENGINES[1:]}
+"""Types that compressed-tensors has too, whose files engines for NVIDIA load; and the engines for Ascend that do."""
