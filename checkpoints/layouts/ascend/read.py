@@ -82,7 +82,7 @@ class Reader(ExportedFolder):
         if unsaid := sorted(self.names - self.types.keys()):
             raise CheckpointError(f"{self.where} does not say what {unsaid[0]} is; engines stop there ({len(unsaid)})")
         typed = {name: kind for name, kind in self.types.items() if name.endswith(_WEIGHT) and kind != FLOAT}
-        found = {name.removesuffix(_WEIGHT): BY_NAME[kind] for name, kind in typed.items()}
+        found = {name.removesuffix(_WEIGHT): BY_NAME[kind] for name, kind in typed.items() if name in self.names}
         for path, kind in found.items():
             for key in kind.tensors:
                 if (other := self.types.get(f"{path}.{key}", kind.name)) != kind.name:

@@ -150,7 +150,7 @@ def quantization_config(layers: list[TargetLayer], ignored: list[str]) -> dict[s
         "quant_method": METHOD,
         "model_quant_type": names[0] if names else FLOAT,
         "group_size": groups[0] if groups else 0,
-        "types": {path: kind.name for path, kind in types.items()},
+        "types": {name: types[layer.path].name for layer in layers for name in layer.names},
         "config": {"quantize": names[0].lower()} if len(names) == 1 and MINDIE in _engines(names[0]) else {},
         "ignored": ignored,
     }
@@ -178,7 +178,7 @@ def _check_fused(types: dict[str, str], layers: list[TargetLayer]) -> None:
 def files(config: dict[str, Any], stored: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The description: the type of every stored tensor, and of an output layer that is tied to the embedding."""
     kinds = {f"{path}.{name}": kind for path, kind in config["types"].items() for name in BY_NAME[kind].tensors}
-    named = dict.fromkeys((*(f"{path}.weight" for path in config["ignored"]), *stored))
+    named = dict.fromkeys((*(f"{path}.weight" for path in (*config["ignored"], *config["types"])), *stored))
     return {
         DESCRIPTION: {
             "version": VERSION,
