@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from gguf import GGMLQuantizationType
-from torch import Tensor, nn
+from torch import Tensor
 
 from qat.checkpoints.exported import ServedInput
 from qat.checkpoints.hf import check_loading, quiet
@@ -84,11 +84,14 @@ def _round_inputs(model: "PreTrainedModel", file: GgufFile) -> None:
     assert file.record is not None
     stored = {name: file.stored(entry["tensor"]).tensor_type for name, entry in parts(file.record).items()}
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    of_table = next((stored.get(f"{path}.weight") for path, m in model.named_modules() if m is table), None)
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            kind = stored.get(f"{path}.weight", of_table if module is head else None)
-            if kind is GGMLQuantizationType.BF16:
-                module.register_forward_pre_hook(lambda _, args: (args[0].bfloat16().float(), *args[1:]))
-            elif kind in FORMATS:
-                module.register_forward_pre_hook(ServedInput(FORMATS[GGMLQuantizationType.Q8_0], "llama_cpp", None))
+    modules = dict(model.named_modules())
+    for name, kind in stored.items():
+        module = modules.get(name.removesuffix(".weight"))  # none for an expert of a stack
+        if module is table:
+            module = head if head is not None and head.weight is table.weight else None
+        if module is None:
+            continue
+        if kind is GGMLQuantizationType.BF16:
+            module.register_forward_pre_hook(lambda _, args: (args[0].bfloat16().float(), *args[1:]))
+        elif kind in FORMATS:
+            module.register_forward_pre_hook(ServedInput(FORMATS[GGMLQuantizationType.Q8_0], "llama_cpp", None))
