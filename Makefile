@@ -29,19 +29,20 @@ FOLLOWS := torch|triton|transformers|tokenizers|huggingface_hub|setuptools|nvidi
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart tutorials test test-ascend test-deepspeed test-vllm test-versions $(VERSIONS:%=test-versions-%) lint clean
+.PHONY: help setup quickstart tutorials test test-ascend test-deepspeed test-llama-cpp test-vllm test-versions $(VERSIONS:%=test-versions-%) lint clean
 
 help:
 	@echo "make quickstart     train, export, verify and sample the embedded 135M model"
 	@echo "make tutorials      docs/tutorials as printed, on the embedded model, in a temporary folder"
 	@echo "make test           set up, then ruff, mypy and the CPU tests"
 	@echo "make test-deepspeed DeepSpeed on CPU processes against one device; installs it into .deepspeed"
+	@echo "make test-llama-cpp GGUF files inside llama.cpp, and beside its converter's; compiles it (5 minutes, cmake, a C++ compiler)"
 	@echo "make test-vllm      exports inside vLLM itself, in an environment of its own (x86-64 Linux, 3 GB)"
 	@echo "make test-ascend    Ascend files and kernels against msmodelslim, vllm-ascend, torch_npu and triton-ascend, on a CPU"
 	@echo "make test-versions  the CPU tests with other versions: $(VERSIONS) (x86-64 Linux, 7 GB and 15 minutes each)"
 	@echo "make lint           ruff and mypy only"
 	@echo "make setup          create .venv with pinned versions (the others do this too)"
-	@echo "make clean          remove .venv, .venv-vllm, .ascend, .deepspeed, .versions, caches and build products; runs/ stays"
+	@echo "make clean          remove .venv, .venv-vllm, .ascend, .deepspeed, .llama-cpp, .versions, caches and build products; runs/ stays"
 
 setup: $(VENV)/.ready
 
@@ -97,6 +98,25 @@ test-deepspeed: setup .deepspeed/.ready
 	@echo "test-deepspeed: pytest on the CPU"
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONPATH=$(CURDIR)/.deepspeed \
 		$(BIN)/python -m pytest -q tests/trainers/test_zero_strategy.py
+
+# The source archive of llama-cpp-python holds llama.cpp with its converter, whose own gguf is newer than ours: it runs from
+# .llama-cpp/source, with sentencepiece beside it, which it imports before it looks for a tokenizer.
+.llama-cpp/.ready: $(VENV)/.ready
+	@echo "setup llama.cpp 1/2: compile llama-cpp-python into .llama-cpp"
+	@$(PYTHON) -m venv --clear .llama-cpp
+	@.llama-cpp/bin/python -m pip download -qq --no-deps --no-binary :all: -d .llama-cpp/archive llama-cpp-python==0.3.36
+	@CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) .llama-cpp/bin/python -m pip install -qq .llama-cpp/archive/*.tar.gz
+	@echo "setup llama.cpp 2/2: unpack its converter"
+	@mkdir -p .llama-cpp/source
+	@tar -xzf .llama-cpp/archive/*.tar.gz -C .llama-cpp/source --strip-components=3 --wildcards '*/vendor/llama.cpp/conversion/*' \
+		'*/vendor/llama.cpp/gguf-py/*' '*/vendor/llama.cpp/convert_hf_to_gguf.py'
+	@$(BIN)/python -m pip install -qq --no-deps --target .llama-cpp/source/gguf-py sentencepiece
+	@touch $@
+
+test-llama-cpp: setup .llama-cpp/.ready
+	@echo "test-llama-cpp: pytest, with logits of llama.cpp and files of its converter"
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 QAT_LLAMA_CPP_PYTHON=$(CURDIR)/.llama-cpp/bin/python \
+		QAT_LLAMA_CPP_SOURCE=$(CURDIR)/.llama-cpp/source $(BIN)/python -m pytest -q tests/engines/test_llama_cpp.py
 
 # vLLM's own list of requirements would bring torchvision, torchaudio and torchcodec along, hence --no-deps and our list.
 $(VLLM)/.ready: pyproject.toml constraints.txt $(VLLM_NEEDS)
@@ -160,6 +180,6 @@ $(VERSIONS:%=test-versions-%): test-versions-%: .versions/%/.ready
 test-versions: $(VERSIONS:%=test-versions-%)
 
 clean:
-	@echo "clean: remove $(VENV), $(VLLM), $(ASCEND), .deepspeed, .versions, caches and build products; runs/ stays"
-	@rm -rf $(VENV) $(VLLM) $(ASCEND) .deepspeed .versions build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@echo "clean: remove $(VENV), $(VLLM), $(ASCEND), .deepspeed, .llama-cpp, .versions, caches and build products; runs/ stays"
+	@rm -rf $(VENV) $(VLLM) $(ASCEND) .deepspeed .llama-cpp .versions build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -20,7 +20,7 @@ from qat.engines.transformers import METHODS, load_packed
 from qat.errors import CheckpointError, ConfigError
 from qat.kernels.compiler import end_idle_threads
 
-Engine = Literal["auto", "transformers", "vllm"]
+Engine = Literal["auto", "transformers", "vllm", "llama.cpp"]
 BASE = "-base"  # after the name of a packed model that is served with an adapter beside it
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that its --max-lora-rank takes
 _ENDLESS = 1 << 20  # tokens of a text, where the model does not limit it (ALiBi, recurrence)
@@ -49,6 +49,8 @@ def serve(
         raise ConfigError(f"--port {port}: ports are 1 to 65535")
     if not all(names):
         raise ConfigError("--served-model-name is empty; give a name, or leave it out")
+    if folder.suffix == ".gguf" or engine == "llama.cpp":
+        return _serve_llama_cpp(folder, engine, names or [str(folder)], host, port)
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}")
     if (folder / "job.yaml").is_file():
@@ -147,6 +149,24 @@ def _serve_vllm(folder: Path, names: Sequence[str], host: str, port: int, dtype:
         command += _with_adapter(names, adapter)
         names = [f"{name}{BASE}" for name in names]
     command += ["--served-model-name", *names, "--host", host, "--port", str(port), "--dtype", dtype]
+    print(f"qat serve: {' '.join(command[1:])}", file=sys.stderr, flush=True)
+    os.execv(sys.executable, command)
+
+
+def _serve_llama_cpp(file: Path, engine: Engine, names: Sequence[str], host: str, port: int) -> None:
+    """Becomes llama.cpp's own OpenAI server, as llama-cpp-python brings it along."""
+    import os
+
+    if not file.is_file() or engine not in ("auto", "llama.cpp"):
+        raise ConfigError(
+            f"{file}: --engine llama.cpp serves a .gguf file, and nothing else does; give both, or neither"
+        )
+    if any(importlib.util.find_spec(name) is None for name in ("llama_cpp", "uvicorn")):
+        raise ConfigError("--engine llama.cpp needs its server: pip install 'llama-cpp-python[server]'")
+    if len(names) > 1:
+        raise ConfigError("llama.cpp's server gives a model one name; give --served-model-name once")
+    command = [sys.executable, "-m", "llama_cpp.server", "--model", str(file), "--model_alias", names[0]]
+    command += ["--host", host, "--port", str(port), "--n_ctx", "0"]
     print(f"qat serve: {' '.join(command[1:])}", file=sys.stderr, flush=True)
     os.execv(sys.executable, command)
 

@@ -135,11 +135,11 @@ def generate(parser: argparse.ArgumentParser) -> None:
 
 def serve(parser: argparse.ArgumentParser) -> None:
     """`qat serve`."""
-    parser.add_argument("folder", metavar="DIR", help="an exported checkpoint, or a plain model")
+    parser.add_argument("folder", metavar="DIR", help="an exported checkpoint, a .gguf file, or a plain model")
     parser.add_argument("--served-model-name", action="append", metavar="NAME",
                         help="what requests call the model (default: DIR as given); may be repeated")  # fmt: skip
-    parser.add_argument("--engine", choices=("auto", "transformers", "vllm"), default="auto",
-                        help="auto takes vLLM where it is installed (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--engine", choices=("auto", "transformers", "vllm", "llama.cpp"), default="auto",
+                        help="auto: llama.cpp for .gguf files, vLLM if installed (default: %(default)s)")  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: %(default)s)")

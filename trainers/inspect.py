@@ -13,7 +13,15 @@ import torch
 
 from qat.checkpoints.architecture import empty_model
 from qat.checkpoints.decoding import TextStream
-from qat.checkpoints.hf import ModelConfig, describe, load_configured, load_model, load_tokenizer, read_json
+from qat.checkpoints.hf import (
+    ModelConfig,
+    describe,
+    load_configured,
+    load_model,
+    load_tokenizer,
+    read_json,
+    resolve,
+)
 from qat.checkpoints.layouts import described_by
 from qat.checkpoints.origin import locate
 from qat.checkpoints.positions import most_positions
@@ -51,7 +59,7 @@ def load(
     """Find out what `folder` is and load it.
 
     Args:
-        folder: a run, an exported checkpoint or a model.
+        folder: a run, an exported checkpoint (a folder, or a GGUF file) or a model.
         load_export: how to load an export, called with the folder and `device`; None unpacks its weights into a dense
             model.
         device: where to put it.
@@ -73,6 +81,11 @@ def load(
         return Loaded(model.to(device).eval(), source, teacher or own, "run", trusted)
     if moved is not None:
         raise ConfigError(f"--model says where the model of a run is; {folder} is no run")
+    if folder.suffix == ".gguf":
+        from qat.checkpoints.layouts.gguf.load import load_file
+
+        read: torch.nn.Module = load_file(folder)
+        return Loaded(read.to(device), resolve(ModelConfig(id=str(folder))), None, "export")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is neither a run (job.yaml) nor a model or an export (config.json)")
     if described_by(folder)[0] is not None:

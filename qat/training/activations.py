@@ -4,7 +4,8 @@ The rule is named after who runs it. "vllm" computes in float32, as vLLM's refer
 ties, which its kernels break by multiplying with an approximate reciprocal). "compressed_tensors" is what plain
 transformers simulates, mostly in BF16; it is reproduced bit for bit (the sign of a zero aside), so that an exported
 checkpoint can be compared with an exact difference of zero. For a float32 input it computes what the BF16 model would.
-"ascend" is what an NPU does, see `qat.training.npu`.
+"ascend" is what an NPU does, see `qat.training.npu`. "llama_cpp" is what its quantized products do to any input, asked or not: INT8 per 32 values, divided by a float32 scale
+and multiplied with that scale in FP16.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from qat.numbers.catalog import E2M1, lookup
 from qat.numbers.element import EXPONENT_BIAS, Element
 from qat.numbers.format import Format
 from qat.numbers.numerics import Scales, block_amax, find_scales, global_scale_for, to_blocks
-from qat.numbers.scale import BF16, E8M0, F32, TINY, UE4M3, MinifloatScale, over
+from qat.numbers.scale import BF16, E8M0, F16, F32, TINY, UE4M3, MinifloatScale, over
 from qat.training import npu
 from qat.training.gradients import Estimator
 from qat.training.ops import fake_quantize, fake_quantize_reference, operator
@@ -27,7 +28,7 @@ _VLLM_TOKEN_FLOOR = 512  # scaled_fp8_quant: a token's scale is at least 1 / (el
 _VLLM_GROUP_FLOOR = 1e-10  # per_token_group_quant_fp8: a group's maximum counts at least this
 _MANTISSA = 7  # of BF16
 
-ActivationRule = Literal["vllm", "compressed_tensors", "ascend"]
+ActivationRule = Literal["vllm", "compressed_tensors", "ascend", "llama_cpp"]
 _Rule = Callable[[Tensor, Format, Tensor | None, Estimator], Tensor]
 
 
@@ -271,4 +272,24 @@ def _with_gradient(x: Tensor, y: Tensor, inside: Tensor, estimator: Estimator) -
     return y + (through - through.detach())  # adds an exact zero that carries the gradient
 
 
-RULES: dict[str, _Rule] = {"vllm": _vllm, "compressed_tensors": _compressed_tensors, "ascend": _ascend}
+# --- llama.cpp --------------------------------------------------------------------------------------------------------
+
+
+def _llama_cpp(x: Tensor, fmt: Format, static: Tensor | None, estimator: Estimator) -> Tensor:
+    """quantize_row_q8_0 of ggml, up to exact ties (its variants break them differently)."""
+    if not (fmt.is_single and fmt.element.is_integer and fmt.scale is F16 and fmt.group) or fmt.zero_point:
+        raise UnsupportedError(
+            f"llama.cpp does not round inputs to {fmt.name}; use another activation_rule, or integers in blocks under "
+            "FP16 scales as the input format"
+        )
+    divisor = over(block_amax(to_blocks(x.detach().to(torch.float32), fmt)), fmt.element.max)
+    scales = Scales(divisor.to(F16.storage).to(torch.float32))  # zero where no FP16 number is as small
+    return fake_quantize(x, fmt.name, scales, divisor=divisor.clamp_min(TINY), estimator=estimator)
+
+
+RULES: dict[str, _Rule] = {
+    "vllm": _vllm,
+    "compressed_tensors": _compressed_tensors,
+    "ascend": _ascend,
+    "llama_cpp": _llama_cpp,
+}

@@ -335,6 +335,12 @@ def test_vllm_serves_an_adapter_under_the_name_of_the_model(
 
 def test_missing_engines_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (folder.parent / "model.gguf").touch()
+    with pytest.raises(ConfigError, match=r"llama\.cpp needs its server: pip install 'llama-cpp-python\[server\]'"):
+        serve(folder.parent / "model.gguf", "auto", "127.0.0.1", 1, "auto", "auto")
+    for place, engine in ((folder, "llama.cpp"), (folder.parent / "model.gguf", "vllm"), (Path("no.gguf"), "auto")):
+        with pytest.raises(ConfigError, match=r"--engine llama\.cpp serves a \.gguf file"):
+            serve(place, engine, "127.0.0.1", 1, "auto", "auto")  # type: ignore[arg-type]  # both are engines
     with pytest.raises(ConfigError, match="--engine vllm needs vLLM"):
         serve(folder, "vllm", "127.0.0.1", 1, "auto", "auto")
     with pytest.raises(ConfigError, match="--device cpu is for --engine transformers"):

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from qat.checkpoints.export_plan import ExportPlan
 
 RECORD_KEY = "qat.record"
+RULE = "llama_cpp"  # of the inputs, see `qat.training.activations`
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 _KINDS = {
     GGMLQuantizationType.Q4_0: LlamaFileType.MOSTLY_Q4_0,
@@ -149,6 +150,12 @@ def write_file(plan: "ExportPlan", source: Path, out: Path, record: dict[str, An
         CheckpointError: weights that are not finite, or trouble with the disk.
     """
     tensors = stored_tensors(plan)
+    other = {m.input.rule for m in plan.linears.values() if m.input is not None} - {RULE}
+    if other:
+        raise UnsupportedError(
+            f"inputs were trained with activation_rule: {', '.join(other)}, but llama.cpp rounds them by its own; set "
+            f"scheme.activation_rule: {RULE}"
+        )
     total = sum(math.prod(stored.byte_shape) for stored in tensors)
     with atomic_file(out, overwrite=overwrite, expected_bytes=total + (64 << 20)) as partial:
         writer = GGUFWriter(None, gguf.MODEL_ARCH_NAMES[find(plan.model.config.model_type).arch])

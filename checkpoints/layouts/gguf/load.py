@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from gguf import GGMLQuantizationType
 from torch import Tensor
 
+from qat.checkpoints.exported import ServedInput
 from qat.checkpoints.hf import check_loading, quiet
 from qat.checkpoints.layouts.gguf.read import GgufFile
+from qat.checkpoints.layouts.gguf.types import FORMATS
 from qat.errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -42,8 +45,13 @@ def parts(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {**{f"{path}.weight": entry for path, entry in modules.items()}, **tensors}
 
 
-def load_file(path: Path) -> "PreTrainedModel":
-    """The model in eval mode, its weights as llama.cpp dequantizes them, its inputs as they come.
+def load_file(path: Path, inputs: bool = False) -> "PreTrainedModel":
+    """The model in eval mode, its weights as llama.cpp dequantizes them.
+
+    Args:
+        path: the file.
+        inputs: round what layers multiply with as llama.cpp does, too: to INT8 per 32 before blocks, to BF16 before
+            BF16 weights. Otherwise they stay as they come.
 
     Raises:
         CheckpointError: it is cut short, or tensors are missing.
@@ -66,5 +74,24 @@ def load_file(path: Path) -> "PreTrainedModel":
             None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
         )
     check_loading(model, info, path)
+    if inputs:
+        _round_inputs(model, file)
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def _round_inputs(model: "PreTrainedModel", file: GgufFile) -> None:
+    assert file.record is not None
+    stored = {name: file.stored(entry["tensor"]).tensor_type for name, entry in parts(file.record).items()}
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    modules = dict(model.named_modules())
+    for name, kind in stored.items():
+        module = modules.get(name.removesuffix(".weight"))  # none for an expert of a stack
+        if module is table:
+            module = head if head is not None and head.weight is table.weight else None
+        if module is None:
+            continue
+        if kind is GGMLQuantizationType.BF16:
+            module.register_forward_pre_hook(lambda _, args: (args[0].bfloat16().float(), *args[1:]))
+        elif kind in FORMATS:
+            module.register_forward_pre_hook(ServedInput(FORMATS[GGMLQuantizationType.Q8_0], "llama_cpp", None))

@@ -17,6 +17,7 @@ from qat.checkpoints.layouts.gguf.load import load_file
 from qat.checkpoints.layouts.gguf.read import GgufFile
 from qat.checkpoints.layouts.gguf.types import FORMATS, row_bytes
 from qat.checkpoints.layouts.gguf.vocabulary import splitting
+from qat.cli import main
 from qat.errors import CheckpointError, UnsupportedError
 from qat.modes import served
 from qat.numbers.format import Format
@@ -269,3 +270,29 @@ def test_rows_change_places_as_llama_cpp_rotates(tmp_path: Path) -> None:
         for head in range(heads):
             own, ours = stored[32 * head : 32 * head + 32], trained[32 * head : 32 * head + 32]
             assert torch.equal(own[0::2], ours[:16]) and torch.equal(own[1::2], ours[16:])
+
+
+def test_a_file_is_read_where_llama_cpp_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("QAT_CACHE", str(tmp_path / "cache"))
+    _, out = shared(tmp_path)
+    assert main(["generate", str(out), "The quick brown", "--tokens", "4"]) == 0
+    assert capsys.readouterr().out.startswith("The quick brown")
+
+
+def test_inputs_are_trained_by_llama_cpps_rule(tmp_path: Path) -> None:
+    source = tiny_model("llama", tmp_path / "source", num_hidden_layers=1)
+    rules = [{"match": "*_proj", "weight": FOUR, "input": EIGHT}, REST]
+    other = quantized(source, rules, round_bf16=False)
+    with pytest.raises(UnsupportedError, match=r"activation_rule: vllm, .*; set scheme\.activation_rule: lla"):
+        quiet_export(other, source, tmp_path / "out.gguf", "gguf")
+    model = quantized(source, rules, round_bf16=False, activation_rule="llama_cpp")
+    out = quiet_export(model, source, tmp_path / "out.gguf", "gguf")
+    with torch.no_grad(), served(model):
+        trained = model(ids()).logits
+    file = load_file(out, inputs=True)
+    file.get_submodule("lm_head")._forward_pre_hooks.clear()  # its BF16 inputs, which the scheme left alone
+    with torch.no_grad():
+        assert torch.equal(file(ids()).logits, trained)
+        assert not torch.equal(load_file(out)(ids()).logits, trained)

@@ -7,6 +7,7 @@ differ from ours at exact ties only, because some multiply by a reciprocal where
 import math
 from collections.abc import Callable
 
+import gguf
 import pytest
 import torch
 from torch import Tensor
@@ -315,3 +316,25 @@ def test_the_operator_of_recorded_graphs_is_the_static_part(name: str, learned: 
     torch.library.opcheck(torch.ops.qat.static_part.default, (amax, log_range, name))
     expected = static_part(lookup(name), amax * log_range.exp()[0] if log_range is not None else amax)
     assert torch.equal(torch.ops.qat.static_part.default(amax, log_range, name), expected)
+
+
+def test_llama_cpp_rounds_as_ggml_does() -> None:
+    """Against the `gguf` package's quantize_row_q8_0, which breaks exact ties otherwise; a block of zeros stays one."""
+    fmt = lookup("q8_0")
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 64)[:, None]
+    x[5, 32:64] = 0.0
+    kind = gguf.GGMLQuantizationType.Q8_0
+    theirs = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(x.numpy(), kind), kind))
+    found = fake_quantize_input(x, fmt, "llama_cpp", "ste", None)
+    assert float((found == theirs).float().mean()) > 0.9995
+    step = x.unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True) / 127
+    assert bool(((found - theirs).unflatten(-1, (-1, 32)).abs() <= 1.01 * step).all())
+    stored = fake_quantize_input(x, fmt, "vllm", "ste", None)  # divides by the FP16 scale, which moves some codes
+    assert float((stored == theirs).float().mean()) < 0.9995
+    leaf = x.clone().requires_grad_()
+    fake_quantize_input(leaf, fmt, "llama_cpp", "ste", None).sum().backward()
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad, torch.ones_like(x).masked_fill(x == 0, 0.0), rtol=1e-3, atol=1.0)
+    for name in ("int8_token", "mxfp4", "q4_0", "int8_channel_asym"):
+        with pytest.raises(UnsupportedError, match=rf"llama\.cpp does not round inputs to {name}; use another"):
+            fake_quantize_input(x, lookup(name), "llama_cpp", "ste", None)
