@@ -4,8 +4,8 @@ The rule is named after who runs it. "vllm" computes in float32, as vLLM's refer
 ties, which its kernels break by multiplying with an approximate reciprocal). "compressed_tensors" is what plain
 transformers simulates, mostly in BF16; it is reproduced bit for bit (the sign of a zero aside), so that an exported
 checkpoint can be compared with an exact difference of zero. For a float32 input it computes what the BF16 model would.
-"ascend" is what an NPU does, see `qat.training.npu`. "llama_cpp" is what its quantized products do to any input, asked or not: INT8 per 32 values, divided by a float32 scale
-and multiplied with that scale in FP16.
+"ascend" is what an NPU does, see `qat.training.npu`. "llama_cpp" is what its quantized products do to any input, asked
+or not: INT8 per 32 values, divided by a float32 scale and multiplied with that scale in FP16.
 """
 
 from collections.abc import Callable
