@@ -326,7 +326,6 @@ def _assign(arguments: argparse.Namespace) -> None:
 
 
 def _formats(arguments: argparse.Namespace) -> None:
-    from qat.checkpoints.layouts.ascend.types import types_with
     from qat.numbers.catalog import CATALOG
 
     rows = [
@@ -340,7 +339,6 @@ def _formats(arguments: argparse.Namespace) -> None:
             "global_scale": fmt.global_scale,
             "zero_point": fmt.zero_point,
             "bits_per_weight": round(fmt.bits_per_weight(4096, 4096), 4),
-            "ascend": types_with(fmt),
             "source": fmt.source,
         }
         for fmt in CATALOG.values()
@@ -353,7 +351,6 @@ def _formats(arguments: argparse.Namespace) -> None:
         block = "x".join(str(n) if n else "all" for n in row["block"])  # type: ignore[attr-defined]  # a list here
         scale = f"{row['scale']} {row['scale_rule']}"
         extra = " +tensor scale" if row["global_scale"] else " +zero point" if row["zero_point"] else ""
-        extra += f"  Ascend: {', '.join(row['ascend'])}" if row["ascend"] else ""  # type: ignore[arg-type]  # as above
         print(
             f"{row['name']:<20}{row['element']:<20}{row['max']:>8.4g}  {block:<14}{scale:<16}"
             f"{row['bits_per_weight']:>11.3f}{extra}"

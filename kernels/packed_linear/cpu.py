@@ -27,7 +27,7 @@ from qat.errors import FormatError, UnsupportedError
 from qat.kernels.compiler import load_library
 from qat.numbers.catalog import lookup
 from qat.numbers.format import Format
-from qat.numbers.scale import BF16, F32
+from qat.numbers.scale import BF16, F16, F32
 from qat.serving.packed import problem as packing_problem
 from qat.serving.packed import reference
 from qat.serving.words import PART, tile
@@ -194,9 +194,10 @@ def _describe(
     name, columns, factor = about
     fmt = lookup(name)
     _check(fmt, columns, words, scales, zeros, bias)
+    wide = scales.to(torch.float32) if scales.dtype == torch.float16 else scales  # which cpu.c does not decode
     ordered = (
         words.contiguous(),
-        scales.t().contiguous(),
+        wide.t().contiguous(),
         None if zeros is None else zeros.t().contiguous(),
         _plain(bias),
     )
@@ -318,6 +319,6 @@ def problem(fmt: Format) -> str | None:
         return reason
     if not (element.is_integer or (element.bits, element.mantissa_bits) in ((4, 1), (8, 3))):
         return f"cpu.c has no instance for {element.name}"
-    if not (fmt.scale.is_bytes or fmt.scale.is_one_of(F32, BF16)):
+    if not (fmt.scale.is_bytes or fmt.scale.is_one_of(F32, BF16, F16)):
         return f"cpu.c does not decode {fmt.scale} scales"
     return None

@@ -50,7 +50,7 @@ class Codes:
     def attend(self, scaling: float, *, causal: bool, dtype: torch.dtype) -> Tensor:
         """See `reference`."""
         given = (self.query, self.keys, self.values, self.query_scales, self.key_scales, self.value_scales)
-        result: Tensor = torch.ops.qat.prompt_attention.default(*given, scaling, causal, dtype)
+        result: Tensor = torch.ops.qat.prompt_attention(*given, scaling, causal, dtype)
         return result
 
 

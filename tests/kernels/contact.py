@@ -5,7 +5,7 @@ Each compares with arithmetic on the CPU, in float64 or by the reference: codes,
 products and sums by the norm of their error. Nothing is computed before a check runs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -41,6 +41,8 @@ from qat.training.ops import (
 )
 from qat.training.rows import KINDS, reference
 from qat.training.scales import effective_scales_backward_reference, effective_scales_reference
+from tests.kernels.contact_prompts import prompt_checks
+from tests.kernels.holding import ROUNDED, Check, error, normal, same, there
 
 PAIRS = (("int8_token", "int8_channel"), ("fp8_token", "fp8_channel"), ("int8_token", "int4_g128"),
          ("fp8_token", "int4_g128"), ("fp8_token", "mxfp4"), ("mxfp4", "mxfp4"), ("nvfp4", "nvfp4"),
@@ -49,22 +51,8 @@ CACHES = (("fp8_tensor",) * 2, ("fp8_token",) * 2, ("int8_tensor",) * 2, ("int8_
           ("int4_tensor",) * 2, ("nvfp4",) * 2, ("nvint4",) * 2, ("fp8_tensor", "nvfp4"),
           ("int8_token", "int4_token"))  # fmt: skip
 WIDE = ("int4_g128", "nvfp4", "mxfp4", "int8_channel", "int4_g64_asym")  # every way through `packed_linear`
-ROUNDED, NEIGHBOURS = 4e-3, 2e-3  # error of a result in BF16; share of codes that may be the neighbouring one
+NEIGHBOURS = 2e-3  # share of codes that may be the neighbouring one
 ops = torch.ops.qat
-
-
-@dataclass(frozen=True)
-class Check:
-    """A name, "operator what size", and what must hold: True, or an error of at most `limit`."""
-
-    name: str
-    limit: float | None
-    run: Callable[[], float | bool]
-
-    def holds(self) -> tuple[bool, float]:
-        """Whether it does, and what was found."""
-        found = self.run()
-        return (bool(found), float(found)) if self.limit is None else (found <= self.limit, float(found))
 
 
 @dataclass(frozen=True)
@@ -95,32 +83,8 @@ def checks(device: str, sizes: Sizes) -> Iterator[Check]:
     yield from _losses(device, sizes.vocabulary)
     for pair in CACHES:
         yield from _attention(device, pair, sizes.cached)
-
-
-def normal(device: str, *shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-
-
-def error(found: Tensor, truth: Tensor) -> float:
-    """Relative, by norms; NaN where either holds one."""
-    found, truth = found.detach().double().cpu(), truth.detach().double().cpu()
-    assert found.shape == truth.shape, f"{tuple(found.shape)} instead of {tuple(truth.shape)}"
-    return float((found - truth).norm() / truth.norm().clamp_min(1e-30))
-
-
-def same(found: Any, truth: Any) -> bool:
-    """Equal tensors, or tuples of them: codes in every bit, numbers but for the sign of a zero."""
-    if isinstance(found, Tensor):
-        a, b = found.cpu(), truth.cpu()
-        if a.dtype != b.dtype or a.shape != b.shape:
-            return False
-        return torch.equal(*(t.view(torch.uint8) if t.element_size() == 1 else t for t in (a, b)))
-    return len(found) == len(truth) and all(same(a, b) for a, b in zip(found, truth, strict=True))
-
-
-def there(device: str, *given: Any) -> tuple[Any, ...]:
-    """The same arguments on the device."""
-    return tuple(value.to(device) if isinstance(value, Tensor) else value for value in given)
+    for tokens in sizes.cached:
+        yield from prompt_checks(device, tokens)
 
 
 # --- linear layers ------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from qat.checkpoints.layouts.kinds import ROW, TENSOR, int_input, int_weight, mx
 from qat.checkpoints.layouts.npu import A2_A3, A5, ENGINES, Npu
 from qat.checkpoints.layouts.support import Applies
-from qat.numbers.catalog import CATALOG, E2M1, E4M3, INT4, INT8
+from qat.numbers.catalog import E2M1, E4M3, INT4, INT8
 from qat.numbers.element import Element
 from qat.numbers.format import Format
 from qat.numbers.scale import BF16
@@ -193,9 +193,3 @@ LEFT_OUT: dict[str, str] = {
 def find_type(weight: Format, input: Format | None) -> Type | None:
     """The type that holds a pair of formats, or None."""
     return next((kind for kind in TYPES if kind.applies(weight, input)), None)
-
-
-def types_with(fmt: Format) -> list[str]:
-    """Names of the types whose weights can have a format."""
-    inputs = [None, *CATALOG.values()]
-    return [kind.name for kind in TYPES if any(kind.applies(fmt, input) for input in inputs)]

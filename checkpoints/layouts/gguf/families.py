@@ -1,5 +1,5 @@
 """The architectures that are written: what llama.cpp calls them, what it wants done to their tensors, and the settings
-that it reads of them. Each is compared with llama.cpp's own converter (see `tests/checkpoints/layouts/llama_cpp.py`);
+that it reads of them. Each is compared with llama.cpp's own converter (see `tests/engines/test_llama_cpp.py`);
 what is not here is refused by name.
 """
 
