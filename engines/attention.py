@@ -21,7 +21,8 @@ from qat.numbers.format import Format
 from qat.serving.attention import cached_attention
 
 FEW = 16  # new tokens of a step: more are a prompt, whose attention is a product of large matrices
-_REPLACED = "sdpa"  # what transformers computes attention with unless told otherwise
+REPLACED = "sdpa"  # what transformers computes attention with unless told otherwise
+THROUGH = (REPLACED, "qat_int8")  # names whose calls reach `attend`
 
 
 class Rows(Protocol):
@@ -77,7 +78,7 @@ def how_read(model: Any, sides: Iterable[Rows]) -> str:
     if not registered("cached_attention", model.device.type):
         return ""
     own = model.config._attn_implementation
-    problems = [f"attn_implementation is {own!r}, not {_REPLACED!r}"] if own != _REPLACED else []
+    problems = [f"attn_implementation is {own!r}, not {REPLACED!r}"] if own not in THROUGH else []
     problems += [problem for side in sides if (problem := format_problem(side.format, side.width)) is not None]
     return f"; decoding dequantizes it: {problems[0]}" if problems else "; decoding reads it as it lies"
 
@@ -97,10 +98,7 @@ def attend(
     if isinstance(key, Held) and isinstance(value, Held):
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         causal = bool(causal) and query.shape[2] > 1 and attention_mask is None
-        if (
-            _unusual(query, key, attention_mask, causal, dropout, kwargs) is None
-            and _problem(query, key, value) is None
-        ):
+        if unusual(query, key, attention_mask, causal, dropout, kwargs) is None and _problem(query, key, value) is None:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             statics = key.rows.static(query.device), value.rows.static(query.device)
             names = key.rows.format.name, value.rows.format.name
@@ -108,7 +106,7 @@ def attend(
             return cached_attention(query, key.stored, value.stored, *given).transpose(1, 2).contiguous(), None
         key, value = key.dense(), value.dense()
     before = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
-    return _before[_REPLACED](module, query, key, value, attention_mask, **before)
+    return _before[REPLACED](module, query, key, value, attention_mask, **before)
 
 
 def _problem(query: Tensor, key: Held, value: Held) -> str | None:
@@ -116,8 +114,8 @@ def _problem(query: Tensor, key: Held, value: Held) -> str | None:
     return problem(key.rows.format, value.rows.format, (key.rows.width, value.rows.width), rows)
 
 
-def _unusual(
-    query: Tensor, key: Held, mask: Tensor | None, causal: bool, dropout: float, more: dict[str, Any]
+def unusual(
+    query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, dropout: float, more: dict[str, Any]
 ) -> str | None:
     """What of a call the operator does not know, or None."""
     batch, _, queries, _ = query.shape
@@ -143,5 +141,5 @@ _before: dict[str, Callable[..., Any]] = {}
 
 def install() -> None:
     """Put `attend` in front of transformers' function, once; nothing changes for other tensors than `Held`."""
-    if _before.setdefault(_REPLACED, ALL_ATTENTION_FUNCTIONS[_REPLACED]) is ALL_ATTENTION_FUNCTIONS[_REPLACED]:
-        AttentionInterface.register(_REPLACED, attend)
+    if _before.setdefault(REPLACED, ALL_ATTENTION_FUNCTIONS[REPLACED]) is ALL_ATTENTION_FUNCTIONS[REPLACED]:
+        AttentionInterface.register(REPLACED, attend)

@@ -7,7 +7,7 @@ weights: requests.py says what may be asked, answers.py has it written, replies.
 import importlib.util
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from qat.checkpoints.layouts.caches import says_nothing
 from qat.checkpoints.layouts.compressed_tensors.transforms import KEY
 from qat.checkpoints.peft import adapter_of, rank_of
 from qat.checkpoints.positions import most_positions
+from qat.engines.prompts import asked
 from qat.engines.transformers import METHODS, load_packed
 from qat.errors import CheckpointError, ConfigError
 from qat.kernels.compiler import end_idle_threads
@@ -28,7 +29,14 @@ _PATIENCE = 2  # seconds that running answers have left after Ctrl-C
 
 
 def serve(
-    folder: Path, engine: Engine, host: str, port: int, device: str, dtype: str, names: Sequence[str] = ()
+    folder: Path,
+    engine: Engine,
+    host: str,
+    port: int,
+    device: str,
+    dtype: str,
+    names: Sequence[str] = (),
+    prompt_attention: str | None = None,
 ) -> None:
     """Serve until interrupted.
 
@@ -40,6 +48,7 @@ def serve(
         device: where the model runs.
         dtype: of the activations.
         names: of the model in requests, the first in answers too; the folder as it is given by default.
+        prompt_attention: "int8" for INT8 products in prompts (`qat.engines.prompts`), with the engine transformers.
 
     Raises:
         CheckpointError: no folder of a model.
@@ -49,6 +58,8 @@ def serve(
         raise ConfigError(f"--port {port}: ports are 1 to 65535")
     if not all(names):
         raise ConfigError("--served-model-name is empty; give a name, or leave it out")
+    if prompt_attention is not None and (folder.suffix == ".gguf" or engine != "transformers"):
+        raise ConfigError(f"--prompt-attention {prompt_attention} goes with --engine transformers, and no .gguf file")
     if folder.suffix == ".gguf" or engine == "llama.cpp":
         return _serve_llama_cpp(folder, engine, names or [str(folder)], host, port)
     if not folder.is_dir():
@@ -74,11 +85,17 @@ def serve(
         print(f"qat serve: {method} checkpoints are left to transformers itself", file=sys.stderr)
     _check_port(host, port)
     print(f"qat serve: loading {folder}", file=sys.stderr, flush=True)
-    transformers_server(folder, names or [str(folder)], host, port, device, dtype).run()
+    transformers_server(folder, names or [str(folder)], host, port, device, dtype, asked(prompt_attention)).run()
 
 
 def transformers_server(
-    folder: Path, names: Sequence[str], host: str, port: int, device: str = "cpu", dtype: str = "auto"
+    folder: Path,
+    names: Sequence[str],
+    host: str,
+    port: int,
+    device: str = "cpu",
+    dtype: str = "auto",
+    prepare: Callable[[Any], None] | None = None,
 ) -> Any:
     """The server of `--engine transformers` (a uvicorn.Server that is not running yet), the model loaded."""
     import torch
@@ -92,6 +109,8 @@ def transformers_server(
     tokenizer = load_tokenizer(folder)
     tokenizer.model_max_length = sys.maxsize  # the reader refuses what is too long, and no library warns of it
     model = load_packed(folder, None if dtype == "auto" else getattr(torch, dtype), device)
+    if prepare is not None:
+        prepare(model)
     if (cache := quantized_cache(model)) is not None:
         print(f"qat serve: {cache.cost}", file=sys.stderr, flush=True)
     context = most_positions(model) or _ENDLESS

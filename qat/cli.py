@@ -193,12 +193,13 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
+    from qat.engines.prompts import asked
     from qat.trainers.inspect import evaluate_folder
 
     texts, tasks = arguments.text or [], arguments.tasks or []
     result = evaluate_folder(
         arguments.folder, arguments.teacher, texts, arguments.tokens, tasks, arguments.model, arguments.device,
-        arguments.activation_rule,
+        arguments.activation_rule, asked(arguments.prompt_attention),
     )  # fmt: skip
     if arguments.json:
         _print_json(result)
@@ -223,6 +224,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     if not arguments.prompt:
         raise ConfigError("the prompt is empty; give a text to continue")
     from qat.engines.graphs import Decoding
+    from qat.engines.prompts import asked
     from qat.engines.transformers import load_packed
     from qat.trainers.memory import keep_freed_blocks
 
@@ -238,6 +240,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         load_export=None if arguments.dense else load_packed,
         make_cache=lambda model, positions: Decoding(model).cache(positions),
         moved=arguments.model,
+        prepare=asked(arguments.prompt_attention),
     )
 
 
@@ -257,6 +260,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         arguments.device,
         arguments.dtype,
         arguments.served_model_name or [arguments.folder],
+        arguments.prompt_attention,
     )
 
 

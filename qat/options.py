@@ -111,9 +111,16 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--activation-rule", choices=("vllm", "compressed_tensors", "ascend"),
                         help="of an export: whose arithmetic inputs follow (default: its engine's)")  # fmt: skip
+    _prompts(parser)
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="lm-eval tasks (pip install 'qat-native[eval]')")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
+
+
+def _prompts(parser: argparse.ArgumentParser) -> None:
+    """Of the commands that read prompts."""
+    parser.add_argument("--prompt-attention", choices=("int8",), help="multiply the queries and keys of prompts as "
+                        "INT8 codes (SageAttention's way; docs/serve.md): faster on GPUs, other numbers")  # fmt: skip
 
 
 def generate(parser: argparse.ArgumentParser) -> None:
@@ -124,6 +131,7 @@ def generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default), else 0.01 to 100")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    _prompts(parser)
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     moved(parser)
     parser.add_argument(
@@ -145,6 +153,7 @@ def serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"),
                         help="of the activations; auto takes BF16 where it is fast")  # fmt: skip
+    _prompts(parser)
 
 
 def formats(parser: argparse.ArgumentParser) -> None:

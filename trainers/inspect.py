@@ -119,9 +119,10 @@ def evaluate_folder(
     moved: str | None = None,
     device: str = "auto",
     rule: str | None = None,
+    prepare: Callable[[Any], None] | None = None,
 ) -> dict[str, Any]:
     """Scores of `folder` (and of its teacher) on held-out text; `--json` of `qat eval`. `moved` and `rule` as
-    in `load`.
+    in `load`; `prepare` changes how the loaded model (not the teacher) computes.
 
     Raises:
         ConfigError: no such device, no tokens, or a teacher that does not fit.
@@ -132,6 +133,8 @@ def evaluate_folder(
     loaded = load(folder, device=place, moved=moved, rule=rule)
     if rule is not None and loaded.kind != "export":
         raise ConfigError(f"--activation-rule goes with an export; {folder} is a {loaded.kind}")
+    if prepare is not None:
+        prepare(loaded.model)
     reference = ModelConfig(id=teacher) if teacher else loaded.made_from
     if reference is None and loaded.kind == "export":
         warnings.warn(
@@ -225,8 +228,10 @@ def generate(
     load_export: Callable[..., Any] | None = None,
     make_cache: Callable[[Any, int], Any] | None = None,
     moved: str | None = None,
+    prepare: Callable[[Any], None] | None = None,
 ) -> None:
-    """Stream a continuation of `prompt` to stdout and the speed to stderr; `load_export` and `moved` as in `load`.
+    """Stream a continuation of `prompt` to stdout and the speed to stderr; `load_export` and `moved` as in `load`,
+    `prepare` as in `evaluate_folder`.
 
     Args:
         make_cache: gives the engine's cache for a model and so many positions, or None for transformers' own.
@@ -235,6 +240,8 @@ def generate(
         ConfigError: no such device, or a prompt that this model cannot read.
     """
     loaded = load(folder, load_export, torch_device(device), moved)
+    if prepare is not None:
+        prepare(loaded.model)
     tokenizer: Any = load_tokenizer(loaded.tokenizer_folder, loaded.trust_remote_code)
     inputs = _prompt(loaded.model, tokenizer, prompt, chat)
     length = inputs["input_ids"].shape[1]

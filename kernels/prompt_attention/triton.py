@@ -16,9 +16,9 @@ from torch import Tensor
 
 from qat.kernels.device import device_of
 from qat.kernels.launch import Call, Launch
+from qat.kernels.prompt_attention.choose import problem
 from qat.serving.prompt_attention import KEYS, QUERIES, reference
 
-WIDEST = 128  # columns of a head: 127 x 127 of each are less than 2^22
 WARPS = 8
 MAGIC = tl.constexpr(1.5 * 2.0**23)  # integers of 22 bits and a sign, added to its bits, are floats added to it
 MAGIC_BITS = tl.constexpr(0x4B400000)
@@ -120,16 +120,6 @@ def prompt_attention_kernel(
     tl.store(at, (result * by[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
-def problem(query: Tensor, keys: Tensor, values: Tensor) -> str | None:
-    """Why the kernel does not take these, or None; the reference does."""
-    width, value_width = query.shape[-1], values.shape[-1]
-    if max(width, value_width) > WIDEST or min(width, value_width) < 16:
-        return f"the kernel takes heads of 16 to {WIDEST} columns, not {width} and {value_width}"
-    if query.shape[1] % max(keys.shape[1], 1):
-        return f"{query.shape[1]} heads of queries are no multiple of {keys.shape[1]} of keys"
-    return None
-
-
 def constants(width: int, value_width: int, groups: int, *, causal: bool, blocks: bool) -> dict[str, int]:
     """Compile-time arguments."""
     sizes = {"WIDTH": width, "VALUE_WIDTH": value_width, "BLOCK_M": QUERIES, "BLOCK_N": KEYS}
@@ -175,7 +165,7 @@ def prompt_attention(
     counts = query_scales.shape[-1], key_scales.shape[-1]
     blocks = counts != (1, 1)
     plain = not blocks or counts == (triton.cdiv(queries, QUERIES), triton.cdiv(tokens, KEYS))
-    if problem(query, keys, values) is not None or dtype == torch.float64 or not plain:
+    if problem(width, values.shape[-1], query_heads, heads) is not None or dtype == torch.float64 or not plain:
         return reference(*given, scaling, causal, dtype)
     if out.numel() == 0 or tokens == 0:
         return out.zero_()

@@ -19,7 +19,6 @@ from qat.kernels.quantized_matmul.choose import rounded_reason
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.format import Format
 from qat.numbers.numerics import find_scales, quantize
-from qat.serving.attention import RowLayout, attention
 from qat.serving.inputs import dequantize_input
 from qat.serving.inputs import problem as input_problem
 from qat.serving.matmul import MatmulWeight, hold, quantized_matmul
@@ -30,7 +29,6 @@ from qat.training.activations import (
     fake_quantize_input,
     fake_quantize_input_reference,
     static_part,
-    vllm_scales,
 )
 from qat.training.losses import chunked
 from qat.training.objectives import ForwardKL
@@ -41,15 +39,13 @@ from qat.training.ops import (
 )
 from qat.training.rows import KINDS, reference
 from qat.training.scales import effective_scales_backward_reference, effective_scales_reference
+from tests.kernels.contact_caches import CACHES, cache_checks, page_checks
 from tests.kernels.contact_prompts import prompt_checks
 from tests.kernels.holding import ROUNDED, Check, error, normal, same, there
 
 PAIRS = (("int8_token", "int8_channel"), ("fp8_token", "fp8_channel"), ("int8_token", "int4_g128"),
          ("fp8_token", "int4_g128"), ("fp8_token", "mxfp4"), ("mxfp4", "mxfp4"), ("nvfp4", "nvfp4"),
          ("mxfp8", "mxfp8"), ("fp8_g128", "fp8_b128"), ("fp8_tensor", "fp8_channel"))  # fmt: skip
-CACHES = (("fp8_tensor",) * 2, ("fp8_token",) * 2, ("int8_tensor",) * 2, ("int8_token",) * 2, ("int4_token",) * 2,
-          ("int4_tensor",) * 2, ("nvfp4",) * 2, ("nvint4",) * 2, ("fp8_tensor", "nvfp4"),
-          ("int8_token", "int4_token"))  # fmt: skip
 WIDE = ("int4_g128", "nvfp4", "mxfp4", "int8_channel", "int4_g64_asym")  # every way through `packed_linear`
 NEIGHBOURS = 2e-3  # share of codes that may be the neighbouring one
 ops = torch.ops.qat
@@ -82,7 +78,8 @@ def checks(device: str, sizes: Sizes) -> Iterator[Check]:
     yield from _training(device, sizes.columns)
     yield from _losses(device, sizes.vocabulary)
     for pair in CACHES:
-        yield from _attention(device, pair, sizes.cached)
+        yield from cache_checks(device, pair, sizes.cached)
+        yield from page_checks(device, pair, sizes.cached)
     for tokens in sizes.cached:
         yield from prompt_checks(device, tokens)
 
@@ -300,65 +297,3 @@ def _losses(device: str, vocabulary: int) -> Iterator[Check]:
         return error(*gradients)
 
     yield Check("distill_rows in chunks", 1e-2, head)
-
-
-# --- caches -------------------------------------------------------------------------------------------------------
-
-
-def _attention(device: str, pair: tuple[str, str], lengths: tuple[int, ...]) -> Iterator[Check]:
-    """Five sequences, two heads of keys to eight of queries. Around the rows lie bytes that stand for NaN or for large
-    numbers."""
-
-    @cache
-    def caches(tokens: int, width: int) -> list[tuple[Tensor, Tensor | None, Tensor]]:
-        made = []
-        for seed, name in enumerate(pair):
-            layout, x = RowLayout(lookup(name), width), normal("cpu", 5, 2, tokens, width, seed=seed)
-            x = (x * torch.logspace(-0.5, 0.5, tokens)[:, None]).float()
-            static = static_part(layout.format, x.abs().amax())
-            rows = layout.join(quantize(x, layout.format, vllm_scales(x, layout.format, static)))
-            room = torch.full((5, 3, tokens + 7, layout.bytes), 0xFF, dtype=torch.uint8)
-            room[:, :2, :tokens] = rows
-            dense = layout.split(rows, static).dequantize().double()
-            made.append((room.to(device)[:, :2, :tokens], static, dense))
-        return made
-
-    def call(
-        query: Tensor, tokens: int, width: int, mask: Any = None, causal: bool = False, part: Any = slice(None)
-    ) -> Tensor:
-        (keys, k_static, _), (values, v_static, _) = caches(tokens, width)
-        statics = there(device, k_static, v_static)
-        given = (keys[part], values[part], mask, *statics, width, width**-0.5, causal, *pair)
-        result: Tensor = ops.cached_attention(query, *given)
-        return result
-
-    def run(
-        tokens: int, width: int = 128, queries: int = 1, masked: bool = False, dtype: Any = torch.bfloat16
-    ) -> float:
-        query, mask = normal(device, 5, 8, queries, width, dtype=dtype, seed=3), None
-        if masked:
-            mask = torch.rand(5, 1, queries, tokens, generator=torch.Generator().manual_seed(4)) < 0.6
-            mask[..., -1] = True
-        dense = [made[2] for made in caches(tokens, width)]
-        causal = queries > 1 and mask is None
-        truth = attention(query.cpu().double(), dense[0], dense[1], mask, width**-0.5, causal)
-        return error(call(query, tokens, width, *there(device, mask), causal), truth)
-
-    def alone() -> bool:
-        """A sequence's result is the same in any company."""
-        query, tokens = normal(device, 5, 8, 1, 128), lengths[-1]
-        whole = call(query, tokens, 128)
-        parts = (slice(0, 1), slice(2, 4), slice(4, 5))
-        return all(same(call(query[part], tokens, 128, part=part), whole[part]) for part in parts)
-
-    what = f"cached_attention {pair[0] if pair[0] == pair[1] else '-'.join(pair)}"
-    for tokens in lengths:
-        yield Check(f"{what} M={tokens}", ROUNDED, lambda t=tokens: run(t))
-    last = lengths[-1]
-    yield Check(f"{what} masked", ROUNDED, lambda: run(last, masked=True))
-    yield Check(f"{what} three queries", ROUNDED, lambda: run(last, queries=3))
-    yield Check(f"{what} 80 columns", ROUNDED, lambda: run(last, width=80))
-    yield Check(f"{what} float16", ROUNDED / 4, lambda: run(last, dtype=torch.float16))
-    yield Check(f"{what} float32", 1e-5, lambda: run(last, dtype=torch.float32))
-    if device != "cpu":
-        yield Check(f"{what} alone", None, alone)
