@@ -62,6 +62,7 @@ def _on_a_cpu(fmt: Format, tokens: int) -> dict[str, str]:
     if reason is not None:
         return {"kernel": "reference", "why": f"weights are dequantized at every call, slower than BF16: {reason}"}
     why = {
+        "lanes": "codes are looked up by AVX2 and multiplied in registers or in the cache, weights and sums in float32",
         "registers": "codes are decoded in registers",
         "tiles": "BF16 tokens: blocks of the weight are decoded in the cache and multiplied there by AMX",
         "dots": "BF16 tokens: rows are decoded in the cache and multiplied there by AVX-512 BF16",

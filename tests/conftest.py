@@ -1,4 +1,4 @@
-"""What tests share: signals as a terminal gives them, a disk small enough to fill, groups of processes."""
+"""What tests share: signals as a terminal gives them, a small disk, groups of processes, the library's sums."""
 
 import gc
 import os
@@ -62,3 +62,10 @@ def two() -> Iterator[None]:
     distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     yield
     distributed.destroy_process_group()
+
+
+@pytest.fixture
+def library_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts in BF16 meet BF16 weights and are summed as the library sums them, on processors with AVX2 alone, too:
+    by dense slices in the place of `cpu_avx2.c`, which rounds no weight."""
+    monkeypatch.setattr("qat.kernels.packed_linear.cpu._avx2_library", lambda: None)

@@ -1,4 +1,4 @@
-"""The packed linear kernels on CPUs: four roads, by the number of tokens, their dtype and the processor.
+"""The packed linear kernels on CPUs: five roads, by the number of tokens, their dtype and the processor.
 
 The words are those of the GPU (`triton.py` draws them); scales and zero points lie (rows, groups) in memory here,
 because a core walks along one row.
@@ -8,6 +8,8 @@ because a core walks along one row.
 * tiles, dots (`cpu_bf16.c`): BF16 tokens on CPUs that multiply BF16. A block of rows is decoded to BF16 in the cache,
   rounded as every engine that dequantizes rounds it, and multiplied there with float32 sums: by AMX from two tokens on,
   without it by AVX-512 BF16 up to SOME.
+* lanes (`cpu_avx2.c`): all tokens of every dtype on CPUs with AVX2 and no AVX-512. Codes are looked up, one token meets
+  them in registers, more in the cache; float32 weights that nothing rounds, float32 sums.
 * slices: many tokens elsewhere. A slice of rows that fits the cache is decoded into dense numbers of x's dtype, and the
   library's product, which then bounds the speed, reads it from there.
 
@@ -53,6 +55,7 @@ class _Weight(ctypes.Structure):
             for name in ("group_shift", "bits", "scale_bytes", "bias_bytes", "minifloat_mantissa")
         ),
         ("step", ctypes.c_float),
+        ("half_scales", ctypes.c_int32),
     )
 
 
@@ -83,8 +86,23 @@ def _bf16_library() -> tuple[ctypes.CDLL | None, int]:
     return shared, shared.bf16_roads()
 
 
+@cache
+def _avx2_library() -> ctypes.CDLL | None:
+    """`cpu_avx2.c`, or None where it cannot be compiled or the processor has less, or more (AVX-512)."""
+    try:
+        shared = load_library(Path(__file__).with_name("cpu_avx2.c"))
+    except OSError:
+        return None
+    pointer, whole, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    shared.avx2_memory.argtypes, shared.avx2_memory.restype = [pointer, whole, flag], whole
+    shared.avx2_linear.argtypes = [pointer, pointer, whole, flag, pointer, pointer, flag]
+    return shared if shared.avx2_here() else None
+
+
 def road(tokens: int, dtype: torch.dtype) -> str:
-    """How so many tokens of this dtype are multiplied here: "registers", "tiles", "dots" or "slices"."""
+    """How so many tokens of this dtype are multiplied here: "lanes", "registers", "tiles", "dots" or "slices"."""
+    if _avx2_library() is not None:
+        return "lanes"
     if tokens > 1 and dtype == torch.bfloat16:
         roads = _bf16_library()[1]
         if roads & _TILES:
@@ -134,6 +152,7 @@ def _weight(
         0 if bias is None else bias.element_size(),
         fmt.element.mantissa_bits if minifloat else -1,
         fmt.element.min_normal / 2**fmt.element.mantissa_bits if minifloat else 1.0,
+        scales.dtype == torch.float16,
     )
 
 
@@ -194,7 +213,8 @@ def _describe(
     name, columns, factor = about
     fmt = lookup(name)
     _check(fmt, columns, words, scales, zeros, bias)
-    wide = scales.to(torch.float32) if scales.dtype == torch.float16 else scales  # which cpu.c does not decode
+    half = scales.dtype == torch.float16 and _avx2_library() is None  # which the other roads do not decode
+    wide = scales.to(torch.float32) if half else scales
     ordered = (
         words.contiguous(),
         wide.t().contiguous(),
@@ -260,7 +280,9 @@ def packed_linear(
         out = _by_slices(x.view(tokens, columns), weight, rows, bias).view(*x.shape[:-1], rows)
     else:
         out = x.new_empty(*x.shape[:-1], rows)
-        if way == "registers":
+        if way == "lanes":
+            _in_lanes(x, tokens, weight, out)
+        elif way == "registers":
             arguments = (x.data_ptr(), tokens, x.element_size(), out.data_ptr(), torch.get_num_threads())
             _check_status(library().packed_linear(ctypes.byref(weight), *arguments))
         else:
@@ -275,6 +297,14 @@ def _in_bf16(x: Tensor, tokens: int, weight: _Weight, out: Tensor, which: int) -
     memory = _scratch(shared.bf16_memory(ctypes.byref(weight), tokens, threads, which), torch.uint8)
     arguments = (x.data_ptr(), tokens, out.data_ptr(), memory.data_ptr(), threads, which)
     _check_status(shared.bf16_linear(ctypes.byref(weight), *arguments))
+
+
+def _in_lanes(x: Tensor, tokens: int, weight: _Weight, out: Tensor) -> None:
+    shared, threads = _avx2_library(), torch.get_num_threads()
+    assert shared is not None
+    memory = _scratch(shared.avx2_memory(ctypes.byref(weight), tokens, threads), torch.uint8)
+    arguments = (x.data_ptr(), tokens, x.element_size(), out.data_ptr(), memory.data_ptr(), threads)
+    _check_status(shared.avx2_linear(ctypes.byref(weight), *arguments))
 
 
 def _by_slices(x: Tensor, weight: _Weight, rows: int, bias: Tensor | None) -> Tensor:

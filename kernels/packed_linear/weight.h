@@ -19,6 +19,7 @@ typedef struct {
     int32_t group_shift; /* log2 of the columns per scale; large where a row has one */
     int32_t bits, scale_bytes, bias_bytes, minifloat_mantissa; /* mantissa bits, or -1 for integers */
     float step;                                    /* value of the smallest positive code */
+    int32_t half_scales; /* 2 bytes are a half float, which cpu_avx2.c alone reads */
 } Weight;
 
 INLINE float of_bf16(uint16_t half) {

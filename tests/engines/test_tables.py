@@ -39,6 +39,7 @@ def exported(source: Path, out: Path, table: str, **options: Any) -> Path:
 
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("table", ["int8_channel", "int4_g64", "int4_g32_asym", "nvfp4", "mxfp8", "fp8_channel"])
+@pytest.mark.usefixtures("library_sums")
 def test_packed_is_dense(table: str, tie: bool, sources: dict[bool, Path], tmp_path: Path) -> None:
     out = exported(sources[tie], tmp_path / "out", table)
     for dtype in (torch.bfloat16, torch.float32):
@@ -64,6 +65,7 @@ def test_a_shared_table_takes_its_bytes_once(sources: dict[bool, Path], tmp_path
     assert sum(held.values()) == rows * columns + rows * 2  # a byte each, and a BF16 scale per row
 
 
+@pytest.mark.usefixtures("library_sums")
 def test_tables_that_cannot_be_packed_are_shared_dense(sources: dict[bool, Path], tmp_path: Path) -> None:
     out = exported(sources[True], tmp_path / "out", "int3_g64")
     with pytest.warns(UserWarning, match=rf"{TABLE}: int3_g64 weights are dense, no faster than BF16: codes of 3 bits"):

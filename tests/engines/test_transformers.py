@@ -58,6 +58,7 @@ def logits(model: torch.nn.Module, tokens: int = 48) -> Tensor:
 
 
 @pytest.mark.parametrize("chunk", CHUNKS, ids=lambda chunk: "+".join("/".join(map(str, pair)) for pair in chunk))
+@pytest.mark.usefixtures("library_sums")
 def test_packed_is_dense(chunk: list[Pair], llama: Path, tmp_path: Path) -> None:
     """48 tokens go through dense slices: the very same products, whatever quantizes the inputs."""
     out = quiet_export(quantized(llama, [*mixed_rules(chunk), {"match": "*", "skip": "rest"}]), llama, tmp_path / "out")
@@ -116,6 +117,7 @@ def test_every_token_agrees_where_weights_are_exact_in_bf16(small: Path, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "mistral", "gemma"])
+@pytest.mark.usefixtures("library_sums")
 def test_architectures(kind: str, tmp_path: Path) -> None:
     source = tiny_model(kind, tmp_path / "source", num_hidden_layers=2)
     export_pair(source, tmp_path / "out", ("int4_g32", "int8_token"))

@@ -29,6 +29,9 @@ def test_explain_names_the_pair() -> None:
 
 @pytest.mark.skipif(cpu_problem() is not None, reason=str(cpu_problem()))
 def test_what_runs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qat.kernels.packed_linear.cpu._avx2_library", lambda: object())
+    assert "9 tokens: codes are looked up by AVX2" in explain("int4_g64", 9, 64, 64)["why"]
+    monkeypatch.setattr("qat.kernels.packed_linear.cpu._avx2_library", lambda: None)
     for tokens, roads, told in (
         (1, 3, "1 token: codes"),
         (2, 3, "by AMX"),

@@ -1,4 +1,6 @@
-"""The C kernel against float64 over every packed format: tails, many and few tokens, outliers, NaN rows, strides."""
+"""The C kernel against float64 over every packed format: tails, many and few tokens, outliers, NaN rows, strides.
+
+`cpu.c` alone, whose roads every processor has; test_packed_linear_cpu_avx2.py asks the one that AVX2 has instead."""
 
 import copy
 from dataclasses import replace
@@ -21,8 +23,9 @@ pytestmark = pytest.mark.skipif(cpu_problem() is not None, reason=str(cpu_proble
 
 
 @pytest.fixture(autouse=True)
-def _loaded() -> None:
+def _loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     load()
+    monkeypatch.setattr(cpu, "_avx2_library", lambda: None)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

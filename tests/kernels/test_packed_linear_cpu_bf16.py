@@ -27,8 +27,9 @@ pytestmark = pytest.mark.skipif(cpu_problem() is not None, reason=str(cpu_proble
 
 
 def _forget() -> None:
-    cpu.library.cache_clear()
-    cpu._bf16_library.cache_clear()
+    for library in (cpu.library, cpu._bf16_library, cpu._avx2_library):
+        if hasattr(library, "cache_clear"):  # not what a test put in its place
+            library.cache_clear()
 
 
 @pytest.fixture(params=list(HAS))
@@ -88,7 +89,14 @@ def assert_close(found: Tensor, x: Tensor, q: QTensor, bias: Tensor | None = Non
     assert found.dtype == torch.bfloat16 and bool(((found.double() - exact).abs() <= bound).all())
 
 
-def test_every_instruction_set_decodes_every_format(isa: str) -> None:
+@pytest.mark.parametrize("with_lanes", [True, False])
+def test_every_instruction_set_decodes_every_format(
+    isa: str, with_lanes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if with_lanes and cpu._avx2_library() is None:
+        pytest.skip("one kernel less: the same again")
+    if not with_lanes:
+        monkeypatch.setattr(cpu, "_avx2_library", lambda: None)
     for name in SOME_FORMATS:
         columns = columns_of(name)
         scaled = normal(37, columns).float() * torch.logspace(-4, 2, 37)[:, None]
@@ -167,6 +175,9 @@ def test_the_library_s_products_go_on_as_before(way: str) -> None:
 
 
 def test_the_road_is_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_avx2_library", lambda: object())
+    assert cpu.road(1, torch.float32) == cpu.road(5000, torch.bfloat16) == "lanes"
+    monkeypatch.setattr(cpu, "_avx2_library", lambda: None)
     expected = {
         3: {1: "registers", 2: "tiles", 8: "tiles", 5000: "tiles"},
         1: {1: "registers", 4: "registers", 5: "dots", cpu.SOME: "dots", cpu.SOME + 1: "slices"},
@@ -185,5 +196,6 @@ def test_a_compiler_that_cannot_leaves_the_other_roads(monkeypatch: pytest.Monke
     _forget()
     with monkeypatch.context() as patch:
         patch.setattr(cpu, "load_library", fails)
-        assert cpu._bf16_library() == (None, 0) and cpu.road(20, torch.bfloat16) == "slices"
+        assert cpu._bf16_library() == (None, 0) and cpu._avx2_library() is None
+        assert cpu.road(20, torch.bfloat16) == "slices"
     _forget()

@@ -69,6 +69,7 @@ def test_the_library_computes_our_logits_exactly_and_every_other_check_holds(fol
     assert said.startswith("with its transform_config applied") and "difference 0.0 " in said
 
 
+@pytest.mark.usefixtures("library_sums")
 def test_files_compute_what_training_did_dense_and_packed(folder: Path, model: nn.Module) -> None:
     with served(model):
         expected = logits(model)
