@@ -149,11 +149,11 @@ class Reader(ExportedFolder):
             )
         if not bool((torch.isfinite(deq) & (deq > 0)).all()):
             raise CheckpointError(f"{self.folder}: {path}.deq_scale must be finite and positive everywhere")
-        apart, limit, bias = _folded(tensors), 0.0, f"{path}.bias"
+        apart, bias = _folded(tensors).astype("float64"), f"{path}.bias"
         if bias in self.names:
             wanted = float_values(self.reader.get(bias)) / float_values(deq)
-            apart, limit = apart - wanted, _ROUNDED + _DIVIDED * abs(wanted)
-        if (abs(apart) > limit).any():
+            apart = abs(apart - wanted) - _ROUNDED - _DIVIDED * abs(wanted) > 0
+        if apart.any():
             raise CheckpointError(
                 f"{self.folder}: {path}.quant_bias is not -input_offset times the sum of its row, plus the layer's "
                 "bias over deq_scale"
