@@ -251,12 +251,15 @@ def _packed(plan: ExportPlan, path: str, record: dict[str, Any]) -> dict[str, Te
     q, sha256 = _coded(site)
     amax = site.input.limit if site.input is not None else None
     tensors = {}
-    for key, tensor in plan.target.pack(q, layer.input, amax).items():
+    packed = plan.target.pack(q, layer.input, amax)
+    if layer.bias and (fold := getattr(plan.target, "fold_bias", None)) is not None:
+        packed = fold(packed, plan.dense[f"{path}.bias"].detach().to(torch.bfloat16))
+    for key, tensor in packed.items():
         name = layout.tensor_name(path, key)
         tensors[name] = tensor
         if key in layout.SCALES:
             _check_scale(name, tensor)
-        if key.startswith("input_"):
+        if key.startswith(("input_", "quant_bias")):
             record["tensors"][name] = digest(tensor)
     record["modules"][path] = {
         "weight": layer.weight.name,

@@ -147,8 +147,11 @@ def _compared(exported: ExportedFolder, path: str) -> float:
     x = x.to(_MODEL)
     wide = x.float()
     read = wide if input is None else fake_quantize_input(wide, input, NPU_RULE, "ste", static)
-    expected = read @ exported.dense(path).float().t()
-    found = simulated(exported, path)(x).float()
+    expected, bias = read @ exported.dense(path).float().t(), f"{path}.bias"
+    added = exported.reader.get(bias).float() if bias in exported.names else None
+    found = simulated(exported, path, added)(x).float()
+    if added is not None:
+        expected = expected + added
     return distance(found, expected)
 
 

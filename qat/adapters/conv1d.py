@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qat.folding import added_bias
 from qat.quantizer import WeightQuantizer
 from qat.sites import Quantized, Quantizers, Slot
 
@@ -30,7 +31,8 @@ class QatConv1D(Quantized):
         """x (..., columns) -> (..., rows)."""
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        return self.weight_quantizer.linear(x, self.matrix("weight"), self.bias)
+        bias = added_bias(self.bias, self.weight_quantizer, self.input_quantizer)
+        return self.weight_quantizer.linear(x, self.matrix("weight"), bias)
 
 
 class Conv1DAdapter:

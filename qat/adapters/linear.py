@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.folding import added_bias
 from qat.quantizer import InputQuantizer, WeightQuantizer
 from qat.sites import Quantized, Quantizers, Slot
 from qat.training.heads import Product
@@ -68,17 +69,20 @@ class QatLinear(Quantized, nn.Linear):
             input = self.input_quantizer(input)
         if self.held is not None and self.weight_quantizer.mode == "quantized" and torch.is_grad_enabled():
             return self._recomputed(input)
-        return self.weight_quantizer.linear(input, self.matrix("weight"), self.bias)
+        return self.weight_quantizer.linear(input, self.matrix("weight"), self._added())
 
     def _recomputed(self, input: Tensor) -> Tensor:
         """The same, the weight made from its codes again in the backward pass."""
         drawn = self.lora.drawn() if self._merges else None
         learned = [*(self.lora.parameters() if self._merges else ()), *self.weight_quantizer.parameters()]
-        return recomputed_linear(input, lambda: self.weight_quantizer(self._matrix(drawn)), self.bias, learned)
+        return recomputed_linear(input, lambda: self.weight_quantizer(self._matrix(drawn)), self._added(), learned)
+
+    def _added(self) -> Tensor | None:
+        return added_bias(self.bias, self.weight_quantizer, self.input_quantizer)
 
     def as_product(self) -> Product:
         """See `qat.training.heads.as_product`."""
-        return Product(self.weight_quantizer(self.matrix("weight")), self.bias, self.input_quantizer)
+        return Product(self.weight_quantizer(self.matrix("weight")), self._added(), self.input_quantizer)
 
 
 class LinearAdapter:

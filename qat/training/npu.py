@@ -5,7 +5,8 @@ asked.
 the offset and then rounds: the code is not always that of a division. `npu_dynamic_mx_quant` takes the exponent of a
 block's maximum (the floor rule of OCP MX v1.0, whatever weights use), saturates, and rounds 4-bit elements half away
 from zero (round_mode "round") and 8-bit ones half to even ("rint"). `npu_dynamic_quant` (integers per token) divides by
-amax over the largest code, which is what every engine does.
+amax over the largest code, which is what every engine does. A product of static inputs takes its bias as int32, in
+units of the scale that the sum is multiplied with.
 """
 
 import torch
@@ -44,6 +45,24 @@ def fake_quantized(x: Tensor, fmt: Format, static: Tensor | None) -> tuple[Tenso
         f"activation_rule: ascend has no operator for {fmt.name} inputs; it has int8_token, int4_token, int8_tensor, "
         "int8_tensor_asym, mxfp8 and mxfp4"
     )
+
+
+def folds_bias(fmt: Format) -> bool:
+    """Whether layers with such inputs add their bias as a whole number, before the product is scaled (`quant_bias`)."""
+    return fmt.is_static and fmt.is_single and fmt.element.is_integer
+
+
+def folded_bias(bias: Tensor, deq_scale: Tensor) -> Tensor:
+    """What an engine adds in place of `bias` (rows,): the nearest int32 multiple of `deq_scale` (rows,), the product of
+    the weight's and the input's scale, as float32. The gradient passes unchanged."""
+    value = bias_codes(bias.detach(), deq_scale) * deq_scale.detach()
+    return value + (bias - bias.detach()) if bias.requires_grad else value
+
+
+def bias_codes(bias: Tensor, deq_scale: Tensor) -> Tensor:
+    """`bias` in units of `deq_scale`: whole numbers, as float32, within int32."""
+    limit = 2.0**31 - 2.0**7  # the largest float32 number that is an int32
+    return (bias.to(torch.float32) / deq_scale.detach()).round().clamp(-limit, limit)
 
 
 def offset_of(static: Tensor) -> Tensor:

@@ -8,45 +8,53 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+from qat.checkpoints.layouts.ascend.types import BY_NAME
 from tests.ascend.exchanged import KINDS, Kind
 from tests.ascend.places import by_msmodelslim
 from tests.checkpoints.exports import Pair, export_pair
 from tests.tiny import tiny_model
 
+Model = Callable[[str], Path]
 Produced = Callable[[str], Path]
 Exported = Callable[..., tuple[Path, nn.Module]]
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Qwen3 with one layer; its tokenizer by the name that older versions of transformers know."""
-    folder = tiny_model("qwen3", tmp_path_factory.mktemp("ascend") / "model", num_hidden_layers=1)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
-    )
-    return folder
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """The model that a type is made of: Qwen3 with one layer, whose attention adds biases where the type has them; its
+    tokenizer by the name that older versions of transformers know."""
+    root = tmp_path_factory.mktemp("ascend")
+
+    @cache
+    def of(bias: bool) -> Path:
+        folder = tiny_model("qwen3", root / f"model-{bias}", num_hidden_layers=1, attention_bias=bias)
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        return folder
+
+    return lambda name: of(not BY_NAME[name].unbiased)
 
 
 @pytest.fixture(scope="session")
-def produced(model: Path) -> Produced:
+def produced(model: Model) -> Produced:
     """The folder that msmodelslim writes for a type."""
 
     @cache
     def make(name: str) -> Path:
-        return by_msmodelslim(model, model.parent / name, config(KINDS[name]))
+        return by_msmodelslim(model(name), model(name).parent / name, config(KINDS[name]))
 
     return make
 
 
 @pytest.fixture(scope="session")
-def exported(model: Path) -> Exported:
+def exported(model: Model) -> Exported:
     """Our export of a type, and the model that it is of."""
 
     @cache
     def make(name: str, target: str = "ascend", pair: Pair | None = None) -> tuple[Path, nn.Module]:
-        out = model.parent / f"ours-{name}-{target}"
-        return out, export_pair(model, out, pair or KINDS[name].pair, target, activation_rule="ascend")
+        out = model(name).parent / f"ours-{name}-{target}"
+        return out, export_pair(model(name), out, pair or KINDS[name].pair, target, activation_rule="ascend")
 
     return make
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qat.numbers.catalog import lookup
-from tests.ascend.conftest import Exported, Produced
+from tests.ascend.conftest import Exported, Model, Produced
 from tests.ascend.exchanged import KINDS, PORTABLE, STATIC
 from tests.ascend.places import ENGINES, by_engine
 
@@ -97,15 +97,15 @@ def outputs(consumed: Consumed, version: str, whose: str, name: str) -> dict[str
 @every_engine
 @pytest.mark.parametrize("name", PRODUCED)
 def test_files_of_msmodelslim(
-    name: str, version: str, consumed: Consumed, x: dict[str, torch.Tensor], model: Path
+    name: str, version: str, consumed: Consumed, x: dict[str, torch.Tensor], model: Model
 ) -> None:
     """An independent producer's files: nothing missing, nothing unexpected, and the layer is still the model's, as far
     as the type allows."""
     y = outputs(consumed, version, "theirs", name)
-    dense = load_file(model / "model.safetensors")
+    dense = load_file(model(name) / "model.safetensors")
     limit = {"W4A4_MXFP4": 0.25, "W4A8_MXFP": 0.2, "W8A8_MXFP8": 0.06}.get(name, 0.03)
     for path, given in x.items():
-        truth = given.float() @ dense[f"{path}.weight"].float().t()
+        truth = given.float() @ dense[f"{path}.weight"].float().t() + dense.get(f"{path}.bias", torch.zeros(())).float()
         error = (y[path].float() - truth).norm() / truth.norm()
         assert error < limit or name == "W8A8", f"{path}: {error}"  # static scales belong to other inputs
 

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from qat.checkpoints.layouts import open_export
+from qat.checkpoints.layouts.ascend.write import fold_bias
 from qat.numbers.catalog import lookup
 from qat.numbers.numerics import quantize
-from tests.ascend.conftest import Exported, Produced
+from tests.ascend.conftest import Exported, Model, Produced
 from tests.ascend.exchanged import KINDS
 
 pytestmark = pytest.mark.ascend
@@ -30,6 +31,8 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", PRODUCED)
 def test_the_same_tensors_and_description(name: str, produced: Produced, exported: Exported) -> None:
     theirs, ours = stored(produced(name)), stored(exported(name)[0])
+    for key in [key for key in theirs if key.endswith(".bias")]:
+        theirs[key] = theirs[key].bfloat16()  # as we store it; it widens it
     assert {key: (t.dtype, t.shape) for key, t in ours.items()} == {
         key: (t.dtype, t.shape) for key, t in theirs.items()
     }
@@ -43,10 +46,10 @@ def test_the_same_tensors_and_description(name: str, produced: Produced, exporte
 
 
 @pytest.mark.parametrize("name", ["W8A8_DYNAMIC", "W8A16"])
-def test_int8_codes(name: str, produced: Produced, model: Path) -> None:
+def test_int8_codes(name: str, produced: Produced, model: Model) -> None:
     """Scales are equal. msmodelslim divides in BF16, we in float32, as engines do: a tenth of the codes are neighbours,
     some of them -128, which we do not use; its arithmetic gives its codes exactly."""
-    theirs, dense = stored(produced(name)), load_file(model / "model.safetensors")[f"{UP}.weight"]
+    theirs, dense = stored(produced(name)), load_file(model(name) / "model.safetensors")[f"{UP}.weight"]
     ours = quantize(dense, lookup("int8_channel"))
     scale = theirs[f"{UP}.weight_scale"]
     assert torch.equal(ours.scales.stored.float(), scale)
@@ -56,11 +59,25 @@ def test_int8_codes(name: str, produced: Produced, model: Path) -> None:
     assert torch.equal((dense / scale.to(torch.bfloat16)).round().clamp(-128, 127).int(), codes)
 
 
+def test_a_folded_bias(produced: Produced) -> None:
+    """By its formula, from its own scales and codes, `quant_bias` is what we would write, but for a rounding: it
+    divides in the model's BF16, so that a whole number has 8 bits, where we have all of them."""
+    theirs = stored(produced("W8A8"))
+    q = UP.replace("mlp.up_proj", "self_attn.q_proj")
+    codes, deq, bias = theirs[f"{q}.weight"].long(), theirs[f"{q}.deq_scale"], theirs[f"{q}.bias"]
+    start = -theirs[f"{q}.input_offset"].long() * codes.sum(dim=1)
+    own = theirs[f"{q}.quant_bias"]
+    assert torch.equal((bias.bfloat16() / deq.bfloat16() - -start.float()).round().int(), own)
+    ours = fold_bias({"quant_bias": start.int(), "deq_scale": deq}, bias)["quant_bias"]
+    part = (ours - start).abs()
+    assert part.max() > 100 and ((ours - own).abs() <= 2**-7 * part + 1).all()
+
+
 @pytest.mark.parametrize("name", ["W8A8_MXFP8", "W4A4_MXFP4", "W4A8_MXFP"])
-def test_mx_scales(name: str, produced: Produced, model: Path) -> None:
+def test_mx_scales(name: str, produced: Produced, model: Model) -> None:
     """Its rules for scales are others than ours (`even` of MXFP4, `ceil` of MXFP8): by the formulas read in its source,
     all but the few blocks whose logarithm it rounds up in BF16 have its scale. Any pair of code and scale loads."""
-    theirs, dense = stored(produced(name)), load_file(model / "model.safetensors")[f"{UP}.weight"].double()
+    theirs, dense = stored(produced(name)), load_file(model(name) / "model.safetensors")[f"{UP}.weight"].double()
     amax = dense.unflatten(-1, (-1, 32)).abs().amax(-1)
     exponent = torch.floor(torch.log2(amax)) - 8 if name == "W8A8_MXFP8" else torch.floor(torch.log2(amax * 8 / 7)) - 2
     assert ((exponent + 127) == theirs[f"{UP}.weight_scale"]).double().mean() > 0.97
@@ -70,8 +87,8 @@ def test_mx_scales(name: str, produced: Produced, model: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PRODUCED)
-def test_our_reader_reads_its_files(name: str, produced: Produced, model: Path) -> None:
-    folder, dense = open_export(produced(name)), load_file(model / "model.safetensors")
+def test_our_reader_reads_its_files(name: str, produced: Produced, model: Model) -> None:
+    folder, dense = open_export(produced(name)), load_file(model(name) / "model.safetensors")
     limit = 0.16 if "MXFP4" in name or name == "W4A8_MXFP" else 0.04 if "MXFP8" in name else 0.01
     assert len(folder.modules) == 7
     for path in folder.modules:

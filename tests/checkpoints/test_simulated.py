@@ -20,7 +20,7 @@ from qat.errors import CheckpointError
 from qat.numbers.catalog import lookup
 from qat.numbers.numerics import QTensor, quantize
 from qat.training.activations import fake_quantize_input, static_part
-from tests.checkpoints.exports import Pair, export_pair, ids
+from tests.checkpoints.exports import Pair, export_pair, ids, rewrite
 from tests.checkpoints.layouts.test_ascend import ALL, PAIRS
 from tests.tiny import tiny_model
 
@@ -120,6 +120,20 @@ def test_a_model_and_its_check(pair: Pair, source: Path, tmp_path: Path, capsys:
     assert main(["verify", str(out), "--engine", "vllm-ascend", "--json"]) == 0
     checks = {check["name"]: check["detail"] for check in json.loads(capsys.readouterr().out)["checks"]}
     assert checks["vllm-ascend"].startswith("7 layers load on " + ("a2, a3" if pair[0] == "int8_channel" else "950"))
+
+
+def test_folded_and_added_biases(tmp_path: Path, capsys: Any) -> None:
+    source = tiny_model("qwen2", tmp_path / "source", num_hidden_layers=1)
+    for kind, limit in {"W8A8": 0.05, "W8A8_DYNAMIC": 0.05, "W4A4_DYNAMIC": 0.5}.items():
+        trained = export_pair(source, tmp_path / kind, PAIRS[kind][0], "ascend", activation_rule="ascend")
+        assert main(["verify", str(tmp_path / kind), "--engine", "vllm-ascend", "--json"]) == 0, capsys.readouterr().out
+        with torch.no_grad():
+            found, wanted = load_simulated(tmp_path / kind)(ids()).logits, trained(ids()).logits
+        assert (found - wanted).norm() < limit * wanted.norm()  # inputs become BF16 first, which moves some codes
+    wrong = tmp_path / "W8A8"
+    name = "model.layers.0.self_attn.q_proj.bias"
+    rewrite(wrong, lambda tensors: tensors[name].neg_())
+    assert main(["verify", str(wrong), "--engine", "vllm-ascend", "--json"]) != 0
 
 
 def test_portable_exports_are_checked_too(source: Path, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ class Type:
         tensors: what is stored of a layer, by its name below the layer's path.
         npu: who loads it.
         experts: whether vllm-ascend runs it in the matrices of experts, too.
+        unbiased: why no layer that adds a bias can have it, "" where one can.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Type:
     tensors: Mapping[str, Spec]
     npu: tuple[Npu, ...]
     experts: bool = False
+    unbiased: str = ""
 
     @property
     def is_static(self) -> bool:
@@ -176,6 +178,7 @@ TYPES: tuple[Type, ...] = (
         {"weight": ("U8", "n k/2"), **_MX_SCALES},
         (Npu(_VLLM, A5), Npu(_SGLANG, A5)),
         experts=True,
+        unbiased="vllm-ascend gives the product a bias of one dimension, which torch_npu (2.14.0) refuses there",
     ),
 )
 

@@ -27,7 +27,7 @@ from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales
 from qat.text import some
 from qat.training.activations import static_part
-from qat.training.npu import offset_of
+from qat.training.npu import bias_codes, offset_of
 
 METHOD = "ascend"
 DESCRIPTION = "quant_model_description.json"
@@ -56,16 +56,15 @@ def kind_of(weight: Format, input: Format | None) -> Type:
 def check(layer: TargetLayer) -> None:
     """Raise UnsupportedError where engines would not compute what was trained."""
     kind = kind_of(layer.weight, layer.input)
+    if layer.bias and kind.unbiased:
+        raise UnsupportedError(
+            f"{layer.path} adds a bias, and {kind.name} cannot: {kind.unbiased}; give it another pair"
+        )
     if kind.packed and layer.shape[-1] % 2:
         raise UnsupportedError(f"{layer.path}: {kind.name} packs two columns into a byte, but has {layer.shape[-1]}")
     if expert_list(layer.path) is not None and not kind.experts:
         can = ", ".join(other.name for other in BY_NAME.values() if other.experts)
         raise UnsupportedError(f"{layer.path}: no engine on Ascend runs experts as {kind.name}; they can be {can}")
-    if layer.bias and kind.is_static:
-        raise UnsupportedError(
-            f"{layer.path} adds a bias, which {kind.name} folds into whole numbers that were not trained; use "
-            "int8_token inputs (W8A8_DYNAMIC), which leave it alone"
-        )
 
 
 # --- bytes ----------------------------------------------------------------------------------------
@@ -95,6 +94,25 @@ def tensors_of(kind: Type, q: QTensor, static: Tensor | None) -> dict[str, Tenso
         "quant_bias": (-offset.to(torch.int64) * sums).to(torch.int32),
         "deq_scale": scale.flatten() * static[0],
     }
+
+
+def fold_bias(tensors: dict[str, Tensor], bias: Tensor) -> dict[str, Tensor]:
+    """The tensors of a layer that adds `bias` (rows,), which static types hold in `quant_bias`, too.
+
+    Raises:
+        UnsupportedError: the number does not fit int32, or engines would read it otherwise.
+    """
+    if "quant_bias" not in tensors:
+        return tensors
+    whole = tensors["quant_bias"].to(torch.int64) + bias_codes(bias.to("cpu"), tensors["deq_scale"]).to(torch.int64)
+    bounds = torch.iinfo(torch.int32)
+    if bool(((whole < bounds.min) | (whole > bounds.max)).any()):
+        raise UnsupportedError(
+            f"a bias of {float(bias.abs().max()):.4g} in units of the layer's scales "
+            f"({float(tensors['deq_scale'].min()):.4g} at least) does not fit int32; "
+            "use int8_token inputs (W8A8_DYNAMIC), which leave it alone"
+        )
+    return {**tensors, "quant_bias": whole.to(torch.int32)}
 
 
 def _bytes(codes: Tensor, kind: Type) -> Tensor:

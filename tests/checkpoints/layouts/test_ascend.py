@@ -144,6 +144,32 @@ def test_an_export_is_the_trained_model(kind: str, pair: Pair, source: Path, tmp
     assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["quant_model_weights.safetensors"]
 
 
+def test_a_bias_is_folded(tmp_path: Path) -> None:
+    """Qwen2's q, k, v: the file, the trained model and the engine's whole numbers add the same."""
+    source = tiny_model("qwen2", tmp_path / "source", num_hidden_layers=1)
+    trained = export_pair(source, tmp_path / "out", PAIRS["W8A8"][0], "ascend", activation_rule="ascend")
+    report = verify(tmp_path / "out")
+    assert report.ok, report.checks
+    with torch.no_grad(), served(trained):
+        assert torch.equal(load_exported(tmp_path / "out")(ids()).logits, trained(ids()).logits)
+    exported = open_export(tmp_path / "out")
+    tensors, bias = exported.layer(Q), exported.reader.get(f"{Q}.bias").double()
+    deq, rows = tensors["deq_scale"].double(), tensors["weight"].long().sum(dim=1)
+    own = tensors["quant_bias"].long() + int(tensors["input_offset"]) * rows
+    assert int(tensors["input_offset"]) and own.abs().max() > 10 and torch.equal(own, (bias / deq).round().long())
+    assert json.loads((tmp_path / "out" / DESCRIPTION).read_text())[f"{Q}.bias"] == "FLOAT"
+    rewrite(tmp_path / "out", lambda tensors: tensors[f"{Q}.quant_bias"].add_(2))
+    with pytest.raises(CheckpointError, match="plus the layer's bias"):
+        open_export(tmp_path / "out").dense(Q)
+
+
+def test_a_bias_beyond_int32_is_refused() -> None:
+    _, tensors = packed("W8A8", PAIRS["W8A8"][0])
+    assert target.fold_bias({"weight": tensors["weight"]}, torch.ones(6)).keys() == {"weight"}
+    with pytest.raises(UnsupportedError, match=r"bias of 1e\+09 .* does not fit int32; use int8_token"):
+        target.fold_bias(tensors, torch.full((6,), 1e9))
+
+
 def test_a_tied_head_is_described(tmp_path: Path) -> None:
     source = tiny_model("gemma", tmp_path / "source", num_hidden_layers=1)
     export_pair(source, tmp_path / "out", PAIRS["W8A8_DYNAMIC"][0], "ascend")
@@ -240,7 +266,10 @@ def test_mixed_fused_sets_are_refused(source: Path, tmp_path: Path) -> None:
     ("layer", "message"),
     [
         (TargetLayer("a.b", (8, 64), lookup("nvfp4"), lookup("nvfp4")), "ascend cannot hold nvfp4 weights"),
-        (TargetLayer("a.b", (8, 64), lookup("int8_channel"), lookup("int8_tensor"), bias=True), "adds a bias"),
+        (
+            TargetLayer("a.b", (8, 64), lookup("mxfp4"), lookup("mxfp8"), bias=True),
+            "adds a bias, and W4A8_MXFP cannot: vllm-ascend gives",
+        ),
         (
             TargetLayer("a.experts.0.b", (8, 64), lookup("int8_channel"), lookup("int8_tensor")),
             "no engine on Ascend runs experts as W8A8; they can be W8A8_DYNAMIC, W8A8_MXFP8",
