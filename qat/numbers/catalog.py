@@ -19,6 +19,7 @@ INT8, INT4, INT3, INT2 = integer(8), integer(4), integer(3), integer(2)
 INT4_SIX_SEVENTHS = integer(4, step=6 / 7)  # the int4 grid stretched to E2M1's largest value, for IF4
 # llama.cpp's Q4_0 has the codes -8 to 7 under a scale of either sign: where it is negative, the values -7 to 8.
 INT4_DOWN, INT4_UP = integer(4, full=True), integer(4, step=-1.0, full=True)
+INT5_DOWN, INT5_UP = integer(5, full=True), integer(5, step=-1.0, full=True)
 NF4 = table(
     "nf4",
     (
@@ -81,6 +82,7 @@ _FORMATS: list[Format] = [
     Format(name="nvint4", elements=(INT4,), block=(1, 16), scale=UE4M3, global_scale=True, source="arXiv 2510.25602"),
     Format(name="nf4_g64", elements=(NF4,), block=(1, 64), scale=BF16, source="QLoRA, arXiv 2305.14314"),
     Format(name="q4_0", elements=(INT4_DOWN, INT4_UP), block=(1, 32), scale=F16, source=_GGML),
+    Format(name="q5_0", elements=(INT5_DOWN, INT5_UP), block=(1, 32), scale=F16, source=_GGML),
     Format(name="q8_0", elements=(INT8,), block=(1, 32), scale=F16, source=_GGML),
     Format(
         name="if4",

@@ -279,7 +279,7 @@ def test_the_promised_names_are_in_the_catalogue() -> None:
     }
     names |= {f"int{b}_token" for b in (8, 4, 3, 2)} | {"ternary_channel", "ternary_g64"}
     names |= {"fp8_tensor", "fp8_channel", "fp8_token", "fp8_b128", "mxfp8", "mxfp6", "mxfp4", "mxint8", "mxint4"}
-    names |= {"nvfp4", "nvint4", "nf4_g64", "if4", "q4_0", "q8_0"}
+    names |= {"nvfp4", "nvint4", "nf4_g64", "if4", "q4_0", "q5_0", "q8_0"}
     assert names <= set(CATALOG)
     assert all(name == fmt.name for name, fmt in CATALOG.items())
 
@@ -295,6 +295,7 @@ def test_published_bits_per_weight() -> None:
         "int4_g128": 4.125,
         "nf4_g64": 4.25,
         "q4_0": 4.5,
+        "q5_0": 5.5,
         "q8_0": 8.5,
     }
     for name, bits in expected.items():
