@@ -18,8 +18,15 @@ from qat.errors import CheckpointError, UnsupportedError
 RECORD_KEY = "qat.record"
 _HEADS = {"attn_q": "head_count", "attn_k": "head_count_kv"}
 _ROTATES_NEIGHBOURS = ("llama",)
-# Bytes of the blocks that begin with an FP16 scale.
-_HALVES = {GGMLQuantizationType.Q4_0: 18, GGMLQuantizationType.Q5_0: 22, GGMLQuantizationType.Q8_0: 34}
+# Bytes of the blocks that have an FP16 scale, and where in them it is.
+_HALVES = {
+    GGMLQuantizationType.Q4_0: (18, 0),
+    GGMLQuantizationType.Q5_0: (22, 0),
+    GGMLQuantizationType.Q8_0: (34, 0),
+    GGMLQuantizationType.Q4_K: (144, 0),
+    GGMLQuantizationType.Q5_K: (176, 0),
+    GGMLQuantizationType.Q6_K: (210, 208),
+}
 
 
 class GgufFile:
@@ -88,7 +95,8 @@ class GgufFile:
         tensor = self.stored(name)
         kind = tensor.tensor_type
         if kind in _HALVES:
-            scales = np.ascontiguousarray(tensor.data.reshape(-1, _HALVES[kind])[:, :2]).view(np.float16)
+            size, at = _HALVES[kind]
+            scales = np.ascontiguousarray(tensor.data.reshape(-1, size)[:, at : at + 2]).view(np.float16)
             return int((~np.isfinite(scales) | (scales == 0)).sum())
         if kind is GGMLQuantizationType.MXFP4:
             return int((tensor.data.reshape(-1, 17)[:, 0] == 255).sum())
