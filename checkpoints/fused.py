@@ -65,7 +65,7 @@ def _difference(plan: "ExportPlan", members: list[str]) -> str:
     """What of layers that are merged has only one value, and more here; "" if nothing."""
     matrices = [plan.linears[path] for path in members]
     scales = [matrix.quantizer.scales() for matrix in matrices]
-    above = {float(s.global_scale) for s in scales if s.global_scale is not None}
+    above = {float(s.global_scale) for s in scales if s.global_scale is not None and s.global_scale.numel() == 1}
     ranges = {str(q.limit.tolist()) for m in matrices if (q := m.input) is not None and q.needs_calibration}
     values: tuple[tuple[str, set[Any]], ...] = (("global scales", above), ("input ranges", ranges))
     return next((f"{what} differ: {sorted(own)}" for what, own in values if len(own) > 1), "")

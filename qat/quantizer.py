@@ -23,20 +23,13 @@ from qat.training.activations import ActivationRule, fake_quantize_input, moved_
 from qat.training.gradients import Estimator
 from qat.training.ops import fake_quantize, quantized_linear
 from qat.training.refit import refit
-from qat.training.scales import effective_scales, stored_scales
+from qat.training.scales import effective_scales, parts_of, stored_minimum, stored_scales
 from qat.training.step_weight import StepWeight
 
 Learn = Literal["none", "lsq", "dual_lsq", "focus", "refit"]
 LEARNED = ("log_scale", "log_divisor")  # the parameters of a weight's quantizer
-PART = 8  # values of a block that share a divisor where it is finer than the block (FOCUS)
 Mode = Literal["quantized", "dense", "frozen"]
 Transform = Callable[[Tensor], Tensor]
-
-
-def parts_of(fmt: Format) -> int:
-    """Into how many parts of `PART` values a block of `fmt` divides; 0 where it does not, or into one."""
-    group = fmt.group or 0
-    return group // PART if group > PART and group % PART == 0 else 0
 
 
 class Quantizer(nn.Module):
@@ -78,11 +71,13 @@ class WeightQuantizer(Quantizer):
     global_scale: Tensor | None
     zero_point: Tensor | None
     choice: Tensor | None
+    minimum: Tensor | None
+    minimum_scale: Tensor | None
 
     def __init__(self, fmt: Format, scales: Scales, learn: Learn, round_bf16: bool = True) -> None:
         super().__init__(fmt)
         self.learn, self.round_bf16 = learn, round_bf16
-        for name in ("start", "global_scale", "zero_point", "choice"):
+        for name in ("start", "global_scale", "zero_point", "choice", "minimum", "minimum_scale"):
             self.register_buffer(name, None)
         zeros = torch.zeros(scales.stored.shape, device=scales.stored.device)
         self.log_scale = nn.Parameter(zeros) if learn in ("lsq", "dual_lsq", "focus") else None
@@ -97,6 +92,8 @@ class WeightQuantizer(Quantizer):
     def set_scales(self, scales: Scales) -> None:
         """Begin (again) from these scales, with no learned correction."""
         self.global_scale = scales.global_scale
+        if (below := scales.minimum) is not None:
+            self.minimum, self.minimum_scale = below.effective().clone(), below.global_scale
         given = {"start": scales.effective().clone(), "zero_point": scales.zero_point, "choice": scales.choice}
         for name, values in given.items():
             own = self._parameters.get(name)  # of a divided model, see `qat.sharded`
@@ -119,15 +116,18 @@ class WeightQuantizer(Quantizer):
             importance = None if self.transforms else importance
             found = refit(self.transformed(weight), self.format, self._stored(self._latent()), importance)
             self.start.copy_(found.effective())
-        if self.zero_point is not None and found.zero_point is not None:
-            self.zero_point.copy_(found.zero_point)
+        if (own := self.zero_point if self.minimum is None else self.minimum) is not None and found.offset is not None:
+            own.copy_(found.offset)
 
     def _latent(self) -> Tensor:
         return self.start if self.log_scale is None else self.start * self.log_scale.exp()
 
     def _stored(self, latent: Tensor) -> Scales:
         stored = stored_scales(latent, self.global_scale, self.format.name)
-        return replace(stored, zero_point=self.zero_point, choice=self.choice)
+        return replace(stored, zero_point=self.zero_point, choice=self.choice, minimum=self._minimum())
+
+    def _minimum(self, part: slice = slice(None)) -> Scales | None:
+        return stored_minimum(self.minimum, self.minimum_scale, self.format, part)
 
     def in_force(self, held: tuple[Tensor, Tensor | None] | None = None) -> tuple[Tensor, Tensor | None]:
         """(multiplier, divisor), see `qat.training.scales`: what is stored multiplies; None where that also divides."""
@@ -154,9 +154,10 @@ class WeightQuantizer(Quantizer):
         part = slice(rows.start // high, -(-rows.stop // high)) if high else slice(None)
         above = self.global_scale
         if above is not None and above.dim():
-            above = above[part][0, 0]
+            above = above[part] if fmt.super_block else above[part][0, 0]
         zero, choice = (None if t is None else t[part] for t in (self.zero_point, self.choice))
-        scales = Scales(fmt.scale.store(self.start[part], above), above, zero, choice, type=fmt.scale)
+        start, below = fmt.scale.store(self.start[part], above), self._minimum(part)
+        scales = Scales(start, above, zero, choice, type=fmt.scale, minimum=below)
         one = WeightQuantizer(self.format, scales, self.learn, self.round_bf16)
         one.start, one.transforms = self.start[part], self.transforms
         for name in LEARNED:
@@ -208,12 +209,12 @@ class WeightQuantizer(Quantizer):
         part = slice(index * high, (index + 1) * high)
         every = (self.global_scale, self.zero_point, self.choice)
         above, zero, choice = (None if t is None else t[part] for t in every)
-        given = Scales(self.start[part], above, zero, choice)
+        given = Scales(self.start[part], above, zero, choice, minimum=self._minimum(part))
         scales = effective_scales(given.stored, log_scale, log_divisor, above, self.format.name)
         return self._on_grid(weight, scales, given)
 
     def _given(self) -> Scales:
-        return Scales(self.start, self.global_scale, self.zero_point, self.choice)
+        return Scales(self.start, self.global_scale, self.zero_point, self.choice, minimum=self._minimum())
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`linear(x, self(weight), bias)`; where gradients are wanted, keeping less for the backward pass."""

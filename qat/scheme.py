@@ -26,10 +26,11 @@ from qat.init.smooth import Smooth
 from qat.init.step import InitStep
 from qat.numbers.catalog import lookup, widened
 from qat.observers import Observer
-from qat.quantizer import Learn, parts_of
+from qat.quantizer import Learn
 from qat.sites import Role
 from qat.training.activations import ActivationRule
 from qat.training.gradients import Estimator
+from qat.training.scales import parts_of
 
 TiedPolicy = Literal["error", "share", "untie"]
 _Step = Annotated[

@@ -87,6 +87,12 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 def refusal(model: nn.Module, strategy: str = "fsdp") -> str | None:
     """Why `model` cannot be divided by a strategy, or None."""
     of: dict[int, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, WeightQuantizer) and module.format.super_block:
+            return (
+                f"{name}: nothing divides the numbers above the scales of {module.format.name} yet, as strategy "
+                f"{strategy} asks; use ddp"
+            )
     for block in blocks(model):
         for name, module in block.named_modules():
             if isinstance(module, nn.ModuleList) and name.endswith("experts"):

@@ -89,6 +89,8 @@ def clipped(weight: Tensor, fmt: Format, scales: Scales) -> Tensor:
     farther beyond the outermost value than half its distance to the next."""
     blocked = to_blocks(weight, fmt)
     divisor = scales.effective() if scales.divisor is None else scales.divisor
+    if scales.minimum is not None:
+        blocked = blocked + per_block(scales.minimum.effective())
     x = (in_parts(blocked, divisor) / per_block(divisor)).reshape(blocked.shape)
     if scales.zero_point is not None:
         half = 2.0 ** (fmt.element.bits - 1)

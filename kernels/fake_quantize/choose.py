@@ -49,6 +49,8 @@ def problem(fmt: Format) -> str | None:
     """Why fake quantization in this format runs its reference implementation also on a GPU, or None."""
     if not fmt.is_single:
         return "its element type is chosen per block"
+    if fmt.minimum is not None:
+        return "its blocks have minima of their own"
     if fmt.element.step != 1.0:
         return "its integers have a fractional step"
     if fmt.block[0] > 1 and any(size & (size - 1) or size < SMALLEST // 2 for size in fmt.block):

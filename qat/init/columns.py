@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qat.init.scales import with_stored
 from qat.numbers.format import Format
-from qat.numbers.numerics import Scales, from_blocks, per_block, rounded, to_blocks, to_elements_
+from qat.numbers.numerics import Scales, from_blocks, rounded, scaled_, to_blocks, to_elements_
 from qat.numbers.scale import select
 
 TOGETHER = 32  # columns between two updates of everything else
@@ -33,12 +33,15 @@ MOST_AT_ONCE = 1 << 26
 def of_block(scales: Scales, block: int) -> Scales:
     """Those of one block column; what divides is what is stored."""
     part = slice(block, block + 1)
+    above = scales.global_scale
     return replace(
         scales,
         stored=scales.stored[:, part],
+        global_scale=above[:, part] if above is not None and above.shape == scales.stored.shape else above,
         zero_point=None if scales.zero_point is None else scales.zero_point[:, part],
         choice=None if scales.choice is None else scales.choice[:, part],
         divisor=None,
+        minimum=None if scales.minimum is None else of_block(scales.minimum, block),
     )
 
 
@@ -54,20 +57,31 @@ class Rounding:
         self.scale = own.effective().reshape(-1).contiguous()
         self.zero = None if own.zero_point is None else own.zero_point.reshape(-1).to(torch.float32)
         self.choice = None if own.choice is None else own.choice.reshape(-1)
+        self.minimum = None if own.minimum is None else own.minimum.effective().reshape(-1).contiguous()
 
     def codes(self, values: Tensor, out: Tensor) -> Tensor:
         """Element values of one column (rows,), written to `out`."""
+        if self.minimum is not None:
+            values = torch.add(values, self.minimum, out=out)
         return to_elements_(torch.div(values, self.scale, out=out), self.fmt, self.zero, self.choice)
+
+    def values(self, codes: Tensor, out: Tensor) -> Tensor:
+        """What element values (..., rows) stand for, written to `out`."""
+        torch.mul(codes, self.scale, out=out)
+        return out if self.minimum is None else out.sub_(self.minimum)
 
     def lost(self, values: Tensor, out: Tensor) -> Tensor:
         """What a column loses, written to `out`."""
-        return torch.sub(values, self.codes(values, out).mul_(self.scale), out=out)
+        codes = self.codes(values, out)
+        return torch.sub(values, self.values(codes, codes), out=out)
 
 
 def writable(scales: Scales) -> Scales:
     """Whose tensors `put` may change."""
     zero, choice = (None if t is None else t.clone() for t in (scales.zero_point, scales.choice))
-    return replace(scales, stored=scales.stored.clone(), zero_point=zero, choice=choice, divisor=None)
+    minimum = None if scales.minimum is None else writable(scales.minimum)
+    stored = scales.stored.clone()
+    return replace(scales, stored=stored, zero_point=zero, choice=choice, divisor=None, minimum=minimum)
 
 
 def put(scales: Scales, block: int, own: Scales) -> None:
@@ -77,6 +91,8 @@ def put(scales: Scales, block: int, own: Scales) -> None:
     for name in ("zero_point", "choice"):
         if (mine := getattr(own, name)) is not None:
             getattr(scales, name)[:, part] = mine
+    if scales.minimum is not None and own.minimum is not None:
+        put(scales.minimum, block, own.minimum)
 
 
 # --- on arrival -----------------------------------------------------------------------------------
@@ -110,8 +126,12 @@ def _arrived(values: Tensor, fmt: Format, own: Scales, upper: Tensor) -> Scales:
 
     stored = taken(fmt.scale.to_bytes(trials.stored))
     assert stored is not None
-    zero, choice = taken(trials.zero_point), taken(trials.choice)
-    return replace(own, stored=fmt.scale.from_bytes(stored), zero_point=zero, choice=choice)
+    zero, choice, minimum = taken(trials.zero_point), taken(trials.choice), own.minimum
+    if minimum is not None and trials.minimum is not None:
+        below = taken(trials.minimum.stored)
+        assert below is not None
+        minimum = replace(minimum, stored=below)
+    return replace(own, stored=fmt.scale.from_bytes(stored), zero_point=zero, choice=choice, minimum=minimum)
 
 
 def _trials(values: Tensor, fmt: Format, own: Scales) -> Scales:
@@ -124,7 +144,9 @@ def _trials(values: Tensor, fmt: Format, own: Scales) -> Scales:
     count, blocked = len(stored), values.t()[:, None, None, :]
     zero, above = (None if t is None or not t.dim() else t.repeat(count, 1) for t in (own.zero_point, own.global_scale))
     around = Scales(stored.flatten(0, 1), own.global_scale if above is None else above, zero, type=own.type)
-    if zero is not None or not fmt.is_single:
+    if own.minimum is not None:
+        around = replace(around, minimum=Scales.joined([own.minimum] * count))
+    if zero is not None or own.minimum is not None or not fmt.is_single:
         around = with_stored(blocked.repeat(count, 1, 1, 1), fmt, around, around.stored, None)
     return Scales.joined([own, around])
 
@@ -186,7 +208,8 @@ def refitted(weight: Tensor, latent: Tensor, fmt: Format, scales: Scales, matrix
     Args:
         weight: W, (rows, columns) or a stack.
         latent: that rounds to the codes so far.
-        fmt: a format whose blocks lie within one row; its per-tensor scale, zero points and choice of elements stay.
+        fmt: a format whose blocks lie within one row; its per-tensor scale (or the numbers above a super-block), zero
+            points, minima and choice of elements stay.
         matrix: H, (columns, columns), positive definite.
         rounds: of going over all blocks.
     """
@@ -212,7 +235,7 @@ def _columns(matrix: Tensor) -> Tensor:
 
 def _values(latent: Tensor, fmt: Format, scales: Scales) -> Tensor:
     blocked = to_blocks(latent.detach().to(torch.float32), fmt)
-    return rounded(blocked, fmt, replace(scales, divisor=None)).mul_(per_block(scales.effective()))
+    return scaled_(rounded(blocked, fmt, replace(scales, divisor=None)), scales)
 
 
 def _errors(lost: Tensor, matrix: Tensor) -> Tensor:
@@ -234,7 +257,7 @@ class _Descent:
         shape = latent.t().shape
         codes = rounded(to_blocks(latent.t(), fmt), fmt, self.scales)
         self.codes = _columns(from_blocks(codes, shape, fmt))
-        self.values = _columns(from_blocks(codes * per_block(self.scales.effective()), shape, fmt))
+        self.values = _columns(from_blocks(scaled_(codes.clone(), self.scales), shape, fmt))
         self.lost = self.values - target
 
     def go_over(self) -> None:
@@ -254,7 +277,7 @@ class _Descent:
         """
         before, ahead = self.values[part].clone(), slice(part.stop, part.start + len(pull))
         rounding = Rounding(self.fmt, self._scale(part, pull[: self.width]))
-        torch.mul(self.codes[part], rounding.scale, out=self.values[part])
+        rounding.values(self.codes[part], self.values[part])
         pull[: self.width].addmm_(self.matrix[part, part], self.values[part] - before)
         for start in range(0, self.width, TOGETHER):
             self._round(part.start, slice(start, min(start + TOGETHER, self.width)), rounding, pull)
@@ -289,9 +312,9 @@ class _Descent:
         columns = zip(values, own_pull, self.latent[here], self.codes[here], moved, strict=True)
         for column, (value, pulled, latent, codes, step) in enumerate(columns):
             torch.sub(value, pulled, out=latent)
-            torch.mul(rounding.codes(latent, codes), rounding.scale, out=step).sub_(value)
+            rounding.values(rounding.codes(latent, codes), step).sub_(value)
             own_pull[column + 1 :].addr_(unit[column, column + 1 :], step)
-        torch.mul(self.codes[here], rounding.scale, out=values)
+        rounding.values(self.codes[here], values)
         if part.stop < self.width:
             rest = slice(here.stop, first + self.width)
             pull[part.stop : self.width].addmm_(self.matrix[rest, here], moved)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qat.errors import FormatError
 from qat.init.step import Calibration, InitStep
+from qat.init.super_blocks import block_errors, fitting_minimum, searched, settled
 from qat.init.together import Together, opened_parts
 from qat.numbers.format import Format
 from qat.numbers.numerics import (
@@ -21,8 +22,6 @@ from qat.numbers.numerics import (
     find_scales,
     finite_amax,
     global_scale_for,
-    per_block,
-    rounded,
     to_blocks,
 )
 from qat.numbers.scale import select
@@ -62,6 +61,8 @@ def initial_scales(
     error_weight = None
     if importance is not None:
         error_weight = to_blocks(importance.to(torch.float32).expand_as(weight), fmt)
+    if search == "mse" and fmt.super_block:
+        return settled(blocked, fmt, searched(blocked, fmt, base, error_weight), error_weight)
     return _search(blocked, fmt, base, _candidates(fmt, base, search), error_weight)
 
 
@@ -83,10 +84,10 @@ def _search(
     blocked: Tensor, fmt: Format, base: Scales, candidates: Iterator[Tensor], error_weight: Tensor | None
 ) -> Scales:
     unit = base.effective()
-    best, best_error = base, _error(blocked, fmt, base, error_weight, unit)
+    best, best_error = base, block_errors(blocked, fmt, base, error_weight, unit)
     for stored in candidates:
         trial = with_stored(blocked, fmt, base, stored, error_weight)
-        error = _error(blocked, fmt, trial, error_weight, unit)
+        error = block_errors(blocked, fmt, trial, error_weight, unit)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best = replace(
@@ -107,16 +108,9 @@ def with_stored(blocked: Tensor, fmt: Format, base: Scales, stored: Tensor, erro
         centre = (blocked.amin(dim=(1, 3)).clamp_max(0.0) + blocked.amax(dim=(1, 3)).clamp_min(0.0)) / 2
         zero = torch.nan_to_num(-0.5 - centre / trial.effective()).round().clamp(bottom, -bottom - 1)
         return replace(trial, zero_point=zero.to(torch.int8))
+    if base.minimum is not None:
+        return replace(trial, minimum=fitting_minimum(blocked, fmt, trial, error_weight))
     return trial if fmt.is_single else choose_elements(blocked, fmt, trial, error_weight)
-
-
-def _error(blocked: Tensor, fmt: Format, scales: Scales, error_weight: Tensor | None, unit: Tensor) -> Tensor:
-    """Squared error per block, (block rows, block columns) in units of `unit`, so that no square overflows."""
-    difference = rounded(blocked, fmt, scales).mul_(per_block(scales.effective())).sub_(blocked)
-    difference.div_(per_block(unit)).square_()
-    if error_weight is not None:
-        difference.mul_(error_weight)
-    return difference.sum(dim=(1, 3))
 
 
 def where_optional(condition: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -171,6 +165,8 @@ def share_global_scales(calibration: Calibration) -> None:
     sites = calibration.sites
     for members in {tuple(path for path in site.fused if path in sites) or (path,) for path, site in sites.items()}:
         first = sites[members[0]].quantizer.format
+        if first.super_block:  # whose numbers above are each weight's own
+            continue
         shared = shared_global_scale([sites[path].weight.detach() for path in members], first)
         for path in members:  # a tensor each: saved students hold one under every name
             sites[path].quantizer.global_scale = None if shared is None else shared.clone()

@@ -6,11 +6,12 @@ element's constants. Sources: OCP Microscaling v1.0; NVIDIA's NVFP4; bitsandbyte
 """
 
 from dataclasses import replace
+from typing import Any
 
 from qat.errors import FormatError, nearest
-from qat.numbers.element import integer, minifloat, table
+from qat.numbers.element import integer, minifloat, table, unsigned
 from qat.numbers.format import Format
-from qat.numbers.scale import BF16, E8M0, F16, F32, UE4M3
+from qat.numbers.scale import BF16, E8M0, F16, F32, S8, U6, U6_MINIMUM, UE4M3
 
 E2M1 = minifloat(2, 1)
 E2M3 = minifloat(2, 3)
@@ -19,6 +20,9 @@ INT8, INT4, INT3, INT2 = integer(8), integer(4), integer(3), integer(2)
 INT4_SIX_SEVENTHS = integer(4, step=6 / 7)  # the int4 grid stretched to E2M1's largest value, for IF4
 # llama.cpp's Q4_0 has the codes -8 to 7 under a scale of either sign: where it is negative, the values -7 to 8.
 INT4_DOWN, INT4_UP = integer(4, full=True), integer(4, step=-1.0, full=True)
+INT5_DOWN, INT5_UP = integer(5, full=True), integer(5, step=-1.0, full=True)
+INT6_DOWN, INT6_UP = integer(6, full=True), integer(6, step=-1.0, full=True)
+UINT4, UINT5 = unsigned(4), unsigned(5)
 NF4 = table(
     "nf4",
     (
@@ -46,10 +50,9 @@ _TOKEN = (1, 0)
 _BITNET = "BitNet b1.58, arXiv 2402.17764"
 _OCP = "OCP Microscaling Formats v1.0"
 _GGML = "llama.cpp, ggml-common.h"
-# What llama.cpp has and a Format cannot say yet.
-_SIX_BITS = "its block scales and minima are six-bit numbers under two FP16 ones, a scale of two levels"
-_MISSING = dict.fromkeys(("q2_k", "q3_k", "q4_k", "q5_k"), _SIX_BITS)
-_MISSING["q6_k"] = "its block scales are signed bytes under one FP16 number, a scale of two levels"
+# What llama.cpp has and nothing here writes.
+_MISSING = {"q2_k": "nothing packs its two bits", "q3_k": "nothing packs its three bits"}
+_MINIMA: dict[str, Any] = {"block": (1, 32), "scale": U6, "super_block": 256, "minimum": U6_MINIMUM, "source": _GGML}
 
 
 def _integers() -> list[Format]:
@@ -81,7 +84,11 @@ _FORMATS: list[Format] = [
     Format(name="nvint4", elements=(INT4,), block=(1, 16), scale=UE4M3, global_scale=True, source="arXiv 2510.25602"),
     Format(name="nf4_g64", elements=(NF4,), block=(1, 64), scale=BF16, source="QLoRA, arXiv 2305.14314"),
     Format(name="q4_0", elements=(INT4_DOWN, INT4_UP), block=(1, 32), scale=F16, source=_GGML),
+    Format(name="q5_0", elements=(INT5_DOWN, INT5_UP), block=(1, 32), scale=F16, source=_GGML),
     Format(name="q8_0", elements=(INT8,), block=(1, 32), scale=F16, source=_GGML),
+    Format(name="q4_k", elements=(UINT4,), **_MINIMA),
+    Format(name="q5_k", elements=(UINT5,), **_MINIMA),
+    Format(name="q6_k", elements=(INT6_DOWN, INT6_UP), block=(1, 16), scale=S8, super_block=256, source=_GGML),
     Format(
         name="if4",
         elements=(E2M1, INT4_SIX_SEVENTHS),
@@ -102,7 +109,7 @@ def lookup(name: str) -> Format:
         FormatError: no such format; names the three nearest, or says why one of llama.cpp's is missing.
     """
     if name in _MISSING:
-        raise FormatError(f"{name} of llama.cpp cannot be trained yet: {_MISSING[name]}; use q4_0 or q8_0")
+        raise FormatError(f"{name} of llama.cpp cannot be trained yet: {_MISSING[name]}; use q4_0 or q4_k")
     try:
         return CATALOG[name]
     except KeyError:

@@ -1,9 +1,9 @@
 """What a code means. An Element is its decode table (code -> value) plus how to round a real number onto that table.
 
-Three constructors cover the field: `integer(bits)`, `minifloat(exponent, mantissa)` and `table(values)`. Everything
-else (largest value, sign handling, encode) is derived from the table, so packers, kernels and tests cannot disagree
-with it. Codes are always the raw bit pattern in a uint8: two's complement for integers, sign-exponent-mantissa for
-minifloats, the position for tables.
+Four constructors cover the field: `integer(bits)`, `unsigned(bits)`, `minifloat(exponent, mantissa)`, `table(values)`.
+Everything else (largest value, sign handling, encode) is derived from the table, so packers, kernels and tests cannot
+disagree with it. Codes are always the raw bit pattern in a uint8: two's complement for integers, sign-exponent-mantissa
+for minifloats, the position for tables.
 """
 
 import math
@@ -44,7 +44,7 @@ class Element:
     @property
     def is_integer(self) -> bool:
         """Whether values are whole numbers, their codes two's complement."""
-        return self.kind == "integer" and self.step == 1.0
+        return self.kind == "integer" and self.step == 1.0 and self.low < 0
 
     @property
     def is_minifloat(self) -> bool:
@@ -163,6 +163,12 @@ def integer(bits: int, step: float = 1.0, *, full: bool = False) -> Element:
     ends = -step * (half if full else half - 1), step * (half - 1)
     name = (f"int{bits}" if step == 1.0 else f"int{bits}x{step:.4g}") + "full" * full
     return Element(name, "integer", bits, values, min(ends), max(ends), step=step)
+
+
+def unsigned(bits: int) -> Element:
+    """The whole numbers from 0 to 2^bits - 1, which are their own codes: what is left of a block above its minimum."""
+    values = tuple(float(code) for code in range(2**bits))
+    return Element(f"uint{bits}", "integer", bits, values, values[0], values[-1])
 
 
 def minifloat(exponent: int, mantissa: int, *, nan: bool = False) -> Element:

@@ -4,13 +4,17 @@ It is data: packers, kernels, exporters and tests derive what they need (bits pe
 these fields, and only the name crosses an op boundary. `scale` always multiplies when dequantizing:
 
     value = (element_value - zero_point) * scale * global_scale
+
+and where blocks have minima of their own, element_value * scale - minimum.
 """
 
 import math
 from dataclasses import dataclass
 
 from qat.numbers.element import Element
-from qat.numbers.scale import ScaleRule, ScaleType
+from qat.numbers.scale import F16, ScaleRule, ScaleType
+
+ABOVE = F16  # what block scales and minima of a super-block are multiples of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +31,9 @@ class Format:
         global_scale: a second, per-tensor scale above the block scales, so that scales of a byte fit. It is rounded
             up to a power of two: multiplier and divisor conventions then agree exactly, and code x scale fits BF16.
         zero_point: asymmetric integers, value = (code - zero_point) * scale.
+        super_block: columns whose block scales are whole multiples of one FP16 number; 0: none. It is what
+            `qat.numbers.numerics.Scales` has as global scale.
+        minimum: how what is subtracted from a block is stored, likewise under an FP16 number; None: nothing is.
         source: where the definition comes from.
     """
 
@@ -37,6 +44,8 @@ class Format:
     scale_rule: ScaleRule = "amax"
     global_scale: bool = False
     zero_point: bool = False
+    super_block: int = 0
+    minimum: ScaleType | None = None
     source: str = ""
 
     @property
@@ -67,7 +76,7 @@ class Format:
     @property
     def follows_amax(self) -> bool:
         """Whether a block's largest magnitude decides its scale."""
-        return not self.zero_point and self.scale_rule != "mean"
+        return not self.zero_point and self.minimum is None and self.scale_rule != "mean"
 
     @property
     def group(self) -> int | None:
@@ -83,9 +92,14 @@ class Format:
         block_rows, block_columns = self.block_for(rows, columns)
         return math.ceil(rows / block_rows), math.ceil(columns / block_columns)
 
+    @property
+    def unit(self) -> int:
+        """What the width of a row must be a multiple of; 2-D blocks may overhang."""
+        return self.super_block or self.group or 1
+
     def divides(self, columns: int) -> bool:
-        """Whether rows of this width can be stored. Groups inside a row must divide it; 2-D blocks may overhang."""
-        return self.group is None or columns % self.group == 0
+        """Whether rows of this width can be stored."""
+        return columns % self.unit == 0
 
     @property
     def exact_in_bf16(self) -> bool:
@@ -94,6 +108,8 @@ class Format:
         A product of a- and b-bit significands has a+b bits (b where a is one bit); BF16 holds 8. A zero point widens
         the element by its sign bit. Holds above BF16's smallest numbers, about 1e-38, where it loses bits of its own.
         """
+        if self.super_block:
+            return False
         widest = max(element.bits if self.zero_point else element.significant_bits for element in self.elements)
         narrow, wide = sorted((widest, self.scale.significant_bits))
         return (wide if narrow == 1 else narrow + wide) <= 8
@@ -107,8 +123,11 @@ class Format:
     def bits_per_weight(self, rows: int, columns: int) -> float:
         """Stored bits per element, with scales, zero points and the global scale."""
         scales = math.prod(self.grid_shape(rows, columns))
-        per_scale = self.scale.storage.itemsize * 8 + (self.element.bits if self.zero_point else 0)
+        lists = [self.scale] if self.minimum is None else [self.scale, self.minimum]
+        per_scale = sum(each.bits for each in lists) + (self.element.bits if self.zero_point else 0)
         total = rows * columns * self.element.bits + scales * per_scale + (32 if self.global_scale else 0)
+        if self.super_block:
+            total += rows * columns // self.super_block * len(lists) * ABOVE.bits
         return total / (rows * columns)
 
     def bits_per_row(self, columns: int) -> float:

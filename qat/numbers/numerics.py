@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qat.errors import FormatError
 from qat.numbers.element import EXPONENT_BIAS
-from qat.numbers.format import Format
+from qat.numbers.format import ABOVE, Format
 from qat.numbers.scale import TINY, ScaleType, ceil_log2, over, type_of
 
 
@@ -27,12 +27,14 @@ class Scales:
 
     Attributes:
         stored: (block rows, block columns) as `Format.scale` stores it; what a checkpoint holds.
-        global_scale: float32 power of two that multiplies `stored`, a scalar or of a shape that broadcasts, or None.
+        global_scale: float32 power of two that multiplies `stored`, a scalar or of a shape that broadcasts, or None; of
+            formats with super-blocks the FP16 number of each block's, of the shape of `stored`.
         zero_point: int8, same shape as `stored`, or None.
         choice: uint8, index of the element type per block, or None where the format has one.
         divisor: float32, same shape: divides before rounding where it differs from the stored scale (Dual-LSQ). It may
             have several columns to one of `stored`: blocks in equal parts, each divided by its own (FOCUS).
         type: how `stored` decodes; by default as its dtype says, see `qat.numbers.scale.type_of`.
+        minimum: what is subtracted of each block, stored as scales are, or None.
     """
 
     stored: Tensor
@@ -41,6 +43,12 @@ class Scales:
     choice: Tensor | None = None
     divisor: Tensor | None = None
     type: ScaleType | None = None
+    minimum: "Scales | None" = None
+
+    @property
+    def offset(self) -> Tensor | None:
+        """What operators take where blocks do not begin at zero: zero points, in codes, or minima, float32 values."""
+        return self.zero_point if self.minimum is None else self.minimum.effective()
 
     def effective(self) -> Tensor:
         """float32 multiplier per block: the stored scale decoded, times the global scale."""
@@ -58,7 +66,8 @@ class Scales:
         above = self.global_scale
         if above is not None and above.dim() and len(above) == len(self.stored):
             above = above[part]
-        return Scales(self.stored[part], above, zero, choice, type=self.type)
+        minimum = None if self.minimum is None else self.minimum.rows(part)
+        return Scales(self.stored[part], above, zero, choice, type=self.type, minimum=minimum)
 
     @staticmethod
     def joined(parts: "Sequence[Scales]") -> "Scales":
@@ -68,11 +77,18 @@ class Scales:
         raw, dtype = [part.stored for part in parts], parts[0].stored.dtype
         if dtype.itemsize == 1:  # torch joins no floats of a byte
             raw = [stored.view(torch.uint8) for stored in raw]
-        above = [part.global_scale.expand(len(part.stored), 1) for part in parts if part.global_scale is not None]
+        above = [_tall(part.global_scale, len(part.stored)) for part in parts if part.global_scale is not None]
         zeros = [part.zero_point for part in parts if part.zero_point is not None]
         choices = [part.choice for part in parts if part.choice is not None]
         top, zero, choice = (torch.cat(tensors) if tensors else None for tensors in (above, zeros, choices))
-        return Scales(torch.cat(raw).view(dtype), top, zero, choice, type=parts[0].type)
+        minima = [part.minimum for part in parts if part.minimum is not None]
+        minimum = Scales.joined(minima) if minima else None
+        return Scales(torch.cat(raw).view(dtype), top, zero, choice, type=parts[0].type, minimum=minimum)
+
+
+def _tall(global_scale: Tensor, rows: int) -> Tensor:
+    """One, or one of each super-block, for each row."""
+    return global_scale.expand(rows, global_scale.shape[-1] if global_scale.dim() else 1)
 
 
 @dataclass(frozen=True)
@@ -93,6 +109,8 @@ class QTensor:
         scales = self.scales
         tensors = {"scale": scales.stored, "global_scale": scales.global_scale}
         tensors |= {"zero_point": scales.zero_point, "choice": scales.choice}
+        if scales.minimum is not None:
+            tensors |= {"minimum": scales.minimum.stored, "minimum_scale": scales.minimum.global_scale}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     @property
@@ -104,7 +122,7 @@ class QTensor:
         """Values (shape of the original); computed in float32 and rounded once to `dtype`."""
         blocked = to_blocks(self.codes, self.format)
         values = _decode(blocked, self.format, self.scales)
-        return from_blocks(_times_scale(values, self.scales), self.shape, self.format).to(dtype)
+        return from_blocks(scaled_(values, self.scales), self.shape, self.format).to(dtype)
 
 
 def to_blocks(x: Tensor, fmt: Format) -> Tensor:
@@ -139,11 +157,12 @@ def from_blocks(blocked: Tensor, shape: torch.Size, fmt: Format) -> Tensor:
 
 def width_problem(fmt: Format, columns: int) -> str:
     """Why a row of `columns` cannot be split into this format's groups, and which group would work."""
-    group = fmt.group or columns
+    group = fmt.unit if fmt.group else columns
     works = [g for g in (16, 32, 64, 128, 256) if columns % g == 0]
     best = min(works, key=lambda g: (abs(math.log2(g / group)), -g)) if works else None
     advice = f"the nearest group that divides {columns} is {best}" if best else "no group of 16 to 256 divides it"
-    return f"{fmt.name}: groups of {group} do not divide a width of {columns}; {advice}, or use a channel scale"
+    what = "super-blocks" if fmt.super_block else "groups"
+    return f"{fmt.name}: {what} of {group} do not divide a width of {columns}; {advice}, or use a channel scale"
 
 
 def global_scale_for(amax: Tensor, fmt: Format) -> Tensor:
@@ -178,6 +197,8 @@ def find_scales(x: Tensor, fmt: Format, global_scale: Tensor | None = None) -> S
     blocked = to_blocks(x.detach().to(torch.float32), fmt)
     if fmt.zero_point:
         return _affine_scales(blocked, fmt)
+    if fmt.super_block:
+        return _two_levels(blocked, fmt)
     amax = block_amax(blocked)
     if fmt.global_scale and global_scale is None:
         global_scale = global_scale_for(finite_amax(amax), fmt)
@@ -204,13 +225,34 @@ def _affine_scales(blocked: Tensor, fmt: Format) -> Scales:
     return Scales(stored, zero_point=zero.to(torch.int8), type=fmt.scale)
 
 
+def _two_levels(blocked: Tensor, fmt: Format) -> Scales:
+    """The range of a block, or its largest magnitude, over the element's; those of a super-block under one number."""
+    if fmt.minimum is None:
+        scales = in_super_blocks(over(block_amax(blocked), fmt.element.max), fmt, fmt.scale)
+        return scales if fmt.is_single else choose_elements(blocked, fmt, scales)
+    low, high = blocked.amin(dim=(1, 3)).clamp_max(0.0), blocked.amax(dim=(1, 3))
+    scales = in_super_blocks(over(high - low, fmt.element.max), fmt, fmt.scale)
+    return replace(scales, minimum=in_super_blocks(-low, fmt, fmt.minimum))
+
+
+def in_super_blocks(wanted: Tensor, fmt: Format, type: ScaleType, above: Tensor | None = None) -> Scales:
+    """float32 numbers, one of each block, as multiples of one number for each super-block (`above`, of the shape of
+    `wanted`), of which the largest of them is the largest multiple. What is not finite becomes NaN by itself."""
+    if above is None:
+        blocks = fmt.super_block // fmt.block[1]
+        finite = torch.where(torch.isfinite(wanted), wanted, 0.0)
+        largest = finite.view(len(wanted), wanted.shape[1] // blocks, blocks).amax(dim=2)
+        above = ABOVE.decode(ABOVE.store(over(largest, type.largest))).repeat_interleave(blocks, dim=1)
+    return Scales(type.store(wanted, above), above, type=type)
+
+
 def choose_elements(blocked: Tensor, fmt: Format, scales: Scales, error_weight: Tensor | None = None) -> Scales:
     """Per block, the element type with the smaller (weighted) squared error, in units of the scale, so that nothing
     under- or overflows when squared."""
     errors, unit = [], per_block(scales.effective())
     for index in range(len(fmt.elements)):
         trial = replace(scales, choice=torch.full_like(scales.stored, index, dtype=torch.uint8))
-        values = _times_scale(rounded(blocked, fmt, trial), trial)
+        values = scaled_(rounded(blocked, fmt, trial), trial)
         squares = values.sub_(blocked).div_(unit).square_()
         errors.append((squares if error_weight is None else squares.mul_(error_weight)).sum(dim=(1, 3)))
     return replace(scales, choice=torch.stack(errors).argmin(dim=0).to(torch.uint8))
@@ -231,6 +273,8 @@ def in_parts(blocked: Tensor, divisor: Tensor) -> Tensor:
 def rounded(blocked: Tensor, fmt: Format, scales: Scales) -> Tensor:
     """Element values (zero point already subtracted) of a blocked float32 tensor; a new tensor."""
     divisor = scales.effective() if scales.divisor is None else scales.divisor
+    if scales.minimum is not None:
+        blocked = blocked + per_block(scales.minimum.effective())
     x = (in_parts(blocked, divisor) / per_block(divisor)).reshape(blocked.shape)
     zero, choice = (None if t is None else per_block(t) for t in (scales.zero_point, scales.choice))
     return to_elements_(x, fmt, None if zero is None else zero.to(torch.float32), choice)
@@ -254,8 +298,11 @@ def _pick(options: list[Tensor], choice: Tensor) -> Tensor:
     return result
 
 
-def _times_scale(values: Tensor, scales: Scales) -> Tensor:
-    return values * per_block(scales.effective())
+def scaled_(values: Tensor, scales: Scales) -> Tensor:
+    """Numbers of a blocked tensor of element values, as `rounded` gives them; in place. Where a minimum is subtracted,
+    the product before it is exact, so that it does not matter whether a device fuses the two."""
+    values.mul_(per_block(scales.effective()))
+    return values if scales.minimum is None else values.sub_(per_block(scales.minimum.effective()))
 
 
 def _encode(values: Tensor, fmt: Format, scales: Scales) -> Tensor:
@@ -298,8 +345,7 @@ def fake_quantize(x: Tensor, fmt: Format, scales: Scales | None = None) -> Tenso
     """`quantize(x).dequantize()` without the codes: float32 values on the format's grid, without a gradient."""
     blocked = to_blocks(x.detach().to(torch.float32), fmt)
     scales = find_scales(x, fmt) if scales is None else _poisoned(blocked, scales.of(fmt))
-    values = rounded(blocked, fmt, scales).mul_(per_block(scales.effective()))
-    return from_blocks(values, x.shape, fmt)
+    return from_blocks(scaled_(rounded(blocked, fmt, scales), scales), x.shape, fmt)
 
 
 def qsnr(x: Tensor, quantized: Tensor) -> float:

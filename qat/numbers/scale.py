@@ -84,6 +84,11 @@ class ScaleType:
         return self in types
 
     @property
+    def bits(self) -> int:
+        """Of one scale in a file."""
+        return self.storage.itemsize * 8
+
+    @property
     def is_bytes(self) -> bool:
         """Whether packed weights and kernels hold it as raw bytes."""
         return self.storage.itemsize == 1
@@ -137,6 +142,28 @@ class ExponentScale(ScaleType):
         return _exponent_byte(torch.where(torch.isfinite(amax), exponent, torch.nan))
 
 
+@dataclass(frozen=True, eq=False)
+class WholeScale(ScaleType):
+    """Whole numbers of a few bits, which are multiples of a number that a super-block has; the byte 255, which no file
+    holds, is NaN."""
+
+    width: int = field(kw_only=True)
+
+    @property
+    def bits(self) -> int:
+        """See `ScaleType`."""
+        return self.width
+
+    def encode(self, scale: Tensor) -> Tensor:
+        """See `ScaleType`."""
+        whole = scale.round().clamp(self.smallest, self.largest)
+        return torch.where(torch.isnan(scale), 255.0, whole).to(torch.uint8)
+
+    def decode(self, stored: Tensor) -> Tensor:
+        """See `ScaleType`."""
+        return torch.where(stored == 255, torch.nan, stored.to(torch.float32))
+
+
 @lru_cache(maxsize=64)
 def _offsets(sweep: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(sweep, dtype=torch.int16, device=device)
@@ -157,11 +184,18 @@ def _positive(name: str, storage: torch.dtype, element: Element, reach: int) -> 
     return MinifloatScale(name, storage, element.significant_bits, smallest, largest, sweep, element=element)
 
 
+def _whole(name: str, bits: int, width: int, smallest: float = 1.0) -> WholeScale:
+    return WholeScale(name, torch.uint8, bits, smallest, 2.0**bits - 1, width=width)
+
+
 F32 = _plain("f32", torch.float32, 24, TINY)
 BF16 = _plain("bf16", torch.bfloat16, 8, TINY)
 F16 = _plain("f16", torch.float16, 11, 2.0**-24)
 UE4M3 = _positive("e4m3", torch.float8_e4m3fn, minifloat(4, 3, nan=True), SWEEP_REACH)  # as PTX names it
 E8M0 = ExponentScale("e8m0", torch.uint8, 1, 2.0**-EXPONENT_BIAS, 2.0**EXPONENT_BIAS, (-2, -1, 0, 1))
+# Of llama.cpp's super-blocks. The sign of the one in eight bits says which of two elements a block has.
+U6, S8 = _whole("u6", 6, width=6), _whole("i8", 7, width=8)
+U6_MINIMUM = _whole("u6", 6, width=6, smallest=0.0)  # of what is subtracted from a block, which may be nothing
 
 _OF_STORAGE = {each.storage: each for each in (F32, BF16, F16, UE4M3, E8M0)}
 

@@ -7,8 +7,9 @@ With v = x / divisor, forward y = round(clip(v)) * multiplier, the estimators ar
     dy/ddivisor    = -v * multiplier / divisor where v is not clipped, else 0
 
 and with multiplier == divisor == s their sum is LSQ's rule (arXiv 1902.08153): round(v) - v inside, the bound outside.
-Learning the two separately is Dual-LSQ, with a divisor for each eight values of a block FOCUS. Activation scales follow
-the data and get no gradient.
+Learning the two separately is Dual-LSQ, with a divisor for each eight values of a block FOCUS. Where a block has a
+minimum m, x + m and y + m stand for x and y; m itself is refitted, not learned. Activation scales follow the data and
+get no gradient.
 """
 
 from typing import Literal
@@ -41,7 +42,7 @@ def backward(
         x, y: input and output of the fake quantization, (..., columns).
         divisor, multiplier: (block rows, block columns), float32; without a divisor, the multiplier is the one scale. A
             divisor may have several columns to a block, see `qat.numbers.numerics.Scales`.
-        zero_point: (block rows, block columns) or None.
+        zero_point: (block rows, block columns) or None; minima, float32, where the format has those.
         estimator: "ste" or "clipped".
         needs: which of the three to compute.
         choice: (block rows, block columns), index of the element type of each block, or None where there is one.
@@ -53,17 +54,22 @@ def backward(
     if needs_divisor or needs_multiplier:  # for one scale the two nearly cancel: no products or sums in BF16
         blocked_grad = blocked_grad.to(torch.promote_types(grad.dtype, torch.float32))
     clipped = torch.zeros(())  # made only when someone asks
+    minimum, zero_point = (zero_point, None) if fmt.minimum is not None else (None, zero_point)
+
+    def above(t: Tensor) -> Tensor:
+        return to_blocks(t, fmt) if minimum is None else to_blocks(t, fmt).to(torch.float32) + per_block(minimum)
+
     parts = dividing.shape[1] // max(1, multiplier.shape[1])
     of_parts = multiplier if parts == 1 else multiplier.repeat_interleave(parts, dim=1)
     if needs_divisor or (needs_x and estimator == "clipped"):
         zeros, chosen = (
             t if t is None or parts == 1 else t.repeat_interleave(parts, dim=1) for t in (zero_point, choice)
         )
-        clipped = _clipped(in_parts(to_blocks(x, fmt), dividing), dividing, zeros, fmt, chosen)
+        clipped = _clipped(in_parts(above(x), dividing), dividing, zeros, fmt, chosen)
     if needs_multiplier:
-        grad_multiplier = (blocked_grad * to_blocks(y, fmt)).sum(dim=(1, 3)) / multiplier
+        grad_multiplier = (blocked_grad * above(y)).sum(dim=(1, 3)) / multiplier
     if needs_divisor:
-        moved = in_parts(blocked_grad * to_blocks(x, fmt), dividing).masked_fill_(clipped, 0.0)
+        moved = in_parts(blocked_grad * above(x), dividing).masked_fill_(clipped, 0.0)
         # Divided twice: the square of a tiny divisor (of a block of zeros) would be 0, of a huge one infinity.
         grad_divisor = -(moved.sum(dim=(1, 3)) / dividing) * (of_parts / dividing)
     if needs_x:

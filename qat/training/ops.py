@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from qat.numbers.catalog import lookup
 from qat.numbers.format import Format
-from qat.numbers.numerics import Scales, from_blocks, per_block, rounded, to_blocks
+from qat.numbers.numerics import Scales, from_blocks, rounded, scaled_, to_blocks
 from qat.training.gradients import Estimator, backward
 
 
@@ -40,16 +40,25 @@ def fake_quantize_reference(
     round_bf16: bool,
 ) -> Tensor:
     """What `qat::fake_quantize` means, and what device kernels fall back to. Without a divisor there is one scale."""
-    y = _on_grid(x, lookup(format), Scales(multiplier, None, zero_point, choice, divisor))
+    y = _on_grid(x, lookup(format), _given(lookup(format), divisor, multiplier, zero_point, choice))
     if round_bf16 and lookup(format).rounds_in_bf16:
         y = y.to(torch.bfloat16)
     return y.to(x.dtype)
 
 
 def _on_grid(x: Tensor, fmt: Format, scales: Scales) -> Tensor:
-    """float32 values; `scales.stored` is the multiplier."""
+    """float32 values."""
     values = rounded(to_blocks(x.detach().to(torch.float32), fmt), fmt, scales)
-    return from_blocks(values.mul_(per_block(scales.stored)), x.shape, fmt)
+    return from_blocks(scaled_(values, scales), x.shape, fmt)
+
+
+def _given(
+    fmt: Format, divisor: Tensor | None, multiplier: Tensor, zero_point: Tensor | None, choice: Tensor | None
+) -> Scales:
+    """What an operator was given; in the place of zero points are minima, float32, where the format has those."""
+    if fmt.minimum is None or zero_point is None:
+        return Scales(multiplier, None, zero_point, choice, divisor)
+    return Scales(multiplier, None, None, choice, divisor, minimum=Scales(zero_point))
 
 
 @operator("fake_quantize", fake_quantize_reference)
@@ -159,7 +168,8 @@ def quantized_linear_reference(
     round_bf16: bool,
 ) -> tuple[Tensor, Tensor]:
     """What `qat::quantized_linear` means: (x times the weight on its grid, that weight)."""
-    values = _on_grid(weight, lookup(format), Scales(multiplier, None, zero_point, choice, divisor))
+    fmt = lookup(format)
+    values = _on_grid(weight, fmt, _given(fmt, divisor, multiplier, zero_point, choice))
     quantized = values.to(torch.bfloat16 if round_bf16 else weight.dtype)  # exact, in as few bytes as possible
     if quantized.dtype != x.dtype:
         return _times(x, values.copy_(quantized), bias, weight.dtype), quantized
@@ -298,16 +308,15 @@ def fake_quantize(
     Args:
         x: (..., columns).
         format: catalogue name.
-        scales: stored scales; supplies zero point and element choice, and the multiplier where none is given.
+        scales: stored scales; supplies zero point or minimum, and element choice, and the multiplier where none is
+            given.
         multiplier: float32 (block rows, block columns), effective scale that carries a gradient.
         divisor: the same, for rounding; None where the multiplier is the one scale.
         estimator: "ste" or "clipped".
         round_bf16: round the result to BF16, as a server that holds dequantized BF16 weights does.
     """
     multiplier = scales.effective() if multiplier is None else multiplier
-    y: Tensor = _FakeQuantize.apply(
-        x, divisor, multiplier, scales.zero_point, scales.choice, format, estimator, round_bf16
-    )
+    y: Tensor = _FakeQuantize.apply(x, divisor, multiplier, scales.offset, scales.choice, format, estimator, round_bf16)
     return y
 
 
@@ -337,6 +346,6 @@ def quantized_linear(
     """
     multiplier = scales.effective() if multiplier is None else multiplier
     y, quantized = _QuantizedLinear.apply(
-        x, weight, bias, divisor, multiplier, scales.zero_point, scales.choice, format, round_bf16, held
+        x, weight, bias, divisor, multiplier, scales.offset, scales.choice, format, round_bf16, held
     )
     return y, quantized

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qat.numbers.format import Format
-from qat.numbers.numerics import Scales, rounded, to_blocks
+from qat.numbers.numerics import Scales, per_block, rounded, to_blocks
 from qat.numbers.scale import TINY, select
 
 TRIALS = (0.8, 0.9, 1.0, 1.1, 1.25)  # around the scale in force; weights move little between two refits
@@ -24,18 +24,25 @@ CPU_VALUES = 1 << 18  # per piece: what is made of it stays in the cache of a co
 
 @dataclass(frozen=True)
 class _Sums:
-    """Over each block, with h the importance, w the weight and v the element values at a trial scale."""
+    """Over each block, with h the importance, w the weight (above the minimum in force) and v the element values at a
+    trial scale."""
 
     vw: Tensor
     vv: Tensor
     v: Tensor | None = None
     w: Tensor | None = None
     h: Tensor | None = None
+    more: Tensor | None = None
 
     def shifted(self, by: Tensor) -> "_Sums":
         """The same of v - by: another zero point under the same codes."""
         assert self.v is not None and self.w is not None and self.h is not None
         return _Sums(self.vw - by * self.w, self.vv - 2 * by * self.v + by.square() * self.h)
+
+    def raised(self, by: Tensor) -> "_Sums":
+        """The same of w + by, another minimum under the same codes, and what that adds to the loss of any scale."""
+        assert self.v is not None and self.w is not None and self.h is not None
+        return _Sums(self.vw + by * self.v, self.vv, more=by * (2 * self.w + by * self.h))
 
 
 @torch.no_grad()
@@ -58,7 +65,10 @@ def refit(weight: Tensor, fmt: Format, scales: Scales, importance: Tensor | None
         for part in parts
     ]
     best = Scales.joined(found)
-    return replace(scales, stored=best.stored, zero_point=best.zero_point)
+    minimum = None
+    if scales.minimum is not None and best.minimum is not None:
+        minimum = replace(scales.minimum, stored=best.minimum.stored)
+    return replace(scales, stored=best.stored, zero_point=best.zero_point, minimum=minimum)
 
 
 def _refit(blocked: Tensor, fmt: Format, scales: Scales, importance: Tensor | None) -> Scales:
@@ -78,21 +88,26 @@ def _refit(blocked: Tensor, fmt: Format, scales: Scales, importance: Tensor | No
             zero = candidate.zero_point
             if zero is not None and best.zero_point is not None:
                 zero = torch.where(better, zero, best.zero_point)
-            best = replace(best, stored=select(better, candidate.stored, best.stored), zero_point=zero)
+            below = best.minimum
+            if below is not None and candidate.minimum is not None:
+                below = replace(below, stored=select(better, candidate.minimum.stored, below.stored))
+            best = replace(best, stored=select(better, candidate.stored, best.stored), zero_point=zero, minimum=below)
     return best
 
 
 def _loss(scale: Tensor, sums: _Sums) -> Tensor:
     """Less the part that no scale changes; a NaN is never less than anything, so a spoiled block keeps its scale."""
-    return scale * (scale * sums.vv - 2 * sums.vw)
+    loss = scale * (scale * sums.vv - 2 * sums.vw)
+    return loss if sums.more is None else loss + sums.more
 
 
 def _trials(blocked: Tensor, fmt: Format, scales: Scales, importance: Tensor | None) -> Iterator[tuple[Scales, _Sums]]:
     """(trial scales, with the trial as divisor unless it is the one in force; sums there), the one in force first."""
     kept = scales.effective()
     ratios = POWERS if fmt.scale.significant_bits == 1 else TRIALS
-    weighted = blocked if importance is None else blocked * importance
-    affine = scales.zero_point is not None
+    above = blocked if scales.minimum is None else blocked + per_block(scales.minimum.effective())
+    weighted = above if importance is None else above * importance
+    affine = scales.zero_point is not None or scales.minimum is not None
     of_w = weighted.sum(dim=(1, 3)) if affine else None
     of_h = None
     if affine:
@@ -117,16 +132,29 @@ def _solved(fmt: Format, trial: Scales, sums: _Sums) -> Iterator[tuple[Scales, _
         yield replace(trial, stored=fmt.scale.store(trial.divisor, above)), sums
         return
     yield replace(trial, stored=fmt.scale.store(_positive(sums.vw / sums.vv, trial), above)), sums
-    if zero is None:
+    if zero is None and trial.minimum is None:
         return
     assert sums.v is not None and sums.w is not None and sums.h is not None
     slope = (sums.vw - sums.v * sums.w / sums.h) / (sums.vv - sums.v.square() / sums.h)
+    if zero is None:
+        yield _raised(fmt, trial, sums, (slope * sums.v - sums.w) / sums.h)
+        return
     move = torch.nan_to_num((sums.v - sums.w / slope) / sums.h).round()
     bottom = -(2 ** (fmt.element.bits - 1))
     moved = (zero.to(move.dtype) + move).clamp(bottom, -bottom - 1)
     sums = sums.shifted(moved - zero.to(move.dtype))
     stored = fmt.scale.store(_positive(sums.vw / sums.vv, trial), above)
     yield replace(trial, stored=stored, zero_point=moved.to(torch.int8)), sums
+
+
+def _raised(fmt: Format, trial: Scales, sums: _Sums, by: Tensor) -> tuple[Scales, _Sums]:
+    """With minima that are higher by about so much, and the scale that is best then."""
+    assert trial.minimum is not None and fmt.minimum is not None
+    now = trial.minimum.effective()
+    minimum = replace(trial.minimum, stored=fmt.minimum.store(now + by, trial.minimum.global_scale))
+    sums = sums.raised(minimum.effective() - now)
+    stored = fmt.scale.store(_positive(sums.vw / sums.vv, trial), trial.global_scale)
+    return replace(trial, stored=stored, minimum=minimum), sums
 
 
 def _positive(scale: Tensor, trial: Scales) -> Tensor:

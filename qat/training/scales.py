@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from qat.numbers.catalog import lookup
+from qat.numbers.format import Format
 from qat.numbers.numerics import Scales
 from qat.training.ops import operator
+
+PART = 8  # values of a block that share a divisor where it is finer than the block (FOCUS)
 
 
 def effective_scales_reference(
@@ -28,6 +31,19 @@ def stored_scales(latent: Tensor, global_scale: Tensor | None, format: str) -> S
     """Float32 scales as a checkpoint stores them."""
     scale = lookup(format).scale
     return Scales(scale.store(latent, global_scale), global_scale, type=scale)
+
+
+def stored_minimum(minimum: Tensor | None, above: Tensor | None, fmt: Format, part: slice) -> Scales | None:
+    """Float32 minima of some block rows as a checkpoint stores them, where the format has minima."""
+    if minimum is None or above is None or fmt.minimum is None:
+        return None
+    return Scales(fmt.minimum.store(minimum[part], above[part]), above[part], type=fmt.minimum)
+
+
+def parts_of(fmt: Format) -> int:
+    """Into how many parts of `PART` values a block of `fmt` divides; 0 where it does not, or into one."""
+    group = fmt.group or 0
+    return group // PART if group > PART and group % PART == 0 else 0
 
 
 def _divisor(start: Tensor, log_divisor: Tensor | None) -> Tensor:

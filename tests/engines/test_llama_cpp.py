@@ -92,7 +92,7 @@ def test_dequantized_weights_give_our_logits(tmp_path: Path) -> None:
 def test_the_rule_is_what_its_products_do(tmp_path: Path) -> None:
     """In one layer, most positions agree to the last bits of float32, until somewhere a value near the middle of two
     codes falls to the other side; without the rule none does."""
-    formats = ("q4_0", "q8_0", "mxfp4")
+    formats = ("q4_0", "q5_0", "q8_0", "mxfp4")
     files = [export(tmp_path, "llama", weight, tables=True, num_hidden_layers=1) for weight in formats]
     for file, theirs in zip(files, llama_cpp(tmp_path, files), strict=True):
         apart, plain = ((ours(file, inputs) - theirs).abs().amax(-1) for inputs in (True, False))

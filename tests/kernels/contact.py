@@ -65,8 +65,8 @@ class Sizes:
 # Segments of K and one token; a tall weight; odd rows. 300 tokens are several tiles.
 LARGE = Sizes(((4096, 4096), (8448, 1024), (1000, 2048)), (1, 3, 16, 33, 64, 300), 2048, 32001,
               (1, 63, 257, 4099))  # fmt: skip
-SMALL = Sizes(((4096, 4096), (100, 640)), (1, 33), 640, 5003, (1, 1029))
-TINY = Sizes(((64, 256),), (1, 3), 128, 501, (1, 65))
+SMALL = Sizes(((4096, 4096), (100, 640)), (1, 33), 768, 5003, (1, 1029))
+TINY = Sizes(((64, 256),), (1, 3), 256, 501, (1, 65))
 
 
 def checks(device: str, sizes: Sizes) -> Iterator[Check]:
@@ -216,7 +216,7 @@ def _fake(device: str, name: str, fmt: Format, columns: int, dtype: torch.dtype)
         weight = normal("cpu", 130, columns, dtype=dtype)
         scales = find_scales(weight, fmt)
         one = scales.effective()
-        return weight, one * 1.01, one, scales.zero_point, scales.choice
+        return weight, one * 1.01, one, scales.offset, scales.choice
 
     def forward() -> bool:
         arguments = (*given(), name, "ste", True)

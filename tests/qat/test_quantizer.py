@@ -81,12 +81,12 @@ def test_learning_modes_own_the_right_parameters(learn: Learn) -> None:
     assert f"learn={learn}" in repr(quantizer) and "nvfp4" in repr(quantizer)
 
 
-@pytest.mark.parametrize("name", ["int4_g32", "nvfp4", "mxfp4", "int4_g32_asym", "if4", "nf4_g64"])
+@pytest.mark.parametrize("name", ["int4_g32", "nvfp4", "mxfp4", "int4_g32_asym", "if4", "nf4_g64", "q4_k", "q6_k"])
 def test_gradients_reach_weight_scale_and_divisor_through_the_stored_rounding(name: str) -> None:
-    weight, fmt = normal(4, 128).requires_grad_(), lookup(name)
+    weight, fmt = normal(4, 256).requires_grad_(), lookup(name)
     quantizer = weight_quantizer(name, weight.detach(), "dual_lsq")
     quantizer.round_bf16 = False
-    grad = normal(4, 128, seed=1)
+    grad = normal(4, 256, seed=1)
     found = torch.autograd.grad((quantizer(weight) * grad).sum(), [weight, quantizer.log_scale, quantizer.log_divisor])
     scales = quantizer.scales()
     multiplier, divisor = (t.detach().requires_grad_() for t in (quantizer.multiplier(), quantizer.divisor()))
@@ -96,7 +96,7 @@ def test_gradients_reach_weight_scale_and_divisor_through_the_stored_rounding(na
     latent = quantizer.start  # log corrections are 0, so d scale / d log = scale
     torch.testing.assert_close(found[1], expected[1] * latent)
     torch.testing.assert_close(found[2], expected[2] * latent)
-    assert all(g.any() for g in found) and fmt.grid_shape(4, 128) == found[1].shape
+    assert all(g.any() for g in found) and fmt.grid_shape(4, 256) == found[1].shape
 
 
 def test_lsq_learns_a_better_scale() -> None:
@@ -342,7 +342,7 @@ def test_a_layer_in_training_computes_what_it_computes_without_gradients(autocas
     assert all(p.grad is not None and p.grad.dtype == p.dtype and p.grad.any() for p in layer.parameters())
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "int4_g32_asym", "mxfp4", "if4", "fp8_b128"])
+@pytest.mark.parametrize("name", ["nvfp4", "int4_g32_asym", "mxfp4", "if4", "fp8_b128", "q4_k", "q6_k"])
 def test_what_a_refit_found_is_multiplied_with_stored_and_restored(name: str) -> None:
     weight, fmt = normal(64, 256), lookup(name)
     quantizer = WeightQuantizer(fmt, find_scales(weight * 1.4, fmt), "refit")

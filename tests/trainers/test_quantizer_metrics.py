@@ -87,24 +87,26 @@ def test_qsnr_by_layer_and_of_all(source: Path) -> None:
     assert found["quantizers/qsnr"] == pytest.approx(mean, abs=0.05)
 
 
-@pytest.mark.parametrize("name", ["int4_g32", "nvfp4", "mxfp8", "int4_g32_asym", "if4", "ternary_g64"])
+@pytest.mark.parametrize("name", ["int4_g32", "nvfp4", "mxfp8", "int4_g32_asym", "if4", "ternary_g64", "q4_k"])
 def test_clipped_weights_are_those_whose_error_exceeds_half_a_step(name: str) -> None:
     """Brute force: the step is the widest distance of neighbours at the end of the grid that the weight is beyond."""
     fmt = lookup(name)
-    x = torch.randn(6, 128, generator=torch.Generator().manual_seed(2))
+    columns = fmt.super_block or 128
+    x = torch.randn(6, columns, generator=torch.Generator().manual_seed(2))
     scales = quantize(x, fmt).scales
     x[1, 5] *= 30
     x[4, 70] = -12.0
     assert clipped(x, fmt, scales) > 0
     q = quantize(x, fmt, scales)
     count = 0
-    for row, column in [(r, c) for r in range(6) for c in range(128)]:
-        block = (row // max(1, q.shape[0] // scales.stored.shape[0]), column * scales.stored.shape[1] // 128)
+    for row, column in [(r, c) for r in range(6) for c in range(columns)]:
+        block = (row // max(1, q.shape[0] // scales.stored.shape[0]), column * scales.stored.shape[1] // columns)
         scale = scales.effective()[block]
         element = fmt.elements[int(scales.choice[block])] if scales.choice is not None else fmt.element
         zero = float(scales.zero_point[block]) if scales.zero_point is not None else 0.0
         grid = sorted(v for v in element.values if v == v) if scales.zero_point is not None else list(element.grid)
-        value = float(x[row, column] / scale) + zero
+        minimum = 0.0 if scales.minimum is None else float(scales.minimum.effective()[block])
+        value = (float(x[row, column]) + minimum) / float(scale) + zero
         low, high = grid[0] - (grid[1] - grid[0]) / 2, grid[-1] + (grid[-1] - grid[-2]) / 2
         count += not low <= value <= high
     assert float(clipped(x, fmt, scales)) * x.numel() == pytest.approx(count)

@@ -9,6 +9,7 @@ METHOD = "gguf"
 
 _BLOCKS = next(fmt for fmt in FORMATS.values() if fmt.element.bits == 8)
 _ROUNDS = "llama.cpp rounds the inputs of these layers to INT8 per 32 values, asked or not; train with them to count it"
+_ROUNDS_MORE = "llama.cpp rounds the inputs of these layers to INT8 per 256 values, which training cannot count yet"
 _DENSE = "plain transformers dequantizes GGUF files, with inputs as they come"
 
 
@@ -23,8 +24,13 @@ ROWS: tuple[Row, ...] = (
         (cell("exact", _DENSE), NO, NO, cell("no", _ROUNDS)),
     ),
     Row(
+        "super-blocks of 256",
+        lambda w, a: w in FORMATS.values() and w.super_block > 0 and a is None,
+        (cell("exact", _DENSE), NO, NO, cell("no", _ROUNDS_MORE)),
+    ),
+    Row(
         "MXFP4",
-        lambda w, a: w in FORMATS.values() and w.scale is not _BLOCKS.scale and _input(a),
+        lambda w, a: w in FORMATS.values() and not w.super_block and w.scale is not _BLOCKS.scale and _input(a),
         (cell("no", "transformers (5.23) does not know MXFP4 in GGUF files"), NO, NO, cell("no", _ROUNDS)),
     ),
 )

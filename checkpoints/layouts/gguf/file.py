@@ -37,6 +37,10 @@ RULE = "llama_cpp"  # of the inputs, see `qat.training.activations`
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 _KINDS = {
     GGMLQuantizationType.Q4_0: LlamaFileType.MOSTLY_Q4_0,
+    GGMLQuantizationType.Q5_0: LlamaFileType.MOSTLY_Q5_0,
+    GGMLQuantizationType.Q4_K: LlamaFileType.MOSTLY_Q4_K_M,
+    GGMLQuantizationType.Q5_K: LlamaFileType.MOSTLY_Q5_K_M,
+    GGMLQuantizationType.Q6_K: LlamaFileType.MOSTLY_Q6_K,
     GGMLQuantizationType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
     GGMLQuantizationType.MXFP4: LlamaFileType.MOSTLY_MXFP4_MOE,
 }

@@ -55,7 +55,7 @@ def load_file(path: Path, inputs: bool = False) -> "PreTrainedModel":
 
     Raises:
         CheckpointError: it is cut short, or tensors are missing.
-        UnsupportedError: another tool wrote it.
+        UnsupportedError: another tool wrote it, or inputs of super-blocks were to be rounded.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -93,5 +93,9 @@ def _round_inputs(model: "PreTrainedModel", file: GgufFile) -> None:
             continue
         if kind is GGMLQuantizationType.BF16:
             module.register_forward_pre_hook(lambda _, args: (args[0].bfloat16().float(), *args[1:]))
+        elif kind in FORMATS and FORMATS[kind].super_block:
+            raise UnsupportedError(
+                f"{file.path}: {name} is {kind.name}, before which inputs are rounded in ways not known here"
+            )
         elif kind in FORMATS:
             module.register_forward_pre_hook(ServedInput(FORMATS[GGMLQuantizationType.Q8_0], "llama_cpp", None))

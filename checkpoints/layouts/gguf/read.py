@@ -18,6 +18,15 @@ from qat.errors import CheckpointError, UnsupportedError
 RECORD_KEY = "qat.record"
 _HEADS = {"attn_q": "head_count", "attn_k": "head_count_kv"}
 _ROTATES_NEIGHBOURS = ("llama",)
+# Bytes of the blocks that have an FP16 scale, and where in them it is.
+_HALVES = {
+    GGMLQuantizationType.Q4_0: (18, 0),
+    GGMLQuantizationType.Q5_0: (22, 0),
+    GGMLQuantizationType.Q8_0: (34, 0),
+    GGMLQuantizationType.Q4_K: (144, 0),
+    GGMLQuantizationType.Q5_K: (176, 0),
+    GGMLQuantizationType.Q6_K: (210, 208),
+}
 
 
 class GgufFile:
@@ -82,12 +91,12 @@ class GgufFile:
         return found
 
     def bad_scales(self, name: str) -> int:
-        """How many scales of a tensor are zero or not finite; those of Q4_0 may be negative."""
+        """How many scales of a tensor are zero or not finite; those of Q4_0 and Q5_0 may be negative."""
         tensor = self.stored(name)
         kind = tensor.tensor_type
-        if kind in (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0):
-            size = {GGMLQuantizationType.Q4_0: 18, GGMLQuantizationType.Q8_0: 34}[kind]
-            scales = np.ascontiguousarray(tensor.data.reshape(-1, size)[:, :2]).view(np.float16)
+        if kind in _HALVES:
+            size, at = _HALVES[kind]
+            scales = np.ascontiguousarray(tensor.data.reshape(-1, size)[:, at : at + 2]).view(np.float16)
             return int((~np.isfinite(scales) | (scales == 0)).sum())
         if kind is GGMLQuantizationType.MXFP4:
             return int((tensor.data.reshape(-1, 17)[:, 0] == 255).sum())

@@ -19,6 +19,7 @@ from qat.checkpoints.layouts.gguf.types import FORMATS, row_bytes
 from qat.checkpoints.layouts.gguf.vocabulary import splitting
 from qat.cli import main
 from qat.errors import CheckpointError, UnsupportedError
+from qat.init.scales import initial_scales
 from qat.modes import served
 from qat.numbers.format import Format
 from qat.numbers.numerics import quantize
@@ -74,12 +75,15 @@ def written(kind: str, folder: Path, rules: Any = PROJECTIONS, **config: Any) ->
 
 @pytest.mark.parametrize(("kind", "fmt"), FORMATS.items(), ids=lambda each: each.name)
 def test_blocks_are_what_ggml_dequantizes(kind: GGMLQuantizationType, fmt: Format) -> None:
-    weight = torch.randn(12, 96, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 12)[:, None]
+    columns = 3 * fmt.unit
+    weight = torch.randn(12, columns, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 12)[:, None]
     weight[3, 32:64] = 0.0
-    q = quantize(weight, fmt)
-    raw = row_bytes(q)
-    assert raw.shape == (12, gguf.quant_shape_to_byte_shape((12, 96), kind)[1]) and raw.dtype == torch.uint8
-    assert torch.equal(torch.from_numpy(gguf.quants.dequantize(raw.numpy(), kind)), q.dequantize())
+    weight[5], weight[6] = 0.0, weight[6].abs()  # a block of zeros; no minimum, or no scale of one of the signs
+    for scales in (None, initial_scales(weight, fmt)):
+        q = quantize(weight, fmt, scales)
+        raw = row_bytes(q)
+        assert raw.shape == (12, gguf.quant_shape_to_byte_shape((12, columns), kind)[1]) and raw.dtype == torch.uint8
+        assert torch.equal(torch.from_numpy(gguf.quants.dequantize(raw.numpy(), kind)), q.dequantize())
 
 
 def test_a_negative_scale_is_the_mirrored_element() -> None:

@@ -20,12 +20,12 @@ from qat.surgery import apply
 from tests.qat.init.test_gptq import layer
 from tests.qat.test_surgery import batches, build, usual
 
-FORMATS = ["nvfp4", "mxfp4", "int4_g64", "int4_g32_asym", "int3_channel", "if4", "nf4_g64"]
+FORMATS = ["nvfp4", "mxfp4", "int4_g64", "int4_g32_asym", "int3_channel", "if4", "nf4_g64", "q4_k", "q6_k"]
 
 
 def parts(name: str) -> tuple[Tensor, Scales, Tensor]:
     """Weight, scales and Gram matrix."""
-    weight, inputs = layer()
+    weight, inputs = layer(columns=lookup(name).super_block or 192)
     gram = inputs.T @ inputs / len(inputs)
     return weight, initial_scales(weight, lookup(name), importance=gram.diagonal()), gram
 

@@ -41,10 +41,13 @@ def surgeon(weight: Tensor, fmt: Format, scales: Scales, gram: Tensor) -> Tensor
     return fake_quantize(result, fmt, scales)
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int4_g64", "int4_g32_asym", "int3_channel", "if4", "nf4_g64"])
+@pytest.mark.parametrize(
+    "name", ["nvfp4", "mxfp4", "int4_g64", "int4_g32_asym", "int3_channel", "if4", "nf4_g64", "q4_k"]
+)
 def test_equals_optimal_brain_surgery_and_lowers_the_output_error(name: str) -> None:
-    weight, inputs = layer()
-    fmt, gram = lookup(name), inputs.T @ inputs / len(inputs)
+    fmt = lookup(name)
+    weight, inputs = layer(columns=fmt.super_block or 192)
+    gram = inputs.T @ inputs / len(inputs)
     scales = initial_scales(weight, fmt, importance=gram.diagonal())
     found = fake_quantize(compensate(weight, fmt, scales, gram), fmt, scales)
     expected = surgeon(weight, fmt, scales, gram)

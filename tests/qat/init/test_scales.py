@@ -37,12 +37,15 @@ def importance(columns: int) -> Tensor:
 
 
 def error(x: Tensor, fmt: Format, scales: Scales, weights: Tensor | None = None) -> Tensor:
-    """Weighted squared error per block in float64."""
+    """Weighted squared error per block (or super-block, whose blocks are searched together) in float64."""
     blocked = to_blocks(x, fmt)
     difference = rounded(blocked, fmt, scales).double() * per_block(scales.effective().double()) - blocked.double()
+    if scales.minimum is not None:
+        difference -= per_block(scales.minimum.effective().double())
     if weights is not None:
         difference *= to_blocks(weights.expand_as(x), fmt).double().sqrt()
-    return difference.square().sum(dim=(1, 3))
+    lost = difference.square().sum(dim=(1, 3))
+    return lost.view(len(x), -1, fmt.super_block // fmt.block[1]).sum(dim=2) if fmt.super_block else lost
 
 
 def all_scales(fmt: Format, base: Scales) -> list[Tensor]:
@@ -92,7 +95,7 @@ def test_starts_follow_the_size_of_the_weight(fmt: Format) -> None:
     weights = importance(256)
     for start in ("mse", "auto"):
         expected = initial_scales(x, fmt, start, importance=weights)
-        for exponent in (-4, 14) if fmt.scale is F16 else (-90, 90):
+        for exponent in (2 if fmt.super_block else -4, 14) if fmt.scale is F16 or fmt.super_block else (-90, 90):
             found = initial_scales(x * 2.0**exponent, fmt, start, importance=weights)
             assert torch.equal(found.effective(), expected.effective() * 2.0**exponent)
 

@@ -28,7 +28,7 @@ from qat.init.scales import initial_scales
 from qat.numbers.catalog import CATALOG
 from qat.numbers.format import Format
 from qat.numbers.numerics import Scales, fake_quantize, find_scales, quantize, to_blocks
-from qat.numbers.scale import E8M0, F16
+from qat.numbers.scale import E8M0, F16, ScaleType, WholeScale
 
 
 def with_formats(wanted: Callable[[Format], bool]) -> pytest.MarkDecorator:
@@ -48,7 +48,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def samples(fmt: Format) -> list[Tensor]:
     """Ordinary and awkward tensors; rows are odd, and 2-D blocks overhang."""
-    width = 200 if fmt.block[0] > 1 else 2 * (fmt.group or 128)
+    width = 200 if fmt.block[0] > 1 else 2 * (fmt.super_block or fmt.group or 128)
     x = random(5, width)
     return [
         x,
@@ -83,7 +83,7 @@ def test_1_fake_quantization_equals_storing_and_loading(fmt: Format) -> None:
 @settings(max_examples=10, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
 def test_1_holds_for_any_shape_size_and_given_scales(fmt: Format, data: st.DataObject) -> None:
-    unit = fmt.group or 1
+    unit = fmt.unit
     width = unit * data.draw(st.integers(1, 3 if unit > 1 else 300), label="width")
     leading = data.draw(st.lists(st.integers(1, 3), max_size=3), label="leading dimensions")
     exponent = data.draw(st.integers(-40, 40), label="exponent")
@@ -102,8 +102,10 @@ def test_2_values_lie_on_the_stored_grid(fmt: Format) -> None:
     assert (rows, columns) == fmt.grid_shape(*x.shape)
     for row in range(rows):
         for column in range(columns):
-            scale, allowed = scales.effective()[row, column], allowed_values(fmt, scales, row, column)
-            assert torch.isin(values[row, :, column, :], allowed * scale).all()
+            allowed = allowed_values(fmt, scales, row, column) * scales.effective()[row, column]
+            if scales.minimum is not None:
+                allowed -= scales.minimum.effective()[row, column]
+            assert torch.isin(values[row, :, column, :], allowed).all()
 
 
 def allowed_values(fmt: Format, scales: Scales, row: int, column: int) -> Tensor:
@@ -150,7 +152,7 @@ def test_4_order_within_a_block_is_kept(fmt: Format) -> None:
 
 @every_format
 def test_5_zero_stays_zero_and_zero_blocks_are_harmless(fmt: Format) -> None:
-    for x in samples(fmt):
+    for x in samples(fmt) if fmt.minimum is None else ():  # else one of its values may be near zero, none at it
         assert (fake_quantize(x, fmt)[x == 0] == 0).all()
     zeros = torch.zeros_like(samples(fmt)[0])
     stored = quantize(zeros, fmt)
@@ -189,19 +191,33 @@ def from_blocked(blocked: Tensor, like: Tensor) -> Tensor:
     return blocked.flatten(2).flatten(0, 1)[:rows, :columns].clone()
 
 
+def sizes(scale: ScaleType) -> range:
+    """As many different scales as a type has bits for."""
+    if isinstance(scale, WholeScale):  # S8 hides the choice of a mirrored element in its sign
+        return range(64 if scale.largest < 64 else 256)
+    return range(2 ** (scale.storage.itemsize * 8))
+
+
 @every_format
 def test_8_bits_per_weight_are_the_bits_stored(fmt: Format) -> None:
-    for rows, columns in ((5, 256), (130, 384)):
+    for rows, columns in ((5, 256), (130, 384 if fmt.super_block == 0 else 512)):
         stored = quantize(random(rows, columns), fmt)
         scales = stored.scales
         bits = stored.codes.numel() * math.log2(len(fmt.element.values))
-        bits += scales.stored.numel() * scales.stored.element_size() * 8
+        bits += scales.stored.numel() * math.log2(len(sizes(fmt.scale)))
+        if scales.minimum is not None and fmt.minimum is not None:
+            bits += scales.minimum.stored.numel() * math.log2(len(sizes(fmt.minimum)))
         if scales.zero_point is not None:
             bits += scales.zero_point.numel() * math.log2(len(fmt.element.values))
-        if scales.global_scale is not None:
+        for each in filter(None, (scales, scales.minimum)) if fmt.super_block else ():
+            assert each.global_scale is not None
+            above = each.global_scale.view(rows, columns // fmt.super_block, -1)  # FP16, one for a super-block
+            assert torch.equal(above.half().float(), above) and torch.equal(above, above[..., :1].expand_as(above))
+            bits += 16 * above[..., 0].numel()
+        if scales.global_scale is not None and not fmt.super_block:
             bits += scales.global_scale.element_size() * 8
         if scales.choice is not None:  # IF4 hides the choice in the sign bit that a positive scale does not need
-            assert len(fmt.elements) == 2 and (scales.stored.to(torch.float32) > 0).all()
+            assert len(fmt.elements) == 2 and (scales.effective() > 0).all()
         assert fmt.bits_per_weight(rows, columns) == bits / (rows * columns)
 
 
@@ -219,14 +235,15 @@ def test_size_does_not_matter(fmt: Format) -> None:
     """Scaled by a power of two, every format gives the same numbers scaled, from 2^-90 to 2^90; with FP16 scales and
     nothing above them, only while those are normal numbers."""
     x = samples(fmt)[0]
-    for exponent in (-5, 14) if fmt.scale is F16 and not fmt.global_scale else (-90, -30, 30, 90):
+    half = (fmt.scale is F16 and not fmt.global_scale) or fmt.super_block
+    for exponent in (5 if fmt.super_block else -5, 14) if half else (-90, -30, 30, 90):
         factor = 2.0**exponent
         assert torch.equal(fake_quantize(x * factor, fmt), fake_quantize(x, fmt) * factor)
 
 
 @every_format
 def test_one_element_and_none(fmt: Format) -> None:
-    width = fmt.group or 1
+    width = fmt.unit
     one = torch.zeros(1, width)
     one[0, 0] = 0.7
     assert same(fake_quantize(one, fmt), quantize(one, fmt).dequantize())
@@ -248,9 +265,10 @@ def test_strided_inputs_give_contiguous_outputs(fmt: Format) -> None:
 @with_formats(lambda fmt: fmt.group is not None)
 def test_a_group_that_does_not_divide_the_row_is_an_error(fmt: Format) -> None:
     assert fmt.group is not None
-    for width in (fmt.group - 1, fmt.group + 1, fmt.group + 8):
+    what = f"super-blocks of {fmt.super_block}" if fmt.super_block else f"groups of {fmt.group}"
+    for width in (fmt.unit - 1, fmt.unit + 1, fmt.unit + 8):
         for call in (fake_quantize, quantize, find_scales):
-            with pytest.raises(FormatError, match=rf"{fmt.name}.*groups of {fmt.group}.*width of {width}"):
+            with pytest.raises(FormatError, match=rf"{fmt.name}.*{what}.*width of {width}"):
                 call(torch.ones(2, width), fmt)
 
 
@@ -279,7 +297,7 @@ def test_the_promised_names_are_in_the_catalogue() -> None:
     }
     names |= {f"int{b}_token" for b in (8, 4, 3, 2)} | {"ternary_channel", "ternary_g64"}
     names |= {"fp8_tensor", "fp8_channel", "fp8_token", "fp8_b128", "mxfp8", "mxfp6", "mxfp4", "mxint8", "mxint4"}
-    names |= {"nvfp4", "nvint4", "nf4_g64", "if4", "q4_0", "q8_0"}
+    names |= {"nvfp4", "nvint4", "nf4_g64", "if4", "q4_0", "q5_0", "q8_0", "q4_k", "q5_k", "q6_k"}
     assert names <= set(CATALOG)
     assert all(name == fmt.name for name, fmt in CATALOG.items())
 
@@ -295,7 +313,11 @@ def test_published_bits_per_weight() -> None:
         "int4_g128": 4.125,
         "nf4_g64": 4.25,
         "q4_0": 4.5,
+        "q5_0": 5.5,
         "q8_0": 8.5,
+        "q4_k": 4.5,
+        "q5_k": 5.5,
+        "q6_k": 6.5625,
     }
     for name, bits in expected.items():
         assert CATALOG[name].bits_per_weight(4096, 4096) == pytest.approx(bits, abs=1e-5)

@@ -19,7 +19,21 @@ from qat.numbers import scale as numbers
 from qat.numbers.catalog import CATALOG, E4M3, INT4, INT8, lookup, register
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales, fake_quantize, find_scales, quantize
-from qat.numbers.scale import BF16, E8M0, F16, F32, UE4M3, ScaleType, broken, select, type_of
+from qat.numbers.scale import (
+    BF16,
+    E8M0,
+    F16,
+    F32,
+    S8,
+    U6,
+    U6_MINIMUM,
+    UE4M3,
+    ScaleType,
+    WholeScale,
+    broken,
+    select,
+    type_of,
+)
 from qat.quantizer import WeightQuantizer
 from qat.serving.inputs import problem as inputs_problem
 from qat.serving.packed import pack, unpack
@@ -94,7 +108,7 @@ def test_every_stored_number_decodes_to_itself(scale: ScaleType) -> None:
 @every_type
 def test_the_smallest_stands_in_for_nothing(scale: ScaleType) -> None:
     tiny = scale.decode(scale.store(torch.zeros(3)))
-    assert (tiny == scale.smallest).all() and scale.smallest > 0
+    assert (tiny == scale.smallest).all() and (scale.smallest > 0 or scale is U6_MINIMUM)
     assert scale.decode(scale.store(torch.tensor([scale.largest]))).item() == scale.largest
     beyond = torch.tensor([min(4 * scale.largest, torch.finfo(torch.float32).max)])
     assert scale.decode(scale.store(beyond)).item() == scale.largest
@@ -108,7 +122,22 @@ def test_significant_bits(scale: ScaleType) -> None:
         assert (scale.decode(scale.store(torch.tensor([value]))).item() == value) is exact or scale is F32
 
 
-@every_type
+def test_whole_numbers_are_multiples_of_what_is_above_them() -> None:
+    x, above = torch.tensor([0.0, 0.2, 0.4, 1.26, 31.4, 40.0, math.inf, math.nan]), torch.full((8,), 0.5)
+    expected = {
+        U6: [1, 1, 1, 3, 63, 63, 255, 255],
+        U6_MINIMUM: [0, 0, 1, 3, 63, 63, 255, 255],
+        S8: [1, 1, 1, 3, 63, 80, 255, 255],
+    }
+    for scale, codes in expected.items():
+        stored = scale.store(x, above)
+        assert stored.tolist() == codes
+        values = Scales(stored, above, type=scale).effective()
+        assert same(values, torch.tensor([math.nan if code == 255 else code / 2 for code in codes]))
+    assert (U6.bits, U6_MINIMUM.bits, S8.bits, F16.bits, E8M0.bits) == (6, 6, 8, 16, 8)
+
+
+@pytest.mark.parametrize("scale", [scale for scale in TYPES if not isinstance(scale, WholeScale)], ids=str)
 def test_a_global_scale_divides_what_is_stored(scale: ScaleType) -> None:
     x = 2.0 ** torch.arange(-6, 6).float()
     above = torch.tensor(4.0)
@@ -141,7 +170,7 @@ def test_bytes_are_the_stored_bits(scale: ScaleType) -> None:
 
 @every_type
 def test_spoiled_scales_are_nan_and_broken(scale: ScaleType) -> None:
-    stored = scale.store(torch.rand(4) + 0.1)
+    stored = scale.store(torch.rand(4) + 0.6)
     bad = scale.spoil(stored, torch.tensor([True, False, False, True]))
     assert scale.decode(bad).isnan().tolist() == [True, False, False, True]
     assert broken(bad, scale) == broken(bad) == 2 and broken(stored) == 0
@@ -159,7 +188,7 @@ def test_copies_are_the_same_object(scale: ScaleType) -> None:
     fmt = Format(name="x", elements=(INT4,), block=(1, 32), scale=scale)
     assert copy.deepcopy(fmt).scale is scale and vars(numbers)[scale.__reduce__()] is scale
     assert copy.deepcopy(LOG8) is LOG8 and str(scale) == scale.name
-    assert type_of(scale.store(torch.ones(1))) is scale
+    assert type_of(scale.store(torch.ones(1))) is scale or isinstance(scale, WholeScale)  # whose bytes say nothing
 
 
 # --- a new one ----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from qat.training.ops import fake_quantize
 
 # symmetric integers and floats, a table, groups, channels, an overhanging 2-D block, zero points, two element types
 NAMES = ["int4_g32", "int8_channel", "int3_tensor", "nvfp4", "mxfp4", "nf4_g64", "fp8_b128", "int4_g32_asym", "if4"]
-NAMES += ["q4_0"]  # whose two element types have different ends
+NAMES += ["q4_0", "q6_k", "q4_k"]  # two element types with different ends; scales of two levels; minima
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -39,18 +39,21 @@ def limits(fmt: Format, scales: Scales) -> tuple[Tensor, Tensor]:
     return per_block(-half - zero), per_block(half - 1 - zero)
 
 
+def above(x: Tensor, fmt: Format, scales: Scales) -> Tensor:
+    """Blocks of x, above their minima where they have some."""
+    return to_blocks(x, fmt) if scales.minimum is None else to_blocks(x, fmt) + per_block(scales.minimum.effective())
+
+
 def frozen(fmt: Format, x: Tensor, divisor: Tensor, scales: Scales) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """y(x, divisor, multiplier) in float64 with the rounding of this x kept as a constant."""
     low, high = limits(fmt, scales)
-    blocked = to_blocks(x, fmt)
-    values = rounded(
-        blocked, fmt, Scales(scales.stored, scales.global_scale, scales.zero_point, scales.choice, divisor)
-    )
-    offset = values.double() - (blocked.double() / per_block(divisor.double())).clamp(low, high)
+    values = rounded(to_blocks(x, fmt), fmt, replace(scales, divisor=divisor))
+    offset = values.double() - (above(x, fmt, scales).double() / per_block(divisor.double())).clamp(low, high)
+    minimum = 0.0 if scales.minimum is None else per_block(scales.minimum.effective())
 
     def smooth(x: Tensor, divisor: Tensor, multiplier: Tensor) -> Tensor:
-        v = (to_blocks(x, fmt) / per_block(divisor)).clamp(low, high)
-        return from_blocks((v + offset) * per_block(multiplier), x.shape, fmt)
+        v = (above(x, fmt, scales) / per_block(divisor)).clamp(low, high)
+        return from_blocks((v + offset) * per_block(multiplier) - minimum, x.shape, fmt)
 
     return smooth
 
@@ -58,7 +61,7 @@ def frozen(fmt: Format, x: Tensor, divisor: Tensor, scales: Scales) -> Callable[
 def case(name: str, shrink: float = 0.6) -> tuple[Format, Tensor, Tensor, Tensor, Scales]:
     """x with saturated values, and a divisor that differs from the multiplier."""
     fmt = lookup(name)
-    x = normal(6, 192 if fmt.block[0] > 1 else 128)
+    x = normal(6, 192 if fmt.block[0] > 1 else fmt.super_block or 128)
     scales = find_scales(x, fmt)
     divisor = scales.effective() * (
         shrink + 0.2 * torch.rand(scales.stored.shape, generator=torch.Generator().manual_seed(0))
@@ -99,9 +102,9 @@ def test_one_scale_gets_the_rule_of_lsq(name: str) -> None:
     y = fake_quantize(x, fmt.name, scales, multiplier=leaf)
     (found,) = torch.autograd.grad((y * weight).sum(), leaf)
     low, high = limits(fmt, scales)
-    v = to_blocks(x, fmt).double() / per_block(scale.double())
+    v = above(x, fmt, scales).double() / per_block(scale.double())
     inside = (v >= low) & (v <= high)
-    steps = rounded(to_blocks(x, fmt), fmt, Scales(scale, None, scales.zero_point, scales.choice)).double()
+    steps = rounded(to_blocks(x, fmt), fmt, replace(scales, divisor=scale)).double()
     per_value = torch.where(inside, steps - v, v.clamp(low, high))
     expected = (to_blocks(weight, fmt) * per_value).sum(dim=(1, 3))
     assert not inside.all()
@@ -113,7 +116,7 @@ def test_straight_through_passes_everything_and_clipped_what_is_inside(name: str
     fmt, x, scale, _, scales = case(name)
     weight = normal(*x.shape, seed=1)
     low, high = limits(fmt, scales)
-    v = to_blocks(x, fmt) / per_block(scale)
+    v = above(x, fmt, scales) / per_block(scale)
     inside = from_blocks((v >= low) & (v <= high), x.shape, fmt)
     for estimator, expected in (("ste", weight), ("clipped", torch.where(inside, weight, 0.0))):
         leaf = x.clone().requires_grad_()

@@ -26,7 +26,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def sample(fmt: Format) -> Tensor:
-    return normal(3, 200) if fmt.block[0] > 1 else normal(3, 2 * (fmt.group or 64))
+    return normal(3, 200) if fmt.block[0] > 1 else normal(3, 2 * (fmt.super_block or fmt.group or 64))
 
 
 @every_format
@@ -153,7 +153,7 @@ def test_the_shape_function_needs_no_data() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("round_bf16", [True, False])
 def test_a_quantized_linear_is_the_two_ops_it_replaces(fmt: Format, dtype: torch.dtype, round_bf16: bool) -> None:
-    weight = normal(48, 2 * (fmt.group or 64))
+    weight = normal(48, 2 * (fmt.super_block or fmt.group or 64))
     x, bias, direction = normal(3, 7, weight.shape[1], seed=1).to(dtype), normal(48, seed=2), normal(3, 7, 48, seed=3)
     scales = find_scales(weight, fmt)
     found = []

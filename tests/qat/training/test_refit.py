@@ -11,7 +11,7 @@ from qat.numbers.numerics import Scales, find_scales, per_block, rounded, to_blo
 from qat.training import refit as module
 from qat.training.refit import refit
 
-SEARCHED = ["nvfp4", "int4_g64", "mxfp4", "int4_g64_asym", "nf4_g64", "if4"]
+SEARCHED = ["nvfp4", "int4_g64", "mxfp4", "int4_g64_asym", "nf4_g64", "if4", "q4_k", "q5_k"]
 every_format = pytest.mark.parametrize("name", CATALOG)
 
 
@@ -28,6 +28,8 @@ def losses(weight: Tensor, name: str, scales: Scales, h: Tensor) -> Tensor:
     fmt = lookup(name)
     blocked = to_blocks(weight, fmt)
     values = rounded(blocked, fmt, scales).double() * per_block(scales.effective()).double()
+    if scales.minimum is not None:
+        values -= per_block(scales.minimum.effective()).double()
     return ((values - blocked.double()).square() * to_blocks(h, fmt).double()).sum(dim=(1, 3))
 
 
@@ -65,6 +67,26 @@ def test_refits_reach_what_an_exhaustive_search_finds(name: str) -> None:
     assert reached < 1.15 and reached - 1 < 0.6 * (start - 1)
 
 
+def test_a_refit_of_minima_reaches_what_an_exhaustive_search_finds() -> None:
+    """All 63 scales and 64 minima under the numbers that the super-block keeps."""
+    fmt, weight, h = lookup("q4_k"), normal(16, 256, seed=7) + 0.3, importance(16, 256)
+    scales = find_scales(weight, fmt)
+    found = scales
+    for _ in range(6):
+        found = refit(weight, fmt, found, h)
+    assert found.minimum is not None and scales.minimum is not None
+    assert found.minimum.global_scale is scales.minimum.global_scale
+    least = losses(weight, "q4_k", scales, h)
+    for scale in range(20, 64):
+        for minimum in range(64):
+            below = replace(scales.minimum, stored=torch.full_like(scales.stored, minimum))
+            trial = replace(scales, stored=torch.full_like(scales.stored, scale), minimum=below)
+            least = torch.minimum(least, losses(weight, "q4_k", trial, h))
+    start = losses(weight, "q4_k", scales, h).sum() / least.sum()
+    reached = losses(weight, "q4_k", found, h).sum() / least.sum()
+    assert reached < 1.3 and reached - 1 < 0.5 * (start - 1)  # which has both for free
+
+
 def test_the_importance_decides() -> None:
     """A block whose only weights that matter fit one scale exactly gets that scale."""
     weight, h = normal(1, 64), torch.full((1, 64), 1e-6)
@@ -75,14 +97,14 @@ def test_the_importance_decides() -> None:
     assert refit(weight, lookup("int4_g64"), scales).stored.item() != 0.25
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "int4_g64_asym", "mxfp4", "fp8_b128", "int8_tensor"])
+@pytest.mark.parametrize("name", ["nvfp4", "int4_g64_asym", "mxfp4", "fp8_b128", "int8_tensor", "q4_k"])
 def test_pieces_are_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, h, fmt = normal(256, 256), importance(256, 256), lookup(name)
     scales = find_scales(weight * 1.3, fmt)
     whole = refit(weight, fmt, scales, h)
     monkeypatch.setattr(module, "CPU_VALUES", 1)
     pieces = refit(weight, fmt, scales, h)
-    for a, b in ((whole.stored, pieces.stored), (whole.zero_point, pieces.zero_point)):
+    for a, b in ((whole.stored, pieces.stored), (whole.offset, pieces.offset)):
         assert (a is None and b is None) or torch.equal(a.to(torch.float32), b.to(torch.float32))
 
 

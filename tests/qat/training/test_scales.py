@@ -6,8 +6,7 @@ from torch import Tensor
 
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.numerics import find_scales
-from qat.quantizer import parts_of
-from qat.training.scales import effective_scales
+from qat.training.scales import effective_scales, parts_of
 
 FORMATS = [name for name, fmt in CATALOG.items() if not fmt.zero_point]
 
