@@ -5,7 +5,7 @@ ties, which its kernels break by multiplying with an approximate reciprocal). "c
 transformers simulates, mostly in BF16; it is reproduced bit for bit (the sign of a zero aside), so that an exported
 checkpoint can be compared with an exact difference of zero. For a float32 input it computes what the BF16 model would.
 "ascend" is what an NPU does, see `qat.training.npu`. "llama_cpp" is what its quantized products do to any input, asked
-or not: INT8 per 32 values, divided by a float32 scale and multiplied with that scale in FP16.
+or not: INT8 per 32 values, multiplied with a float32 reciprocal, and afterwards with the scale in FP16.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,15 @@ from qat.errors import UnsupportedError
 from qat.numbers.catalog import E2M1, lookup
 from qat.numbers.element import EXPONENT_BIAS, Element
 from qat.numbers.format import Format
-from qat.numbers.numerics import Scales, block_amax, find_scales, global_scale_for, to_blocks
+from qat.numbers.numerics import (
+    Scales,
+    block_amax,
+    find_scales,
+    from_blocks,
+    global_scale_for,
+    per_block,
+    to_blocks,
+)
 from qat.numbers.scale import BF16, E8M0, F16, F32, TINY, UE4M3, MinifloatScale, over
 from qat.training import npu
 from qat.training.gradients import Estimator
@@ -276,15 +284,21 @@ def _with_gradient(x: Tensor, y: Tensor, inside: Tensor, estimator: Estimator) -
 
 
 def _llama_cpp(x: Tensor, fmt: Format, static: Tensor | None, estimator: Estimator) -> Tensor:
-    """quantize_row_q8_0 of ggml, up to exact ties (its variants break them differently)."""
+    """quantize_row_q8_0 of ggml, as its CPU code for x86 and Arm computes it: times a reciprocal, half to even. Code
+    without vector instructions and that for GPUs differ from it in exact ties."""
     if not (fmt.is_single and fmt.element.is_integer and fmt.scale is F16 and fmt.group) or fmt.zero_point:
         raise UnsupportedError(
             f"llama.cpp does not round inputs to {fmt.name}; use another activation_rule, or integers in blocks under "
             "FP16 scales as the input format"
         )
-    divisor = over(block_amax(to_blocks(x.detach().to(torch.float32), fmt)), fmt.element.max)
-    scales = Scales(divisor.to(F16.storage).to(torch.float32))  # zero where no FP16 number is as small
-    return fake_quantize(x, fmt.name, scales, divisor=divisor.clamp_min(TINY), estimator=estimator)
+    with torch.no_grad():
+        blocked = to_blocks(x.detach().to(torch.float32), fmt)
+        amax = block_amax(blocked)
+        scale = over(amax, fmt.element.max).to(F16.storage).to(torch.float32)  # zero where no FP16 number is as small
+        inverse = torch.where(scale == 0, 0.0, torch.full_like(amax, fmt.element.max) / amax)
+        y = (blocked * per_block(inverse)).round_().mul_(per_block(scale))
+        y = from_blocks(y, x.shape, fmt)
+    return _with_gradient(x, y.to(x.dtype), torch.ones_like(x, dtype=torch.bool), estimator)
 
 
 RULES: dict[str, _Rule] = {
