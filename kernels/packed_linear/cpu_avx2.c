@@ -41,7 +41,7 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 /* One token, slice by slice, in the order in which `plane_values` gives columns, filled up with zeros. */
 static void copy_token(const Job *job, const void *from, int64_t token, float *to) {
     const Weight *w = job->w;
-    const int parts = 16 / w->bits;
+    const int parts = 16 / w->bits, low = in_order(w) ? 8 : 4, high = 12 - low; /* apart: vectors, their halves */
     for (int64_t begin = 0; begin < w->width / PART; begin += job->tiles) {
         const int64_t tiles = least(job->tiles, w->width / PART - begin);
         float *at = to + (begin * job->tokens + token * tiles) * parts * PART;
@@ -50,7 +50,7 @@ static void copy_token(const Job *job, const void *from, int64_t token, float *t
                 for (int plane = 0; plane < parts / 2; plane++)
                     for (int quarter = 0; quarter < 8; quarter++, at += 4) { /* of two vectors of either part */
                         const int part = plane + quarter / 2 % 2 * (parts / 2);
-                        const int64_t k = (tile * parts + part) * PART + half * 16 + quarter / 4 * 4 + quarter % 2 * 8;
+                        const int64_t k = (tile * parts + part) * PART + half * 16 + quarter / 4 * low + quarter % 2 * high;
                         if (k + 4 > w->columns) {
                             for (int i = 0; i < 4; i++)
                                 at[i] = k + i >= w->columns ? 0 : job->bytes == 4 ? ((const float *)from)[k + i]
