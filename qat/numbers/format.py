@@ -27,6 +27,8 @@ class Format:
         global_scale: a second, per-tensor scale above the block scales, so that scales of a byte fit. It is rounded
             up to a power of two: multiplier and divisor conventions then agree exactly, and code x scale fits BF16.
         zero_point: asymmetric integers, value = (code - zero_point) * scale.
+        prompt: of inputs, the format that tokens of a prompt have in place of this one, which answers have; "" where
+            all tokens have this one.
         source: where the definition comes from.
     """
 
@@ -37,6 +39,7 @@ class Format:
     scale_rule: ScaleRule = "amax"
     global_scale: bool = False
     zero_point: bool = False
+    prompt: str = ""
     source: str = ""
 
     @property
