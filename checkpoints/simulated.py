@@ -8,7 +8,7 @@ The simulation follows vllm-ascend, from CANN's documents; no NPU was asked (doc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from qat.errors import CheckpointError, UnsupportedError
 from qat.numbers.format import Format
 from qat.text import some
 from qat.training.activations import fake_quantize_input
+from qat.training.phases import Phase, answering
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,7 +78,7 @@ def simulated(exported: ExportedFolder, path: str, bias: Tensor | None = None) -
         if kind.is_static:  # whose product vllm-ascend then computes itself, in the model's type
             scales = q.scales.stored.to(_MODEL).flatten() * tensors["input_scale"].to(_MODEL)
             tensors["deq_scale"] = scales.to(torch.float32)
-    return SimulatedLinear(kind, tensors, None if kind.is_static and exported.METHOD == METHOD else bias)
+    return SimulatedLinear(kind, tensors, None if kind.input == "tensor" and exported.METHOD == METHOD else bias)
 
 
 def _kind(exported: ExportedFolder, path: str) -> tuple[Type, Format, Format | None]:
@@ -146,13 +147,15 @@ def _compared(exported: ExportedFolder, path: str) -> float:
         x = (x * 48 - (static[1:] if static.numel() > 1 else 0.0)) * static[0]
     x = x.to(_MODEL)
     wide = x.float()
-    read = wide if input is None else fake_quantize_input(wide, input, NPU_RULE, "ste", static)
-    expected, bias = read @ exported.dense(path).float().t(), f"{path}.bias"
+    weight, bias = exported.dense(path).float(), f"{path}.bias"
     added = exported.reader.get(bias).float() if bias in exported.names else None
-    found = simulated(exported, path, added)(x).float()
-    if added is not None:
-        expected = expected + added
-    return distance(found, expected)
+    layer, worst = simulated(exported, path, added), 0.0
+    for phase in get_args(Phase) if layer.mixes else get_args(Phase)[:1]:
+        with answering(phase):
+            read = wide if input is None else fake_quantize_input(wide, input, NPU_RULE, "ste", static)
+            expected = torch.nn.functional.linear(read, weight, added)
+            worst = max(worst, distance(layer(x).float(), expected))
+    return worst
 
 
 def distance(found: Tensor, expected: Tensor) -> float:

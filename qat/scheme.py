@@ -215,6 +215,17 @@ class Scheme(Strict):
         return self
 
     @model_validator(mode="after")
+    def _prompts_are_inputs(self) -> "Scheme":
+        roles = ("weight", "key", "value")
+        wrong = [name for rule in self.rules for role in roles if (name := getattr(rule, role)) and lookup(name).prompt]
+        if wrong:
+            raise ValueError(f"{wrong[0]} rounds prompts and answers differently, which only inputs of layers can")
+        mixed = [rule.input for rule in self.rules if rule.input is not None and lookup(rule.input).prompt]
+        if mixed and self.activation_rule != "ascend":
+            raise ValueError(f"{mixed[0]} inputs need activation_rule: ascend, not {self.activation_rule}")
+        return self
+
+    @model_validator(mode="after")
     def _ranges_exist(self) -> "Scheme":
         inputs = sorted({rule.input for rule in self.rules if rule.input is not None})
         if self.learn_inputs and not any(lookup(name).is_static for name in inputs):

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from qat.errors import TrainingError, UnsupportedError
 from qat.trainers.packing import Batch, arrange, evaluating, model_inputs, told
 from qat.training.heads import STEPS, Product, as_product
+from qat.training.phases import answering, split_documents
+from qat.training.rows import IGNORE
 
 # Keys of configs that scale logits, and how, the usual way first; and keys of soft caps, which come after.
 SCALES: dict[str, tuple[str, ...]] = {
@@ -69,7 +71,11 @@ class Head(nn.Module):
 def hidden_states(model: Any, batch: Batch) -> Tensor:
     """Final hidden states (rows, sequence, hidden) of a batch from `Blocks.rows`; documents do not see each other."""
     arranged = arrange(batch, model)
-    with told(batch) if arranged is batch else contextlib.nullcontext():
+
+    def answers() -> Tensor:
+        return split_documents(batch["position_ids"], batch["targets"] != IGNORE)
+
+    with told(batch) if arranged is batch else contextlib.nullcontext(), answering(answers):
         output = body(model)(**model_inputs(arranged))
     hidden: Tensor | None = getattr(output, "last_hidden_state", None)
     if hidden is None:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -35,6 +35,7 @@ from qat.trainers.device import torch_device
 from qat.trainers.evaluate import Evaluator
 from qat.trainers.packing import LEAKS, leakage
 from qat.trainers.teacher import compare
+from qat.training.phases import Phase, answering, mixes
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,10 @@ def evaluate_folder(
         if teacher_model is not None:
             rows.append(_plain(evaluator.score(teacher_model, "the teacher reads").row(f"teacher{label}")))
         rows.append(_plain(evaluator.score(loaded.model, "the model reads").row(f"{loaded.kind}{label}")))
+        for phase in get_args(Phase) if mixes(loaded.model) else ():
+            with answering(phase):
+                scores = evaluator.score(loaded.model, f"the model reads all tokens as of a {phase}")
+            rows.append(_plain(scores.row(f"{loaded.kind}{label} as {phase}")))
         hashes.append(blocks.digest)
     result: dict[str, Any] = {"rows": rows, "eval_hash": hashes, "teacher": reference.id if reference else None}
     if tasks:

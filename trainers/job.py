@@ -11,6 +11,7 @@ from qat.checkpoints.layouts.reader import NPU_RULE
 from qat.config import Strict, load_yaml, override, validate
 from qat.errors import ConfigError
 from qat.lora import LoraConfig
+from qat.numbers.catalog import lookup
 from qat.scheme import Scheme, upgraded
 from qat.trainers.data import DataConfig
 from qat.trainers.evaluate import EvalConfig
@@ -128,6 +129,17 @@ class Job(Strict):
                 f"{self.engine} rounds inputs by the NPU's rule, but scheme.activation_rule is "
                 f"{self.scheme.activation_rule}; set scheme.activation_rule: {NPU_RULE}, or leave engine out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _knows_prompts(self) -> "Job":
+        mixed = [rule.input for rule in self.scheme.rules if rule.input is not None and lookup(rule.input).prompt]
+        for name in ("activation_checkpointing", "compile"):
+            if mixed and getattr(self, name):
+                raise ValueError(
+                    f"{mixed[0]} inputs ask each pass which tokens are a prompt, and {name} computes some of it when "
+                    "that is not known; leave it out, or train with int8_tensor_asym inputs"
+                )
         return self
 
     @model_validator(mode="after")

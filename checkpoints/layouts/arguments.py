@@ -39,7 +39,8 @@ def input_args(fmt: Format) -> Args | None:
     """QuantizationArgs of a layer's input, or None where there are none that mean this format."""
     base = _base_args(fmt, dynamic=True)
     if base is not None and fmt.zero_point and fmt.is_static and fmt.scale is BF16:
-        return {**base, "strategy": "tensor", "dynamic": False}
+        prompts = {"prompt": "token"} if fmt.prompt else {}  # ours: compressed-tensors has no such inputs
+        return {**base, "strategy": "tensor", "dynamic": False, **prompts}
     if base is None or fmt.zero_point:
         return None
     if fmt.scale is F32 and fmt.block == ROW and base["num_bits"] in (4, 8):
@@ -125,5 +126,5 @@ def _essence(args: Mapping[str, Any]) -> tuple[Any, ...]:
     strategy = args["strategy"]
     scale = args.get("scale_dtype") if strategy == "group" else None
     size = args.get("group_size") if strategy in ("group", "tensor_group") else args.get("block_structure")
-    keys = ("num_bits", "type", "symmetric", "strategy")
+    keys = ("num_bits", "type", "symmetric", "strategy", "prompt")
     return (*(args.get(key) for key in keys), args.get("dynamic") or False, repr(size), scale)

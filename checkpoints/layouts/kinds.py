@@ -12,7 +12,7 @@ GROUP = (1, FP8_BLOCK[1])
 
 def int_weight(fmt: Format, *bits: int, zero_point: bool = False) -> bool:
     """Integers of one of these widths with BF16 scales: one, one per row, or one per group of a row."""
-    plain = _integer(fmt) and fmt.scale is BF16 and fmt.block[0] <= 1
+    plain = _integer(fmt) and not fmt.prompt and fmt.scale is BF16 and fmt.block[0] <= 1
     return plain and fmt.element.bits in bits and fmt.zero_point == zero_point
 
 

@@ -34,6 +34,8 @@ class Format:
         super_block: columns whose block scales are whole multiples of one FP16 number; 0: none. It is what
             `qat.numbers.numerics.Scales` has as global scale.
         minimum: how what is subtracted from a block is stored, likewise under an FP16 number; None: nothing is.
+        prompt: of inputs, the format that tokens of a prompt have in place of this one, which answers have; "" where
+            all tokens have this one.
         source: where the definition comes from.
     """
 
@@ -46,6 +48,7 @@ class Format:
     zero_point: bool = False
     super_block: int = 0
     minimum: ScaleType | None = None
+    prompt: str = ""
     source: str = ""
 
     @property

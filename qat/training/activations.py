@@ -28,7 +28,7 @@ from qat.numbers.numerics import (
     to_blocks,
 )
 from qat.numbers.scale import BF16, E8M0, F16, F32, TINY, UE4M3, MinifloatScale, over
-from qat.training import npu
+from qat.training import npu, phases
 from qat.training.gradients import Estimator
 from qat.training.ops import fake_quantize, fake_quantize_reference, operator
 
@@ -95,6 +95,8 @@ def fake_quantize_input(x: Tensor, fmt: Format, rule: str, estimator: Estimator,
     """
     if rule not in RULES:
         raise UnsupportedError(f"no activation rule {rule!r}; there are {', '.join(RULES)}")
+    if fmt.prompt and rule != "ascend":
+        raise UnsupportedError(f"{fmt.name} inputs have activation_rule: ascend, not {rule}: no other engine has them")
     return RULES[rule](x, fmt, static, estimator)
 
 
@@ -270,7 +272,8 @@ def _ascend(x: Tensor, fmt: Format, static: Tensor | None, estimator: Estimator)
         return _vllm(x, fmt, static, estimator)
     with torch.no_grad():
         y, inside = npu.fake_quantized(x.detach(), fmt, static)
-    return _with_gradient(x, y.to(x.dtype), inside, estimator)
+    answers = _with_gradient(x, y.to(x.dtype), inside, estimator)
+    return phases.either(x, answers, lambda: _ascend(x, lookup(fmt.prompt), None, estimator)) if fmt.prompt else answers
 
 
 def _with_gradient(x: Tensor, y: Tensor, inside: Tensor, estimator: Estimator) -> Tensor:

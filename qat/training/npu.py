@@ -49,7 +49,7 @@ def fake_quantized(x: Tensor, fmt: Format, static: Tensor | None) -> tuple[Tenso
 
 def folds_bias(fmt: Format) -> bool:
     """Whether layers with such inputs add their bias as a whole number, before the product is scaled (`quant_bias`)."""
-    return fmt.is_static and fmt.is_single and fmt.element.is_integer
+    return fmt.is_static and fmt.is_single and fmt.element.is_integer and not fmt.prompt
 
 
 def folded_bias(bias: Tensor, deq_scale: Tensor) -> Tensor:

@@ -4,10 +4,11 @@
 
 SOURCE holds the package `vllm_ascend`, unpacked; DEVICE is A2, A3, _310P or A5; RULES is torch_npu's shape rules
 (`metas.py`); JOBS is a JSON list of [folder, inputs, outputs]: a checkpoint, a safetensors file with an input for each
-layer to run, by its path, and where outputs go. The engine's config class reads the description and chooses a scheme,
-which makes parameters; stored tensors are copied into them as vLLM's default loader does (same shape); then its
-`process_weights_after_loading` and `apply` run. One JSON list goes to stdout: per job, per layer the scheme, and what
-was missing, derived or unexpected; and the operators that were checked; or the error that the engine raised.
+layer to run, by its path, and where outputs go; and "decode" for a node that receives keys and values from another.
+The engine's config class reads the description and chooses a scheme, which makes parameters; stored tensors are copied
+into them as vLLM's default loader does (same shape); then its `process_weights_after_loading` and `apply` run. One JSON
+list goes to stdout: per job, per layer the scheme, and what was missing, derived or unexpected; and the operators that
+were checked; or the error that the engine raised.
 """
 
 import importlib
@@ -97,7 +98,8 @@ def run(config: Any, path: str, stored: dict[str, torch.Tensor], x: torch.Tensor
     return said, method.apply(layer, x, stored.get("bias"))
 
 
-def job(folder: str, inputs: str, out: str) -> dict[str, Any]:
+def job(folder: str, inputs: str, out: str, node: str = "") -> dict[str, Any]:
+    CURRENT.kv_transfer_config = SimpleNamespace(is_kv_consumer=True, is_kv_producer=False) if node else None
     config = config_of(Path(folder))
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(Path(folder).glob("*.safetensors")):

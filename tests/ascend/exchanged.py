@@ -34,6 +34,7 @@ class Kind:
 _TOKEN, _CHANNEL = ("per_token", "int8"), ("per_channel", "int8")
 _MXFP8, _MXFP4 = ("per_block", "mxfp8"), ("per_block", "mxfp4")
 _INT8 = "int8_channel"
+DECODES = ("npu_quant_matmul", "npu_quantize")
 _DYNAMIC, _MX = ("npu_dynamic_quant", "npu_quant_matmul"), ("npu_dynamic_mx_quant", "npu_quant_matmul")
 KINDS = {
     "W8A8_DYNAMIC": Kind(
@@ -41,7 +42,11 @@ KINDS = {
     ),
     "W8A8": Kind(
         (_INT8, "int8_tensor_asym"), ("per_tensor", "int8"), _CHANNEL, "A2", "AscendW8A8LinearMethod",
-        ("npu_quant_matmul", "npu_quantize"), symmetric=False, derived=("weight_offset", "weight_scale"),
+        DECODES, symmetric=False, derived=("weight_offset", "weight_scale"),
+    ),
+    "W8A8_MIX": Kind(
+        (_INT8, "int8_mix"), ("pd_mix", "int8"), _CHANNEL, "A2", "AscendW8A8PDMixLinearMethod", _DYNAMIC,
+        symmetric=False,
     ),
     "W8A16": Kind(
         (_INT8, None), ("per_tensor", "float"), _CHANNEL, "A2", "AscendW8A16LinearMethod",

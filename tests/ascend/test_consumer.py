@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qat.numbers.catalog import lookup
+from qat.training.phases import answering
 from tests.ascend.conftest import Exported, Model, Produced
-from tests.ascend.exchanged import KINDS, PORTABLE, STATIC
+from tests.ascend.exchanged import DECODES, KINDS, PORTABLE, STATIC
 from tests.ascend.places import ENGINES, by_engine
 
 pytestmark = pytest.mark.ascend
@@ -50,9 +51,12 @@ def consumed(
         folders |= {("ours", name): exported(name)[0] for name in names}
         folders |= {("portable", name): exported(name, "compressed-tensors")[0] for name in names if name in PORTABLE}
         folders |= {("static", name): exported(*STATIC)[0] for name in names if name == STATIC[0]}
+        folders |= {("decode", name): exported(name)[0] for name in names if name == "W8A8_MIX"}
         folders |= {(what, name): damaged(exported(name)[0], scratch, what) for what, name in DAMAGE if name in names}
         jobs = [
-            [str(folder), str(scratch / "inputs.safetensors"), str(place(version, *key))]
+            [str(folder), str(scratch / "inputs.safetensors"), str(place(version, *key)), "decode"][
+                : 3 + (key[0] == "decode")
+            ]
             for key, folder in folders.items()
         ]
         return dict(zip(folders, by_engine(version, device, jobs, scratch), strict=True))
@@ -87,7 +91,7 @@ def outputs(consumed: Consumed, version: str, whose: str, name: str) -> dict[str
     kind = KINDS[name]
     derived = ["weight_offset"] if whose == "portable" and name == "W8A8_DYNAMIC" else list(kind.derived)
     assert "error" not in said, said
-    assert said["checked"] == sorted(kind.operators)
+    assert said["checked"] == sorted(DECODES if whose == "decode" else kind.operators)
     for path, layer in said["layers"].items():
         wanted = {"scheme": kind.scheme, "missing": [], "derived": derived, "unexpected": []}
         assert layer == wanted, path
@@ -127,6 +131,18 @@ def as_trained(name: str, model: torch.nn.Module, x: dict[str, torch.Tensor], y:
 @pytest.mark.parametrize("name", KINDS)
 def test_our_files(name: str, version: str, consumed: Consumed, x: dict[str, torch.Tensor], exported: Exported) -> None:
     as_trained(name, exported(name)[1], x, outputs(consumed, version, "ours", name))
+
+
+@every_engine
+def test_answers_of_a_mixed_type(
+    version: str, consumed: Consumed, x: dict[str, torch.Tensor], exported: Exported
+) -> None:
+    """A node that receives keys and values from another: inputs are static, the bias is the folded one."""
+    y = outputs(consumed, version, "decode", "W8A8_MIX")
+    with answering("answer"):
+        as_trained("W8A8_MIX", exported("W8A8_MIX")[1], x, y)
+    with pytest.raises(AssertionError, match=r"model\.layers\.0"), answering("prompt"):
+        as_trained("W8A8_MIX", exported("W8A8_MIX")[1], x, y)
 
 
 @every_engine

@@ -12,14 +12,15 @@ from torch import Tensor
 from qat.checkpoints.exported import load_exported
 from qat.checkpoints.layouts import open_export
 from qat.checkpoints.layouts.ascend.simulate import SimulatedLinear
-from qat.checkpoints.layouts.ascend.types import Type, find_type
-from qat.checkpoints.layouts.ascend.write import tensors_of
+from qat.checkpoints.layouts.ascend.types import BY_NAME, Type, find_type
+from qat.checkpoints.layouts.ascend.write import fold_bias, tensors_of
 from qat.checkpoints.simulated import check_engine, distance, is_simulated, load_simulated
 from qat.cli import main
 from qat.errors import CheckpointError
 from qat.numbers.catalog import lookup
 from qat.numbers.numerics import QTensor, quantize
 from qat.training.activations import fake_quantize_input, static_part
+from qat.training.phases import answering
 from tests.checkpoints.exports import Pair, export_pair, ids, rewrite
 from tests.checkpoints.layouts.test_ascend import ALL, PAIRS
 from tests.tiny import tiny_model
@@ -59,6 +60,28 @@ def test_a_layer_computes_what_was_trained(kind: str, pair: Pair) -> None:
     y = simulated(x)
     assert y.dtype == torch.bfloat16 and distance(y.float(), expected(pair, q, static, x)) <= 1
     assert torch.equal(simulated(x.float().view(4, 6, 192)), y.float().view(4, 6, 96))
+
+
+def test_prompts_and_answers_of_a_mixed_type() -> None:
+    """The same tensors: static inputs for answers, with the folded bias; dynamic ones for prompts, with the bias."""
+    pair = PAIRS["W8A8_MIX"][0]
+    found, q, static, x = layer(pair)
+    bias = torch.linspace(-2, 2, 96)
+    tensors = fold_bias(tensors_of(found, q, static), bias)
+    simulated, other = SimulatedLinear(found, tensors, bias), SimulatedLinear(BY_NAME["W8A8"], tensors)
+    token = SimulatedLinear(BY_NAME["W8A8_DYNAMIC"], tensors, bias)
+    assert simulated.mixes and not other.mixes
+    with answering("answer"):
+        assert torch.equal(simulated(x), other(x)) and not torch.equal(simulated(x), token(x))
+        assert distance(simulated(x).float(), expected(pair, q, static, x) + bias) <= 1
+    with answering("prompt"):
+        assert torch.equal(simulated(x), token(x))
+        assert distance(simulated(x).float(), expected(pair, q, static, x) + bias) <= 1
+    mask = (torch.arange(24) % 3 == 0).view(4, 6)
+    with answering(lambda: mask):
+        both = simulated(x.view(4, 6, -1)).view(24, -1)
+    assert torch.equal(both, torch.where(mask.view(-1, 1), other(x), token(x)))
+    assert torch.equal(simulated(x.view(24, 1, -1)).view(24, -1), other(x)) and torch.equal(simulated(x), token(x))
 
 
 def swapped(tensors: dict[str, Tensor]) -> None:
@@ -106,7 +129,7 @@ def test_a_bias_is_added() -> None:
         assert torch.allclose(added, plain + bias, rtol=2**-7, atol=2**-7)
 
 
-@pytest.mark.parametrize("pair", [PAIRS["W8A8"][0], PAIRS["W4A4_MXFP4"][0]])
+@pytest.mark.parametrize("pair", [PAIRS["W8A8"][0], PAIRS["W4A4_MXFP4"][0], PAIRS["W8A8_MIX"][0]])
 def test_a_model_and_its_check(pair: Pair, source: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out"
     export_pair(source, out, pair, "ascend", activation_rule="ascend")

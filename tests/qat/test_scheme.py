@@ -61,6 +61,10 @@ def test_the_first_match_wins() -> None:
 
 @pytest.mark.parametrize("name", CATALOG)
 def test_every_format_can_be_a_weight_and_all_but_2d_blocks_an_input(name: str) -> None:
+    if CATALOG[name].prompt:
+        rule = {"match": "*", "weight": "int4_g32", "input": name}
+        assert scheme(rule, activation_rule="ascend").rules[0].input == name
+        return
     assert scheme({"match": "*", "weight": name}).rules[0].weight == name
     if CATALOG[name].block[0] > 1:
         assert "2-D blocks, which only weights can have" in refused({"match": "*", "weight": name, "input": name})
@@ -163,5 +167,8 @@ def test_learning_modes_that_formats_do_not_have_are_refused() -> None:
     assert "no rule has an input format with one scale per tensor" in message and "nvfp4" in message
     static = {"match": "*", "weight": "fp8_tensor", "input": "fp8_tensor"}
     assert "activation_rule: vllm" in refused(static, learn_inputs="true", activation_rule="compressed_tensors")
+    mixed = {"match": "*", "weight": "int8_channel", "input": "int8_mix"}
+    assert "int8_mix inputs need activation_rule: ascend, not vllm" in refused(mixed)
+    assert "int8_mix rounds prompts and answers differently" in refused({"match": "*", "weight": "int8_mix"})
     affine = {"match": "*", "weight": "int8_channel", "input": "int8_tensor_asym"}
     assert "has two ends" in refused(affine, learn_inputs="true")

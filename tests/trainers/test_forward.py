@@ -1,6 +1,6 @@
 """Body plus head is the model, in float32 and BF16, for every way in which architectures end."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -8,7 +8,11 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from qat.errors import TrainingError, UnsupportedError
+from qat.scheme import Scheme
+from qat.surgery import apply
 from qat.trainers.forward import Head, heads, hidden_states, split
+from qat.training.phases import Phase, answering
+from qat.training.rows import IGNORE
 
 SIZES = {
     "vocab_size": 96,
@@ -86,6 +90,28 @@ def test_body_and_head_are_the_model(name: str, dtype: torch.dtype) -> None:
     assert torch.equal(whole, parts)
     product = head.as_product()
     assert product is not None and product.weight is head.linear.weight and product.steps == head.steps
+
+
+def test_inputs_know_prompts_from_answers() -> None:
+    """A chat (prompt of four tokens) in a batch: its layers' inputs are rounded by the mask of the batch."""
+    model = build("llama")
+    rules = [{"match": "*.q_proj", "weight": "int8_channel", "input": "int8_mix"}, {"match": "*", "skip": "rest"}]
+    apply(model, Scheme(rules=rules, learn="none", init=(), activation_rule="ascend", fused=()))
+    ids = torch.arange(8)[None] + 3
+    targets = torch.where(torch.arange(8) >= 3, ids + 1, IGNORE)
+    batch = {"input_ids": ids, "targets": targets, "position_ids": torch.arange(8)[None]}
+    layer = next(module for name, module in model.named_modules() if name.endswith("q_proj"))
+    layer.input_quantizer.amax.copy_(torch.tensor([-1.0, 1.0]))
+    seen: list[torch.Tensor] = []
+    layer.input_quantizer.register_forward_hook(lambda module, given, made: seen.extend((*given, made)))
+    hidden_states(model, batch)
+    x, rounded = seen[:2]
+    alone = {}
+    for phase in get_args(Phase):
+        with answering(phase):
+            alone[phase] = layer.input_quantizer.quantize(x)
+    assert torch.equal(rounded[:, :4], alone["prompt"][:, :4]) and torch.equal(rounded[:, 4:], alone["answer"][:, 4:])
+    assert not torch.equal(alone["prompt"], alone["answer"])
 
 
 def test_heads_compare_the_rows_that_both_have() -> None:

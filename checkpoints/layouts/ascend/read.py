@@ -37,6 +37,7 @@ _UNREAD = {
 }
 _INPUTS: dict[str, dict[str, Any]] = {
     "tensor": {"symmetric": False, "strategy": "tensor", "dynamic": False},
+    "mix": {"symmetric": False, "strategy": "tensor", "dynamic": False, "prompt": "token"},
     "token": {"symmetric": True, "strategy": "token", "dynamic": True},
     "group": {"symmetric": True, "strategy": "group", "dynamic": True},
 }
@@ -149,6 +150,10 @@ class Reader(ExportedFolder):
             )
         if not bool((torch.isfinite(deq) & (deq > 0)).all()):
             raise CheckpointError(f"{self.folder}: {path}.deq_scale must be finite and positive everywhere")
+        if "weight_scale" in tensors:
+            product = tensors["weight_scale"].flatten() * tensors["input_scale"]
+            if ((product - deq).abs() > _DIVIDED * deq).any():
+                raise CheckpointError(f"{self.folder}: {path}.deq_scale is not input_scale times weight_scale")
         apart, bias = _folded(tensors).astype("float64"), f"{path}.bias"
         if bias in self.names:
             wanted = float_values(self.reader.get(bias)) / float_values(deq)
@@ -163,14 +168,14 @@ class Reader(ExportedFolder):
         """As of every layout; but biases of static layers are what their `quant_bias` makes of them."""
         for name, tensor in super().dense_tensors():
             path = name.removesuffix(".bias")
-            if name != path and path in self.modules and self.type_of(path).is_static:
+            if name != path and path in self.modules and self.type_of(path).input == "tensor":
                 tensors = self.layer(path)
                 value = _folded(tensors).astype("float32") * float_values(tensors["deq_scale"])
                 tensor = torch.from_numpy(value)
             yield name, tensor
 
     def _scale(self, module: PackedModule, tensors: dict[str, Tensor]) -> Array:
-        if "deq_scale" in tensors:
+        if "weight_scale" not in tensors:
             scale: Array = (float_values(tensors["deq_scale"]) / float_values(tensors["input_scale"])).reshape(-1, 1)
             return scale
         return scale_values(tensors["weight_scale"])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qat.checkpoints.layouts.ascend.types import Type
 from qat.serving import npu
+from qat.training import phases
 
 _MODEL = torch.bfloat16
 
@@ -27,7 +28,8 @@ class SimulatedLinear(nn.Module):
     def __init__(self, kind: Type, tensors: Mapping[str, Tensor], bias: Tensor | None = None) -> None:
         super().__init__()
         self.kind = kind
-        held = dict(_static(tensors) if kind.is_static else _mx(tensors) if kind.group else _rows(tensors))
+        held = dict(_mx(tensors) if kind.group else {} if kind.input == "tensor" else _rows(tensors))
+        held |= _static(tensors) if kind.is_static else {}
         self.out_features, self.in_features = held["weight"].shape[1], held["weight"].shape[0]
         for name, tensor in held.items():
             self.register_buffer(name, tensor.contiguous())
@@ -35,16 +37,27 @@ class SimulatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., inputs) of any float type; the same type comes out."""
-        y = self._product(x.reshape(-1, x.shape[-1]).to(_MODEL))
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
+        rows = x.reshape(-1, x.shape[-1]).to(_MODEL)
+        y = (self._answers(rows) if self.kind.is_static else self._product(rows)).to(x.dtype).view(*x.shape[:-1], -1)
+        if not self.mixes:
+            return y
+        return phases.either(y, y, lambda: self._product(rows).to(x.dtype).view_as(y))
+
+    @property
+    def mixes(self) -> bool:
+        """Whether it computes tokens of prompts otherwise than those of answers."""
+        return self.kind.input == "mix"
+
+    def _answers(self, x: Tensor) -> Tensor:
+        """With static inputs; the bias is in `quant_bias`."""
+        get = self.get_buffer
+        codes = npu.quantize(x, get("reciprocal"), get("input_offset"))
+        return npu.quant_matmul(codes, get("weight"), get("deq_scale"), bias=get("quant_bias"), output_dtype=_MODEL)
 
     def _product(self, x: Tensor) -> Tensor:
         get, kind = self.get_buffer, self.kind
         bias = self.added.float() if isinstance(self.added, Tensor) else None
         bits = kind.input_element.bits
-        if kind.is_static:
-            codes = npu.quantize(x, get("reciprocal"), get("offset"))
-            return npu.quant_matmul(codes, get("weight"), get("scale"), bias=get("quant_bias"), output_dtype=_MODEL)
         if kind.group:
             codes, scales = npu.dynamic_mx_quant(x, bits)
             return npu.mx_matmul(codes, get("weight"), None, pertoken_scale=scales, bias=bias)
@@ -70,10 +83,10 @@ def _rows(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _static(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         "weight": tensors["weight"].t().float(),
-        "scale": tensors["deq_scale"],
+        "deq_scale": tensors["deq_scale"],
         "quant_bias": tensors["quant_bias"],
         "reciprocal": 1 / tensors["input_scale"].to(_MODEL),
-        "offset": tensors["input_offset"].to(torch.int8).to(_MODEL),
+        "input_offset": tensors["input_offset"].to(torch.int8).to(_MODEL),
     }
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from qat.checkpoints.layouts.kinds import ROW, TENSOR, int_input, int_weight, mx
 from qat.checkpoints.layouts.npu import A2_A3, A5, ENGINES, Npu
 from qat.checkpoints.layouts.support import Applies
-from qat.numbers.catalog import E2M1, E4M3, INT4, INT8
+from qat.numbers.catalog import E2M1, E4M3, INT4, INT8, lookup
 from qat.numbers.element import Element
 from qat.numbers.format import Format
 from qat.numbers.scale import BF16
@@ -86,7 +86,12 @@ def _number(word: str, sizes: Mapping[str, int]) -> int:
 def affine_input(fmt: Format | None) -> bool:
     """8-bit integers with a scale and a zero point for the whole tensor."""
     integer = fmt is not None and fmt.is_single and fmt.element == INT8 and fmt.zero_point
-    return fmt is not None and integer and fmt.block == TENSOR and fmt.scale is BF16
+    return fmt is not None and integer and fmt.block == TENSOR and fmt.scale is BF16 and not fmt.prompt
+
+
+def mixed_input(fmt: Format | None) -> bool:
+    """The same for answers, and a scale per token for prompts."""
+    return fmt is not None and fmt.prompt != "" and int_input(lookup(fmt.prompt), ROW, INT8_BITS)
 
 
 def _channel(weight: Format, bits: int) -> bool:
@@ -95,7 +100,18 @@ def _channel(weight: Format, bits: int) -> bool:
 
 _VLLM, _SGLANG, _MINDIE = ENGINES
 _MINDIE_KEY = "MindIE also reads `quantize` in config.json, which is written"
+_DECODES = (
+    "vllm-ascend rounds inputs as answers only on a node that receives keys and values from another "
+    "(kv_transfer_config), and as prompts everywhere else"
+)
 _ROW_SCALES = {"weight": ("I8", "n k"), "weight_scale": ("F32", "n 1"), "weight_offset": ("F32", "n 1")}
+_STATIC: dict[str, Spec] = {
+    "weight": ("I8", "n k"),
+    "input_scale": ("F32", "1"),
+    "input_offset": ("F32", "1"),
+    "quant_bias": ("I32", "n"),
+    "deq_scale": ("F32", "n"),
+}
 _MX_SCALES: dict[str, Spec] = {"weight_scale": ("U8", "n k/g")}
 
 TYPES: tuple[Type, ...] = (
@@ -117,14 +133,18 @@ TYPES: tuple[Type, ...] = (
         0,
         "tensor",
         INT8,
-        {
-            "weight": ("I8", "n k"),
-            "input_scale": ("F32", "1"),
-            "input_offset": ("F32", "1"),
-            "quant_bias": ("I32", "n"),
-            "deq_scale": ("F32", "n"),
-        },
+        _STATIC,
         (Npu(_VLLM, A2_A3), Npu(_SGLANG, A2_A3), Npu(_MINDIE, A2_A3, remark=_MINDIE_KEY)),
+    ),
+    Type(
+        "W8A8_MIX",
+        lambda w, a: _channel(w, INT8_BITS) and mixed_input(a),
+        INT8,
+        0,
+        "mix",
+        INT8,
+        {**_STATIC, **_ROW_SCALES},
+        (Npu(_VLLM, A2_A3, remark=_DECODES),),
     ),
     Type(
         "W8A16",

@@ -87,7 +87,9 @@ def tensors_of(kind: Type, q: QTensor, static: Tensor | None) -> dict[str, Tenso
     assert static is not None
     weight, offset = _bytes(codes, kind), offset_of(static)
     sums = weight.to(torch.int64).sum(dim=1)
+    rows = {"weight_scale": scale, "weight_offset": torch.zeros_like(scale)} if "weight_scale" in kind.tensors else {}
     return {
+        **rows,
         "weight": weight,
         "input_scale": static[:1].clone(),
         "input_offset": offset.clone(),
@@ -142,7 +144,7 @@ def unpack(module: PackedModule, tensors: Mapping[str, Tensor]) -> QTensor:
         codes = codes & (2**fmt.element.bits - 1)
     if fmt.group:
         return QTensor(fmt, codes, Scales(take_scale(module, tensors, "weight_scale", fmt.scale.storage, grid)))
-    if "deq_scale" in tensors:
+    if "deq_scale" in tensors and "weight_scale" not in tensors:
         deq = take_scale(module, tensors, "deq_scale", torch.float32, (rows,))
         tensors = {"weight_scale": (deq / take_scale(module, tensors, "input_scale", torch.float32, (1,))).view(grid)}
     return QTensor(fmt, codes, Scales(take_narrow(module, tensors, "weight_scale", fmt, grid)))

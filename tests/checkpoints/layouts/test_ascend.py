@@ -31,6 +31,7 @@ from tests.tiny import tiny_model
 PAIRS: dict[str, list[Pair]] = {
     "W8A8_DYNAMIC": [("int8_channel", "int8_token")],
     "W8A8": [("int8_channel", "int8_tensor_asym"), ("int8_channel", "int8_tensor")],
+    "W8A8_MIX": [("int8_channel", "int8_mix")],
     "W8A16": [("int8_channel", None)],
     "W4A4_DYNAMIC": [("int4_channel", "int4_token")],
     "W8A8_MXFP8": [("mxfp8", "mxfp8")],
@@ -61,7 +62,7 @@ def coded(weight: str, rows: int = 6, columns: int = 64) -> QTensor:
 
 def packed(kind: str, pair: Pair) -> tuple[QTensor, dict[str, Tensor]]:
     q, input = coded(pair[0]), lookup(pair[1]) if pair[1] else None
-    amax = RANGE if pair[1] and pair[1].endswith("asym") else torch.tensor(3.0)
+    amax = RANGE if input is not None and input.zero_point else torch.tensor(3.0)
     return q, target.pack(q, input, amax)
 
 
