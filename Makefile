@@ -105,7 +105,7 @@ test-deepspeed: setup .deepspeed/.ready
 	@echo "setup llama.cpp 1/2: compile llama-cpp-python into .llama-cpp"
 	@$(PYTHON) -m venv --clear .llama-cpp
 	@.llama-cpp/bin/python -m pip download -qq --no-deps --no-binary :all: -d .llama-cpp/archive llama-cpp-python==0.3.36
-	@CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) .llama-cpp/bin/python -m pip install -qq .llama-cpp/archive/*.tar.gz
+	@CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) .llama-cpp/bin/python -m pip install -qq "$$(ls .llama-cpp/archive/*.tar.gz)[server]"
 	@echo "setup llama.cpp 2/2: unpack its converter"
 	@mkdir -p .llama-cpp/source
 	@tar -xzf .llama-cpp/archive/*.tar.gz -C .llama-cpp/source --strip-components=3 --wildcards '*/vendor/llama.cpp/conversion/*' \

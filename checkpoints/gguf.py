@@ -175,6 +175,23 @@ def _read_value(data: mmap.mmap, at: int, kind: int) -> tuple[Any, int]:
     return value, at + struct.calcsize(_SCALARS[kind])
 
 
+def array_end(data: memoryview, at: int) -> int:
+    """Where an array ends that begins at byte `at`.
+
+    Raises:
+        struct.error, KeyError: past the end, or of arrays.
+    """
+    item, count = struct.unpack_from("<IQ", data, at)
+    at += struct.calcsize("<IQ")
+    if item in _SCALARS:
+        return int(at + count * struct.calcsize(_SCALARS[item]))
+    if item != _STRING:
+        raise KeyError(item)
+    for _ in range(count):
+        at += 8 + struct.unpack_from("<Q", data, at)[0]
+    return int(at)
+
+
 def _tokenizer(file: Path, facts: dict[str, Any]) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 

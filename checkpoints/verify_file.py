@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qat.checkpoints.hf import quiet
-from qat.checkpoints.layouts.gguf.load import dense_tensors, load_file, parts
+from qat.checkpoints.layouts.gguf.load import load_file, parts
 from qat.checkpoints.layouts.gguf.read import GgufFile
 from qat.checkpoints.layouts.reader import digest
 from qat.checkpoints.progress import progress
@@ -104,13 +104,18 @@ def _logits(file: GgufFile, tokens: int) -> str:
     unread = {tensor.tensor_type.name for tensor in file.tensors.values()} & {*_UNREAD}
     if unread:
         return f"skipped: transformers does not read {', '.join(sorted(unread))}"
-    ids = (torch.arange(tokens) * 7919 + 13).remainder(dense_tensors(file)["model.embed_tokens.weight"].shape[0])[None]
-    theirs, ours = _run(lambda: _plain(file.path), ids), _run(lambda: load_file(file.path), ids)
+    ids = (torch.arange(tokens) * 7919 + 13).remainder(_rows(file, "model.embed_tokens.weight"))[None]
+    theirs, ours = _run(lambda: _plain(file.path), ids), _run(lambda: load_file(file.path, opened=file), ids)
     difference = float((theirs.double() - ours.double()).abs().max())
     detail = f"largest logit difference {difference} over {tokens} tokens"
     if difference != 0.0:
         raise Problem(f"plain transformers disagrees: {detail}")
     return f"{detail}, in float32"
+
+
+def _rows(file: GgufFile, name: str) -> int:
+    assert file.record is not None
+    return int(file.stored(parts(file.record)[name]["tensor"]).shape[-1])
 
 
 def _run(load: Callable[[], Any], ids: Tensor) -> Tensor:

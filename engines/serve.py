@@ -16,6 +16,7 @@ from qat.checkpoints.layouts.caches import says_nothing
 from qat.checkpoints.layouts.compressed_tensors.transforms import KEY
 from qat.checkpoints.peft import adapter_of, rank_of
 from qat.checkpoints.positions import most_positions
+from qat.engines import llama_cpp
 from qat.engines.prompts import asked
 from qat.engines.transformers import METHODS, load_packed
 from qat.errors import CheckpointError, ConfigError
@@ -173,21 +174,11 @@ def _serve_vllm(folder: Path, names: Sequence[str], host: str, port: int, dtype:
 
 
 def _serve_llama_cpp(file: Path, engine: Engine, names: Sequence[str], host: str, port: int) -> None:
-    """Becomes llama.cpp's own OpenAI server, as llama-cpp-python brings it along."""
-    import os
-
-    if not file.is_file() or engine not in ("auto", "llama.cpp"):
+    if not file.is_file() or engine not in ("auto", llama_cpp.NAME):
         raise ConfigError(
             f"{file}: --engine llama.cpp serves a .gguf file, and nothing else does; give both, or neither"
         )
-    if any(importlib.util.find_spec(name) is None for name in ("llama_cpp", "uvicorn")):
-        raise ConfigError("--engine llama.cpp needs its server: pip install 'llama-cpp-python[server]'")
-    if len(names) > 1:
-        raise ConfigError("llama.cpp's server gives a model one name; give --served-model-name once")
-    command = [sys.executable, "-m", "llama_cpp.server", "--model", str(file), "--model_alias", names[0]]
-    command += ["--host", host, "--port", str(port), "--n_ctx", "0"]
-    print(f"qat serve: {' '.join(command[1:])}", file=sys.stderr, flush=True)
-    os.execv(sys.executable, command)
+    llama_cpp.serve(file, names, host, port)
 
 
 def _with_adapter(names: Sequence[str], adapter: Path) -> list[str]:

@@ -223,25 +223,24 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--seed {arguments.seed}: a whole number from 0, of 63 bits")
     if not arguments.prompt:
         raise ConfigError("the prompt is empty; give a text to continue")
+    from qat.engines import llama_cpp
     from qat.engines.graphs import Decoding
     from qat.engines.prompts import asked
     from qat.engines.transformers import load_packed
     from qat.trainers.memory import keep_freed_blocks
 
+    how = {"temperature": arguments.temperature, "seed": arguments.seed, "chat": arguments.chat}
+    others = {"--dense": arguments.dense, "--model": arguments.model, "--device": arguments.device != "auto",
+              "--prompt-attention": arguments.prompt_attention}  # fmt: skip
+    if llama_cpp.chosen(arguments.folder, arguments.engine, [name for name, given in others.items() if given]):
+        return llama_cpp.generate(arguments.folder, arguments.prompt, arguments.tokens, **how)
     keep_freed_blocks()
     generate(
-        arguments.folder,
-        arguments.prompt,
-        arguments.tokens,
-        temperature=arguments.temperature,
-        seed=arguments.seed,
-        chat=arguments.chat,
-        device=arguments.device,
+        arguments.folder, arguments.prompt, arguments.tokens, device=arguments.device, moved=arguments.model,
         load_export=None if arguments.dense else load_packed,
         make_cache=lambda model, positions: Decoding(model).cache(positions),
-        moved=arguments.model,
-        prepare=asked(arguments.prompt_attention),
-    )
+        prepare=asked(arguments.prompt_attention), **how,
+    )  # fmt: skip
 
 
 # --- serve ------------------------------------------------------------------------------------------

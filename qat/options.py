@@ -125,8 +125,11 @@ def _prompts(parser: argparse.ArgumentParser) -> None:
 
 def generate(parser: argparse.ArgumentParser) -> None:
     """`qat generate`."""
-    parser.add_argument("folder", type=path, metavar="DIR", help="a run, an exported checkpoint, or a plain model")
+    parser.add_argument("folder", type=path, metavar="DIR",
+                        help="a run, an exported checkpoint, a .gguf file, or a plain model")  # fmt: skip
     parser.add_argument("prompt", help="text to continue")
+    parser.add_argument("--engine", choices=("auto", "qat", "llama.cpp"), default="auto",
+                        help="for a .gguf file; auto takes llama.cpp if installed (default: %(default)s)")  # fmt: skip
     parser.add_argument("--tokens", type=int, default=64, help="most tokens to write (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default), else 0.01 to 100")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gguf import MODEL_ARCH, GGUFWriter, RopeScalingType
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, RopeScalingType
 from torch import Tensor
 
 from qat.errors import UnsupportedError
@@ -25,12 +25,16 @@ class Family:
         arch: llama.cpp's name.
         permuted: whether rows of query and key change places: llama.cpp rotates neighbouring channels of a head,
             transformers one of the first half with one of the second.
+        shifted: whether norms multiply with one more than their weight, which the file holds added up.
+        spaced: whether its tokenizers of pieces put a space before text, where they do not say; they must do so.
         describe: adds settings beyond the usual ones.
         check: says why a configuration cannot be expressed, or "".
     """
 
     arch: MODEL_ARCH
     permuted: bool = False
+    shifted: bool = False
+    spaced: bool = True
     describe: Callable[[GGUFWriter, Settings], None] = lambda writer, settings: None
     check: Callable[[Settings], str] = lambda settings: ""
 
@@ -62,12 +66,56 @@ def _moe_check(settings: Settings) -> str:
     return "layers without experts, which llama.cpp does not have" if dense else _qwen_check(settings)
 
 
+def _gemma2(writer: GGUFWriter, settings: Settings) -> None:
+    writer.add_attn_logit_softcapping(settings["attn_logit_softcapping"])
+    writer.add_final_logit_softcapping(settings["final_logit_softcapping"])
+    writer.add_sliding_window(settings["sliding_window"])
+
+
+def _gemma3(writer: GGUFWriter, settings: Settings) -> None:
+    writer.add_rope_freq_base_swa(settings["rope_parameters"]["sliding_attention"]["rope_theta"])
+    if settings.get("final_logit_softcapping"):
+        writer.add_final_logit_softcapping(settings["final_logit_softcapping"])
+    writer.add_sliding_window(settings["sliding_window"])
+
+
+def _gemma_check(period: int, large: int) -> Callable[[Settings], str]:
+    """Of a family whose every `period`-th layer sees all positions, and whose model of `large` layers is scaled by the
+    share of a head in the width."""
+
+    def check(settings: Settings) -> str:
+        layers, scalar = settings["num_hidden_layers"], settings["query_pre_attn_scalar"]
+        kinds = ["full_attention" if not (i + 1) % period else "sliding_attention" for i in range(layers)]
+        scale = _head(settings) if layers != large else settings["hidden_size"] // settings["num_attention_heads"]
+        local = _rope(settings, "sliding_attention").get("rope_type", "default")
+        capped = settings.get("attn_logit_softcapping") is not None
+        problems = {
+            "other layer_types than llama.cpp's": settings["layer_types"] != kinds,
+            f"query_pre_attn_scalar {scalar}, for which llama.cpp has {scale}": scalar != scale,
+            f"rope_type {local!r} in sliding attention": local != "default",
+            "a head of its own": not settings["tie_word_embeddings"],
+            "attn_logit_softcapping, which llama.cpp's gemma3 does not have": capped and period != 2,
+            "no attn_logit_softcapping, which llama.cpp's gemma2 has": not capped and period == 2,
+            "no final_logit_softcapping, which llama.cpp's gemma2 has": (
+                period == 2 and settings.get("final_logit_softcapping") is None
+            ),
+            "use_bidirectional_attention": bool(settings.get("use_bidirectional_attention")),
+            "attention_bias": bool(settings.get("attention_bias")),
+            f"hidden_activation {settings['hidden_activation']}": settings["hidden_activation"] != "gelu_pytorch_tanh",
+        }
+        return next((problem for problem, found in problems.items() if found), "")
+
+    return check
+
+
 FAMILIES: dict[str, Family] = {
     "llama": Family(MODEL_ARCH.LLAMA, permuted=True, describe=_llama, check=_llama_check),
     "mistral": Family(MODEL_ARCH.LLAMA, permuted=True, describe=_llama, check=_llama_check),
     "qwen2": Family(MODEL_ARCH.QWEN2, check=_qwen_check),
     "qwen3": Family(MODEL_ARCH.QWEN3, check=_qwen_check),
     "qwen3_moe": Family(MODEL_ARCH.QWEN3MOE, describe=_moe, check=_moe_check),
+    "gemma2": Family(MODEL_ARCH.GEMMA2, shifted=True, spaced=False, describe=_gemma2, check=_gemma_check(2, 46)),
+    "gemma3_text": Family(MODEL_ARCH.GEMMA3, shifted=True, spaced=False, describe=_gemma3, check=_gemma_check(6, 62)),
 }
 
 
@@ -95,6 +143,7 @@ def check(family: Family, settings: Settings) -> None:
         raise UnsupportedError(f"the model has {reason}; nothing was written")
 
 
+_USUAL_BASE = 10000.0  # of a file that says none; llama.cpp's converter has no word of it for Gemma 2
 _ROPES = ("default", "linear", "yarn", "llama3")
 
 
@@ -103,8 +152,11 @@ def _head(settings: Settings) -> int:
     return int(own if own is not None else settings["hidden_size"] // settings["num_attention_heads"])
 
 
-def _rope(settings: Settings) -> Settings:
-    return settings.get("rope_parameters") or {}
+def _rope(settings: Settings, kind: str = "full_attention") -> Settings:
+    """Of a kind of layers, where they differ."""
+    rope: Settings = settings.get("rope_parameters") or {}
+    own: Settings = rope.get(kind, rope)
+    return own
 
 
 def describe(writer: GGUFWriter, family: Family, settings: Settings) -> None:
@@ -142,7 +194,8 @@ def _describe_rope(writer: GGUFWriter, rope: Settings) -> None:
         ):
             if rope.get(key) is not None:
                 add(rope[key])
-    if rope.get("rope_theta") is not None:
+    unsaid = writer.arch == MODEL_ARCH_NAMES[MODEL_ARCH.GEMMA2] and rope.get("rope_theta") == _USUAL_BASE
+    if rope.get("rope_theta") is not None and not unsaid:
         writer.add_rope_freq_base(rope["rope_theta"])
 
 

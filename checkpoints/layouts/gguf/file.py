@@ -197,7 +197,7 @@ def _describe(writer: GGUFWriter, plan: "ExportPlan", source: Path, tensors: lis
             sizes[stored.kind] += math.prod(stored.shape)
     writer.add_file_type(_KINDS[sizes.most_common(1)[0][0]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_vocabulary(writer, source, settings["vocab_size"])
+    add_vocabulary(writer, source, settings["vocab_size"], family.spaced)
 
 
 def _record(plan: "ExportPlan", tensors: list[Stored], record: dict[str, Any]) -> dict[str, Any]:
@@ -253,8 +253,10 @@ def _data(plan: "ExportPlan", stored: Stored, record: dict[str, Any]) -> np.ndar
         if part in layers:
             rows, record["modules"][layers[part]]["sha256"] = _quantized(plan.linears[layers[part]])
         else:
+            shift = float(family.shifted and part.endswith("norm.weight"))
             rows = _dense(plan.dense[part], part, stored.kind)
-            record["tensors"][part]["sha256"] = digest(rows.to(torch.float32))
+            rows = rows + shift if shift else rows
+            record["tensors"][part]["sha256"] = digest(rows.to(torch.float32) - shift)
         order = row_order(part, len(rows), family, settings)
         pieces.append((rows if order is None else rows[order]).view(torch.uint8))
     return torch.cat(pieces).numpy().reshape(stored.byte_shape)

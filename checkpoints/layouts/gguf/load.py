@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Settings that transformers (5.23) leaves at the defaults of some configurations.
 _MISREAD = {"attention.key_length": "head_dim", "expert_feed_forward_length": "moe_intermediate_size"}
+_SCALED_BY_WIDTH = (46, 62)  # layers of Gemma models whose query_pre_attn_scalar transformers knows as the usual one
 
 
 def dense_tensors(file: GgufFile) -> dict[str, Tensor]:
@@ -45,13 +46,14 @@ def parts(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {**{f"{path}.weight": entry for path, entry in modules.items()}, **tensors}
 
 
-def load_file(path: Path, inputs: bool = False) -> "PreTrainedModel":
+def load_file(path: Path, inputs: bool = False, opened: GgufFile | None = None) -> "PreTrainedModel":
     """The model in eval mode, its weights as llama.cpp dequantizes them.
 
     Args:
         path: the file.
         inputs: round what layers multiply with as llama.cpp does, too: to INT8 per 32 before blocks, to BF16 before
             BF16 weights. Otherwise they stay as they come.
+        opened: the file, where it is already.
 
     Raises:
         CheckpointError: it is cut short, or tensors are missing.
@@ -59,7 +61,7 @@ def load_file(path: Path, inputs: bool = False) -> "PreTrainedModel":
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    file = GgufFile(path)
+    file = opened or GgufFile(path)
     state = dense_tensors(file)
     with quiet():
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
@@ -69,6 +71,8 @@ def load_file(path: Path, inputs: bool = False) -> "PreTrainedModel":
         for key, name in _MISREAD.items():
             if (value := file.facts.get(f"{file.arch}.{key}")) is not None:
                 setattr(config, name, value)
+        if hasattr(config, "query_pre_attn_scalar") and config.num_hidden_layers not in _SCALED_BY_WIDTH:
+            config.query_pre_attn_scalar = config.head_dim  # as llama.cpp has it, and the file does not say
         loader: Any = AutoModelForCausalLM._model_mapping[type(config)]
         model, info = loader.from_pretrained(
             None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True

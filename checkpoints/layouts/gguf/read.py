@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, ReaderTensor
 from gguf.quants import dequantize
 from torch import Tensor
 
-from qat.checkpoints.gguf import read_metadata
+from qat.checkpoints.gguf import array_end, read_metadata
 from qat.errors import CheckpointError, UnsupportedError
 
 RECORD_KEY = "qat.record"
@@ -27,6 +27,33 @@ _HALVES = {
     GGMLQuantizationType.Q5_K: (176, 0),
     GGMLQuantizationType.Q6_K: (210, 208),
 }
+_ADDS_ONE_TO_NORMS = ("gemma2", "gemma3")
+
+
+class _Reader(GGUFReader):
+    """`gguf`'s, but for arrays, which it keeps item by item: the tokens of a vocabulary take it seconds."""
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
+        kind = GGUFValueType(raw_type)
+        if kind is not GGUFValueType.ARRAY:
+            parts: tuple[int, list[Any], list[int], list[Any]] = super()._get_field_parts(orig_offs, raw_type)
+            return parts
+        return array_end(self.data.data, orig_offs) - orig_offs, [], [], [kind]
+
+
+def check_file(path: Path) -> dict[str, Any]:
+    """Settings of a GGUF file, whose header is whole.
+
+    Raises:
+        CheckpointError: it is no GGUF file, or cut short; names it.
+        UnsupportedError: of another version.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}")
+    with path.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise CheckpointError(f"{path} is not a GGUF file (its first bytes are not 'GGUF')")
+    return read_metadata(path)
 
 
 class GgufFile:
@@ -39,14 +66,9 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_file():
-            raise CheckpointError(f"there is no file {path}")
-        with path.open("rb") as opened:
-            if opened.read(4) != b"GGUF":
-                raise CheckpointError(f"{path} is not a GGUF file (its first bytes are not 'GGUF')")
-        self.facts = read_metadata(path)
+        self.facts = check_file(path)
         try:
-            self.reader = GGUFReader(path)
+            self.reader = _Reader(path)
         except Exception as error:  # numpy's, wherever the bytes end
             raise CheckpointError(f"{path} is truncated or damaged: {type(error).__name__}: {error}") from error
         self.tensors: dict[str, ReaderTensor] = {tensor.name: tensor for tensor in self.reader.tensors}
@@ -88,7 +110,7 @@ class GgufFile:
             heads = int(self.facts[f"{self.arch}.attention.{_HEADS[role]}"])
             pairs = found.unflatten(0, (heads, -1, 2))
             found = torch.cat([pairs[:, :, 0], pairs[:, :, 1]], dim=1).flatten(0, 1)
-        return found
+        return found - 1 if self.arch in _ADDS_ONE_TO_NORMS and role.endswith("_norm") else found
 
     def bad_scales(self, name: str) -> int:
         """How many scales of a tensor are zero or not finite; those of Q4_0 and Q5_0 may be negative."""

@@ -11,6 +11,7 @@ from typing import Any
 from gguf import GGUFWriter, SpecialVocab, TokenType
 
 from qat.checkpoints.hf import load_tokenizer, read_json
+from qat.checkpoints.layouts.gguf.pieces import FILE, adds_space, is_sentencepiece, read_pieces, rows
 from qat.errors import UnsupportedError
 
 _WORDS = (
@@ -29,8 +30,9 @@ def splitting(tokenizer: dict[str, Any]) -> str:
     """
     model, steps = tokenizer["model"], tokenizer.get("pre_tokenizer") or {}
     if model.get("type") != "BPE" or model.get("byte_fallback"):
-        kind = "SentencePiece BPE" if model.get("byte_fallback") else model.get("type")
-        raise UnsupportedError(f"a tokenizer of kind {kind} is not written to GGUF files; byte-level BPE is")
+        raise UnsupportedError(
+            f"a tokenizer of kind {model.get('type')} is not written to GGUF files; BPE is, of bytes or SentencePiece"
+        )
     chain = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
     name = _named(chain)
     normalized = (tokenizer.get("normalizer") or {}).get("type")
@@ -57,8 +59,8 @@ def _named(chain: list[dict[str, Any]]) -> str | None:
     return None
 
 
-def add_vocabulary(writer: GGUFWriter, source: Path, size: int) -> None:
-    """Everything about the tokenizer in `source`, padded to the `size` rows of the embedding.
+def add_vocabulary(writer: GGUFWriter, source: Path, size: int, spaced: bool = True) -> None:
+    """Everything about the tokenizer in `source`, padded to the `size` rows of the embedding; `spaced`: see `Family`.
 
     Raises:
         UnsupportedError: a tokenizer that llama.cpp cannot express.
@@ -68,20 +70,54 @@ def add_vocabulary(writer: GGUFWriter, source: Path, size: int) -> None:
     if not fast.is_file():
         raise UnsupportedError(f"{source} has no tokenizer.json, which GGUF's vocabulary is made of")
     whole = read_json(fast)
-    rule = splitting(whole)
     tokenizer: Any = load_tokenizer(source)
-    tokens, kinds = _tokens(tokenizer, size)
     config = read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").is_file() else {}
     if writer.arch == "llama" and config.get("add_prefix_space") is not None:
         writer.add_add_space_prefix(config["add_prefix_space"])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(rule)
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    special = SpecialVocab(source, load_merges=True)
+    if is_sentencepiece(whole):
+        special = _add_pieces(writer, source, whole, config if spaced else {**config, "add_prefix_space": False}, size)
+        if not spaced:
+            writer.add_add_space_prefix(False)
+    else:
+        special = _add_byte_level(writer, source, splitting(whole), _tokens(tokenizer, size))
     if "bos" not in special.add_special_token and (bos := special.special_token_ids.get("bos")) is not None:
         special.add_special_token["bos"] = tokenizer.encode("a")[:1] == [bos]
     special.add_to_gguf(writer, quiet=True)
+
+
+def _add_byte_level(
+    writer: GGUFWriter, source: Path, rule: str, vocabulary: tuple[list[str], list[TokenType]]
+) -> SpecialVocab:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(rule)
+    writer.add_token_list(vocabulary[0])
+    writer.add_token_types(vocabulary[1])
+    return SpecialVocab(source, load_merges=True)
+
+
+def _add_pieces(
+    writer: GGUFWriter, source: Path, whole: dict[str, Any], config: dict[str, Any], size: int
+) -> SpecialVocab:
+    """The rows of a SentencePiece tokenizer, with what tokenizer.json and tokenizer_config.json add to its pieces."""
+    pieces, said = read_pieces(source / FILE), config.get("add_prefix_space")
+    if adds_space(whole) != (said is None or bool(said)):
+        raise UnsupportedError(
+            f"tokenizer_config.json says add_prefix_space: {said} (which llama.cpp takes for true where it is absent), "
+            "but tokenizer.json does otherwise; make them agree"
+        )
+    known = whole["model"]["vocab"]
+    apart = [piece.text for number, piece in enumerate(pieces) if known.get(piece.text) != number]
+    if apart:
+        raise UnsupportedError(f"tokenizer.json and {FILE} differ, in {len(apart)} pieces, such as {apart[0]!r}")
+    added = {token["id"]: token for token in whole.get("added_tokens", ()) if token["id"] >= len(pieces)}
+    added |= {int(number): token for number, token in config.get("added_tokens_decoder", {}).items()}
+    vocabulary = rows(pieces, added, size, _looks_special)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([row.text for row in vocabulary])
+    writer.add_token_scores([row.score for row in vocabulary])
+    writer.add_token_types([row.kind for row in vocabulary])
+    return SpecialVocab(source, n_vocab=len(vocabulary))
 
 
 def _tokens(tokenizer: Any, size: int) -> tuple[list[str], list[TokenType]]:

@@ -12,8 +12,10 @@ from gguf import GGMLQuantizationType, GGUFReader
 from torch import Tensor, nn
 
 from qat.checkpoints.export import check_export
+from qat.checkpoints.hf import load_tokenizer
 from qat.checkpoints.layouts.gguf.file import RECORD_KEY
 from qat.checkpoints.layouts.gguf.load import load_file
+from qat.checkpoints.layouts.gguf.pieces import adds_space
 from qat.checkpoints.layouts.gguf.read import GgufFile
 from qat.checkpoints.layouts.gguf.types import FORMATS, row_bytes
 from qat.checkpoints.layouts.gguf.vocabulary import splitting
@@ -25,6 +27,7 @@ from qat.numbers.format import Format
 from qat.numbers.numerics import quantize
 from qat.sites import weights
 from tests.checkpoints.exports import ids, quantized, quiet_export
+from tests.checkpoints.sentencepieces import sentencepiece_files
 from tests.tiny import tiny_model, tiny_tokenizer
 
 REST = {"match": "*", "skip": "the rest"}
@@ -195,14 +198,17 @@ def test_what_a_file_cannot_hold_is_refused(tmp_path: Path) -> None:
         quiet_export(q4, llama, tmp_path / "folder", "gguf")
     (note,) = check_export(q4, llama)
     assert note.endswith("Export this run with --target gguf")
-    gemma = tiny_model("gemma", tmp_path / "gemma", num_hidden_layers=1)
-    other = quantized(gemma, PROJECTIONS, round_bf16=False)
-    with pytest.raises(UnsupportedError, match="GGUF files of 'gemma3_text' are not written: no tested mapping; there"):
-        quiet_export(other, gemma, tmp_path / "a.gguf", "gguf")
+    olmo = tiny_model("olmo2", tmp_path / "olmo", num_hidden_layers=1)
+    other = quantized(olmo, PROJECTIONS, round_bf16=False)
+    with pytest.raises(UnsupportedError, match="GGUF files of 'olmo2' are not written: no tested mapping; there"):
+        quiet_export(other, olmo, tmp_path / "a.gguf", "gguf")
+    gemma = tiny_model("gemma", tmp_path / "gemma", num_hidden_layers=2)
+    with pytest.raises(UnsupportedError, match=r"the model has other layer_types than llama\.cpp's"):
+        quiet_export(quantized(gemma, PROJECTIONS, round_bf16=False), gemma, tmp_path / "a.gguf", "gguf")
     windowed = tiny_model("mistral", tmp_path / "mistral", num_hidden_layers=1, sliding_window=64)
     with pytest.raises(UnsupportedError, match=r"the model has sliding_window 64, which llama\.cpp's llama"):
         quiet_export(quantized(windowed, PROJECTIONS, round_bf16=False), windowed, tmp_path / "a.gguf", "gguf")
-    assert {path.name for path in tmp_path.iterdir()} == {"llama", "gemma", "mistral"}
+    assert {path.name for path in tmp_path.iterdir()} == {"llama", "olmo", "gemma", "mistral"}
 
 
 def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
@@ -255,10 +261,63 @@ def test_ways_to_split_text_are_known_or_refused() -> None:
     ):
         with pytest.raises(UnsupportedError, match=r"llama\.cpp has no name for how this tokenizer splits"):
             splitting(wrong)
-    with pytest.raises(UnsupportedError, match="SentencePiece BPE is not written"):
-        splitting(tokenizer(split, byte_level, model={**model, "byte_fallback": True}))
     with pytest.raises(UnsupportedError, match="kind Unigram is not written"):
         splitting(tokenizer(split, byte_level, model={"type": "Unigram"}))
+
+
+def test_pieces_of_sentencepiece_keep_scores_and_kinds(tmp_path: Path) -> None:
+    source = tiny_model("llama", tmp_path / "source", num_hidden_layers=1)
+    sentencepiece_files(source)
+    out = quiet_export(quantized(source, PROJECTIONS, round_bf16=False), source, tmp_path / "out.gguf", "gguf")
+    fields = {name: field.contents() for name, field in GGUFReader(out).fields.items()}
+    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("llama", "default")
+    tokens, scores, kinds = (fields[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type"))
+    vocabulary = load_tokenizer(source).get_vocab()
+    assert all(tokens[number] == text for text, number in vocabulary.items()) and len(tokens) == 384
+    first = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL, gguf.TokenType.BYTE]
+    assert kinds[:4] == first and scores[259:262] == [0.0, -1.0, -2.0] and kinds[259] == gguf.TokenType.NORMAL
+    assert (tokens[-1], scores[-1], kinds[-1]) == ("[PAD383]", -10000.0, gguf.TokenType.UNUSED)
+    assert fields["tokenizer.ggml.add_bos_token"] is True and "tokenizer.ggml.merges" not in fields
+
+
+def test_pieces_that_llama_cpp_would_join_otherwise_are_refused(tmp_path: Path) -> None:
+    source = tiny_model("llama", tmp_path / "source", num_hidden_layers=1)
+    sentencepiece_files(source)
+    model = quantized(source, PROJECTIONS, round_bf16=False)
+    pieces, config = source / "tokenizer.model", source / "tokenizer_config.json"
+    whole = pieces.read_bytes()
+    said = config.read_text()
+
+    def refused(error: type[Exception], match: str) -> None:
+        with pytest.raises(error, match=match):
+            quiet_export(model, source, tmp_path / "out.gguf", "gguf")
+        assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+    config.write_text(said.replace('"add_prefix_space": true', '"add_prefix_space": false'))
+    refused(UnsupportedError, "says add_prefix_space: False .* but tokenizer.json does otherwise")
+    config.write_text(said)
+    pieces.write_bytes(whole[:-2] + b"\x18\x01")  # a unigram model
+    refused(UnsupportedError, r"tokenizer\.model is no BPE of SentencePiece")
+    pieces.write_bytes(whole.replace(b"fox", b"fix"))
+    refused(UnsupportedError, r"tokenizer\.json and tokenizer\.model differ, in \d+ pieces, such as '.*fix")
+    pieces.write_bytes(whole[:-20])
+    refused(CheckpointError, r"tokenizer\.model is damaged")
+    pieces.unlink()
+    refused(UnsupportedError, r"has no tokenizer\.model, which holds the scores .* put it beside tokenizer\.json")
+
+
+def test_spaces_are_written_as_llama_cpp_writes_them() -> None:
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    both = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, replace]}
+    meta = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+    assert adds_space({"normalizer": both, "pre_tokenizer": None}) and not adds_space({"normalizer": replace})
+    assert adds_space({"pre_tokenizer": meta}) and not adds_space(
+        {"pre_tokenizer": {**meta, "prepend_scheme": "never"}}
+    )
+    with pytest.raises(UnsupportedError, match=r"nothing for a step of this tokenizer: \{'type': 'NFKC'\}"):
+        adds_space({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFKC"}, replace]}})
+    with pytest.raises(UnsupportedError, match="which this tokenizer does not"):
+        adds_space({"normalizer": None, "pre_tokenizer": None})
 
 
 def test_rows_change_places_as_llama_cpp_rotates(tmp_path: Path) -> None:
