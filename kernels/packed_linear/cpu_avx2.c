@@ -30,7 +30,7 @@ typedef struct {
     const float *x; /* (slices, tokens, columns of the slice), in the order of `copy_token` */
     char *out;      /* (tokens, rows) of `bytes` each */
     int64_t tokens, tiles; /* at once; tiles of words per slice */
-    int bytes;
+    int bytes, last_parts; /* of the last tile: those behind them hold no column and are left out, but for one token */
 } Job;
 
 /* Loaded once: compilers would rather read memory again at every use, twice what the processor can. */
@@ -38,18 +38,26 @@ typedef struct {
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+/* Of a slice that is left out of nothing but its end. */
+INLINE int64_t columns_of(const Job *job, int64_t begin, int64_t end) {
+    const int64_t parts = 16 / job->w->bits, all = job->w->width / PART;
+    return ((end - begin) * parts - (end == all ? parts - job->last_parts : 0)) * PART;
+}
+
 /* One token, slice by slice, in the order in which `plane_values` gives columns, filled up with zeros. */
 static void copy_token(const Job *job, const void *from, int64_t token, float *to) {
     const Weight *w = job->w;
     const int parts = 16 / w->bits, low = in_order(w) ? 8 : 4, high = 12 - low; /* apart: vectors, their halves */
-    for (int64_t begin = 0; begin < w->width / PART; begin += job->tiles) {
-        const int64_t tiles = least(job->tiles, w->width / PART - begin);
-        float *at = to + (begin * job->tokens + token * tiles) * parts * PART;
-        for (int64_t tile = begin; tile < begin + tiles; tile++)
+    const int64_t all = w->width / PART;
+    for (int64_t begin = 0; begin < all; begin += job->tiles) {
+        const int64_t end = least(begin + job->tiles, all);
+        float *at = to + begin * job->tokens * parts * PART + token * columns_of(job, begin, end);
+        for (int64_t tile = begin; tile < end; tile++)
             for (int half = 0; half < 2; half++)
                 for (int plane = 0; plane < parts / 2; plane++)
-                    for (int quarter = 0; quarter < 8; quarter++, at += 4) { /* of two vectors of either part */
+                    for (int quarter = 0; quarter < 8; quarter++) { /* of two vectors of either part */
                         const int part = plane + quarter / 2 % 2 * (parts / 2);
+                        if (tile == all - 1 && part >= job->last_parts) continue;
                         const int64_t k = (tile * parts + part) * PART + half * 16 + quarter / 4 * low + quarter % 2 * high;
                         if (k + 4 > w->columns) {
                             for (int i = 0; i < 4; i++)
@@ -61,6 +69,7 @@ static void copy_token(const Job *job, const void *from, int64_t token, float *t
                             const __m128i raw = _mm_loadl_epi64((const void *)((const uint16_t *)from + k));
                             _mm_storeu_si128((void *)at, _mm_unpacklo_epi16(_mm_setzero_si128(), raw));
                         }
+                        at += 4;
                     }
     }
 }
@@ -74,13 +83,13 @@ INLINE __m128 four_sums(const __m256 a[4]) {
     return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
 }
 
-static void write_sums(const Job *job, const float *sums, int64_t token, int64_t row, int64_t rows) {
-    for (int64_t r = 0; r < rows; r++) {
-        const int64_t at = token * job->w->rows + row + r;
-        const float value = sums[r] + bias_at(job->w, row + r);
-        if (job->bytes == 4) ((float *)job->out)[at] = value;
-        else ((uint16_t *)job->out)[at] = bf16_of(value);
-    }
+/* Sums of up to ROWS rows with their bias to `out`, rounded once. */
+static void write_sums(const Job *job, const float *sums, const float *bias, int64_t token, int64_t row, int64_t rows) {
+    const int64_t at = token * job->w->rows + row;
+    float *full = (float *)job->out + at;
+    uint16_t *half = (uint16_t *)job->out + at;
+    if (job->bytes == 4) for (int64_t r = 0; r < rows; r++) full[r] = sums[r] + bias[r];
+    else for (int64_t r = 0; r < rows; r++) half[r] = bf16_of(sums[r] + bias[r]);
 }
 
 /* Rows [first, last) times one token, 4 rows side by side: the chains of their sums are what a row alone would wait for. */
@@ -126,13 +135,37 @@ INLINE void rows_once(const Job *job, int64_t first, int64_t last, int bits, int
             }
             total = _mm_add_ps(total, four_sums(sums));
         }
-        float out[4];
+        float out[4], bias[4];
+        const int64_t rows = least(4, last - row);
         _mm_storeu_ps(out, total);
-        write_sums(job, out, 0, row, least(4, last - row));
+        for (int64_t r = 0; r < rows; r++) bias[r] = bias_at(w, row + r);
+        write_sums(job, out, bias, 0, row, rows);
     }
 }
 
-/* Tiles [begin, end) of a row as float32. */
+/* A tile of a row as float32, but for the parts from KEPT on; returns where the next one goes. */
+INLINE float *tile_values(const Weight *w, const Tables *tables, const Scales *scales, const uint16_t *words, int64_t tile,
+                          float *to, int kept, int bits, int mantissa, int bytes, int affine) {
+    const int parts = 16 / bits;
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+        const __m256i word = _mm256_loadu_si256((const void *)(words + tile * PART + half * 16));
+#pragma GCC unroll 4
+        for (int plane = 0; plane < parts / 2; plane++) {
+            __m256 value[4];
+            plane_values(w, tables, scales, word, tile, half, plane, bits, mantissa, bytes, affine, value);
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; v++) {
+                if (plane + v % 2 * (parts / 2) >= kept) continue;
+                _mm256_store_ps(to, value[v]);
+                to += 8;
+            }
+        }
+    }
+    return to;
+}
+
+/* Tiles [begin, end) of a row. */
 INLINE void row_values(const Job *job, int64_t row, int64_t begin, int64_t end, float *to, int bits, int mantissa, int bytes,
                        int affine) {
     const Weight *w = job->w;
@@ -140,23 +173,15 @@ INLINE void row_values(const Job *job, int64_t row, int64_t begin, int64_t end, 
     const Tables tables = job->tables; /* which stores cannot change */
     const uint16_t *words = w->words + row * w->width;
     /* The next slice of the row, and behind its end the first of a row of the next band. */
-    const int64_t ahead = (end < w->width / PART ? end - begin : BAND * w->width / PART - begin) * PART;
+    const int64_t all = w->width / PART, ahead = (end < all ? end - begin : BAND * all - begin) * PART;
+    const int64_t whole = end == all && job->last_parts < parts ? end - 1 : end;
     Scales scales;
     load_scales(w, row, begin * parts * PART, end * parts * PART, bits, mantissa, bytes, affine, &scales);
-    for (int64_t tile = begin; tile < end; tile++) {
+    for (int64_t tile = begin; tile < whole; tile++) {
         __builtin_prefetch(words + tile * PART + ahead);
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
-            const __m256i word = _mm256_loadu_si256((const void *)(words + tile * PART + half * 16));
-#pragma GCC unroll 4
-            for (int plane = 0; plane < parts / 2; plane++, to += 32) {
-                __m256 value[4];
-                plane_values(w, &tables, &scales, word, tile, half, plane, bits, mantissa, bytes, affine, value);
-#pragma GCC unroll 4
-                for (int v = 0; v < 4; v++) _mm256_store_ps(to + 8 * v, value[v]);
-            }
-        }
+        to = tile_values(w, &tables, &scales, words, tile, to, parts, bits, mantissa, bytes, affine);
     }
+    if (whole < end) tile_values(w, &tables, &scales, words, whole, to, job->last_parts, bits, mantissa, bytes, affine);
 }
 
 typedef struct {
@@ -213,7 +238,7 @@ static void rows_times(const Job *job, const Decoder *decoder, int64_t first, in
     const int64_t all = w->width / PART, tile = PART * (16 / w->bits);
     if (!all) memset(sums, 0, 4 * ROWS * job->tokens);
     for (int64_t begin = 0; begin < all; begin += job->tiles) {
-        const int64_t end = least(begin + job->tiles, all), columns = (end - begin) * tile;
+        const int64_t end = least(begin + job->tiles, all), columns = columns_of(job, begin, end);
         const float *slice = job->x + begin * tile * job->tokens;
         for (int64_t row = first; row < last; row += BAND) {
             const int64_t rows = (least(BAND, last - row) + 3) / 4 * 4;
@@ -233,7 +258,9 @@ static void rows_times(const Job *job, const Decoder *decoder, int64_t first, in
             }
         }
     }
-    for (int64_t token = 0; token < job->tokens; token++) write_sums(job, sums + token * ROWS, token, first, last - first);
+    float bias[ROWS];
+    for (int64_t row = first; row < last; row++) bias[row - first] = bias_at(w, row);
+    for (int64_t token = 0; token < job->tokens; token++) write_sums(job, sums + token * ROWS, bias, token, first, last - first);
 }
 
 int avx2_here(void) { return 1; }
@@ -272,7 +299,8 @@ int avx2_linear(const Weight *w, const char *x, int64_t tokens, int bytes, char 
     char *own = memory + TABLE + 4 * step * padded;
     for (int64_t begin = 0; begin < tokens; begin += step) {
         Job job = {w, make_tables(w, (float *)memory), ordered, out + begin * w->rows * bytes, least(step, tokens - begin),
-                   slices ? (tiles + slices - 1) / slices : 1, bytes};
+                   slices ? (tiles + slices - 1) / slices : 1, bytes, 16 / w->bits};
+        if (job.tokens > 1) job.last_parts -= (padded - w->columns) / PART;
         const char *from = x + begin * w->columns * bytes;
 #pragma omp parallel num_threads(threads)
         {
