@@ -1,4 +1,4 @@
-"""What llama.cpp itself makes of a model: its weights under llama.cpp's own rules, as a plain folder that `qat eval` reads.
+"""What llama.cpp itself makes of a model: weights under its own rules, as a plain folder that `qat eval` reads.
 
 The default types are those of its Q4_K files without an importance matrix, pure, where 256 divides no row but
 down_proj's: Q5_0 stands in for Q4_K, Q8_0 for Q6_K. Rounding is done by ggml's own library, which llama-cpp-python
