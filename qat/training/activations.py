@@ -84,7 +84,7 @@ def is_operator(fmt: Format, rule: str) -> bool:
 
 
 def _is_one(fmt: Format) -> bool:
-    return fmt.is_rowwise and not fmt.zero_point and fmt.is_single
+    return fmt.is_rowwise and not fmt.zero_point and fmt.minimum is None and fmt.is_single
 
 
 def fake_quantize_input(x: Tensor, fmt: Format, rule: str, estimator: Estimator, static: Tensor | None) -> Tensor:
@@ -119,7 +119,7 @@ def fake_quantize_input_reference(
     x: Tensor, static: Tensor | None, format: str, estimator: str
 ) -> tuple[Tensor, Tensor]:
     """What `qat::fake_quantize_input` means: (x on its grid, the scales for clipping in the backward pass, or nothing).
-    For formats whose blocks are tokens or groups, of one element type and without zero points."""
+    For formats whose blocks are tokens or groups, of one element type and without zero points or minima."""
     scale = vllm_scales(x.detach(), lookup(format), static).effective()
     y = fake_quantize_reference(x, None, scale, None, None, format, estimator, False)
     return y, scale if estimator == "clipped" else scale.new_empty(0)

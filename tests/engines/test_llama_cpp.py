@@ -164,6 +164,33 @@ def test_every_product_follows_the_rule(kind: str, tmp_path: Path) -> None:
             assert float(apart.max()) < 2e-6 and float(plain.min()) > 1e-5, (path.name, name)
 
 
+def in_256(x: Tensor) -> Tensor:
+    """quantize_row_q8_K of ggml: INT8 per 256, the number of largest magnitude at -127."""
+    blocks = x.unflatten(-1, (-1, 256))
+    inverse = -127 / blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    return ((inverse * blocks).round() * (1 / inverse)).flatten(-2)
+
+
+@needs_engine
+def test_super_blocks_are_multiplied_with_inputs_rounded_per_256(tmp_path: Path) -> None:
+    """Its own kernels unpack them as we do: with that rounding most positions agree to the last bits of float32."""
+    formats = ("q4_k", "q5_k", "q6_k")
+    wide = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "num_hidden_layers": 1}
+    files = [export(tmp_path, "llama", weight, tables=False, **wide) for weight in formats]
+    for file, theirs in zip(files, llama_cpp(tmp_path, files), strict=True):
+        model = load_file(file)
+        for name, module in model.named_modules():
+            if name.endswith("_proj"):
+                module.register_forward_pre_hook(lambda _, args: (in_256(args[0]),))
+            if name == "lm_head":  # BF16 weights
+                module.register_forward_pre_hook(lambda _, args: (args[0].bfloat16().float(),))
+        with torch.no_grad():
+            apart = (model(ids()).logits - theirs).abs().amax(-1)
+        plain = (ours(file, False) - theirs).abs().amax(-1)
+        assert float((apart < 1e-5).float().mean()) > 0.2 and float(plain.min()) > 1e-3, file.name
+        assert float(apart.mean()) < 0.7 * float(plain.mean()), file.name
+
+
 @needs_converter
 @pytest.mark.parametrize(
     "kind", [*KINDS, "llama3", "llama of pieces", "mistral of pieces", "gemma2 of pieces", "gemma of pieces"]

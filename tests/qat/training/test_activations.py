@@ -18,6 +18,7 @@ from qat.checkpoints.layouts.compressed_tensors.engines import ROWS
 from qat.checkpoints.layouts.support import pairs
 from qat.errors import UnsupportedError
 from qat.numbers.catalog import lookup
+from qat.numbers.numerics import fake_quantize
 from qat.quantizer import InputQuantizer
 from qat.training.activations import dynamic_fake_quantize, fake_quantize_input, static_part
 
@@ -358,6 +359,12 @@ def test_llama_cpp_rounds_as_ggml_does() -> None:
     fake_quantize_input(leaf, fmt, "llama_cpp", "ste", None).sum().backward()
     assert leaf.grad is not None
     assert torch.equal(leaf.grad, torch.ones_like(x))
-    for name in ("int8_token", "mxfp4", "q4_0", "int8_channel_asym"):
+    for name in ("int8_token", "mxfp4", "q4_0", "q4_k", "int8_channel_asym"):
         with pytest.raises(UnsupportedError, match=rf"llama\.cpp does not round inputs to {name}; use another"):
             fake_quantize_input(x, lookup(name), "llama_cpp", "ste", None)
+
+
+@pytest.mark.parametrize("name", ["q4_k", "q5_k", "q6_k", "q4_0"])
+def test_inputs_keep_their_minima_and_elements(name: str) -> None:
+    x, fmt = torch.randn(3, 512, generator=torch.Generator().manual_seed(0)), lookup(name)
+    assert torch.equal(fake_quantize_input(x, fmt, "vllm", "ste", None), fake_quantize(x, fmt))
