@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
 
+from qat.checkpoints.hf import load_model
 from qat.checkpoints.verify_file import verify_file
 from qat.cli import main
 from tests.checkpoints.exports import quantized, quiet_export
@@ -32,6 +33,17 @@ def test_a_good_file_passes_in_three_readings(file: Path, capsys: pytest.Capture
     said = capsys.readouterr().out
     assert "7 dequantized weights and 5 other tensors equal the trained model" in said
     assert "largest logit difference 0.0 over 64 tokens, in float32" in said and "all checks passed" in said
+
+
+def test_gemma_passes_without_a_reader_that_scales_otherwise(tmp_path: Path) -> None:
+    """Norms are stored as 1 + w, and compared as w."""
+    source = tiny_model("gemma2", tmp_path / "source", num_hidden_layers=1)
+    out = quiet_export(quantized(source, RULES, round_bf16=False), source, tmp_path / "out.gguf", "gguf")
+    report = verify_file(out)
+    assert report.ok and "takes query_pre_attn_scalar of every gemma2 file for 256" in report.checks[-1].detail
+    norm = next(tensor.data for tensor in GGUFReader(out).tensors if tensor.name == "output_norm.weight")
+    weight = load_model(source).get_submodule("model.norm").weight
+    assert np.abs(norm - 1 - weight.detach().float().numpy()).max() < 0.1 < np.abs(norm).min()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from qat.checkpoints.export import check_export
 from qat.checkpoints.hf import load_tokenizer
 from qat.checkpoints.layouts.gguf.file import RECORD_KEY
 from qat.checkpoints.layouts.gguf.load import load_file
-from qat.checkpoints.layouts.gguf.pieces import adds_space
+from qat.checkpoints.layouts.gguf.pieces import adds_space, read_pieces
 from qat.checkpoints.layouts.gguf.read import GgufFile
 from qat.checkpoints.layouts.gguf.types import FORMATS, row_bytes
 from qat.checkpoints.layouts.gguf.vocabulary import splitting
@@ -27,7 +27,7 @@ from qat.numbers.format import Format
 from qat.numbers.numerics import quantize
 from qat.sites import weights
 from tests.checkpoints.exports import ids, quantized, quiet_export
-from tests.checkpoints.sentencepieces import sentencepiece_files
+from tests.checkpoints.sentencepieces import model_file, sentencepiece_files
 from tests.tiny import tiny_model, tiny_tokenizer
 
 REST = {"match": "*", "skip": "the rest"}
@@ -304,6 +304,13 @@ def test_pieces_that_llama_cpp_would_join_otherwise_are_refused(tmp_path: Path) 
     refused(CheckpointError, r"tokenizer\.model is damaged")
     pieces.unlink()
     refused(UnsupportedError, r"has no tokenizer\.model, which holds the scores .* put it beside tokenizer\.json")
+
+
+def test_long_pieces_are_read(tmp_path: Path) -> None:
+    """Whose lengths take two bytes."""
+    pieces = [("\u2581" + "ab" * 150, -1.5, 1), ("<pad>", 0.0, 3)]
+    (tmp_path / "tokenizer.model").write_bytes(model_file(pieces))
+    assert [(piece.text, piece.score, int(piece.kind)) for piece in read_pieces(tmp_path / "tokenizer.model")] == pieces
 
 
 def test_spaces_are_written_as_llama_cpp_writes_them() -> None:
