@@ -75,7 +75,8 @@ def hidden_states(model: Any, batch: Batch) -> Tensor:
     def answers() -> Tensor:
         return split_documents(batch["position_ids"], batch["targets"] != IGNORE)
 
-    with told(batch) if arranged is batch else contextlib.nullcontext(), answering(answers):
+    asked = answering(answers) if "targets" in batch else contextlib.nullcontext()  # a probe has none
+    with told(batch) if arranged is batch else contextlib.nullcontext(), asked:
         output = body(model)(**model_inputs(arranged))
     hidden: Tensor | None = getattr(output, "last_hidden_state", None)
     if hidden is None:
