@@ -11,11 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qat.checkpoints.exported import load_exported
+from qat.engines.transformers import load_packed
 from qat.numbers.catalog import lookup
 from qat.training.phases import answering
 from tests.ascend.conftest import Exported, Model, Produced
 from tests.ascend.exchanged import DECODES, KINDS, PORTABLE, STATIC
 from tests.ascend.places import ENGINES, by_engine
+from tests.checkpoints.exports import broken
 
 pytestmark = pytest.mark.ascend
 LAYERS = {"self_attn.q_proj": 128, "self_attn.o_proj": 128, "mlp.gate_proj": 128, "mlp.down_proj": 256}
@@ -156,6 +159,20 @@ def test_portable_files(
         assert consumed(version, "portable", name)[0]["error"].startswith("NotImplementedError")
         return
     as_trained(name, exported(name, "compressed-tensors")[1], x, outputs(consumed, version, "portable", name))
+
+
+@pytest.mark.parametrize("name", PORTABLE)
+def test_loaders_for_nvidia_take_the_same_folder(name: str, exported: Exported, x: dict[str, torch.Tensor]) -> None:
+    """The files of the test above in plain transformers, by compressed-tensors, where weights are the trained ones, and
+    packed in our own engine, which computes with those, and with inputs rounded by the rule of engines for NVIDIA."""
+    folder, _ = exported(name, "compressed-tensors")
+    assert broken(folder) == set()
+    packed, dense = load_packed(folder, torch.float32), load_exported(folder, "vllm")
+    for path, given in x.items():
+        with torch.no_grad():
+            found, truth = (each.get_submodule(path)(given.float()) for each in (packed, dense))
+        limit = 1e-4 if lookup(KINDS[name].pair[0]).exact_in_bf16 else 2.0**-8  # dense weights are rounded to BF16
+        assert (found - truth).norm() <= limit * truth.norm(), path
 
 
 @every_engine
