@@ -27,6 +27,8 @@ _LEFT_OUT = (
     ".venv*",
     ".triton*",
     ".ascend",
+    ".deepspeed",
+    ".llama-cpp",
     ".versions*",
     "runs",
     ".*_cache",
@@ -154,7 +156,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     began = time.monotonic()
     sound = {m.tests: m for m in chosen}.values()
-    bad = [(m, text) for m, _, status, _, text in _statuses([(m, False) for m in sound], parsed.jobs) if status != 0]
+    ends = _statuses([(m, False) for m in sound], parsed.jobs)
+    bad = [
+        (m, text) for m, _, status, _, text in ends if status != 0 or " passed" not in text
+    ]  # skipped: it says nothing
     for mutant, text in bad:
         print(f"{mutant.tests} does not pass as it is:\n{text[-2000:]}")
     if bad:
@@ -163,7 +168,12 @@ def main(arguments: list[str] | None = None) -> int:
     began, survivors = time.monotonic(), []
     ends = _statuses([(m, True) for m in chosen], parsed.jobs)
     for number, (mutant, _, status, seconds, text) in enumerate(ends, start=1):
-        words = {0: "SURVIVED", 1: "noticed", 2: "noticed", None: f"noticed (no end in {LIMIT} s)"}
+        words = {
+            0: "SURVIVED" if " passed" in text else "no test ran",
+            1: "noticed",
+            2: "noticed",
+            None: f"noticed (no end in {LIMIT} s)",
+        }
         if status not in words:
             print(text[-2000:])
         if status not in words or status == 0:
