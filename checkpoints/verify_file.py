@@ -2,7 +2,9 @@
 gives the trained weights bit for bit, and plain transformers, which has a third one, computes the same logits."""
 
 import gc
+import io
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +126,7 @@ def _rows(file: GgufFile, name: str) -> int:
 
 def _run(load: Callable[[], Any], ids: Tensor) -> Tensor:
     """Logits of a model that is dropped again, so that two never lie in memory together."""
-    with torch.inference_mode(), quiet():
+    with torch.inference_mode(), quiet(), redirect_stderr(io.StringIO()):  # that reader's bar is not to be turned off
         logits: Tensor = load()(input_ids=ids, use_cache=False).logits
     gc.collect()
     return logits
