@@ -247,13 +247,12 @@ static void rows_times(const Job *job, const Decoder *decoder, int64_t first, in
             int64_t token = 0, some;
             for (; token < job->tokens; token += some) {
                 const int64_t left = job->tokens - token;
-                some = left == 4 || left == 2 ? 2 : left == 1 ? 1 : 3; /* two of two tokens rather than three and one */
+                some = left == 4 || left == 2 ? 2 : 3; /* never one: a single token in all goes through `once` */
                 for (int64_t r = 0; r < rows; r += 4) {
                     const float *from = values + r * SLICE, *x = slice + token * columns;
                     float *to = sums + token * ROWS + row - first + r;
                     if (some == 3) times(from, x, columns, 3, to, begin > 0);
-                    else if (some == 2) times(from, x, columns, 2, to, begin > 0);
-                    else times(from, x, columns, 1, to, begin > 0);
+                    else times(from, x, columns, 2, to, begin > 0);
                 }
             }
         }

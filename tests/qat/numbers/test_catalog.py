@@ -46,8 +46,8 @@ def test_what_llama_cpp_has_and_nothing_writes_is_refused_by_name() -> None:
             lookup(name)
 
 
-@pytest.mark.parametrize(("name", "half", "gain"), [("q4_0", 8, 0.9), ("q5_0", 16, 0.3)])
-def test_scales_of_either_sign_are_what_llama_cpp_chooses(name: str, half: int, gain: float) -> None:
+@pytest.mark.parametrize(("name", "half", "gain", "same"), [("q4_0", 8, 0.9, 0.98), ("q5_0", 16, 0.3, 0.95)])
+def test_scales_of_either_sign_are_what_llama_cpp_chooses(name: str, half: int, gain: float, same: float) -> None:
     """Its rule: the number of largest magnitude, with its sign, is the lowest code, so that the scale may be
     negative."""
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
@@ -58,7 +58,7 @@ def test_scales_of_either_sign_are_what_llama_cpp_chooses(name: str, half: int, 
     assert chosen is not None
     assert torch.equal(ours.scales.effective().reshape(-1, 1), scale.abs())
     mirrored = chosen.reshape(-1, 1) == 1
-    assert float((mirrored == (scale < 0)).float().mean()) > 0.95  # the better of the two, where the other end is near
+    assert float((mirrored == (scale < 0)).float().mean()) > same  # the better of the two, where the other end is near
     theirs = (blocks / scale).round().clamp(-half, half - 1) * scale
     same = (mirrored == (scale < 0)).squeeze(1)
     found = ours.dequantize().reshape(-1, 32)
