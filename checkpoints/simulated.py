@@ -17,7 +17,8 @@ from qat.checkpoints.exported import load_exported, quantize_stack_inputs, stack
 from qat.checkpoints.layouts import TARGETS, ExportedFolder, npu, open_export, support
 from qat.checkpoints.layouts.arguments import input_format, weight_format
 from qat.checkpoints.layouts.ascend.simulate import SimulatedLinear
-from qat.checkpoints.layouts.ascend.types import Type, find_type
+from qat.checkpoints.layouts.ascend.simulate_experts import SimulatedExperts, problem, stacked
+from qat.checkpoints.layouts.ascend.types import BY_NAME, Type, find_type
 from qat.checkpoints.layouts.ascend.write import METHOD, tensors_of
 from qat.checkpoints.layouts.reader import NPU_RULE
 from qat.checkpoints.names import stored_names
@@ -58,10 +59,33 @@ def load_simulated(folder: Path, dtype: torch.dtype = torch.float32) -> "PreTrai
                 model.set_submodule(place, simulated(exported, path, layer._parameters.get("bias")))
             advance(1)
     stacks = stack_inputs(exported, NPU_RULE, stored.rows)
-    if stacks:
-        quantize_stack_inputs(model, stacks)
-        warnings.warn("experts are fake-quantized by the NPU's rule, not simulated", stacklevel=2)
+    why = {path: _simulate_experts(model, exported, path, stored.rows) for path in stacks}
+    if left := {path: reason for path, reason in why.items() if reason}:
+        quantize_stack_inputs(model, {path: stacks[path] for path in left})
+        each = some([f"{path}: {reason}" for path, reason in left.items()])
+        warnings.warn(f"experts are fake-quantized by the NPU's rule, not simulated: {each}", stacklevel=2)
     return model
+
+
+def _simulate_experts(
+    model: "PreTrainedModel", exported: ExportedFolder, path: str, rows: dict[str, tuple[str, slice]]
+) -> str:
+    """Put simulated experts at `path`; returns why they stay, "" where they do not."""
+    own = {each: rows[name] for each in exported.modules if (name := each + exported.DENSE) in rows}
+    places = {each: place for each, place in own.items() if place[0].rpartition(".")[0] == path}
+    kinds: dict[str, set[str]] = {}
+    for each, (stack, _) in places.items():
+        kinds.setdefault(stack.rpartition(".")[2], set()).add(_kind(exported, each)[0].name)
+    experts: Any = model.get_submodule(path)
+    if reason := problem(experts, kinds):
+        return reason
+    parts: dict[str, list[tuple[int, dict[str, Tensor]]]] = {}
+    for each, (stack, part) in places.items():
+        parts.setdefault(stack.rpartition(".")[2], []).append((part.start, exported.layer(each)))
+    ((name,), *_) = kinds.values()
+    tensors = {stack: stacked(matrices) for stack, matrices in parts.items()}
+    model.set_submodule(path, SimulatedExperts(BY_NAME[name], tensors, experts.num_experts))
+    return ""
 
 
 def simulated(exported: ExportedFolder, path: str, bias: Tensor | None = None) -> SimulatedLinear:

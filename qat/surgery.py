@@ -199,6 +199,11 @@ def _check_candidate(candidate: Candidate, model: nn.Module, rule: Rule) -> None
         fmt, (*stack, rows, columns) = lookup(name), slot.shape
         if not fmt.divides(columns):
             raise FormatError(f"{candidate.path}: {width_problem(fmt, columns)}")
+        if stack and fmt.prompt:
+            raise UnsupportedError(
+                f"{candidate.path}: {name} inputs ask which tokens are a prompt, and experts, which are sent tokens in "
+                f"an order of their own, do not know it; give {rule.match!r} {fmt.prompt} inputs, or leave experts out"
+            )
         if stack and name == rule.weight and (fmt.block[0] == 0 or rows % fmt.block[0]):
             raise FormatError(
                 f"{candidate.path}: {name} has blocks of {fmt.block[0] or 'all'} rows, which would span experts of "
