@@ -26,6 +26,12 @@ def is_dynamic_integer(fmt: Format) -> bool:
     return integer and fmt.block == (1, 0) and fmt.scale is F32 and fmt.element.bits in (4, 8)
 
 
+def has_operator(fmt: Format) -> bool:
+    """Whether some operator makes this format."""
+    integer = fmt.is_single and fmt.element.is_integer
+    return is_dynamic_integer(fmt) or (fmt.is_static and integer) or _is_mx(fmt)
+
+
 def fake_quantized(x: Tensor, fmt: Format, static: Tensor | None) -> tuple[Tensor, Tensor]:
     """x (..., columns) on the grid of `fmt` as float32, and where it was not clipped.
 
@@ -39,12 +45,21 @@ def fake_quantized(x: Tensor, fmt: Format, static: Tensor | None) -> tuple[Tenso
         assert static is not None
         codes, inside = static_codes(x, static)
         return (codes - offset_of(static)) * static[:1], inside
-    if fmt.is_single and fmt.element in (E2M1, E4M3) and fmt.scale is E8M0 and fmt.group:
+    if _is_mx(fmt):
         return _mx(x, fmt)
-    raise UnsupportedError(
+    raise UnsupportedError(missing(fmt))
+
+
+def missing(fmt: Format) -> str:
+    """What to say of a format that no operator makes."""
+    return (
         f"activation_rule: ascend has no operator for {fmt.name} inputs; it has int8_token, int4_token, int8_tensor, "
-        "int8_tensor_asym, mxfp8 and mxfp4"
+        "int8_tensor_asym, mxfp8 and mxfp4. Leave activation_rule and `engine` out, or choose one of those"
     )
+
+
+def _is_mx(fmt: Format) -> bool:
+    return fmt.is_single and fmt.element in (E2M1, E4M3) and fmt.scale is E8M0 and bool(fmt.group)
 
 
 def folds_bias(fmt: Format) -> bool:
