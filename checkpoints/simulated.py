@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
+from qat.checkpoints.caches import stored_caches
 from qat.checkpoints.exported import load_exported, quantize_stack_inputs, stack_inputs
 from qat.checkpoints.layouts import TARGETS, ExportedFolder, npu, open_export, support
 from qat.checkpoints.layouts.arguments import input_format, weight_format
@@ -134,7 +135,7 @@ def check_engine(exported: ExportedFolder, engine: npu.Engine) -> str:
     Raises:
         CheckpointError: it does not; names the layers.
     """
-    devices, worst = set(npu.DEVICES), 0.0
+    devices, worst = _reading_caches(exported, engine), 0.0
     away: dict[npu.Device, float] = {}
     with progress(f"simulating {engine}", len(exported.modules), "layers") as advance:
         for path, module in exported.modules.items():
@@ -163,6 +164,26 @@ def check_engine(exported: ExportedFolder, engine: npu.Engine) -> str:
         return said
     parts = [f"{device} {away[device]:.3f}" for device in sorted(devices)]
     return f"{said}; it computes in other formats than were trained, and is from those, in norm: {', '.join(parts)}"
+
+
+def _reading_caches(exported: ExportedFolder, engine: npu.Engine) -> set[npu.Device]:
+    """The devices on which the engine reads the folder's caches; all where they are not quantized.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    given = stored_caches(exported)
+    if not given:
+        return set(npu.DEVICES)
+    layout = TARGETS[exported.METHOD].CACHES if exported.caches else None
+    devices = {device for device in npu.DEVICES if npu.loads(layout, engine, device)}
+    if not devices:
+        formats = dict.fromkeys(fmt.name for roles in given.values() for fmt, _ in roles.values())
+        raise CheckpointError(
+            f"keys and values are {' and '.join(formats)}, and {engine} does not read such caches from a folder of "
+            f"{exported.METHOD}"
+        )
+    return devices
 
 
 def _loaded(engine: npu.Engine) -> str:
