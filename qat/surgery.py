@@ -241,7 +241,7 @@ def apply(model: nn.Module, scheme: Scheme, *, defer_init: bool = False) -> nn.M
         by_module[candidate.module][candidate.slot.name] = makers.quantizers(candidate, rule)
         adapters[candidate.module] = candidate.adapter
     for path, quantizers in by_module.items():
-        _replace(model, path, adapters[path].attach(model.get_submodule(path), quantizers))
+        model.set_submodule(path, adapters[path].attach(model.get_submodule(path), quantizers))
     return model
 
 
@@ -301,11 +301,6 @@ class _Makers:
         """The weight as it multiplies, without its history."""
         weight = self._parameter(candidate).detach()
         return weight.transpose(-1, -2) if candidate.slot.transposed else weight
-
-
-def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, layer)
 
 
 def _resolve_tied(model: nn.Module, planned: list[tuple[Candidate, Rule]], scheme: Scheme) -> None:
