@@ -28,7 +28,6 @@ from qat.numbers.catalog import lookup, widened
 from qat.observers import Observer
 from qat.quantizer import Learn
 from qat.sites import Role
-from qat.training import npu
 from qat.training.activations import ActivationRule
 from qat.training.gradients import Estimator
 from qat.training.scales import parts_of
@@ -224,10 +223,6 @@ class Scheme(Strict):
         mixed = [rule.input for rule in self.rules if rule.input is not None and lookup(rule.input).prompt]
         if mixed and self.activation_rule != "ascend":
             raise ValueError(f"{mixed[0]} inputs need activation_rule: ascend, not {self.activation_rule}")
-        inputs = [lookup(rule.input) for rule in self.rules if rule.input is not None]
-        unmade = [fmt for fmt in inputs if not npu.has_operator(fmt)] if self.activation_rule == "ascend" else []
-        if unmade:
-            raise ValueError(npu.missing(unmade[0]))
         return self
 
     @model_validator(mode="after")

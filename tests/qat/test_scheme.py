@@ -177,7 +177,5 @@ def test_learning_modes_that_formats_do_not_have_are_refused() -> None:
     mixed = {"match": "*", "weight": "int8_channel", "input": "int8_mix"}
     assert "int8_mix inputs need activation_rule: ascend, not vllm" in refused(mixed)
     assert "int8_mix rounds prompts and answers differently" in refused({"match": "*", "weight": "int8_mix"})
-    blocks = {"match": "*", "weight": "fp8_b128", "input": "fp8_g128"}
-    assert "ascend has no operator for fp8_g128 inputs" in refused(blocks, activation_rule="ascend")
     affine = {"match": "*", "weight": "int8_channel", "input": "int8_tensor_asym"}
     assert "has two ends" in refused(affine, learn_inputs="true")
