@@ -23,6 +23,7 @@ from qat.checkpoints.layouts.ascend.write import METHOD, tensors_of
 from qat.checkpoints.layouts.reader import NPU_RULE
 from qat.checkpoints.names import stored_names
 from qat.checkpoints.progress import progress
+from qat.checkpoints.simulated_caches import simulate_caches, simulated_and_trained
 from qat.errors import CheckpointError, UnsupportedError
 from qat.numbers.format import Format
 from qat.text import some
@@ -58,6 +59,7 @@ def load_simulated(folder: Path, dtype: torch.dtype = torch.float32) -> "PreTrai
                 layer = model.get_submodule(place)
                 model.set_submodule(place, simulated(exported, path, layer._parameters.get("bias")))
             advance(1)
+    simulate_caches(model)
     stacks = stack_inputs(exported, NPU_RULE, stored.rows)
     if stacks:
         quantize_stack_inputs(model, stacks)
@@ -127,10 +129,27 @@ def check_engine(exported: ExportedFolder, engine: npu.Engine) -> str:
                 )
             worst = max(worst, apart)
             advance(1)
+    worst = max(worst, _check_caches(exported, engine))
     return (
-        f"{len(exported.modules)} layers load on {', '.join(sorted(devices))} ({npu.VERSIONS[engine]}); simulated "
+        f"{len(exported.modules)} layers{f' and {count} caches' if (count := len(exported.caches)) else ''} "
+        f"load on {', '.join(sorted(devices))} ({npu.VERSIONS[engine]}); simulated "
         f"operators differ from fake quantization by {worst:.2f} of the bound at most"
     )
+
+
+def _check_caches(exported: ExportedFolder, engine: npu.Engine) -> float:
+    """How far simulated attention is from fake quantization at most, in units of the bound.
+
+    Raises:
+        CheckpointError: it is beyond; names the layer.
+    """
+    found = {path: distance(*simulated_and_trained(exported, path)) for path in exported.caches}
+    if beyond := [path for path, far in found.items() if far > 1]:
+        raise CheckpointError(
+            f"{beyond[0]}: simulated attention of {engine} is {found[beyond[0]]:.1f} times the bound from what was "
+            "trained"
+        )
+    return max(found.values(), default=0.0)
 
 
 def _reading_caches(exported: ExportedFolder, engine: npu.Engine) -> set[npu.Device]:
