@@ -39,6 +39,8 @@ def load(path: Path) -> dict[str, Rule]:
 
 def without_numbers(value: Any) -> Any:
     """A tensor as its shape and type alone, a type as its number."""
+    if isinstance(value, list):
+        return [without_numbers(each) for each in value]
     if isinstance(value, torch.Tensor):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
     return ENUM.get(value, value) if isinstance(value, torch.dtype) else value
@@ -67,4 +69,4 @@ def checked(operators: dict[str, Any], rules: dict[str, Rule], seen: set[str]) -
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
