@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
+from qat.checkpoints.caches import stored_caches
 from qat.checkpoints.exported import load_exported, quantize_stack_inputs, stack_inputs
 from qat.checkpoints.layouts import TARGETS, ExportedFolder, npu, open_export, support
 from qat.checkpoints.layouts.arguments import input_format, weight_format
 from qat.checkpoints.layouts.ascend.simulate import SimulatedLinear
-from qat.checkpoints.layouts.ascend.types import Type, find_type
+from qat.checkpoints.layouts.ascend.simulate_experts import SimulatedExperts, problem, stacked
+from qat.checkpoints.layouts.ascend.types import BY_NAME, Type, find_type
 from qat.checkpoints.layouts.ascend.write import METHOD, tensors_of
 from qat.checkpoints.layouts.fp8 import simulate as blocks
 from qat.checkpoints.layouts.fp8.write import METHOD as BLOCKS
@@ -60,10 +62,33 @@ def load_simulated(folder: Path, dtype: torch.dtype = torch.float32) -> "PreTrai
                 model.set_submodule(place, simulated(exported, path, layer._parameters.get("bias")))
             advance(1)
     stacks = stack_inputs(exported, NPU_RULE, stored.rows)
-    if stacks:
-        quantize_stack_inputs(model, stacks)
-        warnings.warn("experts are fake-quantized by the NPU's rule, not simulated", stacklevel=2)
+    why = {path: _simulate_experts(model, exported, path, stored.rows) for path in stacks}
+    if left := {path: reason for path, reason in why.items() if reason}:
+        quantize_stack_inputs(model, {path: stacks[path] for path in left})
+        each = some([f"{path}: {reason}" for path, reason in left.items()])
+        warnings.warn(f"experts are fake-quantized by the NPU's rule, not simulated: {each}", stacklevel=2)
     return model
+
+
+def _simulate_experts(
+    model: "PreTrainedModel", exported: ExportedFolder, path: str, rows: dict[str, tuple[str, slice]]
+) -> str:
+    """Put simulated experts at `path`; returns why they stay, "" where they do not."""
+    own = {each: rows[name] for each in exported.modules if (name := each + exported.DENSE) in rows}
+    places = {each: place for each, place in own.items() if place[0].rpartition(".")[0] == path}
+    kinds: dict[str, set[str]] = {}
+    for each, (stack, _) in places.items():
+        kinds.setdefault(stack.rpartition(".")[2], set()).add(_kind(exported, each)[0].name)
+    experts: Any = model.get_submodule(path)
+    if reason := problem(experts, kinds):
+        return reason
+    parts: dict[str, list[tuple[int, dict[str, Tensor]]]] = {}
+    for each, (stack, part) in places.items():
+        parts.setdefault(stack.rpartition(".")[2], []).append((part.start, exported.layer(each)))
+    ((name,), *_) = kinds.values()
+    tensors = {stack: stacked(matrices) for stack, matrices in parts.items()}
+    model.set_submodule(path, SimulatedExperts(BY_NAME[name], tensors, experts.num_experts))
+    return ""
 
 
 def simulated(exported: ExportedFolder, path: str, bias: Tensor | None = None) -> SimulatedLinear:
@@ -110,7 +135,7 @@ def check_engine(exported: ExportedFolder, engine: npu.Engine) -> str:
     Raises:
         CheckpointError: it does not; names the layers.
     """
-    devices, worst = set(npu.DEVICES), 0.0
+    devices, worst = _reading_caches(exported, engine), 0.0
     away: dict[npu.Device, float] = {}
     with progress(f"simulating {engine}", len(exported.modules), "layers") as advance:
         for path, module in exported.modules.items():
@@ -139,6 +164,26 @@ def check_engine(exported: ExportedFolder, engine: npu.Engine) -> str:
         return said
     parts = [f"{device} {away[device]:.3f}" for device in sorted(devices)]
     return f"{said}; it computes in other formats than were trained, and is from those, in norm: {', '.join(parts)}"
+
+
+def _reading_caches(exported: ExportedFolder, engine: npu.Engine) -> set[npu.Device]:
+    """The devices on which the engine reads the folder's caches; all where they are not quantized.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    given = stored_caches(exported)
+    if not given:
+        return set(npu.DEVICES)
+    layout = TARGETS[exported.METHOD].CACHES if exported.caches else None
+    devices = {device for device in npu.DEVICES if npu.loads(layout, engine, device)}
+    if not devices:
+        formats = dict.fromkeys(fmt.name for roles in given.values() for fmt, _ in roles.values())
+        raise CheckpointError(
+            f"keys and values are {' and '.join(formats)}, and {engine} does not read such caches from a folder of "
+            f"{exported.METHOD}"
+        )
+    return devices
 
 
 def _loaded(engine: npu.Engine) -> str:

@@ -226,6 +226,17 @@ class Scheme(Strict):
         return self
 
     @model_validator(mode="after")
+    def _columns_are_cached(self) -> "Scheme":
+        of_layers = [name for rule in self.rules for name in (rule.weight, rule.input) if name is not None]
+        if wrong := [name for name in of_layers if lookup(name).is_columnwise]:
+            raise ValueError(f"{wrong[0]} has a scale per column, which only the `key` and `value` of caches can have")
+        cached = [name for rule in self.rules for name in (rule.key, rule.value) if name is not None]
+        given = [name for name in cached if lookup(name).is_columnwise]
+        if given and self.activation_rule != "ascend":
+            raise ValueError(f"{given[0]} caches need activation_rule: ascend, not {self.activation_rule}")
+        return self
+
+    @model_validator(mode="after")
     def _ranges_exist(self) -> "Scheme":
         inputs = sorted({rule.input for rule in self.rules if rule.input is not None})
         if self.learn_inputs and not any(lookup(name).is_static for name in inputs):

@@ -65,6 +65,13 @@ def test_every_format_can_be_a_weight_and_all_but_2d_blocks_an_input(name: str) 
         rule = {"match": "*", "weight": "int4_g32", "input": name}
         assert scheme(rule, activation_rule="ascend").rules[0].input == name
         return
+    if CATALOG[name].is_columnwise:
+        for rule in ({"weight": name}, {"weight": "int4_g32", "input": name}):
+            assert f"{name} has a scale per column, which only the `key`" in refused({"match": "*", **rule})
+        cached = {"match": "*", "key": name, "value": name}
+        assert f"{name} caches need activation_rule: ascend, not vllm" in refused(cached)
+        assert scheme(cached, activation_rule="ascend").rules[0].key == name
+        return
     assert scheme({"match": "*", "weight": name}).rules[0].weight == name
     if CATALOG[name].block[0] > 1:
         assert "2-D blocks, which only weights can have" in refused({"match": "*", "weight": name, "input": name})
