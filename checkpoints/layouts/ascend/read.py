@@ -85,8 +85,7 @@ class Reader(ExportedFolder):
             if kind not in BY_NAME and kind not in (FLOAT, _C8):
                 why = f" ({LEFT_OUT[kind]})" if kind in LEFT_OUT else ""
                 raise UnsupportedError(f"{self.where}: {name} is {kind!r}{why}; readable: {', '.join(BY_NAME)}")
-        for kind in self.types.values():
-            if kind != FLOAT:
+            if kind in BY_NAME:
                 self._typed(kind)
 
     @cached_property
