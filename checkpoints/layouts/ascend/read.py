@@ -203,13 +203,13 @@ class Reader(ExportedFolder):
                 f"{self.folder}: {path}.weight_offset must hold whole numbers from {-half} to {half - 1}"
             )
 
-    def _codes(self, module: PackedModule, tensors: dict[str, Tensor]) -> Array:
+    def _codes(self, module: PackedModule, tensors: dict[str, Tensor], rows: int) -> Array:
         codes = raw_rows(tensors["weight"])
         if not self.type_of(module.path).pairs_rows:
             return codes
-        rows = np.stack((codes & 15, codes >> 4), axis=1).reshape(-1, codes.shape[1])
+        each = np.stack((codes & 15, codes >> 4), axis=1).reshape(-1, codes.shape[1])
         half = 1 << module.bits - 1
-        signed: Array = (rows ^ half).astype(np.int8) - np.int8(half)
+        signed: Array = (each ^ half).astype(np.int8) - np.int8(half)
         return signed.view(np.uint8)
 
     def _zero_points(self, module: PackedModule, tensors: dict[str, Tensor], rows: int) -> Array | None:
