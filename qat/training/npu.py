@@ -1,23 +1,26 @@
 """How an Ascend NPU rounds inputs, as CANN documents the operators that vllm-ascend (0.23 to 0.30) calls; no NPU was
 asked.
 
-`npu_quantize` (static integers) multiplies with the reciprocal of the scale, which vllm-ascend computes in BF16, adds
-the offset and then rounds: the code is not always that of a division. `npu_dynamic_mx_quant` takes the exponent of a
-block's maximum (the floor rule of OCP MX v1.0, whatever weights use), saturates, and rounds 4-bit elements half away
-from zero (round_mode "round") and 8-bit ones half to even ("rint"). `npu_dynamic_quant` (integers per token) divides by
-amax over the largest code, which is what every engine does. A product of static inputs takes its bias as int32, in
-units of the scale that the sum is multiplied with.
+`npu_quantize` (static integers) multiplies with the reciprocal of the scale, which vllm-ascend computes in the model's
+type (BF16; FP16 on a 310P), adds the offset and then rounds: the code is not always that of a division.
+`npu_dynamic_mx_quant` takes the exponent of a block's maximum (the floor rule of OCP MX v1.0, whatever weights use),
+saturates, and rounds 4-bit elements half away from zero (round_mode "round") and 8-bit ones half to even ("rint").
+`npu_dynamic_quant` (integers per token) divides by amax over the largest code, which is what every engine does. A
+product of static inputs takes its bias as int32, in units of the scale that the sum is multiplied with.
 """
 
 import torch
 from torch import Tensor
 
 from qat.errors import UnsupportedError
-from qat.numbers.catalog import E2M1, E4M3
+from qat.numbers.catalog import E2M1, E4M3, INT8
 from qat.numbers.element import Element
 from qat.numbers.format import Format
 from qat.numbers.numerics import block_amax, from_blocks, per_block, to_blocks
 from qat.numbers.scale import E8M0, F32
+from qat.training.half import RULE as HALF_RULE
+
+NPU_RULES = ("ascend", HALF_RULE)
 
 
 def is_dynamic_integer(fmt: Format) -> bool:
@@ -26,18 +29,21 @@ def is_dynamic_integer(fmt: Format) -> bool:
     return integer and fmt.block == (1, 0) and fmt.scale is F32 and fmt.element.bits in (4, 8)
 
 
-def fake_quantized(x: Tensor, fmt: Format, static: Tensor | None) -> tuple[Tensor, Tensor]:
+def fake_quantized(
+    x: Tensor, fmt: Format, static: Tensor | None, model: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor]:
     """x (..., columns) on the grid of `fmt` as float32, and where it was not clipped.
 
     Args:
         static: as `qat.training.activations.static_part` returns it.
+        model: the type that the engine computes a reciprocal in.
 
     Raises:
         UnsupportedError: no operator of the NPU makes this format.
     """
     if fmt.is_static and fmt.is_single and fmt.element.is_integer:
         assert static is not None
-        codes, inside = static_codes(x, static)
+        codes, inside = static_codes(x, static, model)
         return (codes - offset_of(static)) * static[:1], inside
     if fmt.is_single and fmt.element in (E2M1, E4M3) and fmt.scale is E8M0 and fmt.group:
         return _mx(x, fmt)
@@ -65,14 +71,19 @@ def bias_codes(bias: Tensor, deq_scale: Tensor) -> Tensor:
     return (bias.to(torch.float32) / deq_scale.detach()).round().clamp(-limit, limit)
 
 
+def in_half(fmt: Format) -> bool:
+    """Whether products of FP16 models on a 310P take inputs of this format: INT8 per token, or with one scale."""
+    return fmt.is_single and fmt.element == INT8 and (is_dynamic_integer(fmt) or folds_bias(fmt))
+
+
 def offset_of(static: Tensor) -> Tensor:
     """The zero point, float32 [1]; 0 of a symmetric format."""
     return static[1:] if static.numel() > 1 else torch.zeros_like(static)
 
 
-def static_codes(x: Tensor, static: Tensor) -> tuple[Tensor, Tensor]:
+def static_codes(x: Tensor, static: Tensor, model: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
     """int8 codes, as float32, and where they were not clipped: round(x / scale + offset)."""
-    reciprocal = static[:1].to(torch.bfloat16).reciprocal().to(torch.float32)
+    reciprocal = static[:1].to(model).reciprocal().to(torch.float32)
     wide = (x.to(torch.float32) * reciprocal + offset_of(static)).round_()
     low, high = torch.iinfo(torch.int8).min, torch.iinfo(torch.int8).max
     return wide.clamp(low, high), (wide >= low) & (wide <= high)
