@@ -43,7 +43,7 @@ _UNREAD_TENSORS = {
     "q_scale": "quantized attention",
 }
 
-NPU_RULE = "ascend"
+NPU_RULE, HALF_RULE = "ascend", "ascend_310p"
 Spec = tuple[str, tuple[int, ...]]  # safetensors type and shape
 
 
@@ -316,6 +316,15 @@ class ExportedFolder(ReadsCaches, ABC):
             out[part] = bf16_bits(value * per_weight(scale))
         return torch.from_numpy(out.view(np.int16)).view(torch.bfloat16).view(shape)
 
+    def multiplied(self, path: str) -> Tensor:
+        """The weight that an engine of this layout multiplies with, see `dense`."""
+        return self.dense(path)
+
+    @property
+    def dense_type(self) -> str:
+        """The safetensors type of what is not quantized."""
+        return "BF16"
+
     def static_input(self, path: str) -> Tensor | None:
         """The calibrated scale (or, above E4M3 block scales, the divisor) of a layer's input, float32 [1], or None."""
         name = self.modules[path].static_input
@@ -330,7 +339,7 @@ class ExportedFolder(ReadsCaches, ABC):
                 f"{self.folder}: {stray[0]} belongs to no {self.METHOD} layer; was it made for another target?"
             )
         for name, path in self.weights.items():
-            weight = self.dense(path)
+            weight = self.multiplied(path)
             yield name, weight.transpose(-1, -2).contiguous() if self.TRANSPOSED else weight
         for name in sorted(self.names - self.quantized_names):
             yield name, self.reader.get(name)

@@ -19,7 +19,7 @@ from qat.checkpoints.layouts.ascend.caches import OFFSET_REFUSED
 from qat.checkpoints.layouts.ascend.engines import NO_PLAIN
 from qat.checkpoints.layouts.ascend.types import BY_NAME, FLOAT, LEFT_OUT, TYPES, Type, type_called
 from qat.checkpoints.layouts.bits import Array, float_values, raw_rows, scale_values
-from qat.checkpoints.layouts.reader import NPU_RULE, ExportedFolder, PackedModule, PlainLoading, Spec
+from qat.checkpoints.layouts.reader import HALF_RULE, NPU_RULE, ExportedFolder, PackedModule, PlainLoading, Spec
 from qat.checkpoints.names import StoredNames
 from qat.errors import CheckpointError, UnsupportedError
 
@@ -47,6 +47,18 @@ _PACKED, _PLAIN = "mxfp4-pack-quantized", "mxfp8-quantized"  # as compressed-ten
 
 
 _ROUNDED, _DIVIDED = 1.5, 2.0**-7  # msmodelslim divides in BF16, and rounds a bias and the offset's share together
+
+
+_FLOAT, _READ = 32, 0xFFFFE000  # bits of a float32 number, and those that an operator of FP16 models reads
+
+
+def _deq(tensors: dict[str, Tensor]) -> Array:
+    """The numbers that a static product is multiplied with, float32 (rows,): of integers, what the hardware reads."""
+    stored = tensors["deq_scale"]
+    if stored.dtype != torch.int64:
+        return float_values(stored)
+    values: Array = (stored.numpy() & _READ).astype("uint32").view("float32")
+    return values
 
 
 def _folded(tensors: dict[str, Tensor]) -> Array:
@@ -180,10 +192,27 @@ class Reader(ExportedFolder):
 
     def expected_tensors(self, module: PackedModule, *shape: int) -> dict[str, Spec]:
         """Type and shape of every tensor that a layer (rows, columns) must have, by its name below its path."""
-        return self.type_of(module.path).specs(*shape)
+        rows, columns = shape
+        return self.type_of(module.path).specs(rows, columns, self.half)
+
+    @property
+    def half(self) -> bool:
+        """Whether it is an FP16 model, as config.json says."""
+        return self.config.get("dtype", self.config.get("torch_dtype")) == "float16"
+
+    @property
+    def dense_type(self) -> str:
+        """As config.json says."""
+        return "F16" if self.half else super().dense_type
+
+    @cached_property
+    def rule(self) -> str:
+        """An NPU's, by the type of the model."""
+        return HALF_RULE if self.half else NPU_RULE
 
     def layer(self, path: str) -> dict[str, Tensor]:
         """As of every layout; besides, offsets and biases are what engines take them for."""
+        self._check_coding(f"{path}.deq_scale")
         tensors = super().layer(path)
         kind = self.type_of(path)
         if kind.pairs_rows:
@@ -215,8 +244,20 @@ class Reader(ExportedFolder):
     def _zero_points(self, module: PackedModule, tensors: dict[str, Tensor], rows: int) -> Array | None:
         return None if module.weights["symmetric"] else float_values(tensors["weight_offset"])
 
+    def _check_coding(self, name: str) -> None:
+        if name in self.names and (code := self.reader.info(name).code) != ("I64" if self.half else "F32"):
+            wanted = "the bits of a float32 number as int64" if self.half else "float32"
+            raise CheckpointError(
+                f"{self.folder}: {name} is {code}, but config.json says that the model is "
+                f"{'float16' if self.half else 'not float16'}, whose engines take {wanted}"
+            )
+
     def _check_static(self, path: str, tensors: dict[str, Tensor]) -> None:
-        offset, deq = float(tensors["input_offset"]), tensors["deq_scale"]
+        if self.half and bool((tensors["deq_scale"] >> _FLOAT).any()):
+            raise CheckpointError(
+                f"{self.folder}: {path}.deq_scale has more than the {_FLOAT} bits of a float32 number in its integers"
+            )
+        offset, deq = float(tensors["input_offset"]), torch.from_numpy(_deq(tensors))
         bounds = torch.iinfo(torch.int8)
         if offset != round(offset) or not bounds.min <= offset <= bounds.max:
             raise CheckpointError(
@@ -230,7 +271,7 @@ class Reader(ExportedFolder):
                 raise CheckpointError(f"{self.folder}: {path}.deq_scale is not input_scale times weight_scale")
         apart, bias = _folded(tensors).astype("float64"), f"{path}.bias"
         if bias in self.names:
-            wanted = float_values(self.reader.get(bias)) / float_values(deq)
+            wanted = float_values(self.reader.get(bias)) / deq.numpy()
             apart = abs(apart - wanted) - _ROUNDED - _DIVIDED * abs(wanted) > 0
         if apart.any():
             raise CheckpointError(
@@ -244,13 +285,21 @@ class Reader(ExportedFolder):
             path = name.removesuffix(".bias")
             if name != path and path in self.modules and self.type_of(path).input == "tensor":
                 tensors = self.layer(path)
-                value = _folded(tensors).astype("float32") * float_values(tensors["deq_scale"])
+                value = _folded(tensors).astype("float32") * _deq(tensors)
                 tensor = torch.from_numpy(value)
             yield name, tensor
 
+    def multiplied(self, path: str) -> Tensor:
+        """In FP16 models, whose weights are never rounded to the model's type: codes times scales, float32."""
+        if not self.half:
+            return super().multiplied(path)
+        tensors = self.layer(path)
+        scale = self._scale(self.modules[path], tensors)
+        return torch.from_numpy(tensors["weight"].numpy().astype("float32") * scale)
+
     def _scale(self, module: PackedModule, tensors: dict[str, Tensor]) -> Array:
         if "weight_scale" not in tensors:
-            scale: Array = (float_values(tensors["deq_scale"]) / float_values(tensors["input_scale"])).reshape(-1, 1)
+            scale: Array = (_deq(tensors) / float_values(tensors["input_scale"])).reshape(-1, 1)
             return scale
         return scale_values(tensors["weight_scale"])
 
@@ -258,12 +307,13 @@ class Reader(ExportedFolder):
         """Scale, as the engine casts it, and offset of a static input, float32 [2], or None."""
         if not self.type_of(path).is_static:
             return None
-        scale = self._sound_value(f"{path}.input_scale").to(torch.bfloat16).to(torch.float32)
+        model = torch.float16 if self.half else torch.bfloat16
+        scale = self._sound_value(f"{path}.input_scale").to(model).to(torch.float32)
         return torch.cat([scale, self.reader.get(f"{path}.input_offset").to(torch.float32)])
 
     def theoretical_bits(self, module: PackedModule, *shape: int) -> float:
         """Bits per weight that the type's tensors take."""
-        widths = {"I8": 8, "U8": 8, "F8_E4M3": 8, "F32": 32, "I32": 32}
+        widths = {"I8": 8, "U8": 8, "F8_E4M3": 8, "F32": 32, "I32": 32, "I64": 64}
         specs = self.expected_tensors(module, *shape).values()
         return sum(widths[code] * math.prod(of) for code, of in specs) / math.prod(shape)
 

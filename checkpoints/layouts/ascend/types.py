@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qat.checkpoints.layouts.kinds import ROW, TENSOR, int_input, int_weight, mx
-from qat.checkpoints.layouts.npu import A2_A3, A5, ENGINES, Npu
+from qat.checkpoints.layouts.npu import A2_A3, A5, A310P, ENGINES, Npu
 from qat.checkpoints.layouts.support import Applies
 from qat.numbers.catalog import E2M1, E4M3, INT4, INT8, lookup
 from qat.numbers.element import Element
@@ -71,9 +71,10 @@ class Type:
         """Whether groups have powers of two as scales."""
         return self.group > 0 and not self.element.is_integer
 
-    def specs(self, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Type and shape of every tensor of a layer (rows, columns)."""
-        return {name: (code, shape(words, rows, columns, self.group)) for name, (code, words) in self.tensors.items()}
+    def specs(self, rows: int, columns: int, half: bool = False) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Type and shape of every tensor of a layer (rows, columns); of FP16 models with `half`."""
+        own = {**self.tensors, **(IN_HALF if half and self.is_static else {})}
+        return {name: (code, shape(words, rows, columns, self.group)) for name, (code, words) in own.items()}
 
 
 def shape(words: str, rows: int, columns: int, group: int) -> tuple[int, ...]:
@@ -122,6 +123,10 @@ _GROUPS = (
     "MindIE has groups of 64 and 128, one size for a model; classes of it that build their graph in Python "
     "(modeling_atb.py) take 128 only"
 )
+_PER_TOKEN = (
+    "on 310p vllm-ascend calls npu_quant_matmul with scales per token, which torch_npu's documents (6.0 to 7.0) say it "
+    "does not take there, and its code notes a loss of accuracy; W8A8 has neither"
+)
 _ROW_SCALES = {"weight": ("I8", "n k"), "weight_scale": ("F32", "n 1"), "weight_offset": ("F32", "n 1")}
 _STATIC: dict[str, Spec] = {
     "weight": ("I8", "n k"),
@@ -130,6 +135,8 @@ _STATIC: dict[str, Spec] = {
     "quant_bias": ("I32", "n"),
     "deq_scale": ("F32", "n"),
 }
+IN_HALF: dict[str, Spec] = {"deq_scale": ("I64", "n")}
+"""What a static type stores otherwise in FP16 models: a float32 number in the low 32 bits of an integer."""
 _MX_SCALES: dict[str, Spec] = {"weight_scale": ("U8", "n k/g")}
 
 
@@ -156,7 +163,12 @@ TYPES: tuple[Type, ...] = (
         "token",
         INT8,
         _ROW_SCALES,
-        (Npu(_VLLM, A2_A3), Npu(_SGLANG, A2_A3), Npu(_MINDIE, A2_A3, remark=_MINDIE_KEY)),
+        (
+            Npu(_VLLM, A2_A3),
+            Npu(_VLLM, A310P, remark=_PER_TOKEN),
+            Npu(_SGLANG, A2_A3),
+            Npu(_MINDIE, A2_A3, remark=_MINDIE_KEY),
+        ),
         experts=True,
     ),
     Type(
@@ -167,7 +179,7 @@ TYPES: tuple[Type, ...] = (
         "tensor",
         INT8,
         _STATIC,
-        (Npu(_VLLM, A2_A3), Npu(_SGLANG, A2_A3), Npu(_MINDIE, A2_A3, remark=_MINDIE_KEY)),
+        (Npu(_VLLM, (*A2_A3, *A310P)), Npu(_SGLANG, A2_A3), Npu(_MINDIE, A2_A3, remark=_MINDIE_KEY)),
     ),
     Type(
         "W8A8_MIX",
