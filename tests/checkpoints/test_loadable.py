@@ -119,3 +119,25 @@ def test_the_whole_road(source: Path, tmp_path: Path, capsys: Any) -> None:
     assert scores["ascend"] != scores["vllm"]
     assert main(["eval", str(source), "--tokens", "256", "--activation-rule", "vllm"]) == 2
     assert "goes with an export" in capsys.readouterr().err
+
+
+def test_caches_that_an_engine_reads(source: Path, tmp_path: Path) -> None:
+    def said(
+        cached: str, engine: Any, device: Any, pair: tuple[str, str] = ("int8_channel", "int8_token")
+    ) -> list[str]:
+        cache = {"match": "*.self_attn", "key": cached, "value": cached}
+        return check_loadable(student(source, cache, pair_rules(*pair), folder=tmp_path), source, engine, device)
+
+    first, remark = said("int8_column", "vllm-ascend", "a2")
+    assert first == "vllm-ascend on a2 loads this with --target ascend"
+    assert "unrounded keys and values of a prompt" in remark
+    for engine in ("mindie", "sglang-ascend"):
+        with pytest.raises(
+            UnsupportedError, match=f"are int8_column, but of quantized caches {engine} on a3 reads none"
+        ):
+            said("int8_column", engine, "a3")
+    with pytest.raises(UnsupportedError, match="of quantized caches vllm-ascend on 950 reads none"):
+        said("int8_column", "vllm-ascend", "950", ("mxfp8", "mxfp8"))
+    for other in ("fp8_tensor", "int8_token"):
+        with pytest.raises(UnsupportedError, match=rf"{other}, but .* on a2 reads C8 of ascend \(int8_column\)"):
+            said(other, "vllm-ascend", "a2")
