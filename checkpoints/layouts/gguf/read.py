@@ -133,5 +133,5 @@ class GgufFile:
             scales = tensor.data.reshape(-1, 36)[:, :4]
             above = self.tensors.get(above_of(name))
             bad = 0 if above is None else int((~np.isfinite(above.data) | (above.data <= 0)).sum())
-            return bad + int(((scales == 0) | (scales >= 0x7F)).sum())
+            return bad + int(((scales == 0) | (scales > 0x7E)).sum())
         return 0
