@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from qat.checkpoints.hf import load_model, load_tokenizer
 from qat.checkpoints.layouts.gguf.load import load_file
-from qat.checkpoints.layouts.gguf.read import GgufFile
+from qat.checkpoints.layouts.gguf.read import GgufFile, above_of
 from qat.checkpoints.layouts.gguf.types import FORMATS
 from qat.cli import main
 from qat.engines import llama_cpp as llama_cpp_engine
@@ -150,7 +150,7 @@ def test_every_product_follows_the_rule(kind: str, tmp_path: Path) -> None:
     """Of llama.cpp's own inputs, each product is that of our rule, in every row, up to how float32 sums are ordered;
     discrete tables make exact ties of the first inputs. Without the rule no row is."""
     wide = kind.endswith("super-blocks")
-    formats = ("q4_k", "q5_k", "q6_k") if wide else ("q4_0", "q5_0", "q8_0", "mxfp4")
+    formats = ("q4_k", "q5_k", "q6_k") if wide else ("q4_0", "q5_0", "q8_0", "mxfp4", "nvfp4")
     files = [export(tmp_path, kind.split()[0], each, tables=True, **(WIDE if wide else {})) for each in formats]
     run("llama_cpp_products.py", tmp_path, files)
     for path in files:
@@ -229,6 +229,36 @@ def test_keys_and_unquantized_tensors_are_the_converters(kind: str, tmp_path: Pa
         else:
             assert np.square(values[0] - values[1]).sum() < 0.01 * np.square(values[1]).sum(), own.name
     assert compared >= 7
+
+
+@needs_converter
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_moe"])
+def test_nvfp4_is_what_the_converter_makes_of_another_export(kind: str, tmp_path: Path) -> None:
+    """Byte by byte, with the scales above: from the same model as modelopt's folder has it."""
+    source = tiny_model(kind, tmp_path / "source")
+    model = quantized(source, [{"match": ALL, "weight": "nvfp4"}, REST])
+    file = GgufFile(quiet_export(model, source, tmp_path / "ours.gguf", "gguf"))
+    folder = quiet_export(model, source, tmp_path / "folder", "modelopt")
+    command = [sys.executable, HERE / "llama_cpp_convert.py", CONVERTER, folder, tmp_path / "theirs.gguf"]
+    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    other = GgufFile(tmp_path / "theirs.gguf")
+    names = [name for name, tensor in file.tensors.items() if tensor.tensor_type.name == "NVFP4"]
+    assert len(names) == 14
+    for name in [*names, *(above_of(name) for name in names)]:
+        own, theirs = file.stored(name), other.stored(name)
+        assert own.tensor_type == theirs.tensor_type and np.array_equal(own.data, theirs.data), name
+    assert file.facts["general.file_type"] == other.facts["general.file_type"]
+
+
+@needs_engine
+def test_nvfp4_inside_llama_cpp_has_our_logits(tmp_path: Path) -> None:
+    """With the scales above as llama.cpp multiplies with them, after its products; weights in float32 below."""
+    files = [export(tmp_path, kind, "nvfp4", tables=False) for kind in ("llama", "qwen3_moe")]
+    plain = [in_float32(file, tmp_path / f"{file.stem}-f32.gguf") for file in files]
+    for file, theirs in zip(files, llama_cpp(tmp_path, plain), strict=True):
+        own = ours(file, False)
+        assert torch.equal(own.argmax(-1), theirs.argmax(-1)), file.name
+        torch.testing.assert_close(own, theirs, rtol=0, atol=2e-4)
 
 
 @needs_engine

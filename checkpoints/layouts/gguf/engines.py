@@ -4,7 +4,7 @@ built on it; the engines of the table are those that load folders, which read a 
 from qat.checkpoints.layouts.gguf.types import FORMATS
 from qat.checkpoints.layouts.support import NO, Row, cell
 from qat.numbers.format import Format
-from qat.numbers.scale import E8M0, F16
+from qat.numbers.scale import E8M0, F16, UE4M3
 from qat.training.activations import llama_cpp_input
 
 METHOD = "gguf"
@@ -33,6 +33,11 @@ ROWS: tuple[Row, ...] = (
         "MXFP4",
         lambda w, a: _holds(w, a) and w.scale is E8M0,
         (cell("no", "transformers (5.23) does not know MXFP4 in GGUF files"), NO, NO, cell("no", _ROUNDS)),
+    ),
+    Row(
+        "NVFP4",
+        lambda w, a: _holds(w, a) and w.scale is UE4M3,
+        (cell("no", "transformers (5.23) does not know NVFP4 in GGUF files"), NO, NO, cell("no", _ROUNDS)),
     ),
 )
 
