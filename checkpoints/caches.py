@@ -79,11 +79,13 @@ def _layers(model: nn.Module, names: StoredNames) -> dict[str, tuple[TargetCache
     for site in sites(model, *CACHED):
         by_path.setdefault(site.path, {})[site.role] = site
     paths = attention_paths(model, names) if by_path else {}
+    widths = {(c.path, c.role): c.slot.shape[1] for c in candidates(model) if c.role in CACHED and by_path}
     layers = {}
     for path, both in by_path.items():
         key, value = (names.paths.get(f"{path}.{leaf}") for leaf in ("k_proj", "v_proj"))
         projections = (key, value) if key and value else None
-        cache = TargetCache(paths[path], projections, both["key"].format, both["value"].format)
+        formats = both["key"].format, both["value"].format
+        cache = TargetCache(paths[path], projections, *formats, (widths[path, "key"], widths[path, "value"]))
         layers[paths[path]] = cache, both["key"], both["value"]
     return layers
 
@@ -104,9 +106,11 @@ def check_ranges(plan: CachePlan) -> None:
     """Raise CheckpointError where a range was not calibrated."""
     for _, *both in plan.layers.values():
         for site in both:
-            amax = float(site.quantizer.amax)
-            if site.quantizer.needs_calibration and not 0 < amax < math.inf:
-                raise CheckpointError(f"{site.path}: the range of its {site.role} is {amax}; run qat.calibrate first")
+            every = site.quantizer.amax.flatten().tolist()
+            if site.quantizer.needs_calibration and (wrong := [amax for amax in every if not 0 < amax < math.inf]):
+                raise CheckpointError(
+                    f"{site.path}: the range of its {site.role} is {wrong[0]}; run qat.calibrate first"
+                )
 
 
 def cache_tensors(plan: CachePlan, target: Target) -> dict[str, Tensor]:
@@ -121,11 +125,24 @@ def cache_tensors(plan: CachePlan, target: Target) -> dict[str, Tensor]:
     return tensors
 
 
+def cache_offsets(plan: CachePlan, target: Target) -> dict[str, Tensor]:
+    """Zero points to store beside the scales, by name: formats of caches have none, and some loaders ask for them."""
+    if not plan.stored or target.CACHES is None:
+        return {}
+    scales, tensors = cache_tensors(plan, target), {}
+    for cache, *_ in plan.layers.values():
+        offsets = target.CACHES.offsets(cache)
+        for offset, scale in zip(offsets, target.CACHES.scales(cache)[: len(offsets)], strict=True):
+            tensors[offset] = torch.zeros_like(scales[scale])
+    return tensors
+
+
 def cache_record(plan: CachePlan) -> dict[str, dict[str, Any]]:
-    """Formats and, where they are calibrated, ranges of the caches, by layer."""
+    """Formats and, where they are calibrated, ranges of the caches, by layer; not those of every channel, which only
+    layouts that store them hold."""
 
     def said(site: Site) -> dict[str, Any]:
-        calibrated = site.quantizer.needs_calibration
+        calibrated = site.quantizer.needs_calibration and not site.format.is_columnwise
         return {"format": site.format.name} | ({"amax": float(site.quantizer.amax)} if calibrated else {})
 
     return {path: {site.role: said(site) for site in both} for path, (_, *both) in plan.layers.items()}

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qat.checkpoints.caches import cache_record, cache_tensors, exportable
+from qat.checkpoints.caches import cache_offsets, cache_record, cache_tensors, exportable
 from qat.checkpoints.dense_types import check_held
 from qat.checkpoints.export_plan import (
     DEFAULT_TARGET,
@@ -299,12 +299,13 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 
 
 def _cache_scales(plan: ExportPlan, record: dict[str, Any]) -> dict[str, Tensor]:
-    """Scales of caches by name; their digests go into `record`."""
+    """Scales and zero points of caches by name; their digests go into `record`."""
     scales = cache_tensors(plan.caches, plan.target)
     for name, scale in scales.items():
         _check_scale(name, scale)
-        record["tensors"][name] = digest(scale)
-    return scales
+    stored = scales | cache_offsets(plan.caches, plan.target)
+    record["tensors"] |= {name: digest(tensor) for name, tensor in stored.items()}
+    return stored
 
 
 def _check_scale(name: str, scale: Tensor) -> None:

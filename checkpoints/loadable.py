@@ -10,6 +10,8 @@ from qat.checkpoints.layouts import TARGETS, TargetLayer, npu, support
 from qat.checkpoints.layouts.reader import HALF_RULE, NPU_RULE
 from qat.errors import UnsupportedError
 from qat.families import find_family, fused_sets
+from qat.numbers.format import Format
+from qat.sites import CACHED, sites
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +35,11 @@ def check_loadable(model: "PreTrainedModel", source: Path | None, engine: npu.En
     able = [name for name in TARGETS if name not in refused and _loads(name, layers, engine, device)]
     if not able:
         raise UnsupportedError(_reason(layers, refused, engine, device))
-    rows = [row for name in able[:1] for layer in layers if (row := _row(name, layer)) is not None]
+    cached = {site.format.name: site.format for site in sites(model, *CACHED)}
+    if cached:
+        able = _reading_caches(able, cached, engine, device)
+    rows: list[npu.HasNpu] = [row for name in able[:1] for layer in layers if (row := _row(name, layer)) is not None]
+    rows += [layout for name in able[:1] if cached and (layout := TARGETS[name].CACHES) is not None]
     remarks = [one.remark for row in rows if (one := npu.loads(row, engine, device)) is not None and one.remark]
     first = f"{engine} on {device} loads this with --target {' or '.join(able)}"
     return [first, *dict.fromkeys(remarks)]
@@ -53,6 +59,33 @@ def _row(target: str, layer: TargetLayer) -> support.Row | None:
 
 def _loads(target: str, layers: list[TargetLayer], engine: str, device: str) -> bool:
     return all(npu.loads(_row(target, layer), engine, device) for layer in layers)
+
+
+def _reading_caches(able: list[str], cached: dict[str, Format], engine: str, device: str) -> list[str]:
+    """Those of the targets in which the engine reads caches of these formats, too.
+
+    Raises:
+        UnsupportedError: there is none; names the caches that it reads.
+    """
+    layouts = {name: layout for name, target in TARGETS.items() if (layout := target.CACHES) is not None}
+    reading = [
+        name
+        for name in able
+        if name in layouts
+        and npu.loads(layouts[name], engine, device)
+        and all(layouts[name].config(fmt) is not None for fmt in cached.values())
+    ]
+    if not reading:
+        read = [
+            f"{layout.scheme} of {name} ({', '.join(layout.holds())})"
+            for name, layout in layouts.items()
+            if npu.loads(layout, engine, device)
+        ]
+        raise UnsupportedError(
+            f"keys and values are {' and '.join(cached)}, but of quantized caches {engine} on {device} reads "
+            f"{', '.join(read) or 'none'}; leave `key` and `value` out of the rules, or give them such a format"
+        )
+    return reading
 
 
 def _reason(layers: list[TargetLayer], refused: dict[str, str], engine: str, device: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qat.checkpoints.caches import cache_tensors
+from qat.checkpoints.caches import cache_offsets, cache_tensors
 from qat.checkpoints.export_plan import DEFAULT_TARGET, ExportPlan, check_values, plan_export
 from qat.checkpoints.layouts import READERS, find_target
 from qat.checkpoints.wrapped import carrying, inner, unwrapped, wrapping
@@ -59,6 +59,7 @@ class PackedWeights:
                 yield name, _checked(name, self._dense(name))
         for name, scale in cache_tensors(plan.caches, plan.target).items():
             yield name, _checked_scale(name, scale)
+        yield from cache_offsets(plan.caches, plan.target).items()
 
     def _packed(self, path: str, layers: dict[int, Any]) -> Iterator[tuple[str, Tensor]]:
         layer, site, layout = self._plan.layer(path), self._plan.linears[path], READERS[self._plan.target.METHOD]

@@ -123,7 +123,7 @@ def restore_base(run: Path, model: nn.Module) -> None:
     if not file.is_file():
         raise CheckpointError(f"{run} trained adapters, but the base they belong to ({file}) is missing")
     tensors, state = load_file(file), model.state_dict(keep_vars=True)
-    needed = {n for n in _fixed(model) & state.keys() if n not in dict(model.named_parameters())}
+    needed = _fixed(model) & state.keys() - {name for name, _ in model.named_parameters()}
     if wrong := [
         n for n in needed | tensors.keys() if n not in state or n not in tensors or state[n].shape != tensors[n].shape
     ]:

@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
+from qat.checkpoints.caches import stored_caches
 from qat.checkpoints.exported import load_exported, quantize_stack_inputs, stack_inputs
 from qat.checkpoints.layouts import TARGETS, ExportedFolder, npu, open_export, support
 from qat.checkpoints.layouts.arguments import input_format, weight_format
 from qat.checkpoints.layouts.ascend.simulate import SimulatedLinear
-from qat.checkpoints.layouts.ascend.types import Type, find_type
+from qat.checkpoints.layouts.ascend.simulate_experts import SimulatedExperts, problem, stacked
+from qat.checkpoints.layouts.ascend.types import BY_NAME, Type, find_type
 from qat.checkpoints.layouts.ascend.write import METHOD, tensors_of
+from qat.checkpoints.layouts.fp8 import simulate as blocks
+from qat.checkpoints.layouts.fp8.write import METHOD as BLOCKS
 from qat.checkpoints.layouts.reader import HALF_RULE, NPU_RULE
 from qat.checkpoints.names import stored_names
 from qat.checkpoints.progress import progress
@@ -58,10 +62,35 @@ def load_simulated(folder: Path, dtype: torch.dtype = torch.float32) -> "PreTrai
                 model.set_submodule(place, simulated(exported, path, layer._parameters.get("bias")))
             advance(1)
     stacks = stack_inputs(exported, rule_of(exported), stored.rows)
-    if stacks:
-        quantize_stack_inputs(model, stacks)
-        warnings.warn("experts are fake-quantized by the NPU's rule, not simulated", stacklevel=2)
+    why = {path: _simulate_experts(model, exported, path, stored.rows) for path in stacks}
+    if left := {path: reason for path, reason in why.items() if reason}:
+        quantize_stack_inputs(model, {path: stacks[path] for path in left})
+        each = some([f"{path}: {reason}" for path, reason in left.items()])
+        warnings.warn(f"experts are fake-quantized by the NPU's rule, not simulated: {each}", stacklevel=2)
     return model
+
+
+def _simulate_experts(
+    model: "PreTrainedModel", exported: ExportedFolder, path: str, rows: dict[str, tuple[str, slice]]
+) -> str:
+    """Put simulated experts at `path`; returns why they stay, "" where they do not."""
+    if rule_of(exported) == HALF_RULE:
+        return f"what {npu.HALF} runs for experts of FP16 models has no simulation"
+    own = {each: rows[name] for each in exported.modules if (name := each + exported.DENSE) in rows}
+    places = {each: place for each, place in own.items() if place[0].rpartition(".")[0] == path}
+    kinds: dict[str, set[str]] = {}
+    for each, (stack, _) in places.items():
+        kinds.setdefault(stack.rpartition(".")[2], set()).add(_kind(exported, each)[0].name)
+    experts: Any = model.get_submodule(path)
+    if reason := problem(experts, kinds):
+        return reason
+    parts: dict[str, list[tuple[int, dict[str, Tensor]]]] = {}
+    for each, (stack, part) in places.items():
+        parts.setdefault(stack.rpartition(".")[2], []).append((part.start, exported.layer(each)))
+    ((name,), *_) = kinds.values()
+    tensors = {stack: stacked(matrices) for stack, matrices in parts.items()}
+    model.set_submodule(path, SimulatedExperts(BY_NAME[name], tensors, experts.num_experts))
+    return ""
 
 
 def simulated(exported: ExportedFolder, path: str, bias: Tensor | None = None) -> SimulatedLinear:
@@ -108,13 +137,14 @@ def engine_checks(engine: npu.Engine | None) -> dict[str, Callable[[Any], str]]:
 
 
 def check_engine(exported: ExportedFolder, engine: npu.Engine) -> str:
-    """Whether an engine loads every layer, and its operators compute what was trained; says on which devices.
+    """Whether an engine loads every layer, and its operators compute what was trained, or what is documented that it
+    makes of the layer; says on which devices, and how far from the trained layer they are that compute something else.
 
     Raises:
         CheckpointError: it does not; names the layers.
     """
-    half = {npu.HALF}
-    devices, worst = half if rule_of(exported) == HALF_RULE else set(npu.DEVICES) - half, 0.0
+    devices, worst = _reading_caches(exported, engine) & _of_type(exported), 0.0
+    away: dict[npu.Device, float] = {}
     with progress(f"simulating {engine}", len(exported.modules), "layers") as advance:
         for path, module in exported.modules.items():
             weight = weight_format(module.weights)
@@ -126,17 +156,48 @@ def check_engine(exported: ExportedFolder, engine: npu.Engine) -> str:
                     f"{path}: no device on which {engine} loads the layers before has a loader of {exported.METHOD} "
                     f"{weight.name} with {input.name if input else 'dense'} inputs; it loads {_loaded(engine)}"
                 )
-            apart = _compared(exported, path)
-            if apart > 1:
-                raise CheckpointError(
-                    f"{path}: simulated operators of {engine} are {apart:.1f} times the bound from what was trained"
-                )
-            worst = max(worst, apart)
+            for device in sorted(devices) if exported.METHOD == BLOCKS else sorted(devices)[:1]:
+                apart, from_trained = _compared(exported, path, device)
+                if apart > 1:
+                    raise CheckpointError(
+                        f"{path}: simulated operators of {engine} are {apart:.1f} times the bound from what was trained"
+                    )
+                worst, away[device] = max(worst, apart), max(away.get(device, 0.0), from_trained)
             advance(1)
-    return (
+    said = (
         f"{len(exported.modules)} layers load on {', '.join(sorted(devices))} ({npu.VERSIONS[engine]}); simulated "
         f"operators differ from fake quantization by {worst:.2f} of the bound at most"
     )
+    if exported.METHOD != BLOCKS:
+        return said
+    parts = [f"{device} {away[device]:.3f}" for device in sorted(devices)]
+    return f"{said}; it computes in other formats than were trained, and is from those, in norm: {', '.join(parts)}"
+
+
+def _reading_caches(exported: ExportedFolder, engine: npu.Engine) -> set[npu.Device]:
+    """The devices on which the engine reads the folder's caches; all where they are not quantized.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    given = stored_caches(exported)
+    if not given:
+        return set(npu.DEVICES)
+    layout = TARGETS[exported.METHOD].CACHES if exported.caches else None
+    devices = {device for device in npu.DEVICES if npu.loads(layout, engine, device)}
+    if not devices:
+        formats = dict.fromkeys(fmt.name for roles in given.values() for fmt, _ in roles.values())
+        raise CheckpointError(
+            f"keys and values are {' and '.join(formats)}, and {engine} does not read such caches from a folder of "
+            f"{exported.METHOD}"
+        )
+    return devices
+
+
+def _of_type(exported: ExportedFolder) -> set[npu.Device]:
+    """The devices that compute in the model's type."""
+    half: set[npu.Device] = {npu.HALF}
+    return half if rule_of(exported) == HALF_RULE else set(npu.DEVICES) - half
 
 
 def _loaded(engine: npu.Engine) -> str:
@@ -144,9 +205,9 @@ def _loaded(engine: npu.Engine) -> str:
     return some([f"{row.scheme} ({name})" for name, row in every if any(one.engine == engine for one in row.npu)])
 
 
-def _compared(exported: ExportedFolder, path: str) -> float:
-    """How far the simulated layer is from fake quantization, in units of the bound, for inputs that fill its range."""
-    _, _, input = _kind(exported, path)
+def _compared(exported: ExportedFolder, path: str, device: npu.Device) -> tuple[float, float]:
+    """How far the simulated layer is from fake quantization in the formats that the engine computes in, in units of the
+    bound, for inputs that fill its range; and from the trained formats, as a part of the norm."""
     static = exported.static_input(path)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(TOKENS, exported.shape(path)[-1], generator=generator)
@@ -157,13 +218,35 @@ def _compared(exported: ExportedFolder, path: str) -> float:
     wide = x.float()
     weight, bias = exported.multiplied(path).float(), f"{path}.bias"
     added = exported.reader.get(bias).float() if bias in exported.names else None
+    if exported.METHOD == BLOCKS:
+        return _blocks(exported, path, device, x, weight, added)
+    _, _, input = _kind(exported, path)
     layer, worst = simulated(exported, path, added), 0.0
     for phase in get_args(Phase) if layer.mixes else get_args(Phase)[:1]:
         with answering(phase):
             read = wide if input is None else fake_quantize_input(wide, input, rule, "ste", static)
             expected = torch.nn.functional.linear(read, weight, added)
             worst = max(worst, distance(layer(x).float(), expected, x.dtype))
-    return worst
+    return worst, 0.0
+
+
+def _blocks(
+    exported: ExportedFolder, path: str, device: npu.Device, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[float, float]:
+    """The same of FP8 in blocks, which no NPU multiplies: BF16, or MXFP8 of weight and input."""
+    module = exported.modules[path]
+    assert module.input is not None
+    layer = blocks.simulated(exported.layer(path), module.weights["block_structure"], device, bias)
+    wide, again = x.float(), blocks.rounds_again(device, x.shape[-1])
+    trained = fake_quantize_input(wide, input_format(module.input), exported.RULE, "ste", None)
+    product, found = torch.nn.functional.linear, layer(x).float()
+    truth = product(trained, weight, bias)
+    if again is None:
+        expected = product(wide, weight, bias)
+    else:
+        read, held = (fake_quantize_input(t, again, NPU_RULE, "ste", None) for t in (wide, weight))
+        expected = product(read, held, bias)
+    return distance(found, expected), float((found - truth).norm() / truth.norm())
 
 
 def distance(found: Tensor, expected: Tensor, model: torch.dtype = torch.bfloat16) -> float:

@@ -153,6 +153,75 @@ class TwoSidedObserver:
         return -below, above
 
 
+class ColumnObserver:
+    """The magnitude of each column, for formats with a scale per column.
+
+    Raises:
+        FormatError: a kind that needs a histogram, of which there would be one for each column.
+    """
+
+    def __init__(self, kind: Observer, fmt: Format, momentum: float = 0.01) -> None:
+        if kind not in ("minmax", "moving_average"):
+            raise FormatError(
+                f"observer: {kind} needs a histogram, and {fmt.name} has a scale for each column; use minmax or "
+                "moving_average"
+            )
+        self.kind, self.momentum = kind, momentum
+        self._amax = torch.zeros(0)
+
+    def add(self, x: Tensor) -> None:
+        """Observe one batch (..., columns)."""
+        found = column_amax(x).cpu()
+        if not len(self._amax):
+            self._amax = found
+        elif self.kind == "moving_average":
+            self._amax = self._amax + self.momentum * (found - self._amax)
+        else:
+            self._amax = torch.maximum(self._amax, found)
+
+    @property
+    def top(self) -> tuple[float, ...]:
+        """The largest magnitudes so far."""
+        return tuple(self._amax.tolist())
+
+    def widen(self, top: tuple[float, ...]) -> None:
+        """See `RangeObserver`."""
+        if top:
+            other = torch.tensor(top)
+            self._amax = torch.maximum(self._amax, other) if len(self._amax) else other
+
+    def range(self) -> tuple[float, ...]:
+        """That of each column; of one that held only zeros, the smallest of the others.
+
+        Raises:
+            FormatError: nothing, or only zeros, was observed.
+        """
+        seen = self._amax[self._amax > 0]
+        if not len(seen):
+            raise FormatError("no non-zero values were observed; calibrate on text that reaches this layer")
+        return tuple(torch.where(self._amax > 0, self._amax, seen.min()).tolist())
+
+
+AnyObserver = RangeObserver | TwoSidedObserver | ColumnObserver
+
+
+def observer_for(kind: Observer, fmt: Format) -> AnyObserver:
+    """The observer of the ranges that a format with a static part has.
+
+    Raises:
+        FormatError: there is none of this kind.
+    """
+    if fmt.is_columnwise:
+        return ColumnObserver(kind, fmt)
+    return TwoSidedObserver(kind, fmt) if fmt.is_static and fmt.zero_point else RangeObserver(kind, fmt)
+
+
+def column_amax(x: Tensor) -> Tensor:
+    """Largest finite magnitude of each column of x (..., columns), float32."""
+    magnitude = x.detach().to(torch.float32).abs().flatten(0, -2)
+    return torch.where(torch.isfinite(magnitude), magnitude, 0.0).amax(dim=0)
+
+
 def _kl_threshold(histogram: Histogram, levels: int) -> float:
     """Clip at which the clipped histogram, merged to `levels` bins, diverges least from the original."""
     counts, width = histogram.counts, histogram.limit / histogram.bins

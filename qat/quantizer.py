@@ -17,7 +17,7 @@ from torch.nn import functional
 from qat.errors import TrainingError
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales, finite_amax, quantize
-from qat.observers import Observer, RangeObserver, TwoSidedObserver
+from qat.observers import AnyObserver, Observer, observer_for
 from qat.same_tensor import SameTensor
 from qat.training.activations import ActivationRule, fake_quantize_input, held_range, moved_range, static_part
 from qat.training.gradients import Estimator
@@ -272,8 +272,9 @@ class InputQuantizer(Quantizer):
 
     `amax` is the calibrated range (a float32 scalar, NaN until `calibrate`): static formats derive their scale from it,
     NVFP4-like formats their per-tensor scale; dynamic formats ignore it. Static formats with a zero point have the
-    lowest and the highest value instead. With `learn` (static formats only) a
-    logarithmic correction of it is a parameter, with LSQ's gradient; `limit` is then the range in force.
+    lowest and the highest value instead, and formats with a scale per column a range for each (`surgery` knows how
+    many). With `learn` (static formats only) a logarithmic correction of it is a parameter, with LSQ's gradient;
+    `limit` is then the range in force.
     """
 
     amax: Tensor
@@ -285,7 +286,7 @@ class InputQuantizer(Quantizer):
         self.log_range = nn.Parameter(torch.zeros(1)) if learn else None  # FSDP2 takes no scalar
         self.rule, self.estimator, self.observer_kind = rule, estimator, observer
         self.register_buffer("amax", torch.full((2,) if self.is_affine else (), math.nan))
-        self._observer: RangeObserver | TwoSidedObserver | None = None
+        self._observer: AnyObserver | None = None
         self._same = SameTensor(readers=1)
         self._ready = False
         self._static: tuple[tuple[Tensor, int, int], Tensor | None] | None = None  # and what it was made of
@@ -302,7 +303,7 @@ class InputQuantizer(Quantizer):
     @property
     def needs_calibration(self) -> bool:
         """Whether the format has a static part."""
-        return self.format.global_scale or self.format.is_static
+        return self.format.global_scale or self.format.is_static or self.format.is_columnwise
 
     @property
     def is_affine(self) -> bool:
@@ -322,11 +323,10 @@ class InputQuantizer(Quantizer):
 
     def observe(self) -> None:
         """Pass inputs through unchanged and collect their range, until `freeze`."""
-        kind = TwoSidedObserver if self.is_affine else RangeObserver
-        self._observer = kind(self.observer_kind, self.format)
+        self._observer = observer_for(self.observer_kind, self.format)
 
     @property
-    def observer(self) -> RangeObserver | TwoSidedObserver | None:
+    def observer(self) -> AnyObserver | None:
         """What collects the range, between `observe` and `freeze`."""
         return self._observer
 

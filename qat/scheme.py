@@ -28,6 +28,7 @@ from qat.numbers.catalog import lookup, widened
 from qat.observers import Observer
 from qat.quantizer import Learn
 from qat.sites import Role
+from qat.training import npu
 from qat.training.activations import ActivationRule
 from qat.training.gradients import Estimator
 from qat.training.half import RULE as HALF_RULE
@@ -225,6 +226,21 @@ class Scheme(Strict):
         mixed = [rule.input for rule in self.rules if rule.input is not None and lookup(rule.input).prompt]
         if mixed and self.activation_rule != "ascend":
             raise ValueError(f"{mixed[0]} inputs need activation_rule: ascend, not {self.activation_rule}")
+        inputs = [lookup(rule.input) for rule in self.rules if rule.input is not None]
+        unmade = [fmt for fmt in inputs if not npu.has_operator(fmt)] if self.activation_rule == "ascend" else []
+        if unmade:
+            raise ValueError(npu.missing(unmade[0]))
+        return self
+
+    @model_validator(mode="after")
+    def _columns_are_cached(self) -> "Scheme":
+        of_layers = [name for rule in self.rules for name in (rule.weight, rule.input) if name is not None]
+        if wrong := [name for name in of_layers if lookup(name).is_columnwise]:
+            raise ValueError(f"{wrong[0]} has a scale per column, which only the `key` and `value` of caches can have")
+        cached = [name for rule in self.rules for name in (rule.key, rule.value) if name is not None]
+        given = [name for name in cached if lookup(name).is_columnwise]
+        if given and self.activation_rule != "ascend":
+            raise ValueError(f"{given[0]} caches need activation_rule: ascend, not {self.activation_rule}")
         return self
 
     @model_validator(mode="after")
@@ -258,6 +274,8 @@ class Scheme(Strict):
                 f"activation_rule: {HALF_RULE} has INT8 products alone, with int8_token, int8_tensor or "
                 f"int8_tensor_asym inputs, but the scheme has {other[0]} inputs"
             )
+        if cached := [name for rule in self.rules for name in (rule.key, rule.value) if name is not None]:
+            raise ValueError(f"activation_rule: {HALF_RULE} has no quantized caches; leave {cached[0]} out")
         if self.round_bf16:
             raise ValueError(
                 f"activation_rule: {HALF_RULE} is for FP16 models, whose products take codes and scales as they are; "

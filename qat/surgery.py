@@ -4,6 +4,7 @@
 not divide a layer and fused layers that disagree are errors that name the layer.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -199,6 +200,11 @@ def _check_candidate(candidate: Candidate, model: nn.Module, rule: Rule) -> None
         fmt, (*stack, rows, columns) = lookup(name), slot.shape
         if not fmt.divides(columns):
             raise FormatError(f"{candidate.path}: {width_problem(fmt, columns)}")
+        if stack and fmt.prompt:
+            raise UnsupportedError(
+                f"{candidate.path}: {name} inputs ask which tokens are a prompt, and experts, which are sent tokens in "
+                f"an order of their own, do not know it; give {rule.match!r} {fmt.prompt} inputs, or leave experts out"
+            )
         if stack and name == rule.weight and (fmt.block[0] == 0 or rows % fmt.block[0]):
             raise FormatError(
                 f"{candidate.path}: {name} has blocks of {fmt.block[0] or 'all'} rows, which would span experts of "
@@ -235,7 +241,7 @@ def apply(model: nn.Module, scheme: Scheme, *, defer_init: bool = False) -> nn.M
         by_module[candidate.module][candidate.slot.name] = makers.quantizers(candidate, rule)
         adapters[candidate.module] = candidate.adapter
     for path, quantizers in by_module.items():
-        _replace(model, path, adapters[path].attach(model.get_submodule(path), quantizers))
+        model.set_submodule(path, adapters[path].attach(model.get_submodule(path), quantizers))
     return model
 
 
@@ -255,7 +261,8 @@ class _Makers:
         """For one tensor, by its rule."""
         if candidate.role != "weight":
             device = next(self.model.parameters()).device
-            return Quantizers(self._following(getattr(rule, candidate.role), device))
+            heads, width = candidate.slot.shape
+            return Quantizers(self._following(getattr(rule, candidate.role), device, columns=heads * width))
         members = self.groups.get(candidate.path, [candidate.path])
         return Quantizers(self._weight(candidate, rule, members), self._input(candidate, rule, members), tuple(members))
 
@@ -280,9 +287,12 @@ class _Makers:
             self.inputs[key].consumers = len(members)
         return self.inputs[key]
 
-    def _following(self, name: str, device: torch.device, learn: bool = False) -> InputQuantizer:
+    def _following(self, name: str, device: torch.device, learn: bool = False, columns: int = 0) -> InputQuantizer:
         scheme, fmt = self.scheme, lookup(name)
-        return InputQuantizer(fmt, scheme.activation_rule, scheme.estimator, scheme.observer, learn).to(device)
+        made = InputQuantizer(fmt, scheme.activation_rule, scheme.estimator, scheme.observer, learn)
+        if fmt.is_columnwise:
+            made.amax = made.amax.new_full((columns,), math.nan)
+        return made.to(device)
 
     def _parameter(self, candidate: Candidate) -> nn.Parameter:
         return self.model.get_submodule(candidate.module).get_parameter(candidate.slot.name)
@@ -291,11 +301,6 @@ class _Makers:
         """The weight as it multiplies, without its history."""
         weight = self._parameter(candidate).detach()
         return weight.transpose(-1, -2) if candidate.slot.transposed else weight
-
-
-def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, layer)
 
 
 def _resolve_tied(model: nn.Module, planned: list[tuple[Candidate, Rule]], scheme: Scheme) -> None:

@@ -224,7 +224,7 @@ def _check_needs_no_calibration(scheme: Scheme) -> None:
 
 def _has_range(name: str) -> bool:
     fmt = lookup(name)
-    return fmt.global_scale or fmt.is_static
+    return fmt.global_scale or fmt.is_static or fmt.is_columnwise
 
 
 # --- the model ------------------------------------------------------------------------------------

@@ -189,7 +189,8 @@ def _check_agree(exported: ExportedFolder, method: str, file: str) -> None:
 
 def npu_table() -> str:
     """The table of docs/ascend.md: which engine on an NPU loads what, of every target."""
-    return support.npu_markdown({name: target.ROWS for name, target in TARGETS.items()})
+    caches = {name: layout for name, target in TARGETS.items() if (layout := target.CACHES) is not None}
+    return support.npu_markdown({name: target.ROWS for name, target in TARGETS.items()}, caches)
 
 
 def table() -> str:

@@ -1,5 +1,6 @@
 """Caches of keys and values in checkpoints, as far as layouts agree: one format for all layers, said in the words of
-compressed-tensors (`kv_cache_scheme`), and a scale for the keys and one for the values of each attention layer.
+compressed-tensors (`kv_cache_scheme`), and a scale for the keys and one for the values of each attention layer, or for
+each of their channels.
 
 Only scales that were calibrated need to be stored. Where they follow the data, engines take the format from a flag, and
 the record of an export keeps it for ours.
@@ -14,7 +15,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from qat.checkpoints.layouts.kinds import ROW, TENSOR, fp8_input, int_input, nvfp4
+from qat.checkpoints.layouts.kinds import ROW, TENSOR, fp8_input, int_columns, int_input, nvfp4
+from qat.checkpoints.layouts.npu import Npu
 from qat.errors import CheckpointError, UnsupportedError
 from qat.numbers.catalog import CATALOG
 from qat.numbers.format import Format
@@ -25,12 +27,18 @@ _KEYS, _OF_CACHES = ("kv_cache_scheme", "kv_cache_quant_algo"), ("k_scale", "v_s
 @dataclass(frozen=True)
 class TargetCache:
     """The cache of one attention layer: its name in the checkpoint, those of its projections (None if they are merged
-    with others), and the formats of keys and values."""
+    with others), the formats of keys and values, and how wide their heads are."""
 
     path: str
     projections: tuple[str, str] | None
     key: Format
     value: Format
+    widths: tuple[int, int] = (0, 0)
+
+
+def no_offsets(cache: TargetCache) -> tuple[str, ...]:
+    """Of layouts that store scales alone."""
+    return ()
 
 
 @dataclass(frozen=True)
@@ -41,13 +49,18 @@ class CacheLayout:
         config: what `quantization_config` says of caches in a format, None where it cannot.
         note: what engines are known to do with them.
         scales: names of the scales of keys and values; raises UnsupportedError where there are none.
-        stored: a float32 [1] scale as it is stored.
+        stored: a float32 scale, [1] or one of each channel, as it is stored.
+        offsets: names of the zero points that are stored beside the scales, zeros of their type and shape.
+        scheme, npu: what engines on NPUs call such caches, and which of them read them.
     """
 
     config: Callable[[Format], dict[str, Any] | None]
     note: Callable[[Format], str]
     scales: Callable[[TargetCache], tuple[str, str]]
     stored: Callable[[Tensor], Tensor]
+    offsets: Callable[[TargetCache], tuple[str, ...]] = no_offsets
+    scheme: str = ""
+    npu: tuple[Npu, ...] = ()
 
     def holds(self) -> list[str]:
         """Names of the formats."""
@@ -56,17 +69,20 @@ class CacheLayout:
 
 @dataclass(frozen=True)
 class StoredCache:
-    """The cache of one attention layer as a checkpoint describes it: QuantizationArgs, and the names of its scales."""
+    """The cache of one attention layer as a checkpoint describes it: QuantizationArgs, and the names of its scales and
+    zero points."""
 
     path: str
     args: dict[str, Any]
     scales: tuple[str, str]
+    offsets: tuple[str, ...] = ()
 
 
 def cache_args(fmt: Format) -> dict[str, Any] | None:
     """QuantizationArgs of caches with calibrated scales, or None where none mean this format."""
-    kind = "float" if fp8_input(fmt, TENSOR) else "int" if int_input(fmt, TENSOR, 8) else None
-    args = {"num_bits": fmt.element.bits, "type": kind, "symmetric": True, "strategy": "tensor", "dynamic": False}
+    kind = "float" if fp8_input(fmt, TENSOR) else "int" if int_input(fmt, TENSOR, 8) or int_columns(fmt, 8) else None
+    strategy = "channel" if fmt.is_columnwise else "tensor"
+    args = {"num_bits": fmt.element.bits, "type": kind, "symmetric": True, "strategy": strategy, "dynamic": False}
     return args if kind else None
 
 
@@ -100,6 +116,7 @@ class ReadsCaches(ABC):
     """What a reader of exported folders says of caches. A layout that has them overrides `_cache_args`."""
 
     CACHE_SCALES: ClassVar[tuple[str, str]] = _OF_CACHES  # of keys and values, below the path of an attention layer
+    CACHE_OFFSETS: ClassVar[tuple[str, ...]] = ()  # zero points, likewise
 
     folder: Path
     where: str
@@ -122,24 +139,29 @@ class ReadsCaches(ABC):
         if args is None:
             return {}
         paths = sorted(name.removesuffix(f".{key}") for name in self.names if name.endswith(f".{key}"))
-        return {path: StoredCache(path, args, (f"{path}.{key}", f"{path}.{value}")) for path in paths}
+        offsets = {path: tuple(f"{path}.{name}" for name in self.CACHE_OFFSETS) for path in paths}
+        return {path: StoredCache(path, args, (f"{path}.{key}", f"{path}.{value}"), offsets[path]) for path in paths}
 
     @cached_property
     def cache_names(self) -> frozenset[str]:
-        """Scales of quantized caches, stored or missing."""
-        return frozenset(name for cache in self.caches.values() for name in cache.scales)
+        """Scales and zero points of quantized caches, stored or missing."""
+        return frozenset(name for cache in self.caches.values() for name in (*cache.scales, *cache.offsets))
 
     def cache_scales(self, path: str) -> tuple[Tensor, Tensor]:
-        """The scales of keys and values of an attention layer, float32 [1] each.
+        """The scales of keys and values of an attention layer, float32: [1] each, or one for each channel of each head.
 
         Raises:
-            CheckpointError: one is missing, is not one number, or is zero, negative or not finite.
+            CheckpointError: one is missing, is not as many numbers, or is zero, negative or not finite.
         """
-        for name in self.caches[path].scales:
+        for name in (*self.caches[path].scales, *self.caches[path].offsets):
             if name not in self.names:
                 raise CheckpointError(f"{self.folder}: {name} is missing")
-        key, value = map(self._sound_value, self.caches[path].scales)
+        key, value = map(self._cache_scale, self.caches[path].scales)
         return key, value
+
+    def _cache_scale(self, name: str) -> Tensor:
+        """One of the scales of a cache, float32."""
+        return self._sound_value(name)
 
     def _check_caches(self) -> None:
         """Scales and configuration ask for the same."""
@@ -148,8 +170,9 @@ class ReadsCaches(ABC):
                 f"{self.where} asks for quantized caches, but no {self.CACHE_SCALES[0]} is stored; engines would take "
                 "1.0, which nobody calibrated"
             )
+        own = {name.rpartition(".")[2] for name in (*_OF_CACHES, *self.CACHE_SCALES, *self.CACHE_OFFSETS)}
         for name in sorted(self.names - self.cache_names):
-            if name.rpartition(".")[2] in _OF_CACHES:
+            if name.rpartition(".")[2] in own:
                 raise CheckpointError(f"{self.folder}: {name} scales a cache that {self.where} does not describe")
 
 

@@ -12,7 +12,7 @@ GROUP = (1, FP8_BLOCK[1])
 
 def int_weight(fmt: Format, *bits: int, zero_point: bool = False) -> bool:
     """Integers of one of these widths with BF16 scales: one, one per row, or one per group of a row."""
-    plain = _integer(fmt) and not fmt.prompt and fmt.scale is BF16 and fmt.block[0] <= 1
+    plain = _integer(fmt) and not fmt.prompt and fmt.scale is BF16 and (fmt.is_static or fmt.is_rowwise)
     return plain and fmt.element.bits in bits and fmt.zero_point == zero_point
 
 
@@ -21,6 +21,12 @@ def int_input(fmt: Format | None, block: tuple[int, int], *bits: int) -> bool:
     scale = BF16 if block == TENSOR else F32
     plain = fmt is not None and _integer(fmt) and not fmt.zero_point
     return fmt is not None and plain and fmt.scale is scale and fmt.block == block and fmt.element.bits in bits
+
+
+def int_columns(fmt: Format, bits: int) -> bool:
+    """Symmetric integers with a calibrated BF16 scale for each column."""
+    plain = _integer(fmt) and not fmt.zero_point and fmt.element.bits == bits
+    return plain and fmt.is_columnwise and fmt.scale is BF16
 
 
 def fp8_weight(fmt: Format, *blocks: tuple[int, int]) -> bool:

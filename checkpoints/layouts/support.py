@@ -10,11 +10,14 @@ what it needs.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from qat.checkpoints.layouts.npu import VERSIONS, Npu
 from qat.numbers.catalog import CATALOG
 from qat.numbers.format import Format
+
+if TYPE_CHECKING:
+    from qat.checkpoints.layouts.caches import CacheLayout
 
 ENGINES = {"transformers": "5.23", "vLLM": "0.33", "SGLang": "0.5.23", "TensorRT-LLM": "2026"}
 Applies = Callable[[Format, Format | None], bool]
@@ -119,8 +122,9 @@ def markdown(tables: Mapping[str, Sequence[Row]], besides: Mapping[str, Sequence
     return "\n".join([*lines, "", *(f"{number}. {sentence}." for sentence, number in marks.items())]) + "\n"
 
 
-def npu_markdown(tables: Mapping[str, Sequence[Row]]) -> str:
-    """The table of docs/ascend.md, with its footnotes: rows that an engine on an NPU loads."""
+def npu_markdown(tables: Mapping[str, Sequence[Row]], caches: Mapping[str, "CacheLayout"]) -> str:
+    """The table of docs/ascend.md, with its footnotes: rows that an engine on an NPU loads, and caches that one reads,
+    by target."""
     heads = [f"{engine} {version}" for engine, version in VERSIONS.items()]
     lines = ["| target | scheme | weights | inputs | " + " | ".join(heads) + " |", "|---" * (4 + len(heads)) + "|"]
     marks: dict[str, int] = {}
@@ -131,6 +135,10 @@ def npu_markdown(tables: Mapping[str, Sequence[Row]]) -> str:
             shown = [_names(dict.fromkeys(side)) for side in zip(*own, strict=True)]
             cells = [_npu_cell([one for one in row.npu if one.engine == engine], marks) for engine in VERSIONS]
             lines.append("| " + " | ".join([f"`{target}`", row.scheme, *shown, *cells]) + " |")
+        if (layout := caches.get(target)) is not None and layout.npu:
+            cells = [_npu_cell([one for one in layout.npu if one.engine == engine], marks) for engine in VERSIONS]
+            shown = ["any", f"any; keys and values {_names(layout.holds())}"]
+            lines.append("| " + " | ".join([f"`{target}`", f"{layout.scheme} (caches)", *shown, *cells]) + " |")
     return "\n".join([*lines, "", *(f"{number}. {sentence}." for sentence, number in marks.items())]) + "\n"
 
 

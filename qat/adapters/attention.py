@@ -47,9 +47,10 @@ class _Gate:
 
 
 def by_row(quantizer: InputQuantizer, x: Tensor) -> Tensor:
-    """x (batch, heads, tokens, width) on its grid, a row for each token and head."""
+    """x (batch, heads, tokens, width) on its grid, a row for each token and head; for each token where a scale belongs
+    to a channel of a head."""
     tokens_first = x.transpose(1, 2)
-    rows: Tensor = quantizer(tokens_first.flatten(0, 1))
+    rows: Tensor = quantizer(tokens_first.flatten(2) if quantizer.format.is_columnwise else tokens_first.flatten(0, 1))
     return rows.view(tokens_first.shape).transpose(1, 2)
 
 

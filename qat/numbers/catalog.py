@@ -50,6 +50,7 @@ _TOKEN = (1, 0)
 _BITNET = "BitNet b1.58, arXiv 2402.17764"
 _OCP = "OCP Microscaling Formats v1.0"
 _MIX = "W8A8_MIX of msmodelslim, for servers with nodes of their own for prompts"
+_C8 = "C8 of msmodelslim: cached keys and values, a scale for each channel of each head"
 _GGML = "llama.cpp, ggml-common.h"
 # What llama.cpp has and nothing here writes.
 _MISSING = {"q2_k": "nothing packs its two bits", "q3_k": "nothing packs its three bits"}
@@ -72,6 +73,7 @@ _FORMATS: list[Format] = [
     Format(
         name="int8_mix", elements=(INT8,), block=(0, 0), scale=BF16, zero_point=True, prompt="int8_token", source=_MIX
     ),
+    Format(name="int8_column", elements=(INT8,), block=(0, 1), scale=BF16, source=_C8),
     Format(name="ternary_channel", elements=(INT2,), block=(1, 0), scale=BF16, scale_rule="mean", source=_BITNET),
     Format(name="ternary_g64", elements=(INT2,), block=(1, 64), scale=BF16, scale_rule="mean", source=_BITNET),
     Format(name="fp8_tensor", elements=(E4M3,), block=(0, 0), scale=BF16, source="OCP FP8"),

@@ -72,6 +72,11 @@ class Format:
         return self.block == (0, 0)
 
     @property
+    def is_columnwise(self) -> bool:
+        """Whether every column has a scale of its own, over all rows; a cache's are then calibrated."""
+        return self.block == (0, 1)
+
+    @property
     def is_rowwise(self) -> bool:
         """Whether a block lies within one row."""
         return self.block[0] == 1

@@ -49,13 +49,14 @@ def dynamic_fake_quantize(x: Tensor, fmt: Format, rule: str, estimator: Estimato
 def static_part(fmt: Format, amax: Tensor) -> Tensor | None:
     """What a checkpoint stores of an input quantizer, float32 [1]: the scale of a static format, the divisor above E4M3
     block scales (the reciprocal of our power-of-two multiplier), or None where everything follows the data. A static
-    format with a zero point has [2], scale and zero point, of a range that is [2] as well, lowest and highest value."""
+    format with a zero point has [2], scale and zero point, of a range that is [2] as well, lowest and highest value;
+    one with a scale per column has [columns], of a range that is as long."""
     if fmt.is_static and fmt.zero_point:
         affine = find_scales(amax.detach().reshape(1, 2), fmt)
         assert affine.zero_point is not None
         return torch.cat([affine.effective().reshape(1), affine.zero_point.to(torch.float32).reshape(1)])
-    if fmt.is_static:
-        return fmt.scale.decode(fmt.scale.store(over(amax.detach(), fmt.element.max).reshape(1)))
+    if fmt.is_static or fmt.is_columnwise:
+        return fmt.scale.decode(fmt.scale.store(over(amax.detach(), fmt.element.max).reshape(-1)))
     if fmt.global_scale:
         return global_scale_for(amax.detach(), fmt).reciprocal().reshape(1)
     return None
@@ -105,8 +106,9 @@ def fake_quantize_input(x: Tensor, fmt: Format, rule: str, estimator: Estimator,
     """
     if rule not in RULES:
         raise UnsupportedError(f"no activation rule {rule!r}; there are {', '.join(RULES)}")
-    if fmt.prompt and rule != "ascend":
-        raise UnsupportedError(f"{fmt.name} inputs have activation_rule: ascend, not {rule}: no other engine has them")
+    if (fmt.prompt or fmt.is_columnwise) and rule != "ascend":
+        what = "caches" if fmt.is_columnwise else "inputs"
+        raise UnsupportedError(f"{fmt.name} {what} have activation_rule: ascend, not {rule}: no other engine has them")
     return RULES[rule](x, fmt, static, estimator)
 
 

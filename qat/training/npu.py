@@ -6,7 +6,9 @@ type (BF16; FP16 on a 310P), adds the offset and then rounds: the code is not al
 `npu_dynamic_mx_quant` takes the exponent of a block's maximum (the floor rule of OCP MX v1.0, whatever weights use),
 saturates, and rounds 4-bit elements half away from zero (round_mode "round") and 8-bit ones half to even ("rint").
 `npu_dynamic_quant` (integers per token) divides by amax over the largest code, which is what every engine does. A
-product of static inputs takes its bias as int32, in units of the scale that the sum is multiplied with.
+product of static inputs takes its bias as int32, in units of the scale that the sum is multiplied with. Cached keys and
+values with a scale per channel (C8) are rounded in BF16 before they are written, and are BF16 numbers when they are
+read.
 """
 
 import torch
@@ -29,6 +31,12 @@ def is_dynamic_integer(fmt: Format) -> bool:
     return integer and fmt.block == (1, 0) and fmt.scale is F32 and fmt.element.bits in (4, 8)
 
 
+def has_operator(fmt: Format) -> bool:
+    """Whether some operator makes this format."""
+    integer = fmt.is_single and fmt.element.is_integer
+    return is_dynamic_integer(fmt) or (fmt.is_static and integer) or _is_mx(fmt)
+
+
 def fake_quantized(
     x: Tensor, fmt: Format, static: Tensor | None, model: torch.dtype = torch.bfloat16
 ) -> tuple[Tensor, Tensor]:
@@ -45,12 +53,25 @@ def fake_quantized(
         assert static is not None
         codes, inside = static_codes(x, static, model)
         return (codes - offset_of(static)) * static[:1], inside
-    if fmt.is_single and fmt.element in (E2M1, E4M3) and fmt.scale is E8M0 and fmt.group:
+    if fmt.is_columnwise and fmt.is_single and fmt.element == INT8 and not fmt.zero_point:
+        assert static is not None
+        codes, inside = column_codes(x, static)
+        return (codes * static).to(torch.bfloat16).to(torch.float32), inside
+    if _is_mx(fmt):
         return _mx(x, fmt)
-    raise UnsupportedError(
+    raise UnsupportedError(missing(fmt))
+
+
+def missing(fmt: Format) -> str:
+    """What to say of a format that no operator makes."""
+    return (
         f"activation_rule: ascend has no operator for {fmt.name} inputs; it has int8_token, int4_token, int8_tensor, "
-        "int8_tensor_asym, mxfp8 and mxfp4"
+        "int8_tensor_asym, mxfp8 and mxfp4. Leave activation_rule and `engine` out, or choose one of those"
     )
+
+
+def _is_mx(fmt: Format) -> bool:
+    return fmt.is_single and fmt.element in (E2M1, E4M3) and fmt.scale is E8M0 and bool(fmt.group)
 
 
 def folds_bias(fmt: Format) -> bool:
@@ -85,6 +106,16 @@ def static_codes(x: Tensor, static: Tensor, model: torch.dtype = torch.bfloat16)
     """int8 codes, as float32, and where they were not clipped: round(x / scale + offset)."""
     reciprocal = static[:1].to(model).reciprocal().to(torch.float32)
     wide = (x.to(torch.float32) * reciprocal + offset_of(static)).round_()
+    low, high = torch.iinfo(torch.int8).min, torch.iinfo(torch.int8).max
+    return wide.clamp(low, high), (wide >= low) & (wide <= high)
+
+
+def column_codes(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes of x (..., columns) under scales (columns,), as float32, and where they were not clipped. vllm-ascend
+    computes them in torch, in the model's BF16: the reciprocal, the product with it, and only then the whole number."""
+    reciprocal = scale.to(torch.bfloat16).reciprocal().to(torch.float32)
+    product = (x.to(torch.bfloat16).to(torch.float32) * reciprocal).to(torch.bfloat16)
+    wide = product.to(torch.float32).round_()
     low, high = torch.iinfo(torch.int8).min, torch.iinfo(torch.int8).max
     return wide.clamp(low, high), (wide >= low) & (wide <= high)
 

@@ -52,9 +52,11 @@ def exported(model: Model) -> Exported:
     """Our export of a type, and the model that it is of."""
 
     @cache
-    def make(name: str, target: str = "ascend", pair: Pair | None = None) -> tuple[Path, nn.Module]:
+    def make(
+        name: str, target: str = "ascend", pair: Pair | None = None, rule: str = "ascend"
+    ) -> tuple[Path, nn.Module]:
         out = model(name).parent / f"ours-{name}-{target}"
-        return out, export_pair(model(name), out, pair or KINDS[name].pair, target, activation_rule="ascend")
+        return out, export_pair(model(name), out, pair or KINDS[name].pair, target, activation_rule=rule)
 
     return make
 

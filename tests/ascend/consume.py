@@ -25,9 +25,18 @@ from safetensors.torch import load_file, save_file
 from tests.ascend import metas
 from tests.ascend.operators import OPERATORS
 from tests.ascend.stubs import Standin, install
+from tests.ascend.vllm_configs import CONFIG_PARTS
 from tests.ascend.vllm_parts import CURRENT, PARTS, LinearBase
 
 DESCRIPTION = "quant_model_description.json"
+CONFIGS = {
+    "compressed-tensors": (
+        ("quantization.configs.compressed_tensors_config", "quantization.compressed_tensors_config"),
+        "AscendCompressedTensorsConfig",
+    ),
+    "fp8": (("quantization.configs.fp8_config", "quantization.fp8_config"), "AscendFp8Config"),
+    "modelopt": (("quantization.configs.modelopt_mxfp8_config",), "AscendModelOptMxFp8Config"),
+}
 
 
 def engine(source: str, device: str, vllm: str, rules: str) -> set[str]:
@@ -36,7 +45,7 @@ def engine(source: str, device: str, vllm: str, rules: str) -> set[str]:
     npu = install({}, device, vllm)
     vars(npu).update({"int4": 285, "float4_e1m2fn_x2": 297, "hifloat8": 290}, **OPERATORS)
     vars(npu).update(metas.checked(OPERATORS, metas.load(Path(rules)), seen))
-    for name, parts in PARTS.items():
+    for name, parts in {**PARTS, **CONFIG_PARTS}.items():
         vars(importlib.import_module(name)).update(parts)
     sys.path.append(source)
     started = module("ascend_config")  # what a server's start sets: weights in FRACTAL_NZ, as by default
@@ -54,11 +63,11 @@ def module(*names: str) -> Any:
         except ModuleNotFoundError as error:
             if error.name is None or not name.startswith(error.name.removeprefix("vllm_ascend.")):
                 raise
-    raise SystemExit(f"vllm-ascend has none of {names}")
+    raise NotImplementedError(f"vllm-ascend has none of {names}")
 
 
 def config_of(folder: Path, device: str) -> Any:
-    """The engine's own config object, for a folder of either kind; a 310P has one of its own."""
+    """The engine's own config object, for a folder of any kind; a 310P has one of its own."""
     hf = json.loads((folder / "config.json").read_text())
     if (folder / DESCRIPTION).is_file():
         modelslim = module("quantization.configs.modelslim_config", "quantization.modelslim_config")
@@ -70,8 +79,8 @@ def config_of(folder: Path, device: str) -> Any:
         config.quant_prefix_mapper = lambda model_type, prefix: prefix
         config._update_packed_modules_mapping = lambda model_type: None
     else:
-        compressed = module("quantization.configs.compressed_tensors_config", "quantization.compressed_tensors_config")
-        config = compressed.AscendCompressedTensorsConfig.from_config(hf["quantization_config"])
+        names, own = CONFIGS[hf["quantization_config"]["quant_method"]]
+        config = getattr(module(*names), own).from_config(hf["quantization_config"])
     CURRENT.quant_config = config
     CURRENT.model_config.hf_config = CURRENT.model_config.hf_text_config = SimpleNamespace(model_type=hf["model_type"])
     return config

@@ -12,6 +12,7 @@ CURRENT = SimpleNamespace(
     quant_config=None,
     kv_transfer_config=None,
     additional_config={},
+    parallel_config=SimpleNamespace(tensor_parallel_size=1),
     model_config=SimpleNamespace(architectures=(), hf_text_config=None, hf_config=None, dtype=torch.bfloat16),
 )
 
@@ -69,7 +70,7 @@ _OPERATORS = torch.library.Library("vllm", "FRAGMENT")
 
 def direct_register_custom_op(op_name: str, op_func: Any, mutates_args: Any = None, **named: Any) -> None:
     """Under `torch.ops.vllm`, whatever the device."""
-    if op_name == "quantize":  # the one that linear layers call
+    if op_name in ("quantize", "unquantized_gemm"):  # those that linear layers call
         _OPERATORS.define(op_name + torch.library.infer_schema(op_func, mutates_args=mutates_args or []))
         _OPERATORS.impl(op_name, op_func, "CompositeExplicitAutograd")
 

@@ -14,6 +14,7 @@ from qat.checkpoints.layouts import open_export
 from qat.checkpoints.layouts.ascend.simulate import SimulatedLinear
 from qat.checkpoints.layouts.ascend.types import BY_NAME, Type, find_type
 from qat.checkpoints.layouts.ascend.write import fold_bias, tensors_of
+from qat.checkpoints.layouts.fp8.simulate import DenseLinear
 from qat.checkpoints.simulated import check_engine, distance, is_simulated, load_simulated
 from qat.cli import main
 from qat.errors import CheckpointError
@@ -174,6 +175,30 @@ def test_portable_exports_are_checked_too(source: Path, tmp_path: Path) -> None:
         CheckpointError, match=r"no device on which vllm-ascend.*compressed-tensors int8_channel with int8_t"
     ):
         check_engine(open_export(tmp_path / "static"), "vllm-ascend")
+
+
+def test_formats_of_gpus_are_checked_too(source: Path, tmp_path: Path, capsys: Any) -> None:
+    """ModelOpt's MXFP8 computes what was trained; FP8 in blocks something else on each device, which is said."""
+    export_pair(source, tmp_path / "mx", ("mxfp8", "mxfp8"), "modelopt", activation_rule="ascend")
+    assert check_engine(open_export(tmp_path / "mx"), "vllm-ascend").startswith("7 layers load on 950 (")
+    out = tmp_path / "fp8"
+    export_pair(source, out, ("fp8_b128", "fp8_g128"), "fp8")
+    assert main(["verify", str(out), "--engine", "vllm-ascend", "--json"]) == 0
+    said = {check["name"]: check["detail"] for check in json.loads(capsys.readouterr().out)["checks"]}["vllm-ascend"]
+    assert said.startswith("7 layers load on 950, a2, a3 (")
+    assert "computes in other formats than were trained" in said
+    far = {part.split()[0]: float(part.split()[1]) for part in said.rpartition(": ")[2].split(", ")}
+    assert 0.015 < far["a2"] == far["a3"] < 0.04 < far["950"] < 0.08
+    with pytest.raises(CheckpointError, match=r"mindie loads the layers before has a loader of fp8 fp8_b128"):
+        check_engine(open_export(out), "mindie")
+
+
+def test_far_blocks_are_named(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export_pair(source, tmp_path / "out", ("fp8_b128", "fp8_g128"), "fp8")
+    real = DenseLinear.forward
+    monkeypatch.setattr(DenseLinear, "forward", lambda self, x: real(self, x) * 1.05)
+    with pytest.raises(CheckpointError, match=r"simulated operators of vllm-ascend are .* times the bound"):
+        check_engine(open_export(tmp_path / "out"), "vllm-ascend")
 
 
 def test_far_layers_are_named(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

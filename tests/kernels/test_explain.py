@@ -46,9 +46,9 @@ def test_what_runs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told["kernel"] == "reference" and "slower than BF16: no C compiler" in told["why"]
 
 
-def test_only_two_element_types_and_minima_keep_the_reference() -> None:
+def test_only_two_element_types_minima_and_columns_keep_the_reference() -> None:
     refused = {name for name, fmt in CATALOG.items() if training_problem(fmt)}
-    assert refused == {"q4_0", "q5_0", "q4_k", "q5_k", "q6_k", "if4"}
+    assert refused == {"int8_column", "q4_0", "q5_0", "q4_k", "q5_k", "q6_k", "if4"}
     told = explain_training("if4")["qat::fake_quantize"]
     assert told == {"kernel": "reference", "why": "its element type is chosen per block"}
     assert "static" in explain_training("fp8_tensor")["qat::fake_quantize_input"]["why"]

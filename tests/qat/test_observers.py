@@ -10,7 +10,7 @@ from torch.ao.quantization.observer import MovingAverageMinMaxObserver
 
 from qat.errors import FormatError
 from qat.numbers.catalog import lookup
-from qat.observers import Histogram, Observer, RangeObserver, TwoSidedObserver
+from qat.observers import ColumnObserver, Histogram, Observer, RangeObserver, TwoSidedObserver, observer_for
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -167,3 +167,50 @@ def test_two_sides() -> None:
         TwoSidedObserver("minmax", fmt).range()
     with pytest.raises(FormatError, match="mse finds a symmetric range, but int8_tensor_asym"):
         TwoSidedObserver("mse", fmt)
+
+
+def test_a_range_for_each_column() -> None:
+    fmt = lookup("int8_column")
+    first, second = normal(2, 5, 3, seed=1), normal(4, 3, seed=2)
+    every = torch.cat([first.flatten(0, 1), second])
+    seen = ColumnObserver("minmax", fmt)
+    seen.add(first.bfloat16().float())
+    seen.add(second)
+    assert seen.range() == tuple(torch.cat([first.bfloat16().float().flatten(0, 1), second]).abs().amax(0).tolist())
+    other = ColumnObserver("minmax", fmt)
+    other.widen(())  # a process that saw nothing yet
+    for part in (first, second):
+        alone = ColumnObserver("minmax", fmt)
+        alone.add(part)
+        other.widen(alone.top)
+    assert other.range() == tuple(every.abs().amax(0).tolist())
+    moving = ColumnObserver("moving_average", fmt)
+    for part in (first, second):
+        moving.add(part)
+    tops = first.abs().flatten(0, 1).amax(0), second.abs().amax(0)
+    assert torch.allclose(torch.tensor(moving.range()), 0.99 * tops[0] + 0.01 * tops[1])
+
+
+def test_a_column_that_holds_nothing() -> None:
+    """NaN and infinity count as nothing, and a column of zeros still has a scale: the smallest of the others."""
+    seen = ColumnObserver("minmax", lookup("int8_column"))
+    seen.add(torch.tensor([[0.0, 2.0, -3.0], [math.nan, -1.0, math.inf]]))
+    assert seen.range() == (2.0, 2.0, 3.0)
+    with pytest.raises(FormatError, match="no non-zero values were observed"):
+        ColumnObserver("minmax", lookup("int8_column")).range()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "made"),
+    [
+        ("int8_column", "minmax", ColumnObserver),
+        ("int8_tensor_asym", "minmax", TwoSidedObserver),
+        ("int8_tensor", "kl", RangeObserver),
+        ("int8_channel_asym", "minmax", RangeObserver),
+    ],
+)
+def test_which_observer_a_format_has(name: str, kind: Observer, made: type) -> None:
+    assert type(observer_for(kind, lookup(name))) is made
+    for histogram in ("percentile", "mse", "kl"):
+        with pytest.raises(FormatError, match=f"{histogram} needs a histogram, and int8_column"):
+            observer_for(histogram, lookup("int8_column"))  # type: ignore[arg-type]  # the loop widens it to str

@@ -65,6 +65,13 @@ def test_every_format_can_be_a_weight_and_all_but_2d_blocks_an_input(name: str) 
         rule = {"match": "*", "weight": "int4_g32", "input": name}
         assert scheme(rule, activation_rule="ascend").rules[0].input == name
         return
+    if CATALOG[name].is_columnwise:
+        for rule in ({"weight": name}, {"weight": "int4_g32", "input": name}):
+            assert f"{name} has a scale per column, which only the `key`" in refused({"match": "*", **rule})
+        cached = {"match": "*", "key": name, "value": name}
+        assert f"{name} caches need activation_rule: ascend, not vllm" in refused(cached)
+        assert scheme(cached, activation_rule="ascend").rules[0].key == name
+        return
     assert scheme({"match": "*", "weight": name}).rules[0].weight == name
     if CATALOG[name].block[0] > 1:
         assert "2-D blocks, which only weights can have" in refused({"match": "*", "weight": name, "input": name})
@@ -170,6 +177,8 @@ def test_learning_modes_that_formats_do_not_have_are_refused() -> None:
     mixed = {"match": "*", "weight": "int8_channel", "input": "int8_mix"}
     assert "int8_mix inputs need activation_rule: ascend, not vllm" in refused(mixed)
     assert "int8_mix rounds prompts and answers differently" in refused({"match": "*", "weight": "int8_mix"})
+    blocks = {"match": "*", "weight": "fp8_b128", "input": "fp8_g128"}
+    assert "ascend has no operator for fp8_g128 inputs" in refused(blocks, activation_rule="ascend")
     affine = {"match": "*", "weight": "int8_channel", "input": "int8_tensor_asym"}
     assert "has two ends" in refused(affine, learn_inputs="true")
 
@@ -189,3 +198,6 @@ def test_fp16_models_are_int8_products(pair: tuple[str, str | None], more: dict[
         scheme(rule, activation_rule="ascend_310p", **more)
     able = {"match": "*", "weight": "int8_channel", "input": "int8_token"}
     assert not scheme(able, activation_rule="ascend_310p", round_bf16=False).round_bf16
+    cached = {"match": "*.self_attn", "key": "fp8_token", "value": "fp8_token"}
+    with pytest.raises(ValueError, match="no quantized caches; leave fp8_token out"):
+        scheme(cached, able, activation_rule="ascend_310p", round_bf16=False)

@@ -200,6 +200,15 @@ def test_experts_and_routers_are_covered_although_they_are_no_linear_layers() ->
     assert sum(row.parameters for row in coverage.modules) == matrix_parameters(model)
 
 
+def test_experts_do_not_know_prompts_from_answers() -> None:
+    mixed = rules(("*.mlp.experts.*", "int8_channel", "int8_mix"), ("*", None), activation_rule="ascend", fused=())
+    message = refused(mixed, build("qwen3_moe", **MOE), UnsupportedError)
+    assert message.startswith("model.layers.0.mlp.experts.gate_up_proj: int8_mix inputs ask which tokens are a prompt")
+    assert "give '*.mlp.experts.*' int8_token inputs" in message
+    linear = rules(("*.q_proj", "int8_channel", "int8_mix"), ("*", None), activation_rule="ascend", fused=())
+    apply(build("qwen3_moe", **MOE), linear)
+
+
 def test_embeddings_take_a_weight_but_no_input_format_and_subclasses_are_refused() -> None:
     message = refused(rules(("*.embed_tokens", "int8_channel", "int8_token"), ("*", None)))
     assert "model.embed_tokens is an embedding: its input is token ids" in message

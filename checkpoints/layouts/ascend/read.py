@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qat.checkpoints.hf import read_json
+from qat.checkpoints.layouts.ascend.caches import OFFSET_REFUSED
 from qat.checkpoints.layouts.ascend.engines import NO_PLAIN
 from qat.checkpoints.layouts.ascend.types import BY_NAME, FLOAT, LEFT_OUT, Type
 from qat.checkpoints.layouts.bits import Array, float_values, scale_values
@@ -27,11 +28,10 @@ if TYPE_CHECKING:
 DESCRIPTION = "quant_model_description.json"
 _VERSION = "1.0.0"
 _WEIGHT = ".weight"
-_SETTINGS = frozenset(("version", "model_quant_type", "group_size", "metadata", "optional"))
+_CACHES, _C8 = ("kv_cache_type", "kv_quant_type"), "C8"
+_SETTINGS = frozenset(("version", "model_quant_type", "group_size", "metadata", "optional", *_CACHES))
 _UNREAD = {
     "fa_quant_type": "quantized attention",
-    "kv_cache_type": "quantized caches (C8)",
-    "kv_quant_type": "quantized caches (C8)",
     "indexer_quant_type": "a quantized indexer",
     "reduce_quant_type": "quantized sums over ranks",
 }
@@ -75,6 +75,8 @@ class Reader(ExportedFolder):
     SCALES = ("weight_scale", "input_scale")
     SUFFIXES = ("weight", *SCALES, "weight_offset", "input_offset", "quant_bias", "deq_scale")
     UNREAD = MappingProxyType(_UNREAD)
+    CACHE_SCALES = ("k_proj.kv_cache_scale", "v_proj.kv_cache_scale")
+    CACHE_OFFSETS = ("k_proj.kv_cache_offset", "v_proj.kv_cache_offset")
 
     def _described(self) -> tuple[dict[str, Any], str]:
         where = self.folder / DESCRIPTION
@@ -83,8 +85,15 @@ class Reader(ExportedFolder):
     def _check_configuration(self) -> None:
         if (version := self.quantization.get("version", _VERSION)) != _VERSION:
             raise UnsupportedError(f"{self.where}: version {version!r}, whose tensors differ; readable: {_VERSION!r}")
+        for key in _CACHES:
+            if (said := self.quantization.get(key)) not in (None, _C8):
+                raise UnsupportedError(
+                    f"{self.where}: {key} is {said!r}; readable: {_C8!r} (INT8, a scale per channel)"
+                )
         for name, kind in self.types.items():
-            if kind not in BY_NAME and kind != FLOAT:
+            if (kind == _C8) != name.endswith((*self.CACHE_SCALES, *self.CACHE_OFFSETS)):
+                raise CheckpointError(f"{self.where}: {name} is {kind!r}, but {_C8!r} is what scales of caches are")
+            if kind not in BY_NAME and kind not in (FLOAT, _C8):
                 why = f" ({LEFT_OUT[kind]})" if kind in LEFT_OUT else ""
                 raise UnsupportedError(f"{self.where}: {name} is {kind!r}{why}; readable: {', '.join(BY_NAME)}")
 
@@ -112,6 +121,25 @@ class Reader(ExportedFolder):
                 if (other := self.types.get(f"{path}.{key}", kind.name)) != kind.name:
                     raise CheckpointError(f"{self.where}: {path}.{key} is {other}, but its weight {kind.name}")
         return {path: self._module(path, kind.name) for path, kind in sorted(found.items())}
+
+    def _cache_args(self) -> dict[str, Any] | None:
+        """vllm-ascend goes by the first key, MindIE by the second."""
+        if not any(self.quantization.get(key) for key in _CACHES):
+            return None
+        return {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+
+    def _cache_scale(self, name: str) -> Tensor:
+        """Also of msmodelslim's files, which store it in float32 or in the model's type; engines cast it to that."""
+        scale, offset = self._sound(name), self.reader.get(name.replace("kv_cache_scale", "kv_cache_offset"))
+        rows = self.reader.info(name.replace("kv_cache_scale", "weight")).shape[0]
+        if scale.shape != (rows,) or offset.shape != (rows,) or not scale.is_floating_point():
+            raise CheckpointError(
+                f"{self.folder}: {name} is {scale.dtype}{[*scale.shape]} with an offset of {[*offset.shape]}, not a "
+                f"float for each of the {rows} rows of the projection"
+            )
+        if bool(offset.count_nonzero()):
+            raise UnsupportedError(f"{self.folder}: the offset of {name} is not zero; {OFFSET_REFUSED}")
+        return scale.to(torch.bfloat16).to(torch.float32)
 
     def type_of(self, path: str) -> Type:
         """The type of a quantized layer."""

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from qat.checkpoints.layouts import support
 from qat.checkpoints.layouts.arguments import weight_format
+from qat.checkpoints.layouts.ascend.caches import C8, KEYS, is_of_cache
+from qat.checkpoints.layouts.ascend.caches import CACHES as CACHES
 from qat.checkpoints.layouts.ascend.engines import ROWS as ROWS
 from qat.checkpoints.layouts.ascend.types import BY_NAME, FLOAT, Type, find_type
 from qat.checkpoints.layouts.npu import ENGINES, HALF
@@ -39,7 +41,6 @@ FUSES_TENSOR_SCALES = False  # weights have none
 ROTATED = None
 TABLES = None
 STACKS_OF = ()
-CACHES = None
 MINDIE = ENGINES[2]  # which asks config.json for the type, in its own words
 VERSION = "1.0.0"  # of the description; vllm-ascend reads other versions in another way
 
@@ -223,12 +224,14 @@ def _check_fused(types: dict[str, str], layers: list[TargetLayer]) -> None:
 def files(config: dict[str, Any], stored: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The description: the type of every stored tensor, and of an output layer that is tied to the embedding."""
     kinds = {f"{path}.{name}": kind for path, kind in config["types"].items() for name in BY_NAME[kind].tensors}
+    kinds |= dict.fromkeys(filter(is_of_cache, stored), C8)
     named = dict.fromkeys((*(f"{path}.weight" for path in (*config["ignored"], *config["types"])), *stored))
     return {
         DESCRIPTION: {
             "version": VERSION,
             "model_quant_type": config["model_quant_type"],
             "group_size": config["group_size"],
+            **{key: config[key] for key in KEYS if key in config},
             **{name: kinds.get(name, FLOAT) for name in sorted(named)},
         }
     }

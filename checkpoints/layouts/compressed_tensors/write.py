@@ -199,7 +199,7 @@ def _rotations(rotated: dict[int, list[str]], everything: list[str]) -> dict[str
 
 
 def _cache_config(fmt: Format) -> dict[str, Any] | None:
-    args = cache_args(fmt)
+    args = None if fmt.is_columnwise else cache_args(fmt)
     return None if args is None else {"kv_cache_scheme": args}
 
 

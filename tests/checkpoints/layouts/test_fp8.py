@@ -12,13 +12,17 @@ from qat.checkpoints.exported import load_exported
 from qat.checkpoints.hf import quiet
 from qat.checkpoints.layouts import TargetLayer, check_layer, open_export
 from qat.checkpoints.layouts.arguments import weight_args
+from qat.checkpoints.layouts.fp8 import simulate
 from qat.checkpoints.layouts.fp8 import write as target
+from qat.checkpoints.layouts.npu import DEVICES
 from qat.checkpoints.layouts.reader import PackedModule
+from qat.checkpoints.simulated import distance
 from qat.checkpoints.verify import verify
 from qat.errors import CheckpointError, UnsupportedError
 from qat.modes import served
 from qat.numbers.catalog import lookup
 from qat.numbers.numerics import quantize
+from qat.training.activations import fake_quantize_input
 from tests.checkpoints.exports import (
     SKIP_TABLE,
     broken,
@@ -132,6 +136,31 @@ def test_a_quantized_head_is_refused_before_anything_is_written(source: Path, tm
     with pytest.raises(UnsupportedError, match="lm_head"):
         quiet_export(model, source, tmp_path / "out", "fp8")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("shape", [(96, 48), (256, 384), (64, 96)])
+@pytest.mark.parametrize("device", DEVICES[:3])
+def test_simulated_on_npus(device: str, shape: tuple[int, int]) -> None:
+    """BF16 weights and inputs; on 950 both rounded to MXFP8 by the NPU's rule, where groups of 32 divide a row; bias
+    added before the one rounding. Another device's arithmetic, or a scale of a neighbour, is far outside the bound."""
+    generator = torch.Generator().manual_seed(4)
+    weight, bias = torch.randn(shape, generator=generator) * 0.05, torch.linspace(-2, 2, shape[0])
+    weight[:, ::7] *= 40  # so that blocks differ
+    q = quantize(weight, lookup(PAIR[0]))
+    x = torch.randn(3, 5, shape[1], generator=generator).bfloat16()
+    tensors, mx = target.pack(q), device == "950" and shape[1] % 32 == 0
+    held, read = q.dequantize(torch.bfloat16).float(), x.float()
+    assert simulate.rounds_again(device, shape[1]) == (lookup("mxfp8") if mx else None)
+    rounded = [fake_quantize_input(t, lookup("mxfp8"), "ascend", "ste", None) for t in (read, held)] if mx else []
+    wanted = torch.nn.functional.linear(*(rounded or (read, held)), bias)
+    y = simulate.simulated(tensors, (128, 128), device, bias)(x)
+    assert y.dtype == torch.bfloat16 and y.shape == (3, 5, shape[0]) and distance(y.float(), wanted) <= 1
+    other = simulate.simulated(tensors, (128, 128), "a2" if mx else "950", bias)(x)
+    assert distance(other.float(), wanted) > 3 or shape[1] % 32
+    assert distance(simulate.simulated(tensors, (128, 128), device)(x).float() + bias, wanted) <= 2
+    if shape[1] > 128:
+        tensors["weight_scale_inv"] = tensors["weight_scale_inv"] * torch.tensor([1.0, 1.5, 2.0])
+        assert distance(simulate.simulated(tensors, (128, 128), device, bias)(x).float(), wanted) > 10
 
 
 def invert(tensors: dict[str, Tensor]) -> None:

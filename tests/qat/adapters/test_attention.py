@@ -181,3 +181,43 @@ def test_attention_that_caches_otherwise_is_refused_when_it_runs(folder: Path) -
             logits(model)
     finally:
         module.KIND.forward = before
+
+
+def test_a_scale_for_each_channel_of_each_head(folder: Path) -> None:
+    """Keys after their rotation and values, by hand: channel d of head h has the scale number 32 h + d."""
+    model = apply(
+        load(folder, attn_implementation="eager"), caches("int8_column", "int8_column", activation_rule="ascend")
+    )
+    observe(model, [{"input_ids": IDS}])
+    seen: dict[tuple[int, str], Tensor] = {}
+
+    def watch(place: tuple[int, str]) -> Change:
+        def see(x: Tensor) -> Tensor:  # (batch, heads, tokens, width)
+            seen[place] = x.abs().amax(dim=(0, 2))
+            return x
+
+        return see
+
+    def by_hand(place: tuple[int, str]) -> Change:
+        scale = (seen[place] / 127).bfloat16()[None, :, None]
+        return lambda x: (torch.round(x.bfloat16() * (1 / scale)).clamp(-128, 127) * scale).float()
+
+    places = [(layer, role) for layer in (0, 1) for role in ("key", "value")]
+    logits(patched(folder, {place: watch(place) for place in places}))
+    expected = logits(patched(folder, {place: by_hand(place) for place in places}))
+    assert torch.equal(logits(model), expected)
+    with dense(model, inputs=True):
+        assert not torch.equal(logits(model), expected)
+    for place, site in zip(places, sites(model, "key", "value"), strict=True):
+        assert torch.equal(site.quantizer.amax, seen[place].flatten())
+    (cached, *_) = report(model).caches
+    assert cached.key == "int8_column" and cached.bytes * 2 == cached.dense_bytes  # no scale per token
+
+
+def test_gradients_of_a_channel_s_keys(folder: Path) -> None:
+    model = apply(load(folder), caches("int8_column", "int8_column", activation_rule="ascend", estimator="clipped"))
+    observe(model, [{"input_ids": IDS}])
+    model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    for name in ("k_proj", "v_proj"):
+        gradient = model.get_submodule(f"model.layers.1.self_attn.{name}").weight.grad
+        assert gradient.isfinite().all() and gradient.any()

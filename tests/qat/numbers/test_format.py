@@ -176,7 +176,8 @@ def test_7_a_nan_spoils_its_own_block_and_no_other(fmt: Format, bad: float) -> N
     blocks = to_blocks(x, fmt)
     spoiled = to_blocks(fake_quantize(x, fmt), fmt)
     block = torch.zeros(blocks.shape, dtype=torch.bool)
-    block[blocks.isfinite().logical_not().nonzero()[0, 0], :, 0, :] = True
+    row, _, column, _ = blocks.isfinite().logical_not().nonzero()[0]
+    block[row, :, column, :] = True
     assert spoiled[block].isnan().all()
     clean = torch.where(block, 0.0, blocks)
     expected = fake_quantize(from_blocked(clean, x), fmt)

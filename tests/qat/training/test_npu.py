@@ -89,3 +89,27 @@ def test_a_spoilt_block_is_nan_and_no_other() -> None:
 def test_other_formats_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="no operator for nvfp4 inputs; it has int8_token"):
         fake_quantize_input(torch.ones(1, 16), lookup("nvfp4"), "ascend", "ste", torch.ones(1))
+
+
+def test_channels_of_caches_are_rounded_in_bf16() -> None:
+    """Every BF16 number under three scales, by torch's own BF16 operators, as vllm-ascend calls them."""
+    fmt = lookup("int8_column")
+    static = static_part(fmt, torch.tensor([0.7, 3.1, 19.0]))
+    assert static is not None and torch.equal(static, (torch.tensor([0.7, 3.1, 19.0]) / 127).bfloat16().float())
+    scale = static.bfloat16()
+    patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = torch.where(torch.isfinite(patterns), patterns, 0)[:, None].expand(-1, 3)
+    codes = torch.clamp(torch.round(x * (1.0 / scale) + torch.zeros(3, dtype=torch.bfloat16)), -128, 127)
+    expected = (codes.to(torch.int8).to(torch.bfloat16) * scale).float()
+    found, inside = npu.fake_quantized(x.float(), fmt, static)
+    assert torch.equal(found, expected) and found.dtype == torch.float32
+    assert torch.equal(
+        inside, (x * (1.0 / scale)).float().round().clamp(-128, 127) == (x * (1.0 / scale)).float().round()
+    )
+    assert torch.equal(fake_quantize_input(x.float(), fmt, "ascend", "ste", static), expected)
+    once = torch.round(x.float() * (1.0 / scale).float()).clamp(-128, 127)
+    assert not torch.equal(once, codes.float())  # so that the product's rounding to BF16 is seen
+    assert codes.min() == -128 and codes.max() == 127
+    assert not inside.all() and torch.equal(inside[:, 0], inside[:, 0] & (found[:, 0].abs() <= 128 * static[0]))
+    with pytest.raises(UnsupportedError, match="int8_column caches have activation_rule: ascend, not vllm"):
+        fake_quantize_input(x.float(), fmt, "vllm", "ste", static)

@@ -1,0 +1,101 @@
+"""The experts of a layer of an Ascend checkpoint as vllm-ascend runs them: stacks of what is stored for each, and the
+grouped operators that its scheme class then calls, simulated (`qat.serving.npu_experts`).
+
+Inputs and outputs are BF16, whatever the model around them computes in. The router is transformers' own.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.adapters.experts import FIRST, SECOND
+from qat.checkpoints.layouts.ascend.types import BY_NAME, Type
+from qat.serving import npu
+from qat.serving.npu_experts import grouped_matmul, grouped_matmul_swiglu_quant, sent, unpermute
+
+_MODEL = torch.bfloat16
+_FAR = 32.0  # as far as gates are asked what they compute
+STACKS = (FIRST[0], SECOND)
+
+
+def problem(module: Any, kinds: Mapping[str, set[str]]) -> str:
+    """Why a layer's experts cannot be simulated, "" where they can.
+
+    Args:
+        module: transformers' own, or one that is quantized.
+        kinds: names of the types of their matrices, by stack.
+    """
+    every = set().union(*kinds.values()) if kinds else set()
+    if set(kinds) != set(STACKS):
+        return f"only {', '.join(sorted(kinds))} is quantized"
+    if len(every) > 1 or not all(BY_NAME[one].experts and BY_NAME[one].input == "token" for one in every):
+        return f"grouped products of {', '.join(sorted(every))} have no simulation"
+    if module.has_bias or getattr(module, "has_post_expert_norm", False) or module.is_transposed:
+        return f"{type(module).__name__} adds more to its products than a gate"
+    if not _is_swiglu(module):
+        return f"{type(module).__name__} has another gate than the operator's"
+    return ""
+
+
+def _is_swiglu(module: Any) -> bool:
+    """Whether the module's gate is silu of the first half times the second, for large values, too."""
+    if not module.has_gate:
+        return False
+    gate = torch.linspace(-_FAR, _FAR, 64)
+    both = torch.stack((gate.repeat_interleave(64), gate.repeat(64)), dim=-1)
+    with torch.no_grad():
+        found = type(module)._apply_gate(module, both)
+    expected = torch.nn.functional.silu(both[:, :1]) * both[:, 1:]
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+class SimulatedExperts(nn.Module):
+    """In place of a layer's experts.
+
+    Args:
+        kind: their type.
+        tensors: what is stored, by stack (`STACKS`) and name below a matrix's path: the matrices of all experts one
+            below the other, gates above what they gate.
+        experts: how many they are.
+    """
+
+    def __init__(self, kind: Type, tensors: Mapping[str, Mapping[str, Tensor]], experts: int) -> None:
+        super().__init__()
+        self.kind, self.num_experts = kind, experts
+        for stack in STACKS:
+            for name, tensor in _held(tensors[stack], experts).items():
+                self.register_buffer(f"{stack}_{name}", tensor)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states (tokens, width) of any float type, the experts chosen for each and their shares (tokens, k);
+        (tokens, width) of the same type comes out."""
+        get, (first, second) = self.get_buffer, STACKS
+        order, sizes = sent(top_k_index, self.num_experts)
+        codes, scales = npu.dynamic_quant(hidden_states.to(_MODEL))
+        rows = order // top_k_index.shape[-1]
+        codes, scales = grouped_matmul_swiglu_quant(
+            codes[rows], get(f"{first}_weight"), get(f"{first}_scale").float(), sizes, pertoken_scale=scales[rows]
+        )
+        y = grouped_matmul(codes, get(f"{second}_weight"), get(f"{second}_scale"), sizes, pertoken_scale=scales)
+        return unpermute(y, order, top_k_weights).to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        """For `print(model)`."""
+        return f"{self.num_experts}, {self.kind.name}"
+
+
+def _held(tensors: Mapping[str, Tensor], experts: int) -> dict[str, Tensor]:
+    """Of one stack: codes (experts, k, n), and scales (experts, n) in the model's type."""
+    weight, scale = tensors["weight"], tensors["weight_scale"].to(_MODEL)
+    return {
+        "weight": weight.view(experts, -1, weight.shape[-1]).transpose(1, 2).contiguous(),
+        "scale": scale.view(experts, -1),
+    }
+
+
+def stacked(matrices: Sequence[tuple[int, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    """Tensors of a stack, from those of its matrices and the row at which each begins."""
+    ordered = [tensors for _, tensors in sorted(matrices, key=lambda one: one[0])]
+    return {name: torch.cat([tensors[name] for tensors in ordered]) for name in ordered[0]}
