@@ -26,6 +26,7 @@ from qat.checkpoints.layouts.fp8.write import METHOD as BLOCKS
 from qat.checkpoints.layouts.reader import HALF_RULE, NPU_RULE
 from qat.checkpoints.names import stored_names
 from qat.checkpoints.progress import progress
+from qat.checkpoints.simulated_caches import simulate_caches, simulated_and_trained
 from qat.errors import CheckpointError, UnsupportedError
 from qat.numbers.format import Format
 from qat.text import some
@@ -61,6 +62,7 @@ def load_simulated(folder: Path, dtype: torch.dtype = torch.float32) -> "PreTrai
                 layer = model.get_submodule(place)
                 model.set_submodule(place, simulated(exported, path, layer._parameters.get("bias")))
             advance(1)
+    simulate_caches(model)
     stacks = stack_inputs(exported, rule_of(exported), stored.rows)
     why = {path: _simulate_experts(model, exported, path, stored.rows) for path in stacks}
     if left := {path: reason for path, reason in why.items() if reason}:
@@ -164,14 +166,31 @@ def check_engine(exported: ExportedFolder, engine: npu.Engine) -> str:
                     )
                 worst, away[device] = max(worst, apart), max(away.get(device, 0.0), from_trained)
             advance(1)
+    worst = max(worst, _check_caches(exported, engine))
     said = (
-        f"{len(exported.modules)} layers load on {', '.join(sorted(devices))} ({npu.VERSIONS[engine]}); simulated "
+        f"{len(exported.modules)} layers{f' and {count} caches' if (count := len(exported.caches)) else ''} "
+        f"load on {', '.join(sorted(devices))} ({npu.VERSIONS[engine]}); simulated "
         f"operators differ from fake quantization by {worst:.2f} of the bound at most"
     )
     if exported.METHOD != BLOCKS:
         return said
     parts = [f"{device} {away[device]:.3f}" for device in sorted(devices)]
     return f"{said}; it computes in other formats than were trained, and is from those, in norm: {', '.join(parts)}"
+
+
+def _check_caches(exported: ExportedFolder, engine: npu.Engine) -> float:
+    """How far simulated attention is from fake quantization at most, in units of the bound.
+
+    Raises:
+        CheckpointError: it is beyond; names the layer.
+    """
+    found = {path: distance(*simulated_and_trained(exported, path)) for path in exported.caches}
+    if beyond := [path for path, far in found.items() if far > 1]:
+        raise CheckpointError(
+            f"{beyond[0]}: simulated attention of {engine} is {found[beyond[0]]:.1f} times the bound from what was "
+            "trained"
+        )
+    return max(found.values(), default=0.0)
 
 
 def _reading_caches(exported: ExportedFolder, engine: npu.Engine) -> set[npu.Device]:

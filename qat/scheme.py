@@ -28,8 +28,7 @@ from qat.numbers.catalog import lookup, widened
 from qat.observers import Observer
 from qat.quantizer import Learn
 from qat.sites import Role
-from qat.training import npu
-from qat.training.activations import ActivationRule
+from qat.training.activations import ActivationRule, llama_cpp_input
 from qat.training.gradients import Estimator
 from qat.training.half import RULE as HALF_RULE
 from qat.training.npu import in_half
@@ -226,10 +225,6 @@ class Scheme(Strict):
         mixed = [rule.input for rule in self.rules if rule.input is not None and lookup(rule.input).prompt]
         if mixed and self.activation_rule != "ascend":
             raise ValueError(f"{mixed[0]} inputs need activation_rule: ascend, not {self.activation_rule}")
-        inputs = [lookup(rule.input) for rule in self.rules if rule.input is not None]
-        unmade = [fmt for fmt in inputs if not npu.has_operator(fmt)] if self.activation_rule == "ascend" else []
-        if unmade:
-            raise ValueError(npu.missing(unmade[0]))
         return self
 
     @model_validator(mode="after")
@@ -241,6 +236,20 @@ class Scheme(Strict):
         given = [name for name in cached if lookup(name).is_columnwise]
         if given and self.activation_rule != "ascend":
             raise ValueError(f"{given[0]} caches need activation_rule: ascend, not {self.activation_rule}")
+        return self
+
+    @model_validator(mode="after")
+    def _inputs_are_llama_cpps(self) -> "Scheme":
+        every: list[Rule | Fallback] = [*self.rules, *([self.fallback] if self.fallback else [])]
+        for given in every if self.activation_rule == "llama_cpp" else ():
+            if given.weight is None or given.input is None:
+                continue
+            wanted = llama_cpp_input(lookup(given.weight)).name
+            if given.input != wanted:
+                raise ValueError(
+                    f"activation_rule: llama_cpp rounds the inputs of {given.weight} weights to {wanted}, not "
+                    f"{given.input}; write `input: {wanted}` beside `weight: {given.weight}`, or leave it out"
+                )
         return self
 
     @model_validator(mode="after")

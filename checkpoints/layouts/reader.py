@@ -173,6 +173,10 @@ class ExportedFolder(ReadsCaches, ABC):
     def _zero_points(self, module: PackedModule, tensors: dict[str, Tensor], rows: int) -> Array | None:
         return None
 
+    def _codes(self, module: PackedModule, tensors: dict[str, Tensor], rows: int) -> Array:
+        """The bytes of codes, a row of them for each row of the weight."""
+        return raw_rows(tensors[self._codes_name(module)].reshape(rows, -1))
+
     @classmethod
     def tensor_name(cls, path: str, key: str) -> str:
         """What a layer's tensor is called that is `key` below the layer's path."""
@@ -298,7 +302,7 @@ class ExportedFolder(ReadsCaches, ABC):
         module, tensors, shape = self.modules[path], self.layer(path), self.shape(path)
         rows, columns = math.prod(shape[:-1]), shape[-1]
         scale, zero = self._scale(module, tensors), self._zero_points(module, tensors, rows)
-        codes = raw_rows(tensors[self._codes_name(module)].flatten(0, len(shape) - 2))
+        codes = self._codes(module, tensors, rows)
         table = code_values(module)
         out = np.empty((rows, columns), dtype=np.uint16)
         step = max(1, _CHUNK // max(columns, 1))

@@ -1,5 +1,6 @@
 """A layer of an Ascend checkpoint as vllm-ascend runs it: what its scheme class makes of the stored tensors when it has
-loaded them, and the operators that it then calls, simulated (`qat.serving.npu`).
+loaded them, and the operators that it then calls, simulated (`qat.serving.npu`). W4A16, which it does not load, follows
+MindIE (`W4A16LinearStatic` of its atb_llm, read in its commit 8b4871a).
 
 Inputs and outputs are of the model's type, whatever the model around it computes in: BF16, or FP16 on a 310P.
 """
@@ -34,7 +35,7 @@ class SimulatedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.kind, self.model = kind, model
-        held = dict(_mx(tensors) if kind.group else {} if kind.input == "tensor" else _rows(tensors, model))
+        held = _held(kind, tensors, model)
         held |= _static(tensors, model) if kind.is_static else {}
         self.out_features, self.in_features = held["weight"].shape[1], held["weight"].shape[0]
         for name, tensor in held.items():
@@ -64,7 +65,7 @@ class SimulatedLinear(nn.Module):
         get, kind = self.get_buffer, self.kind
         bias = self.added.float() if isinstance(self.added, Tensor) else None
         bits = kind.input_element.bits
-        if kind.group:
+        if kind.is_mx:
             codes, scales = npu.dynamic_mx_quant(x, bits)
             return npu.mx_matmul(codes, get("weight"), None, pertoken_scale=scales, bias=bias)
         if not kind.input:
@@ -79,6 +80,25 @@ class SimulatedLinear(nn.Module):
     def extra_repr(self) -> str:
         """For `print(model)`."""
         return f"{self.in_features}, {self.out_features}, {self.kind.name}"
+
+
+def _held(kind: Type, tensors: Mapping[str, Tensor], model: torch.dtype) -> dict[str, Tensor]:
+    """What is not static of a layer, as it lies on a device."""
+    if kind.is_mx:
+        return _mx(tensors)
+    if kind.pairs_rows:
+        return _groups(tensors, model)
+    return {} if kind.input == "tensor" else _rows(tensors, model)
+
+
+def _groups(tensors: Mapping[str, Tensor], model: torch.dtype) -> dict[str, Tensor]:
+    """As MindIE holds them: scales and offsets are cast to the model's type, and the offset, which a loader subtracts,
+    is added by the operator with the opposite sign. A byte's low four bits are the even row of two."""
+    pairs = tensors["weight"].to(torch.int16)
+    low, high = (pairs & 15 ^ 8) - 8, pairs >> 4
+    codes = torch.stack((low, high), dim=1).flatten(0, 1).t().float()
+    scale, offset = (tensors[name].to(model).t() for name in ("weight_scale", "weight_offset"))
+    return {"weight": codes, "scale": scale, "offset": -offset}
 
 
 def _rows(tensors: Mapping[str, Tensor], model: torch.dtype) -> dict[str, Tensor]:

@@ -61,6 +61,16 @@ class Type:
         """Whether two neighbours of a row share a byte."""
         return self.tensors["weight"][1] == "n k/2"
 
+    @property
+    def pairs_rows(self) -> bool:
+        """Whether two neighbours of a column do."""
+        return self.tensors["weight"][1] == "n/2 k"
+
+    @property
+    def is_mx(self) -> bool:
+        """Whether groups have powers of two as scales."""
+        return self.group > 0 and not self.element.is_integer
+
     def specs(self, rows: int, columns: int, half: bool = False) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Type and shape of every tensor of a layer (rows, columns); of FP16 models with `half`."""
         own = {**self.tensors, **(IN_HALF if half and self.is_static else {})}
@@ -99,6 +109,10 @@ def _channel(weight: Format, bits: int) -> bool:
     return int_weight(weight, bits) and weight.block == ROW
 
 
+def _group(weight: Format, bits: int, group: int) -> bool:
+    return int_weight(weight, bits, zero_point=weight.zero_point) and weight.group == group
+
+
 _VLLM, _SGLANG, _MINDIE = ENGINES
 _MINDIE_KEY = "MindIE also reads `quantize` in config.json, which is written"
 _DECODES = (
@@ -108,6 +122,10 @@ _DECODES = (
 _PER_TOKEN = (
     "on 310p vllm-ascend calls npu_quant_matmul with scales per token, which torch_npu's documents (6.0 to 7.0) say it "
     "does not take there, and its code notes a loss of accuracy; W8A8 has neither"
+)
+_GROUPS = (
+    "MindIE has groups of 64 and 128, one size for a model; classes of it that build their graph in Python "
+    "(modeling_atb.py) take 128 only"
 )
 _ROW_SCALES = {"weight": ("I8", "n k"), "weight_scale": ("F32", "n 1"), "weight_offset": ("F32", "n 1")}
 _STATIC: dict[str, Spec] = {
@@ -120,6 +138,21 @@ _STATIC: dict[str, Spec] = {
 IN_HALF: dict[str, Spec] = {"deq_scale": ("I64", "n")}
 """What a static type stores otherwise in FP16 models: a float32 number in the low 32 bits of an integer."""
 _MX_SCALES: dict[str, Spec] = {"weight_scale": ("U8", "n k/g")}
+
+
+def _w4a16(group: int) -> Type:
+    """INT4 in groups, with or without an offset, under inputs that are not quantized."""
+    return Type(
+        "W4A16",
+        lambda w, a: _group(w, INT4_BITS, group) and a is None,
+        INT4,
+        group,
+        "",
+        INT4,
+        {"weight": ("I8", "n/2 k"), "weight_scale": ("F32", "n k/g"), "weight_offset": ("F32", "n k/g")},
+        (Npu(_MINDIE, A2_A3, remark=_GROUPS),),
+    )
+
 
 TYPES: tuple[Type, ...] = (
     Type(
@@ -168,6 +201,8 @@ TYPES: tuple[Type, ...] = (
         _ROW_SCALES,
         (Npu(_VLLM, A2_A3), Npu(_MINDIE, A2_A3, remark=_MINDIE_KEY)),
     ),
+    _w4a16(64),
+    _w4a16(128),
     Type(
         "W4A4_DYNAMIC",
         lambda w, a: _channel(w, INT4_BITS) and int_input(a, ROW, INT4_BITS),
@@ -214,7 +249,10 @@ TYPES: tuple[Type, ...] = (
     ),
 )
 
-BY_NAME: dict[str, Type] = {kind.name: kind for kind in TYPES}
+BY_NAME: dict[str, Type] = {}
+"""Of types that come in several group sizes, the smallest."""
+for _kind in TYPES:
+    BY_NAME.setdefault(_kind.name, _kind)
 
 LEFT_OUT: dict[str, str] = {
     "W8A8SC": "its compressor is a program linked to CANN, and the codes are made per tensor-parallel rank",
@@ -223,6 +261,12 @@ LEFT_OUT: dict[str, str] = {
     "W4A8_DYNAMIC (dense)": "vllm-ascend has taken its loader for dense layers out (0.30)",
 }
 """Types of the same family that are not written, and why."""
+
+
+def type_called(name: str, group: int) -> Type | None:
+    """The type that a description with that group size means by a name, or None."""
+    kinds = [kind for kind in TYPES if kind.name == name]
+    return kinds[0] if len(kinds) == 1 else next((kind for kind in kinds if kind.group == group), None)
 
 
 def find_type(weight: Format, input: Format | None) -> Type | None:

@@ -28,6 +28,7 @@ from qat.families import expert_list, find_family, fused_sets
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales
 from qat.numbers.scale import F32
+from qat.serving.nibbles import pair_rows, unpair_rows
 from qat.text import some
 from qat.training.activations import static_part
 from qat.training.half import READ_BITS, SCALE_BITS
@@ -69,9 +70,25 @@ def check(layer: TargetLayer) -> None:
         )
     if kind.packed and layer.shape[-1] % 2:
         raise UnsupportedError(f"{layer.path}: {kind.name} packs two columns into a byte, but has {layer.shape[-1]}")
+    if kind.pairs_rows:
+        _check_groups(layer, kind)
     if expert_list(layer.path) is not None and not kind.experts:
         can = ", ".join(other.name for other in BY_NAME.values() if other.experts)
         raise UnsupportedError(f"{layer.path}: no engine on Ascend runs experts as {kind.name}; they can be {can}")
+
+
+def _check_groups(layer: TargetLayer, kind: Type) -> None:
+    rows, columns = layer.shape
+    if rows % 2 or columns % kind.group:
+        raise UnsupportedError(
+            f"{layer.path}: {kind.name} packs two rows into a byte, in groups of {kind.group} columns, but this is "
+            f"{rows} x {columns}; give it another pair, or none"
+        )
+    if columns == kind.group:
+        raise UnsupportedError(
+            f"{layer.path} has one group of {kind.group} columns in a row, by which engines know codes that are packed "
+            "along rows; give it smaller groups, or another pair"
+        )
 
 
 # --- bytes ----------------------------------------------------------------------------------------
@@ -86,11 +103,12 @@ def pack(q: QTensor, input: Format | None = None, amax: Tensor | None = None) ->
 def tensors_of(kind: Type, q: QTensor, static: Tensor | None) -> dict[str, Tensor]:
     """`pack`, given what is stored of the input's range (see `static_part`)."""
     codes, stored = q.codes.to("cpu"), q.scales.stored.to("cpu")
-    if kind.group:
+    if kind.is_mx:
         return {"weight": _bytes(codes, kind), "weight_scale": stored}
-    scale = stored.to(torch.float32)
+    scale, zero = stored.to(torch.float32), q.scales.zero_point
     if not kind.is_static:
-        return {"weight": _bytes(codes, kind), "weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
+        offset = torch.zeros_like(scale) if zero is None else zero.to("cpu", torch.float32).expand_as(scale)
+        return {"weight": _bytes(codes, kind), "weight_scale": scale, "weight_offset": offset.contiguous()}
     assert static is not None
     weight, offset = _bytes(codes, kind), offset_of(static)
     sums = weight.to(torch.int64).sum(dim=1)
@@ -142,9 +160,12 @@ def in_half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _bytes(codes: Tensor, kind: Type) -> Tensor:
-    """Raw codes as they are stored: a byte each, integers with their sign, or two neighbours in one, the first low."""
+    """Raw codes as they are stored: a byte each, integers with their sign, or two neighbours of a row or of a column in
+    one, the first low."""
     if kind.packed:
         return bit_stream(codes, kind.element.bits)
+    if kind.pairs_rows:
+        return pair_rows(codes).view(torch.int8)
     if not kind.element.is_integer:
         return codes.view(torch.float8_e4m3fn)
     half = 1 << (kind.element.bits - 1)
@@ -158,6 +179,8 @@ def unpack(module: PackedModule, tensors: Mapping[str, Tensor]) -> QTensor:
         CheckpointError: a tensor is missing or does not fit, or a scale is zero, negative or not finite; names it.
     """
     fmt, (rows, columns) = weight_format(module.weights), shape(module, tensors)
+    if fmt.group and fmt.element.is_integer:
+        return _unpack_pairs(module, tensors, fmt, rows, columns)
     grid = fmt.grid_shape(rows, columns)
     if module.packed:
         pairs = take(module, tensors, "weight", torch.uint8, (rows, columns // 2))
@@ -174,6 +197,18 @@ def unpack(module: PackedModule, tensors: Mapping[str, Tensor]) -> QTensor:
         deq = take_scale(module, tensors, "deq_scale", torch.float32, (rows,))
         tensors = {"weight_scale": (deq / take_scale(module, tensors, "input_scale", torch.float32, (1,))).view(grid)}
     return QTensor(fmt, codes, Scales(take_narrow(module, tensors, "weight_scale", fmt, grid)))
+
+
+def _unpack_pairs(
+    module: PackedModule, tensors: Mapping[str, Tensor], fmt: Format, pairs: int, columns: int
+) -> QTensor:
+    """`unpack` of a type whose bytes hold two rows."""
+    stored = take(module, tensors, "weight", torch.int8, (pairs, columns)).view(torch.uint8)
+    grid = fmt.grid_shape(2 * pairs, columns)
+    offset = take(module, tensors, "weight_offset", torch.float32, grid)
+    scale = take_narrow(module, tensors, "weight_scale", fmt, grid)
+    zero = offset.to(torch.int8) if fmt.zero_point else None
+    return QTensor(fmt, unpair_rows(stored, 2 * pairs), Scales(scale, zero_point=zero, type=fmt.scale))
 
 
 # --- description ----------------------------------------------------------------------------------
