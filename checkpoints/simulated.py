@@ -76,6 +76,8 @@ def _simulate_experts(
     model: "PreTrainedModel", exported: ExportedFolder, path: str, rows: dict[str, tuple[str, slice]]
 ) -> str:
     """Put simulated experts at `path`; returns why they stay, "" where they do not."""
+    if rule_of(exported) == HALF_RULE:
+        return f"what {npu.HALF} runs for experts of FP16 models has no simulation"
     own = {each: rows[name] for each in exported.modules if (name := each + exported.DENSE) in rows}
     places = {each: place for each, place in own.items() if place[0].rpartition(".")[0] == path}
     kinds: dict[str, set[str]] = {}
@@ -143,9 +145,7 @@ def check_engine(exported: ExportedFolder, engine: npu.Engine) -> str:
     Raises:
         CheckpointError: it does not; names the layers.
     """
-    half = {npu.HALF}
-    suited = half if rule_of(exported) == HALF_RULE else set(npu.DEVICES) - half
-    devices, worst = _reading_caches(exported, engine) & suited, 0.0
+    devices, worst = _reading_caches(exported, engine) & _of_type(exported), 0.0
     away: dict[npu.Device, float] = {}
     with progress(f"simulating {engine}", len(exported.modules), "layers") as advance:
         for path, module in exported.modules.items():
@@ -211,6 +211,12 @@ def _reading_caches(exported: ExportedFolder, engine: npu.Engine) -> set[npu.Dev
             f"{exported.METHOD}"
         )
     return devices
+
+
+def _of_type(exported: ExportedFolder) -> set[npu.Device]:
+    """The devices that compute in the model's type."""
+    half: set[npu.Device] = {npu.HALF}
+    return half if rule_of(exported) == HALF_RULE else set(npu.DEVICES) - half
 
 
 def _loaded(engine: npu.Engine) -> str:

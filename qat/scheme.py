@@ -283,6 +283,8 @@ class Scheme(Strict):
                 f"activation_rule: {HALF_RULE} has INT8 products alone, with int8_token, int8_tensor or "
                 f"int8_tensor_asym inputs, but the scheme has {other[0]} inputs"
             )
+        if cached := [name for rule in self.rules for name in (rule.key, rule.value) if name is not None]:
+            raise ValueError(f"activation_rule: {HALF_RULE} has no quantized caches; leave {cached[0]} out")
         if self.round_bf16:
             raise ValueError(
                 f"activation_rule: {HALF_RULE} is for FP16 models, whose products take codes and scales as they are; "

@@ -17,7 +17,7 @@ VERSIONS: Mapping[Engine, str] = {
     "sglang-ascend": "main of 2026-08 (modelslim loader)",
     "mindie": "1.0.0 to 2.3.0",
 }
-HALF = "310p"
+HALF: Device = "310p"
 """The device without BF16: models are FP16 there, and what is written for it is for no other."""
 
 

@@ -204,3 +204,6 @@ def test_fp16_models_are_int8_products(pair: tuple[str, str | None], more: dict[
         scheme(rule, activation_rule="ascend_310p", **more)
     able = {"match": "*", "weight": "int8_channel", "input": "int8_token"}
     assert not scheme(able, activation_rule="ascend_310p", round_bf16=False).round_bf16
+    cached = {"match": "*.self_attn", "key": "fp8_token", "value": "fp8_token"}
+    with pytest.raises(ValueError, match="no quantized caches; leave fp8_token out"):
+        scheme(cached, able, activation_rule="ascend_310p", round_bf16=False)

@@ -149,7 +149,7 @@ def test_the_type_in_config_json_decides(static: Path, tmp_path: Path) -> None:
 
 
 def test_digits_that_hardware_drops_are_dropped_by_the_reader(static: Path, tmp_path: Path) -> None:
-    """Files of msmodelslim hold all 24 digits of a product; the number is the one that is read."""
+    """Files of other tools may hold all 24 digits of a product; the number is the one that is read."""
     whole = open_export(static).multiplied(UP)
     copy = Path(shutil.copytree(static, tmp_path / "copy"))
     rewrite(copy, lambda tensors: tensors[f"{UP}.deq_scale"].add_((1 << 13) - 1))
