@@ -76,6 +76,8 @@ def _simulate_experts(
     model: "PreTrainedModel", exported: ExportedFolder, path: str, rows: dict[str, tuple[str, slice]]
 ) -> str:
     """Put simulated experts at `path`; returns why they stay, "" where they do not."""
+    if rule_of(exported) == HALF_RULE:
+        return "experts of FP16 models have no simulation"
     own = {each: rows[name] for each in exported.modules if (name := each + exported.DENSE) in rows}
     places = {each: place for each, place in own.items() if place[0].rpartition(".")[0] == path}
     kinds: dict[str, set[str]] = {}
