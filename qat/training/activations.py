@@ -4,9 +4,9 @@ The rule is named after who runs it. "vllm" computes in float32, as vLLM's refer
 ties, which its kernels break by multiplying with an approximate reciprocal). "compressed_tensors" is what plain
 transformers simulates, mostly in BF16; it is reproduced bit for bit (the sign of a zero aside), so that an exported
 checkpoint can be compared with an exact difference of zero. For a float32 input it computes what the BF16 model would.
-"ascend" is what an NPU does, see `qat.training.npu`. "llama_cpp" is what its quantized products do to any input, asked
-or not: INT8 per 32 values (before K types per 256), multiplied with a float32 reciprocal, and afterwards with the scale
-in FP16 (in float32).
+"ascend" is what an NPU does, see `qat.training.npu`, "ascend_310p" what one does whose models are FP16 (see
+`qat.training.half`). "llama_cpp" is what its quantized products do to any input, asked or not: INT8 per 32 values
+(before K types per 256), multiplied with a float32 reciprocal, and afterwards with the scale in FP16 (in float32).
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from qat.numbers.numerics import (
     to_blocks,
 )
 from qat.numbers.scale import BF16, E8M0, F16, F32, TINY, UE4M3, MinifloatScale, over
-from qat.training import npu, phases
+from qat.training import half, npu, phases
 from qat.training.gradients import Estimator
 from qat.training.ops import fake_quantize, fake_quantize_reference, operator
 
@@ -37,7 +37,7 @@ _VLLM_TOKEN_FLOOR = 512  # scaled_fp8_quant: a token's scale is at least 1 / (el
 _VLLM_GROUP_FLOOR = 1e-10  # per_token_group_quant_fp8: a group's maximum counts at least this
 _MANTISSA = 7  # of BF16
 
-ActivationRule = Literal["vllm", "compressed_tensors", "ascend", "llama_cpp"]
+ActivationRule = Literal["vllm", "compressed_tensors", "ascend", "ascend_310p", "llama_cpp"]
 _Rule = Callable[[Tensor, Format, Tensor | None, Estimator], Tensor]
 
 
@@ -60,6 +60,15 @@ def static_part(fmt: Format, amax: Tensor) -> Tensor | None:
     if fmt.global_scale:
         return global_scale_for(amax.detach(), fmt).reciprocal().reshape(1)
     return None
+
+
+def held_range(range: Tensor, fmt: Format, rule: str) -> Tensor:
+    """The calibrated range that whoever runs the rule can hold: a wider one where scales have few bits.
+
+    Raises:
+        FormatError: none; says why.
+    """
+    return half.held_range(range, fmt) if rule == half.RULE else range
 
 
 def moved_range(amax: Tensor, log_range: Tensor | None) -> Tensor:
@@ -279,6 +288,20 @@ def _ascend(x: Tensor, fmt: Format, static: Tensor | None, estimator: Estimator)
     return phases.either(x, answers, lambda: _ascend(x, lookup(fmt.prompt), None, estimator)) if fmt.prompt else answers
 
 
+def _ascend_310p(x: Tensor, fmt: Format, static: Tensor | None, estimator: Estimator) -> Tensor:
+    """The two types that its loader has: INT8 per token, and INT8 with one scale, whose reciprocal is FP16."""
+    if not npu.in_half(fmt):
+        raise UnsupportedError(
+            f"activation_rule: {half.RULE} has no operator for {fmt.name} inputs; it has int8_token, int8_tensor and "
+            "int8_tensor_asym"
+        )
+    if npu.is_dynamic_integer(fmt):
+        return _vllm(x, fmt, static, estimator)
+    with torch.no_grad():
+        y, inside = npu.fake_quantized(x.detach(), fmt, static, torch.float16)
+    return _with_gradient(x, y.to(x.dtype), inside, estimator)
+
+
 def _with_gradient(x: Tensor, y: Tensor, inside: Tensor, estimator: Estimator) -> Tensor:
     if not x.requires_grad:
         return y
@@ -329,5 +352,6 @@ RULES: dict[str, _Rule] = {
     "vllm": _vllm,
     "compressed_tensors": _compressed_tensors,
     "ascend": _ascend,
+    half.RULE: _ascend_310p,
     "llama_cpp": _llama_cpp,
 }

@@ -23,13 +23,15 @@ def by_triton_ascend(script: str) -> str:
     return done.stdout
 
 
-def by_engine(version: str, device: str, jobs: list[list[str]], scratch: Path) -> list[dict[str, Any]]:
-    """What vllm-ascend of that version says of the layers of checkpoints, see `consume.py`."""
+def by_engine(
+    version: str, device: str, jobs: list[list[str]], scratch: Path, script: str = "consume.py"
+) -> list[dict[str, Any]]:
+    """What vllm-ascend of that version says of checkpoints, see `consume.py` and its neighbours `consume_*.py`."""
     file = scratch / f"jobs-{version}-{device}.json"
     file.write_text(json.dumps(jobs))
     source, vllm = ASCEND / "src" / f"vllm_ascend-{version}", version.partition(".post")[0].partition("rc")[0]
     arguments = (str(source), device, vllm, str(RULES), str(file))
-    said: list[dict[str, Any]] = json.loads(in_a_process(HERE / "consume.py", *arguments).splitlines()[-1])
+    said: list[dict[str, Any]] = json.loads(in_a_process(HERE / script, *arguments).splitlines()[-1])
     return said
 
 

@@ -86,6 +86,14 @@ def test_the_command_refuses_before_a_step(source: Path, tmp_path: Path, capsys:
     assert "nvfp4" in capsys.readouterr().err and not (tmp_path / "runs" / "tiny" / "metrics.csv").exists()
 
 
+@pytest.mark.parametrize("engine", [{"engine": "vllm-ascend", "device": "950"}, {}])
+def test_inputs_that_no_operator_makes(engine: dict[str, str], source: Path, tmp_path: Path, capsys: Any) -> None:
+    """The engine loads FP8 in blocks, but rounds inputs to MXFP8, or not at all: nothing to train by its rule."""
+    scheme = {"rules": [pair_rules("fp8_b128", "fp8_g128"), REST], "activation_rule": "ascend", "init": []}
+    assert main(["train", str(jobs.write(tmp_path, source, scheme=scheme, steps=2, **engine)), "--dry-run"]) == 2
+    assert "ascend has no operator for fp8_g128 inputs" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

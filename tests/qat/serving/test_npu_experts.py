@@ -77,5 +77,5 @@ def test_tokens_find_their_experts_and_the_way_back() -> None:
     back = unpermute(y, order, shares)
     assert back.dtype == torch.bfloat16
     assert back.flatten().tolist() == [0.5 * 5 + 0.25 * 1, 0.75 * 4 + 0.125 * 6, 2.0, 2.0 * 3]
-    thirds = unpermute(torch.ones(1, 1).bfloat16(), torch.tensor([0]), torch.full((1, 1), 1 / 3))
-    assert thirds.item() == float(torch.tensor(1 / 3).bfloat16())  # shares are of the model's type
+    fine = torch.tensor([[1 + 2.0**-9, 1.0]])  # shares are of the model's type, where the first is 1
+    assert unpermute(torch.tensor([[1.0], [-1.0]]).bfloat16(), torch.tensor([0, 1]), fine).item() == 0.0

@@ -1,0 +1,91 @@
+"""Operators of experts as torch_npu's and CANN's documents describe them: a second reading, which shares nothing with
+`qat`. See `operators.py`."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.ascend.operators import npu_dynamic_quant, unpack
+
+
+def _experts(rows: int, group_list: Tensor, group_list_type: int) -> Tensor:
+    """The expert of every row; a group list holds ends (type 0) or counts (type 1)."""
+    ends = group_list if group_list_type == 0 else group_list.cumsum(0)
+    assert ends.dtype == torch.int64 and int(ends[-1]) == rows, (ends, rows)
+    return (torch.arange(rows)[:, None] >= ends[None]).sum(-1)
+
+
+def _products(x: Tensor, stack: Tensor, scale: Tensor | None, assist: Tensor | None, owner: Tensor) -> Tensor:
+    """float32 (rows, n): sums of integers, times the scale of their columns. INT4 weights come eight to an int32; the
+    input is then taken apart into 16 times its upper half, and its lower half less 8, and `assist` added."""
+    assert x.dtype == torch.int8
+    if stack.dtype == torch.int32:
+        assert assist is not None and assist.dtype == torch.float32 and scale is not None and scale.dtype == torch.int64
+        codes, upper = unpack(stack).double(), torch.floor(x.double() / 16)
+        sums = sum(
+            factor * torch.einsum("mk,mkn->mn", half, codes[owner])
+            for factor, half in ((16.0, upper), (1.0, x.double() - 16 * upper - 8))
+        )
+        each = scale.int().view(torch.float32).reshape(len(stack), -1)[owner]
+        return (sums * each + assist[owner]).float()
+    assert stack.dtype == torch.int8 and assist is None
+    sums = torch.einsum("mk,mkn->mn", x.double(), stack.double()[owner])
+    return sums.float() if scale is None else sums.float() * scale.float().reshape(len(stack), -1)[owner]
+
+
+def npu_grouped_matmul(
+    x: list[Tensor],
+    weight: list[Tensor],
+    *,
+    scale: list[Tensor],
+    bias: list[Tensor] | None = None,
+    per_token_scale: list[Tensor],
+    split_item: int,
+    group_type: int,
+    group_list: Tensor,
+    group_list_type: int,
+    output_dtype: torch.dtype,
+) -> list[Tensor]:
+    """One matrix for each group of rows, in one tensor."""
+    assert group_type == 0 and split_item == 2 and output_dtype == torch.bfloat16
+    (rows,), (stack,), (own,), (each,) = x, weight, scale, per_token_scale
+    owner = _experts(len(rows), group_list, group_list_type)
+    out = _products(rows, stack, own, bias[0] if bias else None, owner)
+    return [(out * each.float()[:, None]).to(output_dtype)]
+
+
+def _gated(wide: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    assert not limit
+    half = wide.shape[-1] // 2
+    return npu_dynamic_quant(torch.nn.functional.silu(wide[:, :half]) * wide[:, half:])
+
+
+def grouped_matmul_swiglu_quant_weight_nz(
+    x: Tensor, weight: Tensor, *, weight_scale: Tensor, x_scale: Tensor, group_list: Tensor, bias: Any = None,
+    swiglu_limit: float = 0.0,
+) -> tuple[Tensor, Tensor, None]:  # fmt: skip
+    """Product, silu of the left half times the right one, and integers with a scale per token; ends of groups."""
+    assert bias is None and weight_scale.dtype == torch.float32
+    owner = _experts(len(x), group_list, 0)
+    return *_gated(_products(x, weight, weight_scale, None, owner) * x_scale[:, None], swiglu_limit), None
+
+
+def grouped_matmul_swiglu_quant_v2(
+    x: Tensor, weight: list[Tensor], weight_scale: list[Tensor], x_scale: Tensor, group_list: Tensor,
+    weight_assist_matrix: list[Tensor], dequant_mode: int, group_list_type: int, swiglu_limit: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same, with INT4 weights."""
+    assert dequant_mode == 0
+    (stack,), (scale,), (assist,) = weight, weight_scale, weight_assist_matrix
+    owner = _experts(len(x), group_list, group_list_type)
+    return _gated(_products(x, stack, scale, assist, owner) * x_scale[:, None], swiglu_limit)
+
+
+OPERATORS = {"npu_grouped_matmul": npu_grouped_matmul}
+OWN = SimpleNamespace(
+    grouped_matmul_swiglu_quant_weight_nz=grouped_matmul_swiglu_quant_weight_nz,
+    grouped_matmul_swiglu_quant_v2=grouped_matmul_swiglu_quant_v2,
+)
+"""Operators that vllm-ascend itself compiles, as `torch.ops._C_ascend`."""

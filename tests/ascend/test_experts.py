@@ -1,0 +1,110 @@
+"""vllm-ascend's own code on the experts of our files, two versions: it chooses the scheme, loads every tensor, puts
+weights into its order and multiplies, over a second reading of the grouped operators."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qat.checkpoints.simulated import load_simulated
+from tests.ascend.places import ENGINES, by_engine
+from tests.checkpoints.exports import Pair
+from tests.checkpoints.test_simulated_experts import EXPERTS, apart, export_experts, one_by_one, routed, tiny
+
+pytestmark = pytest.mark.ascend
+TYPES: dict[str, tuple[Pair, str]] = {
+    "W8A8_DYNAMIC": (("int8_channel", "int8_token"), "AscendW8A8DynamicFusedMoEMethod"),
+}
+every_engine = pytest.mark.parametrize("version", ENGINES)
+every_type = pytest.mark.parametrize("name", TYPES)
+DAMAGE: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "neighbours' scales": ("weight_scale", lambda scales: scales.roll(1, dims=0)),
+    "shifted rows": ("weight", lambda codes: codes.roll(1, dims=0)),
+}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("experts")
+    source = tiny("qwen3_moe", root)
+
+    @cache
+    def make(name: str) -> Path:
+        export_experts(source, root / name, TYPES[name][0])
+        return root / name
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def consumed(
+    exported: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str, str], tuple[dict[str, Any], Tensor]]:
+    """What an engine says of our files of a type, or of damaged ones, and its outputs."""
+    scratch = tmp_path_factory.mktemp("consumed")
+
+    @cache
+    def of(version: str) -> dict[tuple[str, str], tuple[dict[str, Any], Path]]:
+        keys = [(name, what) for name in TYPES for what in ("", *DAMAGE)]
+        given = scratch / "inputs.safetensors"
+        save_file(dict(zip(("x", "chosen", "shares"), inputs(), strict=True)), given)
+        outs = [scratch / f"{version}-{number}.safetensors" for number in range(len(keys))]
+        folders = [damaged(exported(name), scratch / f"{name} {what}", what) for name, what in keys]
+        jobs = [[str(f), EXPERTS, str(given), str(out)] for f, out in zip(folders, outs, strict=True)]
+        said = by_engine(version, "A2", jobs, scratch, "consume_experts.py")
+        return dict(zip(keys, zip(said, outs, strict=True), strict=True))
+
+    def one(version: str, name: str, what: str) -> tuple[dict[str, Any], Tensor]:
+        said, out = of(version)[name, what]
+        assert "error" not in said, said
+        return said, load_file(out)["y"]
+
+    return one
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    return routed(4, 128)
+
+
+def damaged(folder: Path, out: Path, what: str) -> Path:
+    """The folder, with one thing wrong in every matrix of an expert."""
+    if not what:
+        return folder
+    suffix, change = DAMAGE[what]
+    if not out.exists():
+        out.mkdir()
+        for file in folder.glob("*.json"):
+            (out / file.name).write_bytes(file.read_bytes())
+        (file,) = folder.glob("*.safetensors")
+        wrong = {name: change(t) if name.endswith(f".{suffix}") and ".experts." in name else t
+                 for name, t in load_file(file).items()}  # fmt: skip
+        save_file(wrong, out / file.name)
+    return out
+
+
+def of(folder: Path, y: Tensor, pair: Pair) -> float:
+    """How far outputs are from fake quantization, in units of the bound."""
+    return apart(y, *one_by_one(folder, "qwen3_moe", *inputs(), pair))
+
+
+@every_engine
+@every_type
+def test_our_files(name: str, version: str, exported: Any, consumed: Any) -> None:
+    pair, scheme = TYPES[name]
+    said, y = consumed(version, name, "")
+    checked = ["npu_dynamic_quant", "npu_grouped_matmul"]
+    assert said == {"scheme": scheme, "missing": [], "unexpected": [], "checked": checked}
+    assert of(exported(name), y, pair) <= 1
+    own = load_simulated(exported(name)).get_submodule(EXPERTS)(*inputs())
+    same = float((own == y).float().mean())
+    assert same > 0.99 and of(exported(name), own, pair) <= 1, same  # sums of shares in another order
+
+
+@every_type
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_is_noticed(what: str, name: str, exported: Any, consumed: Any) -> None:
+    assert of(exported(name), consumed(ENGINES[1], name, what)[1], TYPES[name][0]) > 10
