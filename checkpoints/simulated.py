@@ -77,7 +77,7 @@ def _simulate_experts(
 ) -> str:
     """Put simulated experts at `path`; returns why they stay, "" where they do not."""
     if rule_of(exported) == HALF_RULE:
-        return f"what {npu.HALF} runs for experts of FP16 models has no simulation"
+        return "experts of FP16 models have no simulation"
     own = {each: rows[name] for each in exported.modules if (name := each + exported.DENSE) in rows}
     places = {each: place for each, place in own.items() if place[0].rpartition(".")[0] == path}
     kinds: dict[str, set[str]] = {}
