@@ -66,7 +66,7 @@ def module(*names: str) -> Any:
     raise NotImplementedError(f"vllm-ascend has none of {names}")
 
 
-def config_of(folder: Path, device: str) -> Any:
+def config_of(folder: Path, device: str = "A2") -> Any:
     """The engine's own config object, for a folder of any kind; a 310P has one of its own."""
     hf = json.loads((folder / "config.json").read_text())
     if (folder / DESCRIPTION).is_file():
