@@ -170,6 +170,9 @@ class ExportedFolder(ReadsCaches, ABC):
     def _codes_name(self, module: PackedModule) -> str:
         return "weight"
 
+    def _codes(self, module: PackedModule, tensors: dict[str, Tensor]) -> Tensor:
+        return tensors[self._codes_name(module)]
+
     def _zero_points(self, module: PackedModule, tensors: dict[str, Tensor], rows: int) -> Array | None:
         return None
 
@@ -298,7 +301,7 @@ class ExportedFolder(ReadsCaches, ABC):
         module, tensors, shape = self.modules[path], self.layer(path), self.shape(path)
         rows, columns = math.prod(shape[:-1]), shape[-1]
         scale, zero = self._scale(module, tensors), self._zero_points(module, tensors, rows)
-        codes = raw_rows(tensors[self._codes_name(module)].flatten(0, len(shape) - 2))
+        codes = raw_rows(self._codes(module, tensors).flatten(0, len(shape) - 2))
         table = code_values(module)
         out = np.empty((rows, columns), dtype=np.uint16)
         step = max(1, _CHUNK // max(columns, 1))

@@ -10,6 +10,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from qat.checkpoints.layouts.bits import Array, float_values, scale_values
 from qat.checkpoints.layouts.reader import NPU_RULE, ExportedFolder, PackedModule, PlainLoading, Spec
 from qat.checkpoints.names import StoredNames
 from qat.errors import CheckpointError, UnsupportedError
+from qat.families import expert_list
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,7 +63,7 @@ class Reader(ExportedFolder):
     METHOD = "ascend"
     RULE = NPU_RULE
     SCALES = ("weight_scale", "input_scale")
-    SUFFIXES = ("weight", *SCALES, "weight_offset", "input_offset", "quant_bias", "deq_scale")
+    SUFFIXES = ("weight", *SCALES, "weight_offset", "input_offset", "quant_bias", "deq_scale", "scale_bias")
     UNREAD = MappingProxyType(_UNREAD)
     CACHE_SCALES = ("k_proj.kv_cache_scale", "v_proj.kv_cache_scale")
     CACHE_OFFSETS = ("k_proj.kv_cache_offset", "v_proj.kv_cache_offset")
@@ -144,6 +146,8 @@ class Reader(ExportedFolder):
 
     def _module(self, path: str, group: str) -> PackedModule:
         kind = BY_NAME[group]
+        if kind.experts_only and expert_list(path) is None:
+            raise UnsupportedError(f"{self.where}: {path} is {group}, but is no expert: {kind.experts_only}")
         number = "int" if kind.element.is_integer else "float"
         weights = {"num_bits": kind.element.bits, "type": number, "symmetric": True, "dynamic": False}
         weights |= {"strategy": "group", **_MX} if kind.group else {"strategy": "channel"}
@@ -156,7 +160,22 @@ class Reader(ExportedFolder):
 
     def expected_tensors(self, module: PackedModule, *shape: int) -> dict[str, Spec]:
         """Type and shape of every tensor that a layer (rows, columns) must have, by its name below its path."""
-        return self.type_of(module.path).specs(*shape)
+        return self.type_of(module.path).specs(*shape, path=module.path)
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """As of every layout; of two rows in a byte both are counted."""
+        rows, columns = super().shape(path)
+        return (2 * rows if self.type_of(path).packs_rows else rows), columns
+
+    def _codes(self, module: PackedModule, tensors: dict[str, Tensor]) -> Tensor:
+        """Codes a byte each, where two rows share one."""
+        stored = super()._codes(module, tensors)
+        if not self.type_of(module.path).packs_rows:
+            return stored
+        halves = stored.numpy().astype("int64")
+        rows = np.empty((2 * halves.shape[0], halves.shape[1]), dtype=np.int8)
+        rows[::2], rows[1::2] = (halves + 8) % 16 - 8, halves // 16
+        return torch.from_numpy(rows)
 
     def layer(self, path: str) -> dict[str, Tensor]:
         """As of every layout; besides, offsets and biases are what engines take them for."""
@@ -167,7 +186,17 @@ class Reader(ExportedFolder):
             )
         if self.type_of(path).is_static:
             self._check_static(path, tensors)
+        if "scale_bias" in tensors:
+            self._check_assist(path, tensors)
         return tensors
+
+    def _check_assist(self, path: str, tensors: dict[str, Tensor]) -> None:
+        codes = self._codes(self.modules[path], tensors).numpy().astype("float64")
+        slices = tensors["scale_bias"].shape[1]
+        each = (codes * tensors["weight_scale"].numpy()).reshape(len(codes), slices, -1)
+        apart = abs(tensors["scale_bias"].numpy() - 8 * each.sum(axis=-1)) - _DIVIDED * 8 * abs(each).sum(axis=-1)
+        if (apart > 0).any():
+            raise CheckpointError(f"{self.folder}: {path}.scale_bias is not 8 times the sums of the weight's rows")
 
     def _check_static(self, path: str, tensors: dict[str, Tensor]) -> None:
         offset, deq = float(tensors["input_offset"]), tensors["deq_scale"]

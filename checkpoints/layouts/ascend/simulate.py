@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qat.checkpoints.layouts.ascend.types import Type
 from qat.serving import npu
+from qat.serving.npu_experts import grouped_matmul
 from qat.training import phases
 
 _MODEL = torch.bfloat16
@@ -64,6 +65,9 @@ class SimulatedLinear(nn.Module):
         if not kind.input:
             return npu.weight_quant_matmul(x, get("weight"), get("scale"), get("offset"), bias)
         codes, scales = npu.dynamic_quant(x, bits)
+        if kind.packs_rows:
+            weight, scale, assist = (get(name)[None] for name in ("weight", "scale", "assist"))
+            return grouped_matmul(codes, weight, scale, [len(codes)], pertoken_scale=scales, assist=assist)
         if bits == 8:
             return npu.quant_matmul(codes, get("weight"), get("scale"), pertoken_scale=scales, bias=bias)
         wide = npu.quant_matmul(codes, get("weight"), get("scale"), pertoken_scale=scales, output_dtype=torch.float16)
@@ -77,7 +81,17 @@ class SimulatedLinear(nn.Module):
 def _rows(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Scales and offsets are cast to the model's type."""
     scale, offset = (tensors[name].to(_MODEL).flatten() for name in ("weight_scale", "weight_offset"))
+    if "scale_bias" in tensors:
+        assist = tensors["scale_bias"].sum(dim=1)
+        return {"weight": rows_apart(tensors["weight"]).t().float(), "scale": scale, "assist": assist}
     return {"weight": tensors["weight"].t().float(), "scale": scale, "offset": offset}
+
+
+def rows_apart(pairs: Tensor) -> Tensor:
+    """int8 codes (n, k) of the bytes (n / 2, k) that two rows share, the even one in the low half."""
+    high = pairs >> 4
+    low = pairs - (high << 4)
+    return torch.stack((torch.where(low > 7, low - 16, low), high), dim=1).flatten(0, 1)
 
 
 def _static(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

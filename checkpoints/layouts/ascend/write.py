@@ -17,7 +17,7 @@ from qat.checkpoints.layouts.arguments import weight_format
 from qat.checkpoints.layouts.ascend.caches import C8, KEYS, is_of_cache
 from qat.checkpoints.layouts.ascend.caches import CACHES as CACHES
 from qat.checkpoints.layouts.ascend.engines import ROWS as ROWS
-from qat.checkpoints.layouts.ascend.types import BY_NAME, FLOAT, Type, find_type
+from qat.checkpoints.layouts.ascend.types import BY_NAME, FLOAT, SLICES, Type, find_type, is_second
 from qat.checkpoints.layouts.npu import ENGINES
 from qat.checkpoints.layouts.reader import PackedModule
 from qat.checkpoints.layouts.stored import bit_stream, shape, take, take_narrow, take_scale
@@ -39,6 +39,8 @@ ROTATED = None
 TABLES = None
 STACKS_OF = ()
 MINDIE = ENGINES[2]  # which asks config.json for the type, in its own words
+_WORD = 8  # rows that engines put into one word
+_MISSED = 8  # by which an operator reads halves of inputs too small
 VERSION = "1.0.0"  # of the description; vllm-ascend reads other versions in another way
 
 
@@ -60,6 +62,15 @@ def check(layer: TargetLayer) -> None:
     if layer.bias and kind.unbiased:
         raise UnsupportedError(
             f"{layer.path} adds a bias, and {kind.name} cannot: {kind.unbiased}; give it another pair"
+        )
+    if kind.experts_only and expert_list(layer.path) is None:
+        raise UnsupportedError(
+            f"{layer.path}: only experts can be {kind.name}: {kind.experts_only}; give it another pair, such as "
+            "int8_channel weights"
+        )
+    if kind.packs_rows and (layer.shape[-2] % _WORD or layer.shape[-1] % SLICES):
+        raise UnsupportedError(
+            f"{layer.path}: {kind.name} needs rows by {_WORD} and columns by {SLICES}, but has {[*layer.shape]}"
         )
     if kind.packed and layer.shape[-1] % 2:
         raise UnsupportedError(f"{layer.path}: {kind.name} packs two columns into a byte, but has {layer.shape[-1]}")
@@ -84,7 +95,10 @@ def tensors_of(kind: Type, q: QTensor, static: Tensor | None) -> dict[str, Tenso
         return {"weight": _bytes(codes, kind), "weight_scale": stored}
     scale = stored.to(torch.float32)
     if not kind.is_static:
-        return {"weight": _bytes(codes, kind), "weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
+        rows = {"weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
+        if not kind.packs_rows:
+            return {**rows, "weight": _bytes(codes, kind)}
+        return {**rows, "weight": _pairs(codes), "scale_bias": _assist(_bytes(codes, kind), scale, 1)}
     assert static is not None
     weight, offset = _bytes(codes, kind), offset_of(static)
     sums = weight.to(torch.int64).sum(dim=1)
@@ -97,6 +111,29 @@ def tensors_of(kind: Type, q: QTensor, static: Tensor | None) -> dict[str, Tenso
         "quant_bias": (-offset.to(torch.int64) * sums).to(torch.int32),
         "deq_scale": scale.flatten() * static[0],
     }
+
+
+def placed(tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:
+    """The tensors of a layer at `path`: `scale_bias` of a matrix behind a gate is in slices of its columns."""
+    if "scale_bias" not in tensors or not is_second(path):
+        return tensors
+    return {**tensors, "scale_bias": _assist(unpaired(tensors["weight"]), tensors["weight_scale"], SLICES)}
+
+
+def _assist(weight: Tensor, scale: Tensor, slices: int) -> Tensor:
+    """8 times the sums of the dequantized weight, by row and slice of its columns: whole numbers times scales."""
+    sums = weight.to(torch.int64).unflatten(1, (slices, -1)).sum(dim=-1)
+    return _MISSED * sums.to(torch.float32) * scale
+
+
+def _pairs(codes: Tensor) -> Tensor:
+    """Raw 4-bit codes (n, k) -> int8 (n / 2, k), the even row in the low half."""
+    return (codes[::2] | codes[1::2] << 4).view(torch.int8)
+
+
+def unpaired(pairs: Tensor) -> Tensor:
+    """Undo `_pairs`, to signed codes: int8 (n, k)."""
+    return torch.stack((pairs << 4 >> 4, pairs >> 4), dim=1).flatten(0, 1)
 
 
 def fold_bias(tensors: dict[str, Tensor], bias: Tensor) -> dict[str, Tensor]:
@@ -135,6 +172,9 @@ def unpack(module: PackedModule, tensors: Mapping[str, Tensor]) -> QTensor:
         CheckpointError: a tensor is missing or does not fit, or a scale is zero, negative or not finite; names it.
     """
     fmt, (rows, columns) = weight_format(module.weights), shape(module, tensors)
+    if "scale_bias" in tensors:
+        pairs = take(module, tensors, "weight", torch.int8, (rows, columns))
+        tensors, rows = {**tensors, "weight": unpaired(pairs)}, 2 * rows
     grid = fmt.grid_shape(rows, columns)
     if module.packed:
         pairs = take(module, tensors, "weight", torch.uint8, (rows, columns // 2))
