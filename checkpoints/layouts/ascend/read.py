@@ -160,7 +160,8 @@ class Reader(ExportedFolder):
 
     def expected_tensors(self, module: PackedModule, *shape: int) -> dict[str, Spec]:
         """Type and shape of every tensor that a layer (rows, columns) must have, by its name below its path."""
-        return self.type_of(module.path).specs(*shape, path=module.path)
+        rows, columns = shape
+        return self.type_of(module.path).specs(rows, columns, module.path)
 
     def shape(self, path: str) -> tuple[int, ...]:
         """As of every layout; of two rows in a byte both are counted."""
