@@ -85,9 +85,18 @@ def _layers(model: nn.Module, names: StoredNames) -> dict[str, tuple[TargetCache
         key, value = (names.paths.get(f"{path}.{leaf}") for leaf in ("k_proj", "v_proj"))
         projections = (key, value) if key and value else None
         formats = both["key"].format, both["value"].format
-        cache = TargetCache(paths[path], projections, *formats, (widths[path, "key"], widths[path, "value"]))
+        both_widths = widths[path, "key"], widths[path, "value"]
+        cache = TargetCache(paths[path], projections, *formats, both_widths, _special(both["key"].owner))
         layers[paths[path]] = cache, both["key"], both["value"]
     return layers
+
+
+def _special(attention: nn.Module) -> str:
+    of_all = getattr(getattr(attention, "config", None), "sliding_window", None)  # layers of one kind do not repeat it
+    window = getattr(attention, "sliding_window", of_all)
+    if isinstance(window, int) and window > 0:
+        return f"a window of {window} tokens"
+    return "sinks" if getattr(attention, "sinks", None) is not None else ""
 
 
 def _what_is_held(target: Target) -> str:

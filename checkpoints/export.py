@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qat.checkpoints.caches import cache_offsets, cache_record, cache_tensors, exportable
+from qat.checkpoints.dense_types import check_held
 from qat.checkpoints.export_plan import (
     DEFAULT_TARGET,
     ExportPlan,
@@ -232,12 +233,13 @@ def _tensors_of(
         return _packed(plan, packed, record)
     if name in plan.dense:
         tensor = plan.dense[name]
-        dtype = torch.float32 if name in plan.wide else torch.bfloat16
+        dtype = torch.float32 if name in plan.wide else plan.dtype
         if (table := plan.embeddings.get(name.removesuffix(".weight"))) is not None:
             tensor = torch.empty_like(tensor, dtype=dtype)
             for part in Matrix(table, name).parts():
                 tensor[part.rows] = part.value()
         elif tensor.is_floating_point():
+            check_held(name, tensor, dtype)
             tensor = tensor.to(dtype)
     else:
         tensor = reader.get(name)  # the model never loaded it
@@ -255,7 +257,9 @@ def _packed(plan: ExportPlan, path: str, record: dict[str, Any]) -> dict[str, Te
     if (placed := getattr(plan.target, "placed", None)) is not None:
         packed = placed(packed, path)
     if layer.bias and (fold := getattr(plan.target, "fold_bias", None)) is not None:
-        packed = fold(packed, plan.dense[f"{path}.bias"].detach().to(torch.bfloat16))
+        packed = fold(packed, plan.dense[f"{path}.bias"].detach().to(plan.dtype))
+    if layer.half:
+        packed = plan.target.in_half(packed)  # type: ignore[attr-defined]  # `check_layer` asked for it
     for key, tensor in packed.items():
         name = layout.tensor_name(path, key)
         tensors[name] = tensor

@@ -4,7 +4,6 @@ step, of a model without weights.
 """
 
 import json
-import math
 import re
 import tempfile
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from qat.checkpoints.architecture import quiet, read_config, read_json
 from qat.checkpoints.caches import CachePlan, check_ranges, plan_caches
+from qat.checkpoints.dense_types import check_source, narrowed
 from qat.checkpoints.fused import check_fused, scales_apart
 from qat.checkpoints.layouts import FILES, TARGETS, Target, TargetLayer, check_layer, support
 from qat.checkpoints.matrices import Matrix, dense_parts, stored_matrices
@@ -33,7 +33,7 @@ from qat.checkpoints.names import (
 from qat.checkpoints.shards import ShardReader, TensorInfo
 from qat.checkpoints.tables import packed_sites
 from qat.errors import CheckpointError, UnsupportedError
-from qat.float32 import float32_names, own_tensors
+from qat.float32 import float32_names, own_tensors, stored_dtype
 from qat.numbers.hadamard import rotation
 from qat.sites import Site, sites
 from qat.text import some
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DEFAULT_TARGET = "compressed-tensors"
-_WIDE = {"F32": "float32", "F16": "FP16", "F64": "float64"}
 
 
 @dataclass
@@ -54,7 +53,7 @@ class ExportPlan:
     `wide` those of them that stay in float32, `copied` what the model never loaded (with shapes), `left_out`
     names of the source that are not written (with the reason), `order` all names to write, `head` the output layer,
     `fused` the sets that were trained as one, `quantization` what config.json will say of all this, `caches` what
-    attention layers keep quantized.
+    attention layers keep quantized, `dtype` the type of `dense`.
     """
 
     model: "PreTrainedModel"
@@ -73,6 +72,7 @@ class ExportPlan:
     quantization: dict[str, Any] = field(default_factory=dict)
     caches: CachePlan = field(default_factory=CachePlan)
     notes: list[str] = field(default_factory=list)
+    dtype: torch.dtype = torch.bfloat16
 
     def layer(self, path: str) -> TargetLayer:
         """The target's view of one packed layer."""
@@ -83,7 +83,8 @@ class ExportPlan:
         shape, weight, table = tuple(matrix.weight.shape), matrix.format, matrix.site.is_table
         heads = {name: None for h, t in self.heads.items() if t == path for name in (h, self.names.modules[h])}
         last = matrix.transposed, rotated, table, tuple(heads), f"{path}.bias" in self.dense
-        return TargetLayer(path, shape, weight, input, module, kind, *last, matrix.site.quantizer.round_bf16)
+        own = matrix.site.quantizer.round_bf16, self.dtype is torch.float16
+        return TargetLayer(path, shape, weight, input, module, kind, *last, *own)
 
 
 def plan_export(
@@ -141,6 +142,8 @@ def refusals(model: "PreTrainedModel", source: Path | None) -> tuple[ExportPlan,
             f"{source} does not fit {type(model).__name__}: {len(surplus)} tensors belong to no module (they would be "
             f"ignored): {some(surplus)}"
         )
+    if source is not None:
+        check_source(base.dense.keys() - base.wide, source, base.dtype)
     layered = [base.layer(path) for path in base.linears]
     refused: dict[str, str] = {}
     apart: dict[str, str] = {}
@@ -191,7 +194,9 @@ def _sort_tensors(
     wide = frozenset(name for name in dense if names.origins.get(name) in in_float32)
     copied, head = {name: given[name].shape for name in sorted(names.unread)}, _head(model, names.paths)
     kinds = packed, embeddings, heads, dense, wide
-    return ExportPlan(model, target, names, *kinds, copied, left_out, order, head, _trained_as_one(packed))
+    return ExportPlan(
+        model, target, names, *kinds, copied, left_out, order, head, _trained_as_one(packed), dtype=stored_dtype(model)
+    )
 
 
 def _trained_as_one(matrices: dict[str, Matrix]) -> list[list[str]]:
@@ -285,11 +290,11 @@ def _is_matrix(plan: ExportPlan, path: str) -> bool:
 
 
 def exported_config(plan: ExportPlan, source: Path) -> dict[str, Any]:
-    """The source's config.json with the quantization, the BF16 type, and the truth about tied embeddings."""
-    config = read_json(source / "config.json")
+    """The source's config.json with the quantization, the type, and the truth about tied embeddings."""
+    config, dtype = read_json(source / "config.json"), str(plan.dtype).removeprefix("torch.")
     for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
-        part.update({key: "bfloat16" for key in ("dtype", "torch_dtype") if key in part})
-    config["dtype"] = "bfloat16"
+        part.update({key: dtype for key in ("dtype", "torch_dtype") if key in part})
+    config["dtype"] = dtype
     tied = plan.head not in plan.linears and f"{plan.head}.weight" not in plan.dense
     nested = config.get("text_config") or {}
     for part in [config, nested] if "tie_word_embeddings" in nested else [config]:
@@ -366,7 +371,8 @@ def _notes(plan: ExportPlan, source: Path | None) -> list[str]:
         wanted = wanted_while_loading(plan.model, [modules[path] for path in plan.linears if path in modules])
         notes.update(dict.fromkeys(f"plain transformers (5.23) cannot load packed layers of {name}, whose weights it "
                                    "initialises; vLLM can" for name in wanted))  # fmt: skip
-    if plan.target.METHOD not in FILES and not all(m.quantizer.round_bf16 for m in plan.linears.values()):
+    in_bf16 = plan.target.METHOD not in FILES and plan.dtype is torch.bfloat16
+    if in_bf16 and not all(m.quantizer.round_bf16 for m in plan.linears.values()):
         notes["trained with round_bf16: false, so BF16 servers round the exported weights once more"] = None
     if any(m.rows is not None and (m.format.global_scale or m.format.zero_point) for m in plan.linears.values()):
         notes[
@@ -384,16 +390,4 @@ def _of_the_source(plan: ExportPlan, source: Path | None) -> list[str]:
     if plan.copied:
         families = list(dict.fromkeys(re.sub(r"\d+", "N", name) for name in plan.copied))
         notes.append(f"{len(plan.copied)} tensors that {kind} does not load are copied unread: {some(families)}")
-    if source is None:
-        return notes
-    narrowed: dict[str, list[int]] = {}
-    with ShardReader(source) as reader:
-        for name in set(reader.names()) & plan.dense.keys() - plan.wide:
-            if (code := reader.info(name).code) in _WIDE:
-                narrowed.setdefault(_WIDE[code], []).append(math.prod(reader.info(name).shape))
-    for code, sizes in sorted(narrowed.items()):
-        notes.append(
-            f"{len(sizes)} tensors ({sum(sizes)} numbers) that are not quantized are {code} in the source and become "
-            "BF16, as BF16 servers hold them"
-        )
-    return notes
+    return notes + (narrowed(plan.dense.keys() - plan.wide, source, plan.dtype) if source is not None else [])

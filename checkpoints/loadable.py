@@ -3,8 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from qat.checkpoints.export_plan import ExportPlan, ignored, refusals
 from qat.checkpoints.layouts import TARGETS, TargetLayer, npu, support
+from qat.checkpoints.layouts.reader import HALF_RULE, NPU_RULE
 from qat.errors import UnsupportedError
 from qat.families import find_family, fused_sets
 from qat.numbers.format import Format
@@ -24,12 +27,9 @@ def check_loadable(model: "PreTrainedModel", source: Path | None, engine: npu.En
     Raises:
         UnsupportedError: it loads no export of this model; names the layer, and what it does load.
     """
-    if device == npu.HALF:
-        raise UnsupportedError(
-            f"{engine} on {device} computes in FP16, and checkpoints are written in BF16; train for "
-            + ", ".join(each for each in npu.DEVICES if each != npu.HALF)
-        )
     plan, refused = refusals(model, source)
+    if (device == npu.HALF) != (plan.dtype is torch.float16):
+        raise UnsupportedError(_other_type(engine, device))
     layers = [plan.layer(path) for path in plan.linears]
     _check_fused(plan, layers)
     able = [name for name in TARGETS if name not in refused and _loads(name, layers, engine, device)]
@@ -43,6 +43,14 @@ def check_loadable(model: "PreTrainedModel", source: Path | None, engine: npu.En
     remarks = [one.remark for row in rows if (one := npu.loads(row, engine, device)) is not None and one.remark]
     first = f"{engine} on {device} loads this with --target {' or '.join(able)}"
     return [first, *dict.fromkeys(remarks)]
+
+
+def _other_type(engine: str, device: str) -> str:
+    others = ", ".join(each for each in npu.DEVICES if each != npu.HALF)
+    half = f"activation_rule: {HALF_RULE} and round_bf16: false"
+    if device == npu.HALF:
+        return f"{engine} on {device} computes in FP16; train with {half}, or train for {others}"
+    return f"this is an FP16 model, for {npu.HALF}; train it with activation_rule: {NPU_RULE} for {engine} on {device}"
 
 
 def _row(target: str, layer: TargetLayer) -> support.Row | None:

@@ -23,9 +23,10 @@ from qat.checkpoints.layouts.ascend.types import BY_NAME, Type, find_type
 from qat.checkpoints.layouts.ascend.write import METHOD, tensors_of
 from qat.checkpoints.layouts.fp8 import simulate as blocks
 from qat.checkpoints.layouts.fp8.write import METHOD as BLOCKS
-from qat.checkpoints.layouts.reader import NPU_RULE
+from qat.checkpoints.layouts.reader import HALF_RULE, NPU_RULE
 from qat.checkpoints.names import stored_names
 from qat.checkpoints.progress import progress
+from qat.checkpoints.simulated_caches import simulate_caches, simulated_and_trained
 from qat.errors import CheckpointError, UnsupportedError
 from qat.numbers.format import Format
 from qat.text import some
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 TOKENS = 16  # that a layer is checked with
 PER_ELEMENT, PER_RMS, IN_NORM = 2.0**-7, 2.0**-8, 2.0**-8
-_MODEL = torch.bfloat16
+_MODELS = {NPU_RULE: torch.bfloat16, HALF_RULE: torch.float16}
 
 
 def is_simulated(folder: Path) -> bool:
@@ -61,7 +62,8 @@ def load_simulated(folder: Path, dtype: torch.dtype = torch.float32) -> "PreTrai
                 layer = model.get_submodule(place)
                 model.set_submodule(place, simulated(exported, path, layer._parameters.get("bias")))
             advance(1)
-    stacks = stack_inputs(exported, NPU_RULE, stored.rows)
+    simulate_caches(model)
+    stacks = stack_inputs(exported, rule_of(exported), stored.rows)
     why = {path: _simulate_experts(model, exported, path, stored.rows) for path in stacks}
     if left := {path: reason for path, reason in why.items() if reason}:
         quantize_stack_inputs(model, {path: stacks[path] for path in left})
@@ -74,6 +76,8 @@ def _simulate_experts(
     model: "PreTrainedModel", exported: ExportedFolder, path: str, rows: dict[str, tuple[str, slice]]
 ) -> str:
     """Put simulated experts at `path`; returns why they stay, "" where they do not."""
+    if rule_of(exported) == HALF_RULE:
+        return "experts of FP16 models have no simulation"
     own = {each: rows[name] for each in exported.modules if (name := each + exported.DENSE) in rows}
     places = {each: place for each, place in own.items() if place[0].rpartition(".")[0] == path}
     kinds: dict[str, set[str]] = {}
@@ -103,9 +107,15 @@ def simulated(exported: ExportedFolder, path: str, bias: Tensor | None = None) -
         q = TARGETS[exported.METHOD].unpack(exported.modules[path], tensors)
         tensors = tensors_of(kind, q, exported.static_input(path))
         if kind.is_static:  # whose product vllm-ascend then computes itself, in the model's type
-            scales = q.scales.stored.to(_MODEL).flatten() * tensors["input_scale"].to(_MODEL)
+            scales = q.scales.stored.to(torch.bfloat16).flatten() * tensors["input_scale"].to(torch.bfloat16)
             tensors["deq_scale"] = scales.to(torch.float32)
-    return SimulatedLinear(kind, tensors, None if kind.input == "tensor" and exported.METHOD == METHOD else bias)
+    added = None if kind.input == "tensor" and exported.METHOD == METHOD else bias
+    return SimulatedLinear(kind, tensors, added, _MODELS[rule_of(exported)])
+
+
+def rule_of(exported: ExportedFolder) -> str:
+    """The rule of an NPU that the folder is for: one with FP16 models, or with BF16 ones."""
+    return HALF_RULE if exported.rule == HALF_RULE else NPU_RULE
 
 
 def _kind(exported: ExportedFolder, path: str) -> tuple[Type, Format, Format | None]:
@@ -135,7 +145,7 @@ def check_engine(exported: ExportedFolder, engine: npu.Engine) -> str:
     Raises:
         CheckpointError: it does not; names the layers.
     """
-    devices, worst = _reading_caches(exported, engine), 0.0
+    devices, worst = _reading_caches(exported, engine) & _of_type(exported), 0.0
     away: dict[npu.Device, float] = {}
     with progress(f"simulating {engine}", len(exported.modules), "layers") as advance:
         for path, module in exported.modules.items():
@@ -156,14 +166,31 @@ def check_engine(exported: ExportedFolder, engine: npu.Engine) -> str:
                     )
                 worst, away[device] = max(worst, apart), max(away.get(device, 0.0), from_trained)
             advance(1)
+    worst = max(worst, _check_caches(exported, engine))
     said = (
-        f"{len(exported.modules)} layers load on {', '.join(sorted(devices))} ({npu.VERSIONS[engine]}); simulated "
+        f"{len(exported.modules)} layers{f' and {count} caches' if (count := len(exported.caches)) else ''} "
+        f"load on {', '.join(sorted(devices))} ({npu.VERSIONS[engine]}); simulated "
         f"operators differ from fake quantization by {worst:.2f} of the bound at most"
     )
     if exported.METHOD != BLOCKS:
         return said
     parts = [f"{device} {away[device]:.3f}" for device in sorted(devices)]
     return f"{said}; it computes in other formats than were trained, and is from those, in norm: {', '.join(parts)}"
+
+
+def _check_caches(exported: ExportedFolder, engine: npu.Engine) -> float:
+    """How far simulated attention is from fake quantization at most, in units of the bound.
+
+    Raises:
+        CheckpointError: it is beyond; names the layer.
+    """
+    found = {path: distance(*simulated_and_trained(exported, path)) for path in exported.caches}
+    if beyond := [path for path, far in found.items() if far > 1]:
+        raise CheckpointError(
+            f"{beyond[0]}: simulated attention of {engine} is {found[beyond[0]]:.1f} times the bound from what was "
+            "trained"
+        )
+    return max(found.values(), default=0.0)
 
 
 def _reading_caches(exported: ExportedFolder, engine: npu.Engine) -> set[npu.Device]:
@@ -186,6 +213,12 @@ def _reading_caches(exported: ExportedFolder, engine: npu.Engine) -> set[npu.Dev
     return devices
 
 
+def _of_type(exported: ExportedFolder) -> set[npu.Device]:
+    """The devices that compute in the model's type."""
+    half: set[npu.Device] = {npu.HALF}
+    return half if rule_of(exported) == HALF_RULE else set(npu.DEVICES) - half
+
+
 def _loaded(engine: npu.Engine) -> str:
     every = ((name, row) for name, target in TARGETS.items() for row in target.ROWS)
     return some([f"{row.scheme} ({name})" for name, row in every if any(one.engine == engine for one in row.npu)])
@@ -199,9 +232,10 @@ def _compared(exported: ExportedFolder, path: str, device: npu.Device) -> tuple[
     x = torch.randn(TOKENS, exported.shape(path)[-1], generator=generator)
     if static is not None:  # a few values beyond the range, so that clipping is seen, too
         x = (x * 48 - (static[1:] if static.numel() > 1 else 0.0)) * static[0]
-    x = x.to(_MODEL)
+    rule = rule_of(exported)
+    x = x.to(_MODELS[rule])
     wide = x.float()
-    weight, bias = exported.dense(path).float(), f"{path}.bias"
+    weight, bias = exported.multiplied(path).float(), f"{path}.bias"
     added = exported.reader.get(bias).float() if bias in exported.names else None
     if exported.METHOD == BLOCKS:
         return _blocks(exported, path, device, x, weight, added)
@@ -209,9 +243,9 @@ def _compared(exported: ExportedFolder, path: str, device: npu.Device) -> tuple[
     layer, worst = simulated(exported, path, added), 0.0
     for phase in get_args(Phase) if layer.mixes else get_args(Phase)[:1]:
         with answering(phase):
-            read = wide if input is None else fake_quantize_input(wide, input, NPU_RULE, "ste", static)
+            read = wide if input is None else fake_quantize_input(wide, input, rule, "ste", static)
             expected = torch.nn.functional.linear(read, weight, added)
-            worst = max(worst, distance(layer(x).float(), expected))
+            worst = max(worst, distance(layer(x).float(), expected, x.dtype))
     return worst, 0.0
 
 
@@ -234,11 +268,13 @@ def _blocks(
     return distance(found, expected), float((found - truth).norm() / truth.norm())
 
 
-def distance(found: Tensor, expected: Tensor) -> float:
+def distance(found: Tensor, expected: Tensor, model: torch.dtype = torch.bfloat16) -> float:
     """The smaller of two: the largest difference of an element over 2^-7 of it plus 2^-8 of the root mean square, and
-    the difference's norm over 2^-8 of the whole."""
+    the difference's norm over 2^-8 of the whole. Of an FP16 model, an eighth of that: it has three bits more, and its
+    weights are not rounded in training."""
     difference = (found - expected).double()
     rms = expected.double().square().mean().sqrt()
     element = (difference.abs() / (PER_ELEMENT * expected.double().abs() + PER_RMS * rms)).max()
     norm = difference.norm() / (IN_NORM * expected.double().norm())
-    return float(torch.minimum(element, norm).nan_to_num(nan=float("inf")))
+    finer = torch.finfo(torch.bfloat16).eps / torch.finfo(model).eps
+    return float(torch.minimum(element, norm).nan_to_num(nan=float("inf"))) * finer

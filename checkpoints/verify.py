@@ -183,7 +183,7 @@ def _type_of(subject: _Subject, name: str, tensor: Tensor) -> str | None:
     """The safetensors type that an unquantized tensor must have; None for any, where another tool chose."""
     if not tensor.is_floating_point() or (name in subject.in_float32 and subject.record is None):
         return None
-    return "F32" if name in subject.in_float32 else "BF16"
+    return "F32" if name in subject.in_float32 else subject.exported.dense_type
 
 
 def _scales(subject: _Subject) -> str:

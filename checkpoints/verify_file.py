@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from qat.checkpoints.hf import quiet
 from qat.checkpoints.layouts.gguf.load import load_file, parts
-from qat.checkpoints.layouts.gguf.read import GgufFile
+from qat.checkpoints.layouts.gguf.read import GgufFile, above_of
 from qat.checkpoints.layouts.reader import digest
 from qat.checkpoints.progress import progress
 from qat.checkpoints.record import RECORD_VERSION
@@ -21,7 +22,8 @@ from qat.checkpoints.verify import Check, Problem, VerifyReport
 from qat.errors import CheckpointError, UnsupportedError
 from qat.text import some
 
-_UNREAD = ("MXFP4",)  # types that plain transformers (5.23) does not know
+_UNREAD = ("MXFP4", "NVFP4")  # types that plain transformers (5.23) does not know
+_ABOVE = (GGMLQuantizationType.NVFP4,)  # types whose tensors have others with what multiplies whole matrices
 _UNSCALED = {"gemma2": 256, "gemma3": 256}  # width of a head that it takes for every model's, where it scales scores
 
 
@@ -64,6 +66,7 @@ def _tensors(file: GgufFile) -> str:
     if file.record is None:
         return "skipped: the file has no qat.record, so another tool wrote it"
     wanted = {entry["tensor"] for entry in parts(file.record).values()} | ({"rope_freqs.weight"} & file.tensors.keys())
+    wanted |= {above_of(name) for name in wanted if name in file.tensors and file.tensors[name].tensor_type in _ABOVE}
     problems = [f"{name} is missing" for name in sorted(wanted - file.tensors.keys())]
     problems += [f"{name} is unknown" for name in sorted(file.tensors.keys() - wanted)]
     if problems:

@@ -1,5 +1,6 @@
-"""Which of a model's numbers stay in float32 when it is served in BF16: what its class keeps so, such as the correction
-biases of routers. Evaluation, export and verify ask here, so that they round the same tensors."""
+"""Which of a model's numbers stay in float32 when it is served in BF16 or FP16: what its class keeps so, such as the
+correction biases of routers; and which of the two it is. Evaluation, export and verify ask here, so that they round the
+same tensors to the same type."""
 
 import copy
 import re
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.quantizer import Quantizer
+from qat.quantizer import InputQuantizer, Quantizer
+from qat.training.half import RULE as HALF_RULE
 
 _names: "weakref.WeakKeyDictionary[nn.Module, frozenset[str]]" = weakref.WeakKeyDictionary()
 
@@ -19,6 +21,12 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     quantizers = {path for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, Quantizer)}
     return {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in quantizers}
+
+
+def stored_dtype(model: nn.Module) -> torch.dtype:
+    """What a checkpoint stores of the model that is not quantized: FP16 where inputs are rounded as on a 310P."""
+    rules = {module.rule for module in model.modules() if isinstance(module, InputQuantizer)}
+    return torch.float16 if HALF_RULE in rules else torch.bfloat16
 
 
 def float32_names(model: nn.Module) -> frozenset[str]:

@@ -6,12 +6,14 @@ Exports store the same number (`quant_bias`), so that what is trained is what is
 from torch import Tensor, nn
 
 from qat.quantizer import InputQuantizer, WeightQuantizer
-from qat.training.npu import folded_bias, folds_bias
+from qat.training.npu import NPU_RULES, folded_bias, folds_bias
 
 
 def added_bias(bias: Tensor | None, weight: WeightQuantizer, input: nn.Module | None) -> Tensor | None:
     """What a layer adds in place of its bias (rows,), in its type; the bias itself where nothing is rounded now."""
-    if bias is None or not isinstance(input, InputQuantizer) or input.rule != "ascend" or not folds_bias(input.format):
+    if bias is None or not isinstance(input, InputQuantizer) or not folds_bias(input.format):
+        return bias
+    if input.rule not in NPU_RULES:
         return bias
     if "dense" in (weight.mode, input.mode) or input.observer is not None:
         return bias

@@ -3,10 +3,9 @@
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
 
-import torch
 from torch import nn
 
-from qat.float32 import float32_names, own_tensors
+from qat.float32 import float32_names, own_tensors, stored_dtype
 from qat.quantizer import Mode, Quantizer, WeightQuantizer
 from qat.sharded import share, swapped
 from qat.sites import sites
@@ -74,9 +73,9 @@ def only(model: nn.Module, paths: Collection[str], others: bool = False) -> Iter
 
 @contextlib.contextmanager
 def served(model: nn.Module) -> Iterator[None]:
-    """The model as an export stores it, inside this context: what is not quantized has its BF16 value, unless the
-    model keeps it in float32, and on a CPU each weight is quantized once instead of at every call. Nothing may be
-    trained inside. What is dense stays dense."""
+    """The model as an export stores it, inside this context: what is not quantized has its value in `stored_dtype`,
+    unless the model keeps it in float32, and on a CPU each weight is quantized once instead of at every call. Nothing
+    may be trained inside. What is dense stays dense."""
     on_cpu = [m for m in model.modules() if isinstance(m, WeightQuantizer) and m.start.device.type == "cpu"]
     quantizers = [quantizer for quantizer in on_cpu if quantizer.mode == "quantized"]
     on_grid = {id(getattr(site.owner, site.slot)) for site in sites(model, "weight")}  # None where it is held packed
@@ -85,7 +84,8 @@ def served(model: nn.Module) -> Iterator[None]:
     own = {id(t): t for name, t in own_tensors(model).items() if t.is_floating_point() and name not in unrounded}
     dense = [tensor for key, tensor in own.items() if key not in on_grid]
     try:
-        rounded = ((tensor, share(tensor).to(torch.bfloat16).to(tensor.dtype)) for tensor in dense)
+        dtype = stored_dtype(model)
+        rounded = ((tensor, share(tensor).to(dtype).to(tensor.dtype)) for tensor in dense)
         with swapped(rounded), _in_mode(quantizers, "frozen"):
             yield
     finally:

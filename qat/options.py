@@ -109,7 +109,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         default=8192,
         help="how much of it; below 4096, a few per cent are noise (default: %(default)s)",
     )
-    parser.add_argument("--activation-rule", choices=("vllm", "compressed_tensors", "ascend"),
+    parser.add_argument("--activation-rule", choices=("vllm", "compressed_tensors", "ascend", "ascend_310p"),
                         help="of an export: whose arithmetic inputs follow (default: its engine's)")  # fmt: skip
     _prompts(parser)
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="lm-eval tasks (pip install 'qat-native[eval]')")

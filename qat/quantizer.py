@@ -19,7 +19,7 @@ from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales, finite_amax, quantize
 from qat.observers import AnyObserver, Observer, observer_for
 from qat.same_tensor import SameTensor
-from qat.training.activations import ActivationRule, fake_quantize_input, moved_range, static_part
+from qat.training.activations import ActivationRule, fake_quantize_input, held_range, moved_range, static_part
 from qat.training.gradients import Estimator
 from qat.training.ops import fake_quantize, quantized_linear
 from qat.training.refit import refit
@@ -338,7 +338,7 @@ class InputQuantizer(Quantizer):
     def freeze(self) -> None:
         """Fix the range from what was observed."""
         if self._observer is not None and self.needs_calibration:
-            self.amax.copy_(torch.tensor(self._observer.range()).view_as(self.amax))
+            self.amax.copy_(held_range(torch.tensor(self._observer.range()).view_as(self.amax), self.format, self.rule))
             if self.log_range is not None:
                 nn.init.zeros_(self.log_range)
         self.cancel()

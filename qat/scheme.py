@@ -28,9 +28,10 @@ from qat.numbers.catalog import lookup, widened
 from qat.observers import Observer
 from qat.quantizer import Learn
 from qat.sites import Role
-from qat.training import npu
-from qat.training.activations import ActivationRule
+from qat.training.activations import ActivationRule, llama_cpp_input
 from qat.training.gradients import Estimator
+from qat.training.half import RULE as HALF_RULE
+from qat.training.npu import in_half
 from qat.training.scales import parts_of
 
 TiedPolicy = Literal["error", "share", "untie"]
@@ -153,7 +154,7 @@ class Scheme(Strict):
             "refit" finds the best scale for the weights every few steps (`optim.refit_every`).
         learn_inputs: learn the ranges of static input formats (one scale per tensor) from where calibration put them.
         observer: how static activation ranges are found.
-        activation_rule: whose arithmetic dynamic activations follow.
+        activation_rule: whose arithmetic dynamic activations follow. `ascend_310p` makes the model an FP16 one.
         estimator: gradient of rounding for inputs; weights always pass straight through.
         fused: sets of layer names that engines merge; by default what is usual for the model (`qat.families`).
         tied: what to do when one tensor serves as embedding and head and the rules treat the two differently.
@@ -224,10 +225,6 @@ class Scheme(Strict):
         mixed = [rule.input for rule in self.rules if rule.input is not None and lookup(rule.input).prompt]
         if mixed and self.activation_rule != "ascend":
             raise ValueError(f"{mixed[0]} inputs need activation_rule: ascend, not {self.activation_rule}")
-        inputs = [lookup(rule.input) for rule in self.rules if rule.input is not None]
-        unmade = [fmt for fmt in inputs if not npu.has_operator(fmt)] if self.activation_rule == "ascend" else []
-        if unmade:
-            raise ValueError(npu.missing(unmade[0]))
         return self
 
     @model_validator(mode="after")
@@ -239,6 +236,20 @@ class Scheme(Strict):
         given = [name for name in cached if lookup(name).is_columnwise]
         if given and self.activation_rule != "ascend":
             raise ValueError(f"{given[0]} caches need activation_rule: ascend, not {self.activation_rule}")
+        return self
+
+    @model_validator(mode="after")
+    def _inputs_are_llama_cpps(self) -> "Scheme":
+        every: list[Rule | Fallback] = [*self.rules, *([self.fallback] if self.fallback else [])]
+        for given in every if self.activation_rule == "llama_cpp" else ():
+            if given.weight is None or given.input is None:
+                continue
+            wanted = llama_cpp_input(lookup(given.weight)).name
+            if given.input != wanted:
+                raise ValueError(
+                    f"activation_rule: llama_cpp rounds the inputs of {given.weight} weights to {wanted}, not "
+                    f"{given.input}; write `input: {wanted}` beside `weight: {given.weight}`, or leave it out"
+                )
         return self
 
     @model_validator(mode="after")
@@ -255,9 +266,30 @@ class Scheme(Strict):
                 "learn_inputs: a range with a zero point has two ends, which one learned factor does not move well; "
                 "use int8_tensor inputs, or leave learn_inputs out"
             )
+        if self.activation_rule == HALF_RULE:
+            self._check_half()
         if self.learn_inputs and self.activation_rule != "vllm":
             raise ValueError(f"learn_inputs needs activation_rule: vllm, not {self.activation_rule}")
         return self
+
+    def _check_half(self) -> None:
+        """An Ascend 310P multiplies INT8 codes, and knows no BF16."""
+        pairs = [(rule.weight, rule.input) for rule in self.rules if rule.weight is not None]
+        other = [
+            f"{weight} with {input or 'dense'}" for weight, input in pairs if not input or not in_half(lookup(input))
+        ]
+        if other:
+            raise ValueError(
+                f"activation_rule: {HALF_RULE} has INT8 products alone, with int8_token, int8_tensor or "
+                f"int8_tensor_asym inputs, but the scheme has {other[0]} inputs"
+            )
+        if cached := [name for rule in self.rules for name in (rule.key, rule.value) if name is not None]:
+            raise ValueError(f"activation_rule: {HALF_RULE} has no quantized caches; leave {cached[0]} out")
+        if self.round_bf16:
+            raise ValueError(
+                f"activation_rule: {HALF_RULE} is for FP16 models, whose products take codes and scales as they are; "
+                "set round_bf16: false"
+            )
 
     def rule_for(self, path: str, module: str = "", role: Role = "weight") -> Rule | None:
         """The first rule that speaks of a tensor, by its own path or its module's; or None."""

@@ -64,7 +64,7 @@ ROOMS = {
     "modes": {"quantizer", "sites", "float32", "sharded"},
     "sharded": {"quantizer", "sites", "zero"},
     "zero": set(),
-    "float32": {"quantizer"},
+    "float32": {"quantizer", "training"},
     "sensitivity": {"modes", "sites"},
     "fallback": {"numbers", "sensitivity"},
     "scheme": {"numbers", "training", "init", "observers", "quantizer", "sites", "families", "fallback"},

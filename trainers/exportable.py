@@ -7,15 +7,19 @@ from typing import Any
 
 from qat.checkpoints.architecture import empty_model, read_config
 from qat.checkpoints.export import check_export
+from qat.checkpoints.layouts.reader import NPU_RULE
 from qat.checkpoints.loadable import check_loadable
 from qat.checkpoints.peft import check_package
 from qat.checkpoints.shards import INDEX, SINGLE, ShardReader
+from qat.errors import UnsupportedError
 from qat.lora import attach
+from qat.numbers.catalog import lookup
 from qat.surgery import apply, report, rotate_inputs
 from qat.trainers import packed
 from qat.trainers.called import check_called
 from qat.trainers.job import Job
 from qat.trainers.optim import freeze
+from qat.training import npu
 
 
 def export_notes(job: Job, folder: Path | None, model: Any) -> list[str]:
@@ -42,11 +46,19 @@ def export_notes(job: Job, folder: Path | None, model: Any) -> list[str]:
     notes = [f"export: {note}" for note in check_export(bare, weights)]
     if job.engine is not None and job.device is not None:
         notes += check_loadable(bare, weights, job.engine, job.device)
+    _check_inputs(job)
     if job.lora is not None:
         check_package()
         attach(bare, job.lora)
     freeze(bare, job.optim)
     return notes
+
+
+def _check_inputs(job: Job) -> None:
+    inputs = [lookup(rule.input) for rule in job.scheme.rules if rule.input is not None]
+    unmade = [fmt for fmt in inputs if not npu.has_operator(fmt)]
+    if unmade and job.scheme.activation_rule == NPU_RULE:
+        raise UnsupportedError(npu.missing(unmade[0]))
 
 
 def student_without_numbers(job: Job, folder: Path) -> Any:

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from qat.checkpoints.hf import ModelConfig
 from qat.checkpoints.layouts import npu
-from qat.checkpoints.layouts.reader import NPU_RULE
+from qat.checkpoints.layouts.reader import HALF_RULE, NPU_RULE
 from qat.config import Strict, load_yaml, override, validate
 from qat.errors import ConfigError
 from qat.lora import LoraConfig
@@ -124,10 +124,12 @@ class Job(Strict):
                 f"engine ({self.engine}) and device ({self.device}) go together: an engine on an NPU and the chip, as "
                 "vllm-ascend and a2; or leave both out"
             )
-        if self.engine is not None and self.scheme.activation_rule != NPU_RULE:
+        rule = HALF_RULE if self.device == npu.HALF else NPU_RULE
+        if self.engine is not None and self.scheme.activation_rule != rule:
+            also = " and scheme.round_bf16: false" if rule == HALF_RULE else ""
             raise ValueError(
-                f"{self.engine} rounds inputs by the NPU's rule, but scheme.activation_rule is "
-                f"{self.scheme.activation_rule}; set scheme.activation_rule: {NPU_RULE}, or leave engine out"
+                f"{self.engine} on {self.device} rounds inputs by the NPU's rule, but scheme.activation_rule is "
+                f"{self.scheme.activation_rule}; set scheme.activation_rule: {rule}{also}, or leave engine out"
             )
         return self
 

@@ -10,6 +10,7 @@ from qat.checkpoints.layouts.reader import ExportedFolder
 from qat.checkpoints.layouts.target import Target, TargetLayer
 from qat.errors import CheckpointError, ConfigError, UnsupportedError, nearest
 from qat.numbers.format import Format
+from qat.training.half import RULE as HALF_RULE
 
 _FIRST = "compressed_tensors"  # the default target leads every list
 _FOUND = sorted(path.parent.name for path in Path(__file__).parent.glob("*/write.py"))
@@ -84,6 +85,12 @@ def check_layer(target: Target, layer: TargetLayer) -> None:
     able = holders(layer.weight, layer.input, stacks_of)
     if reason := _not_stored(layer):
         raise UnsupportedError(f"{layer.path} can be trained and evaluated, but not exported: {reason}")
+    if layer.half and not hasattr(target, "in_half"):
+        others = " or ".join(name for name in able if hasattr(TARGETS[name], "in_half"))
+        raise UnsupportedError(
+            f"{layer.path} is of an FP16 model (activation_rule: {HALF_RULE}), which {target.METHOD} does not write"
+            + (f"; use --target {others}" if others else "")
+        )
     if layer.is_table and target.TABLES is None:
         others = " or ".join(name for name in able if TARGETS[name].TABLES is not None)
         instead = f", or use --target {others}" if others else ""

@@ -27,13 +27,15 @@ _KEYS, _OF_CACHES = ("kv_cache_scheme", "kv_cache_quant_algo"), ("k_scale", "v_s
 @dataclass(frozen=True)
 class TargetCache:
     """The cache of one attention layer: its name in the checkpoint, those of its projections (None if they are merged
-    with others), the formats of keys and values, and how wide their heads are."""
+    with others), the formats of keys and values, how wide their heads are, and how its attention differs from plain
+    attention to all tokens before ("" where it does not)."""
 
     path: str
     projections: tuple[str, str] | None
     key: Format
     value: Format
     widths: tuple[int, int] = (0, 0)
+    special: str = ""
 
 
 def no_offsets(cache: TargetCache) -> tuple[str, ...]:

@@ -17,8 +17,8 @@ VERSIONS: Mapping[Engine, str] = {
     "sglang-ascend": "main of 2026-08 (modelslim loader)",
     "mindie": "1.0.0 to 2.3.0",
 }
-HALF = "310p"
-"""The device without BF16: models are FP16 there."""
+HALF: Device = "310p"
+"""The device without BF16: models are FP16 there, and what is written for it is for no other."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Npu:
     remark: str = ""
 
 
-A2_A3, A5 = DEVICES[:2], DEVICES[2:3]
+A2_A3, A5, A310P = DEVICES[:2], DEVICES[2:3], DEVICES[3:]
 NPU_MX = "0.30.0rc2"
 """The first vllm-ascend known to load MX formats from compressed-tensors and modelopt files, and FP8 blocks."""
 

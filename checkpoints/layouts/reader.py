@@ -43,7 +43,7 @@ _UNREAD_TENSORS = {
     "q_scale": "quantized attention",
 }
 
-NPU_RULE = "ascend"
+NPU_RULE, HALF_RULE = "ascend", "ascend_310p"
 Spec = tuple[str, tuple[int, ...]]  # safetensors type and shape
 
 
@@ -170,11 +170,12 @@ class ExportedFolder(ReadsCaches, ABC):
     def _codes_name(self, module: PackedModule) -> str:
         return "weight"
 
-    def _codes(self, module: PackedModule, tensors: dict[str, Tensor]) -> Tensor:
-        return tensors[self._codes_name(module)]
-
     def _zero_points(self, module: PackedModule, tensors: dict[str, Tensor], rows: int) -> Array | None:
         return None
+
+    def _codes(self, module: PackedModule, tensors: dict[str, Tensor], rows: int) -> Array:
+        """The bytes of codes, a row of them for each row of the weight."""
+        return raw_rows(tensors[self._codes_name(module)].reshape(rows, -1))
 
     @classmethod
     def tensor_name(cls, path: str, key: str) -> str:
@@ -301,7 +302,7 @@ class ExportedFolder(ReadsCaches, ABC):
         module, tensors, shape = self.modules[path], self.layer(path), self.shape(path)
         rows, columns = math.prod(shape[:-1]), shape[-1]
         scale, zero = self._scale(module, tensors), self._zero_points(module, tensors, rows)
-        codes = raw_rows(self._codes(module, tensors).flatten(0, len(shape) - 2))
+        codes = self._codes(module, tensors, rows)
         table = code_values(module)
         out = np.empty((rows, columns), dtype=np.uint16)
         step = max(1, _CHUNK // max(columns, 1))
@@ -314,6 +315,15 @@ class ExportedFolder(ReadsCaches, ABC):
                 value = value - per_weight(zero)
             out[part] = bf16_bits(value * per_weight(scale))
         return torch.from_numpy(out.view(np.int16)).view(torch.bfloat16).view(shape)
+
+    def multiplied(self, path: str) -> Tensor:
+        """The weight that an engine of this layout multiplies with, see `dense`."""
+        return self.dense(path)
+
+    @property
+    def dense_type(self) -> str:
+        """The safetensors type of what is not quantized."""
+        return "BF16"
 
     def static_input(self, path: str) -> Tensor | None:
         """The calibrated scale (or, above E4M3 block scales, the divisor) of a layer's input, float32 [1], or None."""
@@ -329,7 +339,7 @@ class ExportedFolder(ReadsCaches, ABC):
                 f"{self.folder}: {stray[0]} belongs to no {self.METHOD} layer; was it made for another target?"
             )
         for name, path in self.weights.items():
-            weight = self.dense(path)
+            weight = self.multiplied(path)
             yield name, weight.transpose(-1, -2).contiguous() if self.TRANSPOSED else weight
         for name in sorted(self.names - self.quantized_names):
             yield name, self.reader.get(name)

@@ -30,6 +30,7 @@ class TargetLayer:
         tied: names, for any loader, of the output layers that multiply with a table's stored tensors.
         bias: whether it adds one.
         rounded: whether it was trained rounded to BF16 (`Scheme.round_bf16`).
+        half: whether it is part of an FP16 model (`activation_rule: ascend_310p`).
     """
 
     path: str
@@ -44,6 +45,7 @@ class TargetLayer:
     tied: tuple[str, ...] = ()
     bias: bool = False
     rounded: bool = True
+    half: bool = False
 
     @property
     def stacks_of(self) -> str:
@@ -62,7 +64,8 @@ class Target(Protocol):
     """The interface of a layout's `write.py`, which is a module. One that writes a single file instead of a folder
     also has `FILE`, how the file's name ends; it has no `Reader`, and `unpack` and `files` are never asked. One that
     holds the bias of a layer in its tensors has `fold_bias`, which gets what `pack` made and the bias; one whose
-    tensors depend on the place of a layer has `placed`, which gets what `pack` made and the layer's path."""
+    tensors depend on the place of a layer has `placed`, which gets what `pack` made and the layer's path. One for FP16
+    models, too, has `in_half`, which makes their tensors of what these made."""
 
     METHOD: str
     """The target's name, which is also config.json's `quant_method`."""

@@ -33,12 +33,14 @@ class _Gate:
     def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keys and values to attend to, (batch, heads, tokens, width)."""
         self.passed = True
+        own = key, value
         if not getattr(self._cache, "QUANTIZES", False):
             key, value = by_row(self._module.key_quantizer, key), by_row(self._module.value_quantizer, value)
         if self._cache is None:
             return key, value
         cached: tuple[Tensor, Tensor] = self._cache.update(key, value, *args, **kwargs)
-        return cached
+        alone = cached[0].shape[-2] == key.shape[-2]  # nothing was cached before
+        return own if alone and self._module.first_unrounded else cached
 
     def __getattr__(self, name: str) -> Any:
         if self._cache is None:
@@ -55,9 +57,14 @@ def by_row(quantizer: InputQuantizer, x: Tensor) -> Tensor:
 
 
 class QatAttention(Quantized):
-    """What is added to a class of attention, `KIND`."""
+    """What is added to a class of attention, `KIND`.
+
+    Where `first_unrounded`, tokens with nothing cached before them attend to what is not rounded on its way into the
+    cache (simulations of engines that do so).
+    """
 
     KIND: Any
+    first_unrounded = False
     key_quantizer: InputQuantizer
     value_quantizer: InputQuantizer
 

@@ -92,6 +92,7 @@ _FORMATS: list[Format] = [
     Format(name="q4_0", elements=(INT4_DOWN, INT4_UP), block=(1, 32), scale=F16, source=_GGML),
     Format(name="q5_0", elements=(INT5_DOWN, INT5_UP), block=(1, 32), scale=F16, source=_GGML),
     Format(name="q8_0", elements=(INT8,), block=(1, 32), scale=F16, source=_GGML),
+    Format(name="q8_k", elements=(INT8,), block=(1, 256), scale=F32, source=f"{_GGML}, inputs of K types"),
     Format(name="q4_k", elements=(UINT4,), **_MINIMA),
     Format(name="q5_k", elements=(UINT5,), **_MINIMA),
     Format(name="q6_k", elements=(INT6_DOWN, INT6_UP), block=(1, 16), scale=S8, super_block=256, source=_GGML),

@@ -4,8 +4,9 @@ The rule is named after who runs it. "vllm" computes in float32, as vLLM's refer
 ties, which its kernels break by multiplying with an approximate reciprocal). "compressed_tensors" is what plain
 transformers simulates, mostly in BF16; it is reproduced bit for bit (the sign of a zero aside), so that an exported
 checkpoint can be compared with an exact difference of zero. For a float32 input it computes what the BF16 model would.
-"ascend" is what an NPU does, see `qat.training.npu`. "llama_cpp" is what its quantized products do to any input, asked
-or not: INT8 per 32 values, multiplied with a float32 reciprocal, and afterwards with the scale in FP16.
+"ascend" is what an NPU does, see `qat.training.npu`, "ascend_310p" what one does whose models are FP16 (see
+`qat.training.half`). "llama_cpp" is what its quantized products do to any input, asked or not: INT8 per 32 values
+(before K types per 256), multiplied with a float32 reciprocal, and afterwards with the scale in FP16 (in float32).
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import UnsupportedError
-from qat.numbers.catalog import E2M1, lookup
+from qat.numbers.catalog import CATALOG, E2M1, INT8, lookup
 from qat.numbers.element import EXPONENT_BIAS, Element
 from qat.numbers.format import Format
 from qat.numbers.numerics import (
@@ -28,7 +29,7 @@ from qat.numbers.numerics import (
     to_blocks,
 )
 from qat.numbers.scale import BF16, E8M0, F16, F32, TINY, UE4M3, MinifloatScale, over
-from qat.training import npu, phases
+from qat.training import half, npu, phases
 from qat.training.gradients import Estimator
 from qat.training.ops import fake_quantize, fake_quantize_reference, operator
 
@@ -36,7 +37,7 @@ _VLLM_TOKEN_FLOOR = 512  # scaled_fp8_quant: a token's scale is at least 1 / (el
 _VLLM_GROUP_FLOOR = 1e-10  # per_token_group_quant_fp8: a group's maximum counts at least this
 _MANTISSA = 7  # of BF16
 
-ActivationRule = Literal["vllm", "compressed_tensors", "ascend", "llama_cpp"]
+ActivationRule = Literal["vllm", "compressed_tensors", "ascend", "ascend_310p", "llama_cpp"]
 _Rule = Callable[[Tensor, Format, Tensor | None, Estimator], Tensor]
 
 
@@ -59,6 +60,15 @@ def static_part(fmt: Format, amax: Tensor) -> Tensor | None:
     if fmt.global_scale:
         return global_scale_for(amax.detach(), fmt).reciprocal().reshape(1)
     return None
+
+
+def held_range(range: Tensor, fmt: Format, rule: str) -> Tensor:
+    """The calibrated range that whoever runs the rule can hold: a wider one where scales have few bits.
+
+    Raises:
+        FormatError: none; says why.
+    """
+    return half.held_range(range, fmt) if rule == half.RULE else range
 
 
 def moved_range(amax: Tensor, log_range: Tensor | None) -> Tensor:
@@ -278,6 +288,20 @@ def _ascend(x: Tensor, fmt: Format, static: Tensor | None, estimator: Estimator)
     return phases.either(x, answers, lambda: _ascend(x, lookup(fmt.prompt), None, estimator)) if fmt.prompt else answers
 
 
+def _ascend_310p(x: Tensor, fmt: Format, static: Tensor | None, estimator: Estimator) -> Tensor:
+    """The two types that its loader has: INT8 per token, and INT8 with one scale, whose reciprocal is FP16."""
+    if not npu.in_half(fmt):
+        raise UnsupportedError(
+            f"activation_rule: {half.RULE} has no operator for {fmt.name} inputs; it has int8_token, int8_tensor and "
+            "int8_tensor_asym"
+        )
+    if npu.is_dynamic_integer(fmt):
+        return _vllm(x, fmt, static, estimator)
+    with torch.no_grad():
+        y, inside = npu.fake_quantized(x.detach(), fmt, static, torch.float16)
+    return _with_gradient(x, y.to(x.dtype), inside, estimator)
+
+
 def _with_gradient(x: Tensor, y: Tensor, inside: Tensor, estimator: Estimator) -> Tensor:
     if not x.requires_grad:
         return y
@@ -288,19 +312,37 @@ def _with_gradient(x: Tensor, y: Tensor, inside: Tensor, estimator: Estimator) -
 # --- llama.cpp --------------------------------------------------------------------------------------------------------
 
 
+_LLAMA_CPP = {F16: 32, F32: 256}  # the values of a block of inputs, by how its scale is stored: Q8_0 and Q8_K
+
+
+def llama_cpp_input(weight: Format) -> Format:
+    """What llama.cpp rounds the inputs of products with such weights to: super-blocks have Q8_K, all else Q8_0."""
+    scale = F32 if weight.super_block else F16
+    return next(fmt for fmt in CATALOG.values() if fmt.scale is scale and _is_llama_cpps(fmt))
+
+
+def _is_llama_cpps(fmt: Format) -> bool:
+    return fmt.elements == (INT8,) and not fmt.zero_point and _LLAMA_CPP.get(fmt.scale) == fmt.group
+
+
 def _llama_cpp(x: Tensor, fmt: Format, static: Tensor | None, estimator: Estimator) -> Tensor:
-    """quantize_row_q8_0 of ggml, as its CPU code for x86 and Arm computes it: times a reciprocal, half to even. Code
-    without vector instructions and that for GPUs differ from it in exact ties."""
-    if not (fmt.is_single and fmt.element.is_integer and fmt.scale is F16 and fmt.group) or fmt.zero_point:
+    """quantize_row_q8_0 and quantize_row_q8_K of ggml, as its CPU code for x86 and Arm computes them: times a
+    reciprocal, half to even. Code without vector instructions and that for GPUs differ from the first in exact ties.
+    The second gives the scale the sign that puts the block's end at -127, which changes no value."""
+    if not _is_llama_cpps(fmt):
         raise UnsupportedError(
-            f"llama.cpp does not round inputs to {fmt.name}; use another activation_rule, or integers in blocks under "
-            "FP16 scales as the input format"
+            f"llama.cpp does not round inputs to {fmt.name}; use another activation_rule, or as the input format "
+            "q8_0, before K types q8_k"
         )
     with torch.no_grad():
         blocked = to_blocks(x.detach().to(torch.float32), fmt)
         amax = block_amax(blocked)
-        scale = over(amax, fmt.element.max).to(F16.storage).to(torch.float32)  # zero where no FP16 number is as small
-        inverse = torch.where(scale == 0, 0.0, torch.full_like(amax, fmt.element.max) / amax)
+        inverse = torch.full_like(amax, fmt.element.max) / amax
+        if fmt.scale is F16:
+            scale = over(amax, fmt.element.max).to(F16.storage).to(torch.float32)  # zero where none is as small
+        else:
+            scale = torch.ones_like(inverse) / inverse  # zero where the reciprocal is no number
+        inverse = torch.where(scale == 0, 0.0, inverse)
         y = (blocked * per_block(inverse)).round_().mul_(per_block(scale))
         y = from_blocks(y, x.shape, fmt)
     return _with_gradient(x, y.to(x.dtype), torch.ones_like(x, dtype=torch.bool), estimator)
@@ -310,5 +352,6 @@ RULES: dict[str, _Rule] = {
     "vllm": _vllm,
     "compressed_tensors": _compressed_tensors,
     "ascend": _ascend,
+    half.RULE: _ascend_310p,
     "llama_cpp": _llama_cpp,
 }

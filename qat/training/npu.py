@@ -1,13 +1,13 @@
 """How an Ascend NPU rounds inputs, as CANN documents the operators that vllm-ascend (0.23 to 0.30) calls; no NPU was
 asked.
 
-`npu_quantize` (static integers) multiplies with the reciprocal of the scale, which vllm-ascend computes in BF16, adds
-the offset and then rounds: the code is not always that of a division. `npu_dynamic_mx_quant` takes the exponent of a
-block's maximum (the floor rule of OCP MX v1.0, whatever weights use), saturates, and rounds 4-bit elements half away
-from zero (round_mode "round") and 8-bit ones half to even ("rint"). `npu_dynamic_quant` (integers per token) divides by
-amax over the largest code, which is what every engine does. A product of static inputs takes its bias as int32, in
-units of the scale that the sum is multiplied with. Cached keys and values with a scale per channel (C8) are rounded in
-BF16 before they are written, and are BF16 numbers when they are read.
+`npu_quantize` (static integers) multiplies with the reciprocal of the scale, which vllm-ascend computes in the model's
+type (BF16; FP16 on a 310P), adds the offset and then rounds: the code is not always that of a division.
+`npu_dynamic_mx_quant` takes the exponent of a block's maximum (the floor rule of OCP MX v1.0, whatever weights use),
+saturates, and rounds 4-bit elements half away from zero (round_mode "round") and 8-bit ones half to even ("rint").
+`npu_dynamic_quant` (integers per token) divides by amax over the largest code, which is what every engine does. A
+product of static inputs takes its bias as int32, in units of the scale that the sum is multiplied with. Cached keys and
+values with a scale per channel (C8) are rounded in BF16 before they are written, and are BF16 numbers when read.
 """
 
 import torch
@@ -19,6 +19,9 @@ from qat.numbers.element import Element
 from qat.numbers.format import Format
 from qat.numbers.numerics import block_amax, from_blocks, per_block, to_blocks
 from qat.numbers.scale import E8M0, F32
+from qat.training.half import RULE as HALF_RULE
+
+NPU_RULES = ("ascend", HALF_RULE)
 
 
 def is_dynamic_integer(fmt: Format) -> bool:
@@ -33,18 +36,21 @@ def has_operator(fmt: Format) -> bool:
     return is_dynamic_integer(fmt) or (fmt.is_static and integer) or _is_mx(fmt)
 
 
-def fake_quantized(x: Tensor, fmt: Format, static: Tensor | None) -> tuple[Tensor, Tensor]:
+def fake_quantized(
+    x: Tensor, fmt: Format, static: Tensor | None, model: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor]:
     """x (..., columns) on the grid of `fmt` as float32, and where it was not clipped.
 
     Args:
         static: as `qat.training.activations.static_part` returns it.
+        model: the type that the engine computes a reciprocal in.
 
     Raises:
         UnsupportedError: no operator of the NPU makes this format.
     """
     if fmt.is_static and fmt.is_single and fmt.element.is_integer:
         assert static is not None
-        codes, inside = static_codes(x, static)
+        codes, inside = static_codes(x, static, model)
         return (codes - offset_of(static)) * static[:1], inside
     if fmt.is_columnwise and fmt.is_single and fmt.element == INT8 and not fmt.zero_point:
         assert static is not None
@@ -85,14 +91,19 @@ def bias_codes(bias: Tensor, deq_scale: Tensor) -> Tensor:
     return (bias.to(torch.float32) / deq_scale.detach()).round().clamp(-limit, limit)
 
 
+def in_half(fmt: Format) -> bool:
+    """Whether products of FP16 models on a 310P take inputs of this format: INT8 per token, or with one scale."""
+    return fmt.is_single and fmt.element == INT8 and (is_dynamic_integer(fmt) or folds_bias(fmt))
+
+
 def offset_of(static: Tensor) -> Tensor:
     """The zero point, float32 [1]; 0 of a symmetric format."""
     return static[1:] if static.numel() > 1 else torch.zeros_like(static)
 
 
-def static_codes(x: Tensor, static: Tensor) -> tuple[Tensor, Tensor]:
+def static_codes(x: Tensor, static: Tensor, model: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
     """int8 codes, as float32, and where they were not clipped: round(x / scale + offset)."""
-    reciprocal = static[:1].to(torch.bfloat16).reciprocal().to(torch.float32)
+    reciprocal = static[:1].to(model).reciprocal().to(torch.float32)
     wide = (x.to(torch.float32) * reciprocal + offset_of(static)).round_()
     low, high = torch.iinfo(torch.int8).min, torch.iinfo(torch.int8).max
     return wide.clamp(low, high), (wide >= low) & (wide <= high)

@@ -66,12 +66,16 @@ def module(*names: str) -> Any:
     raise NotImplementedError(f"vllm-ascend has none of {names}")
 
 
-def config_of(folder: Path) -> Any:
-    """The engine's own config object, for a folder of any kind."""
+def config_of(folder: Path, device: str) -> Any:
+    """The engine's own config object, for a folder of any kind; a 310P has one of its own."""
     hf = json.loads((folder / "config.json").read_text())
     if (folder / DESCRIPTION).is_file():
         modelslim = module("quantization.configs.modelslim_config", "quantization.modelslim_config")
-        config = modelslim.AscendModelSlimConfig(json.loads((folder / DESCRIPTION).read_text()))
+        kind = modelslim.AscendModelSlimConfig
+        if device == "_310P":
+            kind = module("_310p.quantization.modelslim_config").AscendModelSlimConfig310
+            module("_310p.quantization.methods")  # which registers them
+        config = kind(json.loads((folder / DESCRIPTION).read_text()))
         config.quant_prefix_mapper = lambda model_type, prefix: prefix
         config._update_packed_modules_mapping = lambda model_type: None
     else:
@@ -107,9 +111,9 @@ def run(config: Any, path: str, stored: dict[str, torch.Tensor], x: torch.Tensor
     return said, method.apply(layer, x, stored.get("bias"))
 
 
-def job(folder: str, inputs: str, out: str, node: str = "") -> dict[str, Any]:
+def job(device: str, folder: str, inputs: str, out: str, node: str = "") -> dict[str, Any]:
     CURRENT.kv_transfer_config = SimpleNamespace(is_kv_consumer=True, is_kv_producer=False) if node else None
-    config = config_of(Path(folder))
+    config = config_of(Path(folder), device)
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
         tensors |= load_file(file)
@@ -131,7 +135,7 @@ def main(source: str, device: str, vllm: str, rules: str, jobs: str) -> None:
     for one in json.loads(Path(jobs).read_text()):
         seen.clear()
         try:
-            answers.append({"layers": job(*one), "checked": sorted(seen)})
+            answers.append({"layers": job(device, *one), "checked": sorted(seen)})
         except Exception as error:
             traceback.print_exc()
             answers.append({"error": f"{type(error).__name__}: {error}"})

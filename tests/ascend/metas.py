@@ -56,6 +56,8 @@ def checked(operators: dict[str, Any], rules: dict[str, Rule], seen: set[str]) -
             wanted = rule(*map(without_numbers, given), **{key: without_numbers(value) for key, value in named.items()})
             made = operator(*given, **named)
             for one, other in zip(_tuple(made), _tuple(wanted), strict=True):
+                if one is None and other is None:  # it writes into what it is given
+                    continue
                 assert one.shape == other.shape, f"{name}: {tuple(one.shape)}, but torch_npu says {tuple(other.shape)}"
                 assert one.dtype == other.dtype, f"{name}: {one.dtype}, but torch_npu says {other.dtype}"
             seen.add(name)

@@ -92,11 +92,22 @@ def npu_quant_matmul(
 
 
 def npu_weight_quant_batchmatmul(
-    x: Tensor, weight: Tensor, antiquant_scale: Tensor, antiquant_offset: Tensor, bias: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    antiquant_scale: Tensor,
+    antiquant_offset: Tensor,
+    bias: Tensor | None = None,
+    antiquant_group_size: int = 0,
 ) -> Tensor:
-    """x @ ((weight + offset) * scale) + bias."""
+    """x @ ((weight + offset) * scale) + bias; weight int8 (k, n), or int32 (k, n / 8) of eight 4-bit codes; scale and
+    offset (n,), or (k / group, n)."""
+    weight = unpack(weight) if weight.dtype == torch.int32 else weight
     assert weight.dtype == torch.int8 and antiquant_scale.dtype == x.dtype
-    dense = (weight.float() + antiquant_offset.float()) * antiquant_scale.float()
+    each = [t.float() for t in (antiquant_offset, antiquant_scale)]
+    if antiquant_group_size:
+        assert len(each[0]) == len(each[1]) == weight.shape[0] // antiquant_group_size
+        each = [t[torch.arange(weight.shape[0]) // antiquant_group_size] for t in each]
+    dense = (weight.float() + each[0]) * each[1]
     out = x.float() @ dense
     return (out if bias is None else out + bias.float()).to(x.dtype)
 

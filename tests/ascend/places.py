@@ -26,7 +26,7 @@ def by_triton_ascend(script: str) -> str:
 def by_engine(
     version: str, device: str, jobs: list[list[str]], scratch: Path, script: str = "consume.py"
 ) -> list[dict[str, Any]]:
-    """What vllm-ascend of that version says of the layers of checkpoints, see `consume.py` or `consume_experts.py`."""
+    """What vllm-ascend of that version says of checkpoints, see `consume.py` and its neighbours `consume_*.py`."""
     file = scratch / f"jobs-{version}-{device}.json"
     file.write_text(json.dumps(jobs))
     source, vllm = ASCEND / "src" / f"vllm_ascend-{version}", version.partition(".post")[0].partition("rc")[0]

@@ -17,20 +17,21 @@ from tests.checkpoints.exports import Pair
 from tests.checkpoints.layouts.test_ascend import ALL
 
 ROWS, COLUMNS, TOKENS = 40, 96, 13  # 96: an odd number of MX groups
+GROUPED = [pair for name, pair in ALL if name == "W4A16"]
 BF16 = torch.bfloat16
 
 
-def stored(pair: Pair, dtype: torch.dtype = torch.float32) -> tuple[Type, dict[str, Tensor], Tensor, Tensor]:
+def stored(pair: Pair, columns: int = COLUMNS) -> tuple[Type, dict[str, Tensor], Tensor, Tensor]:
     """A type, its tensors, a bias, and BF16 inputs, some of them beyond a static range."""
     weight, input = lookup(pair[0]), lookup(pair[1]) if pair[1] else None
     generator = torch.Generator().manual_seed(11)
-    q = quantize(torch.randn(ROWS, COLUMNS, generator=generator) * 0.05, weight)
+    q = quantize(torch.randn(ROWS, columns, generator=generator) * 0.05, weight)
     amax = torch.tensor([-1.0, 3.0]) if input is not None and input.zero_point else torch.tensor(3.0)
     bias = torch.randn(ROWS, generator=generator)
     kind = find_type(weight, input)
     assert kind is not None
     tensors = tensors_of(kind, q, static_part(input, amax) if input is not None else None)
-    x = torch.randn(TOKENS, COLUMNS, generator=generator) * 2
+    x = torch.randn(TOKENS, columns, generator=generator) * 2
     x[3] = 0
     return kind, fold_bias(tensors, bias), bias, x.to(BF16)
 
@@ -79,7 +80,7 @@ def by_other(kind: Type, tensors: dict[str, Tensor], x: Tensor, bias: Tensor) ->
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "pair"), ALL)
+@pytest.mark.parametrize(("name", "pair"), [(name, pair) for name, pair in ALL if pair not in GROUPED])
 def test_every_type(name: str, pair: Pair) -> None:
     """Sums of integers are equal to the last bit; sums of floats may be added in another order, so that a BF16 result
     is a neighbour. Of W8A16 the readings differ: one rounds the dequantized weight to BF16, as matrix units multiply
@@ -94,6 +95,22 @@ def test_every_type(name: str, pair: Pair) -> None:
         assert (found - wanted).norm() < 2.0**-8 * wanted.norm()
     else:
         assert torch.allclose(found, wanted, rtol=2.0**-7, atol=1e-6) and (found == wanted).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("pair", GROUPED)
+def test_groups(pair: Pair) -> None:
+    """W4A16 as MindIE calls for it: bytes are transposed to (k, n / 2), so that a word holds eight outputs, and offsets
+    change their sign, because the operator adds them."""
+    kind, tensors, bias, x = stored(pair, 3 * 64)
+    words = tensors["weight"].t().contiguous().view(torch.int32)
+    scale, offset = (tensors[name].to(BF16).t() for name in ("weight_scale", "weight_offset"))
+    found = SimulatedLinear(kind, tensors, bias)(x).float()
+    wanted = other.npu_weight_quant_batchmatmul(x, words, scale, -offset, bias, antiquant_group_size=64).float()
+    assert (found - wanted).norm() < 2.0**-8 * wanted.norm()
+    assert torch.equal(offset.any(), torch.tensor(pair[0].endswith("asym")))
+    if offset.any():
+        wrong = other.npu_weight_quant_batchmatmul(x, words, scale, offset, bias, antiquant_group_size=64).float()
+        assert (found - wrong).norm() > 0.1 * wanted.norm()
 
 
 def test_answers_of_the_mixed_type() -> None:

@@ -25,8 +25,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model("llama", tmp_path_factory.mktemp("source") / "model", num_hidden_layers=1)
 
 
-def student(source: Path, *rules: dict[str, Any], folder: Path) -> Any:
-    scheme = {"rules": [*rules, REST], "activation_rule": "ascend"}
+HALF = {"activation_rule": "ascend_310p", "round_bf16": False}
+
+
+def student(source: Path, *rules: dict[str, Any], folder: Path, **how: Any) -> Any:
+    scheme = {"rules": [*rules, REST], "activation_rule": "ascend", **how}
     job = load_job(jobs.write(folder, source, scheme=scheme))
     options = {"learn": "none", "init": (), "fused": ()}
     return apply(student_without_numbers(job, source), Scheme.model_validate({**scheme, **options}), defer_init=True)
@@ -92,6 +95,14 @@ def test_the_command_refuses_before_a_step(source: Path, tmp_path: Path, capsys:
     assert "nvfp4" in capsys.readouterr().err and not (tmp_path / "runs" / "tiny" / "metrics.csv").exists()
 
 
+@pytest.mark.parametrize("engine", [{"engine": "vllm-ascend", "device": "950"}, {}])
+def test_inputs_that_no_operator_makes(engine: dict[str, str], source: Path, tmp_path: Path, capsys: Any) -> None:
+    """The engine loads FP8 in blocks, but rounds inputs to MXFP8, or not at all: nothing to train by its rule."""
+    scheme = {"rules": [pair_rules("fp8_b128", "fp8_g128"), REST], "activation_rule": "ascend", "init": []}
+    assert main(["train", str(jobs.write(tmp_path, source, scheme=scheme, steps=2, **engine)), "--dry-run"]) == 2
+    assert "ascend has no operator for fp8_g128 inputs" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -147,3 +158,39 @@ def test_caches_that_an_engine_reads(source: Path, tmp_path: Path) -> None:
     for other in ("fp8_tensor", "int8_token"):
         with pytest.raises(UnsupportedError, match=rf"{other}, but .* on a2 reads C8 of ascend \(int8_column\)"):
             said(other, "vllm-ascend", "a2")
+
+
+def test_fp16_models_are_for_one_device(source: Path, tmp_path: Path) -> None:
+    model = student(source, pair_rules("int8_channel", "int8_token"), folder=tmp_path, **HALF)
+    first, remark = check_loadable(model, source, "vllm-ascend", "310p")
+    assert first == "vllm-ascend on 310p loads this with --target ascend" and "scales per token" in remark
+    with pytest.raises(UnsupportedError, match="this is an FP16 model, for 310p; train it with"):
+        check_loadable(model, source, "vllm-ascend", "a2")
+    with pytest.raises(UnsupportedError, match="mindie on 310p loads nothing that is written here"):
+        check_loadable(model, source, "mindie", "310p")
+    static = student(source, pair_rules("int8_channel", "int8_tensor_asym"), folder=tmp_path, **HALF)
+    assert len(check_loadable(static, source, "vllm-ascend", "310p")) == 1
+
+
+def test_the_whole_road_in_fp16(source: Path, tmp_path: Path, capsys: Any) -> None:
+    """As above, for a 310P."""
+    scheme = {"rules": [pair_rules("int8_channel", "int8_tensor_asym"), REST], "init": [], **HALF}
+    on = {"engine": "vllm-ascend", "device": "310p"}
+    wrong = jobs.write(tmp_path, source, scheme={**scheme, "activation_rule": "ascend"}, **on)
+    assert main(["train", str(wrong)]) == 2
+    assert "activation_rule: ascend_310p and scheme.round_bf16: false" in capsys.readouterr().err
+    job = jobs.write(tmp_path, source, scheme=scheme, steps=2, **on)
+    run, out = str(tmp_path / "runs" / "tiny"), str(tmp_path / "out")
+    assert main(["train", str(job)]) == 0
+    assert main(["export", run, out]) == 2
+    assert "--target ascend" in capsys.readouterr().err
+    assert main(["export", run, out, "--target", "ascend"]) == 0
+    assert main(["verify", out, "--engine", "vllm-ascend"]) == 0
+    assert "vllm-ascend: 7 layers load on 310p (" in capsys.readouterr().out
+    assert main(["generate", out, "The fox", "--tokens", "3"]) == 0
+    found = {}
+    for folder in (out, run):
+        capsys.readouterr()
+        assert main(["eval", folder, "--tokens", "256", "--json"]) == 0
+        found[folder] = json.loads(capsys.readouterr().out)["rows"][-1]["nll"]
+    assert 0 < abs(found[out] - found[run]) < 0.02 * found[run]

@@ -2,6 +2,7 @@
 environment of `make test-llama-cpp`, where llama-cpp-python and llama.cpp's converter are; elsewhere it skips."""
 
 import contextlib
+import ctypes
 import json
 import os
 import socket
@@ -21,14 +22,15 @@ from torch import Tensor, nn
 
 from qat.checkpoints.hf import load_model, load_tokenizer
 from qat.checkpoints.layouts.gguf.load import load_file
-from qat.checkpoints.layouts.gguf.read import GgufFile
+from qat.checkpoints.layouts.gguf.read import GgufFile, above_of
 from qat.checkpoints.layouts.gguf.types import FORMATS
 from qat.cli import main
 from qat.engines import llama_cpp as llama_cpp_engine
 from qat.errors import ConfigError
+from qat.numbers.catalog import CATALOG
 from qat.scheme import Scheme
 from qat.surgery import apply
-from qat.training.activations import fake_quantize_input
+from qat.training.activations import fake_quantize_input, llama_cpp_input
 from tests.checkpoints.exports import ids, quantized, quiet_export
 from tests.checkpoints.sentencepieces import sentencepiece_files
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -139,24 +141,29 @@ def test_gemma_is_ours_but_for_the_table_of_its_activation(kind: str, tmp_path: 
     assert float(after.max()) < 1e-3  # of numbers that fall to the other side of one of FP16
 
 
+WIDE = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "num_hidden_layers": 1}
+
+
 @needs_engine
-@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "llama of super-blocks"])
 def test_every_product_follows_the_rule(kind: str, tmp_path: Path) -> None:
     """Of llama.cpp's own inputs, each product is that of our rule, in every row, up to how float32 sums are ordered;
     discrete tables make exact ties of the first inputs. Without the rule no row is."""
-    formats = ("q4_0", "q5_0", "q8_0", "mxfp4")
-    files = [export(tmp_path, kind, weight, tables=True) for weight in formats]
+    wide = kind.endswith("super-blocks")
+    formats = ("q4_k", "q5_k", "q6_k") if wide else ("q4_0", "q5_0", "q8_0", "mxfp4", "nvfp4")
+    files = [export(tmp_path, kind.split()[0], each, tables=True, **(WIDE if wide else {})) for each in formats]
     run("llama_cpp_products.py", tmp_path, files)
     for path in files:
         file, seen = GgufFile(path), np.load(tmp_path / f"{path.stem}-products.npz")
         names = [name.removesuffix(":in") for name in seen.files if name.endswith(":in")]
         quantized = [name for name in names if file.stored(name).tensor_type in FORMATS]
-        assert len(quantized) == (9 if kind == "qwen3_moe" else 15), names
+        assert len(quantized) == {"llama": 15, "qwen3_moe": 9}.get(kind, 8), names
         for name in quantized:
             x, theirs = (torch.from_numpy(seen[f"{name}:{end}"]) for end in ("in", "out"))
             tensor = file.stored(name)
             weight = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-            rule = fake_quantize_input(x, FORMATS[gguf.GGMLQuantizationType.Q8_0], "llama_cpp", "ste", None)
+            fmt = llama_cpp_input(FORMATS[tensor.tensor_type])
+            rule = fake_quantize_input(x, fmt, "llama_cpp", "ste", None)
             apart, plain = (
                 (each.double() @ weight.double().T - theirs).abs().amax(-1) / theirs.abs().amax(-1)
                 for each in (rule, x)
@@ -164,31 +171,32 @@ def test_every_product_follows_the_rule(kind: str, tmp_path: Path) -> None:
             assert float(apart.max()) < 2e-6 and float(plain.min()) > 1e-5, (path.name, name)
 
 
-def in_256(x: Tensor) -> Tensor:
-    """quantize_row_q8_K of ggml: INT8 per 256, the number of largest magnitude at -127."""
-    blocks = x.unflatten(-1, (-1, 256))
-    inverse = -127 / blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
-    return ((inverse * blocks).round() * (1 / inverse)).flatten(-2)
-
-
 @needs_engine
-def test_super_blocks_are_multiplied_with_inputs_rounded_per_256(tmp_path: Path) -> None:
-    """Its own kernels unpack them as we do: with that rounding most positions agree to the last bits of float32."""
-    formats = ("q4_k", "q5_k", "q6_k")
-    wide = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "num_hidden_layers": 1}
-    files = [export(tmp_path, "llama", weight, tables=False, **wide) for weight in formats]
-    for file, theirs in zip(files, llama_cpp(tmp_path, files), strict=True):
-        model = load_file(file)
-        for name, module in model.named_modules():
-            if name.endswith("_proj"):
-                module.register_forward_pre_hook(lambda _, args: (in_256(args[0]),))
-            if name == "lm_head":  # BF16 weights
-                module.register_forward_pre_hook(lambda _, args: (args[0].bfloat16().float(),))
-        with torch.no_grad():
-            apart = (model(ids()).logits - theirs).abs().amax(-1)
-        plain = (ours(file, False) - theirs).abs().amax(-1)
-        assert float((apart < 1e-5).float().mean()) > 0.2 and float(plain.min()) > 1e-3, file.name
-        assert float(apart.mean()) < 0.7 * float(plain.mean()), file.name
+def test_inputs_are_rounded_as_llama_cpps_own_library_does() -> None:
+    """Both of its ways to round to Q8_K: rows by themselves, and four at a time for weights that it interleaves."""
+    folder = next(Path(PYTHON).parents[1].glob("lib/python*/site-packages/llama_cpp/lib"))
+    base, cpu = (ctypes.CDLL(str(folder / f"libggml-{part}.so"), ctypes.RTLD_GLOBAL) for part in ("base", "cpu"))
+    seed = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 512, generator=seed) * torch.logspace(-30, 4, 64)[:, None]
+    x[3, 256:] = 0.0
+    near = torch.randint(-127, 128, (512, 256), generator=seed) * torch.rand(512, 1, generator=seed)
+    for each in (x, near, near.to(torch.bfloat16).float()):
+        ours = fake_quantize_input(each, CATALOG["q8_k"], "llama_cpp", "ste", None)
+        blocks = each.numel() // 256
+        for library, rounds in ((base, "quantize_row_q8_K_ref"), (cpu, "quantize_row_q8_K")):
+            raw, theirs = np.zeros((blocks, 292), dtype=np.uint8), torch.empty_like(each)
+            count = ctypes.c_int64(each.numel())
+            getattr(library, rounds)(ctypes.c_void_p(each.data_ptr()), raw.ctypes.data_as(ctypes.c_void_p), count)
+            base.dequantize_row_q8_K(raw.ctypes.data_as(ctypes.c_void_p), ctypes.c_void_p(theirs.data_ptr()), count)
+            assert torch.equal(ours, theirs), rounds
+        for four, wanted in zip(each.split(4), ours.split(4), strict=True):
+            raw = np.zeros((four.shape[1] // 256, 4 * 292), dtype=np.uint8)
+            pointers = (ctypes.c_void_p(four.data_ptr()), raw.ctypes.data_as(ctypes.c_void_p))
+            cpu.ggml_quantize_mat_q8_K_4x8(*pointers, ctypes.c_int64(four.shape[1]))
+            scales = raw[:, :16].copy().view(np.float32)  # of each of the four rows
+            codes = raw[:, 16 : 16 + 1024].view(np.int8).reshape(-1, 32, 4, 8).transpose(2, 0, 1, 3)
+            values = codes.reshape(4, -1, 256).astype(np.float32) * scales.T[:, :, None]
+            assert np.array_equal(values.reshape(four.shape), wanted.numpy())
 
 
 @needs_converter
@@ -221,6 +229,36 @@ def test_keys_and_unquantized_tensors_are_the_converters(kind: str, tmp_path: Pa
         else:
             assert np.square(values[0] - values[1]).sum() < 0.01 * np.square(values[1]).sum(), own.name
     assert compared >= 7
+
+
+@needs_converter
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_moe"])
+def test_nvfp4_is_what_the_converter_makes_of_another_export(kind: str, tmp_path: Path) -> None:
+    """Byte by byte, with the scales above: from the same model as modelopt's folder has it."""
+    source = tiny_model(kind, tmp_path / "source")
+    model = quantized(source, [{"match": ALL, "weight": "nvfp4"}, REST])
+    file = GgufFile(quiet_export(model, source, tmp_path / "ours.gguf", "gguf"))
+    folder = quiet_export(model, source, tmp_path / "folder", "modelopt")
+    command = [sys.executable, HERE / "llama_cpp_convert.py", CONVERTER, folder, tmp_path / "theirs.gguf"]
+    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    other = GgufFile(tmp_path / "theirs.gguf")
+    names = [name for name, tensor in file.tensors.items() if tensor.tensor_type.name == "NVFP4"]
+    assert len(names) == 14
+    for name in [*names, *(above_of(name) for name in names)]:
+        own, theirs = file.stored(name), other.stored(name)
+        assert own.tensor_type == theirs.tensor_type and np.array_equal(own.data, theirs.data), name
+    assert file.facts["general.file_type"] == other.facts["general.file_type"]
+
+
+@needs_engine
+def test_nvfp4_inside_llama_cpp_has_our_logits(tmp_path: Path) -> None:
+    """With the scales above as llama.cpp multiplies with them, after its products; weights in float32 below."""
+    files = [export(tmp_path, kind, "nvfp4", tables=False) for kind in ("llama", "qwen3_moe")]
+    plain = [in_float32(file, tmp_path / f"{file.stem}-f32.gguf") for file in files]
+    for file, theirs in zip(files, llama_cpp(tmp_path, plain), strict=True):
+        own = ours(file, False)
+        assert torch.equal(own.argmax(-1), theirs.argmax(-1)), file.name
+        torch.testing.assert_close(own, theirs, rtol=0, atol=2e-4)
 
 
 @needs_engine

@@ -181,13 +181,13 @@ def gradients(name: str, columns: int) -> None:
 
 def inputs(name: str, fmt: Format) -> None:
     """Scale and values in one kernel; the second width is read twice."""
-    static = static_part(fmt, torch.tensor(5.0))
-    for columns, widest in ((3 * (fmt.group or 67), 16384), (640, 256)):
+    static, wide = static_part(fmt, torch.tensor(5.0)), 640 if fmt.divides(640) else 768
+    for columns, widest in ((3 * (fmt.group or 67), 16384), (wide, 256)):
         dynamic.WIDEST = widest
         x = (
             broken(torch.cat([sample(fmt), normal(4, 3 * (fmt.group or 67))]))
             if widest > 256
-            else broken(normal(6, 640))
+            else broken(normal(6, wide))
         )
         for dtype, estimator in zip(FLOATS, ("clipped", "ste", "clipped"), strict=True):
             if dtype == torch.float32:  # near both ends of float32; the interpreter's BF16 has no subnormals
@@ -203,8 +203,8 @@ def inputs(name: str, fmt: Format) -> None:
 
 
 def words(name: str, fmt: Format) -> None:
-    short = next(size for size in (96, 160, 192, 384) if fmt.divides(size))
-    for columns, dtype in ((short, torch.float32), (640, torch.bfloat16)):
+    short = next(size for size in (96, 160, 192, 384, 256) if fmt.divides(size))
+    for columns, dtype in ((short, torch.float32), (640 if fmt.divides(640) else 768, torch.bfloat16)):
         x = broken(normal(5, columns))
         scales = find_scales(normal(5, columns), fmt)
         divisor = scales.effective() * 0.8

@@ -69,7 +69,8 @@ def quantizers() -> None:
     tile, choose.TILE = choose.TILE, 1 << 15  # few programs: each costs the interpreter the same
     for name, dtype in itertools.product(NAMES, (torch.float32, torch.float16)):
         for amax in (3.0, 1e-3) if static_of(name) is not None else (3.0,):
-            check("adversarial", name, adversarial(384).to(dtype), static_of(name, amax))
+            width = 384 if lookup(name).divides(384) else 512
+            check("adversarial", name, adversarial(width).to(dtype), static_of(name, amax))
         check("every half", name, every_half().to(dtype), static_of(name))
     choose.TILE = tile
     for name in SHARED:

@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
-from qat.float32 import float32_names, own_tensors
+from qat.float32 import float32_names, own_tensors, stored_dtype
 from qat.modes import served
+from qat.scheme import Scheme
+from qat.surgery import apply
 from tests.tiny import tiny_model
 
 ODD = {
@@ -42,3 +45,16 @@ def test_served_rounds_the_rest_and_persistent_buffers_too() -> None:
     with served(model):
         assert float(model.weight.detach()) == float(model.bias) == 1.0 and float(model.table) != 1.0
     assert float(model.weight.detach()) == float(model.bias) == float(torch.tensor(1.001))
+
+
+@pytest.mark.parametrize(("rule", "dtype"), [("ascend", torch.bfloat16), ("ascend_310p", torch.float16)])
+def test_the_other_numbers_have_the_type_of_who_serves_them(rule: str, dtype: torch.dtype) -> None:
+    rules = [{"match": "*", "weight": "int8_channel", "input": "int8_token"}]
+    model = nn.Sequential(nn.Linear(64, 8), nn.LayerNorm(8))
+    assert stored_dtype(model) is torch.bfloat16
+    apply(model, Scheme(rules=rules, learn="none", init=(), activation_rule=rule, round_bf16=False))
+    assert stored_dtype(model) is dtype
+    with torch.no_grad():
+        model[1].bias.fill_(1 / 3)
+        with served(model):
+            assert torch.equal(model[1].bias, torch.full((8,), 1 / 3).to(dtype).float())

@@ -176,8 +176,34 @@ def test_learning_modes_that_formats_do_not_have_are_refused() -> None:
     assert "activation_rule: vllm" in refused(static, learn_inputs="true", activation_rule="compressed_tensors")
     mixed = {"match": "*", "weight": "int8_channel", "input": "int8_mix"}
     assert "int8_mix inputs need activation_rule: ascend, not vllm" in refused(mixed)
+    for weight, given, wanted in (("q4_k", "q8_0", "q8_k"), ("q4_0", "q8_k", "q8_0"), ("q8_0", "int8_token", "q8_0")):
+        pair = {"match": "*", "weight": weight, "input": given}
+        message = f"inputs of {weight} weights to {wanted}, not {given}; write `input: {wanted}` beside"
+        assert message in refused(pair, activation_rule="llama_cpp")
+        right = {**pair, "input": wanted}
+        scheme(right, activation_rule="llama_cpp")
+        fallback = {"level": "L1", "weight": weight, "input": given}
+        assert message in refused(right, activation_rule="llama_cpp", fallback=fallback)
     assert "int8_mix rounds prompts and answers differently" in refused({"match": "*", "weight": "int8_mix"})
-    blocks = {"match": "*", "weight": "fp8_b128", "input": "fp8_g128"}
-    assert "ascend has no operator for fp8_g128 inputs" in refused(blocks, activation_rule="ascend")
     affine = {"match": "*", "weight": "int8_channel", "input": "int8_tensor_asym"}
     assert "has two ends" in refused(affine, learn_inputs="true")
+
+
+@pytest.mark.parametrize(
+    ("pair", "more", "told"),
+    [
+        (("int8_channel", "int8_tensor_asym"), {}, "set round_bf16: false"),
+        (("int8_channel", None), {"round_bf16": False}, "but the scheme has int8_channel with dense inputs"),
+        (("int4_channel", "int4_token"), {"round_bf16": False}, "int4_channel with int4_token inputs"),
+        (("mxfp8", "mxfp8"), {"round_bf16": False}, "INT8 products alone.*mxfp8 with mxfp8 inputs"),
+    ],
+)
+def test_fp16_models_are_int8_products(pair: tuple[str, str | None], more: dict[str, Any], told: str) -> None:
+    rule = {"match": "*", "weight": pair[0], **({"input": pair[1]} if pair[1] else {})}
+    with pytest.raises(ValueError, match=told):
+        scheme(rule, activation_rule="ascend_310p", **more)
+    able = {"match": "*", "weight": "int8_channel", "input": "int8_token"}
+    assert not scheme(able, activation_rule="ascend_310p", round_bf16=False).round_bf16
+    cached = {"match": "*.self_attn", "key": "fp8_token", "value": "fp8_token"}
+    with pytest.raises(ValueError, match="no quantized caches; leave fp8_token out"):
+        scheme(cached, able, activation_rule="ascend_310p", round_bf16=False)

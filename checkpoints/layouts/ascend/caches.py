@@ -47,7 +47,7 @@ def _scales(cache: TargetCache) -> tuple[str, str]:
     """Their names.
 
     Raises:
-        UnsupportedError: engines would find no such scales, or cannot lay out heads of this width.
+        UnsupportedError: engines would find no such scales, cannot lay out heads of this width, or attend otherwise.
     """
     if cache.projections is None:
         raise UnsupportedError(f"{cache.path}: {C8} stores scales of caches at k_proj and v_proj, which it lacks")
@@ -55,6 +55,11 @@ def _scales(cache: TargetCache) -> tuple[str, str]:
         raise UnsupportedError(
             f"{cache.path}: heads of {wrong[0]} columns, but vllm-ascend lays {C8} caches out in pieces of "
             f"{PAGE_COLUMNS}; leave `key` and `value` out of its rule"
+        )
+    if cache.special:
+        raise UnsupportedError(
+            f"{cache.path}: its attention has {cache.special}, which vllm-ascend forgets where caches are {C8}; leave "
+            "`key` and `value` out of its rule"
         )
     key, value = (f"{path}.kv_cache_scale" for path in cache.projections)
     return key, value

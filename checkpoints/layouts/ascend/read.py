@@ -17,9 +17,9 @@ from torch import Tensor
 from qat.checkpoints.hf import read_json
 from qat.checkpoints.layouts.ascend.caches import OFFSET_REFUSED
 from qat.checkpoints.layouts.ascend.engines import NO_PLAIN
-from qat.checkpoints.layouts.ascend.types import BY_NAME, FLOAT, LEFT_OUT, Type
-from qat.checkpoints.layouts.bits import Array, float_values, scale_values
-from qat.checkpoints.layouts.reader import NPU_RULE, ExportedFolder, PackedModule, PlainLoading, Spec
+from qat.checkpoints.layouts.ascend.types import BY_NAME, FLOAT, LEFT_OUT, TYPES, Type, type_called
+from qat.checkpoints.layouts.bits import Array, float_values, raw_rows, scale_values
+from qat.checkpoints.layouts.reader import HALF_RULE, NPU_RULE, ExportedFolder, PackedModule, PlainLoading, Spec
 from qat.checkpoints.names import StoredNames
 from qat.errors import CheckpointError, UnsupportedError
 from qat.families import expert_list
@@ -48,6 +48,18 @@ _PACKED, _PLAIN = "mxfp4-pack-quantized", "mxfp8-quantized"  # as compressed-ten
 
 
 _ROUNDED, _DIVIDED = 1.5, 2.0**-7  # msmodelslim divides in BF16, and rounds a bias and the offset's share together
+
+
+_FLOAT, _READ = 32, 0xFFFFE000  # bits of a float32 number, and those that an operator of FP16 models reads
+
+
+def _deq(tensors: dict[str, Tensor]) -> Array:
+    """The numbers that a static product is multiplied with, float32 (rows,): of integers, what the hardware reads."""
+    stored = tensors["deq_scale"]
+    if stored.dtype != torch.int64:
+        return float_values(stored)
+    values: Array = (stored.numpy() & _READ).astype("uint32").view("float32")
+    return values
 
 
 def _folded(tensors: dict[str, Tensor]) -> Array:
@@ -86,6 +98,8 @@ class Reader(ExportedFolder):
             if kind not in BY_NAME and kind not in (FLOAT, _C8):
                 why = f" ({LEFT_OUT[kind]})" if kind in LEFT_OUT else ""
                 raise UnsupportedError(f"{self.where}: {name} is {kind!r}{why}; readable: {', '.join(BY_NAME)}")
+            if kind in BY_NAME:
+                self._typed(kind)
 
     @cached_property
     def types(self) -> dict[str, str]:
@@ -105,7 +119,7 @@ class Reader(ExportedFolder):
         if unsaid := sorted(self.names - self.types.keys()):
             raise CheckpointError(f"{self.where} does not say what {unsaid[0]} is; engines stop there ({len(unsaid)})")
         typed = {name: kind for name, kind in self.types.items() if name.endswith(_WEIGHT) and kind != FLOAT}
-        found = {name.removesuffix(_WEIGHT): BY_NAME[kind] for name, kind in typed.items() if name in self.names}
+        found = {name.removesuffix(_WEIGHT): self._typed(kind) for name, kind in typed.items() if name in self.names}
         for path, kind in found.items():
             for key in kind.tensors:
                 if (other := self.types.get(f"{path}.{key}", kind.name)) != kind.name:
@@ -133,7 +147,16 @@ class Reader(ExportedFolder):
 
     def type_of(self, path: str) -> Type:
         """The type of a quantized layer."""
-        return BY_NAME[self.types[f"{path}{_WEIGHT}"]]
+        return self._typed(self.types[f"{path}{_WEIGHT}"])
+
+    def _typed(self, name: str) -> Type:
+        """The type that the description means by a name."""
+        size = self.quantization.get("group_size", 0)
+        kind = type_called(name, size)
+        if kind is None:
+            sizes = ", ".join(str(one.group) for one in TYPES if one.name == name)
+            raise UnsupportedError(f"{self.where}: {name} with group_size {size}; readable: {sizes}")
+        return kind
 
     def matching_groups(self, path: str, linear: bool = True) -> list[str]:
         """The type of a layer, if it has one."""
@@ -145,62 +168,109 @@ class Reader(ExportedFolder):
         return self.types.get(f"{path}{_WEIGHT}") == FLOAT
 
     def _module(self, path: str, group: str) -> PackedModule:
-        kind = BY_NAME[group]
+        kind = self._typed(group)
         if kind.experts_only and expert_list(path) is None:
             raise UnsupportedError(f"{self.where}: {path} is {group}, but is no expert: {kind.experts_only}")
         number = "int" if kind.element.is_integer else "float"
         weights = {"num_bits": kind.element.bits, "type": number, "symmetric": True, "dynamic": False}
-        weights |= {"strategy": "group", **_MX} if kind.group else {"strategy": "channel"}
+        weights |= {"strategy": "group", **_MX} if kind.is_mx else {"strategy": "channel"}
+        if kind.pairs_rows and kind.group:
+            weights |= {"strategy": "group", "group_size": kind.group, "symmetric": not self._shifted(path)}
         inputs = None
         if kind.input:
             inputs = {"num_bits": kind.input_element.bits, "type": number, **_INPUTS[kind.input]}
-            inputs |= _MX if kind.group else {}
+            inputs |= _MX if kind.is_mx else {}
         form = "int-quantized" if kind.element.is_integer else _PACKED if kind.packed else _PLAIN
         return PackedModule(path, form, weights, inputs)
+
+    def _shifted(self, path: str) -> bool:
+        """Whether some offset of a layer is not zero."""
+        name = f"{path}.weight_offset"
+        return name in self.names and bool(self.reader.get(name).count_nonzero())
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """As of every layout; but types whose bytes hold two rows have twice as many."""
+        rows, columns = super().shape(path)
+        return (2 * rows if self.type_of(path).pairs_rows else rows), columns
 
     def expected_tensors(self, module: PackedModule, *shape: int) -> dict[str, Spec]:
         """Type and shape of every tensor that a layer (rows, columns) must have, by its name below its path."""
         rows, columns = shape
-        return self.type_of(module.path).specs(rows, columns, module.path)
+        return self.type_of(module.path).specs(rows, columns, self.half, module.path)
 
-    def shape(self, path: str) -> tuple[int, ...]:
-        """As of every layout; of two rows in a byte both are counted."""
-        rows, columns = super().shape(path)
-        return (2 * rows if self.type_of(path).packs_rows else rows), columns
+    @property
+    def half(self) -> bool:
+        """Whether it is an FP16 model, as config.json says."""
+        return self.config.get("dtype", self.config.get("torch_dtype")) == "float16"
 
-    def _codes(self, module: PackedModule, tensors: dict[str, Tensor]) -> Tensor:
-        """Codes a byte each, where two rows share one."""
-        stored = super()._codes(module, tensors)
-        if not self.type_of(module.path).packs_rows:
-            return stored
-        halves = stored.numpy().astype("int64")
-        rows = np.empty((2 * halves.shape[0], halves.shape[1]), dtype=np.int8)
-        rows[::2], rows[1::2] = (halves + 8) % 16 - 8, halves // 16
-        return torch.from_numpy(rows)
+    @property
+    def dense_type(self) -> str:
+        """As config.json says."""
+        return "F16" if self.half else super().dense_type
+
+    @cached_property
+    def rule(self) -> str:
+        """An NPU's, by the type of the model."""
+        return HALF_RULE if self.half else NPU_RULE
 
     def layer(self, path: str) -> dict[str, Tensor]:
         """As of every layout; besides, offsets and biases are what engines take them for."""
+        self._check_coding(f"{path}.deq_scale")
         tensors = super().layer(path)
-        if "weight_offset" in tensors and bool(tensors["weight_offset"].count_nonzero()):
+        kind = self.type_of(path)
+        if kind.pairs_rows and kind.group:
+            self._check_offsets(path, tensors["weight_offset"], 2 ** (kind.element.bits - 1))
+        elif "weight_offset" in tensors and bool(tensors["weight_offset"].count_nonzero()):
             raise UnsupportedError(
                 f"{self.folder}: {path}.weight_offset is not zero; vllm-ascend drops it or adds it with the wrong sign"
             )
-        if self.type_of(path).is_static:
+        if kind.is_static:
             self._check_static(path, tensors)
         if "scale_bias" in tensors:
             self._check_assist(path, tensors)
         return tensors
 
     def _check_assist(self, path: str, tensors: dict[str, Tensor]) -> None:
-        codes = self._codes(self.modules[path], tensors).numpy().astype("float64")
-        slices = tensors["scale_bias"].shape[1]
-        each = (codes * tensors["weight_scale"].numpy()).reshape(len(codes), slices, -1)
+        module, (rows, slices) = self.modules[path], tensors["scale_bias"].shape
+        codes = self._codes(module, tensors, rows).view(np.int8).astype("float64")
+        each = (codes * tensors["weight_scale"].numpy()).reshape(rows, slices, -1)
         apart = abs(tensors["scale_bias"].numpy() - 8 * each.sum(axis=-1)) - _DIVIDED * 8 * abs(each).sum(axis=-1)
         if (apart > 0).any():
             raise CheckpointError(f"{self.folder}: {path}.scale_bias is not 8 times the sums of the weight's rows")
 
+    def _check_offsets(self, path: str, offset: Tensor, half: int) -> None:
+        """Offsets are codes: those whose value is 0."""
+        if bool(((offset != offset.round()) | (offset < -half) | (offset >= half)).any()):
+            raise CheckpointError(
+                f"{self.folder}: {path}.weight_offset must hold whole numbers from {-half} to {half - 1}"
+            )
+
+    def _codes(self, module: PackedModule, tensors: dict[str, Tensor], rows: int) -> Array:
+        codes = raw_rows(tensors["weight"])
+        if not self.type_of(module.path).pairs_rows:
+            return codes
+        each = np.stack((codes & 15, codes >> 4), axis=1).reshape(-1, codes.shape[1])
+        half = 1 << module.bits - 1
+        signed: Array = (each ^ half).astype(np.int8) - np.int8(half)
+        return signed.view(np.uint8)
+
+    def _zero_points(self, module: PackedModule, tensors: dict[str, Tensor], rows: int) -> Array | None:
+        return None if module.weights["symmetric"] else float_values(tensors["weight_offset"])
+
+    def _check_coding(self, name: str) -> None:
+        if name in self.names and (code := self.reader.info(name).code) != ("I64" if self.half else "F32"):
+            wanted = "the bits of a float32 number as int64" if self.half else "float32"
+            raise CheckpointError(
+                f"{self.folder}: {name} is {code}, but config.json says that the model is "
+                f"{'float16' if self.half else 'not float16'}, whose engines take {wanted}"
+            )
+
     def _check_static(self, path: str, tensors: dict[str, Tensor]) -> None:
-        offset, deq = float(tensors["input_offset"]), tensors["deq_scale"]
+        if self.half and bool((tensors["deq_scale"] >> _FLOAT).any()):
+            raise CheckpointError(
+                f"{self.folder}: {path}.deq_scale has more than the {_FLOAT} bits of a float32 number in its integers"
+            )
+        offset, deq = float(tensors["input_offset"]), torch.from_numpy(_deq(tensors))
         bounds = torch.iinfo(torch.int8)
         if offset != round(offset) or not bounds.min <= offset <= bounds.max:
             raise CheckpointError(
@@ -214,7 +284,7 @@ class Reader(ExportedFolder):
                 raise CheckpointError(f"{self.folder}: {path}.deq_scale is not input_scale times weight_scale")
         apart, bias = _folded(tensors).astype("float64"), f"{path}.bias"
         if bias in self.names:
-            wanted = float_values(self.reader.get(bias)) / float_values(deq)
+            wanted = float_values(self.reader.get(bias)) / deq.numpy()
             apart = abs(apart - wanted) - _ROUNDED - _DIVIDED * abs(wanted) > 0
         if apart.any():
             raise CheckpointError(
@@ -228,13 +298,21 @@ class Reader(ExportedFolder):
             path = name.removesuffix(".bias")
             if name != path and path in self.modules and self.type_of(path).input == "tensor":
                 tensors = self.layer(path)
-                value = _folded(tensors).astype("float32") * float_values(tensors["deq_scale"])
+                value = _folded(tensors).astype("float32") * _deq(tensors)
                 tensor = torch.from_numpy(value)
             yield name, tensor
 
+    def multiplied(self, path: str) -> Tensor:
+        """In FP16 models, whose weights are never rounded to the model's type: codes times scales, float32."""
+        if not self.half:
+            return super().multiplied(path)
+        tensors = self.layer(path)
+        scale = self._scale(self.modules[path], tensors)
+        return torch.from_numpy(tensors["weight"].numpy().astype("float32") * scale)
+
     def _scale(self, module: PackedModule, tensors: dict[str, Tensor]) -> Array:
         if "weight_scale" not in tensors:
-            scale: Array = (float_values(tensors["deq_scale"]) / float_values(tensors["input_scale"])).reshape(-1, 1)
+            scale: Array = (_deq(tensors) / float_values(tensors["input_scale"])).reshape(-1, 1)
             return scale
         return scale_values(tensors["weight_scale"])
 
@@ -242,12 +320,13 @@ class Reader(ExportedFolder):
         """Scale, as the engine casts it, and offset of a static input, float32 [2], or None."""
         if not self.type_of(path).is_static:
             return None
-        scale = self._sound_value(f"{path}.input_scale").to(torch.bfloat16).to(torch.float32)
+        model = torch.float16 if self.half else torch.bfloat16
+        scale = self._sound_value(f"{path}.input_scale").to(model).to(torch.float32)
         return torch.cat([scale, self.reader.get(f"{path}.input_offset").to(torch.float32)])
 
     def theoretical_bits(self, module: PackedModule, *shape: int) -> float:
         """Bits per weight that the type's tensors take."""
-        widths = {"I8": 8, "U8": 8, "F8_E4M3": 8, "F32": 32, "I32": 32}
+        widths = {"I8": 8, "U8": 8, "F8_E4M3": 8, "F32": 32, "I32": 32, "I64": 64}
         specs = self.expected_tensors(module, *shape).values()
         return sum(widths[code] * math.prod(of) for code, of in specs) / math.prod(shape)
 

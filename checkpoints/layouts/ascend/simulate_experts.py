@@ -76,7 +76,7 @@ class SimulatedExperts(nn.Module):
         order, sizes = sent(top_k_index, self.num_experts)
         codes, scales = npu.dynamic_quant(hidden_states.to(_MODEL))
         rows = order // top_k_index.shape[-1]
-        assists = [get(f"{stack}_assist") if self.kind.packs_rows else None for stack in STACKS]
+        assists = [get(f"{stack}_assist") if self.kind.pairs_rows else None for stack in STACKS]
         codes, scales = grouped_matmul_swiglu_quant(
             codes[rows], get(f"{first}_weight"), get(f"{first}_scale").float(), sizes, pertoken_scale=scales[rows],
             assist=assists[0],

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qat.checkpoints.layouts.kinds import ROW, TENSOR, int_input, int_weight, mx
-from qat.checkpoints.layouts.npu import A2_A3, A5, ENGINES, Npu
+from qat.checkpoints.layouts.npu import A2_A3, A5, A310P, ENGINES, Npu
 from qat.checkpoints.layouts.support import Applies
 from qat.numbers.catalog import E2M1, E4M3, INT4, INT8, lookup
 from qat.numbers.element import Element
@@ -64,14 +64,22 @@ class Type:
         return self.tensors["weight"][1] == "n k/2"
 
     @property
-    def packs_rows(self) -> bool:
-        """Whether two neighbours of a column share a byte, the even row low."""
+    def pairs_rows(self) -> bool:
+        """Whether two neighbours of a column do."""
         return self.tensors["weight"][1] == "n/2 k"
 
-    def specs(self, rows: int, columns: int, path: str = "") -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Type and shape of every tensor of a layer (rows, columns) at `path`."""
-        of = {**self.tensors, **(SECOND if "scale_bias" in self.tensors and is_second(path) else {})}
-        return {name: (code, shape(words, rows, columns, self.group)) for name, (code, words) in of.items()}
+    @property
+    def is_mx(self) -> bool:
+        """Whether groups have powers of two as scales."""
+        return self.group > 0 and not self.element.is_integer
+
+    def specs(
+        self, rows: int, columns: int, half: bool = False, path: str = ""
+    ) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Type and shape of every tensor of a layer (rows, columns) at `path`; of FP16 models with `half`."""
+        own = {**self.tensors, **(IN_HALF if half and self.is_static else {})}
+        own |= SECOND if "scale_bias" in own and is_second(path) else {}
+        return {name: (code, shape(words, rows, columns, self.group)) for name, (code, words) in own.items()}
 
 
 SLICES = 16  # of k, which ranks divide among them
@@ -115,11 +123,23 @@ def _channel(weight: Format, bits: int) -> bool:
     return int_weight(weight, bits) and weight.block == ROW
 
 
+def _group(weight: Format, bits: int, group: int) -> bool:
+    return int_weight(weight, bits, zero_point=weight.zero_point) and weight.group == group
+
+
 _VLLM, _SGLANG, _MINDIE = ENGINES
 _MINDIE_KEY = "MindIE also reads `quantize` in config.json, which is written"
 _DECODES = (
     "vllm-ascend rounds inputs as answers only on a node that receives keys and values from another "
     "(kv_transfer_config), and as prompts everywhere else"
+)
+_GROUPS = (
+    "MindIE has groups of 64 and 128, one size for a model; classes of it that build their graph in Python "
+    "(modeling_atb.py) take 128 only"
+)
+_PER_TOKEN = (
+    "on 310p vllm-ascend calls npu_quant_matmul with scales per token, which torch_npu's documents (6.0 to 7.0) say it "
+    "does not take there, and its code notes a loss of accuracy; W8A8 has neither"
 )
 _ROW_SCALES = {"weight": ("I8", "n k"), "weight_scale": ("F32", "n 1"), "weight_offset": ("F32", "n 1")}
 _STATIC: dict[str, Spec] = {
@@ -129,7 +149,24 @@ _STATIC: dict[str, Spec] = {
     "quant_bias": ("I32", "n"),
     "deq_scale": ("F32", "n"),
 }
+IN_HALF: dict[str, Spec] = {"deq_scale": ("I64", "n")}
+"""What a static type stores otherwise in FP16 models: a float32 number in the low 32 bits of an integer."""
 _MX_SCALES: dict[str, Spec] = {"weight_scale": ("U8", "n k/g")}
+
+
+def _w4a16(group: int) -> Type:
+    """INT4 in groups, with or without an offset, under inputs that are not quantized."""
+    return Type(
+        "W4A16",
+        lambda w, a: _group(w, INT4_BITS, group) and a is None,
+        INT4,
+        group,
+        "",
+        INT4,
+        {"weight": ("I8", "n/2 k"), "weight_scale": ("F32", "n k/g"), "weight_offset": ("F32", "n k/g")},
+        (Npu(_MINDIE, A2_A3, remark=_GROUPS),),
+    )
+
 
 TYPES: tuple[Type, ...] = (
     Type(
@@ -140,7 +177,12 @@ TYPES: tuple[Type, ...] = (
         "token",
         INT8,
         _ROW_SCALES,
-        (Npu(_VLLM, A2_A3), Npu(_SGLANG, A2_A3), Npu(_MINDIE, A2_A3, remark=_MINDIE_KEY)),
+        (
+            Npu(_VLLM, A2_A3),
+            Npu(_VLLM, A310P, remark=_PER_TOKEN),
+            Npu(_SGLANG, A2_A3),
+            Npu(_MINDIE, A2_A3, remark=_MINDIE_KEY),
+        ),
         experts=True,
     ),
     Type(
@@ -151,7 +193,7 @@ TYPES: tuple[Type, ...] = (
         "tensor",
         INT8,
         _STATIC,
-        (Npu(_VLLM, A2_A3), Npu(_SGLANG, A2_A3), Npu(_MINDIE, A2_A3, remark=_MINDIE_KEY)),
+        (Npu(_VLLM, (*A2_A3, *A310P)), Npu(_SGLANG, A2_A3), Npu(_MINDIE, A2_A3, remark=_MINDIE_KEY)),
     ),
     Type(
         "W8A8_MIX",
@@ -173,6 +215,8 @@ TYPES: tuple[Type, ...] = (
         _ROW_SCALES,
         (Npu(_VLLM, A2_A3), Npu(_MINDIE, A2_A3, remark=_MINDIE_KEY)),
     ),
+    _w4a16(64),
+    _w4a16(128),
     Type(
         "W4A4_DYNAMIC",
         lambda w, a: _channel(w, INT4_BITS) and int_input(a, ROW, INT4_BITS),
@@ -231,7 +275,10 @@ TYPES: tuple[Type, ...] = (
     ),
 )
 
-BY_NAME: dict[str, Type] = {kind.name: kind for kind in TYPES}
+BY_NAME: dict[str, Type] = {}
+"""Of types that come in several group sizes, the smallest."""
+for _kind in TYPES:
+    BY_NAME.setdefault(_kind.name, _kind)
 
 LEFT_OUT: dict[str, str] = {
     "W8A8SC": "its compressor is a program linked to CANN, and the codes are made per tensor-parallel rank",
@@ -240,6 +287,12 @@ LEFT_OUT: dict[str, str] = {
     "W4A8_DYNAMIC (dense)": "vllm-ascend has taken its loader for dense layers out (0.30)",
 }
 """Types of the same family that are not written, and why."""
+
+
+def type_called(name: str, group: int) -> Type | None:
+    """The type that a description with that group size means by a name, or None."""
+    kinds = [kind for kind in TYPES if kind.name == name]
+    return kinds[0] if len(kinds) == 1 else next((kind for kind in kinds if kind.group == group), None)
 
 
 def find_type(weight: Format, input: Format | None) -> Type | None:

@@ -3,7 +3,7 @@ of every one of them. Nothing is stored in a device's own order: engines do that
 
 Scales are written in float32 but are BF16 numbers, as they were trained, because vllm-ascend casts them to the model's
 type. What a static type folds together (`deq_scale`, `quant_bias`) is exact: the product of two BF16 numbers is a
-float32 number, and the offset's share of the bias a whole number.
+float32 number, and the offset's share of the bias a whole number. FP16 models differ in `deq_scale` (`in_half`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,8 +17,8 @@ from qat.checkpoints.layouts.arguments import weight_format
 from qat.checkpoints.layouts.ascend.caches import C8, KEYS, is_of_cache
 from qat.checkpoints.layouts.ascend.caches import CACHES as CACHES
 from qat.checkpoints.layouts.ascend.engines import ROWS as ROWS
-from qat.checkpoints.layouts.ascend.types import BY_NAME, FLOAT, SLICES, Type, find_type, is_second
-from qat.checkpoints.layouts.npu import ENGINES
+from qat.checkpoints.layouts.ascend.types import BY_NAME, FLOAT, INT4_BITS, SLICES, Type, find_type, is_second
+from qat.checkpoints.layouts.npu import ENGINES, HALF
 from qat.checkpoints.layouts.reader import PackedModule
 from qat.checkpoints.layouts.stored import bit_stream, shape, take, take_narrow, take_scale
 from qat.checkpoints.layouts.target import TargetLayer
@@ -27,8 +27,12 @@ from qat.errors import UnsupportedError
 from qat.families import expert_list, find_family, fused_sets
 from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales
+from qat.numbers.scale import F32
+from qat.serving.nibbles import pair_rows, unpair_rows
 from qat.text import some
 from qat.training.activations import static_part
+from qat.training.half import READ_BITS, SCALE_BITS
+from qat.training.half import RULE as HALF_RULE
 from qat.training.npu import bias_codes, offset_of
 
 METHOD = "ascend"
@@ -59,6 +63,9 @@ def kind_of(weight: Format, input: Format | None) -> Type:
 def check(layer: TargetLayer) -> None:
     """Raise UnsupportedError where engines would not compute what was trained."""
     kind = kind_of(layer.weight, layer.input)
+    if layer.half and not any(HALF in one.devices for one in kind.npu):
+        able = ", ".join(other.name for other in BY_NAME.values() if any(HALF in one.devices for one in other.npu))
+        raise UnsupportedError(f"{layer.path}: no engine loads {kind.name} in FP16 models; it can be {able}")
     if layer.bias and kind.unbiased:
         raise UnsupportedError(
             f"{layer.path} adds a bias, and {kind.name} cannot: {kind.unbiased}; give it another pair"
@@ -68,15 +75,31 @@ def check(layer: TargetLayer) -> None:
             f"{layer.path}: only experts can be {kind.name}: {kind.experts_only}; give it another pair, such as "
             "int8_channel weights"
         )
-    if kind.packs_rows and (layer.shape[-2] % _WORD or layer.shape[-1] % SLICES):
+    if kind.pairs_rows and not kind.group and (layer.shape[-2] % _WORD or layer.shape[-1] % SLICES):
         raise UnsupportedError(
             f"{layer.path}: {kind.name} needs rows by {_WORD} and columns by {SLICES}, but has {[*layer.shape]}"
         )
     if kind.packed and layer.shape[-1] % 2:
         raise UnsupportedError(f"{layer.path}: {kind.name} packs two columns into a byte, but has {layer.shape[-1]}")
+    if kind.pairs_rows and kind.group:
+        _check_groups(layer, kind)
     if expert_list(layer.path) is not None and not kind.experts:
         can = ", ".join(other.name for other in BY_NAME.values() if other.experts)
         raise UnsupportedError(f"{layer.path}: no engine on Ascend runs experts as {kind.name}; they can be {can}")
+
+
+def _check_groups(layer: TargetLayer, kind: Type) -> None:
+    rows, columns = layer.shape
+    if rows % 2 or columns % kind.group:
+        raise UnsupportedError(
+            f"{layer.path}: {kind.name} packs two rows into a byte, in groups of {kind.group} columns, but this is "
+            f"{rows} x {columns}; give it another pair, or none"
+        )
+    if columns == kind.group:
+        raise UnsupportedError(
+            f"{layer.path} has one group of {kind.group} columns in a row, by which engines know codes that are packed "
+            "along rows; give it smaller groups, or another pair"
+        )
 
 
 # --- bytes ----------------------------------------------------------------------------------------
@@ -91,14 +114,13 @@ def pack(q: QTensor, input: Format | None = None, amax: Tensor | None = None) ->
 def tensors_of(kind: Type, q: QTensor, static: Tensor | None) -> dict[str, Tensor]:
     """`pack`, given what is stored of the input's range (see `static_part`)."""
     codes, stored = q.codes.to("cpu"), q.scales.stored.to("cpu")
-    if kind.group:
+    if kind.is_mx:
         return {"weight": _bytes(codes, kind), "weight_scale": stored}
-    scale = stored.to(torch.float32)
+    scale, zero = stored.to(torch.float32), q.scales.zero_point
     if not kind.is_static:
-        rows = {"weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
-        if not kind.packs_rows:
-            return {**rows, "weight": _bytes(codes, kind)}
-        return {**rows, "weight": _pairs(codes), "scale_bias": _assist(_bytes(codes, kind), scale, 1)}
+        offset = torch.zeros_like(scale) if zero is None else zero.to("cpu", torch.float32).expand_as(scale)
+        rows = {"weight": _bytes(codes, kind), "weight_scale": scale, "weight_offset": offset.contiguous()}
+        return {**rows, "scale_bias": _assist(codes, scale, 1)} if "scale_bias" in kind.tensors else rows
     assert static is not None
     weight, offset = _bytes(codes, kind), offset_of(static)
     sums = weight.to(torch.int64).sum(dim=1)
@@ -117,23 +139,15 @@ def placed(tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:
     """The tensors of a layer at `path`: `scale_bias` of a matrix behind a gate is in slices of its columns."""
     if "scale_bias" not in tensors or not is_second(path):
         return tensors
-    return {**tensors, "scale_bias": _assist(unpaired(tensors["weight"]), tensors["weight_scale"], SLICES)}
+    codes = unpair_rows(tensors["weight"].view(torch.uint8), len(tensors["weight_scale"]))
+    return {**tensors, "scale_bias": _assist(codes, tensors["weight_scale"], SLICES)}
 
 
-def _assist(weight: Tensor, scale: Tensor, slices: int) -> Tensor:
-    """8 times the sums of the dequantized weight, by row and slice of its columns: whole numbers times scales."""
-    sums = weight.to(torch.int64).unflatten(1, (slices, -1)).sum(dim=-1)
+def _assist(codes: Tensor, scale: Tensor, slices: int) -> Tensor:
+    """8 times the sums of the weight that raw 4-bit codes stand for, by row and slice of its columns: whole numbers
+    times scales."""
+    sums = _signed(codes, INT4_BITS).to(torch.int64).unflatten(1, (slices, -1)).sum(dim=-1)
     return _MISSED * sums.to(torch.float32) * scale
-
-
-def _pairs(codes: Tensor) -> Tensor:
-    """Raw 4-bit codes (n, k) -> int8 (n / 2, k), the even row in the low half."""
-    return (codes[::2] | codes[1::2] << 4).view(torch.int8)
-
-
-def unpaired(pairs: Tensor) -> Tensor:
-    """Undo `_pairs`, to signed codes: int8 (n, k)."""
-    return torch.stack((pairs << 4 >> 4, pairs >> 4), dim=1).flatten(0, 1)
 
 
 def fold_bias(tensors: dict[str, Tensor], bias: Tensor) -> dict[str, Tensor]:
@@ -155,13 +169,37 @@ def fold_bias(tensors: dict[str, Tensor], bias: Tensor) -> dict[str, Tensor]:
     return {**tensors, "quant_bias": whole.to(torch.int32)}
 
 
+def in_half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a layer of an FP16 model: `deq_scale` as integers whose low 32 bits are those of the float32.
+
+    Raises:
+        UnsupportedError: the hardware, which reads 19 of these bits, would take one for another number.
+    """
+    if "deq_scale" not in tensors:
+        return tensors
+    bits = tensors["deq_scale"].view(torch.int32)
+    if bool((bits & ((1 << (F32.significant_bits - READ_BITS)) - 1)).any()):
+        raise UnsupportedError(
+            f"a deq_scale has more than {READ_BITS} significant bits, of which operators of FP16 models drop the rest: "
+            f"calibrate inputs with activation_rule: {HALF_RULE}, which leaves their scales {SCALE_BITS}"
+        )
+    return {**tensors, "deq_scale": bits.to(torch.int64)}
+
+
 def _bytes(codes: Tensor, kind: Type) -> Tensor:
-    """Raw codes as they are stored: a byte each, integers with their sign, or two neighbours in one, the first low."""
+    """Raw codes as they are stored: a byte each, integers with their sign, or two neighbours of a row or of a column in
+    one, the first low."""
     if kind.packed:
         return bit_stream(codes, kind.element.bits)
+    if kind.pairs_rows:
+        return pair_rows(codes).view(torch.int8)
     if not kind.element.is_integer:
         return codes.view(torch.float8_e4m3fn)
-    half = 1 << (kind.element.bits - 1)
+    return _signed(codes, kind.element.bits)
+
+
+def _signed(codes: Tensor, bits: int) -> Tensor:
+    half = 1 << (bits - 1)
     return ((codes.to(torch.int16) ^ half) - half).to(torch.int8)
 
 
@@ -172,9 +210,8 @@ def unpack(module: PackedModule, tensors: Mapping[str, Tensor]) -> QTensor:
         CheckpointError: a tensor is missing or does not fit, or a scale is zero, negative or not finite; names it.
     """
     fmt, (rows, columns) = weight_format(module.weights), shape(module, tensors)
-    if "scale_bias" in tensors:
-        pairs = take(module, tensors, "weight", torch.int8, (rows, columns))
-        tensors, rows = {**tensors, "weight": unpaired(pairs)}, 2 * rows
+    if "scale_bias" in tensors or (fmt.group and fmt.element.is_integer):
+        return _unpack_pairs(module, tensors, fmt, rows, columns)
     grid = fmt.grid_shape(rows, columns)
     if module.packed:
         pairs = take(module, tensors, "weight", torch.uint8, (rows, columns // 2))
@@ -186,9 +223,23 @@ def unpack(module: PackedModule, tensors: Mapping[str, Tensor]) -> QTensor:
     if fmt.group:
         return QTensor(fmt, codes, Scales(take_scale(module, tensors, "weight_scale", fmt.scale.storage, grid)))
     if "deq_scale" in tensors and "weight_scale" not in tensors:
+        if tensors["deq_scale"].dtype == torch.int64:
+            tensors = {**tensors, "deq_scale": tensors["deq_scale"].to(torch.int32).view(torch.float32)}
         deq = take_scale(module, tensors, "deq_scale", torch.float32, (rows,))
         tensors = {"weight_scale": (deq / take_scale(module, tensors, "input_scale", torch.float32, (1,))).view(grid)}
     return QTensor(fmt, codes, Scales(take_narrow(module, tensors, "weight_scale", fmt, grid)))
+
+
+def _unpack_pairs(
+    module: PackedModule, tensors: Mapping[str, Tensor], fmt: Format, pairs: int, columns: int
+) -> QTensor:
+    """`unpack` of a type whose bytes hold two rows."""
+    stored = take(module, tensors, "weight", torch.int8, (pairs, columns)).view(torch.uint8)
+    grid = fmt.grid_shape(2 * pairs, columns)
+    offset = take(module, tensors, "weight_offset", torch.float32, grid)
+    scale = take_narrow(module, tensors, "weight_scale", fmt, grid)
+    zero = offset.to(torch.int8) if fmt.zero_point else None
+    return QTensor(fmt, unpair_rows(stored, 2 * pairs), Scales(scale, zero_point=zero, type=fmt.scale))
 
 
 # --- description ----------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ _KINDS = {
     GGMLQuantizationType.Q6_K: LlamaFileType.MOSTLY_Q6_K,
     GGMLQuantizationType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
     GGMLQuantizationType.MXFP4: LlamaFileType.MOSTLY_MXFP4_MOE,
+    GGMLQuantizationType.NVFP4: LlamaFileType.MOSTLY_NVFP4,
 }
 _PENDING = "0" * 64  # of a digest that is not known yet
 
@@ -56,12 +57,14 @@ class Stored:
         kind: how its numbers are stored.
         shape: as transformers has it, (experts, rows, columns) of a stack.
         parts: names of what it is made of, one for each matrix of a stack.
+        above: whether it holds the scales above those matrices, not what is below.
     """
 
     name: str
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
     parts: tuple[str, ...]
+    above: bool = False
 
     @property
     def byte_shape(self) -> tuple[int, ...]:
@@ -106,10 +109,19 @@ def stored_tensors(plan: "ExportPlan") -> list[Stored]:
             raise UnsupportedError(f"{own} is {kind.name}, {before.parts[0]} {before.kind.name}: one tensor holds both")
         found[known] = Stored(known, kind, shape, (*(before.parts if before else ()), own))
     stacks = {stored.name for stored in found.values() if stored.parts and _EXPERT.fullmatch(stored.parts[0])}
-    return [
+    every = [
         Stored(s.name, s.kind, (len(s.parts), *s.shape), tuple(sorted(s.parts, key=_number))) if s.name in stacks else s
         for s in found.values()
     ]
+    return [each for stored in every for each in (stored, *_above(stored))]
+
+
+def _above(stored: Stored) -> list[Stored]:
+    """The tensor of what multiplies whole matrices, where the type has that: llama.cpp's name for it and its shape."""
+    if stored.kind is not GGMLQuantizationType.NVFP4:
+        return []
+    name = stored.name.removesuffix(".weight") + ".scale"
+    return [Stored(name, GGMLQuantizationType.F32, (len(stored.parts),), stored.parts, above=True)]
 
 
 def _number(part: str) -> int:
@@ -204,7 +216,7 @@ def _record(plan: "ExportPlan", tensors: list[Stored], record: dict[str, Any]) -
     """With digests that are still to come."""
     modules, others = {}, {}
     layers = {matrix.name: path for path, matrix in plan.linears.items()}
-    for stored in tensors:
+    for stored in (each for each in tensors if not each.above):
         for part in stored.parts:
             if part in layers:
                 layer = plan.layer(layers[part])
@@ -248,6 +260,8 @@ def _data(plan: "ExportPlan", stored: Stored, record: dict[str, Any]) -> np.ndar
         assert factors is not None
         return factors.numpy().view(np.uint8)
     layers = {matrix.name: path for path, matrix in plan.linears.items()}
+    if stored.above:
+        return np.array([_scale_above(plan.linears[layers[part]]) for part in stored.parts], np.float32).view(np.uint8)
     pieces = []
     for part in stored.parts:
         if part in layers:
@@ -282,3 +296,10 @@ def _quantized(matrix: Matrix) -> tuple[Tensor, str]:
         pieces.append(row_bytes(q))
         add_to_digest(whole, trained)
     return torch.cat(pieces), whole.hexdigest()
+
+
+def _scale_above(matrix: Matrix) -> float:
+    """What multiplies all of a matrix; all of its parts have it."""
+    above = next(matrix.parts()).quantize().scales.global_scale
+    assert above is not None
+    return above.flatten()[0].item()

@@ -13,6 +13,7 @@ from qat.checkpoints.hf import check_loading, quiet
 from qat.checkpoints.layouts.gguf.read import GgufFile
 from qat.checkpoints.layouts.gguf.types import FORMATS
 from qat.errors import CheckpointError, UnsupportedError
+from qat.training.activations import llama_cpp_input
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,13 +52,13 @@ def load_file(path: Path, inputs: bool = False, opened: GgufFile | None = None) 
 
     Args:
         path: the file.
-        inputs: round what layers multiply with as llama.cpp does, too: to INT8 per 32 before blocks, to BF16 before
-            BF16 weights. Otherwise they stay as they come.
+        inputs: round what layers multiply with as llama.cpp does, too: to INT8 per 32 before blocks, per 256 before
+            super-blocks, to BF16 before BF16 weights. Otherwise they stay as they come.
         opened: the file, where it is already.
 
     Raises:
         CheckpointError: it is cut short, or tensors are missing.
-        UnsupportedError: another tool wrote it, or inputs of super-blocks were to be rounded.
+        UnsupportedError: another tool wrote it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -97,9 +98,5 @@ def _round_inputs(model: "PreTrainedModel", file: GgufFile) -> None:
             continue
         if kind is GGMLQuantizationType.BF16:
             module.register_forward_pre_hook(lambda _, args: (args[0].bfloat16().float(), *args[1:]))
-        elif kind in FORMATS and FORMATS[kind].super_block:
-            raise UnsupportedError(
-                f"{file.path}: {name} is {kind.name}, before which inputs are rounded in ways not known here"
-            )
         elif kind in FORMATS:
-            module.register_forward_pre_hook(ServedInput(FORMATS[GGMLQuantizationType.Q8_0], "llama_cpp", None))
+            module.register_forward_pre_hook(ServedInput(llama_cpp_input(FORMATS[kind]), "llama_cpp", None))

@@ -30,6 +30,11 @@ _HALVES = {
 _ADDS_ONE_TO_NORMS = ("gemma2", "gemma3")
 
 
+def above_of(name: str) -> str:
+    """What llama.cpp calls the numbers that multiply whole matrices of a tensor, one for each."""
+    return name.removesuffix(".weight") + ".scale"
+
+
 class _Reader(GGUFReader):
     """`gguf`'s, but for arrays, which it keeps item by item: the tokens of a vocabulary take it seconds."""
 
@@ -105,6 +110,8 @@ class GgufFile:
         except NotImplementedError as error:
             raise UnsupportedError(f"{self.path}: {name} is {tensor.tensor_type.name}, which is not read") from error
         found = torch.from_numpy(np.array(values, dtype=np.float32)).reshape([int(n) for n in tensor.shape[::-1]])
+        if (above := above_of(name)) in self.tensors:
+            found *= torch.from_numpy(np.array(self.tensors[above].data)).view(-1, *[1] * (found.dim() - 1))
         role = name.split(".")[-2]
         if self.arch in _ROTATES_NEIGHBOURS and role in _HEADS:
             heads = int(self.facts[f"{self.arch}.attention.{_HEADS[role]}"])
@@ -122,4 +129,9 @@ class GgufFile:
             return int((~np.isfinite(scales) | (scales == 0)).sum())
         if kind is GGMLQuantizationType.MXFP4:
             return int((tensor.data.reshape(-1, 17)[:, 0] == 255).sum())
+        if kind is GGMLQuantizationType.NVFP4:  # llama.cpp takes its NaN for zero, and no sign into account
+            scales = tensor.data.reshape(-1, 36)[:, :4]
+            above = self.tensors.get(above_of(name))
+            bad = 0 if above is None else int((~np.isfinite(above.data) | (above.data <= 0)).sum())
+            return bad + int(((scales == 0) | (scales > 0x7E)).sum())
         return 0

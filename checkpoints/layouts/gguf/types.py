@@ -3,7 +3,8 @@
 A row is a run of blocks of 32 weights: an FP16 number d (for MXFP4 an E8M0 byte), then the codes. Q4_0 stores code + 8
 of each weight, Q5_0 code + 16, MXFP4 the bits of E2M1; all put weight j of a block into the low nibble of byte j and
 weight j + 16 into the high one. The fifth bits of Q5_0 stand before those nibbles, as the bits of one little-endian
-word. Q8_0 stores signed bytes. The K types have super-blocks of 256, see `super_blocks.py`.
+word. Q8_0 stores signed bytes. NVFP4 has four E4M3 bytes, then four groups of 16 codes, each paired like a block; what
+multiplies a whole matrix is a tensor of its own. The K types have super-blocks of 256, see `super_blocks.py`.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from qat.checkpoints.layouts.gguf.super_blocks import WEIGHTS, super_block_bytes
-from qat.checkpoints.layouts.kinds import mx
+from qat.checkpoints.layouts.kinds import mx, nvfp4
 from qat.numbers.catalog import (
     CATALOG,
     E2M1,
@@ -54,6 +55,7 @@ _HOLDS: tuple[tuple[GGMLQuantizationType, Callable[[Format], bool]], ...] = (
     (GGMLQuantizationType.Q5_K, lambda fmt: _minima(fmt) and fmt.elements == (UINT5,)),
     (GGMLQuantizationType.Q6_K, lambda fmt: _super_blocks(fmt, 16, S8) and fmt.elements == (INT6_DOWN, INT6_UP)),
     (GGMLQuantizationType.MXFP4, lambda fmt: mx(fmt, E2M1)),
+    (GGMLQuantizationType.NVFP4, nvfp4),
 )
 
 
@@ -64,6 +66,11 @@ def type_of(fmt: Format) -> GGMLQuantizationType | None:
 
 FORMATS: dict[GGMLQuantizationType, Format] = {kind: fmt for fmt in CATALOG.values() if (kind := type_of(fmt))}
 """The format of the catalogue that a type of GGUF holds."""
+
+
+def unit(kind: GGMLQuantizationType) -> int:
+    """What the width of a row must be a multiple of."""
+    return int(GGML_QUANT_SIZES[kind][0])
 
 
 def bytes_per_row(kind: GGMLQuantizationType, columns: int) -> int:
@@ -77,6 +84,8 @@ def row_bytes(q: QTensor) -> Tensor:
     if q.format.super_block:
         return super_block_bytes(q)
     kind, columns = type_of(q.format), q.shape[-1]
+    if kind is GGMLQuantizationType.NVFP4:
+        return _groups(q)
     blocks = columns // BLOCK
     codes = q.codes.to("cpu").reshape(-1, blocks, BLOCK)
     scales = q.scales.stored.to("cpu").reshape(-1, blocks, 1)
@@ -89,6 +98,14 @@ def row_bytes(q: QTensor) -> Tensor:
         low, high = (codes & 15).split(BLOCK // 2, dim=-1)
         codes = low | high << 4
     return torch.cat([scales.view(torch.uint8), *fifth, codes], dim=-1).flatten(1)
+
+
+def _groups(q: QTensor) -> Tensor:
+    """Of NVFP4: groups of 16, four to a block."""
+    count = q.shape[-1] // unit(GGMLQuantizationType.NVFP4)
+    scales = q.scales.stored.to("cpu").view(torch.uint8).reshape(-1, count, 4)
+    low, high = (q.codes.to("cpu").reshape(-1, count, 4, 16) & 15).split(8, dim=-1)
+    return torch.cat([scales, (low | high << 4).flatten(2)], dim=-1).flatten(1)
 
 
 def _bits(flags: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from qat.checkpoints.layouts.gguf.engines import METHOD as METHOD
 from qat.checkpoints.layouts.gguf.engines import ROWS as ROWS
 from qat.checkpoints.layouts.gguf.engines import TABLES as TABLES
 from qat.checkpoints.layouts.gguf.families import find
-from qat.checkpoints.layouts.gguf.types import row_bytes
+from qat.checkpoints.layouts.gguf.types import row_bytes, type_of, unit
 from qat.checkpoints.layouts.reader import PackedModule
 from qat.checkpoints.layouts.target import TargetLayer
 from qat.checkpoints.shards import STEMS
@@ -34,6 +34,17 @@ def check(layer: TargetLayer) -> None:
         raise UnsupportedError(
             f"{layer.path}: {layer.weight.name} was trained rounded to BF16, but llama.cpp multiplies with the exact "
             "products of codes and scales; set scheme.round_bf16: false"
+        )
+    kind = type_of(layer.weight)
+    if kind is not None and layer.shape[-1] % unit(kind):
+        raise UnsupportedError(
+            f"{layer.path}: {kind.name} has blocks of {unit(kind)} in llama.cpp, which do not divide a width of "
+            f"{layer.shape[-1]}; use mxfp4 or q4_0 for it"
+        )
+    if layer.weight.global_scale and layer.is_table:
+        raise UnsupportedError(
+            f"{layer.path}: llama.cpp looks rows of a table up without the scale above {layer.weight.name}; use q8_0 "
+            "for it"
         )
 
 

@@ -33,6 +33,7 @@ PAIRS: dict[str, list[Pair]] = {
     "W8A8": [("int8_channel", "int8_tensor_asym"), ("int8_channel", "int8_tensor")],
     "W8A8_MIX": [("int8_channel", "int8_mix")],
     "W8A16": [("int8_channel", None)],
+    "W4A16": [("int4_g64", None), ("int4_g64_asym", None)],
     "W4A4_DYNAMIC": [("int4_channel", "int4_token")],
     "W8A8_MXFP8": [("mxfp8", "mxfp8")],
     "W4A4_MXFP4": [("mxfp4", "mxfp4")],

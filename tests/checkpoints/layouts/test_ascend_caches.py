@@ -164,3 +164,6 @@ def test_what_cannot_be_is_named_before_training(source: Path, tmp_path: Path) -
         said(narrow, C8)
     with pytest.raises(UnsupportedError, match=r"layers\.1\.self_attn has none"):
         said(source, {**C8, "match": "*.0.self_attn"})
+    sliding = tiny_model("mistral", tmp_path / "sliding", sliding_window=16)
+    with pytest.raises(UnsupportedError, match="its attention has a window of 16 tokens, which vllm-ascend forgets"):
+        said(sliding, C8)

@@ -42,7 +42,7 @@ def test_bytes_and_sums(path: str) -> None:
     q = quantize(torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(3)), lookup(PAIR[0]))
     tensors = target.placed(target.pack(q, lookup(PAIR[1] or "")), path)
     stored = {name: ({torch.int8: "I8"}.get(t.dtype, "F32"), tuple(t.shape)) for name, t in tensors.items()}
-    assert stored == KIND.specs(ROWS, COLUMNS, path)
+    assert stored == KIND.specs(ROWS, COLUMNS, path=path)
     truth = values(tensors)
     assert torch.equal(truth, q.dequantize().double()) and truth.min() < 0 and not tensors["weight_offset"].any()
     slices = 16 if path.endswith(("down_proj", "w2")) else 1

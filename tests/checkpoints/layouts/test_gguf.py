@@ -17,7 +17,7 @@ from qat.checkpoints.layouts.gguf.file import RECORD_KEY
 from qat.checkpoints.layouts.gguf.load import load_file
 from qat.checkpoints.layouts.gguf.pieces import adds_space, read_pieces
 from qat.checkpoints.layouts.gguf.read import GgufFile
-from qat.checkpoints.layouts.gguf.types import FORMATS, row_bytes
+from qat.checkpoints.layouts.gguf.types import FORMATS, row_bytes, unit
 from qat.checkpoints.layouts.gguf.vocabulary import splitting
 from qat.cli import main
 from qat.errors import CheckpointError, UnsupportedError
@@ -78,7 +78,7 @@ def written(kind: str, folder: Path, rules: Any = PROJECTIONS, **config: Any) ->
 
 @pytest.mark.parametrize(("kind", "fmt"), FORMATS.items(), ids=lambda each: each.name)
 def test_blocks_are_what_ggml_dequantizes(kind: GGMLQuantizationType, fmt: Format) -> None:
-    columns = 3 * fmt.unit
+    columns = 3 * unit(kind)
     weight = torch.randn(12, columns, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 12)[:, None]
     weight[3, 32:64] = 0.0
     weight[5], weight[6] = 0.0, weight[6].abs()  # a block of zeros; no minimum, or no scale of one of the signs
@@ -86,7 +86,9 @@ def test_blocks_are_what_ggml_dequantizes(kind: GGMLQuantizationType, fmt: Forma
         q = quantize(weight, fmt, scales)
         raw = row_bytes(q)
         assert raw.shape == (12, gguf.quant_shape_to_byte_shape((12, columns), kind)[1]) and raw.dtype == torch.uint8
-        assert torch.equal(torch.from_numpy(gguf.quants.dequantize(raw.numpy(), kind)), q.dequantize())
+        above = q.scales.global_scale if fmt.global_scale else None  # a tensor of its own in the file
+        values = torch.from_numpy(gguf.quants.dequantize(raw.numpy(), kind))
+        assert torch.equal(values if above is None else values * above, q.dequantize())
 
 
 def test_a_negative_scale_is_the_mirrored_element() -> None:

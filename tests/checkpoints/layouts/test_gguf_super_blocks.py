@@ -13,9 +13,10 @@ from qat.checkpoints.layouts.gguf.read import GgufFile
 from qat.checkpoints.layouts.gguf.types import FORMATS, row_bytes
 from qat.checkpoints.verify_file import verify_file
 from qat.errors import FormatError, UnsupportedError
+from qat.modes import served
 from qat.numbers.numerics import QTensor, Scales
 from qat.sites import weights
-from tests.checkpoints.exports import quantized, quiet_export
+from tests.checkpoints.exports import ids, quantized, quiet_export
 from tests.tiny import tiny_model
 
 KINDS = [kind for kind, fmt in FORMATS.items() if fmt.super_block]
@@ -72,8 +73,30 @@ def test_what_was_trained_is_in_the_file(learn: str, tmp_path: Path) -> None:
             assert torch.equal(file.value(entry["tensor"]), weights(model)[path].value().float())
     report = verify_file(out)
     assert report.ok, report
-    with pytest.raises(UnsupportedError, match=r"out\.gguf: .* is Q\d_K, before which inputs are rounded in ways not"):
-        load_file(out, inputs=True)
+
+
+def test_inputs_of_super_blocks_are_trained_and_read_rounded_per_256(tmp_path: Path) -> None:
+    """Those of narrower layers per 32; the file, read with inputs rounded as llama.cpp does, is what was trained."""
+    source = tiny_model("llama", tmp_path / "source", hidden_size=256, num_hidden_layers=1)
+    own = [{**rule, "input": "q8_0" if rule["weight"] == "q5_0" else "q8_k"} for rule in RULES[:-1]]
+    model = quantized(source, [*own, RULES[-1]], round_bf16=False, activation_rule="llama_cpp")
+    out = quiet_export(model, source, tmp_path / "out.gguf", "gguf")
+    with torch.no_grad(), served(model):
+        trained = model(ids()).logits
+    file = load_file(out, inputs=True)
+    file.get_submodule("lm_head")._forward_pre_hooks.clear()  # its BF16 inputs, which the scheme left alone
+    with torch.no_grad():
+        assert torch.equal(file(ids()).logits, trained)
+        assert not torch.equal(load_file(out)(ids()).logits, trained)
+
+
+def test_inputs_that_llama_cpp_does_not_have_are_refused(tmp_path: Path) -> None:
+    source = tiny_model("llama", tmp_path / "source", hidden_size=256, num_hidden_layers=1)
+    for weight, input, has in (("q4_k", "q8_0", "q8_k"), ("q5_0", "q8_k", "q8_0")):
+        rules = [{"match": "*.mlp.*_proj", "weight": weight, "input": input}, RULES[-1]]
+        message = rf"gguf cannot hold {weight} weights with {input} inputs; nearest inputs for them: {has}, none"
+        with pytest.raises(UnsupportedError, match=message):
+            quiet_export(quantized(source, rules, round_bf16=False), source, tmp_path / "a.gguf", "gguf")
 
 
 @pytest.mark.parametrize(("name", "at"), [("ffn_down", 1), ("attn_q", 209), ("ffn_up", 1)])
@@ -91,3 +114,5 @@ def test_rows_that_a_super_block_does_not_divide_are_refused_by_name(tmp_path: P
     source = tiny_model("llama", tmp_path / "source", num_hidden_layers=1)
     with pytest.raises(FormatError, match=r"q_proj.*super-blocks of 256 do not divide a width of 128"):
         quantized(source, RULES[1:], round_bf16=False)
+    with pytest.raises(FormatError, match=r"q_proj: q8_k: groups of 256 do not divide a width of 128"):
+        quantized(source, [{"match": "*_proj", "weight": "int8_channel", "input": "q8_k"}, RULES[-1]])

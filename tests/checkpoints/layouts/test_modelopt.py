@@ -238,7 +238,11 @@ def test_several_algorithms_are_refused(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("weight", "input", "message"),
     [
-        ("int4_g64", None, r"a.b: modelopt cannot hold int4_g64 weights \(compressed-tensors can\); nearest .*: nvfp4"),
+        (
+            "int4_g64",
+            None,
+            r"a.b: modelopt .*int4_g64 weights \(ascend, compressed-tensors can\); nearest .*: nvfp4",
+        ),
         ("nvfp4", "int8_token", r"nvfp4 weights with int8_token inputs; nearest inputs for them: nvfp4, none"),
         ("mxfp8", None, r"mxfp8 weights without quantized inputs \(compressed-tensors can\); .*: mxfp8"),
         ("fp8_b128", "fp8_g128", r"fp8_b128 weights \(compressed-tensors, fp8 can\)"),

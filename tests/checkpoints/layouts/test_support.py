@@ -31,7 +31,7 @@ def test_every_row_is_reached_and_can_be_written(target: str) -> None:
 
 
 def test_who_holds_a_pair() -> None:
-    assert holders(lookup("nvfp4"), None) == ["compressed-tensors", "modelopt"]
+    assert holders(lookup("nvfp4"), None) == ["compressed-tensors", "gguf", "modelopt"]
     assert holders(lookup("nf4_g64"), None) == []
 
 

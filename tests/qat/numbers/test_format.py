@@ -201,7 +201,7 @@ def sizes(scale: ScaleType) -> range:
 
 @every_format
 def test_8_bits_per_weight_are_the_bits_stored(fmt: Format) -> None:
-    for rows, columns in ((5, 256), (130, 384 if fmt.super_block == 0 else 512)):
+    for rows, columns in ((5, 256), (130, 384 if fmt.divides(384) else 512)):
         stored = quantize(random(rows, columns), fmt)
         scales = stored.scales
         bits = stored.codes.numel() * math.log2(len(fmt.element.values))
@@ -298,7 +298,7 @@ def test_the_promised_names_are_in_the_catalogue() -> None:
     }
     names |= {f"int{b}_token" for b in (8, 4, 3, 2)} | {"ternary_channel", "ternary_g64"}
     names |= {"fp8_tensor", "fp8_channel", "fp8_token", "fp8_b128", "mxfp8", "mxfp6", "mxfp4", "mxint8", "mxint4"}
-    names |= {"nvfp4", "nvint4", "nf4_g64", "if4", "q4_0", "q5_0", "q8_0", "q4_k", "q5_k", "q6_k"}
+    names |= {"nvfp4", "nvint4", "nf4_g64", "if4", "q4_0", "q5_0", "q8_0", "q8_k", "q4_k", "q5_k", "q6_k"}
     assert names <= set(CATALOG)
     assert all(name == fmt.name for name, fmt in CATALOG.items())
 
@@ -316,6 +316,7 @@ def test_published_bits_per_weight() -> None:
         "q4_0": 4.5,
         "q5_0": 5.5,
         "q8_0": 8.5,
+        "q8_k": 8.125,
         "q4_k": 4.5,
         "q5_k": 5.5,
         "q6_k": 6.5625,

@@ -7,8 +7,6 @@ differ from ours at exact ties only, because some multiply by a reciprocal where
 import math
 from collections.abc import Callable
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -318,50 +316,6 @@ def test_the_operator_of_recorded_graphs_is_the_static_part(name: str, learned: 
     torch.library.opcheck(torch.ops.qat.static_part.default, (amax, log_range, name))
     expected = static_part(lookup(name), amax * log_range.exp()[0] if log_range is not None else amax)
     assert torch.equal(torch.ops.qat.static_part.default(amax, log_range, name), expected)
-
-
-def ggml_q8_0(x: np.ndarray) -> np.ndarray:
-    """quantize_row_q8_0 and back in numpy, operation by operation as ggml's x86 code does it, in float32."""
-    blocks = x.reshape(-1, 32)
-    amax = np.abs(blocks).max(axis=1, keepdims=True)
-    d = (amax / np.float32(127)).astype(np.float16).astype(np.float32)
-    inverse = np.divide(np.float32(127), amax, out=np.zeros_like(amax), where=amax != 0)
-    return (np.rint(blocks * inverse) * d).reshape(x.shape)
-
-
-def test_llama_cpp_rounds_as_ggml_does() -> None:
-    """Bit for bit as its x86 code, near ties, too, of which discrete values make many; and against the `gguf` package's
-    quantize_row_q8_0, which breaks them otherwise. A block of zeros stays one."""
-    fmt = lookup("q8_0")
-    seed = torch.Generator().manual_seed(0)
-    x = torch.randn(64, 256, generator=seed) * torch.logspace(-2, 2, 64)[:, None]
-    x[5, 32:64] = 0.0
-    near = torch.randint(-127, 128, (512, 256), generator=seed) * torch.rand(512, 1, generator=seed)
-    for each in (x, near, near.to(torch.bfloat16).float(), 1e-9 * x):
-        found = fake_quantize_input(each, fmt, "llama_cpp", "ste", None)
-        assert np.array_equal(found.numpy(), ggml_q8_0(each.numpy()))
-    amax = near.unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True)
-    divided = (near.unflatten(-1, (-1, 32)) / (amax / 127)).round()
-    times = (near.unflatten(-1, (-1, 32)) * (torch.full_like(amax, 127) / amax)).round()
-    assert int((divided != times).sum()) > 10  # so that this test can tell them apart
-    kind = gguf.GGMLQuantizationType.Q8_0
-    theirs = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(x.numpy(), kind), kind))
-    found = fake_quantize_input(x, fmt, "llama_cpp", "ste", None)
-    assert float((found == theirs).float().mean()) > 0.9995
-    stored = fake_quantize_input(x, fmt, "vllm", "ste", None)  # divides by the FP16 scale, which moves some codes
-    assert float((stored == theirs).float().mean()) < 0.9995
-    broken = x.clone()
-    broken[0, 3], broken[1, 40] = torch.nan, torch.inf
-    found = fake_quantize_input(broken, fmt, "llama_cpp", "ste", None)
-    bad = found.isnan()
-    assert bool(bad[0, :32].all() and bad[1, 32:64].all()) and int(bad.sum()) == 64
-    leaf = x.clone().requires_grad_()
-    fake_quantize_input(leaf, fmt, "llama_cpp", "ste", None).sum().backward()
-    assert leaf.grad is not None
-    assert torch.equal(leaf.grad, torch.ones_like(x))
-    for name in ("int8_token", "mxfp4", "q4_0", "q4_k", "int8_channel_asym"):
-        with pytest.raises(UnsupportedError, match=rf"llama\.cpp does not round inputs to {name}; use another"):
-            fake_quantize_input(x, lookup(name), "llama_cpp", "ste", None)
 
 
 @pytest.mark.parametrize("name", ["q4_k", "q5_k", "q6_k", "q4_0"])

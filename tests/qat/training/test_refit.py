@@ -87,6 +87,19 @@ def test_a_refit_of_minima_reaches_what_an_exhaustive_search_finds() -> None:
     assert reached < 1.3 and reached - 1 < 0.5 * (start - 1)  # which has both for free
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_zero_point_moves_towards_the_weights_that_it_clips(sign: int) -> None:
+    """Half of the weights lie at 5 steps of 1.25, half at -10, of which a zero point of 4 leaves -12 to 3; with one of
+    2 all of them are codes. And the mirror image."""
+    fmt, weight = lookup("int4_g64_asym"), 1.25 * sign * torch.tensor([-10.0, 5.0]).repeat(1, 32)
+    zero = torch.tensor([[4 if sign > 0 else -5]], dtype=torch.int8)
+    scales = Scales(torch.tensor([[1.0]], dtype=torch.bfloat16), zero_point=zero, type=fmt.scale)
+    found = refit(weight, fmt, scales, importance(1, 64))
+    assert found.zero_point is not None
+    assert (found.stored.item(), found.zero_point.item()) == (1.25, 2 if sign > 0 else -3)
+    assert float(losses(weight, fmt.name, found, torch.ones(1, 64)).sum()) == 0.0
+
+
 def test_the_importance_decides() -> None:
     """A block whose only weights that matter fit one scale exactly gets that scale."""
     weight, h = normal(1, 64), torch.full((1, 64), 1e-6)
