@@ -254,6 +254,8 @@ def _packed(plan: ExportPlan, path: str, record: dict[str, Any]) -> dict[str, Te
     amax = site.input.limit if site.input is not None else None
     tensors = {}
     packed = plan.target.pack(q, layer.input, amax)
+    if (placed := getattr(plan.target, "placed", None)) is not None:
+        packed = placed(packed, path)
     if layer.bias and (fold := getattr(plan.target, "fold_bias", None)) is not None:
         packed = fold(packed, plan.dense[f"{path}.bias"].detach().to(plan.dtype))
     if layer.half:

@@ -66,7 +66,10 @@ class PackedWeights:
         amax = site.input.limit if site.input is not None else None
         with carrying(layers.get(id(site.site.owner)), reading=True):
             q = site.quantize()
-        for key, tensor in self._plan.target.pack(q, layer.input, amax).items():
+        packed = self._plan.target.pack(q, layer.input, amax)
+        if (placed := getattr(self._plan.target, "placed", None)) is not None:
+            packed = placed(packed, path)
+        for key, tensor in packed.items():
             name = layout.tensor_name(path, key)
             yield name, _checked_scale(name, tensor) if key in layout.SCALES else tensor
 

@@ -63,8 +63,9 @@ class TargetLayer:
 class Target(Protocol):
     """The interface of a layout's `write.py`, which is a module. One that writes a single file instead of a folder
     also has `FILE`, how the file's name ends; it has no `Reader`, and `unpack` and `files` are never asked. One that
-    holds the bias of a layer in its tensors has `fold_bias`, which gets what `pack` made and the bias. One for FP16
-    models, too, has `in_half`, which makes their tensors of what `pack` and `fold_bias` made."""
+    holds the bias of a layer in its tensors has `fold_bias`, which gets what `pack` made and the bias; one whose
+    tensors depend on the place of a layer has `placed`, which gets what `pack` made and the layer's path. One for FP16
+    models, too, has `in_half`, which makes their tensors of what these made."""
 
     METHOD: str
     """The target's name, which is also config.json's `quant_method`."""

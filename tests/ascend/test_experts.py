@@ -18,6 +18,7 @@ from tests.checkpoints.test_simulated_experts import EXPERTS, apart, export_expe
 pytestmark = pytest.mark.ascend
 TYPES: dict[str, tuple[Pair, str]] = {
     "W8A8_DYNAMIC": (("int8_channel", "int8_token"), "AscendW8A8DynamicFusedMoEMethod"),
+    "W4A8_DYNAMIC": (("int4_channel", "int8_token"), "AscendW4A8DynamicFusedMoEMethod"),
 }
 every_engine = pytest.mark.parametrize("version", ENGINES)
 every_type = pytest.mark.parametrize("name", TYPES)

@@ -56,6 +56,12 @@ def test_what_loads_is_said(source: Path, tmp_path: Path) -> None:
         ),
         ([("mxfp4", "mxfp4", "*_proj")], "vllm-ascend", "a2", r"a2 loads .*W8A8_DYNAMIC \(ascend\)"),
         ([("int4_g64", None, "*_proj")], "vllm-ascend", "a2", "q_proj is int4_g64, but vllm-ascend on a2 loads"),
+        (
+            [("int4_channel", "int8_token", "*_proj")],
+            "vllm-ascend",
+            "a2",
+            "vllm-ascend on a2 loads no export of this model: ascend: .*_proj: only experts can be W4A8_DYNAMIC",
+        ),
         ([("int8_channel", "int8_token", "*_proj")], "vllm-ascend", "310p", "computes in FP16.*train for a2, a3, 950"),
         (
             [("int8_channel", "int8_token", "*.q_proj"), ("int8_channel", None, "*_proj")],

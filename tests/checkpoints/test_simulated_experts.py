@@ -20,6 +20,7 @@ from tests.qat.adapters.test_experts import KINDS
 from tests.tiny import tiny_model
 
 INT8: Pair = ("int8_channel", "int8_token")
+INT4: Pair = ("int4_channel", "int8_token")
 EXPERTS = "model.layers.0.mlp.experts"
 
 
@@ -41,8 +42,11 @@ def one_by_one(folder: Path, name: str, x: Tensor, chosen: Tensor, shares: Tenso
 
     def times(x: Tensor, matrix: str) -> Tensor:
         tensors = exported.layer(matrix)
-        read = fake_quantize_input(x, token, "ascend", "ste", None)
-        return read @ (tensors["weight"].float() * tensors["weight_scale"]).t()
+        read, codes = fake_quantize_input(x, token, "ascend", "ste", None), tensors["weight"].float()
+        if pair[0] == INT4[0]:  # two rows to a byte, the even one low
+            codes = torch.stack((codes % 16, (codes / 16).floor()), dim=1).flatten(0, 1)
+            codes = codes - 16 * (codes > 7)
+        return read @ (codes * tensors["weight_scale"]).t()
 
     first, gated, second = NAMES[name]
     total, added = torch.zeros(x.shape), torch.zeros(x.shape)
@@ -69,10 +73,10 @@ NAMES = {
 PLACES = {kind: "model.layers.0.block_sparse_moe.experts" if kind == "mixtral" else EXPERTS for kind in NAMES}
 
 
-@pytest.mark.parametrize("kind", NAMES)
-def test_experts_compute_what_was_trained(kind: str, tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize(("kind", "pair"), [*((kind, INT8) for kind in NAMES), ("qwen3_moe", INT4), ("mixtral", INT4)])
+def test_experts_compute_what_was_trained(kind: str, pair: Pair, tmp_path: Path, capsys: Any) -> None:
     source, out = tiny(kind, tmp_path), tmp_path / "out"
-    export_experts(source, out, INT8)
+    export_experts(source, out, pair)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = load_simulated(out)
@@ -80,7 +84,7 @@ def test_experts_compute_what_was_trained(kind: str, tmp_path: Path, capsys: Any
     width = int(module.get_buffer("down_proj_weight").shape[-1])
     x, chosen, shares = routed(module.num_experts, width)
     y = module(x, chosen, shares)
-    assert y.dtype == torch.bfloat16 and apart(y, *one_by_one(out, kind, x, chosen, shares)) <= 1
+    assert y.dtype == torch.bfloat16 and apart(y, *one_by_one(out, kind, x, chosen, shares, pair)) <= 1
     assert torch.equal(module(x.float(), chosen, shares), y.float())
     with torch.no_grad():
         found, wanted = model(ids()).logits, load_exported(out)(ids()).logits
@@ -88,9 +92,12 @@ def test_experts_compute_what_was_trained(kind: str, tmp_path: Path, capsys: Any
     assert main(["verify", str(out), "--engine", "vllm-ascend", "--json"]) == 0, capsys.readouterr().out
 
 
-def export_experts(source: Path, out: Path, pair: Pair) -> None:
+def export_experts(source: Path, out: Path, pair: Pair) -> torch.nn.Module:
+    """Export experts of one pair, all else dense; returns the model."""
     rules = [pair_rules(*pair, "*.experts.*"), {"match": "*", "skip": "the rest"}]
-    quiet_export(quantized(source, rules, activation_rule="ascend"), source, out, "ascend")
+    model = quantized(source, rules, activation_rule="ascend")
+    quiet_export(model, source, out, "ascend")
+    return model
 
 
 def test_damage_is_seen(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from qat.checkpoints.layouts.bits import Array, float_values, raw_rows, scale_va
 from qat.checkpoints.layouts.reader import HALF_RULE, NPU_RULE, ExportedFolder, PackedModule, PlainLoading, Spec
 from qat.checkpoints.names import StoredNames
 from qat.errors import CheckpointError, UnsupportedError
+from qat.families import expert_list
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,7 +75,7 @@ class Reader(ExportedFolder):
     METHOD = "ascend"
     RULE = NPU_RULE
     SCALES = ("weight_scale", "input_scale")
-    SUFFIXES = ("weight", *SCALES, "weight_offset", "input_offset", "quant_bias", "deq_scale")
+    SUFFIXES = ("weight", *SCALES, "weight_offset", "input_offset", "quant_bias", "deq_scale", "scale_bias")
     UNREAD = MappingProxyType(_UNREAD)
     CACHE_SCALES = ("k_proj.kv_cache_scale", "v_proj.kv_cache_scale")
     CACHE_OFFSETS = ("k_proj.kv_cache_offset", "v_proj.kv_cache_offset")
@@ -168,10 +169,12 @@ class Reader(ExportedFolder):
 
     def _module(self, path: str, group: str) -> PackedModule:
         kind = self._typed(group)
+        if kind.experts_only and expert_list(path) is None:
+            raise UnsupportedError(f"{self.where}: {path} is {group}, but is no expert: {kind.experts_only}")
         number = "int" if kind.element.is_integer else "float"
         weights = {"num_bits": kind.element.bits, "type": number, "symmetric": True, "dynamic": False}
         weights |= {"strategy": "group", **_MX} if kind.is_mx else {"strategy": "channel"}
-        if kind.pairs_rows:
+        if kind.pairs_rows and kind.group:
             weights |= {"strategy": "group", "group_size": kind.group, "symmetric": not self._shifted(path)}
         inputs = None
         if kind.input:
@@ -193,7 +196,7 @@ class Reader(ExportedFolder):
     def expected_tensors(self, module: PackedModule, *shape: int) -> dict[str, Spec]:
         """Type and shape of every tensor that a layer (rows, columns) must have, by its name below its path."""
         rows, columns = shape
-        return self.type_of(module.path).specs(rows, columns, self.half)
+        return self.type_of(module.path).specs(rows, columns, self.half, module.path)
 
     @property
     def half(self) -> bool:
@@ -215,7 +218,7 @@ class Reader(ExportedFolder):
         self._check_coding(f"{path}.deq_scale")
         tensors = super().layer(path)
         kind = self.type_of(path)
-        if kind.pairs_rows:
+        if kind.pairs_rows and kind.group:
             self._check_offsets(path, tensors["weight_offset"], 2 ** (kind.element.bits - 1))
         elif "weight_offset" in tensors and bool(tensors["weight_offset"].count_nonzero()):
             raise UnsupportedError(
@@ -223,7 +226,17 @@ class Reader(ExportedFolder):
             )
         if kind.is_static:
             self._check_static(path, tensors)
+        if "scale_bias" in tensors:
+            self._check_assist(path, tensors)
         return tensors
+
+    def _check_assist(self, path: str, tensors: dict[str, Tensor]) -> None:
+        module, (rows, slices) = self.modules[path], tensors["scale_bias"].shape
+        codes = self._codes(module, tensors, rows).view(np.int8).astype("float64")
+        each = (codes * tensors["weight_scale"].numpy()).reshape(rows, slices, -1)
+        apart = abs(tensors["scale_bias"].numpy() - 8 * each.sum(axis=-1)) - _DIVIDED * 8 * abs(each).sum(axis=-1)
+        if (apart > 0).any():
+            raise CheckpointError(f"{self.folder}: {path}.scale_bias is not 8 times the sums of the weight's rows")
 
     def _check_offsets(self, path: str, offset: Tensor, half: int) -> None:
         """Offsets are codes: those whose value is 0."""

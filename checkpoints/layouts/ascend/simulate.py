@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qat.checkpoints.layouts.ascend.types import Type
 from qat.serving import npu
+from qat.serving.npu_experts import grouped_matmul
 from qat.training import phases
 
 
@@ -71,6 +72,9 @@ class SimulatedLinear(nn.Module):
         if not kind.input:
             return npu.weight_quant_matmul(x, get("weight"), get("scale"), get("offset"), bias)
         codes, scales = npu.dynamic_quant(x, bits)
+        if kind.pairs_rows:
+            weight, scale, assist = (get(name)[None] for name in ("weight", "scale", "assist"))
+            return grouped_matmul(codes, weight, scale, [len(codes)], pertoken_scale=scales, assist=assist)
         if bits == 8:
             how: dict[str, Any] = {"pertoken_scale": scales, "bias": bias, "output_dtype": self.model}
             return npu.quant_matmul(codes, get("weight"), get("scale"), **how)
@@ -86,25 +90,31 @@ def _held(kind: Type, tensors: Mapping[str, Tensor], model: torch.dtype) -> dict
     """What is not static of a layer, as it lies on a device."""
     if kind.is_mx:
         return _mx(tensors)
-    if kind.pairs_rows:
+    if kind.pairs_rows and kind.group:
         return _groups(tensors, model)
     return {} if kind.input == "tensor" else _rows(tensors, model)
 
 
 def _groups(tensors: Mapping[str, Tensor], model: torch.dtype) -> dict[str, Tensor]:
     """As MindIE holds them: scales and offsets are cast to the model's type, and the offset, which a loader subtracts,
-    is added by the operator with the opposite sign. A byte's low four bits are the even row of two."""
-    pairs = tensors["weight"].to(torch.int16)
-    low, high = (pairs & 15 ^ 8) - 8, pairs >> 4
-    codes = torch.stack((low, high), dim=1).flatten(0, 1).t().float()
+    is added by the operator with the opposite sign."""
     scale, offset = (tensors[name].to(model).t() for name in ("weight_scale", "weight_offset"))
-    return {"weight": codes, "scale": scale, "offset": -offset}
+    return {"weight": rows_apart(tensors["weight"]).t().float(), "scale": scale, "offset": -offset}
+
+
+def rows_apart(pairs: Tensor) -> Tensor:
+    """int8 codes (n, k) of the bytes (n / 2, k) that two rows share: the low four bits are the even row of two."""
+    low, high = (pairs & 15 ^ 8) - 8, pairs >> 4
+    return torch.stack((low, high), dim=1).flatten(0, 1)
 
 
 def _rows(tensors: Mapping[str, Tensor], model: torch.dtype) -> dict[str, Tensor]:
     """Scales and offsets are cast to the model's type; on a 310P they stay float32."""
     held = torch.float32 if model is torch.float16 else model
     scale, offset = (tensors[name].to(held).flatten() for name in ("weight_scale", "weight_offset"))
+    if "scale_bias" in tensors:
+        assist = tensors["scale_bias"].sum(dim=1)
+        return {"weight": rows_apart(tensors["weight"]).t().float(), "scale": scale, "assist": assist}
     return {"weight": tensors["weight"].t().float(), "scale": scale, "offset": offset}
 
 

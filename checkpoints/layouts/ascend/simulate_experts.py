@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.adapters.experts import FIRST, SECOND
+from qat.checkpoints.layouts.ascend.simulate import rows_apart
 from qat.checkpoints.layouts.ascend.types import BY_NAME, Type
 from qat.serving import npu
 from qat.serving.npu_experts import grouped_matmul, grouped_matmul_swiglu_quant, sent, unpermute
@@ -75,10 +76,13 @@ class SimulatedExperts(nn.Module):
         order, sizes = sent(top_k_index, self.num_experts)
         codes, scales = npu.dynamic_quant(hidden_states.to(_MODEL))
         rows = order // top_k_index.shape[-1]
+        assists = [get(f"{stack}_assist") if self.kind.pairs_rows else None for stack in STACKS]
         codes, scales = grouped_matmul_swiglu_quant(
-            codes[rows], get(f"{first}_weight"), get(f"{first}_scale").float(), sizes, pertoken_scale=scales[rows]
-        )
-        y = grouped_matmul(codes, get(f"{second}_weight"), get(f"{second}_scale"), sizes, pertoken_scale=scales)
+            codes[rows], get(f"{first}_weight"), get(f"{first}_scale").float(), sizes, pertoken_scale=scales[rows],
+            assist=assists[0],
+        )  # fmt: skip
+        weight, scale = get(f"{second}_weight"), get(f"{second}_scale")
+        y = grouped_matmul(codes, weight, scale, sizes, pertoken_scale=scales, assist=assists[1])
         return unpermute(y, order, top_k_weights).to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
@@ -87,12 +91,15 @@ class SimulatedExperts(nn.Module):
 
 
 def _held(tensors: Mapping[str, Tensor], experts: int) -> dict[str, Tensor]:
-    """Of one stack: codes (experts, k, n), and scales (experts, n) in the model's type."""
-    weight, scale = tensors["weight"], tensors["weight_scale"].to(_MODEL)
-    return {
+    """Of one stack: codes (experts, k, n), scales (experts, n) in the model's type, and the sums of slices of
+    `scale_bias`, where there is one."""
+    assist = tensors.get("scale_bias")
+    weight = tensors["weight"] if assist is None else rows_apart(tensors["weight"])
+    held = {
         "weight": weight.view(experts, -1, weight.shape[-1]).transpose(1, 2).contiguous(),
-        "scale": scale.view(experts, -1),
+        "scale": tensors["weight_scale"].to(_MODEL).view(experts, -1),
     }
+    return held if assist is None else {**held, "assist": assist.sum(dim=1).view(experts, -1)}
 
 
 def stacked(matrices: Sequence[tuple[int, Mapping[str, Tensor]]]) -> dict[str, Tensor]:

@@ -38,6 +38,7 @@ class Type:
         npu: who loads it.
         experts: whether vllm-ascend runs it in the matrices of experts, too.
         unbiased: why no layer that adds a bias can have it, "" where one can.
+        experts_only: why nothing but experts can have it, "" where other layers can.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Type:
     npu: tuple[Npu, ...]
     experts: bool = False
     unbiased: str = ""
+    experts_only: str = ""
 
     @property
     def is_static(self) -> bool:
@@ -71,10 +73,22 @@ class Type:
         """Whether groups have powers of two as scales."""
         return self.group > 0 and not self.element.is_integer
 
-    def specs(self, rows: int, columns: int, half: bool = False) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Type and shape of every tensor of a layer (rows, columns); of FP16 models with `half`."""
+    def specs(
+        self, rows: int, columns: int, half: bool = False, path: str = ""
+    ) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Type and shape of every tensor of a layer (rows, columns) at `path`; of FP16 models with `half`."""
         own = {**self.tensors, **(IN_HALF if half and self.is_static else {})}
+        own |= SECOND if "scale_bias" in own and is_second(path) else {}
         return {name: (code, shape(words, rows, columns, self.group)) for name, (code, words) in own.items()}
+
+
+SLICES = 16  # of k, which ranks divide among them
+SECOND: Mapping[str, Spec] = {"scale_bias": ("F32", f"n {SLICES}")}
+
+
+def is_second(path: str) -> bool:
+    """Whether a matrix of experts stands behind their gate: ranks of a server divide its columns."""
+    return path.rpartition(".")[2] in ("down_proj", "w2")
 
 
 def shape(words: str, rows: int, columns: int, group: int) -> tuple[int, ...]:
@@ -246,6 +260,18 @@ TYPES: tuple[Type, ...] = (
         (Npu(_VLLM, A5), Npu(_SGLANG, A5)),
         experts=True,
         unbiased="vllm-ascend gives the product a bias of one dimension, which torch_npu (2.14.0) refuses there",
+    ),
+    Type(
+        "W4A8_DYNAMIC",
+        lambda w, a: _channel(w, INT4_BITS) and int_input(a, ROW, INT8_BITS),
+        INT4,
+        0,
+        "token",
+        INT8,
+        {**_ROW_SCALES, "weight": ("I8", "n/2 k"), "scale_bias": ("F32", "n 1")},
+        (Npu(_VLLM, A2_A3, remark="Only experts can be W4A8_DYNAMIC; dense layers are refused"),),
+        experts=True,
+        experts_only="vllm-ascend has taken its loader for dense layers out (0.30)",
     ),
 )
 

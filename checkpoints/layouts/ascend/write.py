@@ -17,7 +17,7 @@ from qat.checkpoints.layouts.arguments import weight_format
 from qat.checkpoints.layouts.ascend.caches import C8, KEYS, is_of_cache
 from qat.checkpoints.layouts.ascend.caches import CACHES as CACHES
 from qat.checkpoints.layouts.ascend.engines import ROWS as ROWS
-from qat.checkpoints.layouts.ascend.types import BY_NAME, FLOAT, Type, find_type
+from qat.checkpoints.layouts.ascend.types import BY_NAME, FLOAT, INT4_BITS, SLICES, Type, find_type, is_second
 from qat.checkpoints.layouts.npu import ENGINES, HALF
 from qat.checkpoints.layouts.reader import PackedModule
 from qat.checkpoints.layouts.stored import bit_stream, shape, take, take_narrow, take_scale
@@ -43,6 +43,8 @@ ROTATED = None
 TABLES = None
 STACKS_OF = ()
 MINDIE = ENGINES[2]  # which asks config.json for the type, in its own words
+_WORD = 8  # rows that engines put into one word
+_MISSED = 8  # by which an operator reads halves of inputs too small
 VERSION = "1.0.0"  # of the description; vllm-ascend reads other versions in another way
 
 
@@ -68,9 +70,18 @@ def check(layer: TargetLayer) -> None:
         raise UnsupportedError(
             f"{layer.path} adds a bias, and {kind.name} cannot: {kind.unbiased}; give it another pair"
         )
+    if kind.experts_only and expert_list(layer.path) is None:
+        raise UnsupportedError(
+            f"{layer.path}: only experts can be {kind.name}: {kind.experts_only}; give it another pair, such as "
+            "int8_channel weights"
+        )
+    if kind.pairs_rows and not kind.group and (layer.shape[-2] % _WORD or layer.shape[-1] % SLICES):
+        raise UnsupportedError(
+            f"{layer.path}: {kind.name} needs rows by {_WORD} and columns by {SLICES}, but has {[*layer.shape]}"
+        )
     if kind.packed and layer.shape[-1] % 2:
         raise UnsupportedError(f"{layer.path}: {kind.name} packs two columns into a byte, but has {layer.shape[-1]}")
-    if kind.pairs_rows:
+    if kind.pairs_rows and kind.group:
         _check_groups(layer, kind)
     if expert_list(layer.path) is not None and not kind.experts:
         can = ", ".join(other.name for other in BY_NAME.values() if other.experts)
@@ -108,7 +119,8 @@ def tensors_of(kind: Type, q: QTensor, static: Tensor | None) -> dict[str, Tenso
     scale, zero = stored.to(torch.float32), q.scales.zero_point
     if not kind.is_static:
         offset = torch.zeros_like(scale) if zero is None else zero.to("cpu", torch.float32).expand_as(scale)
-        return {"weight": _bytes(codes, kind), "weight_scale": scale, "weight_offset": offset.contiguous()}
+        rows = {"weight": _bytes(codes, kind), "weight_scale": scale, "weight_offset": offset.contiguous()}
+        return {**rows, "scale_bias": _assist(codes, scale, 1)} if "scale_bias" in kind.tensors else rows
     assert static is not None
     weight, offset = _bytes(codes, kind), offset_of(static)
     sums = weight.to(torch.int64).sum(dim=1)
@@ -121,6 +133,21 @@ def tensors_of(kind: Type, q: QTensor, static: Tensor | None) -> dict[str, Tenso
         "quant_bias": (-offset.to(torch.int64) * sums).to(torch.int32),
         "deq_scale": scale.flatten() * static[0],
     }
+
+
+def placed(tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:
+    """The tensors of a layer at `path`: `scale_bias` of a matrix behind a gate is in slices of its columns."""
+    if "scale_bias" not in tensors or not is_second(path):
+        return tensors
+    codes = unpair_rows(tensors["weight"].view(torch.uint8), len(tensors["weight_scale"]))
+    return {**tensors, "scale_bias": _assist(codes, tensors["weight_scale"], SLICES)}
+
+
+def _assist(codes: Tensor, scale: Tensor, slices: int) -> Tensor:
+    """8 times the sums of the weight that raw 4-bit codes stand for, by row and slice of its columns: whole numbers
+    times scales."""
+    sums = _signed(codes, INT4_BITS).to(torch.int64).unflatten(1, (slices, -1)).sum(dim=-1)
+    return _MISSED * sums.to(torch.float32) * scale
 
 
 def fold_bias(tensors: dict[str, Tensor], bias: Tensor) -> dict[str, Tensor]:
@@ -168,7 +195,11 @@ def _bytes(codes: Tensor, kind: Type) -> Tensor:
         return pair_rows(codes).view(torch.int8)
     if not kind.element.is_integer:
         return codes.view(torch.float8_e4m3fn)
-    half = 1 << (kind.element.bits - 1)
+    return _signed(codes, kind.element.bits)
+
+
+def _signed(codes: Tensor, bits: int) -> Tensor:
+    half = 1 << (bits - 1)
     return ((codes.to(torch.int16) ^ half) - half).to(torch.int8)
 
 
@@ -179,7 +210,7 @@ def unpack(module: PackedModule, tensors: Mapping[str, Tensor]) -> QTensor:
         CheckpointError: a tensor is missing or does not fit, or a scale is zero, negative or not finite; names it.
     """
     fmt, (rows, columns) = weight_format(module.weights), shape(module, tensors)
-    if fmt.group and fmt.element.is_integer:
+    if "scale_bias" in tensors or (fmt.group and fmt.element.is_integer):
         return _unpack_pairs(module, tensors, fmt, rows, columns)
     grid = fmt.grid_shape(rows, columns)
     if module.packed:

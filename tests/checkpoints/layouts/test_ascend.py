@@ -38,8 +38,11 @@ PAIRS: dict[str, list[Pair]] = {
     "W8A8_MXFP8": [("mxfp8", "mxfp8")],
     "W4A4_MXFP4": [("mxfp4", "mxfp4")],
     "W4A8_MXFP": [("mxfp4", "mxfp8")],
+    "W4A8_DYNAMIC": [("int4_channel", "int8_token")],
 }
-ALL = [(kind, pair) for kind, pairs in PAIRS.items() for pair in pairs]
+EVERY = [(kind, pair) for kind, pairs in PAIRS.items() for pair in pairs]
+ALL = [(kind, pair) for kind, pair in EVERY if not BY_NAME[kind].experts_only]
+"""Those of dense layers; what else there is: test_ascend_int4_experts.py."""
 UP, Q = "model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj"
 DESCRIPTION = "quant_model_description.json"
 RANGE = torch.tensor([-0.5, 3.0])
@@ -69,7 +72,7 @@ def packed(kind: str, pair: Pair) -> tuple[QTensor, dict[str, Tensor]]:
 
 def test_every_type_has_its_pairs() -> None:
     assert {kind.name for kind in TYPES} == PAIRS.keys()
-    for kind, (weight, input) in ALL:
+    for kind, (weight, input) in EVERY:
         found = find_type(lookup(weight), lookup(input) if input else None)
         assert found is not None and found.name == kind
     assert find_type(lookup("nvfp4"), lookup("nvfp4")) is None and find_type(lookup("int8_g64"), None) is None
@@ -271,6 +274,18 @@ def test_mixed_fused_sets_are_refused(source: Path, tmp_path: Path) -> None:
         (
             TargetLayer("a.b", (8, 64), lookup("mxfp4"), lookup("mxfp8"), bias=True),
             "adds a bias, and W4A8_MXFP cannot: vllm-ascend gives",
+        ),
+        (
+            TargetLayer("a.mlp.down_proj", (8, 64), lookup("int4_channel"), lookup("int8_token")),
+            "a.mlp.down_proj: only experts can be W4A8_DYNAMIC: vllm-ascend has taken its loader",
+        ),
+        (
+            TargetLayer("a.experts.0.b", (12, 64), lookup("int4_channel"), lookup("int8_token")),
+            r"W4A8_DYNAMIC needs rows by 8 and columns by 16, but has \[12, 64\]",
+        ),
+        (
+            TargetLayer("a.experts.0.b", (8, 40), lookup("int4_channel"), lookup("int8_token")),
+            r"W4A8_DYNAMIC needs rows by 8 and columns by 16, but has \[8, 40\]",
         ),
         (
             TargetLayer("a.experts.0.b", (8, 64), lookup("int8_channel"), lookup("int8_tensor")),
