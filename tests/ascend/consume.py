@@ -15,6 +15,7 @@ import importlib
 import json
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -129,17 +130,22 @@ def job(device: str, folder: str, inputs: str, out: str, node: str = "") -> dict
     return answer
 
 
-def main(source: str, device: str, vllm: str, rules: str, jobs: str) -> None:
-    seen = engine(source, device, vllm, rules)
+def tell(jobs: str, seen: set[str], work: Callable[[list[str]], dict[str, Any]]) -> None:
+    """Print what each of the jobs in a file gives, or why it failed, and which operators were `seen` to be checked."""
     answers: list[dict[str, Any]] = []
     for one in json.loads(Path(jobs).read_text()):
         seen.clear()
         try:
-            answers.append({"layers": job(device, *one), "checked": sorted(seen)})
+            answers.append(work(one) | {"checked": sorted(seen)})
         except Exception as error:
             traceback.print_exc()
             answers.append({"error": f"{type(error).__name__}: {error}"})
     print(json.dumps(answers))
+
+
+def main(source: str, device: str, vllm: str, rules: str, jobs: str) -> None:
+    seen = engine(source, device, vllm, rules)
+    tell(jobs, seen, lambda one: {"layers": job(device, *one)})
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ pieces ("pieces"). Its caches go to "key_codes" and "value_codes", (tokens, head
 """
 
 import importlib
-import json
 import sys
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -150,15 +148,7 @@ def job(folder: str, inputs: str, out: str) -> dict[str, Any]:
 def main(source: str, device: str, vllm: str, rules: str, jobs: str) -> None:
     seen = consume.engine(source, device, vllm, rules)
     put_in_place(Path(rules), seen)
-    answers: list[dict[str, Any]] = []
-    for one in json.loads(Path(jobs).read_text()):
-        seen.clear()
-        try:
-            answers.append(job(*one) | {"checked": sorted(seen)})
-        except Exception as error:
-            traceback.print_exc()
-            answers.append({"error": f"{type(error).__name__}: {error}"})
-    print(json.dumps(answers))
+    consume.tell(jobs, seen, lambda one: job(*one))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ product's operators. Sending tokens to experts and back, which engines do betwee
 """
 
 import enum
-import json
 import sys
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.ascend import expert_operators, operators
-from tests.ascend.consume import config_of, engine, module
+from tests.ascend.consume import config_of, engine, module, tell
 from tests.ascend.vllm_parts import CURRENT, PARTS, set_weight_attrs
 
 _FUSED = "vllm.model_executor.layers.fused_moe"
@@ -172,15 +170,7 @@ def run(folder: str, path: str, inputs: str, out: str) -> dict[str, Any]:
 
 def main(source: str, device: str, vllm: str, rules: str, jobs: str) -> None:
     seen = started(source, device, vllm, rules)
-    answers: list[dict[str, Any]] = []
-    for one in json.loads(Path(jobs).read_text()):
-        seen.clear()
-        try:
-            answers.append({**run(*one), "checked": sorted(seen)})
-        except Exception as error:
-            traceback.print_exc()
-            answers.append({"error": f"{type(error).__name__}: {error}"})
-    print(json.dumps(answers))
+    tell(jobs, seen, lambda one: run(*one))
 
 
 if __name__ == "__main__":

@@ -17,14 +17,13 @@ from qat.checkpoints.layouts.npu import A2_A3, ENGINES, Npu
 from qat.errors import UnsupportedError
 from qat.numbers.catalog import INT8
 from qat.numbers.format import Format
+from qat.serving.npu_attention import PAGE_COLUMNS
 
 C8 = "C8"
 KEYS = ("kv_cache_type", "kv_quant_type")
 """What the description says of caches: vllm-ascend asks for the first, MindIE for the second."""
 SCALES = ("k_proj.kv_cache_scale", "v_proj.kv_cache_scale")
 OFFSETS = ("k_proj.kv_cache_offset", "v_proj.kv_cache_offset")
-PAGE_COLUMNS = 32
-"""Columns of a head that lie together in a page of INT8 codes (FRACTAL_NZ)."""
 _REMARK = (
     "vllm-ascend attends to the unrounded keys and values of a prompt that it reads in one piece, and to its C8 cache "
     "afterwards; 0.30.0rc2 hands the scales to captured graphs only with --kv-cache-dtype int8, and 0.23.0.post1 "

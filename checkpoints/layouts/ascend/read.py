@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from qat.checkpoints.hf import read_json
-from qat.checkpoints.layouts.ascend.caches import OFFSET_REFUSED
+from qat.checkpoints.layouts.ascend import caches
+from qat.checkpoints.layouts.ascend.caches import C8, KEYS, OFFSET_REFUSED
 from qat.checkpoints.layouts.ascend.engines import NO_PLAIN
 from qat.checkpoints.layouts.ascend.types import BY_NAME, FLOAT, LEFT_OUT, TYPES, Type, type_called
 from qat.checkpoints.layouts.bits import Array, float_values, raw_rows, scale_values
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
 DESCRIPTION = "quant_model_description.json"
 _VERSION = "1.0.0"
 _WEIGHT = ".weight"
-_CACHES, _C8 = ("kv_cache_type", "kv_quant_type"), "C8"
-_SETTINGS = frozenset(("version", "model_quant_type", "group_size", "metadata", "optional", *_CACHES))
+_SETTINGS = frozenset(("version", "model_quant_type", "group_size", "metadata", "optional", *KEYS))
 _UNREAD = {
     "fa_quant_type": "quantized attention",
     "indexer_quant_type": "a quantized indexer",
@@ -77,8 +77,7 @@ class Reader(ExportedFolder):
     SCALES = ("weight_scale", "input_scale")
     SUFFIXES = ("weight", *SCALES, "weight_offset", "input_offset", "quant_bias", "deq_scale", "scale_bias")
     UNREAD = MappingProxyType(_UNREAD)
-    CACHE_SCALES = ("k_proj.kv_cache_scale", "v_proj.kv_cache_scale")
-    CACHE_OFFSETS = ("k_proj.kv_cache_offset", "v_proj.kv_cache_offset")
+    CACHE_SCALES, CACHE_OFFSETS = caches.SCALES, caches.OFFSETS
 
     def _described(self) -> tuple[dict[str, Any], str]:
         where = self.folder / DESCRIPTION
@@ -87,15 +86,13 @@ class Reader(ExportedFolder):
     def _check_configuration(self) -> None:
         if (version := self.quantization.get("version", _VERSION)) != _VERSION:
             raise UnsupportedError(f"{self.where}: version {version!r}, whose tensors differ; readable: {_VERSION!r}")
-        for key in _CACHES:
-            if (said := self.quantization.get(key)) not in (None, _C8):
-                raise UnsupportedError(
-                    f"{self.where}: {key} is {said!r}; readable: {_C8!r} (INT8, a scale per channel)"
-                )
+        for key in KEYS:
+            if (said := self.quantization.get(key)) not in (None, C8):
+                raise UnsupportedError(f"{self.where}: {key} is {said!r}; readable: {C8!r} (INT8, a scale per channel)")
         for name, kind in self.types.items():
-            if (kind == _C8) != name.endswith((*self.CACHE_SCALES, *self.CACHE_OFFSETS)):
-                raise CheckpointError(f"{self.where}: {name} is {kind!r}, but {_C8!r} is what scales of caches are")
-            if kind not in BY_NAME and kind not in (FLOAT, _C8):
+            if (kind == C8) != name.endswith((*self.CACHE_SCALES, *self.CACHE_OFFSETS)):
+                raise CheckpointError(f"{self.where}: {name} is {kind!r}, but {C8!r} is what scales of caches are")
+            if kind not in BY_NAME and kind not in (FLOAT, C8):
                 why = f" ({LEFT_OUT[kind]})" if kind in LEFT_OUT else ""
                 raise UnsupportedError(f"{self.where}: {name} is {kind!r}{why}; readable: {', '.join(BY_NAME)}")
             if kind in BY_NAME:
@@ -128,7 +125,7 @@ class Reader(ExportedFolder):
 
     def _cache_args(self) -> dict[str, Any] | None:
         """vllm-ascend goes by the first key, MindIE by the second."""
-        if not any(self.quantization.get(key) for key in _CACHES):
+        if not any(self.quantization.get(key) for key in KEYS):
             return None
         return {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
 
