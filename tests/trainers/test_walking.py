@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from tests.trainers.test_estimate import job
 
 CPU = Machine("cpu", "a CPU", False, None, 1e-11, 1e-9, 1e-9, 1e-7, 1e-9, 1e-10, 1e-10)
 GPU = replace(CPU, kind="cuda", name="a GPU", per_flop=0.0, per_launch=5e-6, per_operator=5e-5)
+REPEATS = 5
 BEST = {"kind": "gptq", "choose": "arrival", "refit": 2}
 
 
@@ -47,17 +49,25 @@ def walked(weight: Tensor, scales: Scales, step: Gptq) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"choose": "arrival"}, {"refit": 2}, {"choose": "arrival", "refit": 2}])
-def test_walks_take_about_as_long_as_predicted(folder: Path, settings: dict[str, object]) -> None:
-    """Of stacks of the shapes that the model has: those that read one tensor, one below the other."""
+def test_walks_take_about_as_long_as_predicted(
+    folder: Path, settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of stacks of the shapes that the model has: those that read one tensor, one below the other. Predicted and walked
+    in turn, and the median of the ratios counts: other work on this machine slows one of the two at a time."""
+    monkeypatch.setattr(speeds, "MEASURE_SECONDS", 0.05)
     wanted, step, fmt = job(folder), Gptq.model_validate(settings), lookup("nvfp4")
     shapes = {m.path: m.shape for m in job_facts(wanted).coverage.modules if m.weight}
-    taken = 0.0
+    stacks = []
     for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
         for layer in {path.split(".")[2] for path in shapes}:
             own = [shape for path, shape in shapes.items() if path.split(".")[2] == layer and path.endswith(names)]
             weight = torch.randn(sum(rows for rows, _ in own), own[0][1], generator=torch.Generator().manual_seed(0))
-            taken += timed(partial(walked, weight, initial_scales(weight, fmt, "amax"), step))
-    assert seconds(folder, CPU, {"kind": "gptq", **settings}) == pytest.approx(taken, rel=0.6)
+            stacks.append((weight, initial_scales(weight, fmt, "amax")))
+    ratios = []
+    for _ in range(REPEATS):
+        predicted = seconds(folder, CPU, {"kind": "gptq", **settings})
+        ratios.append(predicted / sum(timed(partial(walked, weight, scales, step)) for weight, scales in stacks))
+    assert median(ratios) == pytest.approx(1, rel=0.6)
 
 
 def test_a_gpu_takes_as_long_as_the_launches_that_are_counted(folder: Path) -> None:
