@@ -37,6 +37,7 @@ from qat.float32 import float32_names, own_tensors, stored_dtype
 from qat.numbers.hadamard import rotation
 from qat.sites import Site, sites
 from qat.text import some
+from qat.training.npu import NPU_RULES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -372,7 +373,7 @@ def _notes(plan: ExportPlan, source: Path | None) -> list[str]:
         notes.update(dict.fromkeys(f"plain transformers (5.23) cannot load packed layers of {name}, whose weights it "
                                    "initialises; vLLM can" for name in wanted))  # fmt: skip
     in_bf16 = plan.target.METHOD not in FILES and plan.dtype is torch.bfloat16
-    if in_bf16 and not all(m.quantizer.round_bf16 for m in plan.linears.values()):
+    if in_bf16 and not all(m.quantizer.round_bf16 or _for_npu(m) for m in plan.linears.values()):
         notes["trained with round_bf16: false, so BF16 servers round the exported weights once more"] = None
     if any(m.rows is not None and (m.format.global_scale or m.format.zero_point) for m in plan.linears.values()):
         notes[
@@ -381,6 +382,10 @@ def _notes(plan: ExportPlan, source: Path | None) -> list[str]:
         ] = None
     notes.update(dict.fromkeys([*plan.caches.notes, *_of_the_source(plan, source)]))
     return list(notes)
+
+
+def _for_npu(matrix: Matrix) -> bool:
+    return matrix.input is not None and matrix.input.rule in NPU_RULES
 
 
 def _of_the_source(plan: ExportPlan, source: Path | None) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.adapters import adapter_for
+from qat.adapters.experts import SECOND
 from qat.checkpoints.caches import quantize_caches
 from qat.checkpoints.hf import check_generation, check_loading, quiet
 from qat.checkpoints.layouts import ExportedFolder, open_export
@@ -26,6 +27,7 @@ from qat.serving.inputs import quantize_input
 from qat.serving.matmul import QuantizedLinear
 from qat.sites import Quantizers
 from qat.training.activations import fake_quantize_input
+from qat.training.npu import NPU_RULES, held
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,6 +58,7 @@ class ServedInput:
         rotation: int = 0,
     ) -> None:
         self.format, self.rule, self.static, self.codes = fmt, rule, static, codes
+        self.wide = False  # see `fake_quantize_input`
         self.rotate = BlockHadamard(rotation) if rotation else None
         self.same = SameTensor(consumers)
 
@@ -77,7 +80,7 @@ class ServedInput:
             self.static = static = static.to(x.device)
         if self.codes:
             return quantize_input(x, self.format.name, static)
-        return (fake_quantize_input(x, self.format, self.rule, "ste", static),)
+        return (fake_quantize_input(x, self.format, self.rule, "ste", static, self.wide),)
 
 
 def load_exported(
@@ -113,7 +116,7 @@ def load_exported(
         del config.quantization_config
     dense: dict[str, Tensor] = {}
     with progress(f"unpacking {folder.name}", len(exported.modules)) as advance:
-        for name, tensor in exported.dense_tensors():
+        for name, tensor in exported.dense_tensors(activation_rule):
             dense[name] = tensor
             advance(1)
     with quiet():
@@ -190,6 +193,8 @@ def hook_inputs(
         hook = shared.setdefault(key, hook)
         hook.same.readers += 1
         layer.register_forward_pre_hook(hook)
+        if fmt is not None and rule in NPU_RULES:
+            layer.register_forward_hook(lambda layer, x, y: held(y, rule))
 
 
 def _plain(static: Tensor | None) -> str | None:
@@ -233,6 +238,8 @@ def quantize_stack_inputs(model: nn.Module, stacks: dict[str, dict[str, ServedIn
         fused = model.get_submodule(path)
         adapter = adapter_for(fused)
         assert adapter is not None  # it is how such names come about
+        if SECOND in inputs:
+            inputs[SECOND].wide = True
         adapter.attach(fused, {slot: Quantizers(None, _Applied(input)) for slot, input in inputs.items()})
 
 

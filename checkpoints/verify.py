@@ -21,8 +21,8 @@ from torch import Tensor
 from qat.checkpoints.caches import attention_paths, stored_caches
 from qat.checkpoints.exported import load_exported
 from qat.checkpoints.hf import quiet
-from qat.checkpoints.layouts import ExportedFolder, open_export
-from qat.checkpoints.layouts.reader import PlainLoading, bad_scales, digest
+from qat.checkpoints.layouts import ExportedFolder, bits, open_export
+from qat.checkpoints.layouts.reader import PlainLoading, digest
 from qat.checkpoints.names import StoredNames, missing_names, skeleton, stored_names, tables
 from qat.checkpoints.peft import peft_reads, with_peft
 from qat.checkpoints.progress import progress
@@ -193,7 +193,7 @@ def _scales(subject: _Subject) -> str:
         if not any(name.endswith(subject.exported.tensor_name("", key)) for key in subject.exported.SCALES):
             continue
         scale, count = subject.exported.reader.get(name), count + 1
-        if bad := bad_scales(scale):
+        if bad := bits.bad_scales(scale):
             problems.append(f"{name}: {bad} of {scale.numel()} are zero, negative or not finite")
     _require(problems, "bad scales")
     return f"{count} scale tensors are finite and positive"

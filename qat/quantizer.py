@@ -278,6 +278,7 @@ class InputQuantizer(Quantizer):
     """
 
     amax: Tensor
+    wide = False  # whether engines have its input in float32: NPUs do between the two products of experts
 
     def __init__(
         self, fmt: Format, rule: ActivationRule, estimator: Estimator, observer: Observer, learn: bool = False
@@ -359,17 +360,15 @@ class InputQuantizer(Quantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         """x (..., columns) on its grid."""
-        static = self.static()
+        x, static = self.transformed(x), self.static()
         if self.log_range is None or static is None or not torch.is_grad_enabled():
-            return fake_quantize_input(self.transformed(x), self.format, self.rule, self.estimator, static)
+            return fake_quantize_input(x, self.format, self.rule, self.estimator, static, self.wide)
         # LSQ's share of a scale that so many values have in common, so that it does not fill the gradient's norm.
         share = 1 / math.sqrt(max(1, x.numel()) * self.format.element.max)
         zero = (self.log_range - self.log_range.detach()).squeeze(0)  # exact, with the gradient
         moved = static * share * zero
         scales, multiplier = Scales(static.view(1, 1)), (static + moved).view(1, 1)
-        return fake_quantize(
-            self.transformed(x), self.format.name, scales, multiplier=multiplier, estimator=self.estimator
-        )
+        return fake_quantize(x, self.format.name, scales, multiplier=multiplier, estimator=self.estimator)
 
     def static(self) -> Tensor | None:
         """What a checkpoint stores of it, see `qat.training.activations.static_part`."""

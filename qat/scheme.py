@@ -31,7 +31,7 @@ from qat.sites import Role
 from qat.training.activations import ActivationRule, llama_cpp_input
 from qat.training.gradients import Estimator
 from qat.training.half import RULE as HALF_RULE
-from qat.training.npu import in_half
+from qat.training.npu import NPU_RULES, in_half, multiplies_codes
 from qat.training.scales import parts_of
 
 TiedPolicy = Literal["error", "share", "untie"]
@@ -158,7 +158,7 @@ class Scheme(Strict):
         estimator: gradient of rounding for inputs; weights always pass straight through.
         fused: sets of layer names that engines merge; by default what is usual for the model (`qat.families`).
         tied: what to do when one tensor serves as embedding and head and the rules treat the two differently.
-        round_bf16: round dequantized weights to BF16 in the forward pass, as a BF16 server does.
+        round_bf16: round dequantized weights to BF16 in the forward pass, as a BF16 server does; see `rounds_bf16`.
         fallback: give the layers that suffer most other formats; decided once, before training, and recorded as rules.
     """
 
@@ -285,16 +285,16 @@ class Scheme(Strict):
             )
         if cached := [name for rule in self.rules for name in (rule.key, rule.value) if name is not None]:
             raise ValueError(f"activation_rule: {HALF_RULE} has no quantized caches; leave {cached[0]} out")
-        if self.round_bf16:
-            raise ValueError(
-                f"activation_rule: {HALF_RULE} is for FP16 models, whose products take codes and scales as they are; "
-                "set round_bf16: false"
-            )
 
     def rule_for(self, path: str, module: str = "", role: Role = "weight") -> Rule | None:
         """The first rule that speaks of a tensor, by its own path or its module's; or None."""
         matching = (rule for rule in self.rules if rule.matches(path) or (module and rule.matches(module)))
         return next((rule for rule in matching if rule.speaks_of(role)), None)
+
+    def rounds_bf16(self, weight: str, input: str | None) -> bool:
+        """Whether a weight is rounded to BF16 before products with such inputs: NPUs multiply integers as they are."""
+        codes = self.activation_rule in NPU_RULES and input and multiplies_codes(lookup(weight), lookup(input))
+        return self.round_bf16 and not codes
 
     def init_of(self, path: str, module: str) -> tuple[InitStep, ...]:
         """The steps for one weight."""

@@ -273,7 +273,8 @@ class _Makers:
             shared = shared_global_scale([self._matrix(self.candidates[m]) for m in members], fmt)
             search = "amax" if self.defer_init else self.scheme.search_of(rule)
             scales = initial_scales(self._matrix(candidate), fmt, search, shared)
-            self.weights[key] = WeightQuantizer(fmt, scales, rule.learn or self.scheme.learn, self.scheme.round_bf16)
+            rounds = self.scheme.rounds_bf16(fmt.name, rule.input)
+            self.weights[key] = WeightQuantizer(fmt, scales, rule.learn or self.scheme.learn, rounds)
         return self.weights[key]
 
     def _input(self, candidate: Candidate, rule: Rule, members: list[str]) -> InputQuantizer | None:

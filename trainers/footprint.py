@@ -263,7 +263,7 @@ def memory(job: Job, facts: Facts, device: str, mixed: bool) -> dict[str, int]:
         whose buckets they lie in; moments 8 (P' + S); scales 4 S, and their start 4 per block; average 4 (P' + S);
         teacher 2 P, on CPUs 4 P.
     Kept for the backward pass, T tokens per device and forward pass:
-        quantized weights 2 per weight (4 without round_bf16), up to 12 per scale; activations as in `_per_token`;
+        quantized weights 2 per weight (4 unless rounded to BF16), up to 12 per scale; activations as in `_per_token`;
         with activation checkpointing, one layer of both and 4 x hidden x T per layer.
     Working space, the larger of: float32 chunks of logits with two gradients of the output layer; 5 copies of
         the largest quantized weight with the gradients of one feed-forward layer; evaluation instead of training.
@@ -329,15 +329,15 @@ def _states(job: Job, facts: Facts, device: str) -> dict[str, int]:
 def _saved_weights(job: Job, facts: Facts, mixed: bool) -> int:
     """The quantized copies that linear layers keep; under autocast also the BF16 copies of unquantized layers."""
     quantized = 0 if facts.saved else facts.quantized  # what is held packed is made again in the backward pass
-    per_weight = BF16 if job.scheme.round_bf16 else FP32
+    rounds = job.scheme.rounds_bf16
+    wide = sum(m.parameters for m in facts.coverage.modules if m.weight and not rounds(m.weight, m.input))
     per_block = FP32 * {"dual_lsq": 2, "focus": 3}.get(job.scheme.learn, 1)
-    total = per_weight * quantized + per_block * facts.blocks * (not facts.saved)
+    total = BF16 * quantized + ((FP32 - BF16) * wide + per_block * facts.blocks) * (not facts.saved)
     if job.lora is not None and (job.lora.dora or job.scheme.learn in ("lsq", "dual_lsq", "focus")):
         total += FP32 * quantized  # the merged weights, which no parameter holds
     if job.activation_checkpointing and not job.holds:
         total //= facts.student.shape.layers
-    plain = facts.student.multiplied - facts.quantized
-    return total + (BF16 * max(plain, 0) if mixed else 0)
+    return total + BF16 * max(facts.student.multiplied - facts.quantized, 0) * mixed
 
 
 def _activations(job: Job, facts: Facts, mixed: bool) -> int:

@@ -126,10 +126,9 @@ class Job(Strict):
             )
         rule = HALF_RULE if self.device == npu.HALF else NPU_RULE
         if self.engine is not None and self.scheme.activation_rule != rule:
-            also = " and scheme.round_bf16: false" if rule == HALF_RULE else ""
             raise ValueError(
                 f"{self.engine} on {self.device} rounds inputs by the NPU's rule, but scheme.activation_rule is "
-                f"{self.scheme.activation_rule}; set scheme.activation_rule: {rule}{also}, or leave engine out"
+                f"{self.scheme.activation_rule}; set scheme.activation_rule: {rule}, or leave engine out"
             )
         return self
 

@@ -66,3 +66,11 @@ def bf16_bits(values: Array) -> Array:
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     result: Array = np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
     return result
+
+
+def bad_scales(scale: Tensor) -> int:
+    """How many of a tensor's scales are zero, negative or not finite; uint8 is a biased exponent, 255 no number."""
+    if scale.dtype == torch.uint8:
+        return int((scale == torch.iinfo(scale.dtype).max).sum())
+    values = scale.to(torch.float32)
+    return int((~(torch.isfinite(values) & (values > 0))).sum())

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qat.checkpoints.hf import read_json
-from qat.checkpoints.layouts.bits import Array, bf16_bits, fields, minifloat_values, raw_rows
+from qat.checkpoints.layouts.bits import Array, bad_scales, bf16_bits, fields, minifloat_values, raw_rows
 from qat.checkpoints.layouts.caches import ReadsCaches, refuse_unread
 from qat.checkpoints.names import StoredNames
 from qat.checkpoints.record import RECORD, read_record
@@ -299,12 +299,24 @@ class ExportedFolder(ReadsCaches, ABC):
     def dense(self, path: str) -> Tensor:
         """The BF16 weight of a quantized layer as it multiplies, (..., rows, columns), as loaders dequantize it; raises
         as `layer`."""
+        return torch.from_numpy(self._values(path, exact=False).view(np.int16)).view(torch.bfloat16)
+
+    def multiplied(self, path: str, rule: str = "") -> Tensor:
+        """The weight that an engine multiplies with by an activation rule (`self.rule` without one): `dense`, or codes
+        times scales in float32, where an NPU multiplies integers and scales their sums."""
+        module = self.modules[path]
+        integers = module.input is not None and module.weights["type"] == module.input["type"] == "int"
+        exact = integers and (rule or self.rule) in (NPU_RULE, HALF_RULE)
+        return torch.from_numpy(self._values(path, exact)) if exact else self.dense(path)
+
+    def _values(self, path: str, exact: bool) -> Array:
+        """Codes times scales, float32 or the bits of BF16 (uint16)."""
         module, tensors, shape = self.modules[path], self.layer(path), self.shape(path)
         rows, columns = math.prod(shape[:-1]), shape[-1]
         scale, zero = self._scale(module, tensors), self._zero_points(module, tensors, rows)
         codes = self._codes(module, tensors, rows)
         table = code_values(module)
-        out = np.empty((rows, columns), dtype=np.uint16)
+        out = np.empty((rows, columns), dtype=np.float32 if exact else np.uint16)
         step = max(1, _CHUNK // max(columns, 1))
         for start in range(0, rows, step):
             part = slice(start, min(start + step, rows))
@@ -313,12 +325,9 @@ class ExportedFolder(ReadsCaches, ABC):
             value = table[chunk]
             if zero is not None:
                 value = value - per_weight(zero)
-            out[part] = bf16_bits(value * per_weight(scale))
-        return torch.from_numpy(out.view(np.int16)).view(torch.bfloat16).view(shape)
-
-    def multiplied(self, path: str) -> Tensor:
-        """The weight that an engine of this layout multiplies with, see `dense`."""
-        return self.dense(path)
+            value = value * per_weight(scale)
+            out[part] = value if exact else bf16_bits(value)
+        return out.reshape(shape)
 
     @property
     def dense_type(self) -> str:
@@ -330,8 +339,8 @@ class ExportedFolder(ReadsCaches, ABC):
         name = self.modules[path].static_input
         return None if name is None else self._sound_value(self.tensor_name(path, name))
 
-    def dense_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the dense model, quantized layers unpacked, one at a time; raises as `layer`, and where a
+    def dense_tensors(self, rule: str = "") -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the dense model, quantized layers as `multiplied`, one at a time; raises as `layer`, and if a
         scale belongs to no quantized layer."""
         stray = sorted(n for n in self.names - self.quantized_names if _SCALE.fullmatch(n.rpartition(".")[2]))
         if stray:
@@ -339,7 +348,7 @@ class ExportedFolder(ReadsCaches, ABC):
                 f"{self.folder}: {stray[0]} belongs to no {self.METHOD} layer; was it made for another target?"
             )
         for name, path in self.weights.items():
-            weight = self.multiplied(path)
+            weight = self.multiplied(path, rule)
             yield name, weight.transpose(-1, -2).contiguous() if self.TRANSPOSED else weight
         for name in sorted(self.names - self.quantized_names):
             yield name, self.reader.get(name)
@@ -349,14 +358,6 @@ class ExportedFolder(ReadsCaches, ABC):
         code, grid = self.expected_tensors(module, *shape)[self.SCALE]
         per_scale = {"F32": 32, "BF16": 16}.get(code, 8) + (0 if module.weights["symmetric"] else module.bits)
         return module.bits + math.prod(grid) * per_scale / math.prod(shape)
-
-
-def bad_scales(scale: Tensor) -> int:
-    """How many of a tensor's scales are zero, negative or not finite; uint8 is a biased exponent, 255 no number."""
-    if scale.dtype == torch.uint8:
-        return int((scale == torch.iinfo(scale.dtype).max).sum())
-    values = scale.to(torch.float32)
-    return int((~(torch.isfinite(values) & (values > 0))).sum())
 
 
 def code_values(module: PackedModule) -> Array:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qat.folding import added_bias
+from qat.folding import added_bias, given_back
 from qat.quantizer import WeightQuantizer
 from qat.sites import Quantized, Quantizers, Slot
 
@@ -32,7 +32,8 @@ class QatConv1D(Quantized):
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
         bias = added_bias(self.bias, self.weight_quantizer, self.input_quantizer)
-        return self.weight_quantizer.linear(x, self.matrix("weight"), bias)
+        y = self.weight_quantizer.linear(x, self.matrix("weight"), bias)
+        return given_back(y, self.weight_quantizer, self.input_quantizer)
 
 
 class Conv1DAdapter:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.quantizer import LEARNED, WeightQuantizer
+from qat.quantizer import LEARNED, InputQuantizer, WeightQuantizer
 from qat.sites import Quantized, Quantizers, Slot
 from qat.training.low_rank import updated
 from qat.training.recomputed import recomputed_experts
@@ -46,6 +46,8 @@ class QatExperts(Quantized):
         self.weight_quantizers = nn.ModuleDict({n: each.own for n, each in given.items() if each.own is not None})
         inputs = {name: each.input for name, each in given.items() if each.input is not None}
         self.input_quantizers = nn.ModuleDict(inputs)
+        if isinstance(second := inputs.get(SECOND), InputQuantizer):
+            second.wide = True
         self._values: dict[str, Tensor] = {}
         self._watchers: dict[int, Callable[[Tensor], None]] = {}
         self.TRANSPOSED = bool(self.is_transposed)

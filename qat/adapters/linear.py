@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.folding import added_bias
+from qat.folding import added_bias, given_back
 from qat.quantizer import InputQuantizer, WeightQuantizer
 from qat.sites import Quantized, Quantizers, Slot
 from qat.training.heads import Product
@@ -68,8 +68,10 @@ class QatLinear(Quantized, nn.Linear):
         if self.input_quantizer is not None:
             input = self.input_quantizer(input)
         if self.held is not None and self.weight_quantizer.mode == "quantized" and torch.is_grad_enabled():
-            return self._recomputed(input)
-        return self.weight_quantizer.linear(input, self.matrix("weight"), self._added())
+            y = self._recomputed(input)
+        else:
+            y = self.weight_quantizer.linear(input, self.matrix("weight"), self._added())
+        return given_back(y, self.weight_quantizer, self.input_quantizer)
 
     def _recomputed(self, input: Tensor) -> Tensor:
         """The same, the weight made from its codes again in the backward pass."""

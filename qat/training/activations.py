@@ -98,8 +98,11 @@ def _is_one(fmt: Format) -> bool:
     return fmt.is_rowwise and not fmt.zero_point and fmt.minimum is None and fmt.is_single
 
 
-def fake_quantize_input(x: Tensor, fmt: Format, rule: str, estimator: Estimator, static: Tensor | None) -> Tensor:
-    """`dynamic_fake_quantize` from the stored scale or divisor (see `static_part`) instead of a range.
+def fake_quantize_input(
+    x: Tensor, fmt: Format, rule: str, estimator: Estimator, static: Tensor | None, wide: bool = False
+) -> Tensor:
+    """`dynamic_fake_quantize` from the stored scale or divisor (see `static_part`) instead of a range. The rules of
+    NPUs take x in the model's type first, unless it is `wide`: float32 on the engine, too.
 
     Raises:
         UnsupportedError: no such rule, or one that has no arithmetic for this format.
@@ -109,7 +112,7 @@ def fake_quantize_input(x: Tensor, fmt: Format, rule: str, estimator: Estimator,
     if (fmt.prompt or fmt.is_columnwise) and rule != "ascend":
         what = "caches" if fmt.is_columnwise else "inputs"
         raise UnsupportedError(f"{fmt.name} {what} have activation_rule: ascend, not {rule}: no other engine has them")
-    return RULES[rule](x, fmt, static, estimator)
+    return RULES[rule](npu.held(x, rule) if rule in npu.NPU_RULES and not wide else x, fmt, static, estimator)
 
 
 # --- vLLM -------------------------------------------------------------------------------------------------------------

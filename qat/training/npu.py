@@ -6,8 +6,9 @@ type (BF16; FP16 on a 310P), adds the offset and then rounds: the code is not al
 `npu_dynamic_mx_quant` takes the exponent of a block's maximum (the floor rule of OCP MX v1.0, whatever weights use),
 saturates, and rounds 4-bit elements half away from zero (round_mode "round") and 8-bit ones half to even ("rint").
 `npu_dynamic_quant` (integers per token) divides by amax over the largest code, which is what every engine does. A
-product of static inputs takes its bias as int32, in units of the scale that the sum is multiplied with. Cached keys and
-values with a scale per channel (C8) are rounded in BF16 before they are written, and are BF16 numbers when read.
+product of static inputs takes its bias as int32, in units of the scale that the sum is multiplied with. Products take
+and give numbers of the model's type, whose sums are rounded once, and multiply integers before any scale. Cached keys
+and values with a scale per channel (C8) are rounded in BF16 before they are written, and are BF16 numbers when read.
 """
 
 import torch
@@ -21,7 +22,22 @@ from qat.numbers.numerics import block_amax, from_blocks, per_block, to_blocks
 from qat.numbers.scale import E8M0, F32
 from qat.training.half import RULE as HALF_RULE
 
-NPU_RULES = ("ascend", HALF_RULE)
+NPU_RULES = {"ascend": torch.bfloat16, HALF_RULE: torch.float16}
+"""The rules of NPUs, and the type of the models that they are for."""
+
+
+def held(x: Tensor, rule: str) -> Tensor:
+    """x as the operators of products take it and give it back, in numbers of the model's type, whatever type x itself
+    has. The gradient passes unchanged."""
+    if x.dtype == NPU_RULES[rule]:
+        return x
+    rounded = x.detach().to(NPU_RULES[rule]).to(x.dtype)
+    return rounded + (x - x.detach()) if x.requires_grad else rounded  # an exact zero that carries the gradient
+
+
+def multiplies_codes(weight: Format, input: Format) -> bool:
+    """Whether a product takes the codes of integers and scales their sums: its weight is rounded to no other type."""
+    return all(fmt.is_single and fmt.element.is_integer for fmt in (weight, input))
 
 
 def is_dynamic_integer(fmt: Format) -> bool:

@@ -42,7 +42,7 @@ def one_by_one(folder: Path, name: str, x: Tensor, chosen: Tensor, shares: Tenso
 
     def times(x: Tensor, matrix: str) -> Tensor:
         tensors = exported.layer(matrix)
-        read, codes = fake_quantize_input(x, token, "ascend", "ste", None), tensors["weight"].float()
+        read, codes = fake_quantize_input(x, token, "ascend", "ste", None, wide=True), tensors["weight"].float()
         if pair[0] == INT4[0]:  # two rows to a byte, the even one low
             codes = torch.stack((codes % 16, (codes / 16).floor()), dim=1).flatten(0, 1)
             codes = codes - 16 * (codes > 7)

@@ -289,23 +289,15 @@ class Reader(ExportedFolder):
                 "bias over deq_scale"
             )
 
-    def dense_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def dense_tensors(self, rule: str = "") -> Iterator[tuple[str, Tensor]]:
         """As of every layout; but biases of static layers are what their `quant_bias` makes of them."""
-        for name, tensor in super().dense_tensors():
+        for name, tensor in super().dense_tensors(rule):
             path = name.removesuffix(".bias")
             if name != path and path in self.modules and self.type_of(path).input == "tensor":
                 tensors = self.layer(path)
                 value = _folded(tensors).astype("float32") * _deq(tensors)
                 tensor = torch.from_numpy(value)
             yield name, tensor
-
-    def multiplied(self, path: str) -> Tensor:
-        """In FP16 models, whose weights are never rounded to the model's type: codes times scales, float32."""
-        if not self.half:
-            return super().multiplied(path)
-        tensors = self.layer(path)
-        scale = self._scale(self.modules[path], tensors)
-        return torch.from_numpy(tensors["weight"].numpy().astype("float32") * scale)
 
     def _scale(self, module: PackedModule, tensors: dict[str, Tensor]) -> Array:
         if "weight_scale" not in tensors:

@@ -93,7 +93,7 @@ def test_an_export_is_the_trained_model(pair: Pair, source: Path, tmp_path: Path
         truth = trained(ids()).logits
         assert torch.equal(load_exported(tmp_path / "out")(ids()).logits, truth)
         apart = load_simulated(tmp_path / "out")(ids()).logits - truth
-        assert 0 < apart.norm() < 0.06 * truth.norm()  # inputs become FP16 first, which moves some codes
+        assert apart.norm() < 0.06 * truth.norm()  # one sum rounded the other way moves codes after it
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == "float16" and exported.config.get("torch_dtype", "float16") == "float16"
     dense = exported.names - exported.quantized_names

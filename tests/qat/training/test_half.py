@@ -136,7 +136,7 @@ def test_inputs_are_multiplied_by_a_reciprocal_in_fp16(name: str) -> None:
 
 
 def test_integers_per_token_are_those_of_every_engine() -> None:
-    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)).half().float()
     args = (lookup("int8_token"), "ste", torch.tensor(1.0))
     ours, others = (dynamic_fake_quantize(x, args[0], rule, args[1], args[2]) for rule in (half.RULE, "vllm"))  # type: ignore[arg-type]  # an estimator
     assert torch.equal(ours, others)

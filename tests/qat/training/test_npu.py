@@ -61,12 +61,46 @@ def test_static_inputs_are_multiplied_by_a_rounded_reciprocal(name: str) -> None
 
 
 def test_integers_per_token_are_those_of_every_engine() -> None:
-    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)).bfloat16().float()
     for name in ("int8_token", "int4_token"):
         assert npu.is_dynamic_integer(lookup(name))
         args = (x, lookup(name), "ste", torch.tensor(1.0))
         ours, others = (dynamic_fake_quantize(args[0], args[1], rule, "ste", args[3]) for rule in ("ascend", "vllm"))
         assert torch.equal(ours, others)
+
+
+@pytest.mark.parametrize("name", ["int8_token", "int8_tensor", "mxfp8", "mxfp4"])
+def test_inputs_are_bf16_numbers_first(name: str) -> None:
+    """As those of the operator are, unless the engine has them in float32, too."""
+    fmt = lookup(name)
+    static = static_part(fmt, torch.tensor(3.0))
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
+    wide, rounded = (fake_quantize_input(x, fmt, "ascend", "ste", static, wide=wide) for wide in (True, False))
+    held = x.bfloat16().float()
+    assert torch.equal(rounded, fake_quantize_input(held, fmt, "ascend", "ste", static, wide=True))
+    assert not torch.equal(wide, rounded)
+    x.requires_grad_()
+    fake_quantize_input(x, fmt, "ascend", "ste", static).backward(gradient := torch.randn(64, 256))
+    assert x.grad is not None and torch.equal(x.grad, gradient)  # not rounded on its way
+
+
+@pytest.mark.parametrize(("rule", "type"), npu.NPU_RULES.items())
+def test_numbers_of_the_model(rule: str, type: torch.dtype) -> None:
+    x = torch.tensor([1 + 2**-10, -3.0, 1e-3], requires_grad=True)
+    held = npu.held(x, rule)
+    assert torch.equal(held, x.detach().to(type).float()) and held.dtype == torch.float32
+    held.sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, torch.ones(3))
+    own = x.detach().to(type)
+    assert npu.held(own, rule) is own
+
+
+def test_which_products_multiply_codes() -> None:
+    integers = [("int8_channel", "int8_token"), ("int4_channel", "int4_token"), ("int8_channel", "int8_mix")]
+    assert all(npu.multiplies_codes(*map(lookup, pair)) for pair in integers)
+    assert not any(
+        npu.multiplies_codes(*map(lookup, pair)) for pair in [("mxfp4", "mxfp8"), ("fp8_channel", "int8_token")]
+    )
 
 
 @pytest.mark.parametrize("estimator", ["ste", "clipped"])
