@@ -293,8 +293,9 @@ class Scheme(Strict):
 
     def rounds_bf16(self, weight: str, input: str | None) -> bool:
         """Whether a weight is rounded to BF16 before products with such inputs: NPUs multiply integers as they are."""
-        codes = self.activation_rule in NPU_RULES and input and multiplies_codes(lookup(weight), lookup(input))
-        return self.round_bf16 and not codes
+        if self.activation_rule in NPU_RULES and input is not None and multiplies_codes(lookup(weight), lookup(input)):
+            return False
+        return self.round_bf16
 
     def init_of(self, path: str, module: str) -> tuple[InitStep, ...]:
         """The steps for one weight."""

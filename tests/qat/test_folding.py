@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from qat.folding import added_bias
 from qat.modes import dense
@@ -10,6 +11,7 @@ from qat.numbers.catalog import lookup
 from qat.quantizer import InputQuantizer, WeightQuantizer
 from qat.scheme import Scheme
 from qat.surgery import apply
+from qat.training.npu import NPU_RULES
 
 RANGES = {"int8_tensor_asym": [-1.0, 3.0], "int8_tensor": 3.0}
 
@@ -58,6 +60,22 @@ def test_a_layer_is_a_product_of_whole_numbers(input: str) -> None:
     assert added is not None and not torch.equal(added, bias)
     assert torch.allclose(added.double(), (quant_bias + offset * rows.sum(dim=1)) * deq, rtol=1e-6, atol=0)
     assert ((added - bias).abs() <= deq / 2 * 1.001).all()
+
+
+@pytest.mark.parametrize(("rule", "type"), NPU_RULES.items())
+def test_results_are_numbers_of_the_model(rule: str, type: torch.dtype) -> None:
+    """Of both kinds of layers, while they are quantized; gradients are not rounded."""
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    rules = [{"match": "*", "weight": "int8_channel", "input": "int8_token"}]
+    for layer in (nn.Linear(64, 24), Conv1D(24, 64)):
+        model = apply(nn.Sequential(layer), Scheme(rules=rules, learn="none", init=(), activation_rule=rule))
+        y = model(x)
+        assert torch.equal(y, y.to(type).float())
+        y.backward(gradient := torch.randn(5, 24))
+        assert torch.allclose(model[0].bias.grad, gradient.sum(dim=0), atol=1e-6)
+        with dense(model):
+            y = model(x)
+        assert not torch.equal(y, y.to(type).float())
 
 
 def test_the_gradient_of_a_bias_passes_the_rounding() -> None:

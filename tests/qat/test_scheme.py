@@ -189,6 +189,17 @@ def test_learning_modes_that_formats_do_not_have_are_refused() -> None:
     assert "has two ends" in refused(affine, learn_inputs="true")
 
 
+def test_npus_multiply_integers_as_they_are() -> None:
+    """Weights are rounded to BF16 where a product takes BF16 weights."""
+    rule = {"match": "*", "weight": "int8_channel", "input": "int8_token"}
+    for activation_rule, exact in {"vllm": False, "ascend": True, "ascend_310p": True}.items():
+        found = scheme(rule, activation_rule=activation_rule)
+        assert found.rounds_bf16("int8_channel", "int8_token") is not exact
+    npu = scheme(rule, activation_rule="ascend")
+    assert npu.rounds_bf16("int8_channel", None) and npu.rounds_bf16("mxfp4", "mxfp8")
+    assert not scheme(rule, activation_rule="ascend", round_bf16=False).rounds_bf16("int8_channel", None)
+
+
 @pytest.mark.parametrize(
     ("pair", "more", "told"),
     [

@@ -165,3 +165,12 @@ def test_a_copy_computes_the_same_and_adapters_know_quantized_modules() -> None:
     module: nn.Module = weights(twin)["model.layers.0.mlp.experts.down_proj"].owner
     adapter = adapter_for(module)
     assert adapter is not None and [slot.name for slot in adapter.slots(module)] == ["gate_up_proj", "down_proj"]
+
+
+def test_npus_stay_in_float32_between_the_two_products() -> None:
+    scheme = experts_only("int8_channel", "int8_token", activation_rule="ascend", learn="none")
+    model = apply(build("qwen3_moe", **MOE), scheme)
+    inputs = next(m.input_quantizers for m in model.modules() if hasattr(m, "input_quantizers"))
+    x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    for slot, wide in {"gate_up_proj": False, "down_proj": True}.items():
+        assert torch.equal(inputs[slot](x), inputs[slot](x.bfloat16().float())) is not wide
