@@ -3,7 +3,7 @@ scores say which neighbours are joined first, and stand nowhere else; llama.cpp 
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,8 +112,11 @@ def _number(message: bytes, at: int) -> tuple[int, int]:
             return value, at
 
 
-def rows(pieces: list[Piece], added: dict[int, dict[str, Any]], size: int, looks_special: Any) -> list[Piece]:
-    """The vocabulary of so many rows, `added` tokens (by number, as tokenizer_config.json has them) over the pieces."""
+def rows(
+    pieces: list[Piece], added: dict[int, dict[str, Any]], size: int, looks_special: Callable[[str], bool] | None
+) -> list[Piece]:
+    """The vocabulary of so many rows, `added` tokens (by number, as tokenizer_config.json has them) over the pieces.
+    `looks_special` says which of them steer beside those that say so; without it, they stand as they are written."""
     if len(pieces) > size:
         raise UnsupportedError(f"the tokenizer has {len(pieces)} pieces, but the embedding only {size} rows")
     absent = [Piece(f"[PAD{number}]", _ABSENT, TokenType.UNUSED) for number in range(len(pieces), size)]
@@ -121,7 +124,8 @@ def rows(pieces: list[Piece], added: dict[int, dict[str, Any]], size: int, looks
     for number, token in added.items():
         if number >= size:
             raise UnsupportedError(f"the tokenizer has token {number}, but the embedding only {size} rows")
-        special = token.get("special") or looks_special(token["content"])
-        text = token["content"] if special else token["content"].replace(SPACE, " ")
+        special = token.get("special") or (looks_special is not None and looks_special(token["content"]))
+        as_is = special or looks_special is None
+        text = token["content"] if as_is else token["content"].replace(SPACE, " ")
         found[number] = Piece(text, _LAST, TokenType.CONTROL if special else TokenType.USER_DEFINED)
     return found

@@ -11,6 +11,7 @@ from typing import Any
 from gguf import GGUFWriter, SpecialVocab, TokenType
 
 from qat.checkpoints.hf import load_tokenizer, read_json
+from qat.checkpoints.layouts.gguf.families import Family
 from qat.checkpoints.layouts.gguf.pieces import FILE, adds_space, is_sentencepiece, read_pieces, rows
 from qat.errors import UnsupportedError
 
@@ -59,8 +60,8 @@ def _named(chain: list[dict[str, Any]]) -> str | None:
     return None
 
 
-def add_vocabulary(writer: GGUFWriter, source: Path, size: int, spaced: bool = True) -> None:
-    """Everything about the tokenizer in `source`, padded to the `size` rows of the embedding; `spaced`: see `Family`.
+def add_vocabulary(writer: GGUFWriter, source: Path, size: int, family: Family) -> None:
+    """Everything about the tokenizer in `source`, padded to the `size` rows of the embedding.
 
     Raises:
         UnsupportedError: a tokenizer that llama.cpp cannot express.
@@ -75,8 +76,10 @@ def add_vocabulary(writer: GGUFWriter, source: Path, size: int, spaced: bool = T
     if writer.arch == "llama" and config.get("add_prefix_space") is not None:
         writer.add_add_space_prefix(config["add_prefix_space"])
     if is_sentencepiece(whole):
-        special = _add_pieces(writer, source, whole, config if spaced else {**config, "add_prefix_space": False}, size)
-        if not spaced:
+        if not family.spaced:
+            config = {**config, "add_prefix_space": False}
+        special = _add_pieces(writer, source, whole, config, size, family.joined)
+        if writer.arch != "llama" and config.get("add_prefix_space") is False:
             writer.add_add_space_prefix(False)
     else:
         special = _add_byte_level(writer, source, splitting(whole), _tokens(tokenizer, size))
@@ -96,9 +99,10 @@ def _add_byte_level(
 
 
 def _add_pieces(
-    writer: GGUFWriter, source: Path, whole: dict[str, Any], config: dict[str, Any], size: int
+    writer: GGUFWriter, source: Path, whole: dict[str, Any], config: dict[str, Any], size: int, joined: bool
 ) -> SpecialVocab:
-    """The rows of a SentencePiece tokenizer, with what tokenizer.json and tokenizer_config.json add to its pieces."""
+    """The rows of a SentencePiece tokenizer, with what tokenizer.json and tokenizer_config.json add to its pieces;
+    `joined`: see `Family`."""
     pieces, said = read_pieces(source / FILE), config.get("add_prefix_space")
     if adds_space(whole) != (said is None or bool(said)):
         raise UnsupportedError(
@@ -109,9 +113,10 @@ def _add_pieces(
     apart = [piece.text for number, piece in enumerate(pieces) if known.get(piece.text) != number]
     if apart:
         raise UnsupportedError(f"tokenizer.json and {FILE} differ, in {len(apart)} pieces, such as {apart[0]!r}")
-    added = {token["id"]: token for token in whole.get("added_tokens", ()) if token["id"] >= len(pieces)}
+    every = {token["id"]: token for token in whole.get("added_tokens", ())}
+    added = {number: token for number, token in every.items() if number >= len(pieces)}
     added |= {int(number): token for number, token in config.get("added_tokens_decoder", {}).items()}
-    vocabulary = rows(pieces, added, size, _looks_special)
+    vocabulary = rows(pieces, added | every, size, None) if joined else rows(pieces, added, size, _looks_special)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list([row.text for row in vocabulary])
