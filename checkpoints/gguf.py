@@ -37,6 +37,7 @@ _VERSION = 1
 # Values of `tokenizer.ggml.pre` whose text is split at every digit before GPT-2's pattern applies, and those
 # for which GPT-2's pattern is all. transformers applies GPT-2's pattern to every name it does not know.
 _DIGITS_FIRST = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+_PUT_BACK = ("dbrx", "gpt-4o")  # whose words transformers does not know
 _GPT2_ONLY = ("gpt-2", "mpt", "olmo", "jais", "trillion", "granite-docling")
 
 
@@ -212,7 +213,9 @@ def _tokenizer(file: Path, facts: dict[str, Any]) -> "PreTrainedTokenizerBase":
 
 def _byte_level(tokenizer: Any, rule: str, file: Path) -> None:
     """Give a byte-level tokenizer the split the file names, or refuse where transformers replaced it."""
-    from tokenizers import decoders, pre_tokenizers
+    from tokenizers import Regex, decoders, pre_tokenizers
+
+    from qat.checkpoints.layouts.gguf.vocabulary import SPLITS
 
     backend = tokenizer.backend_tokenizer
     backend.decoder = decoders.ByteLevel()  # some versions add steps of other tokenizers, which alter text
@@ -220,6 +223,10 @@ def _byte_level(tokenizer: Any, rule: str, file: Path) -> None:
         digits = pre_tokenizers.Digits(individual_digits=True)
         rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
+    elif rule in _PUT_BACK:
+        words = pre_tokenizers.Split(Regex(SPLITS[rule]), "isolated")
+        rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([words, rest])
     elif rule not in _GPT2_ONLY and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
         raise UnsupportedError(
             f"{file} splits text as {rule!r}, for which transformers would silently use GPT-2's rule; "

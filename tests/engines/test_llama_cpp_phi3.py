@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.checkpoints.layouts.phi3 import PHI3S
+from qat.checkpoints.hf import load_tokenizer
+from qat.checkpoints.layouts.gguf.read import GgufFile
+from qat.engines.llama_cpp import note_of_context
+from tests.checkpoints.layouts.phi3 import PHI3S, WORDS, byte_level_files
 from tests.checkpoints.sentencepieces import PHI3, sentencepiece_files
 from tests.engines.test_llama_cpp import (
     PYTHON,
@@ -32,6 +35,18 @@ TEXTS = [
 ]
 
 
+def tokens(file: Path, texts: list[str], add_bos: bool = True) -> list[list[int]]:
+    """llama.cpp's."""
+    program = (
+        "import json, sys; from llama_cpp import Llama; m = Llama(sys.argv[1], vocab_only=True, verbose=False); "
+        f"print(json.dumps([m.tokenize(t.encode(), {add_bos}, special=True) for t in json.loads(sys.argv[2])]))"
+    )
+    words = [PYTHON, "-c", program, str(file), json.dumps(texts)]
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    found: list[list[int]] = json.loads(done.stdout)
+    return found
+
+
 @needs_engine
 @pytest.mark.parametrize("kind", PHI3S)
 def test_dequantized_weights_give_our_logits(kind: str, tmp_path: Path) -> None:
@@ -41,6 +56,17 @@ def test_dequantized_weights_give_our_logits(kind: str, tmp_path: Path) -> None:
     own = ours(file, False)
     assert torch.equal(own.argmax(-1), theirs.argmax(-1))
     torch.testing.assert_close(own, theirs, rtol=0, atol=2e-4)
+
+
+def test_factors_of_long_texts_are_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = {"general.architecture": "phi3", "phi3.context_length": 512}
+    longrope = {"phi3.rope.scaling.original_context_length": 256, "phi3.rope.scaling.attn_factor": 1.06}
+    note_of_context({**facts, "phi3.rope.scaling.original_context_length": 256}, None)
+    note_of_context(facts | longrope, 256)
+    assert capsys.readouterr().err == ""
+    for positions in (257, None):
+        note_of_context(facts | longrope, positions)
+        assert "rotates every text as one of more than 256 tokens" in capsys.readouterr().err
 
 
 @needs_engine
@@ -73,13 +99,17 @@ def test_tokens_swallow_spaces_as_in_transformers(folder: str, tmp_path: Path) -
     source = tiny_model("phi3", tmp_path / folder, num_hidden_layers=1)
     tokenizer = sentencepiece_files(source, added=PHI3)
     file = untrained(source, RULES)
-    program = (
-        "import json, sys; from llama_cpp import Llama; m = Llama(sys.argv[1], vocab_only=True, verbose=False); "
-        "print(json.dumps([m.tokenize(t.encode(), add_bos=True, special=True) for t in json.loads(sys.argv[2])]))"
-    )
-    words = [PYTHON, "-c", program, str(file), json.dumps(TEXTS)]
-    done = subprocess.run(words, check=True, capture_output=True, text=True)
-    assert json.loads(done.stdout) == [tokenizer(text)["input_ids"] for text in TEXTS]
+    assert tokens(file, TEXTS) == [tokenizer(text)["input_ids"] for text in TEXTS]
+
+
+@needs_engine
+@pytest.mark.parametrize("rule", ["dbrx", "gpt-4o"])
+def test_words_are_split_as_in_transformers(rule: str, tmp_path: Path) -> None:
+    source = tiny_model("phi3", tmp_path / "mini", num_hidden_layers=1)
+    byte_level_files(source, rule)
+    file, tokenizer = untrained(source, RULES), load_tokenizer(source)
+    assert GgufFile(file).facts["tokenizer.ggml.pre"] == rule
+    assert tokens(file, WORDS, add_bos=False) == [tokenizer(text)["input_ids"] for text in WORDS]
 
 
 @needs_engine

@@ -26,7 +26,7 @@ from qat.errors import UnsupportedError
 from qat.modes import served
 from qat.sites import weights
 from tests.checkpoints.exports import ids, quantized, quiet_export
-from tests.checkpoints.layouts.phi3 import PHI3S, longrope
+from tests.checkpoints.layouts.phi3 import PHI3S, WORDS, byte_level_files, longrope
 from tests.checkpoints.sentencepieces import PHI3, sentencepiece_files
 from tests.tiny import tiny_model
 
@@ -74,6 +74,16 @@ def test_a_window_is_read_back(tmp_path: Path) -> None:
         assert not torch.equal(file(ids()).logits, theirs)
     assert "does not read sliding_window of phi3" in verify_file(out).checks[-1].detail
     assert "0.0 over 12 tokens" in verify_file(out, tokens=12).checks[-1].detail
+
+
+def test_a_share_that_no_quotient_gives_is_read_back(tmp_path: Path) -> None:
+    """30 of 44 channels: int(44 * (30 / 44)) is 29."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.69}
+    wide = {"hidden_size": 352, "num_attention_heads": 8, "head_dim": 44, "num_hidden_layers": 1}
+    model, out = written(tmp_path, rope_parameters=rope, **wide)
+    assert GgufFile(out).facts["phi3.rope.dimension_count"] == 30
+    with torch.no_grad(), served(model):
+        assert torch.equal(load_file(out)(ids()).logits, model(ids()).logits)
 
 
 def test_settings_are_those_of_the_converter(tmp_path: Path) -> None:
@@ -210,6 +220,26 @@ def test_a_file_is_read_as_a_model_of_transformers(tmp_path: Path, monkeypatch: 
         target.data = origin.data
     with torch.no_grad():
         assert torch.equal(converted(ids()).logits, own(ids()).logits)
+
+
+@pytest.mark.parametrize("rule", ["dbrx", "gpt-4o"])
+def test_words_are_split_alike_after_reading(rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By rules that transformers' own reader takes for GPT-2's."""
+    monkeypatch.setenv("QAT_CACHE", str(tmp_path / "cache"))
+    source = tiny_model("phi3", tmp_path / "mini", num_hidden_layers=1)
+    byte_level_files(source, rule)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model = quantized(source, PROJECTIONS, round_bf16=False)
+        out = export_model(model, source, tmp_path / "out.gguf", "gguf")
+    assert any("capitals outside of ASCII" in str(each.message) for each in said) == (rule == "gpt-4o")
+    assert GGUFReader(out).fields["tokenizer.ggml.pre"].contents() == rule
+    own, read = load_tokenizer(source), load_tokenizer(resolve(ModelConfig(id=str(out))))
+    found = [read(text)["input_ids"] for text in WORDS]
+    assert found == [own(text)["input_ids"] for text in WORDS]
+    byte_level_files(source, "dbrx" if rule == "gpt-4o" else "gpt-4o")
+    other = load_tokenizer(source)
+    assert found != [other(text)["input_ids"] for text in WORDS]
 
 
 def test_it_writes_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
