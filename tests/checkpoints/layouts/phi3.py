@@ -36,6 +36,10 @@ WORDS = [
 """Texts that Phi-4's rules (dbrx) and those of Phi-4-mini (gpt-4o) split in two ways."""
 
 
+CAPITAL = "\u00e9\u00c9cole"
+"""A word that llama.cpp splits otherwise by gpt-4o's rule."""
+
+
 def byte_level_files(folder: Path, rule: str) -> None:
     """A tokenizer of bytes that joins all over `WORDS`, but for what a rule splits, in place of a model's own."""
     whole = Tokenizer(models.BPE())
@@ -46,7 +50,7 @@ def byte_level_files(folder: Path, rule: str) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=384, special_tokens=special, initial_alphabet=letters, show_progress=False, min_frequency=1
     )
-    whole.train_from_iterator(WORDS, trainer)
+    whole.train_from_iterator([*WORDS, CAPITAL], trainer)
     PreTrainedTokenizerFast(
         tokenizer_object=whole, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|pad|>"
     ).save_pretrained(folder)
