@@ -103,6 +103,19 @@ def test_tokens_swallow_spaces_as_in_transformers(folder: str, tmp_path: Path) -
 
 
 @needs_engine
+def test_a_space_stands_behind_each_added_token(tmp_path: Path) -> None:
+    """What export warns of where a tokenizer puts one before the start of a text only."""
+    source = tiny_model("phi3", tmp_path / "phi3", num_hidden_layers=1)
+    sentencepiece_files(source, added=PHI3)
+    path = source / "tokenizer.json"
+    meta = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": None, "pre_tokenizer": meta}))
+    file, tokenizer = untrained(source, RULES), load_tokenizer(source)
+    start, behind = tokens(file, ["The dog", "<|user|>The dog"])
+    assert start == tokenizer("The dog")["input_ids"] and behind != tokenizer("<|user|>The dog")["input_ids"]
+
+
+@needs_engine
 @pytest.mark.parametrize("rule", ["dbrx", "gpt-4o"])
 def test_words_are_split_as_in_transformers(rule: str, tmp_path: Path) -> None:
     source = tiny_model("phi3", tmp_path / "mini", num_hidden_layers=1)

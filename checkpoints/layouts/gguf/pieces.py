@@ -38,25 +38,33 @@ def adds_space(tokenizer: dict[str, Any]) -> bool:
         UnsupportedError: text is normalized or split in other ways than llama.cpp's.
     """
     prefix, spaces = False, False
-    for step in (tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")):
-        if not step:
-            continue
-        parts = step.get("normalizers") or step.get("pretokenizers") or [step]
-        for part in parts:
-            match part:
-                case {"type": "Prepend", "prepend": "\u2581"}:
-                    prefix = True
-                case {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}:
-                    spaces = True
-                case {"type": "Metaspace", "replacement": "\u2581"}:
-                    prefix, spaces = prefix or part.get("prepend_scheme", "always") != "never", True
-                case {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}:
-                    pass  # there is none left
-                case _:
-                    raise UnsupportedError(f"llama.cpp has nothing for a step of this tokenizer: {part}")
+    for part in _steps(tokenizer):
+        match part:
+            case {"type": "Prepend", "prepend": "\u2581"}:
+                prefix = True
+            case {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}:
+                spaces = True
+            case {"type": "Metaspace", "replacement": "\u2581"}:
+                prefix, spaces = prefix or part.get("prepend_scheme", "always") != "never", True
+            case {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}:
+                pass  # there is none left
+            case _:
+                raise UnsupportedError(f"llama.cpp has nothing for a step of this tokenizer: {part}")
     if not spaces:
         raise UnsupportedError(f"llama.cpp writes spaces as {SPACE}, which this tokenizer does not")
     return prefix
+
+
+def adds_space_once(tokenizer: dict[str, Any]) -> bool:
+    """Whether that space stands at the start of a text only, where llama.cpp puts one behind each added token, too."""
+    return any(part.get("prepend_scheme") == "first" for part in _steps(tokenizer))
+
+
+def _steps(tokenizer: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What is done to text before pieces are joined, in order."""
+    for step in (tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")):
+        if step:
+            yield from step.get("normalizers") or step.get("pretokenizers") or [step]
 
 
 def read_pieces(file: Path) -> list[Piece]:

@@ -13,7 +13,7 @@ from gguf import GGUFWriter, SpecialVocab, TokenType
 
 from qat.checkpoints.hf import load_tokenizer, read_json
 from qat.checkpoints.layouts.gguf.families import Family
-from qat.checkpoints.layouts.gguf.pieces import FILE, adds_space, is_sentencepiece, read_pieces, rows
+from qat.checkpoints.layouts.gguf.pieces import FILE, adds_space, adds_space_once, is_sentencepiece, read_pieces, rows
 from qat.errors import UnsupportedError
 
 _WORDS = (
@@ -28,6 +28,10 @@ SPLITS = {"qwen2": _WORDS % "", "llama-bpe": _WORDS % "{1,3}", "dbrx": _WORDS % 
 """Regular expressions of words, by llama.cpp's names; of `gpt-4o` it has one that knows capitals of ASCII only."""
 _MERGED_FIRST = ("llama-bpe",)  # rules under which llama.cpp takes a word that is a token before it merges
 _CAPITALS = "llama.cpp splits words with marks, or capitals outside of ASCII, otherwise than this tokenizer (gpt-4o)"
+_BEHIND = (
+    "llama.cpp puts a space before the text behind each added token, such as <s>, where this tokenizer "
+    "(prepend_scheme: first) puts one before the start of a text only"
+)
 _NFC = ("qwen2",)  # whose normalization llama.cpp leaves out
 
 
@@ -123,6 +127,8 @@ def _add_pieces(
             f"tokenizer_config.json says add_prefix_space: {said} (which llama.cpp takes for true where it is absent), "
             "but tokenizer.json does otherwise; make them agree"
         )
+    if adds_space_once(whole):
+        warnings.warn(_BEHIND, UserWarning, stacklevel=2)
     known = whole["model"]["vocab"]
     apart = [piece.text for number, piece in enumerate(pieces) if known.get(piece.text) != number]
     if apart:

@@ -172,6 +172,20 @@ def test_a_space_that_is_not_put_before_text_is_said(tmp_path: Path) -> None:
     assert GgufFile(out).facts["tokenizer.ggml.add_space_prefix"] is False
 
 
+def test_a_space_at_the_start_only_is_named(tmp_path: Path) -> None:
+    """Of any family's pieces: llama.cpp puts one behind each added token, as Phi-3's tokenizer does."""
+    source = tiny_model("llama", tmp_path / "source", num_hidden_layers=1)
+    sentencepiece_files(source)
+    path, model = source / "tokenizer.json", quantized(source, PROJECTIONS, round_bf16=False)
+    for scheme in ("always", "first"):
+        meta = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": False}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": None, "pre_tokenizer": meta}))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            export_model(model, source, tmp_path / f"{scheme}.gguf", "gguf")
+        assert any("behind each added token" in str(each.message) for each in said) == (scheme == "first")
+
+
 @pytest.mark.parametrize(
     ("name", "added", "expected"),
     [
