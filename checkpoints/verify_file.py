@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from qat.checkpoints.hf import quiet
-from qat.checkpoints.layouts.gguf.load import load_file, parts
+from qat.checkpoints.layouts.gguf.load import load_file, misread_phi3, parts
 from qat.checkpoints.layouts.gguf.read import GgufFile, above_of
 from qat.checkpoints.layouts.reader import digest
 from qat.checkpoints.progress import progress
@@ -65,7 +65,8 @@ def verify_file(path: Path, logits: bool = True, tokens: int = 64) -> VerifyRepo
 def _tensors(file: GgufFile) -> str:
     if file.record is None:
         return "skipped: the file has no qat.record, so another tool wrote it"
-    wanted = {entry["tensor"] for entry in parts(file.record).values()} | ({"rope_freqs.weight"} & file.tensors.keys())
+    factors = file.record.get("rope_factors", {"rope_freqs.weight"} & file.tensors.keys())  # unsaid by older releases
+    wanted = {entry["tensor"] for entry in parts(file.record).values()} | set(factors)
     wanted |= {above_of(name) for name in wanted if name in file.tensors and file.tensors[name].tensor_type in _ABOVE}
     problems = [f"{name} is missing" for name in sorted(wanted - file.tensors.keys())]
     problems += [f"{name} is unknown" for name in sorted(file.tensors.keys() - wanted)]
@@ -97,6 +98,9 @@ def _weights(file: GgufFile) -> str:
             if digest(value) != entry["sha256"]:
                 problems.append(f"{name} is not the trained tensor")
             advance(1)
+    for name, sha256 in file.record.get("rope_factors", {}).items():
+        if digest(file.value(name)) != sha256:
+            problems.append(f"{name} is not what the model's rotation is made of")
     if problems:
         raise Problem(f"the file differs from the trained model: {some(problems, joint='; ')}")
     modules = len(file.record["modules"])
@@ -113,6 +117,8 @@ def _logits(file: GgufFile, tokens: int) -> str:
     usual = _UNSCALED.get(file.arch)
     if usual is not None and file.facts.get(f"{file.arch}.attention.key_length") != usual:
         return f"skipped: transformers takes query_pre_attn_scalar of every {file.arch} file for {usual}"
+    if file.arch == "phi3" and (what := misread_phi3(file, tokens)):
+        return f"skipped: transformers {what}"
     ids = (torch.arange(tokens) * 7919 + 13).remainder(_rows(file, "model.embed_tokens.weight"))[None]
     theirs, ours = _run(lambda: _plain(file.path), ids), _run(lambda: load_file(file.path, opened=file), ids)
     difference = float((theirs.double() - ours.double()).abs().max())

@@ -39,7 +39,7 @@ def serve(file: Path, names: Sequence[str], host: str, port: int) -> None:
         raise ConfigError("--engine llama.cpp needs its server: pip install 'llama-cpp-python[server]'")
     if len(names) > 1:
         raise ConfigError("llama.cpp's server gives a model one name; give --served-model-name once")
-    check_file(file)
+    note_of_context(check_file(file), None)
     command = [sys.executable, "-m", "llama_cpp.server", "--model", str(file), "--model_alias", names[0]]
     command += ["--host", host, "--port", str(port), "--n_ctx", "0", "--verbose", "false"]
     print(f"qat serve: {' '.join(command[1:])}", file=sys.stderr, flush=True)
@@ -79,7 +79,7 @@ def generate(
     """
     if not installed():
         raise ConfigError("--engine llama.cpp needs it: pip install llama-cpp-python (compiles it), or --engine qat")
-    check_file(file)
+    facts = check_file(file)
     threads = torch.get_num_threads()
     print(f"llama.cpp writes (llama-cpp-python {version('llama-cpp-python')}, {threads} threads)", file=sys.stderr)
     words = _load(file, vocab_only=True)
@@ -96,6 +96,7 @@ def generate(
     room = len(ids) + tokens if not positions else min(len(ids) + tokens, positions)
     if room < len(ids) + tokens:
         print(f"note: the model knows {positions} positions, so at most {room - len(ids)} follow", file=sys.stderr)
+    note_of_context(facts, room)
     model = _load(file, n_ctx=room, n_threads=threads, n_threads_batch=threads, seed=seed % _SEEDS)
     if not chat:
         print(prompt, end="", flush=True)
@@ -106,6 +107,19 @@ def generate(
     print(decoder.decode(b"", True), flush=True)
     seconds = time.monotonic() - began
     print(f"{count} tokens in {seconds:.1f} s: {count / seconds:.1f} tokens/s", file=sys.stderr)
+
+
+def note_of_context(facts: dict[str, Any], positions: int | None) -> None:
+    """Say it where llama.cpp takes LongRoPE's factors of long texts for all of them, since it has so many `positions`
+    (None: all that the model knows)."""
+    arch = facts.get("general.architecture")
+    known, old = (facts.get(f"{arch}.{key}") for key in ("context_length", "rope.scaling.original_context_length"))
+    stretched = facts.get(f"{arch}.rope.scaling.attn_factor") is not None
+    if stretched and old is not None and (positions or known or 0) > old:
+        print(
+            f"note: llama.cpp rotates every text as one of more than {old} tokens, since its context has more",
+            file=sys.stderr,
+        )
 
 
 def _load(file: Path, **how: Any) -> Any:

@@ -3,6 +3,7 @@ one: tokenizer.model, written here field by field, beside the tokenizer.json tha
 
 import json
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,16 @@ from tests.tiny import _TEXT
 SPACE = "\u2581"
 
 
-def sentencepiece_files(folder: Path, prefix: bool = True) -> PreTrainedTokenizerFast:
-    """Put them into a model's folder, in place of its own tokenizer."""
+PHI3 = [
+    AddedToken("</s>", rstrip=True, normalized=False, special=False),
+    AddedToken("<|endoftext|>", normalized=False, special=True),
+    *(AddedToken(f"<|{name}|>", rstrip=True, normalized=False, special=True) for name in ("assistant", "end", "user")),
+]
+"""What Phi-3's tokenizer adds to Llama 2's pieces, some of it: all but the first of those tokens swallow spaces."""
+
+
+def sentencepiece_files(folder: Path, prefix: bool = True, added: Sequence[AddedToken] = ()) -> PreTrainedTokenizerFast:
+    """Put them into a model's folder, in place of its own tokenizer; `added` tokens may change pieces."""
     pieces = _pieces()
     (folder / "tokenizer.model").write_bytes(model_file(pieces))
     ranks = {text: number for number, (text, _, kind) in enumerate(pieces) if kind == 1}
@@ -32,6 +41,8 @@ def sentencepiece_files(folder: Path, prefix: bool = True) -> PreTrainedTokenize
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
     whole.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     whole.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in ("<unk>", "<s>", "</s>")])
+    whole.add_tokens([token for token in added if not token.special])
+    whole.add_special_tokens([token for token in added if token.special])
     whole.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=whole, unk_token="<unk>", bos_token="<s>", eos_token="</s>", add_prefix_space=prefix

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, RopeScalingType
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, MODEL_TENSOR, TENSOR_NAMES, GGUFWriter, RopeScalingType
 from torch import Tensor
 
 from qat.errors import UnsupportedError
@@ -27,7 +27,12 @@ class Family:
             transformers one of the first half with one of the second.
         shifted: whether norms multiply with one more than their weight, which the file holds added up.
         spaced: whether its tokenizers of pieces put a space before text, where they do not say; they must do so.
+        ropes: kinds of rotation that it has.
+        sized: whether the file says how wide a head is, where the configuration does.
+        mlp_scales: whether llama.cpp multiplies products of its MLP with the scales above their weights.
+        joined: whether tokens that tokenizer.json adds replace pieces of tokenizer.model, too.
         describe: adds settings beyond the usual ones.
+        notes: says what llama.cpp does otherwise with some texts.
         check: says why a configuration cannot be expressed, or "".
     """
 
@@ -35,7 +40,12 @@ class Family:
     permuted: bool = False
     shifted: bool = False
     spaced: bool = True
+    ropes: tuple[str, ...] = ("default", "linear", "yarn", "llama3")
+    sized: bool = True
+    mlp_scales: bool = False
+    joined: bool = False
     describe: Callable[[GGUFWriter, Settings], None] = lambda writer, settings: None
+    notes: Callable[[Settings], list[str]] = lambda settings: []
     check: Callable[[Settings], str] = lambda settings: ""
 
 
@@ -108,12 +118,65 @@ def _gemma_check(period: int, large: int) -> Callable[[Settings], str]:
     return check
 
 
+def _phi3(writer: GGUFWriter, settings: Settings) -> None:
+    rope = _rope(settings)
+    writer.add_rope_scaling_orig_ctx_len(settings["original_max_position_embeddings"])
+    writer.add_rope_dimension_count(_rotated(settings))
+    writer.add_sliding_window(settings.get("sliding_window") or 0)
+    if rope.get("rope_type") == "longrope":
+        writer.add_rope_scaling_attn_factors(_attention_factor(settings))
+
+
+def _rotated(settings: Settings) -> int:
+    """How many channels of a head are rotated."""
+    return int(_head(settings) * _rope(settings).get("partial_rotary_factor", 1.0))
+
+
+def _attention_factor(settings: Settings) -> float:
+    """What LongRoPE multiplies sines and cosines with: the model's own, or what follows from its stretch."""
+    rope, old = _rope(settings), settings["original_max_position_embeddings"]
+    stretched = rope.get("factor") or settings["max_position_embeddings"] / old
+    usual = math.sqrt(1 + math.log(stretched) / math.log(old)) if stretched > 1 else 1.0
+    own = rope.get("attention_factor")
+    return float(usual if own is None else own)
+
+
+def _phi3_notes(settings: Settings) -> list[str]:
+    window, known, notes = settings.get("sliding_window"), settings["max_position_embeddings"], []
+    if window and window < known:
+        notes.append(f"llama.cpp lets phi3 see all of a text where this model sees the last {window} tokens of it")
+    if _rope(settings).get("rope_type") == "longrope" and settings["original_max_position_embeddings"] < known:
+        notes.append(
+            f"llama.cpp takes LongRoPE's long factors where its context (--ctx-size) has more than "
+            f"{settings['original_max_position_embeddings']} positions, this model where a text has"
+        )
+    return notes
+
+
+def _phi3_check(settings: Settings) -> str:
+    heads, width, rotated = settings["num_attention_heads"], settings["hidden_size"], _rotated(settings)
+    if width != heads * _head(settings):
+        return f"head_dim {_head(settings)}, for which llama.cpp's phi3 has hidden_size / num_attention_heads"
+    if rotated % 2 or not rotated:
+        return f"{rotated} rotated channels of a head, which llama.cpp takes in pairs"
+    return ""
+
+
 FAMILIES: dict[str, Family] = {
-    "llama": Family(MODEL_ARCH.LLAMA, permuted=True, describe=_llama, check=_llama_check),
-    "mistral": Family(MODEL_ARCH.LLAMA, permuted=True, describe=_llama, check=_llama_check),
+    "llama": Family(MODEL_ARCH.LLAMA, permuted=True, mlp_scales=True, describe=_llama, check=_llama_check),
+    "mistral": Family(MODEL_ARCH.LLAMA, permuted=True, mlp_scales=True, describe=_llama, check=_llama_check),
     "qwen2": Family(MODEL_ARCH.QWEN2, check=_qwen_check),
-    "qwen3": Family(MODEL_ARCH.QWEN3, check=_qwen_check),
-    "qwen3_moe": Family(MODEL_ARCH.QWEN3MOE, describe=_moe, check=_moe_check),
+    "qwen3": Family(MODEL_ARCH.QWEN3, mlp_scales=True, check=_qwen_check),
+    "qwen3_moe": Family(MODEL_ARCH.QWEN3MOE, mlp_scales=True, describe=_moe, check=_moe_check),
+    "phi3": Family(
+        MODEL_ARCH.PHI3,
+        ropes=("default", "longrope"),
+        sized=False,
+        joined=True,
+        describe=_phi3,
+        notes=_phi3_notes,
+        check=_phi3_check,
+    ),
     "gemma2": Family(MODEL_ARCH.GEMMA2, shifted=True, spaced=False, describe=_gemma2, check=_gemma_check(2, 46)),
     "gemma3_text": Family(MODEL_ARCH.GEMMA3, shifted=True, spaced=False, describe=_gemma3, check=_gemma_check(6, 62)),
 }
@@ -137,14 +200,16 @@ def check(family: Family, settings: Settings) -> None:
     Raises:
         UnsupportedError: names the setting.
     """
-    kind = _rope(settings).get("rope_type", "default")
-    reason = family.check(settings) or ("" if kind in _ROPES else f"rope_type {kind!r}; known: {', '.join(_ROPES)}")
+    kind, activation = _rope(settings).get("rope_type", "default"), settings.get("hidden_act", "silu")
+    unknown = "" if kind in family.ropes else f"rope_type {kind!r}; known: {', '.join(family.ropes)}"
+    silu = activation == "silu" or "hidden_activation" in settings  # which Gemma has, and checks itself
+    other = "" if silu else f"hidden_act {activation!r}, for which llama.cpp has silu"
+    reason = family.check(settings) or unknown or other
     if reason:
         raise UnsupportedError(f"the model has {reason}; nothing was written")
 
 
 _USUAL_BASE = 10000.0  # of a file that says none; llama.cpp's converter has no word of it for Gemma 2
-_ROPES = ("default", "linear", "yarn", "llama3")
 
 
 def _head(settings: Settings) -> int:
@@ -173,7 +238,7 @@ def describe(writer: GGUFWriter, family: Family, settings: Settings) -> None:
         writer.add_expert_count(experts)
     if (used := settings.get("num_experts_per_tok")) is not None:
         writer.add_expert_used_count(used)
-    if settings.get("head_dim") is not None:
+    if settings.get("head_dim") is not None and family.sized:
         writer.add_key_length(settings["head_dim"])
         writer.add_value_length(settings["head_dim"])
     family.describe(writer, settings)
@@ -199,11 +264,22 @@ def _describe_rope(writer: GGUFWriter, rope: Settings) -> None:
         writer.add_rope_freq_base(rope["rope_theta"])
 
 
-def rope_factors(settings: Settings) -> Tensor | None:
-    """What llama.cpp divides the frequencies by (its tensor `rope_freqs`), of Llama 3's scaling; None for others."""
+def rope_factors(settings: Settings) -> dict[str, Tensor]:
+    """What llama.cpp divides the frequencies by, as its tensors are called: of Llama 3's scaling, for all texts; of
+    LongRoPE's two kinds, of which it takes one by the length of its context; none for others."""
     rope = _rope(settings)
-    if rope.get("rope_type") != "llama3":
-        return None
+    if rope.get("rope_type") == "longrope":
+        kinds = {MODEL_TENSOR.ROPE_FACTORS_LONG: "long_factor", MODEL_TENSOR.ROPE_FACTORS_SHORT: "short_factor"}
+        return {_name(kind): torch.tensor(rope[key], dtype=torch.float32) for kind, key in kinds.items()}
+    return {_name(MODEL_TENSOR.ROPE_FREQS): _llama3_factors(settings)} if rope.get("rope_type") == "llama3" else {}
+
+
+def _name(kind: MODEL_TENSOR) -> str:
+    return TENSOR_NAMES[kind] + ".weight"
+
+
+def _llama3_factors(settings: Settings) -> Tensor:
+    rope = _rope(settings)
     old, factor, width = rope["original_max_position_embeddings"], rope["factor"], _head(settings)
     low, high = old / rope["low_freq_factor"], old / rope["high_freq_factor"]
     waves = 2 * math.pi / (1.0 / rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32) / width))

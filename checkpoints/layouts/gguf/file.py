@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 from qat.checkpoints.folders import atomic_file
 from qat.checkpoints.gguf import read_metadata
 from qat.checkpoints.layouts.gguf.families import check, describe, find, rope_factors, row_order
+from qat.checkpoints.layouts.gguf.spaces import name_for
 from qat.checkpoints.layouts.gguf.types import bytes_per_row, row_bytes, type_of
 from qat.checkpoints.layouts.gguf.vocabulary import add_vocabulary
 from qat.checkpoints.layouts.reader import add_to_digest, digest
@@ -89,8 +91,7 @@ def stored_tensors(plan: "ExportPlan") -> list[Stored]:
     names = gguf.get_tensor_name_map(family.arch, settings["num_hidden_layers"])
     of_weights = {matrix.name: matrix for matrix in plan.linears.values()}
     found: dict[str, Stored] = {}
-    if (factors := rope_factors(settings)) is not None:
-        name = gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS] + ".weight"
+    for name, factors in rope_factors(settings).items():
         found[name] = Stored(name, GGMLQuantizationType.F32, tuple(factors.shape), ())
     for own in plan.order:
         expert = _EXPERT.fullmatch(own)
@@ -198,18 +199,20 @@ def _describe(writer: GGUFWriter, plan: "ExportPlan", source: Path, tensors: lis
     family, settings = find(plan.model.config.model_type), settings_of(plan)
     counted = writer.get_total_parameter_count()
     about = gguf.Metadata.load(None, source, None, counted[0])
-    about.name = about.name or source.name
+    about.name = name_for(about.name or source.name, source)
     about.size_label = about.size_label or gguf.size_label(*counted)
     writer.add_type(gguf.GGUFType.MODEL)
     about.set_gguf_meta_model(writer)
     describe(writer, family, settings)
+    for note in family.notes(settings):
+        warnings.warn(note, UserWarning, stacklevel=2)
     sizes = Counter[GGMLQuantizationType]()
     for stored in tensors:
         if stored.kind in _KINDS:
             sizes[stored.kind] += math.prod(stored.shape)
     writer.add_file_type(_KINDS[sizes.most_common(1)[0][0]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_vocabulary(writer, source, settings["vocab_size"], family.spaced)
+    add_vocabulary(writer, source, settings["vocab_size"], family)
 
 
 def _record(plan: "ExportPlan", tensors: list[Stored], record: dict[str, Any]) -> dict[str, Any]:
@@ -225,7 +228,8 @@ def _record(plan: "ExportPlan", tensors: list[Stored], record: dict[str, Any]) -
             else:
                 others[part] = _place(stored, part)
     rules = {matrix.input.rule for matrix in plan.linears.values() if matrix.input is not None}
-    about = {"record_version": RECORD_VERSION, "model_type": plan.model.config.model_type}
+    factors = {name: digest(each) for name, each in rope_factors(settings_of(plan)).items()}
+    about = {"record_version": RECORD_VERSION, "model_type": plan.model.config.model_type, "rope_factors": factors}
     return {**about, "activation_rules": sorted(rules), **record, "modules": modules, "tensors": others}
 
 
@@ -256,9 +260,7 @@ def _data(plan: "ExportPlan", stored: Stored, record: dict[str, Any]) -> np.ndar
     """The bytes of one tensor; digests of what it is made of go into `record`."""
     family, settings = find(plan.model.config.model_type), settings_of(plan)
     if not stored.parts:
-        factors = rope_factors(settings)
-        assert factors is not None
-        return factors.numpy().view(np.uint8)
+        return rope_factors(settings)[stored.name].numpy().view(np.uint8)
     layers = {matrix.name: path for path, matrix in plan.linears.items()}
     if stored.above:
         return np.array([_scale_above(plan.linears[layers[part]]) for part in stored.parts], np.float32).view(np.uint8)

@@ -72,6 +72,8 @@ def load_file(path: Path, inputs: bool = False, opened: GgufFile | None = None) 
         for key, name in _MISREAD.items():
             if (value := file.facts.get(f"{file.arch}.{key}")) is not None:
                 setattr(config, name, value)
+        if file.arch == "phi3":
+            settle_phi3(config, file)
         if hasattr(config, "query_pre_attn_scalar") and config.num_hidden_layers not in _SCALED_BY_WIDTH:
             config.query_pre_attn_scalar = config.head_dim  # as llama.cpp has it, and the file does not say
         loader: Any = AutoModelForCausalLM._model_mapping[type(config)]
@@ -83,6 +85,39 @@ def load_file(path: Path, inputs: bool = False, opened: GgufFile | None = None) 
         _round_inputs(model, file)
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def settle_phi3(config: Any, file: GgufFile) -> None:
+    """Say what transformers (5.23) leaves at the defaults of Phi-3: its rotation and its window."""
+    facts = {key.removeprefix("phi3."): value for key, value in file.facts.items()}
+    config.original_max_position_embeddings = facts.get(
+        "rope.scaling.original_context_length", config.max_position_embeddings
+    )
+    config.sliding_window = facts.get("attention.sliding_window") or None  # 0 says none
+    rope, head = dict(config.rope_parameters, partial_rotary_factor=1.0), _width(config)
+    if (rotated := facts.get("rope.dimension_count", head)) != head:
+        share = rotated / head
+        rope["partial_rotary_factor"] = share if int(head * share) == rotated else (rotated + 0.5) / head
+    kinds = {f"{kind}_factor": f"rope_factors_{kind}.weight" for kind in ("long", "short")}
+    if all(name in file.tensors for name in kinds.values()):
+        rope |= {key: file.value(name).tolist() for key, name in kinds.items()}
+        rope["original_max_position_embeddings"] = config.original_max_position_embeddings
+        rope |= {"rope_type": "longrope", "attention_factor": facts.get("rope.scaling.attn_factor", 1.0)}
+    config.rope_parameters = rope
+
+
+def _width(config: Any) -> int:
+    return int(config.hidden_size // config.num_attention_heads)
+
+
+def misread_phi3(file: GgufFile, tokens: int) -> str:
+    """What of a text of so many tokens plain transformers (5.23) would compute otherwise, or "" where nothing."""
+    facts = {key.removeprefix("phi3."): value for key, value in file.facts.items()}
+    if "rope_factors_long.weight" in file.tensors:
+        return "does not read LongRoPE's factors of phi3 files"
+    if facts["rope.dimension_count"] != facts["embedding_length"] // facts["attention.head_count"]:
+        return "takes every channel of phi3 files for rotated"
+    return "does not read sliding_window of phi3 files" if 0 < facts["attention.sliding_window"] < tokens else ""
 
 
 def _round_inputs(model: "PreTrainedModel", file: GgufFile) -> None:

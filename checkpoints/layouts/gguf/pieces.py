@@ -3,7 +3,7 @@ scores say which neighbours are joined first, and stand nowhere else; llama.cpp 
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,25 +38,33 @@ def adds_space(tokenizer: dict[str, Any]) -> bool:
         UnsupportedError: text is normalized or split in other ways than llama.cpp's.
     """
     prefix, spaces = False, False
-    for step in (tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")):
-        if not step:
-            continue
-        parts = step.get("normalizers") or step.get("pretokenizers") or [step]
-        for part in parts:
-            match part:
-                case {"type": "Prepend", "prepend": "\u2581"}:
-                    prefix = True
-                case {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}:
-                    spaces = True
-                case {"type": "Metaspace", "replacement": "\u2581"}:
-                    prefix, spaces = prefix or part.get("prepend_scheme", "always") != "never", True
-                case {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}:
-                    pass  # there is none left
-                case _:
-                    raise UnsupportedError(f"llama.cpp has nothing for a step of this tokenizer: {part}")
+    for part in _steps(tokenizer):
+        match part:
+            case {"type": "Prepend", "prepend": "\u2581"}:
+                prefix = True
+            case {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}:
+                spaces = True
+            case {"type": "Metaspace", "replacement": "\u2581"}:
+                prefix, spaces = prefix or part.get("prepend_scheme", "always") != "never", True
+            case {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}:
+                pass  # there is none left
+            case _:
+                raise UnsupportedError(f"llama.cpp has nothing for a step of this tokenizer: {part}")
     if not spaces:
         raise UnsupportedError(f"llama.cpp writes spaces as {SPACE}, which this tokenizer does not")
     return prefix
+
+
+def adds_space_once(tokenizer: dict[str, Any]) -> bool:
+    """Whether that space stands at the start of a text only, where llama.cpp puts one behind each added token, too."""
+    return any(part.get("prepend_scheme") == "first" for part in _steps(tokenizer))
+
+
+def _steps(tokenizer: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What is done to text before pieces are joined, in order."""
+    for step in (tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")):
+        if step:
+            yield from step.get("normalizers") or step.get("pretokenizers") or [step]
 
 
 def read_pieces(file: Path) -> list[Piece]:
@@ -112,8 +120,11 @@ def _number(message: bytes, at: int) -> tuple[int, int]:
             return value, at
 
 
-def rows(pieces: list[Piece], added: dict[int, dict[str, Any]], size: int, looks_special: Any) -> list[Piece]:
-    """The vocabulary of so many rows, `added` tokens (by number, as tokenizer_config.json has them) over the pieces."""
+def rows(
+    pieces: list[Piece], added: dict[int, dict[str, Any]], size: int, looks_special: Callable[[str], bool] | None
+) -> list[Piece]:
+    """The vocabulary of so many rows, `added` tokens (by number, as tokenizer_config.json has them) over the pieces.
+    `looks_special` says which of them steer beside those that say so; without it, they stand as they are written."""
     if len(pieces) > size:
         raise UnsupportedError(f"the tokenizer has {len(pieces)} pieces, but the embedding only {size} rows")
     absent = [Piece(f"[PAD{number}]", _ABSENT, TokenType.UNUSED) for number in range(len(pieces), size)]
@@ -121,7 +132,8 @@ def rows(pieces: list[Piece], added: dict[int, dict[str, Any]], size: int, looks
     for number, token in added.items():
         if number >= size:
             raise UnsupportedError(f"the tokenizer has token {number}, but the embedding only {size} rows")
-        special = token.get("special") or looks_special(token["content"])
-        text = token["content"] if special else token["content"].replace(SPACE, " ")
+        special = token.get("special") or (looks_special is not None and looks_special(token["content"]))
+        as_is = special or looks_special is None
+        text = token["content"] if as_is else token["content"].replace(SPACE, " ")
         found[number] = Piece(text, _LAST, TokenType.CONTROL if special else TokenType.USER_DEFINED)
     return found

@@ -5,20 +5,33 @@ anything else is refused, since it would split text otherwise there.
 """
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
 
 from qat.checkpoints.hf import load_tokenizer, read_json
-from qat.checkpoints.layouts.gguf.pieces import FILE, adds_space, is_sentencepiece, read_pieces, rows
+from qat.checkpoints.layouts.gguf.families import Family
+from qat.checkpoints.layouts.gguf.pieces import FILE, adds_space, adds_space_once, is_sentencepiece, read_pieces, rows
 from qat.errors import UnsupportedError
 
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_REGEX = {_WORDS % "": "qwen2", _WORDS % "{1,3}": "llama-bpe"}
+_CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITS = {"qwen2": _WORDS % "", "llama-bpe": _WORDS % "{1,3}", "dbrx": _WORDS % "{1,3}", "gpt-4o": _CASED}
+"""Regular expressions of words, by llama.cpp's names; of `gpt-4o` it has one that knows capitals of ASCII only."""
 _MERGED_FIRST = ("llama-bpe",)  # rules under which llama.cpp takes a word that is a token before it merges
+_CAPITALS = "llama.cpp splits words with marks, or capitals outside of ASCII, otherwise than this tokenizer (gpt-4o)"
+_BEHIND = (
+    "llama.cpp puts a space before the text behind each added token, such as <s>, where this tokenizer "
+    "(prepend_scheme: first) puts one before the start of a text only"
+)
 _NFC = ("qwen2",)  # whose normalization llama.cpp leaves out
 
 
@@ -34,33 +47,36 @@ def splitting(tokenizer: dict[str, Any]) -> str:
             f"a tokenizer of kind {model.get('type')} is not written to GGUF files; BPE is, of bytes or SentencePiece"
         )
     chain = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
-    name = _named(chain)
+    early = bool(model.get("ignore_merges"))
+    name = next((name for name in _named(chain) if early == (name in _MERGED_FIRST)), None)
     normalized = (tokenizer.get("normalizer") or {}).get("type")
-    early = bool(model.get("ignore_merges")) == (name in _MERGED_FIRST)
-    if name is None or not early or not (normalized is None or (normalized == "NFC" and name in _NFC)):
+    if name is None or not (normalized is None or (normalized == "NFC" and name in _NFC)):
         what = json.dumps({"normalizer": tokenizer.get("normalizer"), "pre_tokenizer": steps}, ensure_ascii=False)
         raise UnsupportedError(f"llama.cpp has no name for how this tokenizer splits text: {what[:400]}")
     return name
 
 
-def _named(chain: list[dict[str, Any]]) -> str | None:
+def _named(chain: list[dict[str, Any]]) -> list[str]:
+    """Names of rules that split like it, whatever they do then."""
     *first, last = chain
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
-        return None
+        return []
     if not first:
-        return "gpt-2" if last.get("use_regex", True) else None
+        return ["gpt-2"] if last.get("use_regex", True) else []
     if len(first) > 1:
-        return None
+        return []
     (step,) = first
     if step.get("type") == "Digits" and step.get("individual_digits") and last.get("use_regex", True):
-        return "smollm"
-    if step.get("type") == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
-        return None if last.get("use_regex", True) else _REGEX.get(step["pattern"].get("Regex", ""))
-    return None
+        return ["smollm"]
+    # The words alone, or, as the expressions leave nothing between them, nothing but the words.
+    words = (step.get("behavior"), bool(step.get("invert"))) in (("Isolated", False), ("Removed", True))
+    if step.get("type") == "Split" and words and not last.get("use_regex", True):
+        return [name for name, regex in SPLITS.items() if regex == step["pattern"].get("Regex")]
+    return []
 
 
-def add_vocabulary(writer: GGUFWriter, source: Path, size: int, spaced: bool = True) -> None:
-    """Everything about the tokenizer in `source`, padded to the `size` rows of the embedding; `spaced`: see `Family`.
+def add_vocabulary(writer: GGUFWriter, source: Path, size: int, family: Family) -> None:
+    """Everything about the tokenizer in `source`, padded to the `size` rows of the embedding.
 
     Raises:
         UnsupportedError: a tokenizer that llama.cpp cannot express.
@@ -75,11 +91,16 @@ def add_vocabulary(writer: GGUFWriter, source: Path, size: int, spaced: bool = T
     if writer.arch == "llama" and config.get("add_prefix_space") is not None:
         writer.add_add_space_prefix(config["add_prefix_space"])
     if is_sentencepiece(whole):
-        special = _add_pieces(writer, source, whole, config if spaced else {**config, "add_prefix_space": False}, size)
-        if not spaced:
+        if not family.spaced:
+            config = {**config, "add_prefix_space": False}
+        special = _add_pieces(writer, source, whole, config, size, family.joined)
+        if writer.arch != "llama" and config.get("add_prefix_space") is False:
             writer.add_add_space_prefix(False)
     else:
-        special = _add_byte_level(writer, source, splitting(whole), _tokens(tokenizer, size))
+        rule = splitting(whole)
+        if rule == "gpt-4o":
+            warnings.warn(_CAPITALS, UserWarning, stacklevel=2)
+        special = _add_byte_level(writer, source, rule, _tokens(tokenizer, size))
     if "bos" not in special.add_special_token and (bos := special.special_token_ids.get("bos")) is not None:
         special.add_special_token["bos"] = tokenizer.encode("a")[:1] == [bos]
     special.add_to_gguf(writer, quiet=True)
@@ -96,22 +117,26 @@ def _add_byte_level(
 
 
 def _add_pieces(
-    writer: GGUFWriter, source: Path, whole: dict[str, Any], config: dict[str, Any], size: int
+    writer: GGUFWriter, source: Path, whole: dict[str, Any], config: dict[str, Any], size: int, joined: bool
 ) -> SpecialVocab:
-    """The rows of a SentencePiece tokenizer, with what tokenizer.json and tokenizer_config.json add to its pieces."""
+    """The rows of a SentencePiece tokenizer, with what tokenizer.json and tokenizer_config.json add to its pieces;
+    `joined`: see `Family`."""
     pieces, said = read_pieces(source / FILE), config.get("add_prefix_space")
     if adds_space(whole) != (said is None or bool(said)):
         raise UnsupportedError(
             f"tokenizer_config.json says add_prefix_space: {said} (which llama.cpp takes for true where it is absent), "
             "but tokenizer.json does otherwise; make them agree"
         )
+    if adds_space_once(whole):
+        warnings.warn(_BEHIND, UserWarning, stacklevel=2)
     known = whole["model"]["vocab"]
     apart = [piece.text for number, piece in enumerate(pieces) if known.get(piece.text) != number]
     if apart:
         raise UnsupportedError(f"tokenizer.json and {FILE} differ, in {len(apart)} pieces, such as {apart[0]!r}")
-    added = {token["id"]: token for token in whole.get("added_tokens", ()) if token["id"] >= len(pieces)}
+    every = {token["id"]: token for token in whole.get("added_tokens", ())}
+    added = {number: token for number, token in every.items() if number >= len(pieces)}
     added |= {int(number): token for number, token in config.get("added_tokens_decoder", {}).items()}
-    vocabulary = rows(pieces, added, size, _looks_special)
+    vocabulary = rows(pieces, added | every, size, None) if joined else rows(pieces, added, size, _looks_special)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list([row.text for row in vocabulary])

@@ -29,7 +29,12 @@ CACHES = None
 
 def check(layer: TargetLayer) -> None:
     """Raise where llama.cpp does not know the model, or multiplies with other numbers than were trained."""
-    find(layer.model_type)
+    family = find(layer.model_type)
+    if layer.weight.global_scale and not family.mlp_scales and ".mlp." in layer.path:
+        raise UnsupportedError(
+            f"{layer.path}: llama.cpp's {layer.model_type} leaves out the scale above {layer.weight.name} in its MLP; "
+            "use mxfp4 or q4_0 for it"
+        )
     if layer.rounded and not layer.weight.exact_in_bf16:
         raise UnsupportedError(
             f"{layer.path}: {layer.weight.name} was trained rounded to BF16, but llama.cpp multiplies with the exact "

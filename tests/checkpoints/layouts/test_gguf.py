@@ -251,13 +251,17 @@ def test_ways_to_split_text_are_known_or_refused() -> None:
 
     assert splitting(tokenizer(split, byte_level, normalizer={"type": "NFC"})) == "qwen2"
     assert splitting(tokenizer(threes, byte_level, model={**model, "ignore_merges": True})) == "llama-bpe"
+    assert splitting(tokenizer(threes, byte_level)) == "dbrx"  # merges first, unlike Llama 3
+    removed = {**threes, "behavior": "Removed", "invert": True}  # what is no word, and there is nothing else
+    assert splitting(tokenizer(removed, byte_level)) == "dbrx"
     assert splitting(tokenizer(digits, {**byte_level, "use_regex": True})) == "smollm"
     assert splitting({**tokenizer(), "pre_tokenizer": {**byte_level, "use_regex": True}}) == "gpt-2"
     for wrong in (
-        tokenizer(threes, byte_level),  # merges first, unlike Llama 3
         tokenizer(split, byte_level, normalizer={"type": "NFKC"}),
         tokenizer(split, split, byte_level),
         tokenizer({**split, "invert": True}, byte_level),
+        tokenizer({**split, "behavior": "Removed"}, byte_level),
+        tokenizer(split, byte_level, model={**model, "ignore_merges": True}),
         tokenizer(digits, byte_level),
         tokenizer(byte_level),
     ):
