@@ -40,6 +40,13 @@ def check_source(names: Collection[str], source: Path, dtype: torch.dtype) -> No
             check_held(name, reader.get(name), dtype)
 
 
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise CheckpointError where what is about to be written holds NaN or infinity: the ends of its range tell, in one
+    pass without a copy."""
+    if tensor.is_floating_point() and tensor.numel() and not bool(torch.stack(tensor.aminmax()).isfinite().all()):
+        raise CheckpointError(f"{name} holds NaN or infinity; nothing was written")
+
+
 def check_held(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     """Raise CheckpointError where finite numbers become infinite in that type."""
     if not (tensor.is_floating_point() and tensor.numel()):

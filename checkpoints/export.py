@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qat.checkpoints.caches import cache_offsets, cache_record, cache_tensors, exportable
-from qat.checkpoints.dense_types import check_held
+from qat.checkpoints.dense_types import check_finite, check_held
 from qat.checkpoints.export_plan import (
     DEFAULT_TARGET,
     ExportPlan,
@@ -243,7 +243,7 @@ def _tensors_of(
             tensor = tensor.to(dtype)
     else:
         tensor = reader.get(name)  # the model never loaded it
-    _check_finite(name, tensor)
+    check_finite(name, tensor)
     record["tensors"][name] = digest(tensor)
     return {name: tensor}
 
@@ -286,18 +286,12 @@ def _coded(matrix: Matrix) -> tuple[QTensor, str]:
     rest = codes.flatten(0, -2)
     for part in matrix.parts():
         q, trained = part.quantize(), part.value().to(torch.bfloat16)
-        _check_finite(matrix.name, trained)
+        check_finite(matrix.name, trained)
         if not torch.equal(q.dequantize(torch.bfloat16), trained):
             raise CheckpointError(f"{matrix.name}: its codes do not decode to the weight of the forward pass")
         rest[: len(q.codes)], rest = q.codes, rest[len(q.codes) :]
         add_to_digest(whole, trained)
     return QTensor(matrix.format, codes, matrix.quantizer.scales()), whole.hexdigest()
-
-
-def _check_finite(name: str, tensor: Tensor) -> None:
-    plain = tensor.is_floating_point() and tensor.numel()
-    if plain and not bool(torch.stack(tensor.aminmax()).isfinite().all()):
-        raise CheckpointError(f"{name} holds NaN or infinity; nothing was written")
 
 
 def _cache_scales(plan: ExportPlan, record: dict[str, Any]) -> dict[str, Tensor]:

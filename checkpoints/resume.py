@@ -328,7 +328,7 @@ def load_student(
     lora = lora_config(run)
     if lora is None:  # whose students have the scales by which the release shows
         scheme = _before_experts(scheme, model, tensors)
-    rotate_inputs(apply(model, scheme, defer_init=True), scheme)
+    rotate_inputs(apply(model, scheme, blank=True), scheme)
     if lora is None:
         restore_student(model, tensors)
     else:

@@ -20,6 +20,7 @@ from qat.terminal import (
     os_error,
     print_anything,
     quiet_libraries,
+    rarely_collecting,
     refuse_bytes,
     unbreakable_stderr,
     warned,
@@ -42,7 +43,7 @@ A run is one YAML file, a folder runs/NAME and a report. Formats: qat formats. T
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     print_anything()
-    with unbreakable_stderr():
+    with unbreakable_stderr(), rarely_collecting():
         return _main(argv)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qat.adapters import Candidate, candidates, unknown_kind
 from qat.errors import ConfigError, FormatError, UnsupportedError
 from qat.families import find_family, fused_sets
-from qat.init.scales import initial_scales, shared_global_scale
+from qat.init.scales import first_scales
 from qat.numbers.catalog import lookup
 from qat.numbers.hadamard import BlockHadamard, rotation, size_problem
 from qat.numbers.numerics import width_problem
@@ -24,6 +24,7 @@ from qat.quantizer import InputQuantizer, WeightQuantizer
 from qat.scheme import Rule, Scheme
 from qat.sites import CACHED, Quantizers, Role, sites
 
+Planned = list[tuple[Candidate, Rule]]  # tensors that a rule speaks of, each with that rule
 DENSE_BITS = 16.0  # what an unquantized weight costs in a BF16 checkpoint
 
 
@@ -110,7 +111,7 @@ def plan(model: nn.Module, scheme: Scheme) -> dict[str, Rule]:
     return {candidate.path: rule for candidate, rule in _plan(model, scheme) if candidate.role == "weight"}
 
 
-def _plan(model: nn.Module, scheme: Scheme) -> list[tuple[Candidate, Rule]]:
+def _plan(model: nn.Module, scheme: Scheme) -> Planned:
     """Every tensor that a rule speaks of, with that rule, in the model's order."""
     planned, missing = [], []
     everything = list(candidates(model))
@@ -140,7 +141,7 @@ def _treatment(rule: Rule, rotated: int | None) -> str:
     return f"{rule.weight or 'skip'}/{rule.input or '-'}" + (f" rotated by {rotated}" if rotated else "")
 
 
-def _rotations(planned: list[tuple[Candidate, Rule]], scheme: Scheme) -> dict[str, int]:
+def _rotations(planned: Planned, scheme: Scheme) -> dict[str, int]:
     """Sizes of the block Hadamards that inputs will meet, by path of the weight, if they can."""
     read = (candidate for candidate, _ in planned if candidate.role == "weight")
     given = {c.path: (c, size) for c in read if (size := scheme.rotation_of(c.path, c.module))}
@@ -168,7 +169,7 @@ def rotate_inputs(model: nn.Module, scheme: Scheme) -> nn.Module:
     return model
 
 
-def _check_rules_used(scheme: Scheme, planned: list[tuple[Candidate, Rule]], everything: list[Candidate]) -> None:
+def _check_rules_used(scheme: Scheme, planned: Planned, everything: list[Candidate]) -> None:
     for rule in scheme.rules:
         if any(rule is other for _, other in planned):
             continue
@@ -219,12 +220,12 @@ def trained_together(model: nn.Module, scheme: Scheme, paths: Iterable[str]) -> 
     return fused_sets(paths, usual if scheme.fused is None else scheme.fused)
 
 
-def apply(model: nn.Module, scheme: Scheme, *, defer_init: bool = False) -> nn.Module:
+def apply(model: nn.Module, scheme: Scheme, *, defer_init: bool = False, blank: bool = False) -> nn.Module:
     """Put quantizers on the tensors that the scheme names, in place; returns the model.
 
     Weight scales begin as `scheme.init` says, unweighted; `calibrate` repeats that with calibration data where the
     scheme wants it, and gives static activation ranges their values. `defer_init` takes the format's own rule instead
-    of searching, for callers that calibrate, or load trained scales, right afterwards.
+    of searching, for callers that calibrate right afterwards; `blank` leaves all scales one, for those that load them.
     """
     if scheme.fallback is not None:
         raise ConfigError(
@@ -234,7 +235,7 @@ def apply(model: nn.Module, scheme: Scheme, *, defer_init: bool = False) -> nn.M
     planned = _plan(model, scheme)
     _resolve_tied(model, planned, scheme)
     quantized = [(c, rule) for c, rule in planned if getattr(rule, c.role) is not None]
-    makers = _Makers(model, scheme, quantized, defer_init)
+    makers = _Makers(model, scheme, quantized, defer_init, blank)
     by_module: dict[str, dict[str, Quantizers]] = defaultdict(dict)
     adapters: dict[str, Any] = {}
     for candidate, rule in quantized:
@@ -248,10 +249,8 @@ def apply(model: nn.Module, scheme: Scheme, *, defer_init: bool = False) -> nn.M
 class _Makers:
     """Makes quantizers, one for each tensor: tied weights and fused inputs share theirs."""
 
-    def __init__(
-        self, model: nn.Module, scheme: Scheme, quantized: list[tuple[Candidate, Rule]], defer_init: bool
-    ) -> None:
-        self.model, self.scheme, self.defer_init = model, scheme, defer_init
+    def __init__(self, model: nn.Module, scheme: Scheme, quantized: Planned, defer_init: bool, blank: bool) -> None:
+        self.model, self.scheme, self.defer_init, self.blank = model, scheme, defer_init, blank
         self.candidates = {c.path: c for c, _ in quantized if c.role == "weight"}
         self.groups = {m: members for members in trained_together(model, scheme, self.candidates) for m in members}
         self.weights: dict[int, WeightQuantizer] = {}
@@ -269,10 +268,9 @@ class _Makers:
     def _weight(self, candidate: Candidate, rule: Rule, members: list[str]) -> WeightQuantizer:
         key = id(self._parameter(candidate))
         if key not in self.weights:
-            fmt = lookup(rule.weight or "")
-            shared = shared_global_scale([self._matrix(self.candidates[m]) for m in members], fmt)
-            search = "amax" if self.defer_init else self.scheme.search_of(rule)
-            scales = initial_scales(self._matrix(candidate), fmt, search, shared)
+            fmt, together = lookup(rule.weight or ""), [self._matrix(self.candidates[m]) for m in members]
+            search = None if self.blank else "amax" if self.defer_init else self.scheme.search_of(rule)
+            scales = first_scales(self._matrix(candidate), fmt, search, together)
             rounds = self.scheme.rounds_bf16(fmt.name, rule.input)
             self.weights[key] = WeightQuantizer(fmt, scales, rule.learn or self.scheme.learn, rounds)
         return self.weights[key]
@@ -304,7 +302,7 @@ class _Makers:
         return weight.transpose(-1, -2) if candidate.slot.transposed else weight
 
 
-def _resolve_tied(model: nn.Module, planned: list[tuple[Candidate, Rule]], scheme: Scheme) -> None:
+def _resolve_tied(model: nn.Module, planned: Planned, scheme: Scheme) -> None:
     """Apply the tied-weight policy."""
     rules = {candidate.path: rule for candidate, rule in planned if candidate.role == "weight"}
     first: dict[int, str] = {}

@@ -247,7 +247,7 @@ def _check_together(student: Any, scheme: Scheme, source: Path, paths: list[str]
     order = list(dict.fromkeys(set_of.get(path, path) for path in paths))
     formats = {path: pairs[order.index(set_of.get(path, path)) % len(pairs)] for path in paths}
     mixture = treated(student, scheme, formats, REASON)
-    bare: Any = rotate_inputs(apply(copy.deepcopy(student), mixture, defer_init=True), mixture)
+    bare: Any = rotate_inputs(apply(copy.deepcopy(student), mixture, blank=True), mixture)
     _, refused = refusals(bare, source)
     if len(refused) == len(TARGETS):
         raise UnsupportedError(

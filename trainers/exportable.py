@@ -42,7 +42,7 @@ def export_notes(job: Job, folder: Path | None, model: Any) -> list[str]:
     check_called(model, report(model, job.scheme))
     packed.check(job, folder, model)
     scheme = job.scheme.model_copy(update={"fallback": None})
-    bare: Any = rotate_inputs(apply(copy.deepcopy(model), scheme, defer_init=True), scheme)
+    bare: Any = rotate_inputs(apply(copy.deepcopy(model), scheme, blank=True), scheme)
     notes = [f"export: {note}" for note in check_export(bare, weights)]
     if job.engine is not None and job.device is not None:
         notes += check_loadable(bare, weights, job.engine, job.device)

@@ -142,7 +142,7 @@ def load_prepared(
     kind: Any = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModelForCausalLM)
     with quiet():
         model: PreTrainedModel = kind.from_pretrained(folder, dtype=torch.float32)
-    rotate_inputs(apply(model, scheme, defer_init=True), scheme)
+    rotate_inputs(apply(model, scheme, blank=True), scheme)
     _restore_quantizers(model, folder)
     hub_id = record.get("source")
     found, notes = _source(source, hub_id or "")

@@ -23,6 +23,7 @@ from qat.numbers.numerics import (
     finite_amax,
     global_scale_for,
     to_blocks,
+    unit_scales,
 )
 from qat.numbers.scale import select
 from qat.sites import Site
@@ -64,6 +65,19 @@ def initial_scales(
     if search == "mse" and fmt.super_block:
         return settled(blocked, fmt, searched(blocked, fmt, base, error_weight), error_weight)
     return _search(blocked, fmt, base, _candidates(fmt, base, search), error_weight)
+
+
+def first_scales(weight: Tensor, fmt: Format, search: Search | None, together: list[Tensor]) -> Scales:
+    """What a quantizer is made with, before any calibration.
+
+    Args:
+        weight: (rows, columns), or a stack of them.
+        search: see `initial_scales`; None looks at no weight, for who loads scales right afterwards.
+        together: the weights whose global scale it shares, itself among them.
+    """
+    if search is None:
+        return unit_scales(weight.shape, fmt, weight.device)
+    return initial_scales(weight, fmt, search, shared_global_scale(together, fmt))
 
 
 def _candidates(fmt: Format, base: Scales, search: Search) -> Iterator[Tensor]:

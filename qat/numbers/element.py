@@ -103,8 +103,8 @@ class Element:
         """Codes (uint8) of values that `round` returned. Zero always gets the code of +0; NaN gets code 0."""
         finite = torch.nan_to_num(rounded).contiguous()  # bucketize warns about strides
         if self.kind == "integer":
-            signed = (finite / self.step).round().to(torch.int16)
-            return (signed & (2**self.bits - 1)).to(torch.uint8)
+            whole = finite if self.step == 1.0 else finite.div_(self.step).round_()
+            return whole.to(torch.int16).to(torch.uint8) & (2**self.bits - 1)
         if self.kind == "table":
             return self._nearest_index(finite).to(torch.uint8)
         magnitudes = _positive_values(self).to(finite.device)

@@ -206,6 +206,26 @@ def find_scales(x: Tensor, fmt: Format, global_scale: Tensor | None = None) -> S
     return scales if fmt.is_single else choose_elements(blocked, fmt, scales)
 
 
+def unit_scales(shape: Sequence[int], fmt: Format, device: torch.device) -> Scales:
+    """Scales of one, with which nothing is subtracted: all that a tensor (rows, columns), or a stack of matrices, each
+    with a global scale of its own, will have in this format, for who sets them afterwards."""
+    *stack, rows, columns = shape
+    high, wide = fmt.grid_shape(rows, columns)
+    ones = torch.ones(math.prod(stack) * high, wide, device=device)
+    above = ones.clone() if fmt.super_block else None
+    if fmt.global_scale:
+        above = ones[:, :1].clone() if stack else torch.ones((), device=device)
+    nothing = torch.zeros_like(ones)
+    return Scales(
+        fmt.scale.store(ones),
+        above,
+        zero_point=nothing.to(torch.int8) if fmt.zero_point else None,
+        choice=None if fmt.is_single else nothing.to(torch.uint8),
+        type=fmt.scale,
+        minimum=None if fmt.minimum is None else Scales(fmt.minimum.store(nothing), ones.clone(), type=fmt.minimum),
+    )
+
+
 def scale_from_amax(amax: Tensor, fmt: Format, global_scale: Tensor | None, blocked: Tensor | None = None) -> Tensor:
     """Stored scale from the block maxima by `fmt.scale_rule`; "mean" needs the blocks themselves."""
     if fmt.scale_rule != "mean":

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qat.checkpoints.dense_types import check_held, check_source, narrowed
+from qat.checkpoints.dense_types import check_finite, check_held, check_source, narrowed
 from qat.checkpoints.export_plan import plan_export, refusals
 from qat.checkpoints.hf import load_model
 from qat.checkpoints.layouts import TARGETS
@@ -45,6 +45,19 @@ def test_types_that_change_are_counted(tmp_path: Path) -> None:
 def test_what_fits_or_never_did(value: float) -> None:
     """Up to half a step above the largest number rounds to it; what is not finite is refused elsewhere."""
     check_held("w", torch.tensor([1.0, value]), torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+def test_what_is_not_finite_is_named_wherever_it_stands(value: float, dtype: torch.dtype) -> None:
+    for place in (0, 3, 7):
+        tensor = torch.linspace(-2, 2, 8, dtype=dtype)
+        check_finite("w", tensor)
+        tensor[place] = value
+        with pytest.raises(CheckpointError, match="w holds NaN or infinity; nothing was written"):
+            check_finite("w", tensor)
+    check_finite("w", torch.empty(0, dtype=dtype))
+    check_finite("w", torch.tensor([1, 2]))
 
 
 @pytest.mark.parametrize("value", [65520.0, -1e6])

@@ -1,14 +1,20 @@
 """The resumable state: what a run goes on from is what it had, random numbers included."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qat.checkpoints import resume
+from qat.checkpoints.hf import load_model
 from qat.errors import CheckpointError
+from qat.scheme import Scheme
+from qat.surgery import apply
+from tests.tiny import tiny_model
 
 
 def _trained(seed: int) -> tuple[nn.Module, torch.optim.AdamW]:
@@ -78,3 +84,29 @@ def test_learned_ranges_of_earlier_releases_have_no_dimension(tmp_path: Path) ->
 def test_no_state_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no resumable state"):
         resume.last_state(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "match", "weight"),
+    [("llama", "*.down_proj", name) for name in ("nvfp4", "int4_g32_asym", "q4_k", "q6_k", "if4", "fp8_b128")]
+    + [("qwen3_moe", "*.experts.*", name) for name in ("nvfp4", "int4_g32_asym")],
+)
+def test_a_student_comes_back_without_its_scales_being_looked_for(
+    kind: str, match: str, weight: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are in the file: a search before takes as long as the rest of a small model's export."""
+    source, run = tiny_model(kind, tmp_path / "model", num_hidden_layers=1), tmp_path / "run"
+    rules = [{"match": match, "weight": weight}, {"match": "*", "skip": "the rest"}]
+    given: Any = {"rules": rules, "init": [], "learn": "dual_lsq"}
+    model = apply(load_model(source), Scheme.model_validate(given))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    run.mkdir()
+    (run / "job.yaml").write_text(yaml.safe_dump({"model": {"id": str(source)}, "scheme": given}), encoding="utf-8")
+    resume.save_best(run, resume.student_tensors(model), {"step": 1})
+    monkeypatch.delattr("qat.init.scales.find_scales")
+    student, expected = resume.load_student(run)[0].state_dict(), model.state_dict()
+    assert any("quantizer" in name for name in expected) and student.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert student[name].dtype == tensor.dtype and torch.equal(student[name], tensor), name

@@ -1,5 +1,6 @@
 """Starting, being interrupted, and writing to somebody who no longer reads."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qat.cli import main
-from qat.terminal import Unbreakable, unbreakable_stderr
+from qat.terminal import Unbreakable, rarely_collecting, unbreakable_stderr
 
 # numpy, which torch imports, clears errors of what it imports: an interrupt there is lost, and half of numpy is there.
 SWALLOWS = """
@@ -64,3 +65,26 @@ def test_what_nobody_can_read_is_lost_without_an_error(monkeypatch: pytest.Monke
                 assert not sys.stderr.isatty()
             assert main(["train", "/nowhere.yaml"]) == 2
         stream.close()
+
+
+def test_all_objects_are_looked_through_rarely_and_only_while_a_command_runs() -> None:
+    before = gc.get_threshold()
+    with pytest.raises(KeyError), rarely_collecting():
+        assert gc.get_threshold() == (*before[:2], 10 * before[2]) and gc.isenabled()
+        raise KeyError
+    assert gc.get_threshold() == before
+
+
+def test_a_start_looks_through_everything_once_at_most() -> None:
+    """Importing torch alone took two such passes, an export eight, of a second together."""
+    code = """
+import gc, sys
+passes = []
+gc.callbacks.append(lambda phase, about: passes.append(about["generation"]) if phase == "start" else None)
+from qat.cli import main
+main(["formats"])
+print(passes.count(2), file=sys.stderr)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert int(done.stderr.split()[-1]) <= 1

@@ -19,6 +19,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from torch import Tensor
 
+from qat.checkpoints.dense_types import check_finite
 from qat.checkpoints.folders import atomic_file
 from qat.checkpoints.gguf import read_metadata
 from qat.checkpoints.layouts.gguf.families import check, describe, find, rope_factors, row_order
@@ -281,8 +282,7 @@ def _data(plan: "ExportPlan", stored: Stored, record: dict[str, Any]) -> np.ndar
 def _dense(tensor: Tensor, name: str, kind: GGMLQuantizationType) -> Tensor:
     """What is not quantized: the BF16 value that other exports store, in float32 where llama.cpp wants that."""
     value = tensor.detach().to("cpu").to(torch.bfloat16).contiguous()
-    if not bool(value.isfinite().all()):
-        raise CheckpointError(f"{name} holds NaN or infinity; nothing was written")
+    check_finite(name, value)
     return value if kind is GGMLQuantizationType.BF16 else value.to(torch.float32)
 
 
@@ -291,8 +291,7 @@ def _quantized(matrix: Matrix) -> tuple[Tensor, str]:
     pieces, whole = [], hashlib.sha256()
     for part in matrix.parts():
         q, trained = part.quantize(), part.value().to(torch.float32)
-        if not bool(trained.isfinite().all()):
-            raise CheckpointError(f"{matrix.name} holds NaN or infinity; nothing was written")
+        check_finite(matrix.name, trained)
         if not torch.equal(q.dequantize(torch.float32), trained):
             raise CheckpointError(f"{matrix.name}: its codes do not decode to the weight of the forward pass")
         pieces.append(row_bytes(q))

@@ -11,7 +11,7 @@ from torch import Tensor
 from qat.checkpoints.hf import load_model
 from qat.errors import FormatError
 from qat.init.calibration import calibrate
-from qat.init.scales import initial_scales, shared_global_scale
+from qat.init.scales import first_scales, initial_scales, shared_global_scale
 from qat.lora import hold
 from qat.numbers.catalog import CATALOG, lookup
 from qat.numbers.format import Format
@@ -98,6 +98,34 @@ def test_starts_follow_the_size_of_the_weight(fmt: Format) -> None:
         for exponent in (2 if fmt.super_block else -4, 14) if fmt.scale is F16 or fmt.super_block else (-90, 90):
             found = initial_scales(x * 2.0**exponent, fmt, start, importance=weights)
             assert torch.equal(found.effective(), expected.effective() * 2.0**exponent)
+
+
+@every_format
+@pytest.mark.parametrize("shape", [(256, 512), (3, 128, 256)])
+def test_scales_that_are_loaded_afterwards_are_ones_like_those_of_the_format(
+    fmt: Format, shape: tuple[int, ...]
+) -> None:
+    if len(shape) > 2 and fmt.block[0] == 0:  # refused: one scale would span experts
+        return
+    x = normal(*shape)
+    blank, found = first_scales(x, fmt, None, [x]), first_scales(x, fmt, "amax", [x])
+    pairs = [(blank, found)]
+    if found.minimum is not None:
+        assert blank.minimum is not None and not blank.minimum.effective().any()
+        pairs.append((blank.minimum, found.minimum))
+    for own, other in pairs:
+        for field in dataclasses.fields(Scales):
+            a, b = getattr(own, field.name), getattr(other, field.name)
+            if isinstance(b, Tensor):
+                assert (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device), field.name
+            elif field.name != "minimum":
+                assert a is b, field.name
+    assert (blank.effective() == 1).all()
+    assert blank.global_scale is None or (blank.global_scale == 1).all()
+    assert all(t is None or not t.any() for t in (blank.zero_point, blank.choice))
+    if blank.minimum is not None and blank.minimum.global_scale is not None:
+        assert (blank.minimum.global_scale == 1).all()
+        assert blank.minimum.global_scale.data_ptr() != blank.global_scale.data_ptr()
 
 
 def test_start_names() -> None:
