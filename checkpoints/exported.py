@@ -43,6 +43,7 @@ class ServedInput:
         consumers: how many layers read the same tensor.
         codes: give codes and scales (`qat.serving.inputs`) to a layer that multiplies those, instead of rounded values.
         rotation: size of the block Hadamard that comes before rounding, 0 without.
+        experts: whether they read the tensor.
     """
 
     def __init__(
@@ -54,8 +55,9 @@ class ServedInput:
         *,
         codes: bool = False,
         rotation: int = 0,
+        experts: bool = False,
     ) -> None:
-        self.format, self.rule, self.static, self.codes = fmt, rule, static, codes
+        self.format, self.rule, self.static, self.codes, self.experts = fmt, rule, static, codes, experts
         self.rotate = BlockHadamard(rotation) if rotation else None
         self.same = SameTensor(consumers)
 
@@ -77,7 +79,7 @@ class ServedInput:
             self.static = static = static.to(x.device)
         if self.codes:
             return quantize_input(x, self.format.name, static)
-        return (fake_quantize_input(x, self.format, self.rule, "ste", static),)
+        return (fake_quantize_input(x, self.format, self.rule, "ste", static, self.experts),)
 
 
 def load_exported(
@@ -215,7 +217,7 @@ def stack_inputs(
             raise UnsupportedError(f"{path}: rotated inputs of fused experts cannot be read")
         if module.input is None or place is None:
             continue
-        wanted = ServedInput(input_format(module.input), rule, exported.static_input(path))
+        wanted = ServedInput(input_format(module.input), rule, exported.static_input(path), experts=True)
         owner, _, slot = place[0].rpartition(".")
         known = stacks.setdefault(owner, {}).setdefault(slot, wanted)
         scales = [_plain(each.static) for each in (known, wanted)]

@@ -28,6 +28,7 @@ from qat.checkpoints.names import stored_names
 from qat.checkpoints.progress import progress
 from qat.checkpoints.simulated_caches import simulate_caches, simulated_and_trained
 from qat.errors import CheckpointError, UnsupportedError
+from qat.families import expert_list
 from qat.numbers.format import Format
 from qat.text import some
 from qat.training.activations import fake_quantize_input
@@ -110,7 +111,7 @@ def simulated(exported: ExportedFolder, path: str, bias: Tensor | None = None) -
             scales = q.scales.stored.to(torch.bfloat16).flatten() * tensors["input_scale"].to(torch.bfloat16)
             tensors["deq_scale"] = scales.to(torch.float32)
     added = None if kind.input == "tensor" and exported.METHOD == METHOD else bias
-    return SimulatedLinear(kind, tensors, added, _MODELS[rule_of(exported)])
+    return SimulatedLinear(kind, tensors, added, _MODELS[rule_of(exported)], expert_list(path) is not None)
 
 
 def rule_of(exported: ExportedFolder) -> str:
@@ -240,10 +241,11 @@ def _compared(exported: ExportedFolder, path: str, device: npu.Device) -> tuple[
     if exported.METHOD == BLOCKS:
         return _blocks(exported, path, device, x, weight, added)
     _, _, input = _kind(exported, path)
+    of_experts = expert_list(path) is not None
     layer, worst = simulated(exported, path, added), 0.0
     for phase in get_args(Phase) if layer.mixes else get_args(Phase)[:1]:
         with answering(phase):
-            read = wide if input is None else fake_quantize_input(wide, input, rule, "ste", static)
+            read = wide if input is None else fake_quantize_input(wide, input, rule, "ste", static, of_experts)
             expected = torch.nn.functional.linear(read, weight, added)
             worst = max(worst, distance(layer(x).float(), expected, x.dtype))
     return worst, 0.0

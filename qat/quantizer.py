@@ -272,9 +272,9 @@ class InputQuantizer(Quantizer):
 
     `amax` is the calibrated range (a float32 scalar, NaN until `calibrate`): static formats derive their scale from it,
     NVFP4-like formats their per-tensor scale; dynamic formats ignore it. Static formats with a zero point have the
-    lowest and the highest value instead, and formats with a scale per column a range for each (`surgery` knows how
-    many). With `learn` (static formats only) a logarithmic correction of it is a parameter, with LSQ's gradient;
-    `limit` is then the range in force.
+    lowest and the highest value instead, and formats with a scale per column a range for each; `surgery` knows how
+    many, and whether `experts` read the tensor. With `learn` (static formats only) a logarithmic correction of it is a
+    parameter, with LSQ's gradient; `limit` is then the range in force.
     """
 
     amax: Tensor
@@ -284,7 +284,7 @@ class InputQuantizer(Quantizer):
     ) -> None:
         super().__init__(fmt)
         self.log_range = nn.Parameter(torch.zeros(1)) if learn else None  # FSDP2 takes no scalar
-        self.rule, self.estimator, self.observer_kind = rule, estimator, observer
+        self.rule, self.estimator, self.observer_kind, self.experts = rule, estimator, observer, False
         self.register_buffer("amax", torch.full((2,) if self.is_affine else (), math.nan))
         self._observer: AnyObserver | None = None
         self._same = SameTensor(readers=1)
@@ -359,17 +359,15 @@ class InputQuantizer(Quantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         """x (..., columns) on its grid."""
-        static = self.static()
+        static, x = self.static(), self.transformed(x)
         if self.log_range is None or static is None or not torch.is_grad_enabled():
-            return fake_quantize_input(self.transformed(x), self.format, self.rule, self.estimator, static)
+            return fake_quantize_input(x, self.format, self.rule, self.estimator, static, self.experts)
         # LSQ's share of a scale that so many values have in common, so that it does not fill the gradient's norm.
         share = 1 / math.sqrt(max(1, x.numel()) * self.format.element.max)
         zero = (self.log_range - self.log_range.detach()).squeeze(0)  # exact, with the gradient
         moved = static * share * zero
         scales, multiplier = Scales(static.view(1, 1)), (static + moved).view(1, 1)
-        return fake_quantize(
-            self.transformed(x), self.format.name, scales, multiplier=multiplier, estimator=self.estimator
-        )
+        return fake_quantize(x, self.format.name, scales, multiplier=multiplier, estimator=self.estimator)
 
     def static(self) -> Tensor | None:
         """What a checkpoint stores of it, see `qat.training.activations.static_part`."""

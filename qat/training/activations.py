@@ -10,6 +10,7 @@ checkpoint can be compared with an exact difference of zero. For a float32 input
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -98,8 +99,11 @@ def _is_one(fmt: Format) -> bool:
     return fmt.is_rowwise and not fmt.zero_point and fmt.minimum is None and fmt.is_single
 
 
-def fake_quantize_input(x: Tensor, fmt: Format, rule: str, estimator: Estimator, static: Tensor | None) -> Tensor:
-    """`dynamic_fake_quantize` from the stored scale or divisor (see `static_part`) instead of a range.
+def fake_quantize_input(
+    x: Tensor, fmt: Format, rule: str, estimator: Estimator, static: Tensor | None, experts: bool = False
+) -> Tensor:
+    """`dynamic_fake_quantize` from the stored scale or divisor (see `static_part`) instead of a range. For `experts` an
+    engine may round otherwise than for layers.
 
     Raises:
         UnsupportedError: no such rule, or one that has no arithmetic for this format.
@@ -109,7 +113,8 @@ def fake_quantize_input(x: Tensor, fmt: Format, rule: str, estimator: Estimator,
     if (fmt.prompt or fmt.is_columnwise) and rule != "ascend":
         what = "caches" if fmt.is_columnwise else "inputs"
         raise UnsupportedError(f"{fmt.name} {what} have activation_rule: ascend, not {rule}: no other engine has them")
-    return RULES[rule](x, fmt, static, estimator)
+    own = _OF_EXPERTS.get(rule) if experts else None
+    return (own or RULES[rule])(x, fmt, static, estimator)
 
 
 # --- vLLM -------------------------------------------------------------------------------------------------------------
@@ -279,11 +284,11 @@ def _ct_e8m0_scale(amax: Tensor, fmt: Format) -> Tensor:
     return bits.to(torch.int16).view(torch.bfloat16)
 
 
-def _ascend(x: Tensor, fmt: Format, static: Tensor | None, estimator: Estimator) -> Tensor:
+def _ascend(x: Tensor, fmt: Format, static: Tensor | None, estimator: Estimator, experts: bool = False) -> Tensor:
     if npu.is_dynamic_integer(fmt):  # amax over the largest code, as everywhere
         return _vllm(x, fmt, static, estimator)
     with torch.no_grad():
-        y, inside = npu.fake_quantized(x.detach(), fmt, static)
+        y, inside = npu.fake_quantized(x.detach(), fmt, static, experts=experts)
     answers = _with_gradient(x, y.to(x.dtype), inside, estimator)
     return phases.either(x, answers, lambda: _ascend(x, lookup(fmt.prompt), None, estimator)) if fmt.prompt else answers
 
@@ -355,3 +360,4 @@ RULES: dict[str, _Rule] = {
     half.RULE: _ascend_310p,
     "llama_cpp": _llama_cpp,
 }
+_OF_EXPERTS: dict[str, _Rule] = {"ascend": partial(_ascend, experts=True)}

@@ -122,6 +122,11 @@ def started(*given: str) -> set[str]:
     return seen
 
 
+def width(weight: Tensor) -> int:
+    """How many columns a matrix has; FP4 has two in a byte."""
+    return weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
+
+
 def load(config: Any, path: str, tensors: dict[str, Tensor]) -> tuple[Any, RoutedExperts, dict[str, Any]]:
     """The layer with its parameters, its method, and what was said."""
     layer = RoutedExperts()
@@ -129,8 +134,7 @@ def load(config: Any, path: str, tensors: dict[str, Tensor]) -> tuple[Any, Route
     method = config.get_quant_method(layer, path)
     experts = 1 + max(int(name.removeprefix(f"{path}.").partition(".")[0]) for name in tensors)
     EXPERTS[:] = [experts]
-    columns = tensors[f"{path}.0.gate_proj.weight"].shape[1]
-    inner = tensors[f"{path}.0.down_proj.weight"].shape[1]
+    columns, inner = (width(tensors[f"{path}.0.{name}.weight"]) for name in ("gate_proj", "down_proj"))
     method.create_weights(layer, experts, columns, inner, torch.bfloat16, weight_loader=layer.weight_loader)
     own, given = dict(layer.named_parameters()), set()
     for parameter in own.values():

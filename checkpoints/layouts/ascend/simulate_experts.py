@@ -1,5 +1,5 @@
 """The experts of a layer of an Ascend checkpoint as vllm-ascend runs them: stacks of what is stored for each, and the
-grouped operators that its scheme class then calls, simulated (`qat.serving.npu_experts`).
+grouped operators that its scheme class then calls, simulated (`qat.serving.npu_experts`, `npu_mx_experts`).
 
 Inputs and outputs are BF16, whatever the model around them computes in. The router is transformers' own.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qat.adapters.experts import FIRST, SECOND
 from qat.checkpoints.layouts.ascend.simulate import rows_apart
 from qat.checkpoints.layouts.ascend.types import BY_NAME, Type
-from qat.serving import npu
+from qat.serving import npu, npu_mx_experts
 from qat.serving.npu_experts import grouped_matmul, grouped_matmul_swiglu_quant, sent, unpermute
 
 _MODEL = torch.bfloat16
@@ -31,7 +31,7 @@ def problem(module: Any, kinds: Mapping[str, set[str]]) -> str:
     every = set().union(*kinds.values()) if kinds else set()
     if set(kinds) != set(STACKS):
         return f"only {', '.join(sorted(kinds))} is quantized"
-    if len(every) > 1 or not all(BY_NAME[one].experts and BY_NAME[one].input == "token" for one in every):
+    if len(every) > 1 or not all(BY_NAME[one].experts for one in every):
         return f"grouped products of {', '.join(sorted(every))} have no simulation"
     if module.has_bias or getattr(module, "has_post_expert_norm", False) or module.is_transposed:
         return f"{type(module).__name__} adds more to its products than a gate"
@@ -66,24 +66,38 @@ class SimulatedExperts(nn.Module):
         super().__init__()
         self.kind, self.num_experts = kind, experts
         for stack in STACKS:
-            for name, tensor in _held(tensors[stack], experts).items():
+            for name, tensor in (_values if kind.is_mx else _held)(tensors[stack], experts).items():
                 self.register_buffer(f"{stack}_{name}", tensor)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (tokens, width) of any float type, the experts chosen for each and their shares (tokens, k);
         (tokens, width) of the same type comes out."""
-        get, (first, second) = self.get_buffer, STACKS
         order, sizes = sent(top_k_index, self.num_experts)
-        codes, scales = npu.dynamic_quant(hidden_states.to(_MODEL))
-        rows = order // top_k_index.shape[-1]
+        rows = hidden_states.to(_MODEL)[order // top_k_index.shape[-1]]
+        y = (self._of_blocks if self.kind.is_mx else self._of_integers)(rows, sizes)
+        return unpermute(y, order, top_k_weights).to(hidden_states.dtype)
+
+    def _of_integers(self, x: Tensor, sizes: list[int]) -> Tensor:
+        get, (first, second) = self.get_buffer, STACKS
+        codes, scales = npu.dynamic_quant(x)
         assists = [get(f"{stack}_assist") if self.kind.pairs_rows else None for stack in STACKS]
         codes, scales = grouped_matmul_swiglu_quant(
-            codes[rows], get(f"{first}_weight"), get(f"{first}_scale").float(), sizes, pertoken_scale=scales[rows],
+            codes, get(f"{first}_weight"), get(f"{first}_scale").float(), sizes, pertoken_scale=scales,
             assist=assists[0],
         )  # fmt: skip
         weight, scale = get(f"{second}_weight"), get(f"{second}_scale")
-        y = grouped_matmul(codes, weight, scale, sizes, pertoken_scale=scales, assist=assists[1])
-        return unpermute(y, order, top_k_weights).to(hidden_states.dtype)
+        return grouped_matmul(codes, weight, scale, sizes, pertoken_scale=scales, assist=assists[1])
+
+    def _of_blocks(self, x: Tensor, sizes: list[int]) -> Tensor:
+        first, second = (self.get_buffer(f"{stack}_weight") for stack in STACKS)
+        bits, is_mixed = self.kind.input_element.bits, self.kind.input_element != self.kind.element
+        codes, scales = npu.dynamic_mx_quant(x, bits)
+        if is_mixed:  # for which no operator multiplies and gates at once
+            wide = npu_mx_experts.grouped_matmul(codes, first, sizes, pertoken_scale=scales)
+            codes, scales = npu_mx_experts.swiglu_group_quant(wide)
+        else:
+            codes, scales = npu_mx_experts.grouped_matmul_swiglu_quant(codes, first, sizes, bits, pertoken_scale=scales)
+        return npu_mx_experts.grouped_matmul(codes, second, sizes, pertoken_scale=scales)
 
     def extra_repr(self) -> str:
         """For `print(model)`."""
@@ -100,6 +114,12 @@ def _held(tensors: Mapping[str, Tensor], experts: int) -> dict[str, Tensor]:
         "scale": tensors["weight_scale"].to(_MODEL).view(experts, -1),
     }
     return held if assist is None else {**held, "assist": assist.sum(dim=1).view(experts, -1)}
+
+
+def _values(tensors: Mapping[str, Tensor], experts: int) -> dict[str, Tensor]:
+    """Of one stack with MX weights: values (experts, k, n)."""
+    values = npu.mx_values(tensors["weight"], npu.pair_scales(tensors["weight_scale"]))
+    return {"weight": values.view(experts, -1, values.shape[-1]).transpose(1, 2)}
 
 
 def stacked(matrices: Sequence[tuple[int, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
