@@ -153,7 +153,9 @@ def check_engine(exported: ExportedFolder, engine: npu.Engine) -> str:
             weight = weight_format(module.weights)
             input = None if module.input is None else input_format(module.input)
             row = support.find(TARGETS[exported.METHOD].ROWS, weight, input)
-            devices &= {device for device in devices if npu.loads(row, engine, device)}
+            devices &= {device for device in devices if npu.loads(row, engine, device, path)}
+            if (said := npu.unpaired(path, weight, exported.shape(path)[-1])) and engine == npu.ENGINES[0]:
+                raise CheckpointError(said)
             if not devices:
                 raise CheckpointError(
                     f"{path}: no device on which {engine} loads the layers before has a loader of {exported.METHOD} "
