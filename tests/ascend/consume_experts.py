@@ -122,8 +122,9 @@ def started(*given: str) -> set[str]:
     return seen
 
 
-def width(weight: Tensor) -> int:
+def width(tensors: dict[str, Tensor], path: str) -> int:
     """How many columns a matrix has; FP4 has two in a byte."""
+    weight = tensors[f"{path}.weight" if f"{path}.weight" in tensors else f"{path}.weight_packed"]
     return weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
 
 
@@ -134,7 +135,7 @@ def load(config: Any, path: str, tensors: dict[str, Tensor]) -> tuple[Any, Route
     method = config.get_quant_method(layer, path)
     experts = 1 + max(int(name.removeprefix(f"{path}.").partition(".")[0]) for name in tensors)
     EXPERTS[:] = [experts]
-    columns, inner = (width(tensors[f"{path}.0.{name}.weight"]) for name in ("gate_proj", "down_proj"))
+    columns, inner = (width(tensors, f"{path}.0.{name}") for name in ("gate_proj", "down_proj"))
     method.create_weights(layer, experts, columns, inner, torch.bfloat16, weight_loader=layer.weight_loader)
     own, given = dict(layer.named_parameters()), set()
     for parameter in own.values():

@@ -60,6 +60,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     @cache
     def make(name: str) -> Path:
+        if name == "source":
+            return source
         export_experts(source, root / name, TYPES[name][0])
         return root / name
 
@@ -139,6 +141,38 @@ def test_our_files(name: str, version: str, exported: Any, consumed: Any) -> Non
 @pytest.mark.parametrize(("what", "name"), DAMAGED)
 def test_damage_is_noticed(what: str, name: str, exported: Any, consumed: Any) -> None:
     assert of(exported(name), consumed(ENGINES[1], name, what)[1], TYPES[name][0]) > 10
+
+
+PORTABLE = [  # targets that engines for NVIDIA load, too, and the first version that does here
+    ("compressed-tensors", "W8A8_DYNAMIC", ENGINES[0]),
+    ("compressed-tensors", "W8A8_MXFP8", ENGINES[1]),
+    ("compressed-tensors", "W4A4_MXFP4", ENGINES[1]),
+    ("modelopt", "W8A8_MXFP8", ENGINES[1]),
+]
+
+
+@every_engine
+def test_portable_files(version: str, exported: Any, tmp_path: Path) -> None:
+    """The same experts in layouts for both sides, by the engine's real dispatch: the numbers of those above, or, in a
+    version without a scheme for them, its refusal."""
+    given = tmp_path / "inputs"
+    save_file(dict(zip(("x", "chosen", "shares"), inputs(), strict=True)), given)
+    for device in ("A2", "A5"):
+        own = [(target, name, since) for target, name, since in PORTABLE if TYPES[name][2] == device]
+        jobs = []
+        for target, name, _ in own:
+            folder = tmp_path / f"{target}-{name}"
+            export_experts(exported("source"), folder, TYPES[name][0], target)
+            jobs.append([str(folder), EXPERTS, str(given), str(folder / "y")])
+        said = by_engine(version, device, jobs, tmp_path, "consume_experts.py")
+        for (_, name, since), answer, job in zip(own, said, jobs, strict=True):
+            if version < since:
+                assert answer["error"].startswith("NotImplementedError"), answer
+                continue
+            pair, scheme, _, checked = TYPES[name]
+            assert "error" not in answer and answer["unexpected"] == [], answer
+            assert answer["scheme"] == scheme and answer["checked"] == checked
+            assert of(exported(name), load_file(job[3])["y"], pair) <= 1
 
 
 @every_engine

@@ -92,11 +92,11 @@ def test_experts_compute_what_was_trained(kind: str, pair: Pair, tmp_path: Path,
     assert main(["verify", str(out), "--engine", "vllm-ascend", "--json"]) == 0, capsys.readouterr().out
 
 
-def export_experts(source: Path, out: Path, pair: Pair) -> torch.nn.Module:
+def export_experts(source: Path, out: Path, pair: Pair, target: str = "ascend") -> torch.nn.Module:
     """Export experts of one pair, all else dense; returns the model."""
     rules = [pair_rules(*pair, "*.experts.*"), {"match": "*", "skip": "the rest"}]
     model = quantized(source, rules, activation_rule="ascend")
-    quiet_export(model, source, out, "ascend")
+    quiet_export(model, source, out, target)
     return model
 
 
