@@ -77,8 +77,6 @@ def _simulate_experts(
     model: "PreTrainedModel", exported: ExportedFolder, path: str, rows: dict[str, tuple[str, slice]]
 ) -> str:
     """Put simulated experts at `path`; returns why they stay, "" where they do not."""
-    if rule_of(exported) == HALF_RULE:
-        return "experts of FP16 models have no simulation"
     own = {each: rows[name] for each in exported.modules if (name := each + exported.DENSE) in rows}
     places = {each: place for each, place in own.items() if place[0].rpartition(".")[0] == path}
     kinds: dict[str, set[str]] = {}
@@ -91,8 +89,8 @@ def _simulate_experts(
     for each, (stack, part) in places.items():
         parts.setdefault(stack.rpartition(".")[2], []).append((part.start, exported.layer(each)))
     ((name,), *_) = kinds.values()
-    tensors = {stack: stacked(matrices) for stack, matrices in parts.items()}
-    model.set_submodule(path, SimulatedExperts(BY_NAME[name], tensors, experts.num_experts))
+    tensors, model_type = {stack: stacked(matrices) for stack, matrices in parts.items()}, _MODELS[rule_of(exported)]
+    model.set_submodule(path, SimulatedExperts(BY_NAME[name], tensors, experts.num_experts, model_type))
     return ""
 
 

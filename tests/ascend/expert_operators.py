@@ -135,7 +135,26 @@ def npu_swiglu_group_quant(
     return codes, scales, x.new_empty(0)
 
 
+def npu_quant_grouped_matmul_dequant(
+    *, x: Tensor, quantized_weight: Tensor, weight_scale: Tensor, group_list: Tensor, quant_mode: str
+) -> Tensor:
+    """Of a 310P: integers with a scale per token, their products with stacks (experts, n, k), and FP16 again; ends of
+    groups."""
+    assert quant_mode == "pertoken" and x.dtype == torch.float16 and weight_scale.dtype == torch.float32
+    codes, each = npu_dynamic_quant(x)
+    owner = _experts(len(x), group_list, 0)
+    return (_products(codes, quantized_weight.transpose(1, 2), weight_scale, None, owner) * each[:, None]).half()
+
+
+def npu_swiglu(x: Tensor) -> Tensor:
+    """Silu of the left half times the right one."""
+    half = x.shape[-1] // 2
+    return (torch.nn.functional.silu(x[:, :half].float()) * x[:, half:].float()).to(x.dtype)
+
+
 OPERATORS = {
+    "npu_quant_grouped_matmul_dequant": npu_quant_grouped_matmul_dequant,
+    "npu_swiglu": npu_swiglu,
     "npu_grouped_matmul": npu_grouped_matmul,
     "npu_grouped_matmul_swiglu_quant_v2": npu_grouped_matmul_swiglu_quant_v2,
 }

@@ -142,11 +142,3 @@ def test_what_is_not_simulated_says_why(tmp_path: Path) -> None:
     assert problem(experts, both).endswith("has another gate than the operator's")
     experts.has_bias = True
     assert problem(experts, both).endswith("adds more to its products than a gate")
-
-
-def test_experts_of_half_models_are_left(tmp_path: Path) -> None:
-    rules = [pair_rules(*INT8, "*.experts.*"), {"match": "*", "skip": "the rest"}]
-    source, out = tiny("qwen3_moe", tmp_path), tmp_path / "out"
-    quiet_export(quantized(source, rules, activation_rule="ascend_310p", round_bf16=False), source, out, "ascend")
-    with pytest.warns(UserWarning, match=f"{EXPERTS}: experts of FP16 models have no simulation"):
-        load_simulated(out)

@@ -1,7 +1,8 @@
 """The experts of a layer of an Ascend checkpoint as vllm-ascend runs them: stacks of what is stored for each, and the
 grouped operators that its scheme class then calls, simulated (`qat.serving.npu_experts`, `npu_mx_experts`).
 
-Inputs and outputs are BF16, whatever the model around them computes in. The router is transformers' own.
+Inputs and outputs are of the model's type, BF16 or (on a 310P) FP16, whatever the model around them computes in. The
+router is transformers' own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,9 +15,15 @@ from qat.adapters.experts import FIRST, SECOND
 from qat.checkpoints.layouts.ascend.simulate import rows_apart
 from qat.checkpoints.layouts.ascend.types import BY_NAME, Type
 from qat.serving import npu, npu_mx_experts
-from qat.serving.npu_experts import grouped_matmul, grouped_matmul_swiglu_quant, sent, unpermute
+from qat.serving.npu_experts import (
+    grouped_matmul,
+    grouped_matmul_swiglu_quant,
+    quant_grouped_matmul_dequant,
+    sent,
+    swiglu,
+    unpermute,
+)
 
-_MODEL = torch.bfloat16
 _FAR = 32.0  # as far as gates are asked what they compute
 STACKS = (FIRST[0], SECOND)
 
@@ -60,21 +67,30 @@ class SimulatedExperts(nn.Module):
         tensors: what is stored, by stack (`STACKS`) and name below a matrix's path: the matrices of all experts one
             below the other, gates above what they gate.
         experts: how many they are.
+        model: the model's type.
     """
 
-    def __init__(self, kind: Type, tensors: Mapping[str, Mapping[str, Tensor]], experts: int) -> None:
+    def __init__(
+        self,
+        kind: Type,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        experts: int,
+        model: torch.dtype = torch.bfloat16,
+    ) -> None:
         super().__init__()
-        self.kind, self.num_experts = kind, experts
+        self.kind, self.num_experts, self.model = kind, experts, model
         for stack in STACKS:
-            for name, tensor in (_values if kind.is_mx else _held)(tensors[stack], experts).items():
+            own = _values(tensors[stack], experts) if kind.is_mx else _held(tensors[stack], experts, model)
+            for name, tensor in own.items():
                 self.register_buffer(f"{stack}_{name}", tensor)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (tokens, width) of any float type, the experts chosen for each and their shares (tokens, k);
         (tokens, width) of the same type comes out."""
         order, sizes = sent(top_k_index, self.num_experts)
-        rows = hidden_states.to(_MODEL)[order // top_k_index.shape[-1]]
-        y = (self._of_blocks if self.kind.is_mx else self._of_integers)(rows, sizes)
+        rows = hidden_states.to(self.model)[order // top_k_index.shape[-1]]
+        of_integers = self._in_half if self.model is torch.float16 else self._of_integers
+        y = (self._of_blocks if self.kind.is_mx else of_integers)(rows, sizes)
         return unpermute(y, order, top_k_weights).to(hidden_states.dtype)
 
     def _of_integers(self, x: Tensor, sizes: list[int]) -> Tensor:
@@ -87,6 +103,11 @@ class SimulatedExperts(nn.Module):
         )  # fmt: skip
         weight, scale = get(f"{second}_weight"), get(f"{second}_scale")
         return grouped_matmul(codes, weight, scale, sizes, pertoken_scale=scales, assist=assists[1])
+
+    def _in_half(self, x: Tensor, sizes: list[int]) -> Tensor:
+        get, (first, second) = self.get_buffer, STACKS
+        wide = quant_grouped_matmul_dequant(x, get(f"{first}_weight"), get(f"{first}_scale"), sizes)
+        return quant_grouped_matmul_dequant(swiglu(wide), get(f"{second}_weight"), get(f"{second}_scale"), sizes)
 
     def _of_blocks(self, x: Tensor, sizes: list[int]) -> Tensor:
         first, second = (self.get_buffer(f"{stack}_weight") for stack in STACKS)
@@ -104,14 +125,14 @@ class SimulatedExperts(nn.Module):
         return f"{self.num_experts}, {self.kind.name}"
 
 
-def _held(tensors: Mapping[str, Tensor], experts: int) -> dict[str, Tensor]:
-    """Of one stack: codes (experts, k, n), scales (experts, n) in the model's type, and the sums of slices of
-    `scale_bias`, where there is one."""
+def _held(tensors: Mapping[str, Tensor], experts: int, model: torch.dtype) -> dict[str, Tensor]:
+    """Of one stack: codes (experts, k, n), scales (experts, n) in the model's type (on a 310P float32), and the sums of
+    slices of `scale_bias`, where there is one."""
     assist = tensors.get("scale_bias")
     weight = tensors["weight"] if assist is None else rows_apart(tensors["weight"])
     held = {
         "weight": weight.view(experts, -1, weight.shape[-1]).transpose(1, 2).contiguous(),
-        "scale": tensors["weight_scale"].to(_MODEL).view(experts, -1),
+        "scale": tensors["weight_scale"].to(torch.float32 if model is torch.float16 else model).view(experts, -1),
     }
     return held if assist is None else {**held, "assist": assist.sum(dim=1).view(experts, -1)}
 
