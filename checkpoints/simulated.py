@@ -6,13 +6,14 @@ The simulation follows vllm-ascend, from CANN's documents; no NPU was asked (doc
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 
+from qat.checkpoints import simulated_experts
 from qat.checkpoints.caches import stored_caches
 from qat.checkpoints.exported import load_exported, quantize_stack_inputs, stack_inputs
 from qat.checkpoints.layouts import TARGETS, ExportedFolder, npu, open_export, support
@@ -101,15 +102,22 @@ def simulated(exported: ExportedFolder, path: str, bias: Tensor | None = None) -
         UnsupportedError: its formats are no type of an NPU's.
     """
     kind, _, _ = _kind(exported, path)
-    tensors = exported.layer(path)
-    if exported.METHOD != METHOD:
-        q = TARGETS[exported.METHOD].unpack(exported.modules[path], tensors)
-        tensors = tensors_of(kind, q, exported.static_input(path))
-        if kind.is_static:  # whose product vllm-ascend then computes itself, in the model's type
-            scales = q.scales.stored.to(torch.bfloat16).flatten() * tensors["input_scale"].to(torch.bfloat16)
-            tensors["deq_scale"] = scales.to(torch.float32)
     added = None if kind.input == "tensor" and exported.METHOD == METHOD else bias
-    return SimulatedLinear(kind, tensors, added, _MODELS[rule_of(exported)], expert_list(path) is not None)
+    tensors, model = _tensors(exported, path, kind), _MODELS[rule_of(exported)]
+    return SimulatedLinear(kind, tensors, added, model, expert_list(path) is not None)
+
+
+def _tensors(exported: ExportedFolder, path: str, kind: Type) -> Mapping[str, Tensor]:
+    """What is stored of a layer, as a checkpoint of Ascend's own would have it."""
+    tensors = exported.layer(path)
+    if exported.METHOD == METHOD:
+        return tensors
+    q = TARGETS[exported.METHOD].unpack(exported.modules[path], tensors)
+    made = tensors_of(kind, q, exported.static_input(path))
+    if kind.is_static:  # whose product vllm-ascend then computes itself, in the model's type
+        scales = q.scales.stored.to(torch.bfloat16).flatten() * made["input_scale"].to(torch.bfloat16)
+        made["deq_scale"] = scales.to(torch.float32)
+    return made
 
 
 def rule_of(exported: ExportedFolder) -> str:
@@ -167,7 +175,7 @@ def check_engine(exported: ExportedFolder, engine: npu.Engine) -> str:
                     )
                 worst, away[device] = max(worst, apart), max(away.get(device, 0.0), from_trained)
             advance(1)
-    worst = max(worst, _check_caches(exported, engine))
+    worst = max(worst, _check_caches(exported, engine), _check_experts(exported, engine))
     said = (
         f"{len(exported.modules)} layers{f' and {count} caches' if (count := len(exported.caches)) else ''} "
         f"load on {', '.join(sorted(devices))} ({npu.VERSIONS[engine]}); simulated "
@@ -192,6 +200,37 @@ def _check_caches(exported: ExportedFolder, engine: npu.Engine) -> float:
             "trained"
         )
     return max(found.values(), default=0.0)
+
+
+def _check_experts(exported: ExportedFolder, engine: npu.Engine) -> float:
+    """How far the experts of a list are from fake quantization at most, both products and their gate, in units of the
+    bound; of MX types, whose weights are what was trained to the last bit.
+
+    Raises:
+        CheckpointError: it is beyond; names the list.
+    """
+    worst = 0.0
+    for owner, few in simulated_experts.lists(exported.modules).items() if exported.METHOD != BLOCKS else ():
+        kinds = {kind.name: (kind, input) for path in few[0] for kind, _, input in (_kind(exported, path),)}
+        ((kind, input), *others) = kinds.values()
+        if others or not kind.is_mx or input is None:
+            continue
+        experts = [
+            [
+                simulated_experts.Matrix(_tensors(exported, path, kind), exported.multiplied(path).float())
+                for path in three
+            ]
+            for three in few
+        ]
+        found, expected, added = simulated_experts.simulated_and_trained(kind, input, rule_of(exported), experts)
+        bound = PER_ELEMENT * added + PER_RMS * expected.square().mean().sqrt()
+        far = float(((found - expected).abs() / bound).max().nan_to_num(nan=float("inf")))
+        if far > 1:
+            raise CheckpointError(
+                f"{owner}: simulated experts of {engine} are {far:.1f} times the bound from what was trained"
+            )
+        worst = max(worst, far)
+    return worst
 
 
 def _reading_caches(exported: ExportedFolder, engine: npu.Engine) -> set[npu.Device]:

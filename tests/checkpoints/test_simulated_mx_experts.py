@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from qat.checkpoints.layouts import open_export
+from qat.checkpoints import simulated_experts
+from qat.checkpoints.layouts import TARGETS, open_export
 from qat.checkpoints.layouts.ascend.simulate_experts import SimulatedExperts
-from qat.checkpoints.simulated import load_simulated
+from qat.checkpoints.layouts.ascend.types import find_type
+from qat.checkpoints.layouts.ascend.write import tensors_of
+from qat.checkpoints.simulated import check_engine, load_simulated
+from qat.checkpoints.simulated_experts import Matrix, simulated_and_trained
 from qat.cli import main
 from qat.numbers.catalog import lookup
 from qat.training.activations import fake_quantize_input
@@ -115,3 +119,25 @@ def test_ties_of_fp4_go_to_even(tmp_path: Path) -> None:
     assert apart(experts(x, chosen, shares), truth, added) <= 1
     away = fake_quantize_input(x.float(), lookup("mxfp4"), "ascend", "ste", None)
     assert apart(experts(away.bfloat16(), chosen, shares), truth, added) > 10
+
+
+@pytest.mark.parametrize(("target", "pair"), [("ascend", MIXED), ("compressed-tensors", FP4), ("modelopt", FP8)])
+def test_verify_compares_whole_experts(target: str, pair: Pair, tmp_path: Path) -> None:
+    """Whatever the layout. Gates exchanged with what they gate, and experts with each other, are far off."""
+    out, weight, input = tmp_path / "out", lookup(pair[0]), lookup(pair[1] or "")
+    export_experts(tiny("qwen3_moe", tmp_path), out, pair, target)
+    exported = open_export(out)
+    assert "of the bound" in check_engine(exported, "vllm-ascend")
+    ((owner, few),) = simulated_experts.lists(exported.modules).items()
+    assert owner == EXPERTS and few[1] == tuple(f"{EXPERTS}.1.{name}" for name in NAMES["qwen3_moe"])
+    kind = find_type(weight, input)
+    assert kind is not None and simulated_experts.lists(["a.experts.0.gate_proj", "a.b"]) == {}
+    unpack = TARGETS[target].unpack
+    given = [[(unpack(exported.modules[p], exported.layer(p)), exported.multiplied(p)) for p in one] for one in few]
+    experts = [[Matrix(tensors_of(kind, q, None), dense) for q, dense in one] for one in given]
+    found, *truth = simulated_and_trained(kind, input, "ascend", experts)
+    assert apart(found, truth[0], truth[1]) <= 1
+    for change in (lambda one: [one[1], one[0], one[2]], lambda one: [*experts[0][:2], one[2]]):
+        wrong = [[Matrix(a.tensors, b.dense) for a, b in zip(one, change(one), strict=True)] for one in experts]
+        found, *truth = simulated_and_trained(kind, input, "ascend", wrong)
+        assert apart(found, truth[0], truth[1]) > 10
