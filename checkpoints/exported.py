@@ -26,7 +26,7 @@ from qat.same_tensor import SameTensor
 from qat.serving.inputs import quantize_input
 from qat.serving.matmul import QuantizedLinear
 from qat.sites import Quantizers
-from qat.training.activations import fake_quantize_input
+from qat.training.activations import Reader, fake_quantize_input
 from qat.training.npu import NPU_RULES, held
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class ServedInput:
         consumers: how many layers read the same tensor.
         codes: give codes and scales (`qat.serving.inputs`) to a layer that multiplies those, instead of rounded values.
         rotation: size of the block Hadamard that comes before rounding, 0 without.
+        reader: what reads the tensor.
     """
 
     def __init__(
@@ -56,9 +57,9 @@ class ServedInput:
         *,
         codes: bool = False,
         rotation: int = 0,
+        reader: Reader = "layer",
     ) -> None:
-        self.format, self.rule, self.static, self.codes = fmt, rule, static, codes
-        self.wide = False  # see `fake_quantize_input`
+        self.format, self.rule, self.static, self.codes, self.reader = fmt, rule, static, codes, reader
         self.rotate = BlockHadamard(rotation) if rotation else None
         self.same = SameTensor(consumers)
 
@@ -80,7 +81,7 @@ class ServedInput:
             self.static = static = static.to(x.device)
         if self.codes:
             return quantize_input(x, self.format.name, static)
-        return (fake_quantize_input(x, self.format, self.rule, "ste", static, self.wide),)
+        return (fake_quantize_input(x, self.format, self.rule, "ste", static, self.reader),)
 
 
 def load_exported(
@@ -220,7 +221,7 @@ def stack_inputs(
             raise UnsupportedError(f"{path}: rotated inputs of fused experts cannot be read")
         if module.input is None or place is None:
             continue
-        wanted = ServedInput(input_format(module.input), rule, exported.static_input(path))
+        wanted = ServedInput(input_format(module.input), rule, exported.static_input(path), reader="experts")
         owner, _, slot = place[0].rpartition(".")
         known = stacks.setdefault(owner, {}).setdefault(slot, wanted)
         scales = [_plain(each.static) for each in (known, wanted)]
@@ -239,7 +240,7 @@ def quantize_stack_inputs(model: nn.Module, stacks: dict[str, dict[str, ServedIn
         adapter = adapter_for(fused)
         assert adapter is not None  # it is how such names come about
         if SECOND in inputs:
-            inputs[SECOND].wide = True
+            inputs[SECOND].reader = "second"
         adapter.attach(fused, {slot: Quantizers(None, _Applied(input)) for slot, input in inputs.items()})
 
 

@@ -32,6 +32,9 @@ def check_loadable(model: "PreTrainedModel", source: Path | None, engine: npu.En
         raise UnsupportedError(_other_type(engine, device))
     layers = [plan.layer(path) for path in plan.linears]
     _check_fused(plan, layers)
+    unpaired = [said for one in layers if (said := npu.unpaired(one.path, one.weight, one.shape[-1]))]
+    if unpaired and engine == npu.ENGINES[0]:
+        raise UnsupportedError(unpaired[0])
     able = [name for name in TARGETS if name not in refused and _loads(name, layers, engine, device)]
     if not able:
         raise UnsupportedError(_reason(layers, refused, engine, device))
@@ -58,7 +61,7 @@ def _row(target: str, layer: TargetLayer) -> support.Row | None:
 
 
 def _loads(target: str, layers: list[TargetLayer], engine: str, device: str) -> bool:
-    return all(npu.loads(_row(target, layer), engine, device) for layer in layers)
+    return all(npu.loads(_row(target, layer), engine, device, layer.path) for layer in layers)
 
 
 def _reading_caches(able: list[str], cached: dict[str, Format], engine: str, device: str) -> list[str]:
@@ -92,7 +95,7 @@ def _reason(layers: list[TargetLayer], refused: dict[str, str], engine: str, dev
     """The first layer that the engine loads in no layout; else why the layouts that it loads refuse the model."""
     tables = {name: target.ROWS for name, target in TARGETS.items()}
     for layer in layers:
-        if said := npu.refusal(tables, [(name, _row(name, layer)) for name in TARGETS], engine, device):
+        if said := npu.refusal(tables, [(name, _row(name, layer)) for name in TARGETS], engine, device, layer.path):
             pair = layer.weight.name + (f" with {layer.input.name} inputs" if layer.input else "")
             return f"{layer.path} is {pair}, but {said}"
     read = [f"{name}: {refused[name]}" for name in TARGETS if name in refused and _loads(name, layers, engine, device)]

@@ -6,13 +6,14 @@ The simulation follows vllm-ascend, from CANN's documents; no NPU was asked (doc
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 
+from qat.checkpoints import simulated_experts
 from qat.checkpoints.caches import stored_caches
 from qat.checkpoints.exported import load_exported, quantize_stack_inputs, stack_inputs
 from qat.checkpoints.layouts import TARGETS, ExportedFolder, npu, open_export, support
@@ -28,9 +29,10 @@ from qat.checkpoints.names import stored_names
 from qat.checkpoints.progress import progress
 from qat.checkpoints.simulated_caches import simulate_caches, simulated_and_trained
 from qat.errors import CheckpointError, UnsupportedError
+from qat.families import expert_list
 from qat.numbers.format import Format
 from qat.text import some
-from qat.training.activations import fake_quantize_input
+from qat.training.activations import Reader, fake_quantize_input
 from qat.training.phases import Phase, answering
 
 if TYPE_CHECKING:
@@ -76,8 +78,6 @@ def _simulate_experts(
     model: "PreTrainedModel", exported: ExportedFolder, path: str, rows: dict[str, tuple[str, slice]]
 ) -> str:
     """Put simulated experts at `path`; returns why they stay, "" where they do not."""
-    if rule_of(exported) == HALF_RULE:
-        return "experts of FP16 models have no simulation"
     own = {each: rows[name] for each in exported.modules if (name := each + exported.DENSE) in rows}
     places = {each: place for each, place in own.items() if place[0].rpartition(".")[0] == path}
     kinds: dict[str, set[str]] = {}
@@ -90,8 +90,8 @@ def _simulate_experts(
     for each, (stack, part) in places.items():
         parts.setdefault(stack.rpartition(".")[2], []).append((part.start, exported.layer(each)))
     ((name,), *_) = kinds.values()
-    tensors = {stack: stacked(matrices) for stack, matrices in parts.items()}
-    model.set_submodule(path, SimulatedExperts(BY_NAME[name], tensors, experts.num_experts))
+    tensors, model_type = {stack: stacked(matrices) for stack, matrices in parts.items()}, _MODELS[rule_of(exported)]
+    model.set_submodule(path, SimulatedExperts(BY_NAME[name], tensors, experts.num_experts, model_type))
     return ""
 
 
@@ -102,15 +102,22 @@ def simulated(exported: ExportedFolder, path: str, bias: Tensor | None = None) -
         UnsupportedError: its formats are no type of an NPU's.
     """
     kind, _, _ = _kind(exported, path)
-    tensors = exported.layer(path)
-    if exported.METHOD != METHOD:
-        q = TARGETS[exported.METHOD].unpack(exported.modules[path], tensors)
-        tensors = tensors_of(kind, q, exported.static_input(path))
-        if kind.is_static:  # whose product vllm-ascend then computes itself, in the model's type
-            scales = q.scales.stored.to(torch.bfloat16).flatten() * tensors["input_scale"].to(torch.bfloat16)
-            tensors["deq_scale"] = scales.to(torch.float32)
     added = None if kind.input == "tensor" and exported.METHOD == METHOD else bias
-    return SimulatedLinear(kind, tensors, added, _MODELS[rule_of(exported)])
+    tensors, model = _tensors(exported, path, kind), _MODELS[rule_of(exported)]
+    return SimulatedLinear(kind, tensors, added, model, expert_list(path) is not None)
+
+
+def _tensors(exported: ExportedFolder, path: str, kind: Type) -> Mapping[str, Tensor]:
+    """What is stored of a layer, as a checkpoint of Ascend's own would have it."""
+    tensors = exported.layer(path)
+    if exported.METHOD == METHOD:
+        return tensors
+    q = TARGETS[exported.METHOD].unpack(exported.modules[path], tensors)
+    made = tensors_of(kind, q, exported.static_input(path))
+    if kind.is_static:  # whose product vllm-ascend then computes itself, in the model's type
+        scales = q.scales.stored.to(torch.bfloat16).flatten() * made["input_scale"].to(torch.bfloat16)
+        made["deq_scale"] = scales.to(torch.float32)
+    return made
 
 
 def rule_of(exported: ExportedFolder) -> str:
@@ -152,7 +159,9 @@ def check_engine(exported: ExportedFolder, engine: npu.Engine) -> str:
             weight = weight_format(module.weights)
             input = None if module.input is None else input_format(module.input)
             row = support.find(TARGETS[exported.METHOD].ROWS, weight, input)
-            devices &= {device for device in devices if npu.loads(row, engine, device)}
+            devices &= {device for device in devices if npu.loads(row, engine, device, path)}
+            if (said := npu.unpaired(path, weight, exported.shape(path)[-1])) and engine == npu.ENGINES[0]:
+                raise CheckpointError(said)
             if not devices:
                 raise CheckpointError(
                     f"{path}: no device on which {engine} loads the layers before has a loader of {exported.METHOD} "
@@ -166,7 +175,7 @@ def check_engine(exported: ExportedFolder, engine: npu.Engine) -> str:
                     )
                 worst, away[device] = max(worst, apart), max(away.get(device, 0.0), from_trained)
             advance(1)
-    worst = max(worst, _check_caches(exported, engine))
+    worst = max(worst, _check_caches(exported, engine), _check_experts(exported, engine))
     said = (
         f"{len(exported.modules)} layers{f' and {count} caches' if (count := len(exported.caches)) else ''} "
         f"load on {', '.join(sorted(devices))} ({npu.VERSIONS[engine]}); simulated "
@@ -191,6 +200,37 @@ def _check_caches(exported: ExportedFolder, engine: npu.Engine) -> float:
             "trained"
         )
     return max(found.values(), default=0.0)
+
+
+def _check_experts(exported: ExportedFolder, engine: npu.Engine) -> float:
+    """How far the experts of a list are from fake quantization at most, both products and their gate, in units of the
+    bound; of MX types, whose weights are what was trained to the last bit.
+
+    Raises:
+        CheckpointError: it is beyond; names the list.
+    """
+    worst = 0.0
+    for owner, few in simulated_experts.lists(exported.modules).items() if exported.METHOD != BLOCKS else ():
+        kinds = {kind.name: (kind, input) for path in few[0] for kind, _, input in (_kind(exported, path),)}
+        ((kind, input), *others) = kinds.values()
+        if others or not kind.is_mx or input is None:
+            continue
+        experts = [
+            [
+                simulated_experts.Matrix(_tensors(exported, path, kind), exported.multiplied(path).float())
+                for path in three
+            ]
+            for three in few
+        ]
+        found, expected, added = simulated_experts.simulated_and_trained(kind, input, rule_of(exported), experts)
+        bound = PER_ELEMENT * added + PER_RMS * expected.square().mean().sqrt()
+        far = float(((found - expected).abs() / bound).max().nan_to_num(nan=float("inf")))
+        if far > 1:
+            raise CheckpointError(
+                f"{owner}: simulated experts of {engine} are {far:.1f} times the bound from what was trained"
+            )
+        worst = max(worst, far)
+    return worst
 
 
 def _reading_caches(exported: ExportedFolder, engine: npu.Engine) -> set[npu.Device]:
@@ -240,10 +280,11 @@ def _compared(exported: ExportedFolder, path: str, device: npu.Device) -> tuple[
     if exported.METHOD == BLOCKS:
         return _blocks(exported, path, device, x, weight, added)
     _, _, input = _kind(exported, path)
+    reader: Reader = "layer" if expert_list(path) is None else "experts"
     layer, worst = simulated(exported, path, added), 0.0
     for phase in get_args(Phase) if layer.mixes else get_args(Phase)[:1]:
         with answering(phase):
-            read = wide if input is None else fake_quantize_input(wide, input, rule, "ste", static)
+            read = wide if input is None else fake_quantize_input(wide, input, rule, "ste", static, reader)
             expected = torch.nn.functional.linear(read, weight, added)
             worst = max(worst, distance(layer(x).float(), expected, x.dtype))
     return worst, 0.0

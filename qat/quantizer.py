@@ -19,7 +19,7 @@ from qat.numbers.format import Format
 from qat.numbers.numerics import QTensor, Scales, finite_amax, quantize
 from qat.observers import AnyObserver, Observer, observer_for
 from qat.same_tensor import SameTensor
-from qat.training.activations import ActivationRule, fake_quantize_input, held_range, moved_range, static_part
+from qat.training.activations import ActivationRule, Reader, fake_quantize_input, held_range, moved_range, static_part
 from qat.training.gradients import Estimator
 from qat.training.ops import fake_quantize, quantized_linear
 from qat.training.refit import refit
@@ -272,13 +272,13 @@ class InputQuantizer(Quantizer):
 
     `amax` is the calibrated range (a float32 scalar, NaN until `calibrate`): static formats derive their scale from it,
     NVFP4-like formats their per-tensor scale; dynamic formats ignore it. Static formats with a zero point have the
-    lowest and the highest value instead, and formats with a scale per column a range for each (`surgery` knows how
-    many). With `learn` (static formats only) a logarithmic correction of it is a parameter, with LSQ's gradient;
-    `limit` is then the range in force.
+    lowest and the highest value instead, and formats with a scale per column a range for each; `surgery` knows how
+    many, and what the `reader` of the tensor is. With `learn` (static formats only) a logarithmic correction of it is a
+    parameter, with LSQ's gradient; `limit` is then the range in force.
     """
 
     amax: Tensor
-    wide = False  # whether engines have its input in float32: NPUs do between the two products of experts
+    reader: Reader = "layer"
 
     def __init__(
         self, fmt: Format, rule: ActivationRule, estimator: Estimator, observer: Observer, learn: bool = False
@@ -362,7 +362,7 @@ class InputQuantizer(Quantizer):
         """x (..., columns) on its grid."""
         x, static = self.transformed(x), self.static()
         if self.log_range is None or static is None or not torch.is_grad_enabled():
-            return fake_quantize_input(x, self.format, self.rule, self.estimator, static, self.wide)
+            return fake_quantize_input(x, self.format, self.rule, self.estimator, static, self.reader)
         # LSQ's share of a scale that so many values have in common, so that it does not fill the gradient's norm.
         share = 1 / math.sqrt(max(1, x.numel()) * self.format.element.max)
         zero = (self.log_range - self.log_range.detach()).squeeze(0)  # exact, with the gradient

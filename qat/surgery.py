@@ -284,6 +284,8 @@ class _Makers:
             learn = self.scheme.learn_inputs and lookup(rule.input).is_static
             self.inputs[key] = self._following(rule.input, self._parameter(candidate).device, learn)
             self.inputs[key].consumers = len(members)
+            if len(candidate.slot.shape) > 2:  # a stack of matrices
+                self.inputs[key].reader = "experts"
         return self.inputs[key]
 
     def _following(self, name: str, device: torch.device, learn: bool = False, columns: int = 0) -> InputQuantizer:

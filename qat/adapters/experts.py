@@ -47,7 +47,7 @@ class QatExperts(Quantized):
         inputs = {name: each.input for name, each in given.items() if each.input is not None}
         self.input_quantizers = nn.ModuleDict(inputs)
         if isinstance(second := inputs.get(SECOND), InputQuantizer):
-            second.wide = True
+            second.reader = "second"
         self._values: dict[str, Tensor] = {}
         self._watchers: dict[int, Callable[[Tensor], None]] = {}
         self.TRANSPOSED = bool(self.is_transposed)

@@ -7,6 +7,8 @@ fake quantization of training (`qat.training.npu`), so that agreement of the two
 Matrices lie as engines hold them after loading: inputs (m, k), weights (k, n), scales of MX paired along k.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -39,28 +41,28 @@ def dynamic_quant(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), scale
 
 
-def dynamic_mx_quant(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def dynamic_mx_quant(x: Tensor, bits: int, round_mode: Literal["round", "rint"] = "rint") -> tuple[Tensor, Tensor]:
     """`npu_dynamic_mx_quant` with scale_alg 0: codes of x (m, k) and E8M0 scales in pairs, uint8 (m, k / 64, 2), padded
-    with zero. 4 bits: two E2M1 codes to a byte along k, the first low, ties away from zero (round_mode "round").
-    8 bits: float8_e4m3fn, ties to even ("rint"). Both saturate."""
+    with zero. 4 bits: two E2M1 codes to a byte along k, the first low, ties away from zero ("round") or to even
+    ("rint"). 8 bits: float8_e4m3fn, ties to even in either mode. Both saturate."""
     top = E2M1_EXPONENT if bits == 4 else E4M3_EXPONENT
     blocks = x.float().unflatten(-1, (-1, _BLOCK))
     amax = blocks.abs().amax(dim=-1)
     exponent = torch.where(amax > 0, torch.frexp(amax).exponent - 1 - top, -_BIAS).clamp(-_BIAS, _BIAS)
     relative = torch.ldexp(blocks, -exponent[..., None]).flatten(-2)
     if bits == 4:
-        codes = _e2m1(relative)
+        codes = _e2m1(relative, round_mode)
         packed = codes[..., ::2] | codes[..., 1::2] << 4
     else:
         packed = relative.clamp(_FP8.min, _FP8.max).to(torch.float8_e4m3fn)
     return packed, pair_scales((exponent + _BIAS).to(torch.uint8))
 
 
-def _e2m1(x: Tensor) -> Tensor:
+def _e2m1(x: Tensor, round_mode: str) -> Tensor:
     """Codes: the step is 1/2 below 2, 1 below 4, and 2 above."""
     size = x.abs().clamp_max(6)
     step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
-    size = torch.floor(size / step + 0.5) * step
+    size = (torch.round(size / step) if round_mode == "rint" else torch.floor(size / step + 0.5)) * step
     code = torch.where(size < 2, size * 2, torch.where(size < 4, size + 2, size / 2 + 4))
     return (code.to(torch.uint8) | (x < 0).to(torch.uint8) << 3).to(torch.uint8)
 

@@ -74,6 +74,19 @@ def grouped_matmul_swiglu_quant(
     return npu.dynamic_quant(gate * torch.sigmoid(gate) * up)
 
 
+def quant_grouped_matmul_dequant(x: Tensor, weight: Tensor, scale: Tensor, sizes: Sequence[int]) -> Tensor:
+    """`npu_quant_grouped_matmul_dequant` of a 310P with quant_mode "pertoken": x (m, k) is quantized, multiplied as in
+    `grouped_matmul`, and of its own type again."""
+    codes, each = npu.dynamic_quant(x)
+    return grouped_matmul(codes, weight, scale, sizes, pertoken_scale=each, output_dtype=x.dtype)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """`npu_swiglu`: silu of the first half of x (m, n) times the second, in float32, rounded to x's type."""
+    gate, up = x.float().chunk(2, dim=-1)
+    return (gate * torch.sigmoid(gate) * up).to(x.dtype)
+
+
 def sent(chosen: Tensor, experts: int) -> tuple[Tensor, list[int]]:
     """How tokens are sent to experts: the order of the choices (tokens, k), counted row by row, by expert and then by
     token; and how many each expert has. Choices of no expert here (numbers from `experts` on) are left out."""

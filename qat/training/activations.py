@@ -10,6 +10,7 @@ checkpoint can be compared with an exact difference of zero. For a float32 input
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -38,6 +39,8 @@ _VLLM_GROUP_FLOOR = 1e-10  # per_token_group_quant_fp8: a group's maximum counts
 _MANTISSA = 7  # of BF16
 
 ActivationRule = Literal["vllm", "compressed_tensors", "ascend", "ascend_310p", "llama_cpp"]
+Reader = Literal["layer", "experts", "second"]
+"""What reads an input: a layer, experts, or their second matrices what the gate before them gives."""
 _Rule = Callable[[Tensor, Format, Tensor | None, Estimator], Tensor]
 
 
@@ -99,10 +102,11 @@ def _is_one(fmt: Format) -> bool:
 
 
 def fake_quantize_input(
-    x: Tensor, fmt: Format, rule: str, estimator: Estimator, static: Tensor | None, wide: bool = False
+    x: Tensor, fmt: Format, rule: str, estimator: Estimator, static: Tensor | None, reader: Reader = "layer"
 ) -> Tensor:
-    """`dynamic_fake_quantize` from the stored scale or divisor (see `static_part`) instead of a range. The rules of
-    NPUs take x in the model's type first, unless it is `wide`: float32 on the engine, too.
+    """`dynamic_fake_quantize` from the stored scale or divisor (see `static_part`) instead of a range. For experts an
+    engine may round otherwise than for layers. The rules of NPUs take x in the model's type first; but in
+    BF16 models the gate between two products of experts makes integers of float32.
 
     Raises:
         UnsupportedError: no such rule, or one that has no arithmetic for this format.
@@ -112,7 +116,10 @@ def fake_quantize_input(
     if (fmt.prompt or fmt.is_columnwise) and rule != "ascend":
         what = "caches" if fmt.is_columnwise else "inputs"
         raise UnsupportedError(f"{fmt.name} {what} have activation_rule: ascend, not {rule}: no other engine has them")
-    return RULES[rule](npu.held(x, rule) if rule in npu.NPU_RULES and not wide else x, fmt, static, estimator)
+    own = _OF_EXPERTS.get(rule) if reader != "layer" else None
+    if rule in npu.NPU_RULES and not (rule == "ascend" and reader == "second" and npu.is_dynamic_integer(fmt)):
+        x = npu.held(x, rule)
+    return (own or RULES[rule])(x, fmt, static, estimator)
 
 
 # --- vLLM -------------------------------------------------------------------------------------------------------------
@@ -282,11 +289,11 @@ def _ct_e8m0_scale(amax: Tensor, fmt: Format) -> Tensor:
     return bits.to(torch.int16).view(torch.bfloat16)
 
 
-def _ascend(x: Tensor, fmt: Format, static: Tensor | None, estimator: Estimator) -> Tensor:
+def _ascend(x: Tensor, fmt: Format, static: Tensor | None, estimator: Estimator, experts: bool = False) -> Tensor:
     if npu.is_dynamic_integer(fmt):  # amax over the largest code, as everywhere
         return _vllm(x, fmt, static, estimator)
     with torch.no_grad():
-        y, inside = npu.fake_quantized(x.detach(), fmt, static)
+        y, inside = npu.fake_quantized(x.detach(), fmt, static, experts=experts)
     answers = _with_gradient(x, y.to(x.dtype), inside, estimator)
     return phases.either(x, answers, lambda: _ascend(x, lookup(fmt.prompt), None, estimator)) if fmt.prompt else answers
 
@@ -358,3 +365,4 @@ RULES: dict[str, _Rule] = {
     half.RULE: _ascend_310p,
     "llama_cpp": _llama_cpp,
 }
+_OF_EXPERTS: dict[str, _Rule] = {"ascend": partial(_ascend, experts=True)}

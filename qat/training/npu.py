@@ -4,7 +4,8 @@ asked.
 `npu_quantize` (static integers) multiplies with the reciprocal of the scale, which vllm-ascend computes in the model's
 type (BF16; FP16 on a 310P), adds the offset and then rounds: the code is not always that of a division.
 `npu_dynamic_mx_quant` takes the exponent of a block's maximum (the floor rule of OCP MX v1.0, whatever weights use),
-saturates, and rounds 4-bit elements half away from zero (round_mode "round") and 8-bit ones half to even ("rint").
+saturates, and rounds 4-bit elements half away from zero (round_mode "round") and 8-bit ones half to even ("rint"). Of
+experts it rounds both half to even, because vllm-ascend leaves the mode to the operator there.
 `npu_dynamic_quant` (integers per token) divides by amax over the largest code, which is what every engine does. A
 product of static inputs takes its bias as int32, in units of the scale that the sum is multiplied with. Products take
 and give numbers of the model's type, whose sums are rounded once, and multiply integers before any scale. Cached keys
@@ -53,13 +54,14 @@ def has_operator(fmt: Format) -> bool:
 
 
 def fake_quantized(
-    x: Tensor, fmt: Format, static: Tensor | None, model: torch.dtype = torch.bfloat16
+    x: Tensor, fmt: Format, static: Tensor | None, model: torch.dtype = torch.bfloat16, experts: bool = False
 ) -> tuple[Tensor, Tensor]:
     """x (..., columns) on the grid of `fmt` as float32, and where it was not clipped.
 
     Args:
         static: as `qat.training.activations.static_part` returns it.
         model: the type that the engine computes a reciprocal in.
+        experts: whether experts read x.
 
     Raises:
         UnsupportedError: no operator of the NPU makes this format.
@@ -73,7 +75,7 @@ def fake_quantized(
         codes, inside = column_codes(x, static)
         return (codes * static).to(torch.bfloat16).to(torch.float32), inside
     if _is_mx(fmt):
-        return _mx(x, fmt)
+        return _mx(x, fmt, experts)
     raise UnsupportedError(missing(fmt))
 
 
@@ -140,18 +142,18 @@ def mx_scales(blocked: Tensor, fmt: Format) -> Tensor:
     return fmt.scale.from_amax(block_amax(blocked), fmt.element, "floor")
 
 
-def mx_round(x: Tensor, element: Element) -> Tensor:
+def mx_round(x: Tensor, element: Element, experts: bool = False) -> Tensor:
     """Float32 numbers in units of their scale, rounded to the element as its operator does, saturating."""
-    if element.bits == E4M3.bits:
+    if experts or element.bits == E4M3.bits:
         return element.round(x)
     grid = torch.tensor([value for value in element.grid if value >= 0], device=x.device)
     nearest = grid[torch.bucketize(x.abs(), (grid[1:] + grid[:-1]) / 2, right=True)]
     return torch.where(torch.isnan(x), x, nearest.copysign(x))
 
 
-def _mx(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+def _mx(x: Tensor, fmt: Format, experts: bool) -> tuple[Tensor, Tensor]:
     blocked = to_blocks(x.to(torch.float32), fmt)
     scale = per_block(fmt.scale.decode(mx_scales(blocked, fmt)))
     relative = blocked / scale
-    values, inside = mx_round(relative, fmt.element) * scale, relative.abs() <= fmt.element.max
+    values, inside = mx_round(relative, fmt.element, experts) * scale, relative.abs() <= fmt.element.max
     return from_blocks(values, x.shape, fmt), from_blocks(inside, x.shape, fmt)

@@ -24,6 +24,7 @@ from tests.ascend.consume import config_of, engine, module, tell
 from tests.ascend.vllm_parts import CURRENT, PARTS, set_weight_attrs
 
 _FUSED = "vllm.model_executor.layers.fused_moe"
+MODELS = {"_310P": torch.float16}
 SHARDS = {"gate_proj": ("w13", "w1"), "up_proj": ("w13", "w3"), "down_proj": ("w2", "w2")}
 
 
@@ -80,19 +81,21 @@ class Sent:
         return (back.view(*ids.shape, -1).float() * shares[..., None].float()).sum(1).to(x.dtype)
 
     def _products(self, fused_experts_input: Any, sent: Any, quant_method: Any) -> Tensor:
-        own: Any = module("ops.fused_moe.moe_mlp")
+        own: Any = module("_310p.fused_moe.moe_mlp" if DEVICE == ["_310P"] else "ops.fused_moe.moe_mlp")
         build: Any = module("ops.fused_moe.dataclass.moe_mlp", "ops.fused_moe.moe_runtime_args")
         given = build.build_mlp_compute_input(
             fused_experts_input=fused_experts_input, token_dispatch_output=sent, use_fusion_ops=True
         )
         if quant_method is None:
-            y: Tensor = own.unified_apply_mlp(mlp_compute_input=given)[0]
+            made = own.unified_apply_mlp(mlp_compute_input=given)
+            y: Tensor = made[0] if isinstance(made, tuple) else made
         else:
             y = own.apply_moe_mlp(given, quant_method)[0]
         return y
 
 
 EXPERTS: list[int] = []  # how many the layer that runs has
+DEVICE: list[str] = []
 PARTS |= {
     _FUSED: {"FusedMoE": RoutedExperts, "RoutedExperts": RoutedExperts, "MoERunner": type("MoERunner", (), {}),
              "FusedMoEMethodBase": FusedMoEMethodBase, "FusedMoeWeightScaleSupported": enum.Enum("S", "CHANNEL GROUP")},
@@ -108,6 +111,8 @@ def started(*given: str) -> set[str]:
     """The engine, as `consume.engine` starts it, with what experts ask of a server."""
     operators.OPERATORS.update(expert_operators.OPERATORS)
     seen = engine(*given)
+    DEVICE[:] = [given[1]]
+    CURRENT.model_config.dtype = MODELS.get(given[1], torch.bfloat16)
     vars(torch.ops)["_C_ascend"] = expert_operators.OWN
     torch.Tensor.npu = lambda self: self  # type: ignore[attr-defined]  # which torch_npu adds
     CURRENT.use_v2_model_runner = False
@@ -122,6 +127,12 @@ def started(*given: str) -> set[str]:
     return seen
 
 
+def width(tensors: dict[str, Tensor], path: str) -> int:
+    """How many columns a matrix has; FP4 has two in a byte."""
+    weight = tensors[f"{path}.weight" if f"{path}.weight" in tensors else f"{path}.weight_packed"]
+    return weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
+
+
 def load(config: Any, path: str, tensors: dict[str, Tensor]) -> tuple[Any, RoutedExperts, dict[str, Any]]:
     """The layer with its parameters, its method, and what was said."""
     layer = RoutedExperts()
@@ -129,9 +140,8 @@ def load(config: Any, path: str, tensors: dict[str, Tensor]) -> tuple[Any, Route
     method = config.get_quant_method(layer, path)
     experts = 1 + max(int(name.removeprefix(f"{path}.").partition(".")[0]) for name in tensors)
     EXPERTS[:] = [experts]
-    columns = tensors[f"{path}.0.gate_proj.weight"].shape[1]
-    inner = tensors[f"{path}.0.down_proj.weight"].shape[1]
-    method.create_weights(layer, experts, columns, inner, torch.bfloat16, weight_loader=layer.weight_loader)
+    columns, inner = (width(tensors, f"{path}.0.{name}") for name in ("gate_proj", "down_proj"))
+    method.create_weights(layer, experts, columns, inner, CURRENT.model_config.dtype, weight_loader=layer.weight_loader)
     own, given = dict(layer.named_parameters()), set()
     for parameter in own.values():
         if parameter.is_floating_point():
@@ -149,7 +159,7 @@ def load(config: Any, path: str, tensors: dict[str, Tensor]) -> tuple[Any, Route
 
 def run(folder: str, path: str, inputs: str, out: str) -> dict[str, Any]:
     """One job."""
-    config, given = config_of(Path(folder)), load_file(inputs)
+    config, given = config_of(Path(folder), *DEVICE), load_file(inputs)
     config.packed_modules_mapping = {"experts": [f"experts.0.{shard}" for shard in SHARDS]}
     tensors: dict[str, Tensor] = {}
     for file in sorted(Path(folder).glob("*.safetensors")):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.ascend.operators import npu_dynamic_quant, unpack
+from tests.ascend.operators import E8M0, mx_values, npu_dynamic_mx_quant, npu_dynamic_quant, unpack
 
 
 def _experts(rows: int, group_list: Tensor, group_list_type: int) -> Tensor:
@@ -39,19 +39,31 @@ def npu_grouped_matmul(
     x: list[Tensor],
     weight: list[Tensor],
     *,
-    scale: list[Tensor],
+    scale: list[Tensor] | None,
     bias: list[Tensor] | None = None,
     per_token_scale: list[Tensor],
     split_item: int,
     group_type: int,
     group_list: Tensor,
-    group_list_type: int,
+    group_list_type: int = 0,
     output_dtype: torch.dtype,
+    antiquant_scale: list[Tensor] | None = None,
+    scale_dtype: Any = None,
+    per_token_scale_dtype: Any = None,
+    x_dtype: Any = None,
+    weight_dtype: Any = None,
 ) -> list[Tensor]:
-    """One matrix for each group of rows, in one tensor."""
+    """One matrix for each group of rows, in one tensor. MX operands have scales per token of that type; FP4 weights
+    under FP8 inputs have theirs in `antiquant_scale`."""
     assert group_type == 0 and split_item == 2 and output_dtype == torch.bfloat16
-    (rows,), (stack,), (own,), (each,) = x, weight, scale, per_token_scale
+    given = scale or antiquant_scale
+    assert given is not None and not (scale and antiquant_scale)
+    (rows,), (stack,), (own,), (each,) = x, weight, given, per_token_scale
     owner = _experts(len(rows), group_list, group_list_type)
+    if per_token_scale_dtype is not None:
+        assert per_token_scale_dtype in (E8M0, torch.float8_e8m0fnu) and not bias
+        assert scale_dtype == (E8M0 if scale else None) and (x_dtype != weight_dtype) == (scale is None)
+        return [_mx_products(rows, stack, own, each, owner, x_dtype, weight_dtype).to(output_dtype)]
     out = _products(rows, stack, own, bias[0] if bias else None, owner)
     return [(out * each.float()[:, None]).to(output_dtype)]
 
@@ -83,8 +95,71 @@ def grouped_matmul_swiglu_quant_v2(
     return _gated(_products(x, stack, scale, assist, owner) * x_scale[:, None], swiglu_limit)
 
 
-OPERATORS = {"npu_grouped_matmul": npu_grouped_matmul}
+def _mx_products(
+    x: Tensor, stack: Tensor, scale: Tensor, each: Tensor, owner: Tensor, x_dtype: Any, weight_dtype: Any
+) -> Tensor:
+    """float64 (rows, n) of MX numbers; stacks (experts, k, n), their scales (experts, k / 64, n, 2), as views."""
+    left = mx_values(x, each, x_dtype).double()
+    right = torch.stack([mx_values(w.t(), s.transpose(0, 1), weight_dtype) for w, s in zip(stack, scale, strict=True)])
+    return torch.stack([right[expert].double() @ row for expert, row in zip(owner.tolist(), left, strict=True)])
+
+
+def npu_grouped_matmul_swiglu_quant_v2(
+    *, x: Tensor, weight: list[Tensor], group_list: Tensor, weight_scale: list[Tensor], x_scale: Tensor,
+    dequant_mode: int, quant_mode: int, dequant_dtype: Any, quant_dtype: Any, x_dtype: Any, weight_dtype: Any,
+    weight_scale_dtype: Any, x_scale_dtype: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """MX operands: their product in float32, gated, as MX numbers again; ends of groups. The kernel makes BF16 of what
+    comes out of the gate, and rounds to even."""
+    assert dequant_mode == quant_mode == 2 and dequant_dtype == torch.float32
+    assert weight_scale_dtype == x_scale_dtype == E8M0 and x_dtype == weight_dtype
+    (stack,), (scale,) = weight, weight_scale
+    owner = _experts(len(x), group_list, 0)
+    wide = _mx_products(x, stack, scale, x_scale, owner, x_dtype, weight_dtype).float()
+    return _mx_gated(wide, quant_dtype)
+
+
+def _mx_gated(wide: Tensor, to: Any) -> tuple[Tensor, Tensor]:
+    half = wide.shape[-1] // 2
+    assert half % 64 == 0, "both operators take widths that 128 divides alone"
+    return npu_dynamic_mx_quant((torch.nn.functional.silu(wide[:, :half]) * wide[:, half:]).bfloat16(), to)
+
+
+def npu_swiglu_group_quant(
+    x: Tensor, topk_weight: Any, group_index: Tensor | None, dst_type: Any, quant_mode: int, clamp_value: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gate on a BF16 product, as MXFP8; how many rows count, the sum of `group_index` says."""
+    assert x.dtype == torch.bfloat16 and topk_weight is None and quant_mode == 2 and not clamp_value
+    assert group_index is None or int(group_index.sum()) == len(x), group_index
+    codes, scales = _mx_gated(x.float(), dst_type)
+    return codes, scales, x.new_empty(0)
+
+
+def npu_quant_grouped_matmul_dequant(
+    *, x: Tensor, quantized_weight: Tensor, weight_scale: Tensor, group_list: Tensor, quant_mode: str
+) -> Tensor:
+    """Of a 310P: integers with a scale per token, their products with stacks (experts, n, k), and FP16 again; ends of
+    groups."""
+    assert quant_mode == "pertoken" and x.dtype == torch.float16 and weight_scale.dtype == torch.float32
+    codes, each = npu_dynamic_quant(x)
+    owner = _experts(len(x), group_list, 0)
+    return (_products(codes, quantized_weight.transpose(1, 2), weight_scale, None, owner) * each[:, None]).half()
+
+
+def npu_swiglu(x: Tensor) -> Tensor:
+    """Silu of the left half times the right one."""
+    half = x.shape[-1] // 2
+    return (torch.nn.functional.silu(x[:, :half].float()) * x[:, half:].float()).to(x.dtype)
+
+
+OPERATORS = {
+    "npu_quant_grouped_matmul_dequant": npu_quant_grouped_matmul_dequant,
+    "npu_swiglu": npu_swiglu,
+    "npu_grouped_matmul": npu_grouped_matmul,
+    "npu_grouped_matmul_swiglu_quant_v2": npu_grouped_matmul_swiglu_quant_v2,
+}
 OWN = SimpleNamespace(
+    npu_swiglu_group_quant=npu_swiglu_group_quant,
     grouped_matmul_swiglu_quant_weight_nz=grouped_matmul_swiglu_quant_weight_nz,
     grouped_matmul_swiglu_quant_v2=grouped_matmul_swiglu_quant_v2,
 )

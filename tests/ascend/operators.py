@@ -49,10 +49,13 @@ def npu_dynamic_mx_quant(
     if dst_type != FP4:
         assert dst_type == torch.float8_e4m3fn and round_mode == "rint"
         return value.clamp(-448, 448).flatten(-2).to(torch.float8_e4m3fn), raw
-    assert round_mode == "round"
+    assert round_mode in ("round", "rint")
     middles = (VALUES[1:] + VALUES[:-1]) / 2
-    codes = torch.bucketize(value.abs().contiguous(), middles, right=True) + 8 * (value < 0)  # halves away from zero
-    codes = codes.flatten(-2).to(torch.uint8)
+    codes = torch.bucketize(value.abs().contiguous(), middles, right=True)  # halves away from zero
+    if round_mode == "rint":
+        tied = codes - torch.bucketize(value.abs().contiguous(), middles)
+        codes -= tied * (codes % 2)  # or to the even code
+    codes = (codes + 8 * (value < 0)).flatten(-2).to(torch.uint8)
     return codes[..., ::2] | codes[..., 1::2] << 4, raw
 
 

@@ -14,6 +14,7 @@ from qat.surgery import apply
 from qat.trainers.exportable import student_without_numbers
 from qat.trainers.job import load_job
 from tests.checkpoints.exports import pair_rules
+from tests.qat.adapters.test_experts import KINDS
 from tests.tiny import tiny_model
 from tests.trainers import jobs
 
@@ -85,6 +86,32 @@ def test_layers_that_no_one_layout_holds_together(source: Path, tmp_path: Path) 
     model = student(source, mlp, attention, folder=tmp_path)
     with pytest.raises(UnsupportedError, match=r"loads no export of this model: no layout holds all its layers"):
         check_loadable(model, source, "vllm-ascend", "950")
+
+
+MX_EXPERTS = [("mxfp8", "mxfp8", "W8A8_MXFP8"), ("mxfp4", "mxfp4", "W4A4_MXFP4"), ("mxfp4", "mxfp8", "W4A8_MXFP")]
+
+
+@pytest.mark.parametrize(("weight", "input", "name"), MX_EXPERTS)
+def test_experts_of_mx_types(weight: str, input: str, name: str, tmp_path: Path) -> None:
+    """vllm-ascend runs all three, where their columns are pairs of groups; SGLang's loader has the first only."""
+    sizes = {**KINDS["qwen3_moe"], "num_hidden_layers": 1}
+    rule = pair_rules(weight, input, "*.experts.*")
+    for inner in (64, 96):
+        source = tiny_model("qwen3_moe", tmp_path / f"model-{inner}", **{**sizes, "moe_intermediate_size": inner})
+        model = student(source, rule, folder=tmp_path)
+        if inner == 64:
+            assert "--target" in check_loadable(model, source, "vllm-ascend", "950")[0]
+            if name == "W8A8_MXFP8":
+                assert check_loadable(model, source, "sglang-ascend", "950")
+                continue
+            with pytest.raises(UnsupportedError, match=r"gate_proj is mxfp4.* loads of experts W8A8_MXFP8 \(ascend\)$"):
+                check_loadable(model, source, "sglang-ascend", "950")
+            continue
+        said = (
+            "down_proj has 96 columns, an odd number of groups of 32, and vllm-ascend takes scales of experts in pairs"
+        )
+        with pytest.raises(UnsupportedError, match=said):
+            check_loadable(model, source, "vllm-ascend", "950")
 
 
 @pytest.mark.parametrize("option", [[], ["--dry-run"]])

@@ -6,7 +6,7 @@ Inputs and outputs are of the model's type, whatever the model around it compute
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ class SimulatedLinear(nn.Module):
         tensors: what is stored of it, by name below its path, on any device.
         bias: that it adds, which static types have folded.
         model: the model's type.
+        experts: whether it is a matrix of experts, for which the engine leaves ties of MXFP4 to the operator.
     """
 
     def __init__(
@@ -33,9 +34,11 @@ class SimulatedLinear(nn.Module):
         tensors: Mapping[str, Tensor],
         bias: Tensor | None = None,
         model: torch.dtype = torch.bfloat16,
+        experts: bool = False,
     ) -> None:
         super().__init__()
         self.kind, self.model = kind, model
+        self.round_mode: Literal["round", "rint"] = "rint" if experts else "round"
         held = _held(kind, tensors, model)
         held |= _static(tensors, model) if kind.is_static else {}
         self.out_features, self.in_features = held["weight"].shape[1], held["weight"].shape[0]
@@ -67,7 +70,7 @@ class SimulatedLinear(nn.Module):
         bias = self.added.float() if isinstance(self.added, Tensor) else None
         bits = kind.input_element.bits
         if kind.is_mx:
-            codes, scales = npu.dynamic_mx_quant(x, bits)
+            codes, scales = npu.dynamic_mx_quant(x, bits, self.round_mode)
             return npu.mx_matmul(codes, get("weight"), None, pertoken_scale=scales, bias=bias)
         if not kind.input:
             return npu.weight_quant_matmul(x, get("weight"), get("scale"), get("offset"), bias)

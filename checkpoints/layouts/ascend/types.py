@@ -37,6 +37,7 @@ class Type:
         tensors: what is stored of a layer, by its name below the layer's path.
         npu: who loads it.
         experts: whether vllm-ascend runs it in the matrices of experts, too.
+        pads: whether vllm-ascend makes pairs of an odd number of a row's groups. It does not for experts.
         unbiased: why no layer that adds a bias can have it, "" where one can.
         experts_only: why nothing but experts can have it, "" where other layers can.
     """
@@ -50,6 +51,7 @@ class Type:
     tensors: Mapping[str, Spec]
     npu: tuple[Npu, ...]
     experts: bool = False
+    pads: bool = True
     unbiased: str = ""
     experts_only: str = ""
 
@@ -141,6 +143,8 @@ _PER_TOKEN = (
     "on 310p vllm-ascend calls npu_quant_matmul with scales per token, which torch_npu's documents (6.0 to 7.0) say it "
     "does not take there, and its code notes a loss of accuracy; W8A8 has neither"
 )
+_DENSE = "SGLang's loader has no experts of W4A4_MXFP4 and W4A8_MXFP; it has those of W8A8_MXFP8"
+_ODD = "layers of W4A4_MXFP4 with an odd number of groups in a row load from 0.30.0rc2 on"
 _ROW_SCALES = {"weight": ("I8", "n k"), "weight_scale": ("F32", "n 1"), "weight_offset": ("F32", "n 1")}
 _STATIC: dict[str, Spec] = {
     "weight": ("I8", "n k"),
@@ -246,7 +250,7 @@ TYPES: tuple[Type, ...] = (
         "group",
         E2M1,
         {"weight": ("U8", "n k/2"), **_MX_SCALES},
-        (Npu(_VLLM, A5), Npu(_SGLANG, A5)),
+        (Npu(_VLLM, A5, remark=_ODD), Npu(_SGLANG, A5, remark=_DENSE, experts=False)),
         experts=True,
     ),
     Type(
@@ -257,8 +261,9 @@ TYPES: tuple[Type, ...] = (
         "group",
         E4M3,
         {"weight": ("U8", "n k/2"), **_MX_SCALES},
-        (Npu(_VLLM, A5), Npu(_SGLANG, A5)),
+        (Npu(_VLLM, A5), Npu(_SGLANG, A5, remark=_DENSE, experts=False)),
         experts=True,
+        pads=False,
         unbiased="vllm-ascend gives the product a bias of one dimension, which torch_npu (2.14.0) refuses there",
     ),
     Type(

@@ -18,7 +18,7 @@ from qat.checkpoints.layouts.ascend.caches import C8, KEYS, is_of_cache
 from qat.checkpoints.layouts.ascend.caches import CACHES as CACHES
 from qat.checkpoints.layouts.ascend.engines import ROWS as ROWS
 from qat.checkpoints.layouts.ascend.types import BY_NAME, FLOAT, INT4_BITS, SLICES, Type, find_type, is_second
-from qat.checkpoints.layouts.npu import ENGINES, HALF
+from qat.checkpoints.layouts.npu import ENGINES, HALF, unpaired
 from qat.checkpoints.layouts.reader import PackedModule
 from qat.checkpoints.layouts.stored import bit_stream, shape, take, take_narrow, take_scale
 from qat.checkpoints.layouts.target import TargetLayer
@@ -78,6 +78,13 @@ def check(layer: TargetLayer) -> None:
     if kind.pairs_rows and not kind.group and (layer.shape[-2] % _WORD or layer.shape[-1] % SLICES):
         raise UnsupportedError(
             f"{layer.path}: {kind.name} needs rows by {_WORD} and columns by {SLICES}, but has {[*layer.shape]}"
+        )
+    if said := unpaired(layer.path, layer.weight, layer.shape[-1]):
+        raise UnsupportedError(said)
+    if not kind.pads and layer.shape[-1] // kind.group % 2:
+        raise UnsupportedError(
+            f"{layer.path}: vllm-ascend takes scales of {kind.name} in pairs, columns by {2 * kind.group}, but this "
+            f"has {layer.shape[-1]}; give it another pair, such as mxfp8 weights"
         )
     if kind.packed and layer.shape[-1] % 2:
         raise UnsupportedError(f"{layer.path}: {kind.name} packs two columns into a byte, but has {layer.shape[-1]}")

@@ -276,6 +276,14 @@ def test_mixed_fused_sets_are_refused(source: Path, tmp_path: Path) -> None:
             "adds a bias, and W4A8_MXFP cannot: vllm-ascend gives",
         ),
         (
+            TargetLayer("a.b", (8, 96), lookup("mxfp4"), lookup("mxfp8")),
+            "a.b: vllm-ascend takes scales of W4A8_MXFP in pairs, columns by 64, but this has 96",
+        ),
+        (
+            TargetLayer("a.experts.0.b", (8, 96), lookup("mxfp8"), lookup("mxfp8")),
+            "a.experts.0.b has 96 columns, an odd number of groups of 32.*columns by 64",
+        ),
+        (
             TargetLayer("a.mlp.down_proj", (8, 64), lookup("int4_channel"), lookup("int8_token")),
             "a.mlp.down_proj: only experts can be W4A8_DYNAMIC: vllm-ascend has taken its loader",
         ),

@@ -88,6 +88,17 @@ def test_every_expert_computes_what_it_would_alone(kind: str, weight: str, input
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_inputs_of_experts_are_rounded_by_their_own_rule() -> None:
+    """2.5 is halfway between two numbers of FP4: to even for experts, away from zero for layers."""
+    own = [{"match": match, "weight": "mxfp4", "input": "mxfp4"} for match in ("*.experts.*", "*_proj")]
+    rules = [*own, {"match": "*", "skip": "the rest"}]
+    model = apply(build("qwen3_moe", **MOE), Scheme(rules=rules, init=(), activation_rule="ascend"))
+    x = torch.tensor([4.0, 2.5] * 16)[None]
+    for path, site in weights(model).items():
+        assert site.input is not None
+        assert site.input.quantize(x)[0, 1] == (2.0 if ".experts." in path else 3.0), path
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_dense_experts_are_the_original_ones_and_routers_stay(kind: str) -> None:
     model, before = build(kind, **KINDS[kind]), logits(build(kind, **KINDS[kind]))

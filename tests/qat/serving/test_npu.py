@@ -3,6 +3,7 @@
 import itertools
 import math
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,13 +57,20 @@ def test_every_mx_code_is_read() -> None:
         assert [low, high] == expected
 
 
+def nearest(value: Fraction, mode: str) -> float:
+    """Of E2M1; of two that are as near the larger one ("round") or that with an even code ("rint")."""
+    order = sorted(range(8), key=lambda code: code % 2 if mode == "rint" else -code)
+    return min((E2M1[code] for code in order), key=lambda each: abs(Fraction(each) - value))
+
+
 def test_mx_inputs() -> None:
-    """Exponents by the floor rule; ties away from zero (4 bits) or to even (8 bits); pairs of scales, padded."""
+    """Exponents by the floor rule; ties as the mode says (4 bits) or to even (8 bits); scales in pairs, padded."""
     x = normal(6, 96) * torch.exp2(torch.arange(96) % 7 - 3)
     x[0, :32] = torch.arange(32) / 4 - 4  # ties
     x[1, 32:64] = 0
-    for bits, top in ((4, 2), (8, 8)):
-        packed, scales = npu.dynamic_mx_quant(x, bits)
+    modes: list[tuple[int, int, Any]] = [(4, 2, "round"), (4, 2, "rint"), (8, 8, "rint")]
+    for bits, top, mode in modes:
+        packed, scales = npu.dynamic_mx_quant(x, bits, mode)
         assert scales.shape == (6, 2, 2) and int(scales[:, 1, 1].count_nonzero()) == 0
         values = npu.mx_values(packed, scales)
         for row, block in itertools.product(range(6), range(3)):
@@ -76,8 +84,7 @@ def test_mx_inputs() -> None:
             for value, rounded in zip(part, got, strict=True):
                 exact, size = Fraction(value) / scale, abs(Fraction(rounded) / scale)
                 if bits == 4:
-                    near = min(map(Fraction, E2M1), key=lambda each: (abs(each - abs(exact)), -each))  # used at once
-                    assert size == near
+                    assert size == nearest(abs(exact), mode)
                 else:
                     assert abs(size - min(abs(exact), 448)) <= Fraction(2) ** (math.frexp(float(size))[1] - 5)
                 assert rounded * value >= 0

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat.serving.npu_experts import grouped_matmul, grouped_matmul_swiglu_quant, sent, unpermute
+from qat.serving.npu_experts import (
+    grouped_matmul,
+    grouped_matmul_swiglu_quant,
+    quant_grouped_matmul_dequant,
+    sent,
+    swiglu,
+    unpermute,
+)
 
 SIZES = [3, 0, 5, 1]
 M, K, N = sum(SIZES), 70, 24
@@ -65,6 +72,21 @@ def test_the_gate_is_quantized_per_token(bits: int) -> None:
     assert codes.dtype == torch.int8 and codes.shape == (M, N // 2)
     torch.testing.assert_close(scales.double(), gated.abs().amax(dim=-1) / 127, rtol=1e-5, atol=0)
     assert float((codes - gated / scales[:, None]).abs().max()) <= 0.5 + 1e-3
+
+
+def test_products_of_half_models_quantize_their_inputs() -> None:
+    _, weight, scale, _ = operands(8)
+    x = torch.randn(M, K, generator=torch.Generator().manual_seed(3)).half()
+    step = x.double().abs().amax(dim=-1) / 127
+    codes = (x.double() / step[:, None]).round().to(torch.int8)
+    found = quant_grouped_matmul_dequant(x, weight, scale.float(), SIZES)
+    truth = expected(codes, weight, scale, step)
+    assert found.dtype == torch.float16
+    assert bool(((found - truth).abs() <= 2.0**-11 * truth.abs() + 1e-4 * truth.abs().max()).all())
+    gated = swiglu(found).double()
+    left, right = found.double().chunk(2, dim=-1)
+    torch.testing.assert_close(gated, left / (1 + torch.exp(-left)) * right, rtol=2.0**-10, atol=1e-6)
+    assert swiglu(found).dtype == torch.float16
 
 
 def test_tokens_find_their_experts_and_the_way_back() -> None:

@@ -22,6 +22,12 @@ def away(value: Fraction) -> Fraction:
     return best if value >= 0 else -best
 
 
+def even_code(value: Fraction) -> Fraction:
+    """Nearest of E2M1, half to even codes, saturating."""
+    best = min(E2M1, key=lambda each: (abs(each - abs(value)), E2M1.index(each) % 2))
+    return best if value >= 0 else -best
+
+
 def even(value: Fraction) -> Fraction:
     """Nearest of E4M3, half to even, saturating."""
     size = min(abs(value), Fraction(448))
@@ -30,13 +36,16 @@ def even(value: Fraction) -> Fraction:
     return best if value >= 0 else -best
 
 
-@pytest.mark.parametrize(("name", "top", "nearest"), [("mxfp4", 2, away), ("mxfp8", 8, even)])
-def test_mx_inputs(name: str, top: int, nearest: object) -> None:
+@pytest.mark.parametrize(
+    ("name", "top", "nearest", "experts"),
+    [("mxfp4", 2, away, False), ("mxfp4", 2, even_code, True), ("mxfp8", 8, even, False), ("mxfp8", 8, even, True)],
+)
+def test_mx_inputs(name: str, top: int, nearest: object, experts: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, 64, generator=generator).exp2().mul(torch.randn(40, 64, generator=generator)).bfloat16()
     x[:8] = torch.randint(-31, 32, (8, 64), generator=generator) / 4  # ties, and maxima beyond the largest element
     x[9, :32] = 0
-    y = dynamic_fake_quantize(x.float(), lookup(name), "ascend", "ste", torch.tensor(1.0))
+    y = fake_quantize_input(x.float(), lookup(name), "ascend", "ste", None, "experts" if experts else "layer")
     for block, found in zip(x.view(-1, 32).tolist(), y.view(-1, 32).tolist(), strict=True):
         amax = max(map(abs, block))
         scale = Fraction(2) ** ((math.frexp(amax)[1] - 1 - top) if amax else 0)
@@ -71,14 +80,15 @@ def test_integers_per_token_are_those_of_every_engine() -> None:
 
 @pytest.mark.parametrize("name", ["int8_token", "int8_tensor", "mxfp8", "mxfp4"])
 def test_inputs_are_bf16_numbers_first(name: str) -> None:
-    """As those of the operator are, unless the engine has them in float32, too."""
+    """As those of the operator are; but the one that gates and quantizes to integers never leaves float32."""
     fmt = lookup(name)
     static = static_part(fmt, torch.tensor(3.0))
     x = torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
-    wide, rounded = (fake_quantize_input(x, fmt, "ascend", "ste", static, wide=wide) for wide in (True, False))
     held = x.bfloat16().float()
-    assert torch.equal(rounded, fake_quantize_input(held, fmt, "ascend", "ste", static, wide=True))
-    assert not torch.equal(wide, rounded)
+    rounded = fake_quantize_input(x, fmt, "ascend", "ste", static)
+    assert torch.equal(rounded, fake_quantize_input(held, fmt, "ascend", "ste", static))
+    pair = [fake_quantize_input(each, fmt, "ascend", "ste", static, "second") for each in (x, held)]
+    assert torch.equal(*pair) is not npu.is_dynamic_integer(fmt)
     x.requires_grad_()
     fake_quantize_input(x, fmt, "ascend", "ste", static).backward(gradient := torch.randn(64, 256))
     assert x.grad is not None and torch.equal(x.grad, gradient)  # not rounded on its way
