@@ -13,18 +13,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qat import options
+from qat import options, terminal
 from qat.errors import ConfigError, Interrupted, QatError
-from qat.terminal import (
-    import_library,
-    os_error,
-    print_anything,
-    quiet_libraries,
-    rarely_collecting,
-    refuse_bytes,
-    unbreakable_stderr,
-    warned,
-)
 from qat.text import size
 
 DESCRIPTION = """Train a model in the numbers it will be served in.
@@ -41,10 +31,11 @@ A run is one YAML file, a folder runs/NAME and a report. Formats: qat formats. T
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
-    print_anything()
-    with unbreakable_stderr(), rarely_collecting():
-        return _main(argv)
+    """Entry point; returns the exit status, unless it is the whole process (no `argv`) and can end that at once."""
+    terminal.print_anything()
+    with terminal.unbreakable_stderr(), terminal.rarely_collecting():
+        status = _main(argv)
+    return terminal.leave(status) if argv is None else status
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -54,12 +45,14 @@ def _main(argv: Sequence[str] | None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # argparse stops taking overrides at the first option: `--resume steps=200`
         arguments.overrides += rest
-    quiet_libraries()
+    terminal.quiet_libraries()
     before = warnings.formatwarning
-    warnings.formatwarning = lambda message, category, *_: f"qat {arguments.command}: {warned(message, category)}\n"
+    warnings.formatwarning = lambda message, category, *_: (
+        f"qat {arguments.command}: {terminal.warned(message, category)}\n"
+    )
     try:
-        refuse_bytes(sys.argv[1:] if argv is None else argv)
-        import_library("torch")  # which every command needs
+        terminal.refuse_bytes(sys.argv[1:] if argv is None else argv)
+        terminal.import_library("torch")  # which every command needs
         run: Callable[[argparse.Namespace], int | None] = arguments.run
         return run(arguments) or 0
     except QatError as error:
@@ -69,7 +62,7 @@ def _main(argv: Sequence[str] | None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        print(f"qat {arguments.command}: {os_error(error)}", file=sys.stderr)
+        print(f"qat {arguments.command}: {terminal.os_error(error)}", file=sys.stderr)
         return 2
     except Interrupted as error:
         return int(error.code or 0)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,3 +89,55 @@ print(passes.count(2), file=sys.stderr)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert int(done.stderr.split()[-1]) <= 1
+
+
+LEAVES = """
+import atexit, sys, threading, time
+from qat.terminal import leave
+
+class Freed:
+    def __del__(self):
+        print("freed")
+
+{before}
+kept = Freed()
+atexit.register(print, "asked to be called")
+print("written", end=" ")
+sys.exit(leave(3))
+"""
+AS_USUAL = {
+    "training": "sys.modules['lightning'] = sys",
+    "a thread": "threading.Thread(target=time.sleep, args=(0.3,)).start()",
+}
+
+
+def left(before: str, **how: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONUNBUFFERED": ""}
+    command = [sys.executable, "-c", LEAVES.format(before=before)]
+    return subprocess.run(command, text=True, env=environment, check=False, **how)
+
+
+def test_a_process_that_leaves_frees_nothing_and_keeps_what_it_wrote_and_its_status() -> None:
+    done = left("", capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "written asked to be called\n", "")
+
+
+@pytest.mark.parametrize("before", AS_USUAL.values(), ids=AS_USUAL.keys())
+def test_where_more_than_files_is_left_the_process_ends_as_usual(before: str) -> None:
+    done = left(before, capture_output=True)
+    assert (done.returncode, done.stdout) == (3, "written asked to be called\nfreed\n")
+
+
+def test_output_that_is_not_taken_still_fails_the_process() -> None:
+    with open("/dev/full", "w") as full:
+        done = left("", stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 120 and "No space left on device" in done.stderr
+
+
+def test_a_whole_process_leaves_and_a_caller_goes_on() -> None:
+    code = "import sys, atexit; from qat.cli import main; print(main(['formats', '--json'])); main(); print('went on')"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "formats"], capture_output=True, text=True, env=environment, check=True
+    )
+    assert "]\n0\nname " in done.stdout and "went on" not in done.stdout
