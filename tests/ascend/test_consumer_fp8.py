@@ -72,12 +72,13 @@ def mxfp8(x: torch.Tensor) -> torch.Tensor:
 
 
 def truth(model: torch.nn.Module, path: str, given: torch.Tensor, how: str) -> torch.Tensor:
-    """A layer in float32: as trained; or its BF16 weights with inputs as they are, or with both rounded to MXFP8."""
+    """A layer's product in float32: as trained; or of BF16 weights with inputs as they are, or both in MXFP8."""
     with torch.no_grad():
         layer = model.get_submodule(path)
         if how == "trained":
-            trained: torch.Tensor = layer(given.float())
-            return trained
+            read = layer.input_quantizer(given.float())  # type: ignore[operator]  # a quantizer
+            trained: torch.Tensor = layer.weight_quantizer.linear(read, layer.matrix("weight"), layer.bias)  # type: ignore[operator,union-attr]  # a quantizer
+            return trained  # not rounded to BF16 yet
         weight = weights(model)[path].value().to(torch.bfloat16).float()
         pair = (given.float(), weight) if how == "dense" else (mxfp8(given.float()), mxfp8(weight))
         return torch.nn.functional.linear(*pair, layer.bias)
