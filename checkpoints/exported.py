@@ -221,8 +221,9 @@ def stack_inputs(
             raise UnsupportedError(f"{path}: rotated inputs of fused experts cannot be read")
         if module.input is None or place is None:
             continue
-        wanted = ServedInput(input_format(module.input), rule, exported.static_input(path), reader="experts")
         owner, _, slot = place[0].rpartition(".")
+        reader: Reader = "second" if slot == SECOND else "experts"
+        wanted = ServedInput(input_format(module.input), rule, exported.static_input(path), reader=reader)
         known = stacks.setdefault(owner, {}).setdefault(slot, wanted)
         scales = [_plain(each.static) for each in (known, wanted)]
         if known.format != wanted.format or scales[0] != scales[1]:
@@ -239,8 +240,6 @@ def quantize_stack_inputs(model: nn.Module, stacks: dict[str, dict[str, ServedIn
         fused = model.get_submodule(path)
         adapter = adapter_for(fused)
         assert adapter is not None  # it is how such names come about
-        if SECOND in inputs:
-            inputs[SECOND].reader = "second"
         adapter.attach(fused, {slot: Quantizers(None, _Applied(input)) for slot, input in inputs.items()})
 
 

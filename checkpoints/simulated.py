@@ -33,6 +33,7 @@ from qat.families import expert_list
 from qat.numbers.format import Format
 from qat.text import some
 from qat.training.activations import Reader, fake_quantize_input
+from qat.training.npu import NPU_RULES
 from qat.training.phases import Phase, answering
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
 TOKENS = 16  # that a layer is checked with
 PER_ELEMENT, PER_RMS, IN_NORM = 2.0**-7, 2.0**-8, 2.0**-8
-_MODELS = {NPU_RULE: torch.bfloat16, HALF_RULE: torch.float16}
 
 
 def is_simulated(folder: Path) -> bool:
@@ -90,7 +90,7 @@ def _simulate_experts(
     for each, (stack, part) in places.items():
         parts.setdefault(stack.rpartition(".")[2], []).append((part.start, exported.layer(each)))
     ((name,), *_) = kinds.values()
-    tensors, model_type = {stack: stacked(matrices) for stack, matrices in parts.items()}, _MODELS[rule_of(exported)]
+    tensors, model_type = {stack: stacked(matrices) for stack, matrices in parts.items()}, NPU_RULES[rule_of(exported)]
     model.set_submodule(path, SimulatedExperts(BY_NAME[name], tensors, experts.num_experts, model_type))
     return ""
 
@@ -103,7 +103,7 @@ def simulated(exported: ExportedFolder, path: str, bias: Tensor | None = None) -
     """
     kind, _, _ = _kind(exported, path)
     added = None if kind.input == "tensor" and exported.METHOD == METHOD else bias
-    tensors, model = _tensors(exported, path, kind), _MODELS[rule_of(exported)]
+    tensors, model = _tensors(exported, path, kind), NPU_RULES[rule_of(exported)]
     return SimulatedLinear(kind, tensors, added, model, expert_list(path) is not None)
 
 
@@ -273,7 +273,7 @@ def _compared(exported: ExportedFolder, path: str, device: npu.Device) -> tuple[
     if static is not None:  # a few values beyond the range, so that clipping is seen, too
         x = (x * 48 - (static[1:] if static.numel() > 1 else 0.0)) * static[0]
     rule = rule_of(exported)
-    x = x.to(_MODELS[rule])
+    x = x.to(NPU_RULES[rule])
     wide = x.float()
     weight, bias = exported.multiplied(path).float(), f"{path}.bias"
     added = exported.reader.get(bias).float() if bias in exported.names else None
